@@ -1,0 +1,184 @@
+"""The `nlae` command."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nlae_jax.errors import UserError
+
+_STAGES = {
+    "train": "every stage that is not finished: extract, describe, sft, rl, eval, report",
+    "extract": "read the subject's activations from the text",
+    "describe": "describe the contexts that the warm start learns from",
+    "sft": "warm-start encoder and decoder on the descriptions",
+    "rl": "train both on how well the round trip works",
+    "eval": "measure the round trip on held-out documents",
+    "report": "write report.html",
+}
+
+NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. 0: done. 2: something the user can put right, said in one line."""
+    options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return options.run(options, overrides)
+    except UserError as error:
+        return _fail(str(error), error, options.debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues", None, False, code=130)
+    except Exception as error:
+        if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
+            place = getattr(options, "workdir", None) or "the disk"
+            return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
+        if isinstance(error, PermissionError):
+            return _fail(f"{error.filename}: permission denied", error, options.debug)
+        raise
+
+
+def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2) -> int:
+    if debug and error is not None:
+        raise error
+    print(f"nlae: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Splits off `--config.a.b=v` (or `--config.a.b v`) overrides, which argparse cannot know."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix("--config.")
+        if "=" not in override and remaining:
+            override += f"={remaining.pop(0)}"
+        overrides.append(override)
+    parser = argparse.ArgumentParser(prog="nlae", description="Train and use Natural Language Autoencoders.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in _STAGES.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("--config", required=True, help="experiment file with get_config()")
+        command.add_argument(
+            "--workdir", required=True, type=Path, help="where everything is kept; run again to resume"
+        )
+        if name == "eval":
+            command.add_argument("--json", action="store_true", help="print eval.json on stdout")
+        command.set_defaults(run=_run_stage)
+    explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
+    explain.add_argument("--workdir", required=True, type=Path, help="of a trained run")
+    source = explain.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text itself")
+    source.add_argument("--file", type=Path, help="a UTF-8 text file")
+    explain.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
+    explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    explain.set_defaults(run=_run_explain)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(rest)
+    if overrides and options.command == "explain":
+        parser.error("explain takes no --config overrides: the workdir has its own config")
+    return options, overrides
+
+
+def _start_jax() -> None:
+    """Compiled programs are kept between runs; set before anything is compiled."""
+    import jax
+
+    from nlae_jax.lm.pretrained import cache_directory
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nlae_jax.config import load_experiment
+
+    config = load_experiment(options.config, overrides)
+    _start_jax()
+    from nlae_jax.progress import say
+    from nlae_jax.run import Run
+    from nlae_jax.stages import STAGES
+
+    clock = time.perf_counter()
+    run = Run(config, options.workdir)
+    if options.command == "train":
+        for stage in STAGES.values():
+            stage(run)
+        _print_result(options.workdir)
+        say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
+    else:
+        STAGES[options.command](run)
+        if getattr(options, "json", False):
+            print((options.workdir / "eval.json").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _print_result(workdir: Path) -> None:
+    """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
+    import json
+
+    from rich.console import Console
+
+    from nlae_jax.evaluate.table import held_out_table
+    from nlae_jax.files import read_json
+
+    rows = [json.loads(line) for line in (workdir / "samples/held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = read_json(workdir / "eval.json")
+    console = Console()
+    console.print(held_out_table(rows, 8))
+    low, high = result["fve_ci95"]
+    gain_low, gain_high = result["fve_gain_ci95"]
+    console.print(
+        f"held-out FVE after RL   {result['fve']:.3f}  [{low:.3f}, {high:.3f}]   "
+        f"({result['num_activations']} activations of {result['num_documents']} documents)\n"
+        f"             before RL   {result['fve_before_rl']:.3f}   "
+        f"gain {result['fve_gain']:.3f} [{gain_low:.3f}, {gain_high:.3f}]\n"
+        f"             shuffled    {result['fve_shuffled']:.3f}   (explanations permuted across activations)\n"
+        f"             as text     {result['fve_text']:.3f}   (decoded and tokenised again)\n"
+        f"report: {workdir / 'report.html'}",
+        highlight=False,
+    )
+
+
+def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
+    if not (options.workdir / "config.json").exists():
+        raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
+    text = options.text if options.text is not None else _read_text(options.file)
+    if not text.strip():
+        raise UserError(f"{'--text' if options.text is not None else options.file}: empty; there is nothing to explain")
+    _start_jax()
+    import json
+
+    from nlae_jax.api import NLA
+
+    tokens = NLA.from_workdir(options.workdir).explain_text(text, temperature=options.temperature)
+    if options.json:
+        print(json.dumps({"tokens": tokens}, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        from nlae_jax.evaluate.table import explanation_table
+
+        Console().print(explanation_table(tokens))
+    return 0
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file {path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"--file {path}: cannot be read ({error.strerror})") from None

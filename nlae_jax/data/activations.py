@@ -1,0 +1,275 @@
+"""From documents to stored activations: which positions to read, reading them, and the store.
+
+`plan` fixes everything that is written later (positions, splits, batches, row numbers) before any computing is done;
+`extract` then goes through the batches in order and can stop anywhere. In the workdir:
+
+    activations/documents.parquet   doc_id, split, token ids
+    activations/rows.parquet        document, position            (row = activation)
+    activations/vectors             zarr3 [N, d] float32, raw
+    activations/next_tokens         zarr3 [N, k] int32, the subject's likeliest continuations
+    activations/meta.json           provenance and statistics; its presence says that extraction is complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorstore as ts
+
+from nlae_jax.config import Config, ExtractConfig, SplitConfig
+from nlae_jax.data.corpus import Document
+from nlae_jax.errors import UserError
+from nlae_jax.files import read_json, write_atomically, write_json
+
+SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
+
+# Numbers of tokens that documents are padded to: one compilation each.
+_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+_CHUNK_ROWS = 512
+
+NUM_NEXT_TOKENS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be read. Rows are ordered by document, positions ascending within one.
+
+    `doc_ids`, `ids` and `split` (index into SPLITS) are per document; `document` and `position` per row.
+    """
+
+    doc_ids: list[str]
+    ids: list[np.ndarray]
+    split: np.ndarray
+    document: np.ndarray
+    position: np.ndarray
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """The row numbers of a split, ascending."""
+        return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
+
+
+def plan(documents: Sequence[Document], tokenizer: Any, config: Config) -> Plan:
+    """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.
+
+    Documents are ordered by length, so that batches pad little. Raises UserError where a split stays empty.
+    """
+    extract = config.extract
+    special = np.array(sorted(tokenizer.all_special_ids), np.int32)
+    chosen: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for document in documents:
+        ids = np.array(tokenizer.encode(document.text)[: extract.max_tokens], np.int32)
+        candidates = np.arange(extract.min_position, len(ids))
+        candidates = candidates[~np.isin(ids[candidates], special)]
+        if len(candidates):
+            count = min(extract.positions_per_document, len(candidates))
+            positions = _rng(config.seed, document.doc_id).choice(candidates, count, replace=False)
+            chosen.append((document.doc_id, ids, np.sort(positions).astype(np.int32)))
+    if len(chosen) < len(SPLITS):
+        raise UserError(
+            f"corpus: {len(chosen)} of {len(documents)} documents are longer than extract.min_position = "
+            f"{extract.min_position} tokens; at least {len(SPLITS)} are needed, one per split"
+        )
+    chosen.sort(key=lambda entry: (len(entry[1]), entry[0]))
+    counts = [len(positions) for _, _, positions in chosen]
+    return Plan(
+        doc_ids=[doc_id for doc_id, _, _ in chosen],
+        ids=[ids for _, ids, _ in chosen],
+        split=_split([doc_id for doc_id, _, _ in chosen], config),
+        document=np.repeat(np.arange(len(chosen), dtype=np.int32), counts),
+        position=np.concatenate([positions for _, _, positions in chosen]),
+    )
+
+
+def _rng(seed: int, doc_id: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}:{doc_id}".encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest, np.uint32))
+
+
+def _split(doc_ids: list[str], config: Config) -> np.ndarray:
+    """Each document's split: documents in the order of a keyed hash, cut at the shares; every split gets one."""
+    order = sorted(range(len(doc_ids)), key=lambda i: hashlib.sha256(f"{config.seed}:{doc_ids[i]}".encode()).digest())
+    shares = np.array([getattr(config.split, name) for name in SPLITS])
+    counts = np.maximum(1, np.floor(shares * len(doc_ids)).astype(int))
+    counts[np.argmax(counts)] += len(doc_ids) - counts.sum()
+    split = np.empty(len(doc_ids), np.int8)
+    split[order] = np.repeat(np.arange(len(SPLITS), dtype=np.int8), counts)
+    return split
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadBatch:
+    """Documents padded to one bucket: `ids`, `mask` [B, T]; `rows`, `columns` [M] with real entries first.
+
+    The first `count` of M are the plan's rows `start` … `start + count`.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    start: int
+    count: int
+
+
+def read_batches(plan: Plan, config: ExtractConfig) -> Iterator[ReadBatch]:
+    """The plan's documents in order, batched by bucket; shapes depend on the bucket alone."""
+    first_row = np.searchsorted(plan.document, np.arange(len(plan.ids) + 1))
+    begin = 0
+    while begin < len(plan.ids):
+        # Documents ascend in length, so a bucket ends where its length is exceeded.
+        bucket = _bucket(len(plan.ids[begin]), config.max_tokens)
+        size = max(1, config.batch_tokens // bucket)
+        end = begin
+        while end < len(plan.ids) and end - begin < size and len(plan.ids[end]) <= bucket:
+            end += 1
+        ids, mask = np.zeros((size, bucket), np.int32), np.zeros((size, bucket), bool)
+        mask[end - begin :, 0] = True
+        for row, document in enumerate(plan.ids[begin:end]):
+            ids[row, : len(document)], mask[row, : len(document)] = document, True
+        start, stop = int(first_row[begin]), int(first_row[end])
+        rows, columns = (np.zeros(size * config.positions_per_document, np.int32) for _ in range(2))
+        rows[: stop - start] = plan.document[start:stop] - begin
+        columns[: stop - start] = plan.position[start:stop]
+        yield ReadBatch(ids, mask, rows, columns, start, stop - start)
+        begin = end
+
+
+def _bucket(length: int, max_tokens: int) -> int:
+    for bucket in _BUCKETS:
+        if length <= bucket:
+            return min(bucket, max_tokens)
+    return max_tokens
+
+
+# (ids, mask, rows, columns) -> activations [M, d] float32, likeliest next tokens [M, k] int32
+Reader = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[Any, Any]]
+
+
+def extract(
+    directory: Path,
+    plan: Plan,
+    read: Reader,
+    config: ExtractConfig,
+    d_model: int,
+    num_next: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Reads every batch not yet read and writes the store; `advance(rows)` is called as rows are passed.
+
+    Batches are written whole and counted after that, so a killed run continues at the batch it was in.
+    """
+    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next)
+    progress = directory / "progress.json"
+    done = read_json(progress)["batches"] if progress.exists() else 0
+    for number, batch in enumerate(read_batches(plan, config)):
+        if number >= done:
+            activations, likeliest = read(batch.ids, batch.mask, batch.rows, batch.columns)
+            stored = slice(batch.start, batch.start + batch.count)
+            activations = np.asarray(activations)[: batch.count]
+            if not np.isfinite(activations).all():
+                raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
+            writes = [vectors[stored].write(activations)]
+            if next_tokens is not None:
+                writes.append(next_tokens[stored].write(np.asarray(likeliest)[: batch.count]))
+            for write in writes:
+                write.result()
+            write_json(progress, {"batches": number + 1})
+        advance(batch.count)
+
+
+def _arrays(directory: Path, rows: int, d_model: int, num_next: int) -> tuple[ts.TensorStore, ts.TensorStore | None]:
+    vectors = _array(directory / "vectors", (rows, d_model), np.float32)
+    return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32) if num_next else None
+
+
+def _array(path: Path, shape: tuple[int, ...], dtype: type) -> ts.TensorStore:
+    return ts.open(
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}},
+        open=True,
+        create=True,
+        dtype=dtype,
+        shape=list(shape),
+        chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK_ROWS, shape[0]), shape[1]]),
+    ).result()
+
+
+def write_plan(directory: Path, plan: Plan) -> None:
+    """documents.parquet and, last, rows.parquet: its presence says that the plan is complete."""
+    documents = pa.table(
+        {
+            "doc_id": plan.doc_ids,
+            "split": [SPLITS[i] for i in plan.split],
+            "ids": pa.array([ids.tolist() for ids in plan.ids], pa.list_(pa.int32())),
+        }
+    )
+    rows = pa.table({"document": plan.document, "position": plan.position})
+    for name, table in (("documents", documents), ("rows", rows)):
+        write_atomically(directory / f"{name}.parquet", lambda path, table=table: pq.write_table(table, path))
+
+
+def read_plan(directory: Path) -> Plan:
+    documents = pq.read_table(directory / "documents.parquet")
+    rows = pq.read_table(directory / "rows.parquet")
+    return Plan(
+        doc_ids=documents["doc_id"].to_pylist(),
+        ids=[np.asarray(ids.values, np.int32) for ids in documents["ids"]],
+        split=np.array([SPLITS.index(name) for name in documents["split"].to_pylist()], np.int8),
+        document=rows["document"].to_numpy(),
+        position=rows["position"].to_numpy(),
+    )
+
+
+class ActivationStore:
+    """The finished activations of a workdir. `plan` says what the rows are, `meta` where they come from."""
+
+    def __init__(self, directory: Path) -> None:
+        self.plan = read_plan(directory)
+        self.meta: dict[str, Any] = read_json(directory / "meta.json")
+        rows, num_next = len(self.plan.position), self.meta["num_next_tokens"]
+        self._vectors, self._next_tokens = _arrays(directory, rows, self.meta["d_model"], num_next)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Raw activations [len(rows), d] float32, in the order of `rows`."""
+        return self._vectors[rows].read().result()
+
+    def next_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Likeliest next tokens [len(rows), k] int32; k is 0 where the describer does not read them."""
+        if self._next_tokens is None:
+            return np.zeros((len(rows), 0), np.int32)
+        return self._next_tokens[rows].read().result()
+
+    def context_ids(self, row: int) -> np.ndarray:
+        """The tokens up to and including the row's position."""
+        return self.plan.ids[self.plan.document[row]][: self.plan.position[row] + 1]
+
+
+def write_meta(directory: Path, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
+    """meta.json: provenance, counts, and statistics of the stored vectors, read chunk by chunk."""
+    vectors, _ = _arrays(directory, len(plan.position), d_model, num_next)
+    norms, mean_direction = np.empty(len(plan.position)), np.zeros(d_model)
+    for start in range(0, len(norms), _CHUNK_ROWS):
+        stop = min(start + _CHUNK_ROWS, len(norms))
+        chunk = vectors[start:stop].read().result().astype(np.float64)
+        norm = np.linalg.norm(chunk, axis=1)
+        norms[start:stop] = norm
+        mean_direction += (chunk / np.maximum(norm, 1e-30)[:, None]).sum(0) / len(norms)
+    statistics = {
+        "norm_mean": float(norms.mean()),
+        "norm_p75": float(np.percentile(norms, 75)),
+        "norm_of_mean_direction": float(np.linalg.norm(mean_direction)),
+    }
+    counts = {
+        "num_documents": len(plan.doc_ids),
+        "num_activations": len(norms),
+        "d_model": d_model,
+        "num_next_tokens": num_next,
+    }
+    write_json(directory / "meta.json", {**provenance, **counts, **statistics})

@@ -1,0 +1,259 @@
+"""Documents: read from the user's files, from a hub dataset, or from the installed documentation.
+
+Whatever the source, documents come de-duplicated and ordered by the sha256 of their text, so that the first n
+are a fair sample of all and the same text has the same place and the same `doc_id` on every machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nlae_jax.config import CorpusConfig
+from nlae_jax.data.documentation import documentation_texts
+from nlae_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_HUB_SHUFFLE_BUFFER = 10_000  # rows; a fair sample of a dataset that is too large to read
+_ROWS_PER_BATCH = 1_024
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `doc_id` is the beginning of the sha256 of its normalised text: 16 hexadecimal digits."""
+
+    doc_id: str
+    text: str
+
+
+def read_documents(config: CorpusConfig) -> list[Document]:
+    """The corpus: distinct texts of at least `min_characters`, by sha256, at most `max_documents` (0: all).
+
+    With `corpus.hub` and `max_documents`, reading stops as soon as there are enough documents; a buffered shuffle with
+    a fixed seed then makes the sample fair. Raises UserError if a source cannot be read or nothing is left.
+    """
+    if config.path and config.hub:
+        raise UserError("corpus.path and corpus.hub are both set: name one source")
+    if config.max_documents < 0 or config.min_characters < 0:
+        raise UserError("corpus.max_documents and corpus.min_characters must be 0 or more")
+    dropped: Counter[str] = Counter()
+    kept = _select(_texts(config), config, dropped)
+    source, read = _source_name(config), len(kept) + sum(dropped.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    if not kept:
+        raise UserError(
+            f"{source}: no document is left of {read} read; dropped: {reasons} "
+            f"(corpus.min_characters is {config.min_characters})"
+        )
+    logger.info(
+        "corpus: %d documents kept of %d read from %s; dropped: %s", len(kept), read, _source_name(config), reasons
+    )
+    return kept
+
+
+def normalise(text: str) -> str:
+    """What two texts share if they count as one: Unicode form, case and white space are ignored."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _source_name(config: CorpusConfig) -> str:
+    if config.path:
+        return f"corpus.path {config.path!r}"
+    return f"corpus.hub {config.hub!r}" if config.hub else "the installed documentation"
+
+
+def _texts(config: CorpusConfig) -> Iterable[str]:
+    if config.path:
+        return _file_texts(config)
+    return _hub_texts(config) if config.hub else documentation_texts()
+
+
+def _select(texts: Iterable[str], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
+    """Filters, de-duplicates and orders `texts`; counts in `dropped` what is left out, by reason."""
+    limit = config.max_documents
+    seen: set[bytes] = set()
+    kept: list[tuple[bytes, str]] = []
+    for text in texts:
+        text = _without_surrogates(text).strip()
+        if not text or len(text) < config.min_characters:
+            dropped["too short"] += 1
+            continue
+        digest = hashlib.sha256(normalise(text).encode()).digest()
+        if digest in seen:
+            dropped["duplicates"] += 1
+            continue
+        seen.add(digest)
+        kept.append((digest, text))
+        if limit and config.hub and len(kept) == limit:
+            break
+        if limit and len(kept) >= 2 * limit + 1_000:  # bounded memory however large the corpus is
+            kept = _first(kept, limit, dropped)
+    return [Document(digest.hex()[:16], text) for digest, text in _first(kept, limit, dropped)]
+
+
+def _first(kept: list[tuple[bytes, str]], limit: int, dropped: Counter[str]) -> list[tuple[bytes, str]]:
+    ordered = sorted(kept, key=lambda item: item[0])
+    if limit and len(ordered) > limit:
+        dropped["beyond corpus.max_documents"] += len(ordered) - limit
+        return ordered[:limit]
+    return ordered
+
+
+def _without_surrogates(text: str) -> str:
+    r"""`text` as valid Unicode: a lone surrogate (`"\ud800"` in JSON) becomes U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+# --- files
+
+
+def _file_texts(config: CorpusConfig) -> Iterator[str]:
+    for path in _matching_files(config.path):
+        yield from _reader(path)(path, config.text_field)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    expanded = Path(pattern).expanduser()
+    if expanded.is_dir():
+        raise UserError(f"corpus.path {pattern!r} is a directory: write a glob such as {str(expanded / '*.jsonl')!r}")
+    if expanded.is_file():  # also a name that holds the glob's own characters
+        return [expanded]
+    paths = sorted(path for path in map(Path, glob.glob(str(expanded), recursive=True)) if not path.is_dir())
+    if not paths:
+        raise UserError(f"corpus.path {pattern!r} matches no file")
+    for path in paths:
+        _reader(path)  # an unknown ending is reported before anything is read
+    return paths
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+    for ending, reader in _READERS.items():
+        if path.name.lower().endswith(ending):
+            return reader
+    raise UserError(f"{path}: corpus.path reads files that end in {', '.join(_READERS)}")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return UserError(f"{path}: cannot be read: {' '.join(reason.split())}")
+
+
+def _decode(data: bytes, path: Path, start: int) -> str:
+    """UTF-8 text of `data`, which begins `start` bytes into the file; a byte-order mark is not text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {start + error.start} is not valid UTF-8; corpus files must be UTF-8") from None
+    return text.removeprefix("\ufeff") if start == 0 else text
+
+
+def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    text = _decode(data, path, 0)
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    yield text
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    opener: Callable[..., IO[bytes]] = gzip.open if path.name.lower().endswith(".gz") else open  # type: ignore[assignment]
+    empty, offset = True, 0
+    try:
+        with opener(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = _decode(raw, path, offset)
+                offset += len(raw)
+                if line.strip():
+                    empty = False
+                    yield _json_text(line, f"{path}:{number}", text_field)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+    if empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _json_text(line: str, where: str, text_field: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}, but every line must be an object")
+    return _text_of(row, where, text_field)
+
+
+def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
+    if text_field not in row:
+        present = ", ".join(map(repr, list(row)[:10])) or "none"
+        raise UserError(f"{where}: no field {text_field!r}; corpus.text_field must be one of: {present}")
+    text = row[text_field]
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        raise UserError(f"{where}: the field {text_field!r} is {kind}, but it must be a string")
+    return text
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa  # here because most runs read no parquet
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                present = ", ".join(map(repr, file.schema_arrow.names[:10]))
+                raise UserError(f"{path}: no column {text_field!r}; corpus.text_field must be one of: {present}")
+            if file.metadata.num_rows == 0:
+                raise UserError(f"{path}: the file is empty")
+            row = 0
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    yield _text_of({text_field: text}, f"{path}: row {row}", text_field)
+                    row += 1
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+# --- the hub
+
+
+def _hub_texts(config: CorpusConfig) -> Iterator[str]:
+    """Texts of the dataset `owner/name` or `owner/name:configuration`, streamed."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError('corpus.hub needs the package datasets: pip install "nlae_jax[hub]"') from None
+    name, _, configuration = config.hub.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=config.hub_split, streaming=True)
+        if config.max_documents:
+            rows = rows.shuffle(seed=0, buffer_size=_HUB_SHUFFLE_BUFFER)
+        for number, row in enumerate(rows):
+            yield _text_of(row, f"corpus.hub {config.hub!r}: row {number}", config.text_field)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds: not found, no access, no network, bad data
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"corpus.hub {config.hub!r} (split {config.hub_split!r}) cannot be read: {reason}") from None

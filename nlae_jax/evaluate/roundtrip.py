@@ -1,0 +1,113 @@
+"""The trained pair at work: activations to text, text to activations, in batches of one compiled shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlae_jax.data.pipeline import pad
+from nlae_jax.lm.sampling import explanation_tokens
+from nlae_jax.roles import protocol
+from nlae_jax.train.state import Params, Roles
+from nlae_jax.train.steps import rollout
+
+
+class Pair(NamedTuple):
+    """Parameters of an encoder and a decoder; `base` is the frozen model that adapters sit on (`{}` without LoRA)."""
+
+    base: Params
+    encoder: Params
+    decoder: Params
+
+
+class Explanations(NamedTuple):
+    """N sampled explanations. `texts` are stripped; '' where the closing tag is missing.
+
+    `responses` are the whole sampled texts. `ids` [N, T], `length` [N]: the explanation's tokens as sampled.
+    """
+
+    texts: list[str]
+    responses: list[str]
+    ids: np.ndarray
+    length: np.ndarray
+
+
+class RoundTrip:
+    """Compiled once per shape; parameters are arguments, so pairs of one architecture share the compilations."""
+
+    def __init__(self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int) -> None:
+        self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        blank = jnp.asarray(protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size))
+
+        def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float) -> tuple[jax.Array, ...]:
+            samples = rollout(
+                roles,
+                pair.encoder,
+                {"base": pair.base},
+                h,
+                key,
+                samples_per_activation=1,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            )
+            ids, length = explanation_tokens(samples, self.protocol.closing, blank)
+            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
+
+        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array) -> jax.Array:
+            return roles.decoder.apply(roles.decoder_variables(pair.base, pair.decoder), ids, length)
+
+        def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            variables = roles.decoder_variables(pair.base, pair.decoder)
+            return roles.decoder.apply(variables, ids, mask, method="from_prompts")
+
+        self._explain = jax.jit(explain, static_argnums=3)
+        self._reconstruct = jax.jit(reconstruct)
+        self._reconstruct_prompts = jax.jit(reconstruct_prompts)
+
+    def explain(self, pair: Pair, vectors: np.ndarray, seed: int = 0, temperature: float = 0.0) -> Explanations:
+        """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone."""
+        key = jax.random.PRNGKey(seed)
+        parts = []
+        for number, (h,) in enumerate(_batches(self._batch_size, np.asarray(vectors, np.float32))):
+            out = self._explain(pair, h, jax.random.fold_in(key, number), temperature)
+            parts.append([np.asarray(x) for x in out])
+        tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
+        opening = protocol.OPENING
+        responses = [
+            opening + self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            for row, n in zip(tokens, lengths, strict=True)
+        ]
+        return Explanations([protocol.extract_explanation(r) or "" for r in responses], responses, ids, length)
+
+    def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
+        batches = _batches(self._batch_size, ids, length)
+        return self._collect(len(ids), (self._reconstruct(pair, *batch) for batch in batches))
+
+    def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
+        """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt."""
+        prompts = [protocol.decoder_ids(self.tokenizer, self.protocol, text) for text in texts]
+        width = -(-max(map(len, prompts)) // 32) * 32
+        ids, length = pad(prompts, width)
+        mask = np.arange(width) < length[:, None]
+        batches = _batches(self._batch_size, ids, mask)
+        return self._collect(len(ids), (self._reconstruct_prompts(pair, *batch) for batch in batches))
+
+    def _collect(self, count: int, parts: Any) -> np.ndarray:
+        return np.concatenate([np.asarray(part) for part in parts])[:count]
+
+
+def _batches(size: int, *arrays: np.ndarray) -> Any:
+    """Consecutive batches of exactly `size` rows; the last is filled up with copies of its first row."""
+    for start in range(0, len(arrays[0]), size):
+        rows = [array[start : start + size] for array in arrays]
+        missing = size - len(rows[0])
+        yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]
+
+
+Advance = Callable[[int], None]

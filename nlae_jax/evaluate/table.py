@@ -1,0 +1,160 @@
+"""Held-out samples as tables, for the terminal and for the report; text made safe to show in either."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+CONTEXT_CHARACTERS = 100
+EXPLANATION_CHARACTERS = 280
+HTML_CONTEXT_CHARACTERS = 260
+HTML_ROWS = 200
+HTML_OPEN_ROWS = 12  # the rest is in a drawer
+# Characters that reorder their neighbours: a line could be made to read as something it is not.
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_WHITESPACE_TOKENS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+
+
+def printable(text: Any) -> str:
+    """The text with everything that is no character to a reader as U+FFFD; newlines and tabs stay.
+
+    Control characters would drive the terminal, reordering marks would disguise the text, and unpaired
+    surrogates cannot be written as UTF-8.
+    """
+    return "".join(
+        "\ufffd" if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in _REORDERING else c
+        for c in str(text).replace("\r\n", "\n")
+    )
+
+
+def split_at_token(context: str, token: str, width: int) -> tuple[str, str]:
+    """The last `width` characters before the token, and the token in a form that can be seen.
+
+    The context ends with the token, unless the token is a part of a character; then it stands after the context.
+    Whitespace tokens are shown as signs, and an empty one as ∅.
+    """
+    context, token = printable(context), printable(token)
+    ending = next((end for end in (token, token.strip()) if end and context.endswith(end)), "")
+    before = context.removesuffix(ending)
+    if len(before) > width:
+        cut = before[-width:]
+        before = "…" + (cut.split(" ", 1)[1] if " " in cut[:16] else cut)  # begin with a whole word where one is near
+    if not token.strip():
+        token = "".join(_WHITESPACE_TOKENS.get(c, c) for c in token) or "∅"
+    return before, token
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with a true minus sign, or a dash for what is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return "–"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "−")
+
+
+def significant(value: float) -> str:
+    """Three digits of a measured value."""
+    text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return tidy(text)
+
+
+def tidy(text: str) -> str:
+    """A written number with true minus signs and no leading zeros in its exponent."""
+    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def _context_cell(row: Mapping[str, Any]) -> Text:
+    before, token = split_at_token(row.get("context", ""), row.get("token", ""), CONTEXT_CHARACTERS)
+    before = " ".join(before.split()) + (" " if before[-1:].isspace() else "")
+    space = " " if token[:1].isspace() else ""
+    # The marks are characters, not colour alone, so that a log shows them too.
+    return Text.assemble(before, space, ("«" + token.strip() + "»", "bold yellow"))
+
+
+def _explanation_cell(row: Mapping[str, Any]) -> Text:
+    words = " ".join(printable(row.get("explanation") or "").split())
+    text = Text(_clipped(words, EXPLANATION_CHARACTERS) or "(empty)")
+    if not row.get("closed", True):
+        text.append(" (not closed)", "red")
+    return text
+
+
+def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
+    """The first `limit` held-out samples for a terminal: end of the context, the read token in «», explanation, scores.
+
+    Rows are those of `samples/held_out.jsonl`. They are taken in order, not picked: choosing by score would flatter.
+    Fits 80 columns, and reads the same without colour.
+    """
+    shown = rows[: max(0, limit)]
+    title = f"Held-out samples: the first {len(shown)} of {len(rows)}, in order"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.show_lines = True
+    table.add_column("text up to «token»", ratio=4, overflow="fold")
+    table.add_column("explanation", ratio=6, overflow="fold")
+    table.add_column("cos", justify="right", no_wrap=True, min_width=6)
+    table.add_column("mse", justify="right", no_wrap=True, min_width=5)
+    table.expand = True
+    for row in shown:
+        table.add_row(_context_cell(row), _explanation_cell(row), number(row.get("cos")), number(row.get("mse")))
+    return table
+
+
+def html_text(value: Any) -> str:
+    """The one way for text onto the page: unprintable characters replaced, then HTML escaped."""
+    return escape(printable(value), quote=True)
+
+
+def _html_row(row: Mapping[str, Any]) -> str:
+    before, token = split_at_token(str(row.get("context") or ""), str(row.get("token") or ""), HTML_CONTEXT_CHARACTERS)
+    explanation = str(row.get("explanation") or "").strip()
+    words = f"<q>{html_text(explanation)}</q>" if explanation else '<q class="absent">empty</q>'
+    flag = "" if row.get("closed", True) else ' <span class="flag">not closed</span>'
+    gold = str(row.get("gold") or "").strip()
+    drawer = f"<details><summary>gold text</summary><q>{html_text(gold)}</q></details>" if gold else ""
+    where = f"{html_text(row.get('doc_id', ''))}, position {html_text(row.get('position', '–'))}"
+    return (
+        f'<tr><td class="context">{html_text(before)}<mark>{html_text(token)}</mark><small>{where}</small></td>'
+        f"<td>{words}{flag}{drawer}</td>"
+        f'<td class="score" data-name="cos">{number(row.get("cos"))}</td>'
+        f'<td class="score" data-name="mse">{number(row.get("mse"))}</td></tr>'
+    )
+
+
+def html_samples(rows: Sequence[Mapping[str, Any]], name: object) -> str:
+    """The same samples for the report: longer contexts, gold text in a drawer. `name` is the file they should be in."""
+    if not rows:
+        return f'<p class="absent">Not there yet: {html_text(name)}.</p>'
+    shown = rows[:HTML_ROWS]
+    unclosed = sum(not row.get("closed", True) for row in shown)
+    note = f"The first {len(shown):,} of {len(rows):,}, in the order of the file: none is picked."
+    note += f" {unclosed:,} of them were not closed." if unclosed else ""
+    first, rest = _html_table(shown[:HTML_OPEN_ROWS]), shown[HTML_OPEN_ROWS:]
+    more = f"<details><summary>{len(rest):,} more</summary>{_html_table(rest)}</details>" if rest else ""
+    return f'<p class="note">{note}</p>{first}{more}'
+
+
+def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "<th>text up to the read token</th><th>explanation</th><th>cos</th><th>mse</th>"
+    body = "".join(_html_row(row) for row in rows)
+    return f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def html_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Names and values; bold where `defaults` has another value."""
+    lines = []
+    for key, value in values.items():
+        shown = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+        changed = ' class="changed"' if key in defaults and defaults[key] != value else ""
+        lines.append(f"<tr{changed}><th>{html_text(key)}</th><td>{html_text(shown)}</td></tr>")
+    return f'<table class="values">{"".join(lines)}</table>'

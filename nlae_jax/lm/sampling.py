@@ -1,0 +1,115 @@
+"""The decode loop: samples token after token until every row has stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Samples(NamedTuple):
+    """Sampled responses; `*batch` is any shape.
+
+    `tokens` [*batch, R] int32, zero after a row's end. `log_probs` [*batch, R] float32, of the sampled tokens under
+    the distribution they were drawn from, zero after the end. `lengths` [*batch] counts tokens, the closing tag or
+    end of sequence included. `closed` [*batch] bool: the row ended with the closing tag.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    lengths: jax.Array
+    closed: jax.Array
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    logits: jax.Array
+    caches: Any
+    samples: Samples
+    done: jax.Array
+
+
+# (token [*batch], step, caches) -> (logits [*batch, V], caches): feeds response token number `step`.
+DecodeStep = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def sample(
+    decode: DecodeStep,
+    first_logits: jax.Array,
+    caches: Any,
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    closing: tuple[int, ...],
+    eos_id: int,
+    temperature: float = 1.0,
+) -> Samples:
+    """Draws up to `max_new_tokens` per row; a row stops at the `closing` token sequence (if any) or at `eos_id`.
+
+    Temperature 0 takes the likeliest token. No top-k or top-p: the trainer's log-probs must be the sampler's.
+    The key is folded with the step, so nothing depends on how rows are laid out over devices.
+    """
+    batch = first_logits.shape[:-1]
+    closing_ids = jnp.asarray(closing, jnp.int32)
+
+    def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if temperature == 0:
+            token = jnp.argmax(logits, -1)
+        else:
+            logits = logits / temperature
+            token = jax.random.categorical(jax.random.fold_in(key, step), logits)
+        chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
+        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)
+
+    def body(loop: _Loop) -> _Loop:
+        token, log_prob = draw(loop.logits, loop.step)
+        token, log_prob = jnp.where(loop.done, 0, token), jnp.where(loop.done, 0.0, log_prob)
+        tokens = loop.samples.tokens.at[..., loop.step].set(token)
+        closed = jnp.zeros(batch, bool)
+        if closing:
+            start = loop.step - len(closing) + 1
+            window = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(start, 0), len(closing), -1)
+            closed = (window == closing_ids).all(-1) & (start >= 0) & ~loop.done
+        samples = Samples(
+            tokens=tokens,
+            log_probs=loop.samples.log_probs.at[..., loop.step].set(log_prob),
+            lengths=loop.samples.lengths + ~loop.done,
+            closed=loop.samples.closed | closed,
+        )
+        done = loop.done | closed | (token == eos_id)
+        logits, caches = decode(token, loop.step, loop.caches)
+        return _Loop(loop.step + 1, logits, caches, samples, done)
+
+    start = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        logits=first_logits,
+        caches=caches,
+        samples=Samples(
+            tokens=jnp.zeros((*batch, max_new_tokens), jnp.int32),
+            log_probs=jnp.zeros((*batch, max_new_tokens), jnp.float32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            closed=jnp.zeros(batch, bool),
+        ),
+        done=jnp.zeros(batch, bool),
+    )
+    return jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(), body, start).samples
+
+
+def explanation_tokens(samples: Samples, closing: tuple[int, ...], blank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The explanations inside sampled responses, without the closing tag and stripped of blank tokens at both ends.
+
+    `blank` [V] bool marks tokens of white space only. Returns ids [*batch, R - len(closing)] and lengths [*batch];
+    the length is 0 where the closing tag is missing or nothing stands before it.
+    """
+    width = samples.tokens.shape[-1] - len(closing)
+    column = jnp.arange(width)
+    ids = samples.tokens[..., :width]
+    content = (column < (samples.lengths - len(closing))[..., None]) & samples.closed[..., None] & ~blank[ids]
+    any_content = content.any(-1)
+    first = jnp.where(any_content, jnp.argmax(content, -1), 0)
+    end = jnp.where(any_content, width - jnp.argmax(content[..., ::-1], -1), 0)
+    length = end - first
+    shifted = jnp.take_along_axis(ids, jnp.minimum(column + first[..., None], width - 1), -1)
+    return jnp.where(column < length[..., None], shifted, 0), length

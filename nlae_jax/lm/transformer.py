@@ -1,0 +1,248 @@
+"""The decoder-only transformer, as a Linen module over explicit parameters.
+
+`Transformer` declares its weights from `arch.model_weights` and runs any range of its blocks on any tuple of
+segments (see `attention.py`). A role that needs fewer blocks than the base has runs the first ones of it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import Arch, Weight, model_weights
+from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
+from nlae_jax.lm.lora import linear
+
+REMAT = {
+    "none": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+}
+
+
+class Segment(NamedTuple):
+    """Tokens that share batch axes: `x` [*batch, T, d], `positions` [*batch, T] int32, `valid` [*batch, T] bool."""
+
+    x: jax.Array
+    positions: jax.Array
+    valid: jax.Array
+
+
+class LayerCache(NamedTuple):
+    """Room for one block's keys and values of a growing segment: [*batch, kv_heads, capacity, head_dim]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """A random matrix of standard deviation `fan_in ** -0.5`, or ones."""
+    if weight.fan_in == 0:
+        return jnp.ones(weight.shape, dtype)
+    return (jax.random.normal(key, weight.shape, jnp.float32) * weight.fan_in**-0.5).astype(dtype)
+
+
+def is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
+
+
+class Block:
+    """One block as a pure function; holds what does not differ between blocks.
+
+    `weights` and `adapters` are one block's slices. `contexts` are the keys and values of segments processed earlier
+    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`.
+    """
+
+    def __init__(self, arch: Arch, lora_scale: float, segments: Sequence[Segment]) -> None:
+        self.arch, self.lora_scale = arch, lora_scale
+        self.positions = [s.positions for s in segments]
+        self.valid = [s.valid for s in segments]
+        self.ropes = [rope_table(arch, s.positions) for s in segments]
+
+    def __call__(
+        self,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        xs: tuple[jax.Array, ...],
+        contexts: Sequence[KeyValues] = (),
+        own: KeyValues | None = None,
+        offset: jax.Array | int = 0,
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+        seen, outs, caches = list(contexts), [], []
+        for i, x in enumerate(xs):
+            with jax.named_scope("attention"):
+                normed = rms_norm(x, weights["attn_norm"], self.arch.norm_eps)
+                q, k, v = self._project(weights, adapters, normed, self.ropes[i])
+                if own is None:
+                    keys = KeyValues(k, v, self.positions[i], self.valid[i])
+                else:
+                    keys = own._replace(
+                        k=jax.lax.dynamic_update_slice_in_dim(own.k, k, offset, axis=-2),
+                        v=jax.lax.dynamic_update_slice_in_dim(own.v, v, offset, axis=-2),
+                    )
+                seen.append(keys)
+                caches.append(LayerCache(keys.k, keys.v))
+                mixed = attend(q, self.positions[i], seen).reshape(*x.shape[:-1], -1)
+                x = x + linear(mixed, weights["o"], adapters.get("o"), self.lora_scale)
+            with jax.named_scope("mlp"):
+                normed = rms_norm(x, weights["mlp_norm"], self.arch.norm_eps)
+                gate = linear(normed, weights["gate"], adapters.get("gate"), self.lora_scale)
+                up = linear(normed, weights["up"], adapters.get("up"), self.lora_scale)
+                x = x + linear(nn.silu(gate) * up, weights["down"], adapters.get("down"), self.lora_scale)
+            outs.append(x)
+        return tuple(outs), tuple(caches)
+
+    def _project(
+        self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [*batch, kv_heads, T, head_dim]."""
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = linear(x, weights[name], adapters.get(name), self.lora_scale)
+            return y.reshape(*x.shape[:-1], count, self.arch.head_dim)
+
+        q = apply_rope(heads("q", self.arch.num_heads), rope)
+        k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
+        return q, k.swapaxes(-2, -3), heads("v", self.arch.num_kv_heads).swapaxes(-2, -3)
+
+
+class Transformer(nn.Module):
+    """A decoder-only LM. Variables: `params` (`arch.model_weights`) and, optionally, `lora` (`lora.adapter_weights`).
+
+    `lora_scale` is alpha / rank. `remat` names what the backward pass keeps of a block (`REMAT`).
+    """
+
+    arch: Arch
+    lora_scale: float = 1.0
+    remat: str = "dots"
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        def declare(name: str, weights: Any) -> Any:
+            def init(key: jax.Array) -> Any:
+                leaves, tree = jax.tree.flatten(weights, is_leaf=is_weight)
+                keys = jax.random.split(key, len(leaves))
+                drawn = [init_weight(k, w, self.param_dtype) for k, w in zip(keys, leaves, strict=True)]
+                return jax.tree.unflatten(tree, drawn)
+
+            return self.param(name, init)
+
+        weights = model_weights(self.arch)
+        self.embedding = declare("embed", weights["embed"])
+        self.blocks = declare("blocks", weights["blocks"])
+        self.final_norm = declare("final_norm", weights["final_norm"])
+        self.head = self.embedding if self.arch.tied_head else declare("head", weights["head"])
+
+    def _adapters(self) -> dict[str, Any]:
+        return self.get_variable("lora", "blocks") if self.has_variable("lora", "blocks") else {}
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """[...] int -> [..., d]."""
+        return self.embedding[ids]
+
+    def run(
+        self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...] | None]:
+        """Blocks `start` to `stop` (exclusive) on all segments at once, scanned over layers.
+
+        Returns the residual streams after the last of them, [*batch, T, d] each, and, with `keep_caches`, each
+        segment's keys and values stacked over layers.
+        """
+        stop = self.arch.num_layers if stop is None else stop
+        block = Block(self.arch, self.lora_scale, segments)
+
+        def body(xs: tuple[jax.Array, ...], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
+            weights, adapters = layer
+            xs, caches = block(weights if not partial else _layer(self.blocks, weights), adapters, xs)
+            return xs, caches if keep_caches else None
+
+        # A part of the stack is read in place, block by block: slicing it first would copy it.
+        partial = (start, stop) != (0, self.arch.num_layers)
+        weights = jnp.arange(start, stop) if partial else self.blocks
+        adapters = self._adapters()
+        if adapters and partial:
+            adapters = jax.tree.map(lambda a: a[start:stop], adapters)
+        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters))
+
+    def decode(
+        self, segment: Segment, contexts: Sequence[Sequence[KeyValues]], own: Sequence[KeyValues], offset: jax.Array
+    ) -> tuple[jax.Array, list[KeyValues]]:
+        """One token for every row, layers unrolled; each layer's `own` cache is written at `offset`.
+
+        `contexts[l]` and `own[l]` belong to block l. Returns the last residual stream and the grown caches.
+        """
+        block, adapters = Block(self.arch, self.lora_scale, [segment]), self._adapters()
+        xs, grown = (segment.x,), []
+        for index in range(self.arch.num_layers):
+            layer = _layer(self.blocks, index), _layer(adapters, index)
+            xs, (cache,) = block(*layer, xs, contexts[index], own[index], offset)
+            grown.append(own[index]._replace(k=cache.k, v=cache.v))
+        return xs[0], grown
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: [..., d] -> [..., V] float32."""
+        normed = rms_norm(x, self.final_norm, self.arch.norm_eps)
+        return jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
+
+    def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
+        """log p(target) and the entropy of the next-token distribution, each [...] float32, from x [..., d].
+
+        In chunks whose logits are recomputed for the backward pass: no [tokens, vocabulary] array outlives one.
+        The entropy carries no gradient.
+        """
+        flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        count = flat.shape[0]
+        chunk = min(chunk, count)
+        padding = -count % chunk
+        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
+        flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(-1, chunk)
+
+        @jax.checkpoint
+        def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            log_probs = jax.nn.log_softmax(self.logits(inputs[0]))
+            chosen = jnp.take_along_axis(log_probs, inputs[1][:, None], -1)[:, 0]
+            frozen = jax.lax.stop_gradient(log_probs)
+            return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
+
+        _, (log_probs, entropy) = jax.lax.scan(one, None, (flat, flat_targets))
+        return (
+            log_probs.reshape(-1)[:count].reshape(targets.shape),
+            entropy.reshape(-1)[:count].reshape(targets.shape),
+        )
+
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """ids, mask: [B, T] -> logits [B, T, V] float32, padding on either side."""
+        xs, _ = self.run((self.padded(ids, mask),))
+        return self.logits(xs[0])
+
+    def padded(self, ids: jax.Array, mask: jax.Array) -> Segment:
+        """A batch padded on either side as one segment; positions count the real tokens from 0."""
+        return Segment(self.embed(ids), jnp.maximum(jnp.cumsum(mask, -1) - 1, 0).astype(jnp.int32), mask.astype(bool))
+
+
+def _layer(stacked: Any, index: Any) -> Any:
+    """One layer's slice of every array in a stacked tree."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda w: w[index], stacked)
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)
+
+
+def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """A randomly initialised model."""
+    leaves, tree = jax.tree.flatten(model_weights(arch), is_leaf=is_weight)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [init_weight(k, w, dtype) for k, w in zip(keys, leaves, strict=True)])
+
+
+Apply = Callable[..., Any]

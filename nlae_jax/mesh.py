@@ -1,0 +1,84 @@
+"""The device mesh: the one place that knows device axes.
+
+Everything else names logical axes (`arch.Weight.axes`, "batch"); `RULES` maps those to mesh axes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nlae_jax.config import MeshConfig
+from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import Weight
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # activations are split over both; parameters are replicated over "data"
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "norm": None,
+    "rank": None,
+}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of exactly the available devices. Raises UserError where the sizes do not multiply to their number."""
+    available = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    wanted = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: {wanted}: sizes are positive, and at most one is -1 (what is left)")
+    if -1 in sizes:
+        known = -math.prod(sizes)
+        if available % known:
+            raise UserError(f"mesh: {wanted} does not fit {available} devices: {known} does not divide {available}")
+        sizes[sizes.index(-1)] = available // known
+    needed = math.prod(sizes)
+    if needed > available:
+        raise UserError(f"mesh: {wanted} needs {needed} devices, this machine has {available}")
+    devices = np.array(jax.devices()[:needed]).reshape(sizes)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def weight_sharding(mesh: Mesh, weight: Weight) -> NamedSharding:
+    """Splits each axis as `RULES` say; one whose length the devices do not divide stays whole."""
+    spec = []
+    for length, axis in zip(weight.shape, weight.axes, strict=True):
+        rule = RULES[axis]
+        parts = mesh.shape[rule] if isinstance(rule, str) else 1
+        spec.append(rule if parts > 1 and length % parts == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def tree_shardings(mesh: Mesh, weights: Any) -> Any:
+    """`weight_sharding` of every `Weight` in a tree."""
+    return jax.tree.map(lambda w: weight_sharding(mesh, w), weights, is_leaf=lambda node: isinstance(node, Weight))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the devices that split a batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split: what its size must be divisible by."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts host arrays onto the mesh; each device gets its part only."""
+    return jax.tree.map(jax.device_put, tree, shardings)

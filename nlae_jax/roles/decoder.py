@@ -1,0 +1,68 @@
+"""The decoder: the subject's first K + 1 blocks and a linear head, rebuilding an activation from text alone."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.transformer import Segment, Transformer
+from nlae_jax.roles.protocol import Protocol
+
+
+class Decoder(nn.Module):
+    """Blocks 0 … K, no final norm, no LM head, then `value_head` [d, d] (y = x @ value_head), identity at first.
+
+    `arch` is that of the weights at hand: deeper than K + 1 where the base is shared.
+    Variables: `params/lm`, `params/value_head` and, with LoRA, `lora/lm`.
+    """
+
+    arch: Arch
+    layer: int
+    protocol: Protocol
+    lora_scale: float = 1.0
+    remat: str = "dots"
+
+    def setup(self) -> None:
+        self.lm = Transformer(self.arch, self.lora_scale, self.remat)
+        self.value_head = self.param("value_head", lambda _: jnp.eye(self.arch.d_model, dtype=jnp.float32))
+
+    def __call__(self, ids_NxT: jax.Array, length_N: jax.Array) -> jax.Array:
+        """Explanations as token ids, right-padded, with their lengths -> reconstructions [N, d] float32.
+
+        The prompt's constant prefix is computed once; the suffix is placed after each explanation's last token.
+        """
+        prefix = jnp.asarray(self.protocol.decoder_prefix, jnp.int32)
+        suffix = jnp.asarray(self.protocol.decoder_suffix, jnp.int32)
+        ids, valid, last = place_suffix(ids_NxT, length_N, suffix)
+        start = len(prefix)
+        positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        prefix_segment = Segment(self.lm.embed(prefix), jnp.arange(start, dtype=jnp.int32), jnp.ones((start,), bool))
+        segments = (prefix_segment, Segment(self.lm.embed(ids), positions, valid))
+        (_, hidden), _ = self.lm.run(segments, stop=self.layer + 1)
+        return self.read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def from_prompts(self, ids_NxT: jax.Array, mask_NxT: jax.Array) -> jax.Array:
+        """Whole prompts as token ids, padded on either side -> reconstructions [N, d] float32."""
+        (hidden,), _ = self.lm.run((self.lm.padded(ids_NxT, mask_NxT),), stop=self.layer + 1)
+        last = ids_NxT.shape[1] - 1 - jnp.argmax(mask_NxT[:, ::-1], axis=1)
+        return self.read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """The head alone: [..., d] -> [..., d] float32."""
+        return x.astype(jnp.float32) @ self.value_head
+
+
+def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Appends `suffix` right after each row's `length` tokens.
+
+    Returns ids [N, T + S], which of them are real [N, T + S] bool, and the index of each row's last one [N].
+    """
+    width = ids_NxT.shape[1] + len(suffix)
+    column = jnp.arange(width)[None]
+    ids = jnp.pad(ids_NxT, ((0, 0), (0, len(suffix))))
+    within = column - length_N[:, None]
+    in_suffix = (within >= 0) & (within < len(suffix))
+    ids = jnp.where(in_suffix, suffix[jnp.clip(within, 0, len(suffix) - 1)], ids)
+    return ids, column < (length_N + len(suffix))[:, None], length_N + len(suffix) - 1

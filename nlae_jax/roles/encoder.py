@@ -1,0 +1,109 @@
+"""The encoder: a copy of the subject that sees an activation as one input embedding and writes what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.attention import KeyValues, empty_caches
+from nlae_jax.lm.transformer import LayerCache, Segment, Transformer
+from nlae_jax.roles.protocol import Protocol
+
+
+def inject(h: jax.Array, scale: float) -> jax.Array:
+    """`h · scale / ‖h‖`, norm in float32; zero stays zero. [..., d] -> [..., d] float32."""
+    h = h.astype(jnp.float32)
+    norm = jnp.linalg.norm(h, axis=-1, keepdims=True)
+    return jnp.where(norm > 0, h * (scale / jnp.maximum(norm, 1e-30)), 0.0)
+
+
+class Encoder(nn.Module):
+    """Variables: `params/lm` (the base or its fine-tuned copy) and, with LoRA, `lora/lm`."""
+
+    arch: Arch
+    protocol: Protocol
+    lora_scale: float = 1.0
+    remat: str = "dots"
+
+    def setup(self) -> None:
+        self.lm = Transformer(self.arch, self.lora_scale, self.remat)
+
+    def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
+        """The constant prefix [P] and, per activation, the slot with the prompt's tail [B, 1 + S]."""
+        prefix = jnp.asarray(self.protocol.encoder_prefix, jnp.int32)
+        tail = jnp.asarray(self.protocol.encoder_tail, jnp.int32)
+        x_P = self.lm.embed(prefix)
+        slot = inject(h_BxD, self.protocol.injection_scale).astype(x_P.dtype)[:, None]
+        tail_x = jnp.broadcast_to(self.lm.embed(tail), (h_BxD.shape[0], len(tail), x_P.shape[-1]))
+        x_BxA = jnp.concatenate([slot, tail_x], axis=1)
+        return _segment(x_P, 0), _segment(x_BxA, len(prefix))
+
+    def log_probs(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Teacher-forced log-probs and entropies of responses, each [B, G, R] float32.
+
+        The prompt is computed once per step and once per activation, whatever G is. Responses are padded on the
+        right; what follows a response's end has no influence on what precedes it.
+        """
+        hidden_BxA, hidden_BxGxR = self._hidden(h_BxD, response_BxGxR)
+        batch, group, _ = response_BxGxR.shape
+        last = jnp.broadcast_to(hidden_BxA[:, None, -1:], (batch, group, 1, hidden_BxA.shape[-1]))
+        predicting = jnp.concatenate([last, hidden_BxGxR[:, :, :-1]], axis=2)
+        return self.lm.token_log_probs(predicting, response_BxGxR)
+
+    def sft_log_probs(self, h_BxD: jax.Array, response_BxR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probs of one response per activation [B, R] and of the opening tag before it [B, O], float32."""
+        hidden_BxA, hidden = self._hidden(h_BxD, response_BxR[:, None])
+        opening_length = self.protocol.opening_length
+        opening = jnp.asarray(self.protocol.encoder_tail[-opening_length:], jnp.int32)
+        batch = response_BxR.shape[0]
+        # Tail positions -O-1 … -2 predict the opening tag, -1 the response's first token.
+        predicting = jnp.concatenate([hidden_BxA[:, -opening_length - 1 :], hidden[:, 0, :-1]], axis=1)
+        targets = jnp.concatenate([jnp.broadcast_to(opening, (batch, opening_length)), response_BxR], axis=1)
+        log_probs, _ = self.lm.token_log_probs(predicting, targets)
+        return log_probs[:, opening_length:], log_probs[:, :opening_length]
+
+    def _hidden(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prefix, act = self.prompt_segments(h_BxD)
+        response = _segment(self.lm.embed(response_BxGxR), self.prompt_length)
+        (_, hidden_BxA, hidden_BxGxR), _ = self.lm.run((prefix, act, response))
+        return hidden_BxA, hidden_BxGxR
+
+    def prefill(self, h_BxD: jax.Array) -> tuple[jax.Array, list[tuple[KeyValues, KeyValues]]]:
+        """Logits [B, V] of the first sampled token, and per block the keys and values of prefix and tail."""
+        segments = self.prompt_segments(h_BxD)
+        (_, hidden_BxA), caches = self.lm.run(segments, keep_caches=True)
+        contexts = [
+            tuple(_key_values(cache, segment, layer) for cache, segment in zip(caches, segments, strict=True))
+            for layer in range(self.arch.num_layers)
+        ]
+        return self.lm.logits(hidden_BxA[:, -1]), contexts
+
+    def decode(
+        self, token_BxG: jax.Array, step: jax.Array, contexts: list[tuple[KeyValues, ...]], own: list[KeyValues]
+    ) -> tuple[jax.Array, list[KeyValues]]:
+        """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches."""
+        positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + step
+        segment = Segment(self.lm.embed(token_BxG[..., None]), positions, jnp.ones_like(positions, bool))
+        hidden, own = self.lm.decode(segment, contexts, own, step)
+        return self.lm.logits(hidden[:, :, 0]), own
+
+    def empty_caches(self, batch: tuple[int, ...], capacity: int, dtype: Any) -> list[KeyValues]:
+        """Room for `capacity` response tokens in every block."""
+        return empty_caches(self.arch, jnp.full(batch, self.prompt_length, jnp.int32), capacity, dtype)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.protocol.encoder_prefix) + 1 + len(self.protocol.encoder_tail)
+
+
+def _segment(x: jax.Array, start: int) -> Segment:
+    positions = jnp.broadcast_to(start + jnp.arange(x.shape[-2], dtype=jnp.int32), x.shape[:-1])
+    return Segment(x, positions, jnp.ones(x.shape[:-1], bool))
+
+
+def _key_values(cache: LayerCache, segment: Segment, layer: int) -> KeyValues:
+    return KeyValues(cache.k[layer], cache.v[layer], segment.positions, segment.valid)

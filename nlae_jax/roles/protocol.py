@@ -1,0 +1,136 @@
+"""What encoder and decoder agree on: prompts as token ids, the slot, the tags, the injection scale.
+
+The encoder's prompt is constant up to the slot, so it is held as `prefix` (before the slot) and `tail` (after it,
+ending in the opening tag, which is given rather than sampled). The decoder's prompt is `prefix`, explanation, `suffix`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.config import ProtocolConfig
+from nlae_jax.errors import UserError
+
+OPENING, CLOSING = "<explanation>\n", "</explanation>"
+
+# Searched for a marker: enclosed CJK first, as in the reference, then symbols; rarest (highest id) wins.
+_MARKER_RANGES = ((0x3200, 0x3400), (0x2000, 0x3200))
+
+_EXPLANATION = re.compile(r"<explanation>\s*(.*?)\s*</explanation>", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Token ids are tuples of int. `marker` is the character whose one token, `marker_id`, stands in the slot."""
+
+    marker: str
+    marker_id: int
+    encoder_template: str
+    decoder_template: str
+    encoder_prefix: tuple[int, ...]
+    encoder_tail: tuple[int, ...]
+    opening_length: int  # trailing tokens of `encoder_tail` that are the opening tag
+    decoder_prefix: tuple[int, ...]
+    decoder_suffix: tuple[int, ...]
+    closing: tuple[int, ...]
+    eos_id: int
+    injection_scale: float
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Protocol:
+        fields = json.loads(text)
+        return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def find_marker(tokenizer: Any) -> tuple[str, int]:
+    """A character that is exactly one token, and the rarest such: byte-level merges rank rare tokens high."""
+    for low, high in _MARKER_RANGES:
+        candidates = {}
+        for code in range(low, high):
+            ids = tokenizer.encode(chr(code), add_special_tokens=False)
+            if len(ids) == 1 and chr(code).isprintable() and tokenizer.decode(ids) == chr(code):
+                candidates[ids[0]] = chr(code)
+        if candidates:
+            marker_id = max(candidates)
+            return candidates[marker_id], marker_id
+    raise UserError("tokenizer: no character of U+2000 to U+33FF is a single token, so none can mark the slot")
+
+
+def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:
+    """Tokenises the prompts and checks them. Raises UserError naming the template that does not work."""
+    for field, template, placeholder in (
+        ("protocol.encoder_prompt", config.encoder_prompt, "{injection_char}"),
+        ("protocol.decoder_prompt", config.decoder_prompt, "{explanation}"),
+    ):
+        if template.count(placeholder) != 1:
+            raise UserError(f"{field}: must contain {placeholder} exactly once")
+    marker, marker_id = find_marker(tokenizer)
+    message = [{"role": "user", "content": config.encoder_prompt.replace("{injection_char}", marker)}]
+    if tokenizer.chat_template is None:
+        raise UserError("subject.model: its tokenizer has no chat template; the encoder needs an instruct model")
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if ids.count(marker_id) != 1:
+        raise UserError(f"protocol.encoder_prompt: the marker {marker!r} does not stay one token inside it")
+    slot = ids.index(marker_id)
+    opening = tokenizer.encode(OPENING, add_special_tokens=False)
+    before, after = config.decoder_prompt.split("{explanation}")
+    return Protocol(
+        marker=marker,
+        marker_id=marker_id,
+        encoder_template=config.encoder_prompt,
+        decoder_template=config.decoder_prompt,
+        encoder_prefix=tuple(ids[:slot]),
+        encoder_tail=(*ids[slot + 1 :], *opening),
+        opening_length=len(opening),
+        decoder_prefix=tuple(tokenizer.encode(before)),
+        decoder_suffix=tuple(tokenizer.encode(after, add_special_tokens=False)),
+        closing=tuple(tokenizer.encode(CLOSING, add_special_tokens=False)),
+        eos_id=_eos_id(tokenizer),
+        injection_scale=injection_scale,
+    )
+
+
+def _eos_id(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("subject.model: its tokenizer names no end-of-sequence token")
+    return int(tokenizer.eos_token_id)
+
+
+def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
+    """What the encoder should write after the opening tag: explanation, closing tag, end of sequence."""
+    body = tokenizer.encode(f"{explanation.strip()}\n", add_special_tokens=False)
+    return [*body, *protocol.closing, protocol.eos_id]
+
+
+def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
+    """The decoder's whole prompt, tokenised as one string: what a reader of the text alone would feed it."""
+    return tokenizer.encode(protocol.decoder_template.replace("{explanation}", explanation.strip()))
+
+
+def extract_explanation(response: str) -> str | None:
+    """The text between the tags, stripped; None where a tag is missing or nothing is between them."""
+    found = _EXPLANATION.search(response)
+    return found.group(1) if found and found.group(1) else None
+
+
+def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """[V] bool: tokens that are nothing but white space, which stripping removes from an explanation's ends."""
+    blank = np.zeros(vocab_size, bool)
+    for token_id in range(min(len(tokenizer), vocab_size)):
+        text = tokenizer.decode([token_id])
+        blank[token_id] = bool(text) and not text.strip()
+    return blank
+
+
+def write_protocol(path: Path, protocol: Protocol) -> None:
+    path.write_text(protocol.to_json(), encoding="utf-8")

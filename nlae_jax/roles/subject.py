@@ -1,0 +1,73 @@
+"""The subject: the language model being explained. Frozen; its residual stream is read."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.attention import KeyValues, empty_caches
+from nlae_jax.lm.transformer import Segment, Transformer
+
+
+class Subject(nn.Module):
+    """Variables: `params/lm`."""
+
+    arch: Arch
+
+    def setup(self) -> None:
+        self.lm = Transformer(self.arch)
+
+    def logits(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """[B, T] -> [B, T, V] float32."""
+        return self.lm(ids_BxT, mask_BxT)
+
+    def residual(self, ids_BxT: jax.Array, mask_BxT: jax.Array, layer: int) -> jax.Array:
+        """Output of block `layer` after its residual add: [B, T, d]. Later blocks are not run."""
+        (hidden,), _ = self.lm.run((self.lm.padded(ids_BxT, mask_BxT),), stop=layer + 1)
+        return hidden
+
+    def read(
+        self, ids_BxT: jax.Array, mask_BxT: jax.Array, rows: jax.Array, columns: jax.Array, layer: int, num_next: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Activations [M, d] float32 at (rows, columns), and the ids [M, num_next] of the likeliest next tokens.
+
+        With `num_next` = 0 the blocks after `layer` and the head are not run.
+        """
+        segment = self.lm.padded(ids_BxT, mask_BxT)
+        (hidden,), _ = self.lm.run((segment,), stop=layer + 1)
+        activations = hidden[rows, columns].astype(jnp.float32)
+        if not num_next:
+            return activations, jnp.zeros((rows.shape[0], 0), jnp.int32)
+        (final,), _ = self.lm.run((segment._replace(x=hidden),), start=layer + 1)
+        _, likeliest = jax.lax.top_k(self.lm.logits(final[rows, columns]), num_next)
+        return activations, likeliest.astype(jnp.int32)
+
+    def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, list[tuple[KeyValues, ...]]]:
+        """Logits [B, V] after each row's last real token, and per block the prompts' keys and values."""
+        segment = self.lm.padded(ids_BxT, mask_BxT)
+        (hidden,), (cache,) = self.lm.run((segment,), keep_caches=True)
+        last = ids_BxT.shape[1] - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=1)
+        contexts = [
+            (KeyValues(cache.k[i], cache.v[i], segment.positions, segment.valid),) for i in range(self.arch.num_layers)
+        ]
+        return self.lm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), contexts
+
+    def decode(
+        self,
+        token_B: jax.Array,
+        step: jax.Array,
+        start_B: jax.Array,
+        contexts: list[tuple[KeyValues, ...]],
+        own: list[KeyValues],
+    ) -> tuple[jax.Array, list[KeyValues]]:
+        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits."""
+        positions = (start_B + step)[:, None]
+        segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
+        hidden, own = self.lm.decode(segment, contexts, own, step)
+        return self.lm.logits(hidden[:, 0]), own
+
+    def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:
+        """Room for `capacity` tokens after prompts of `start` tokens."""
+        return empty_caches(self.arch, start_B, capacity, dtype)

@@ -1,0 +1,155 @@
+"""A run: one config over one workdir, and what its stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+
+from nlae_jax.config import Config, flatten
+from nlae_jax.data.activations import ActivationStore
+from nlae_jax.errors import UserError
+from nlae_jax.files import read_json, write_json
+from nlae_jax.lm.arch import Arch, read_arch
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import batch_parts, make_mesh, replicated
+from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
+from nlae_jax.train import objectives
+from nlae_jax.train.state import (
+    Params,
+    Roles,
+    make_roles,
+    place_base,
+)
+
+# Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
+_MAY_DIFFER = ("mesh.", "checkpoint.", "remat", "rl.fused", "describe.concurrency", "describe.timeout_seconds")
+
+# Rows that the FVE denominators of the training metrics are computed from.
+_BASELINE_ROWS = 4096
+
+
+class Run:
+    """A workdir and what its stages share; heavy things are made when first asked for and once."""
+
+    def __init__(self, config: Config, workdir: Path) -> None:
+        self.config, self.workdir = config, workdir
+        self.mesh: Mesh = make_mesh(config.mesh)
+        self.directory = resolve_model(config.subject.model)
+        self.arch: Arch = read_arch(self.directory)
+        if config.subject.layer >= self.arch.num_layers:
+            raise UserError(
+                f"config.subject.layer: {config.subject.layer} should be from 0 to {self.arch.num_layers - 1} "
+                f"for {config.subject.model}"
+            )
+        for field, size in (
+            ("sft.batch_size", config.sft.batch_size),
+            ("rl.activations_per_step", config.rl.activations_per_step),
+        ):
+            if size % batch_parts(self.mesh):
+                raise UserError(
+                    f"config.{field}: {size} should be divisible by mesh data×fsdp = {batch_parts(self.mesh)}"
+                )
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(workdir)
+        _claim(workdir / "config.json", config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.directory)
+
+    @cached_property
+    def base(self) -> Params:
+        """The subject's weights on the mesh, frozen."""
+        params = load_params(self.directory, self.arch, self.config.subject.dtype)
+        return place_base(self.mesh, self.arch, params, self.config.subject.dtype)
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        if not (self.workdir / "activations/meta.json").exists():
+            raise UserError(f"{self.workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
+        return ActivationStore(self.workdir / "activations")
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        scale = self.config.protocol.injection_scale or self.store.meta["norm_p75"]
+        return make_protocol(self.tokenizer, self.config.protocol, scale)
+
+    @cached_property
+    def roles(self) -> Roles:
+        return make_roles(self.config, self.arch, self.protocol)
+
+    @cached_property
+    def descriptions(self) -> dict[int, str]:
+        """Row number -> description, of the rows that have one."""
+        path = self.workdir / "activations/descriptions.parquet"
+        if not path.exists():
+            raise UserError(f"{self.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
+        table = pq.read_table(path)
+        return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
+
+    @cached_property
+    def blank(self) -> np.ndarray:
+        return blank_tokens(self.tokenizer, self.arch.vocab_size)
+
+    def key(self, *numbers: int) -> jax.Array:
+        """A PRNG key of its own for each purpose."""
+        key = jax.random.PRNGKey(self.config.seed)
+        for number in numbers:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    def on_mesh(self, tree: Any) -> Any:
+        return jax.device_put(tree, replicated(self.mesh))
+
+    def frozen(self, split: str) -> Params:
+        """What every training step reads and none changes."""
+        rows = self.store.plan.rows_of(split)[:_BASELINE_ROWS]
+        denominators = objectives.baselines(jnp.asarray(self.store.vectors(rows)))
+        return {"base": self.base if self.config.lora.rank else {}, "baselines": self.on_mesh(denominators)}
+
+    def held_out_rows(self) -> np.ndarray:
+        """The rows that evaluation uses, ascending; drawn once, by the seed."""
+        rows = self.store.plan.rows_of("held_out")
+        drawn = np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
+        return np.sort(drawn)
+
+
+def _lock(workdir: Path) -> Any:
+    """Held while the process lives; two runs in one workdir would overwrite each other."""
+    file = (workdir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
+    return file
+
+
+def _claim(path: Path, config: Config) -> None:
+    """Writes config.json, or checks that the workdir was made with this config."""
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        try:
+            theirs = flatten(read_json(path))
+        except ValueError:
+            raise UserError(f"{path}: not valid JSON; it should be as the first run wrote it") from None
+        flat = flatten(mine)
+        changed = [
+            f"{name} {theirs.get(name, 'unset')!r} -> {flat.get(name, 'unset')!r}"
+            for name in sorted(theirs.keys() | flat.keys())
+            if theirs.get(name) != flat.get(name) and not name.startswith(_MAY_DIFFER)
+        ]
+        if changed:
+            raise UserError(f"--workdir {path.parent}: made with another config: {', '.join(changed)}")
+    else:
+        write_json(path, mine)

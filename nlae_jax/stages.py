@@ -1,0 +1,326 @@
+"""The stages of a run, in order. Each first finishes what it needs, then does what is left of it, once and for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nlae_jax.data import activations
+from nlae_jax.data.corpus import read_documents
+from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
+from nlae_jax.data.pipeline import batches, pad
+from nlae_jax.errors import UserError
+from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
+from nlae_jax.evaluate.report import write_report
+from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
+from nlae_jax.files import write_atomically, write_json
+from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.progress import progress, say
+from nlae_jax.roles.protocol import response_ids
+from nlae_jax.roles.subject import Subject
+from nlae_jax.run import Run
+from nlae_jax.train import steps
+from nlae_jax.train.loop import Stage, compiled, run_stage
+from nlae_jax.train.state import (
+    Params,
+    RlState,
+    RoleState,
+    init_decoder,
+    init_encoder,
+    init_role,
+    make_optimizer,
+    sft_schedule,
+)
+
+# Offsets of the seed: every purpose draws from a key of its own.
+_ENCODER_SFT, _DECODER_SFT, _SAMPLED_TEXT, _RL, _EVAL = range(2, 7)
+
+
+def extract(run: Run) -> None:
+    """Text -> activations/."""
+    directory, config = run.workdir / "activations", run.config
+    if (directory / "meta.json").exists():
+        return
+    if (directory / "rows.parquet").exists():
+        plan = activations.read_plan(directory)
+    else:
+        say("reading the corpus")
+        plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
+        activations.write_plan(directory, plan)
+    subject = Subject(run.arch)
+    # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
+    num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
+
+    @jax.jit
+    def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
+        variables = {"params": {"lm": base}}
+        return subject.apply(variables, ids, mask, rows, columns, config.subject.layer, num_next, method="read")
+
+    with progress(len(plan.position), "extract", unit="activation") as bar:
+        activations.extract(
+            directory,
+            plan,
+            lambda *batch: read(run.base, *batch),
+            config.extract,
+            run.arch.d_model,
+            num_next,
+            bar.advance,
+        )
+    provenance = {
+        "model": config.subject.model,
+        "layer": config.subject.layer,
+        "dtype": config.subject.dtype,
+        "corpus": config.corpus.path or config.corpus.hub or "installed documentation",
+    }
+    activations.write_meta(directory, plan, run.arch.d_model, num_next, provenance)
+
+
+def describe(run: Run) -> None:
+    """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet."""
+    path = run.workdir / "activations/descriptions.parquet"
+    if path.exists():
+        return
+    extract(run)
+    plan, config = run.store.plan, run.config.describe
+    rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
+    expected = run.store.next_tokens(rows)
+    decode = run.tokenizer.decode
+    contexts = [
+        Context(
+            doc_id=plan.doc_ids[plan.document[row]],
+            text=decode(run.store.context_ids(row)),
+            next_tokens=tuple(decode([token]) for token in tokens),
+        )
+        for row, tokens in zip(rows.tolist(), expected.tolist(), strict=True)
+    ]
+    model = LanguageModel(run.arch, run.base, run.tokenizer) if config.provider == "subject" else None
+    resources = DescribeResources(
+        document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
+        num_documents=len(plan.ids),
+        generate=model and (lambda prompts: model.chat(prompts, config.max_new_tokens)),
+        cache_directory=run.workdir / "activations/answers",
+    )
+    with progress(len(rows), "describe", unit="activation") as bar:
+        described = make_describer(config, resources, bar.advance)(contexts)
+    kept = [(row, text) for row, text in zip(rows.tolist(), described, strict=True) if text]
+    if len(kept) < len(rows):
+        say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
+    table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def sft(run: Run) -> None:
+    """Encoder, then decoder, on descriptions; then, if asked for, the decoder on the encoder's own samples."""
+    encoder_sft(run)
+    sampled_text(run)
+
+
+def _described(run: Run, split: str, tokenise: Callable[[str], list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N]. Too long ones are dropped."""
+    limit = run.config.sft.max_response_tokens
+    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
+    tokens = [tokenise(run.descriptions[row]) for row in rows]
+    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
+    if not kept:
+        raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
+    if len(kept) < len(rows):
+        say(f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens: left out")
+    width = -(-max(len(tokens[i]) for i in kept) // 8) * 8
+    ids, length = pad([tokens[i] for i in kept], width)
+    return np.array(rows)[kept], ids, length
+
+
+def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    return make_optimizer(run.config, sft_schedule(learning_rate, num_steps, run.config.sft.warmup_fraction))
+
+
+def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
+    trained = init_encoder(run.roles, run.base, run.key(_ENCODER_SFT))
+    return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
+
+
+def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
+    trained = init_decoder(run.roles, run.base, run.key(_DECODER_SFT))
+    return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
+
+
+def encoder_sft(run: Run) -> Params:
+    """The encoder learns to write descriptions. Returns its trained parameters."""
+    describe(run)
+    config = run.config.sft
+    rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
+    iterator = batches(
+        len(rows),
+        config.batch_size,
+        run.config.seed + _ENCODER_SFT,
+        lambda i: {"h": run.store.vectors(rows[i]), "response": ids[i], "length": length[i]},
+    )
+    state = _initial_encoder(run, optimizer)
+    step = compiled(steps.encoder_sft_step(run.roles, optimizer), state, run.mesh)
+    stage = Stage("encoder_sft", config.encoder_steps, step, iterator)
+    return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
+
+
+def decoder_sft(run: Run) -> Params:
+    """The decoder learns to read descriptions. Returns its trained parameters."""
+    describe(run)
+    config = run.config.sft
+    rows, ids, length = _described(
+        run, "decoder_sft", lambda text: run.tokenizer.encode(text, add_special_tokens=False)
+    )
+    optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
+    iterator = batches(
+        len(rows),
+        config.batch_size,
+        run.config.seed + _DECODER_SFT,
+        lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
+    )
+    state = _initial_decoder(run, optimizer)
+    step = compiled(steps.decoder_sft_step(run.roles, optimizer), state, run.mesh)
+    stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
+    return run_stage(stage, state, run.frozen("decoder_sft"), run.mesh, run.config, run.workdir).trained
+
+
+def _vectors_of(run: Run, split: str, batch_size: int, seed: int) -> Any:
+    rows = run.store.plan.rows_of(split)
+    return batches(len(rows), batch_size, run.config.seed + seed, lambda i: {"h": run.store.vectors(rows[i])})
+
+
+def sampled_text(run: Run) -> Params:
+    """The decoder learns to read what the encoder really writes. Returns its trained parameters."""
+    encoder, decoder = encoder_sft(run), decoder_sft(run)
+    config = run.config.sft
+    if not config.sampled_text_steps:
+        return decoder
+    optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.sampled_text_steps)
+    state = init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizer)
+    frozen = {
+        **run.frozen("decoder_sft"),
+        "encoder": encoder,
+        "blank": run.on_mesh(run.blank),
+        "key": run.on_mesh(run.key(_SAMPLED_TEXT)),
+    }
+    step = compiled(steps.sampled_text_step(run.roles, run.config, optimizer), state, run.mesh)
+    iterator = _vectors_of(run, "decoder_sft", config.sampled_text_batch_size, _SAMPLED_TEXT)
+    stage = Stage("sampled_text", config.sampled_text_steps, step, iterator)
+    return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
+
+
+def rl(run: Run) -> tuple[Params, Params]:
+    """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
+    encoder, decoder = encoder_sft(run), sampled_text(run)
+    config = run.config.rl
+    optimizers = [
+        make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
+    ]
+    frozen = {
+        **run.frozen("rl"),
+        # A copy: the state's own buffers are given away to the first step.
+        "reference": jax.tree.map(jnp.copy, encoder),
+        "blank": run.on_mesh(run.blank),
+    }
+    state = RlState(
+        init_role(run.mesh, run.roles.encoder_weights(), encoder, optimizers[0]),
+        init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizers[1]),
+        run.on_mesh(run.key(_RL)),
+    )
+    parts = steps.rl_step(run.roles, run.config, *optimizers)
+    step = compiled(parts.step, state, run.mesh) if config.fused else steps.SplitStep(parts)
+    stage = Stage("rl", config.num_steps, step, _vectors_of(run, "rl", config.activations_per_step, _RL))
+    state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
+    return state.encoder.trained, state.decoder.trained
+
+
+def evaluate(run: Run) -> None:
+    """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
+    if (run.workdir / "eval.json").exists():
+        return
+    base = run.base if run.config.lora.rank else {}
+    before = Pair(base, encoder_sft(run), sampled_text(run))
+    after = Pair(base, *rl(run))
+    config, rows = run.config.eval, run.held_out_rows()
+    h = run.store.vectors(rows)
+    documents = run.store.plan.document[rows]
+    trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens)
+    seed = run.config.seed + _EVAL
+    with progress(4, "eval", unit="pass") as bar:
+        mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
+        bar.advance()
+        mse_after, written, rebuilt = _round_trip(trip, after, h, seed, config.temperature)
+        bar.advance()
+        readable = np.array([bool(text) for text in written.texts])
+        from_text = trip.reconstruct_texts(after, written.texts)
+        bar.advance()
+        gold = np.array([run.descriptions.get(row, "") for row in rows.tolist()])
+        from_gold = trip.reconstruct_texts(after, gold.tolist())
+        bar.advance()
+    other = mismatched(documents, seed)
+    mse = {
+        "before": mse_before,
+        "after": mse_after,
+        "text": direction_mse(from_text, h, readable),
+        "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
+        "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
+    }
+    summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
+    summary["extraction_rate"] = float((written.length > 0).mean())
+    summary["temperature"] = config.temperature
+    _write_samples(run, rows, written, mse_after, gold)
+    write_json(run.workdir / "eval.json", summary)
+
+
+def _round_trip(
+    trip: RoundTrip, pair: Pair, h: np.ndarray, seed: int, temperature: float
+) -> tuple[np.ndarray, Explanations, np.ndarray]:
+    """Per activation its mse (2 where nothing was readable), its explanation and its reconstruction [N, d]."""
+    written = trip.explain(pair, h, seed, temperature)
+    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
+    return direction_mse(rebuilt, h, written.length > 0), written, rebuilt
+
+
+def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
+    plan, decode = run.store.plan, run.tokenizer.decode
+    lines = []
+    for i, row in enumerate(rows.tolist()):
+        ids = run.store.context_ids(row)
+        sample = {
+            "doc_id": plan.doc_ids[plan.document[row]],
+            "position": int(plan.position[row]),
+            "context": decode(ids),
+            "token": decode(ids[-1:]),
+            "explanation": written.texts[i],
+            "gold": str(gold[i]),
+            "cos": float(1 - mse[i] / 2),
+            "mse": float(mse[i]),
+            "closed": bool(written.length[i] > 0),
+        }
+        lines.append(json.dumps(sample, ensure_ascii=False))
+    text = "\n".join(lines) + "\n"
+    write_atomically(
+        run.workdir / "samples/held_out.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
+
+
+def report(run: Run) -> None:
+    """metrics.jsonl, eval.json and samples -> report.html."""
+    evaluate(run)
+    write_report(run.workdir)
+
+
+STAGES: dict[str, Callable[[Run], Any]] = {
+    "extract": extract,
+    "describe": describe,
+    "sft": sft,
+    "rl": rl,
+    "eval": evaluate,
+    "report": report,
+}

@@ -1,0 +1,93 @@
+"""Checkpoints: orbax saves state and data position together, asynchronously; damaged ones are passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from nlae_jax.files import read_json, write_json
+from nlae_jax.progress import warn
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one stage, `directory/STEP/`.
+
+    A checkpoint counts once its manifest of file hashes is written, after orbax has finished it. Restoring takes the
+    newest whose files still match.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            item_names=("state", "data"),
+        )
+        self._unsealed: int | None = None
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Starts saving; the previous save is finished and sealed first."""
+        self._seal()
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        )
+        self._unsealed = step
+
+    def _seal(self) -> None:
+        self._manager.wait_until_finished()
+        if self._unsealed is not None and jax.process_index() == 0:
+            path = self._directory / str(self._unsealed)
+            write_json(path / _MANIFEST, _hashes(path))
+        self._unsealed = None
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data) of the newest sound checkpoint, or of `step`; None where there is none.
+
+        `abstract` is a state of the right structure, whose shardings the restored arrays take.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        for candidate in steps:
+            path = self._directory / str(candidate)
+            if (problem := _problem(path)) is None:
+                try:
+                    restored = self._manager.restore(
+                        candidate,
+                        args=ocp.args.Composite(
+                            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)),
+                            data=ocp.args.JsonRestore(),
+                        ),
+                    )
+                    return candidate, restored["state"], restored["data"]
+                except (ValueError, OSError, KeyError) as error:
+                    problem = str(error).splitlines()[0]
+            warn(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
+            self._manager.delete(candidate)
+        return None
+
+    def close(self) -> None:
+        self._seal()
+        self._manager.close()
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
+    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are as they were written."""
+    try:
+        expected = read_json(path / _MANIFEST)
+    except (OSError, ValueError):
+        return "its saving was not finished"
+    found = _hashes(path)
+    changed = sorted(name for name in expected if found.get(name) != expected[name])
+    return f"changed or missing: {changed[0]}" if changed else None

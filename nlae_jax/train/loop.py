@@ -1,0 +1,87 @@
+"""The loop that every training stage runs: resume, step, log one step late, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nlae_jax.config import Config
+from nlae_jax.mesh import batch_sharding, replicated
+from nlae_jax.progress import progress
+from nlae_jax.train.checkpoint import Checkpoints
+from nlae_jax.train.metrics import MetricsLog
+from nlae_jax.train.state import shardings_of
+from nlae_jax.train.steps import Step
+
+SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage: `steps` times the jitted `step`, on batches of `iterator`."""
+
+    name: str
+    steps: int
+    step: Any
+    iterator: Any
+
+
+def compiled(step: Step, state: Any, mesh: Mesh) -> Any:
+    """The step jitted: the old state's memory is reused, the new one keeps its shardings."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+
+
+def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: Path) -> Any:
+    """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
+
+    Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep)
+    log = MetricsLog(workdir / "metrics.jsonl")
+    start = 0
+    if (restored := checkpoints.restore(state)) is not None:
+        start, state, data = restored
+        stage.iterator.set_state(data["iterator"])
+    log.rewind(stage.name, start)
+    clock = time.perf_counter()
+    pending: tuple[int, Any] | None = None
+
+    def flush() -> None:
+        nonlocal pending, clock
+        if pending is not None:
+            number, metrics = pending
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
+            tokens = values.pop("tokens")
+            row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
+            log.append({"stage": stage.name, "step": number, **row})
+            bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
+            pending = None
+
+    with progress(stage.steps, stage.name, unit="step", start=start) as bar:
+        for number in range(start + 1, stage.steps + 1):
+            batch = put_batch(next(stage.iterator), mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = stage.step(state, frozen, batch)
+            # The step before is fetched only now, while this one runs.
+            flush()
+            pending = (number, metrics)
+            if number % config.checkpoint.every_steps == 0 or number == stage.steps:
+                flush()
+                checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
+    checkpoints.close()
+    if start < stage.steps and (times := stage.step._cache_size()) != 1:
+        raise RuntimeError(f"{stage.name}: the step was compiled {times} times; it should be once")
+    return state
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch onto the mesh, its leading axis split over the devices that share a batch."""
+    return jax.device_put(batch, batch_sharding(mesh))

@@ -1,0 +1,151 @@
+"""`metrics.jsonl`: one JSON object per step, appended as the run goes and cut back when it resumes.
+
+A row is `{"stage": str, "step": int, ...}`. A run may be killed at any byte: a last line that is not a
+whole JSON object is taken as never written, by the reader and by the next writer alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from nlae_jax.errors import UserError
+from nlae_jax.files import write_atomically
+
+Point = tuple[float, float]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The object on one line, or None if the line is not a whole JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also UnicodeDecodeError: the cut may fall inside a character
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of the file (its bytes, with a newline) and its row; blank lines and a torn last one dropped."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+    parsed = []
+    for index, (number, line) in enumerate(lines):
+        row = _row(line)
+        if row is not None:
+            parsed.append((line + b"\n", row))
+        elif index < len(lines) - 1:
+            raise UserError(f"{path}, line {number}: not a JSON object; remove that line")
+    return parsed
+
+
+def _beyond(row: dict[str, Any], step: int) -> bool:
+    """Whether the row belongs to a later step; a row without a step belongs to none."""
+    return isinstance(row.get("step"), int) and row["step"] > step
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file in order; no file is no rows, and a torn last line is left out.
+
+    Raises UserError for any other line that is not a JSON object: that is damage, not an interrupted write.
+    """
+    return [row for _, row in _parse(path)]
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """A centred moving average over a twentieth of the points; the raw ones where there are fewer than 40."""
+    half = len(points) // 40
+    windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
+    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
+
+
+def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
+    """At most about `most` points, the extremes of every stretch among them."""
+    size = max(1, math.ceil(2 * len(points) / most))
+    if size <= 2:
+        return list(points)
+    stretches = (points[start : start + size] for start in range(0, len(points), size))
+    extremes = ((min(part, key=itemgetter(1)), max(part, key=itemgetter(1))) for part in stretches)
+    return [point for pair in extremes for point in sorted(set(pair))]
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None if there is no file. Raises UserError for anything else in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object")
+    return value
+
+
+def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    """(step, value) in order of step; the last row of a step counts, and values that are no finite number do not."""
+    values = {row["step"]: row[key] for row in rows if isinstance(row.get("step"), int) and key in row}
+    finite = {step: y for step, y in values.items() if isinstance(y, int | float) and math.isfinite(y)}
+    return [(float(step), float(y)) for step, y in sorted(finite.items())]
+
+
+class MetricsLog:
+    """Appends rows to one `metrics.jsonl`. One process writes; any number may read.
+
+    `non_finite` counts the NaN and infinite values this object was given; they are written as null,
+    since JSON has no such numbers and a reader must not fail on them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
+        self.path = Path(path)
+        self.non_finite = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep(lambda row: True)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one row and hands it to the operating system before returning.
+
+        Numbers are Python's or anything with `.item()` (numpy and jax scalars); floats are written so that
+        reading gives the same float64. Raises ValueError without a string `stage` and an integer `step`.
+        """
+        clean = {str(key): self._plain(value) for key, value in row.items()}
+        if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
+            raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
+        line = json.dumps(clean, allow_nan=False) + "\n"
+        with self.path.open("ab") as file:
+            file.write(line.encode("ascii"))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the rows of `stage` beyond `step`, so that a run resumed from that step writes each row once.
+
+        Rows of other stages keep their bytes and their order. The file changes in one move, or not at all.
+        """
+        self._keep(lambda row: row.get("stage") != stage or not _beyond(row, step))
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leaves only the whole lines whose row is `wanted`; does not touch a file that is already so."""
+        data = b"".join(line for line, row in _parse(self.path) if wanted(row))
+        if self.path.exists() and self.path.read_bytes() != data:
+            write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
+
+    def _plain(self, value: Any) -> Any:
+        """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
+        if isinstance(value, Mapping):
+            return {str(key): self._plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(item) for item in value]
+        if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, float):
+            value = float(value)  # numpy's float64 is a float whose repr is not JSON
+            if not math.isfinite(value):
+                self.non_finite += 1
+                return None
+        return value

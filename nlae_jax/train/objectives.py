@@ -1,0 +1,83 @@
+"""The maths of training: directions, FVE, rewards, advantages, the policy objective. All float32, all pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# What a sample earns whose explanation could not be read: as much as an orthogonal reconstruction.
+FAILED_MSE = 2.0
+
+
+def unit_direction(v: jax.Array) -> jax.Array:
+    """Scaled to L2 norm sqrt(d), that is mean square 1: [..., d] -> [..., d] float32, with a finite gradient at 0."""
+    v = v.astype(jnp.float32)
+    return v * jax.lax.rsqrt(jnp.mean(jnp.square(v), -1, keepdims=True) + 1e-12)
+
+
+def direction_mse(reconstruction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared error per element between directions, [..., d] x [..., d] -> [...]; equals 2 (1 - cos)."""
+    return jnp.mean(jnp.square(unit_direction(reconstruction) - unit_direction(target)), -1)
+
+
+class Baselines(NamedTuple):
+    """What predicting the mean direction of the data costs: denominators of the two FVE definitions."""
+
+    variance: jax.Array  # mean ‖ĥ - mean(ĥ)‖² / d, the mean not renormalised
+    mean_norm: jax.Array  # mse against the renormalised mean
+
+
+def baselines(h_NxD: jax.Array) -> Baselines:
+    """Both denominators, from the activations themselves."""
+    directions = unit_direction(h_NxD)
+    mean = directions.mean(0)
+    return Baselines(jnp.mean(jnp.square(directions - mean)), direction_mse(mean, directions).mean())
+
+
+def fve(mse: jax.Array, baseline: jax.Array) -> jax.Array:
+    """Fraction of variance explained: 1 - mean(mse) / baseline."""
+    return 1.0 - jnp.mean(mse) / baseline
+
+
+REWARDS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "neg_mse": lambda mse: -mse,
+    "neg_log_mse": lambda mse: -jnp.log(mse + 1e-6),
+}
+
+
+def rewards(mse: jax.Array, valid: jax.Array, lengths: jax.Array, kind: str, length_penalty: float) -> jax.Array:
+    """Reward of each sample, [...] float32. A failed extraction earns -2, whatever the kind, and is trained on."""
+    return jnp.where(valid, REWARDS[kind](mse), -FAILED_MSE) - length_penalty * lengths
+
+
+def group_advantages(reward_BxG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """GRPO (Shao et al. 2024): (r - group mean) / (group std + eps), and which groups [B] have no spread at all."""
+    std = reward_BxG.std(-1, keepdims=True)
+    return (reward_BxG - reward_BxG.mean(-1, keepdims=True)) / (std + 1e-6), std[:, 0] < 1e-6
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of x where mask; 0 where nothing is."""
+    mask = mask.astype(jnp.float32)
+    return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+
+
+def kl_k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
+    """The k3 estimate of KL(policy ‖ reference) per token (Schulman 2020): exp(Δ) - Δ - 1, Δ = reference - policy."""
+    delta = reference - log_probs
+    return jnp.exp(delta) - delta - 1.0
+
+
+def policy_loss(
+    log_probs: jax.Array, reference: jax.Array, advantage: jax.Array, mask: jax.Array, kl_coef: float
+) -> jax.Array:
+    """On-policy GRPO loss, mean over response tokens. All [B, G, R] but the advantage [B, G].
+
+    One update per rollout, so the importance ratio is 1 in value and carries only the gradient.
+    """
+    ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
+    per_token = -ratio * advantage[..., None] + kl_coef * kl_k3(log_probs, reference)
+    return masked_mean(per_token, mask)

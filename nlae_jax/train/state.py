@@ -1,0 +1,149 @@
+"""What training carries from step to step, and how it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from nlae_jax.config import Config
+from nlae_jax.lm.arch import Arch, Weight, model_weights
+from nlae_jax.lm.lora import adapter_weights, init_adapters
+from nlae_jax.mesh import place, replicated, tree_shardings
+from nlae_jax.roles.decoder import Decoder
+from nlae_jax.roles.encoder import Encoder
+from nlae_jax.roles.protocol import Protocol
+
+Params = dict[str, Any]
+
+
+class RoleState(NamedTuple):
+    """One trained role: `step` [] int32, `trained` parameters, the optimiser's state."""
+
+    step: jax.Array
+    trained: Params
+    opt_state: Any
+
+
+class RlState(NamedTuple):
+    """Both roles and the one PRNG key, which is folded with the step and never split."""
+
+    encoder: RoleState
+    decoder: RoleState
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The two modules and how their parameters are put together.
+
+    With LoRA a role's trained parameters are its adapters (and the decoder's head) beside the shared frozen `base`;
+    without, they are a full copy of its weights and `base` is not read.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    rank: int
+
+    def encoder_variables(self, base: Params, trained: Params) -> Params:
+        if self.rank == 0:
+            return {"params": {"lm": trained["lm"]}}
+        return {"params": {"lm": base}, "lora": {"lm": {"blocks": trained["adapters"]}}}
+
+    def decoder_variables(self, base: Params, trained: Params) -> Params:
+        variables = self.encoder_variables(base, trained)
+        variables["params"]["value_head"] = trained["value_head"]
+        return variables
+
+    def encoder_weights(self) -> Params:
+        """The trained parameters' declarations."""
+        arch = self.encoder.arch
+        return {"lm": model_weights(arch)} if self.rank == 0 else {"adapters": adapter_weights(arch, self.rank)}
+
+    def decoder_weights(self) -> Params:
+        arch = self.decoder.arch.truncated(self.decoder.layer + 1)
+        head = Weight((arch.d_model, arch.d_model), ("norm", "embed"))
+        if self.rank == 0:
+            return {"lm": decoder_model_weights(arch), "value_head": head}
+        return {"adapters": adapter_weights(arch, self.rank), "value_head": head}
+
+
+def decoder_model_weights(arch: Arch) -> Params:
+    """A fine-tuned decoder's own weights. It has no LM head; the final norm is kept so that the tree is a model's."""
+    weights = model_weights(arch)
+    weights.pop("head", None)
+    return weights
+
+
+def make_roles(config: Config, arch: Arch, protocol: Protocol) -> Roles:
+    scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
+    layer = config.subject.layer
+    depth = layer + 1 if config.lora.rank == 0 else arch.num_layers
+    # A decoder never reads the head, so a copy of its own is declared tied and carries none.
+    decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
+    return Roles(
+        encoder=Encoder(arch, protocol, scale, config.remat),
+        decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat),
+        rank=config.lora.rank,
+    )
+
+
+def init_encoder(roles: Roles, base: Params, key: jax.Array) -> Params:
+    """Trained parameters that leave the encoder equal to the subject."""
+    if roles.rank == 0:
+        return {"lm": jax.tree.map(jnp.copy, base)}
+    return {"adapters": init_adapters(key, roles.encoder.arch, roles.rank)}
+
+
+def init_decoder(roles: Roles, base: Params, key: jax.Array) -> Params:
+    """Trained parameters that leave the decoder equal to the subject's first blocks: the head is the identity."""
+    arch, depth = roles.decoder.arch, roles.decoder.layer + 1
+    head = jnp.eye(arch.d_model, dtype=jnp.float32)
+    if roles.rank == 0:
+        lm = {name: jnp.copy(base[name]) for name in ("embed", "final_norm")}
+        return {"lm": {**lm, "blocks": jax.tree.map(lambda w: jnp.copy(w[:depth]), base["blocks"])}, "value_head": head}
+    return {"adapters": init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
+
+
+def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip."""
+    optimizer = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        optax.adamw(learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay),
+    )
+
+
+def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> optax.Schedule:
+    """Linear warm-up, then cosine to zero."""
+    warmup = max(1, round(steps * warmup_fraction))
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+
+
+def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
+    """A role at step 0, on the mesh."""
+    shardings = tree_shardings(mesh, weights)
+    trained = place(trained, shardings)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trained),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
+    return RoleState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def place_base(mesh: Mesh, arch: Arch, params: Params, dtype: str) -> Params:
+    """The frozen base on the mesh, in its compute dtype."""
+    shardings = tree_shardings(mesh, model_weights(arch))
+    return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), params, shardings)

@@ -1,0 +1,280 @@
+"""Reading documents: every source, every way a file can be wrong, and the installed documentation."""
+
+import gzip
+import hashlib
+import json
+import logging
+import random
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nlae_jax.config import CorpusConfig
+from nlae_jax.data import corpus, documentation
+from nlae_jax.data.corpus import Document, read_documents
+from nlae_jax.errors import UserError
+
+LONG = "The quick brown fox jumps over the lazy dog near the river. "
+
+
+def texts_of(n):
+    return [f"Document number {i}. " + LONG * 3 for i in range(n)]
+
+
+def config(path, **fields):
+    return CorpusConfig(path=str(path), min_characters=fields.pop("min_characters", 50), **fields)
+
+
+def write_jsonl(path, rows, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def error_of(config):
+    with pytest.raises(UserError) as caught:
+        read_documents(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- sources
+
+
+def test_all_formats_give_the_same_documents(tmp_path):
+    texts = texts_of(7)
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "txt" / f"{i}.txt").write_text(text, encoding="utf-8")
+    rows = [{"text": text, "other": 1} for text in texts]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl.gz", rows, gzip.open)
+    pq.write_table(pa.table({"other": range(7), "text": texts}), tmp_path / "a.parquet", row_group_size=2)
+    names = ("txt/*.txt", "a.jsonl", "a.jsonl.gz", "a.parquet")
+    results = [read_documents(config(tmp_path / name)) for name in names]
+    assert results[0] == results[1] == results[2] == results[3]
+    assert {document.text for document in results[0]} == {text.strip() for text in texts}
+    assert all(len(document.doc_id) == 16 and int(document.doc_id, 16) >= 0 for document in results[0])
+
+
+def test_order_and_ids_depend_on_the_text_alone(tmp_path):
+    rows = [{"text": text} for text in texts_of(20)]
+    first = read_documents(config(write_jsonl(tmp_path / "a.jsonl", rows)))
+    random.Random(3).shuffle(rows)
+    assert read_documents(config(write_jsonl(tmp_path / "b.jsonl", rows))) == first
+    expected = sorted(hashlib.sha256(corpus.normalise(row["text"]).encode()).hexdigest()[:16] for row in rows)
+    assert [document.doc_id for document in first] == expected
+
+
+def test_a_subset_is_the_beginning_of_the_whole(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ({"text": text} for text in texts_of(1_500)))
+    everything = read_documents(config(path))
+    assert len(everything) == 1_500
+    assert read_documents(config(path, max_documents=5)) == everything[:5]
+    assert read_documents(config(path, max_documents=2_000)) == everything
+
+
+def test_duplicates_and_short_texts_are_dropped_and_counted(tmp_path, caplog):
+    text = texts_of(1)[0]
+    rows = [{"text": t} for t in (text, "  " + text.upper().replace(" ", "\n"), "short", "")]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.INFO, logger="nlae_jax.data.corpus"):
+        documents = read_documents(config(path))
+    assert [document.text for document in documents] == [text.strip()]
+    assert "1 duplicates, 2 too short" in caplog.text and "1 documents kept of 4" in caplog.text
+
+
+def test_text_field_and_nested_glob(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    write_jsonl(tmp_path / "x" / "y" / "a.jsonl", [{"body": LONG}])
+    documents = read_documents(config(tmp_path / "**" / "*.jsonl", text_field="body"))
+    assert documents == [Document(documents[0].doc_id, LONG.strip())]
+
+
+def test_a_file_name_that_holds_glob_characters(tmp_path):
+    write_jsonl(tmp_path / "a[1].jsonl", [{"text": LONG}])
+    assert len(read_documents(config(tmp_path / "a[1].jsonl"))) == 1
+
+
+def test_byte_order_mark_blank_lines_and_lone_surrogates(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": LONG + "\ud800"}).encode() + b"\n\n  \n")
+    assert read_documents(config(path))[0].text.endswith("\ufffd")
+
+
+# --- what can be wrong with files
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
+        (b'["text"]\n', "a.jsonl:1: a JSON list"),
+        (b'{"body": "a", "id": 1}\n', "a.jsonl:1: no field 'text'; corpus.text_field must be one of: 'body', 'id'"),
+        (b'{"text": null}\n', "a.jsonl:1: the field 'text' is null"),
+        (b'{"text": 3}\n', "a.jsonl:1: the field 'text' is int"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "byte 24 is not valid UTF-8"),
+        (b"[" * 100_000, "a.jsonl:1: not valid JSON"),
+        (b'{"text": 1' + b"1" * 5_000 + b"}", "a.jsonl:1: not valid JSON"),
+        (b"", "a.jsonl: the file is empty"),
+        (b" \n\n", "a.jsonl: the file is empty"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_bad_json_lines(tmp_path, content, expected, zipped):
+    path = tmp_path / ("a.jsonl.gz" if zipped else "a.jsonl")
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert expected.replace("a.jsonl", path.name) in error_of(config(path))
+
+
+def test_bad_text_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abc\xe9def")
+    message = error_of(config(tmp_path / "*.txt"))
+    assert "a.txt: byte 3 is not valid UTF-8" in message
+    (tmp_path / "a.txt").write_bytes(b"")
+    assert "a.txt: the file is empty" in error_of(config(tmp_path / "*.txt"))
+
+
+def test_damaged_archives(tmp_path):
+    whole = gzip.compress(json.dumps({"text": LONG}).encode() * 50)
+    for name, content in [("cut", whole[:-12]), ("plain", b'{"text": "a"}'), ("flipped", whole[:20] + b"\xff" * 9)]:
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        assert f"{name}.jsonl.gz: " in error_of(config(path))
+
+
+def test_bad_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 this is not parquet")
+    assert "a.parquet: cannot be read" in error_of(config(path))
+    pq.write_table(pa.table({"body": ["a"]}), path)
+    assert "no column 'text'; corpus.text_field must be one of: 'body'" in error_of(config(path))
+    pq.write_table(pa.table({"text": ["a", "b", None]}), path, row_group_size=1)
+    assert "a.parquet: row 2: the field 'text' is null" in error_of(config(path))
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    assert "the field 'text' is int" in error_of(config(path))
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert "the file is empty" in error_of(config(path))
+
+
+def test_bad_paths(tmp_path):
+    assert "matches no file" in error_of(config(tmp_path / "*.jsonl"))
+    assert "is a directory: write a glob such as" in error_of(config(tmp_path))
+    (tmp_path / "a.csv").write_text("text\n")
+    assert "a.csv: corpus.path reads files that end in .txt, .jsonl" in error_of(config(tmp_path / "*"))
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    assert "gone.txt: cannot be read: No such file" in error_of(config(tmp_path / "*.txt"))
+
+
+def test_nothing_left_says_why(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "also short"}])
+    message = error_of(config(path))
+    assert "no document is left of 2 read; dropped: 2 too short (corpus.min_characters is 50)" in message
+
+
+def test_bad_configuration():
+    assert "corpus.path and corpus.hub" in error_of(CorpusConfig(path="a.txt", hub="b/c"))
+    assert "corpus.max_documents" in error_of(CorpusConfig(path="a.txt", max_documents=-1))
+
+
+# --- the hub
+
+
+class FakeRows(list):
+    def shuffle(self, seed, buffer_size):
+        return FakeRows(reversed(self))
+
+
+def fake_datasets(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_hub_streams_and_stops_early(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, **options):
+        asked.append((name, configuration, options))
+        return FakeRows({"text": text} for text in texts_of(9))
+
+    fake_datasets(monkeypatch, load_dataset)
+    documents = read_documents(CorpusConfig(hub="owner/name:part", max_documents=3, min_characters=10))
+    assert asked == [("owner/name", "part", {"split": "train", "streaming": True})]
+    assert {document.text for document in documents} == {text.strip() for text in texts_of(9)[6:]}
+    assert len(read_documents(CorpusConfig(hub="owner/name", min_characters=10))) == 9
+
+
+def test_hub_errors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install" in error_of(CorpusConfig(hub="owner/name"))
+
+    def fail(*_, **__):
+        raise RuntimeError("no such\ndataset")
+
+    fake_datasets(monkeypatch, fail)
+    assert "corpus.hub 'owner/name' (split 'train') cannot be read: no such dataset" in error_of(
+        CorpusConfig(hub="owner/name")
+    )
+    fake_datasets(monkeypatch, lambda *_, **__: FakeRows([{"text": None}]))
+    assert "row 0: the field 'text' is null" in error_of(CorpusConfig(hub="owner/name"))
+
+
+# --- the installed documentation
+
+DOCSTRING = '''
+    """Return the mean of the values that are given, or of the ones that pass the test.
+
+    The mean is computed in one pass over the data, and it does not depend on the order in which
+    they come. It is an error to call this with no values at all, because there is nothing to return.
+
+    Examples
+    --------
+    >>> mean([1, 2, 3])
+    2
+
+    .. note:: hidden directive
+
+    Copyright 2001 by somebody. All rights reserved.
+
+    See :func:`~package.median` for a measure that is less easily moved by a few large values.
+    """
+'''
+
+
+def test_documentation_is_read_and_never_run(tmp_path):
+    package = tmp_path / "package"
+    (package / "tests").mkdir(parents=True)
+    marker = tmp_path / "ran"
+    source = f"open({str(marker)!r}, 'w').close()\ndef mean(values):{DOCSTRING}"
+    (package / "a.py").write_text(source)
+    (package / "b.py").write_text(f"if True:\n  class A:\n    {DOCSTRING.replace('mean of', 'MEAN of')}")
+    (package / "broken.py").write_text("def f(:\n" + '"""' + LONG * 9 + '"""')
+    (package / "binary.py").write_bytes(b"\0\xff" * 400 + b'"""' + LONG.encode() * 9 + b'"""')
+    (package / "code.py").write_text('"""' + "x[i] += y[j] * 3 // (k - 1);\n" * 30 + '"""')
+    (package / "tests" / "c.py").write_text(f"def other():{DOCSTRING.replace('mean', 'other')}")
+    texts = documentation.documentation_texts([tmp_path])
+    assert not marker.exists()
+    assert len(texts) == 1  # b.py repeats a.py but for one word
+    assert texts[0].startswith("Return the ") and texts[0].endswith("few large values.")
+    assert "See package.median for" in texts[0]
+    for noise in (">>>", "Examples", "---", "hidden directive", "Copyright", ":func:"):
+        assert noise not in texts[0]
+
+
+def test_prose_is_told_from_lists_and_code():
+    assert documentation.is_prose("This is a sentence about what the function does when it is called with nothing.")
+    assert not documentation.is_prose("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu")
+    assert not documentation.is_prose("if (a[0] == b[1]) { return c->d(e, f) + 1; } else { x = {}; }")
+    assert not documentation.is_prose("1 2 3")
+
+
+@pytest.mark.slow
+def test_the_default_corpus_is_large_and_clean():
+    documents = read_documents(CorpusConfig())
+    assert len(documents) >= 2_000
+    assert len({document.doc_id for document in documents}) == len(documents)
+    assert all(len(document.text) >= 350 and not document.text.startswith(">>> ") for document in documents)
+    assert documents == sorted(documents, key=lambda document: document.doc_id)

