@@ -1,0 +1,24 @@
+"""Natural Language Autoencoders in JAX: `LanguageModel` and `NLA` for notebooks, `nlae` for the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nlae_jax.api import NLA
+    from nlae_jax.lm.language_model import LanguageModel
+
+__all__ = ["NLA", "LanguageModel"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used: the command line must set JAX up before anything loads it."""
+    if name == "NLA":
+        from nlae_jax.api import NLA
+
+        return NLA
+    if name == "LanguageModel":
+        from nlae_jax.lm.language_model import LanguageModel
+
+        return LanguageModel
+    raise AttributeError(f"module 'nlae_jax' has no attribute {name!r}")

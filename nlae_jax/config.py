@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -167,14 +168,10 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path}: no such file; it should be a Python file with get_config()")
     try:
         namespace = runpy.run_path(path)
+        if "get_config" not in namespace:
+            raise UserError(f"--config {path}: has no get_config(); it should return a ConfigDict")
         config = namespace["get_config"]()
-    except KeyError as error:
-        raise UserError(
-            f"--config {path}: {_first_line(error)}"
-            if "get_config" in namespace
-            else f"--config {path}: has no get_config()"
-        ) from error
-    except (AttributeError, TypeError, ValueError, SyntaxError, ImportError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
         raise UserError(f"--config {path}: {_first_line(error)}") from error
     values = flatten(config.to_dict())
     for override in overrides:
@@ -183,6 +180,14 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"--config.{override}: should be --config.field=value")
         values[name] = _parse(text)
     return resolve(values)
+
+
+def load_config(path: Path) -> Config:
+    """The resolved config that a run wrote into its workdir."""
+    try:
+        return resolve(flatten(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; it should be as the run wrote it") from None
 
 
 def resolve(values: dict[str, Any]) -> Config:

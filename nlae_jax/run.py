@@ -60,6 +60,8 @@ class Run:
                 raise UserError(
                     f"config.{field}: {size} should be divisible by mesh data×fsdp = {batch_parts(self.mesh)}"
                 )
+        # Found out now rather than after extraction: whether the prompts work with this tokenizer.
+        make_protocol(self.tokenizer, config.protocol, 1.0)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(workdir)
         _claim(workdir / "config.json", config)
@@ -119,10 +121,9 @@ class Run:
         return {"base": self.base if self.config.lora.rank else {}, "baselines": self.on_mesh(denominators)}
 
     def held_out_rows(self) -> np.ndarray:
-        """The rows that evaluation uses, ascending; drawn once, by the seed."""
+        """The rows that evaluation uses, in random order; drawn once, by the seed."""
         rows = self.store.plan.rows_of("held_out")
-        drawn = np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
-        return np.sort(drawn)
+        return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
 
 
 def _lock(workdir: Path) -> Any:

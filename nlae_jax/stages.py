@@ -28,7 +28,7 @@ from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train import steps
-from nlae_jax.train.loop import Stage, compiled, run_stage
+from nlae_jax.train.loop import Stage, compiled, finished, run_stage
 from nlae_jax.train.state import (
     Params,
     RlState,
@@ -240,13 +240,28 @@ def rl(run: Run) -> tuple[Params, Params]:
     return state.encoder.trained, state.decoder.trained
 
 
+def trained_pair(run: Run) -> Pair:
+    """The pair as trained so far: after RL if that is finished, else after the warm start. Trains nothing."""
+    config = run.config
+    sft_steps = {
+        "encoder_sft": config.sft.encoder_steps,
+        "decoder_sft": config.sft.decoder_steps,
+        "sampled_text": config.sft.sampled_text_steps,
+    }
+    for name, num_steps in sft_steps.items():
+        if not finished(run.workdir, name, num_steps):
+            raise UserError(f"--workdir {run.workdir}: {name} is not finished; run `nlae train` there first")
+    roles = rl(run) if finished(run.workdir, "rl", config.rl.num_steps) else (encoder_sft(run), sampled_text(run))
+    return Pair(run.base if config.lora.rank else {}, *roles)
+
+
 def evaluate(run: Run) -> None:
     """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
     if (run.workdir / "eval.json").exists():
         return
+    after = rl(run)
     base = run.base if run.config.lora.rank else {}
-    before = Pair(base, encoder_sft(run), sampled_text(run))
-    after = Pair(base, *rl(run))
+    before, after = Pair(base, encoder_sft(run), sampled_text(run)), Pair(base, *after)
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
     documents = run.store.plan.document[rows]

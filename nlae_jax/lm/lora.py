@@ -15,10 +15,10 @@ from nlae_jax.lm.arch import Arch, Weight, block_weights
 
 
 def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
-    """Per linear layer, `a` [L, in, rank] and `b` [L, rank, out]."""
+    """Per linear layer, `a` [L, rank, in] and `b` [L, rank, out]."""
     return {
         name: {
-            "a": Weight((*weight.shape[:2], rank), ("layers", weight.axes[1], "rank"), fan_in=weight.shape[1]),
+            "a": Weight((weight.shape[0], rank, weight.shape[1]), ("layers", "rank", weight.axes[1]), weight.shape[1]),
             "b": Weight((weight.shape[0], rank, weight.shape[2]), ("layers", "rank", weight.axes[2])),
         }
         for name, weight in block_weights(arch).items()
@@ -40,20 +40,26 @@ def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
 
 
 def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """`x @ weight`, plus `scale · (x @ a) @ b` where there is an adapter. x: [..., in] -> [..., out]."""
-    y = x @ weight
-    if adapter is None:
-        return y
-    return y + ((x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+    """`x @ weight`, plus `scale · (x @ aᵀ) @ b` where there is an adapter. x: [..., in] -> [..., out].
+
+    The adapter's inner product is taken as [rank, tokens]: then no gradient transposes an array as wide as x, which
+    made the backward pass of a block 1.4 times slower on CPU.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight
+    if adapter is not None:
+        inner = jnp.einsum("ri,ni->rn", adapter["a"].astype(x.dtype), flat)
+        y = y + jnp.einsum("rn,ro->no", inner, adapter["b"].astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def merge(blocks: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
     """The blocks with their adapters added in; a base deeper than the adapters is cut to their depth."""
+    depth = next(iter(adapters.values()))["a"].shape[0]
     merged = {}
     for name, weight in blocks.items():
-        depth = next(iter(adapters.values()))["a"].shape[0]
         merged[name] = weight[:depth]
         if name in adapters:
-            delta = jnp.einsum("lir,lro->lio", adapters[name]["a"], adapters[name]["b"]) * scale
+            delta = jnp.einsum("lri,lro->lio", adapters[name]["a"], adapters[name]["b"]) * scale
             merged[name] = (weight[:depth].astype(jnp.float32) + delta).astype(weight.dtype)
     return merged

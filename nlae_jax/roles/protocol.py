@@ -19,8 +19,8 @@ from nlae_jax.errors import UserError
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
-# Searched for a marker: enclosed CJK first, as in the reference, then symbols; rarest (highest id) wins.
-_MARKER_RANGES = ((0x3200, 0x3400), (0x2000, 0x3200))
+# Searched for a marker: enclosed CJK first, as in the reference, then symbols.
+_MARKER_RANGES = ((0x3200, 0x3400), (0x2000, 0x3000))
 
 _EXPLANATION = re.compile(r"<explanation>\s*(.*?)\s*</explanation>", re.DOTALL)
 
@@ -62,7 +62,9 @@ def find_marker(tokenizer: Any) -> tuple[str, int]:
         if candidates:
             marker_id = max(candidates)
             return candidates[marker_id], marker_id
-    raise UserError("tokenizer: no character of U+2000 to U+33FF is a single token, so none can mark the slot")
+    raise UserError(
+        "tokenizer: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token, so none can mark the slot"
+    )
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:

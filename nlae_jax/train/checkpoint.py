@@ -77,6 +77,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether the checkpoint directory was written to its end."""
+    return (path / _MANIFEST).exists()
+
+
 def _hashes(path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from nlae_jax.config import Config
 from nlae_jax.mesh import batch_sharding, replicated
 from nlae_jax.progress import progress
-from nlae_jax.train.checkpoint import Checkpoints
+from nlae_jax.train.checkpoint import Checkpoints, is_sealed
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
 from nlae_jax.train.steps import Step
@@ -80,6 +80,11 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     if start < stage.steps and (times := stage.step._cache_size()) != 1:
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; it should be once")
     return state
+
+
+def finished(workdir: Path, stage: str, steps: int) -> bool:
+    """Whether a stage's last checkpoint is there."""
+    return steps == 0 or is_sealed(workdir / "checkpoints" / stage / str(steps))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
