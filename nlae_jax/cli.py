@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
             place = getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
-        if isinstance(error, PermissionError):
-            return _fail(f"{error.filename}: permission denied", error, options.debug)
+        if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
+            return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
         raise
 
 
@@ -98,8 +98,9 @@ def _start_jax() -> None:
     from nlae_jax.lm.pretrained import cache_directory
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:

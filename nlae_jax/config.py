@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class ProtocolConfig:
         "A vector was read from a language model in the middle of a text. Say between <explanation> tags "
         "what it holds: what comes next, what the text is about, where it stands.\nVector: {injection_char}"
     )
-    decoder_prompt: str = "Notes on a text:\n{explanation}\nThe text stands at:"
+    decoder_prompt: str = "Notes on a text:\n{explanation}"
     injection_scale: float = 0.0  # norm of the injected vector; 0: 75th percentile of the activations' norms
 
 
@@ -171,23 +172,34 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
         if "get_config" not in namespace:
             raise UserError(f"--config {path}: has no get_config(); it should return a ConfigDict")
         config = namespace["get_config"]()
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        raise UserError(f"--config {path}: {_first_line(error)}") from error
-    values = flatten(config.to_dict())
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's own code: anything may go wrong in it
+        raise UserError(f"--config {path}: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config {path}: get_config() returned {config!r}; it should return a ConfigDict")
+    values, known = flatten(config.to_dict()), dict(fields(Config))
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"--config.{override}: should be --config.field=value")
-        values[name] = _parse(text)
+        # A text field takes the text as it stands: a path may be called 1e3.
+        values[name] = text if known.get(name) is str else _parse(text)
     return resolve(values)
 
 
 def load_config(path: Path) -> Config:
     """The resolved config that a run wrote into its workdir."""
     try:
-        return resolve(flatten(json.loads(path.read_text(encoding="utf-8"))))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: not valid JSON; it should be as the run wrote it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
+    try:
+        return resolve(flatten(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def resolve(values: dict[str, Any]) -> Config:
@@ -243,15 +255,16 @@ def _parse(text: str) -> Any:
 
 def _typed(name: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int | float):
-        return str(value)
+        value = float(value)
     if type(value) is not kind:
         raise UserError(f"config.{name}: {value!r} should be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"config.{name}: {value} should be a finite number")
     return value
 
 
 _AT_LEAST: dict[str, float] = {
+    "seed": 0,
     "subject.layer": 0,
     "corpus.max_documents": 0,
     "corpus.min_characters": 1,
@@ -268,14 +281,22 @@ _AT_LEAST: dict[str, float] = {
     "sft.decoder_steps": 0,
     "sft.sampled_text_steps": 0,
     "sft.batch_size": 1,
+    "sft.encoder_learning_rate": 0,
+    "sft.decoder_learning_rate": 0,
+    "sft.warmup_fraction": 0,
     "sft.sampled_text_batch_size": 1,
     "sft.max_response_tokens": 1,
     "rl.num_steps": 0,
     "rl.activations_per_step": 1,
     "rl.samples_per_activation": 2,
     "rl.max_new_tokens": 1,
+    "rl.encoder_learning_rate": 0,
+    "rl.decoder_learning_rate": 0,
     "rl.kl_coef": 0,
     "rl.length_penalty": 0,
+    "optimizer.b1": 0,
+    "optimizer.b2": 0,
+    "optimizer.weight_decay": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 2,
     "eval.num_activations": 2,
@@ -283,6 +304,15 @@ _AT_LEAST: dict[str, float] = {
     "eval.temperature": 0,
     "eval.bootstrap_samples": 1,
 }
+
+_AT_MOST: dict[str, float] = {
+    "seed": 2**31 - 1,  # purposes add to it, and generators take 32 bits
+    "sft.warmup_fraction": 1,
+    "optimizer.b1": 0.9999,
+    "optimizer.b2": 0.9999,
+}
+
+_ABOVE_ZERO = ("describe.timeout_seconds", "optimizer.max_grad_norm")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "dots"),
@@ -297,6 +327,12 @@ def _validate(config: Config) -> None:
     for name, low in _AT_LEAST.items():
         if flat[name] < low:
             raise UserError(f"config.{name}: {flat[name]} should be at least {low}")
+    for name, high in _AT_MOST.items():
+        if flat[name] > high:
+            raise UserError(f"config.{name}: {flat[name]} should be at most {high}")
+    for name in _ABOVE_ZERO:
+        if flat[name] <= 0:
+            raise UserError(f"config.{name}: {flat[name]} should be above 0")
     for name, choices in _CHOICES.items():
         if flat[name] not in choices:
             raise UserError(f"config.{name}: {flat[name]!r} should be one of {', '.join(choices)}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from nlae_jax.config import Config, flatten
+from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_json
+from nlae_jax.files import write_json
 from nlae_jax.lm.arch import Arch, read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
@@ -33,7 +32,18 @@ from nlae_jax.train.state import (
 )
 
 # Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
-_MAY_DIFFER = ("mesh.", "checkpoint.", "remat", "rl.fused", "describe.concurrency", "describe.timeout_seconds")
+_MAY_DIFFER = (
+    "mesh.",
+    "checkpoint.",
+    "remat",
+    "rl.fused",
+    "describe.concurrency",
+    "describe.timeout_seconds",
+    "describe.max_retries",
+)
+
+# Fields that nothing has been computed with until the descriptions are there: a wrong one can be put right.
+_UNTIL_DESCRIBED = ("describe.model", "describe.base_url", "describe.max_new_tokens")
 
 # Rows that the FVE denominators of the training metrics are computed from.
 _BASELINE_ROWS = 4096
@@ -63,8 +73,13 @@ class Run:
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
         make_protocol(self.tokenizer, config.protocol, 1.0)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(workdir)
-        _claim(workdir / "config.json", config)
+        _lock(workdir)
+        if (workdir / "config.json").exists() and _differs(workdir, config):
+            self.claim()
+
+    def claim(self) -> None:
+        """Writes config.json: from here on the workdir belongs to this config."""
+        write_json(self.workdir / "config.json", dataclasses.asdict(self.config))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -126,31 +141,29 @@ class Run:
         return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
 
 
-def _lock(workdir: Path) -> Any:
-    """Held while the process lives; two runs in one workdir would overwrite each other."""
-    file = (workdir / ".lock").open("w")
+# Held while the process lives; a notebook may open one workdir several times.
+_LOCKS: dict[Path, TextIO] = {}
+
+
+def _lock(workdir: Path) -> None:
+    """Two processes in one workdir would overwrite each other."""
+    path = workdir.resolve() / ".lock"
+    if path in _LOCKS:
+        return
+    file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
-    return file
+    _LOCKS[path] = file
 
 
-def _claim(path: Path, config: Config) -> None:
-    """Writes config.json, or checks that the workdir was made with this config."""
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-        try:
-            theirs = flatten(read_json(path))
-        except ValueError:
-            raise UserError(f"{path}: not valid JSON; it should be as the first run wrote it") from None
-        flat = flatten(mine)
-        changed = [
-            f"{name} {theirs.get(name, 'unset')!r} -> {flat.get(name, 'unset')!r}"
-            for name in sorted(theirs.keys() | flat.keys())
-            if theirs.get(name) != flat.get(name) and not name.startswith(_MAY_DIFFER)
-        ]
-        if changed:
-            raise UserError(f"--workdir {path.parent}: made with another config: {', '.join(changed)}")
-    else:
-        write_json(path, mine)
+def _differs(workdir: Path, config: Config) -> bool:
+    """Whether the workdir's config is another. Raises UserError where that would compute something else."""
+    mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, load_config(workdir / "config.json")))
+    changed = [name for name in mine if theirs[name] != mine[name]]
+    described = (workdir / "activations/descriptions.parquet").exists()
+    may_differ = _MAY_DIFFER if described else (*_MAY_DIFFER, *_UNTIL_DESCRIBED)
+    if kept := [f"{name} {theirs[name]!r} -> {mine[name]!r}" for name in changed if not name.startswith(may_differ)]:
+        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
+    return bool(changed)

@@ -54,6 +54,8 @@ def extract(run: Run) -> None:
     else:
         say("reading the corpus")
         plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
+        _ = run.base  # a model that cannot be read is found out before anything is written
+        run.claim()
         activations.write_plan(directory, plan)
     subject = Subject(run.arch)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.

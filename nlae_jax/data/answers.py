@@ -98,8 +98,13 @@ class AnswerCache:
         return self._directory / digest[:2] / f"{digest[2:]}.json"
 
 
-def cached_describer(config: DescribeConfig, cache: AnswerCache, ask: Ask, progress: Progress | None) -> Describer:
+def cached_describer(
+    config: DescribeConfig, cache: AnswerCache, ask: Ask, progress: Progress | None, together: int = 1
+) -> Describer:
     """A describer that asks only what the cache lacks. Raises UserError when more than half of the answers are lost.
+
+    `together` consecutive texts are asked as a whole or not at all: where an answer depends on the other prompts of
+    its batch, a killed run then continues with the batches, and so the answers, of a run that was not killed.
 
     The share is looked at after the first `_MIN_CHECKED` answers (or all, if there are fewer) and after each
     further `4 * concurrency`, so that a wrong model or a dead server ends the run early; what was answered is kept.
@@ -108,12 +113,14 @@ def cached_describer(config: DescribeConfig, cache: AnswerCache, ask: Ask, progr
 
     def describe(contexts: Sequence[Context]) -> list[str | None]:
         texts = list(dict.fromkeys(context.text for context in contexts))
-        answers = {text: answer for text in texts if (answer := cache.get(text)) is not None}
+        stored = {text: answer for text in texts if (answer := cache.get(text)) is not None}
+        groups = [texts[start : start + together] for start in range(0, len(texts), together)]
+        asked = [text for group in groups if not all(text in stored for text in group) for text in group]
+        answers = {text: stored[text] for text in stored.keys() - set(asked)}
         count = Counter(context.text for context in contexts)
         report = progress or (lambda _: None)
         if answers:
             report(sum(count[text] for text in answers))
-        asked = [text for text in texts if text not in answers]
         problems: Counter[str] = Counter()
         window.begin(proven=any(map(parse_answer, answers.values())))
         with closing(ask(asked)) as results:

@@ -200,16 +200,14 @@ def _name_space(space: str) -> str:
 
 
 def _ending(text: str) -> str:
-    """`It ends with "…"`: the last words, and the white space after them if that is more than nothing."""
+    """`The text ends: …`, unquoted: then the decoder's prompt ends on the very token that the activation is of."""
     visible = text.rstrip()
     words = _printable(visible[-400:]).replace("\ufffd", "").translate(_PLAIN).split()
     shown = " ".join(words[-_NUM_LAST_WORDS:])[-_MAX_ENDING_CHARACTERS:].strip()
     while len(shown.encode("utf-8")) > _MAX_ENDING_BYTES:
         shown = shown[1:].lstrip()
-    after = _name_space(text[len(visible) :]) if len(visible) < len(text) else ""
-    if shown:
-        return f'It ends with {after} after "{shown}"' if after else f'It ends with "{shown}"'
-    return f"It ends with {after}" if after else "It has not begun"
+    after = f", {_name_space(text[len(visible) :])} after it" if len(visible) < len(text) else ""
+    return f"The text ends{after}: {shown}" if shown else f"The text has not begun{after}"
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -10,10 +10,12 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+_EPOCHS = 2**30  # without end; grain's own infinite `repeat()` overflows with batches of one row
+
 
 def batches(num_rows: int, batch_size: int, seed: int, load: Callable[[np.ndarray], Batch]) -> grain.DatasetIterator:
     """An endless iterator of `load(row numbers)`, reshuffled every epoch; `get_state` and `set_state` resume it."""
-    dataset = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size).map(load)
+    dataset = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat(_EPOCHS).batch(batch_size).map(load)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

@@ -47,7 +47,7 @@ def subject_provider(
                 yield start + i, Answer(completion)
 
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
-    return cached_describer(config, AnswerCache(resources.cache_directory, *identity), ask, progress)
+    return cached_describer(config, AnswerCache(resources.cache_directory, *identity), ask, progress, _SUBJECT_BATCH)
 
 
 # --- servers

@@ -110,6 +110,21 @@ def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
     return table
 
 
+def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per token of an explained text; rows are those of `NLA.explain_text`."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("token", ratio=1, overflow="fold")
+    table.add_column("explanation", ratio=6, overflow="fold")
+    table.add_column("cos", justify="right", no_wrap=True, min_width=6)
+    table.add_column("mse", justify="right", no_wrap=True, min_width=5)
+    for row in tokens:
+        _, token = split_at_token(row["token"], row["token"], 0)
+        cells = Text(token.strip(), "bold"), _explanation_cell(row)
+        table.add_row(str(row["position"]), *cells, number(row["cos"]), number(row["mse"]))
+    return table
+
+
 def html_text(value: Any) -> str:
     """The one way for text onto the page: unprintable characters replaced, then HTML escaped."""
     return escape(printable(value), quote=True)

@@ -38,9 +38,11 @@ class Decoder(nn.Module):
         ids, valid, last = place_suffix(ids_NxT, length_N, suffix)
         start = len(prefix)
         positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        prefix_segment = Segment(self.lm.embed(prefix), jnp.arange(start, dtype=jnp.int32), jnp.ones((start,), bool))
-        segments = (prefix_segment, Segment(self.lm.embed(ids), positions, valid))
-        (_, hidden), _ = self.lm.run(segments, stop=self.layer + 1)
+        segments = [Segment(self.lm.embed(ids), positions, valid)]
+        if start:
+            positions = jnp.arange(start, dtype=jnp.int32)
+            segments.insert(0, Segment(self.lm.embed(prefix), positions, jnp.ones((start,), bool)))
+        (*_, hidden), _ = self.lm.run(segments, stop=self.layer + 1)
         return self.read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def from_prompts(self, ids_NxT: jax.Array, mask_NxT: jax.Array) -> jax.Array:
@@ -59,6 +61,8 @@ def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> 
 
     Returns ids [N, T + S], which of them are real [N, T + S] bool, and the index of each row's last one [N].
     """
+    if len(suffix) == 0:
+        return ids_NxT, jnp.arange(ids_NxT.shape[1]) < length_N[:, None], jnp.maximum(length_N - 1, 0)
     width = ids_NxT.shape[1] + len(suffix)
     column = jnp.arange(width)[None]
     ids = jnp.pad(ids_NxT, ((0, 0), (0, len(suffix))))

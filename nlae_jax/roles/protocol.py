@@ -84,6 +84,8 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     if ids.count(marker_id) != 1:
         raise UserError(f"protocol.encoder_prompt: the marker {marker!r} does not stay one token inside it")
     slot = ids.index(marker_id)
+    if slot == 0:  # the first position is an attention sink, whatever stands there
+        raise UserError("protocol.encoder_prompt: at least one token should stand before {injection_char}")
     opening = tokenizer.encode(OPENING, add_special_tokens=False)
     before, after = config.decoder_prompt.split("{explanation}")
     return Protocol(

@@ -41,6 +41,11 @@ class Checkpoints:
         )
         self._unsealed = step
 
+    def poll(self) -> None:
+        """Seals the save under way if it has finished; call it once a step, so that a kill loses no finished save."""
+        if self._unsealed is not None and not self._manager.is_saving_in_progress():
+            self._seal()
+
     def _seal(self) -> None:
         self._manager.wait_until_finished()
         if self._unsealed is not None and jax.process_index() == 0:
@@ -57,17 +62,14 @@ class Checkpoints:
         for candidate in steps:
             path = self._directory / str(candidate)
             if (problem := _problem(path)) is None:
-                try:
-                    restored = self._manager.restore(
-                        candidate,
-                        args=ocp.args.Composite(
-                            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)),
-                            data=ocp.args.JsonRestore(),
-                        ),
-                    )
-                    return candidate, restored["state"], restored["data"]
-                except (ValueError, OSError, KeyError) as error:
-                    problem = str(error).splitlines()[0]
+                restored = self._manager.restore(
+                    candidate,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+                return candidate, restored["state"], restored["data"]
             warn(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
             self._manager.delete(candidate)
         return None
@@ -91,8 +93,10 @@ def _problem(path: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if they are as they were written."""
     try:
         expected = read_json(path / _MANIFEST)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return "its saving was not finished"
+    except ValueError:
+        return f"{_MANIFEST} is not valid JSON"
     found = _hashes(path)
     changed = sorted(name for name in expected if found.get(name) != expected[name])
     return f"changed or missing: {changed[0]}" if changed else None

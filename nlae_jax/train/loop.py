@@ -72,6 +72,7 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
                 state, metrics = stage.step(state, frozen, batch)
             # The step before is fetched only now, while this one runs.
             flush()
+            checkpoints.poll()
             pending = (number, metrics)
             if number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()

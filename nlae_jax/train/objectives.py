@@ -56,7 +56,11 @@ def rewards(mse: jax.Array, valid: jax.Array, lengths: jax.Array, kind: str, len
 def group_advantages(reward_BxG: jax.Array) -> tuple[jax.Array, jax.Array]:
     """GRPO (Shao et al. 2024): (r - group mean) / (group std + eps), and which groups [B] have no spread at all."""
     std = reward_BxG.std(-1, keepdims=True)
-    return (reward_BxG - reward_BxG.mean(-1, keepdims=True)) / (std + 1e-6), std[:, 0] < 1e-6
+    advantage = (reward_BxG - reward_BxG.mean(-1, keepdims=True)) / (std + 1e-6)
+    # Told from the range, and set to zero: the mean of equal numbers may be off by a rounding error, and so is their
+    # standard deviation; their ratio would be a signal out of nothing.
+    no_spread = reward_BxG.max(-1) - reward_BxG.min(-1) < 1e-6
+    return jnp.where(no_spread[:, None], 0.0, advantage), no_spread
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

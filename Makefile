@@ -1,0 +1,28 @@
+# Both targets do their own set-up: a virtual environment in .venv, made with $(PYTHON).
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	.venv/bin/nlae train --config experiments/quickstart.py --workdir $(WORKDIR)
+
+test: .venv/tested
+	.venv/bin/python -m pytest -q -m "not slow"
+
+lint: .venv/tested
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,291 @@
+"""What is read from the text: every row once, and a killed extraction continues as if it had not been.
+
+The subject is a stand-in: a row's vector is a function of the document's tokens and the position, so that a row in
+the wrong place shows.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.config import Config, ExtractConfig, SplitConfig
+from nlae_jax.data import activations
+from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_batches, read_plan, write_plan
+from nlae_jax.data.corpus import Document
+from nlae_jax.errors import UserError
+
+WIDTH, NUM_NEXT, SPECIAL = 5, 3, 7
+
+
+class Letters:
+    """A tokenizer: one token a character, and `|` is special."""
+
+    all_special_ids = (SPECIAL,)
+
+    def encode(self, text):
+        return [SPECIAL if character == "|" else ord(character) for character in text]
+
+
+def documents(count, seed=0, longest=90):
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice(list("abcdefgh|"), rng.integers(1, longest))) for _ in range(count)]
+    return [Document(f"{number:016x}", text) for number, text in enumerate(texts)]
+
+
+def config(seed=0, **extract):
+    return dataclasses.replace(
+        Config(),
+        seed=seed,
+        extract=ExtractConfig(**{"positions_per_document": 3, "min_position": 5, "max_tokens": 80, **extract}),
+        split=SplitConfig(0.25, 0.25, 0.25, 0.25),
+    )
+
+
+def made(count=40, seed=0, **extract):
+    settings = config(seed, **extract)
+    return plan(documents(count), Letters(), settings), settings
+
+
+def vector_of(ids, position):
+    """[WIDTH] float32, different for every prefix."""
+    prefix = np.asarray(ids[: position + 1], np.float64)
+    return np.array([np.sin(prefix * (k + 1)).sum() + position for k in range(WIDTH)], np.float32)
+
+
+def read(ids, mask, rows, columns):
+    """A subject without a model: [M, WIDTH] and [M, NUM_NEXT]."""
+    assert mask[rows, columns].all()
+    vectors = np.stack([vector_of(ids[row], column) for row, column in zip(rows, columns, strict=True)])
+    return vectors, np.stack([ids[rows, columns] + k for k in range(NUM_NEXT)], 1).astype(np.int32)
+
+
+def expected_vectors(chosen):
+    pairs = zip(chosen.document, chosen.position, strict=True)
+    return np.stack([vector_of(chosen.ids[document], position) for document, position in pairs])
+
+
+def same(left: Plan, right: Plan):
+    assert left.doc_ids == right.doc_ids
+    for a, b in zip(left.ids, right.ids, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name in ("split", "document", "position"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+
+
+# --- the plan
+
+
+def test_plan_depends_on_texts_and_seed_alone():
+    first, settings = made()
+    same(first, plan(documents(40)[::-1], Letters(), settings))
+    other = plan(documents(40), Letters(), config(seed=1))
+    assert (other.position != first.position).any()
+    assert (other.split != first.split).any()
+
+
+def test_a_document_keeps_its_positions_when_others_come_or_go():
+    few, many = made(20)[0], made(40)[0]
+    kept = {doc_id: few.position[few.document == i].tolist() for i, doc_id in enumerate(few.doc_ids)}
+    grown = {doc_id: many.position[many.document == i].tolist() for i, doc_id in enumerate(many.doc_ids)}
+    assert kept.items() <= grown.items()
+
+
+@given(st.integers(4, 30), st.integers(0, 5), st.integers(1, 8), st.integers(1, 20))
+def test_positions_may_be_read(count, seed, positions, min_position):
+    texts = [Document(f"{i}", "|abcd|" * 6 + "abc" * i) for i in range(count)]
+    settings = config(seed, positions_per_document=positions, min_position=min_position)
+    chosen = plan(texts, Letters(), settings)
+    for document, ids in enumerate(chosen.ids):
+        read_here = chosen.position[chosen.document == document]
+        assert len(ids) <= settings.extract.max_tokens
+        assert read_here.min() >= min_position
+        assert read_here.max() < len(ids)
+        assert (np.diff(read_here) > 0).all()
+        assert (ids[read_here] != SPECIAL).all()
+        candidates = (ids[min_position:] != SPECIAL).sum()
+        assert len(read_here) == min(positions, candidates)
+
+
+@given(st.integers(4, 200), st.integers(0, 3), st.lists(st.integers(1, 97), min_size=4, max_size=4))
+def test_every_document_is_in_one_split_and_none_is_empty(count, seed, weights):
+    shares = SplitConfig(*(weight / sum(weights) for weight in weights))
+    settings = dataclasses.replace(config(seed), split=shares)
+    chosen = plan([Document(f"{i}", "abcdefghij") for i in range(count)], Letters(), settings)
+    rows = [set(chosen.rows_of(name).tolist()) for name in SPLITS]
+    assert all(rows)
+    assert sum(map(len, rows)) == len(set.union(*rows)) == len(chosen.position)
+    holders = [set(chosen.document[sorted(of_split)].tolist()) for of_split in rows]
+    assert sum(map(len, holders)) == len(set.union(*holders)) == count
+    for name, held in zip(SPLITS, holders, strict=True):
+        assert abs(len(held) - getattr(shares, name) * count) <= len(SPLITS)
+
+
+def test_too_few_documents_are_said():
+    with pytest.raises(UserError, match=r"extract\.min_position"):
+        plan(documents(40, longest=60), Letters(), config(min_position=58))
+
+
+def test_plan_is_read_as_written(tmp_path):
+    chosen, _ = made()
+    write_plan(tmp_path, chosen)
+    same(chosen, read_plan(tmp_path))
+
+
+# --- batches
+
+
+@given(st.integers(4, 40), st.integers(0, 3), st.sampled_from([1, 64, 100, 400]), st.sampled_from([8, 64, 80]))
+def test_batches_hold_every_row_once_and_in_order(count, seed, batch_tokens, max_tokens):
+    settings = config(seed, batch_tokens=batch_tokens, max_tokens=max_tokens)
+    texts = [Document(str(i), "abcdefgh" * (1 + i % 12)) for i in range(count)]
+    chosen = plan(texts, Letters(), settings)
+    shapes, covered = {}, 0
+    for batch in read_batches(chosen, settings.extract):
+        assert batch.start == covered
+        for i in range(batch.count):
+            row = batch.start + i
+            ids = chosen.ids[chosen.document[row]]
+            line, column = batch.rows[i], batch.columns[i]
+            assert column == chosen.position[row]
+            np.testing.assert_array_equal(batch.ids[line, : len(ids)], ids)
+            assert batch.mask[line].sum() == len(ids)
+        assert batch.mask.any(1).all()  # a row of padding alone would make attention NaN
+        assert batch.mask.size <= max(batch_tokens, batch.mask.shape[1])
+        shapes.setdefault(batch.ids.shape[1], set()).add((batch.ids.shape, batch.rows.shape))
+        covered += batch.count
+    assert covered == len(chosen.position)
+    assert all(len(of_bucket) == 1 for of_bucket in shapes.values())  # one compilation a bucket
+
+
+# --- extraction
+
+
+class Killed(Exception):
+    pass
+
+
+def extract(directory, chosen, settings, reader=read):
+    """Extracts what is left; returns the numbers of rows that were passed."""
+    passed = []
+    activations.extract(directory, chosen, reader, settings.extract, WIDTH, NUM_NEXT, passed.append)
+    return passed
+
+
+def finish(directory, chosen):
+    write_plan(directory, chosen)
+    activations.write_meta(directory, chosen, WIDTH, NUM_NEXT, {"model": "none"})
+    return ActivationStore(directory)
+
+
+def killed_at(number):
+    """A reader that works `number` times."""
+    left = iter(range(number))
+
+    def limited(*batch):
+        if next(left, None) is None:
+            raise Killed
+        return read(*batch)
+
+    return limited
+
+
+NUM_BATCHES = len(list(read_batches(made(batch_tokens=256)[0], made(batch_tokens=256)[1].extract)))
+
+
+@pytest.mark.parametrize("number", range(NUM_BATCHES))
+def test_extraction_killed_in_any_batch_continues_there(tmp_path, number):
+    chosen, settings = made(batch_tokens=256)
+    with pytest.raises(Killed):
+        extract(tmp_path, chosen, settings, killed_at(number))
+    passed = extract(tmp_path, chosen, settings, killed_at(NUM_BATCHES - number))  # no batch is read twice
+    assert sum(passed) == len(chosen.position)
+    store = finish(tmp_path, chosen)
+    np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
+
+
+def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch):
+    chosen, settings = made(batch_tokens=256)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        counted = iter([True, True])
+
+        def count(path, value):
+            if next(counted, None) is None:
+                raise Killed
+            activations.write_atomically(path, lambda temporary: temporary.write_text(str(value).replace("'", '"')))
+
+        patch.setattr(activations, "write_json", count)
+        extract(tmp_path, chosen, settings)
+    extract(tmp_path, chosen, settings, killed_at(NUM_BATCHES - 2))
+    store = finish(tmp_path, chosen)
+    np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_stop_extraction(tmp_path, value):
+    chosen, settings = made()
+
+    def broken(*batch):
+        vectors, following = read(*batch)
+        vectors[0, 2] = value
+        return vectors, following
+
+    with pytest.raises(UserError, match="not finite"):
+        extract(tmp_path, chosen, settings, broken)
+
+
+# --- the store
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("store")
+    chosen, settings = made()
+    extract(directory, chosen, settings)
+    return chosen, finish(directory, chosen)
+
+
+@given(data=st.data())
+def test_rows_come_in_the_order_asked_for(stored, data):
+    chosen, store = stored
+    rows = np.array(data.draw(st.lists(st.integers(0, len(chosen.position) - 1), min_size=1, max_size=20)))
+    vectors = store.vectors(rows)
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, expected_vectors(chosen)[rows])
+    last = np.array([store.context_ids(row)[-1] for row in rows])
+    np.testing.assert_array_equal(store.next_tokens(rows), last[:, None] + np.arange(NUM_NEXT))
+
+
+def test_context_ends_at_the_position(stored):
+    chosen, store = stored
+    for row in (0, len(chosen.position) - 1):
+        context = store.context_ids(row)
+        assert len(context) == chosen.position[row] + 1
+        np.testing.assert_array_equal(context, chosen.ids[chosen.document[row]][: len(context)])
+
+
+def test_meta_describes_the_vectors(stored):
+    chosen, store = stored
+    vectors = expected_vectors(chosen).astype(np.float64)
+    norms = np.linalg.norm(vectors, axis=1)
+    assert store.meta["num_activations"] == len(chosen.position)
+    assert store.meta["num_documents"] == len(chosen.doc_ids)
+    assert store.meta["d_model"] == WIDTH
+    assert store.meta["norm_mean"] == pytest.approx(norms.mean())
+    assert store.meta["norm_p75"] == pytest.approx(np.percentile(norms, 75))
+    mean_direction = (vectors / norms[:, None]).mean(0)
+    assert store.meta["norm_of_mean_direction"] == pytest.approx(np.linalg.norm(mean_direction))
+
+
+def test_store_without_next_tokens(tmp_path):
+    chosen, settings = made()
+
+    def vectors_only(*batch):
+        return read(*batch)[0], None
+
+    activations.extract(tmp_path, chosen, vectors_only, settings.extract, WIDTH, 0, lambda _: None)
+    write_plan(tmp_path, chosen)
+    activations.write_meta(tmp_path, chosen, WIDTH, 0, {})
+    assert ActivationStore(tmp_path).next_tokens(np.array([3, 1])).shape == (2, 0)

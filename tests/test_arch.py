@@ -1,0 +1,205 @@
+"""Reading config.json: families, what is refused and how it is named, RoPE scaling, and writing it back."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import Arch, Llama3Rope, Weight, arch_from_hf, hf_config, model_weights, read_arch
+from nlae_jax.lm.attention import rope_table
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_a_llama_config_is_read():
+    assert arch_from_hf(LLAMA) == Arch(
+        vocab_size=96,
+        d_model=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        d_ff=48,
+        norm_eps=1e-5,
+        rope_theta=1e5,
+        rope_scaling=None,
+        tied_head=True,
+        family="llama",
+    )
+
+
+def test_absent_fields_take_the_values_that_transformers_gives_them():
+    needed = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
+    arch = arch_from_hf({key: LLAMA[key] for key in needed})
+    assert (arch.num_kv_heads, arch.head_dim, arch.norm_eps, arch.rope_theta) == (4, 8, 1e-6, 10_000.0)
+    assert not arch.tied_head
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "Llama", None])
+def test_an_unsupported_family_is_refused_by_name(model_type):
+    with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported: llama"):
+        arch_from_hf({**LLAMA, "model_type": model_type})
+
+
+def test_a_config_without_a_family_is_refused():
+    with pytest.raises(UserError, match="model_type None"):
+        arch_from_hf({key: value for key, value in LLAMA.items() if key != "model_type"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("hidden_act", None),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("rope_interleaved", True),
+        ("pretraining_tp", 2),
+        ("is_llama_config", False),
+        ("partial_rotary_factor", 0.5),
+        ("sliding_window", 4096),
+    ],
+)
+def test_a_field_that_changes_the_maths_is_refused_by_name(key, value):
+    with pytest.raises(UserError, match=rf"config.json: {key} = {value!r} is not supported"):
+        arch_from_hf({**LLAMA, key: value})
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+)
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_missing_field_is_named(key, absent):
+    config = {name: value for name, value in LLAMA.items() if name != key} if absent else {**LLAMA, key: None}
+    with pytest.raises(UserError, match=f"the field '{key}' is missing"):
+        arch_from_hf(config)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_other_rope_types_are_refused_by_name(key):
+    with pytest.raises(UserError, match="rope_type 'yarn' is not supported"):
+        arch_from_hf({**LLAMA, key: {"rope_type": "yarn", "factor": 4.0}})
+    with pytest.raises(UserError, match="rope_type 'linear' is not supported"):
+        arch_from_hf({**LLAMA, key: {"type": "linear", "factor": 4.0}})
+
+
+def test_rope_is_read_from_both_places():
+    expected = Llama3Rope(8.0, 1.0, 4.0, 64)
+    old = arch_from_hf({**LLAMA, "rope_scaling": LLAMA3_SCALING})
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    new = arch_from_hf({**new, "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 1e5}})
+    assert old == new
+    assert (old.rope_scaling, old.rope_theta) == (expected, 1e5)
+    assert arch_from_hf({**LLAMA, "rope_scaling": None}).rope_scaling is None
+
+
+def test_llama3_rope_stretches_long_waves_and_keeps_short_ones():
+    # Head size 32: wavelengths from 2 pi to 2 pi · 1e4 ** (15/16), across both bounds (64 / 4 and 64 / 1).
+    plain = Arch(8, 32, 1, 1, 1, 32, 8)
+    scaled = Arch(8, 32, 1, 1, 1, 32, 8, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64))
+    frequencies = np.array([1e4 ** (-2 * i / 32) for i in range(16)])
+    expected = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 64 / 4:
+            expected.append(frequency)
+        elif wavelength > 64 / 1:
+            expected.append(frequency / 8)
+        else:
+            share = (64 / wavelength - 1) / (4 - 1)
+            expected.append((1 - share) * frequency / 8 + share * frequency)
+    kept = sum(a == b for a, b in zip(expected, frequencies, strict=True))
+    stretched = sum(a == b / 8 for a, b in zip(expected, frequencies, strict=True))
+    assert kept and stretched and kept + stretched < 16  # all three ranges occur
+    positions = np.arange(7)
+    for arch, waves in ((plain, frequencies), (scaled, np.array(expected))):
+        cos, sin = rope_table(arch, positions)
+        np.testing.assert_allclose(cos, np.cos(positions[:, None] * waves), atol=2e-6)
+        np.testing.assert_allclose(sin, np.sin(positions[:, None] * waves), atol=2e-6)
+
+
+scalings = st.none() | st.builds(
+    Llama3Rope,
+    factor=st.floats(1, 64),
+    low_freq_factor=st.floats(0.5, 2),
+    high_freq_factor=st.floats(3, 8),
+    original_max_positions=st.integers(16, 8192),
+)
+arches = st.builds(
+    Arch,
+    vocab_size=st.integers(1, 10**6),
+    d_model=st.integers(1, 10**4),
+    num_layers=st.integers(1, 200),
+    num_heads=st.integers(1, 200),
+    num_kv_heads=st.integers(1, 200),
+    head_dim=st.integers(1, 512),
+    d_ff=st.integers(1, 10**5),
+    norm_eps=st.floats(1e-8, 1e-3),
+    rope_theta=st.floats(1, 1e7),
+    rope_scaling=scalings,
+    tied_head=st.booleans(),
+)
+
+
+@given(arches)
+def test_writing_and_reading_a_config_is_the_identity(arch):
+    assert arch_from_hf(json.loads(json.dumps(hf_config(arch)))) == arch
+
+
+def test_a_directory_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        read_arch(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        read_arch(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    assert read_arch(tmp_path) == arch_from_hf(LLAMA)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_names_all_its_axes(tied):
+    weights = model_weights(arch_from_hf({**LLAMA, "tie_word_embeddings": tied}))
+    assert ("head" in weights) is not tied
+    leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Weight))
+    assert len(leaves) == 11 + (not tied)
+    assert all(len(weight.shape) == len(weight.axes) for weight in leaves)
+    assert weights["blocks"]["k"].shape == (3, 32, 16)
+    assert weights["blocks"]["o"].shape == (3, 32, 32)
+    assert weights["blocks"]["down"].shape == (3, 48, 32)
+
+
+def test_truncating_changes_the_depth_alone():
+    arch = arch_from_hf(LLAMA)
+    assert arch.truncated(2).num_layers == 2
+    assert arch.truncated(2).truncated(3) == arch

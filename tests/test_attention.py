@@ -1,0 +1,136 @@
+"""Attention over segments = plain attention over the whole sequence of every sample."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlae_jax.lm import attention
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.attention import KeyValues, apply_rope, empty_caches, rope_table
+
+HEAD_DIM = 4
+attend = jax.jit(attention.attend)
+
+
+def plain(q, q_positions, k, v, positions, valid):
+    """One query row at a time in float64: q [T, heads, D], k and v [kv_heads, S, D], positions and valid [S]."""
+    repeats = q.shape[1] // k.shape[0]
+    out = np.zeros(q.shape)
+    for t in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            seen = valid & (positions <= q_positions[t])
+            scores = k[head // repeats].astype(np.float64) @ q[t, head] / np.sqrt(HEAD_DIM)
+            weights = np.exp(scores[seen] - scores[seen].max())
+            out[t, head] = weights @ v[head // repeats][seen] / weights.sum()
+    return out
+
+
+def segment(rng, batch, kv_heads, length, start, all_valid):
+    """Random keys and values whose positions follow `start`; some invalid, but never a segment's first."""
+    shape = (*batch, kv_heads, length, HEAD_DIM)
+    valid = rng.random((*batch, length)) < (1.0 if all_valid else 0.7)
+    valid[..., 0] = True
+    return KeyValues(
+        rng.standard_normal(shape).astype(np.float32),
+        rng.standard_normal(shape).astype(np.float32),
+        np.broadcast_to(start + np.arange(length, dtype=np.int32), valid.shape),
+        valid,
+    )
+
+
+def expanded(segments, index):
+    """The keys, values, positions and mask that row `index` of the last segment sees, side by side."""
+    rows = [KeyValues(*(array[index[: kv.positions.ndim - 1]] for array in kv)) for kv in segments]
+    return tuple(np.concatenate(parts, axis) for parts, axis in zip(zip(*rows, strict=True), (1, 1, 0, 0), strict=True))
+
+
+# Few sizes, many combinations: every new shape compiles.
+@settings(max_examples=20)
+@given(
+    batch=st.integers(1, 2),
+    group=st.integers(1, 3),
+    lengths=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 4)),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    all_valid=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_three_segments_are_one_sequence(batch, group, lengths, heads, all_valid, seed):
+    rng = np.random.default_rng(seed)
+    num_heads, kv_heads = heads
+    starts = np.cumsum([0, *lengths])
+    batches = ((), (batch,), (batch, group))
+    segments = [
+        segment(rng, axes, kv_heads, length, start, all_valid)
+        for axes, length, start in zip(batches, lengths, starts[:-1], strict=True)
+    ]
+    # Large logits: without the shared maximum the exponentials would overflow.
+    q = 30 * rng.standard_normal((batch, group, lengths[2], num_heads, HEAD_DIM)).astype(np.float32)
+    out = np.asarray(attend(q, segments[-1].positions, segments))
+    assert out.shape == q.shape
+    for index in np.ndindex(batch, group):
+        expected = plain(q[index], segments[-1].positions[index], *expanded(segments, index))
+        np.testing.assert_allclose(out[index], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_keys_of_later_positions_are_not_seen():
+    rng = np.random.default_rng(0)
+    kv = segment(rng, (1,), 2, 5, 0, True)
+    q = rng.standard_normal((1, 5, 2, HEAD_DIM)).astype(np.float32)
+    before = attend(q, kv.positions, [kv])
+    changed = kv._replace(k=kv.k.copy(), v=kv.v.copy())
+    changed.k[:, :, 3:] += 1
+    changed.v[:, :, 3:] += 1
+    after = attend(q, kv.positions, [changed])
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert (np.abs(before - after)[:, 3:] > 1e-3).any(-1).all()
+
+
+def test_a_query_without_any_key_gives_no_nan():
+    rng = np.random.default_rng(1)
+    kv = segment(rng, (2,), 1, 3, 0, True)._replace(valid=np.zeros((2, 3), bool))
+    q = rng.standard_normal((2, 3, 2, HEAD_DIM)).astype(np.float32)
+
+    def total(q, k, v):
+        return attend(q, kv.positions, [kv._replace(k=k, v=v)]).sum()
+
+    assert np.isfinite(attend(q, kv.positions, [kv])).all()
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(q, kv.k, kv.v):
+        assert np.isfinite(gradient).all()
+
+
+def test_a_segment_of_masked_keys_changes_nothing():
+    rng = np.random.default_rng(2)
+    first, second = segment(rng, (), 2, 3, 0, True), segment(rng, (2,), 2, 4, 3, True)
+    q = rng.standard_normal((2, 4, 4, HEAD_DIM)).astype(np.float32)
+    alone = attend(q, second.positions, [second])
+    masked = attend(q, second.positions, [first._replace(valid=np.zeros(3, bool)), second])
+    np.testing.assert_allclose(alone, masked, rtol=1e-6)
+
+
+def test_rope_depends_on_the_distance_only():
+    arch = Arch(8, 8, 1, 1, 1, HEAD_DIM, 8)
+    rng = np.random.default_rng(4)
+    q, k = rng.standard_normal((2, 1, 1, HEAD_DIM)).astype(np.float32)
+
+    def score(at_q, at_k):
+        turned = [apply_rope(x, rope_table(arch, jnp.array([at]))) for x, at in ((q, at_q), (k, at_k))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert abs(score(9, 4) - score(105, 100)) < 1e-4
+    assert abs(score(9, 4) - score(9, 8)) > 1e-2
+    np.testing.assert_array_equal(apply_rope(q, rope_table(arch, jnp.array([0]))), q)
+
+
+def test_room_that_is_not_written_yet_lies_after_every_query():
+    arch = Arch(8, 8, 3, 2, 1, HEAD_DIM, 8)
+    caches = empty_caches(arch, jnp.array([5, 9]), 4, jnp.float32)
+    assert len(caches) == 3
+    assert caches[0].k.shape == caches[0].v.shape == (2, 1, 4, HEAD_DIM)
+    np.testing.assert_array_equal(caches[0].positions, [[5, 6, 7, 8], [9, 10, 11, 12]])
+    # A first token at the start position sees its own key alone, whatever lies in the rest.
+    filled = caches[0]._replace(k=caches[0].k + 3.0, v=jnp.arange(8.0).reshape(2, 1, 4, 1) + jnp.zeros(HEAD_DIM))
+    q = jnp.ones((2, 1, 2, HEAD_DIM))
+    out = attend(q, jnp.array([[5], [9]]), [filled])
+    np.testing.assert_allclose(out[:, 0, 0, 0], [0.0, 4.0], atol=1e-6)

@@ -1,0 +1,196 @@
+"""Checkpoints: what is saved is what is restored, and damage of any kind falls back to the one before."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nlae_jax.train.checkpoint import Checkpoints, is_sealed
+
+SIZE = 4096
+
+
+def state_at(step):
+    values = np.random.default_rng(step).standard_normal((SIZE,)).astype(np.float32)
+    return {"weights": jnp.asarray(values), "step": jnp.asarray(step, jnp.int32), "empty": ()}
+
+
+def save(directory, *steps, keep=2):
+    checkpoints = Checkpoints(directory, keep)
+    for step in steps:
+        checkpoints.save(step, state_at(step), {"iterator": {"next": step}})
+    checkpoints.close()
+
+
+def restore(directory, **options):
+    checkpoints = Checkpoints(directory, 2)
+    restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state_at(0)), **options)
+    checkpoints.close()
+    return restored
+
+
+def assert_is(restored, step):
+    number, state, data = restored
+    assert number == step == state["step"]
+    np.testing.assert_array_equal(state["weights"], state_at(step)["weights"])
+    assert data == {"iterator": {"next": step}}
+
+
+def files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def largest(directory):
+    return max(files(directory), key=lambda path: path.stat().st_size)
+
+
+def test_nothing_saved_is_nothing_restored(tmp_path):
+    assert restore(tmp_path / "new") is None
+
+
+def test_newest_is_restored_and_older_ones_go(tmp_path, capsys):
+    save(tmp_path, 2, 4, 6)
+    assert_is(restore(tmp_path), 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "6"]
+    assert all(is_sealed(tmp_path / name) for name in "46")
+    assert capsys.readouterr().err == ""
+
+
+def truncated(step):
+    path = largest(step)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def emptied(step):
+    largest(step).write_bytes(b"")
+
+
+def one_bit_flipped(step):
+    path = largest(step)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def missing_file(step):
+    largest(step).unlink()
+
+
+def missing_item(step):
+    shutil.rmtree(step / "state")
+
+
+def unfinished(step):
+    (step / "manifest.json").unlink()
+
+
+def torn_manifest(step):
+    (step / "manifest.json").write_bytes((step / "manifest.json").read_bytes()[:40])
+
+
+def all_but_the_directory(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGE = [
+    truncated,
+    emptied,
+    one_bit_flipped,
+    missing_file,
+    missing_item,
+    unfinished,
+    torn_manifest,
+    all_but_the_directory,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys, damage):
+    save(tmp_path, 2, 4)
+    damage(tmp_path / "4")
+    assert_is(restore(tmp_path), 2)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert warning.count("\n") == 1
+    assert str(tmp_path / "4") in warning
+    save(tmp_path, 4)  # training gets there again
+    assert_is(restore(tmp_path), 4)
+
+
+def test_any_file_may_be_the_damaged_one(tmp_path):
+    save(tmp_path / "sound", 2, 4)
+    names = [path.relative_to(tmp_path / "sound/4") for path in files(tmp_path / "sound/4")]
+    assert len(names) > 5
+    for number, name in enumerate(names):
+        directory = tmp_path / str(number)
+        shutil.copytree(tmp_path / "sound", directory)
+        with (directory / "4" / name).open("r+b") as file:
+            first = file.read(1)
+            file.seek(0)
+            file.write(bytes([first[0] ^ 1]) if first else b"x")
+        assert_is(restore(directory), 2)
+
+
+def test_damage_everywhere_starts_anew(tmp_path, capsys):
+    save(tmp_path, 2, 4)
+    for name in "24":
+        one_bit_flipped(tmp_path / name)
+    assert restore(tmp_path) is None
+    assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_a_sound_checkpoint_of_another_shape_is_not_thrown_away(tmp_path):
+    save(tmp_path, 2, 4)
+    checkpoints = Checkpoints(tmp_path, 2)
+    with pytest.raises(Exception, match=r"weights|structure|shape"):
+        checkpoints.restore({"other": jnp.zeros(3)})
+    checkpoints.close()
+    assert_is(restore(tmp_path), 4)
+
+
+def test_remains_of_a_killed_save_do_no_harm(tmp_path):
+    save(tmp_path, 2)
+    shutil.copytree(tmp_path / "2", tmp_path / "4.orbax-checkpoint-tmp")
+    truncated(tmp_path / "4.orbax-checkpoint-tmp")
+    assert_is(restore(tmp_path), 2)
+    save(tmp_path, 4)
+    assert_is(restore(tmp_path), 4)
+
+
+def test_finished_save_counts_before_the_next_one_begins(tmp_path):
+    """A run killed between two saves must not lose the first."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(2, state_at(2), {"iterator": {"next": 2}})
+    for _ in range(100_000):
+        checkpoints.poll()  # as the loop does after each step
+        if is_sealed(tmp_path / "2"):
+            break
+    shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    checkpoints.close()
+    assert_is(restore(tmp_path.with_name("killed")), 2)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 12, 1 << 22])
+def test_state_given_to_the_next_step_is_saved_as_it_was(tmp_path, size):
+    """On a CPU saving could read the very buffers that the next step overwrites."""
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    first = {"floats": jnp.zeros(size), "whole": jnp.zeros(size, jnp.int32), "scalar": jnp.zeros(())}
+    state = advance(first)
+    assert first["floats"].is_deleted()  # this step does overwrite what it is given
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state, {})
+        state = advance(state)
+    for _ in range(10):
+        state = advance(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (2, 3):
+        _, restored, _ = checkpoints.restore(state, step)
+        for name, value in restored.items():
+            np.testing.assert_array_equal(value, np.full(state[name].shape, step), err_msg=name)
+    checkpoints.close()

@@ -1,0 +1,214 @@
+"""The configuration: every mistake is one line that names the field, and what is written is what is read."""
+
+import dataclasses
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.config import Config, default_config, fields, flatten, load_config, load_experiment, resolve
+from nlae_jax.errors import UserError
+
+FIELDS = dict(fields(Config))
+NUMBERS = sorted(name for name, kind in FIELDS.items() if kind in (int, float))
+TEXTS = sorted(name for name, kind in FIELDS.items() if kind is str)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Writes an experiment file whose get_config() has this body, after `config = default_config()`."""
+
+    def write(body="", returned="config"):
+        path = tmp_path / "experiment.py"
+        lines = ["config = default_config()", *body.splitlines(), f"return {returned}"]
+        text = "".join(f"    {line}\n" for line in lines)
+        path.write_text(f"from nlae_jax.config import default_config\n\n\ndef get_config():\n{text}")
+        return str(path)
+
+    return write
+
+
+def complaint(call):
+    """The one line of the UserError that `call` raises."""
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_a_valid_config():
+    assert resolve({}) == Config() == resolve(flatten(default_config().to_dict()))
+
+
+def test_experiment_and_overrides_in_order(experiment):
+    path = experiment("config.rl.num_steps = 7\nconfig.lora.rank = 3")
+    config = load_experiment(path, ["lora.rank=0", "rl.num_steps=9", "rl.num_steps=11"])
+    assert config.rl.num_steps == 11  # the last one counts
+    assert config.lora.rank == 0
+    assert config.sft == Config().sft
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("rl.kl_coef=1", 1.0),
+        ("rl.kl_coef=1e-3", 0.001),
+        ("rl.fused=False", False),
+        ("rl.fused=true", True),
+        ("mesh.data=-1", -1),
+        ("corpus.path=", ""),
+        ("corpus.path=a=b", "a=b"),
+        ("corpus.path=1e3", "1e3"),
+        ("describe.model=1.10", "1.10"),
+        ("subject.model=True", "True"),
+    ],
+)
+def test_overrides_take_the_type_of_their_field(experiment, override, value):
+    loaded = flatten(dataclasses.asdict(load_experiment(experiment(), [override])))[override.partition("=")[0]]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+@given(st.sampled_from(TEXTS), st.text(min_size=1))
+def test_a_text_override_is_taken_as_it_stands(name, text):
+    if name in ("remat", "subject.dtype", "describe.provider", "rl.reward"):
+        return  # one of a few words
+    path = Path(__file__).parent.parent / "experiments/tiny.py"
+    assert flatten(dataclasses.asdict(load_experiment(str(path), [f"{name}={text}"])))[name] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("rl.num_step", "rl.num_steps"), ("lora.rnak", "lora.rank"), ("sede", "seed"), ("subject.modle", "subject.model")],
+)
+def test_unknown_field_is_named_with_the_likely_one(experiment, name, meant):
+    message = complaint(lambda: load_experiment(experiment(), [f"{name}=1"]))
+    assert message.startswith(f"config.{name}:")
+    assert message.endswith(f"did you mean {meant}?")
+
+
+def test_a_section_is_no_field(experiment):
+    assert complaint(lambda: load_experiment(experiment(), ["rl=5"])).startswith("config.rl: no such field")
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=a", "seed=1.0", "seed=True", "rl.fused=1", "rl.kl_coef=[1]", "rl.kl_coef=", "lora.rank=None"]
+)
+def test_mistyped_override_names_field_and_type(experiment, override):
+    name = override.partition("=")[0]
+    message = complaint(lambda: load_experiment(experiment(), [override]))
+    assert message.startswith(f"config.{name}:")
+    assert FIELDS[name].__name__ in message
+
+
+def test_override_without_value(experiment):
+    assert complaint(lambda: load_experiment(experiment(), ["seed"])).startswith("--config.seed:")
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["config.rl.num_stepz = 5", "config.rl.num_steps = 'many'", "config.nothing.there = 1", "1 / 0", "import no_such"],
+)
+def test_a_mistake_in_the_experiment_names_the_file(experiment, body):
+    path = experiment(body)
+    assert complaint(lambda: load_experiment(path)).startswith(f"--config {path}:")
+
+
+def test_a_field_that_the_experiment_misspells_is_named(experiment):
+    assert "num_stepz" in complaint(lambda: load_experiment(experiment("config.rl.num_stepz = 5")))
+
+
+@pytest.mark.parametrize("returned", ["None", "{'seed': 1}", "default_config"])
+def test_get_config_must_return_a_config(experiment, returned):
+    path = experiment(returned=returned)
+    assert complaint(lambda: load_experiment(path)).startswith(f"--config {path}: get_config() returned")
+
+
+@pytest.mark.parametrize("text", ["", "x = 1", "def get_config(:", "get_config = 3", "\0"])
+def test_a_file_that_is_no_experiment(tmp_path, text):
+    path = tmp_path / "file.py"
+    path.write_text(text)
+    assert str(path) in complaint(lambda: load_experiment(str(path)))
+
+
+def test_missing_experiment(tmp_path):
+    assert str(tmp_path / "no.py") in complaint(lambda: load_experiment(str(tmp_path / "no.py")))
+    assert str(tmp_path) in complaint(lambda: load_experiment(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "seed=2147483648",
+        "subject.layer=-1",
+        "extract.positions_per_document=0",
+        "extract.min_position=0",
+        "extract.min_position=512",
+        "describe.timeout_seconds=0",
+        "sft.batch_size=0",
+        "sft.encoder_learning_rate=-1e-5",
+        "sft.warmup_fraction=1.5",
+        "rl.samples_per_activation=1",
+        "rl.kl_coef=-0.1",
+        "rl.kl_coef=1e999",
+        "optimizer.b2=1.0",
+        "optimizer.max_grad_norm=0",
+        "checkpoint.every_steps=0",
+        "checkpoint.keep=1",
+        "eval.num_activations=1",
+        "lora.alpha=0",
+        "remat=all",
+        "subject.dtype=float64",
+        "describe.provider=nobody",
+        "rl.reward=mse",
+    ],
+)
+def test_senseless_values_name_their_field(experiment, override):
+    name = override.partition("=")[0]
+    assert complaint(lambda: load_experiment(experiment(), [override])).startswith(f"config.{name}: ")
+
+
+@given(st.sampled_from(NUMBERS), st.integers(-3, 3) | st.floats(-2, 2) | st.just(float("nan")))
+def test_no_number_ends_in_anything_but_a_config_or_one_line(name, value):
+    try:
+        config = resolve({name: value})
+    except UserError as error:
+        assert name.partition(".")[0] in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert flatten(dataclasses.asdict(config))[name] == value
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5, 0.5), (1.0, 0.0, 0.0, 0.0), (0.6, 0.6, -0.4, 0.2)])
+def test_split_shares_add_up(shares):
+    names = ("encoder_sft", "decoder_sft", "rl", "held_out")
+    values = {f"split.{name}": share for name, share in zip(names, shares, strict=True)}
+    assert complaint(lambda: resolve(values)).startswith("config.split")
+
+
+@given(st.fixed_dictionaries({"seed": st.integers(0, 99), "rl.kl_coef": st.floats(0, 9), "corpus.path": st.text()}))
+def test_written_config_is_read_back(values):
+    config = resolve(values)
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "config.json"
+        path.write_text(json.dumps(dataclasses.asdict(config)), encoding="utf-8")
+        assert load_config(path) == config
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"rl": 5}', '{"rl": {"num_stepz": 5}}', '{"seed": "a"}'])
+def test_damaged_config_json_names_the_file(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert complaint(lambda: load_config(path)).startswith(f"{path}: ")
+
+
+def test_default_config_refuses_unknown_fields():
+    config = default_config()
+    with pytest.raises(AttributeError):
+        config.rl.num_stepz = 1
+    with pytest.raises(TypeError):
+        config.seed = "one"

@@ -1,0 +1,112 @@
+"""The notebook's language model: logits, residuals, and generation from prompts of different lengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nlae_jax
+from nlae_jax.errors import UserError
+from nlae_jax.lm.language_model import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def prompts(arch):
+    """Token ids of different lengths, more than one batch of them."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, arch.vocab_size, length).tolist() for length in (5, 17, 64, 1, 30, *range(2, 15))]
+
+
+def padded(prompts, width=64, left=True):
+    """ids and mask [N, width]."""
+    ids, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        real = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        ids[row, real], mask[row, real] = prompt, True
+    return ids, mask
+
+
+def test_it_is_at_the_top_of_the_package():
+    assert nlae_jax.LanguageModel is LanguageModel
+
+
+def test_logits_and_residual_have_the_promised_shapes(tiny_lm, arch, prompts):
+    ids, mask = padded(prompts[:3])
+    logits, residual = tiny_lm.logits(ids, mask), tiny_lm.residual(ids, layer=1, mask=mask)
+    assert logits.shape == (3, 64, arch.vocab_size) and logits.dtype == jnp.float32
+    assert residual.shape == (3, 64, arch.d_model)
+    # Lists are as good as arrays, and no mask means that all tokens are real.
+    row = ids[2].tolist()
+    np.testing.assert_allclose(tiny_lm.logits([row])[0], logits[2], atol=1e-5)
+
+
+def test_the_last_residual_gives_the_logits_and_layers_differ(tiny_lm, params, prompts):
+    ids, mask = padded(prompts[2:3])
+    first, last = (np.asarray(tiny_lm.residual(ids, layer=layer, mask=mask)) for layer in (0, 1))
+    normed = last / np.sqrt(np.square(last).mean(-1, keepdims=True) + 1e-5) * np.asarray(params["final_norm"])
+    np.testing.assert_allclose(normed @ np.asarray(params["embed"]).T, tiny_lm.logits(ids, mask), atol=1e-4)
+    assert np.abs(first - last).max() > 0.1
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_is_not_there_is_refused(tiny_lm, layer):
+    with pytest.raises(UserError, match=f"layer: {layer} should be from 0 to 1"):
+        tiny_lm.residual([[3, 4]], layer=layer)
+
+
+def test_both_paddings_give_the_same(tiny_lm, prompts):
+    (left_ids, left), (right_ids, right) = padded(prompts[:3]), padded(prompts[:3], left=False)
+    np.testing.assert_allclose(
+        np.asarray(tiny_lm.logits(left_ids, left))[left], np.asarray(tiny_lm.logits(right_ids, right))[right], atol=2e-5
+    )
+
+
+def test_greedy_tokens_are_those_of_each_prompt_alone(tiny_lm, prompts, tokenizer):
+    replies = tiny_lm.generate(prompts, 6, temperature=0.0)
+    assert len(replies) == len(prompts)
+    assert len({tuple(reply) for reply in replies}) > 10
+    for prompt, reply in [*zip(prompts[:5], replies, strict=False), (prompts[-1], replies[-1])]:
+        assert tiny_lm.generate([prompt], 6, temperature=0.0) == [reply]
+        # Without any cache: every token is the likeliest after all that precedes it.
+        ids, mask = padded([[*prompt, *reply]], width=80, left=False)
+        likeliest = np.asarray(tiny_lm.logits(ids, mask))[0].argmax(-1)[len(prompt) - 1 :][: len(reply)]
+        assert likeliest.tolist() == reply
+        assert len(reply) == 6 or tokenizer.eos_token_id not in reply
+
+
+def test_sampling_follows_its_seed(tiny_lm, prompts):
+    def draw(seed):
+        return tiny_lm.generate(prompts[:2], 6, temperature=1.0, seed=seed)
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_a_reply_ends_before_the_end_of_sequence(tiny_lm, arch, tokenizer):
+    """A model that writes nothing else: a reply is empty, and has no end of sequence in it."""
+    constant = jax.tree.map(np.zeros_like, tiny_lm.params)
+    constant["final_norm"] = np.ones(arch.d_model, np.float32)
+    constant["embed"] = np.full((arch.vocab_size, arch.d_model), 0.1, np.float32)
+    constant["embed"][tokenizer.eos_token_id] = 1.0
+    model = LanguageModel(arch, jax.tree.map(jnp.asarray, constant), tokenizer)
+    assert model.generate([[3, 4], [5]], 6, temperature=0.0) == [[], []]
+
+
+def test_chat_goes_through_the_template(tiny_lm, tokenizer):
+    rendered = "<|im_start|>user\nthe text<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(rendered, add_special_tokens=False)
+    expected = tokenizer.decode(tiny_lm.generate([ids], 6, temperature=0.0)[0])
+    assert tiny_lm.chat(["the text"], 6, temperature=0.0) == [expected]
+
+
+def test_bfloat16_weights_give_nearly_the_same_logits(tiny_dir, tiny_lm, prompts):
+    low = LanguageModel.from_pretrained(str(tiny_dir), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype(jnp.bfloat16)}
+    ids, mask = padded(prompts[:3])
+    logits, expected = np.asarray(low.logits(ids, mask))[mask], np.asarray(tiny_lm.logits(ids, mask))[mask]
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).max() < 0.2
+
+
+def test_names_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        LanguageModel.from_pretrained(str(tmp_path))

@@ -1,0 +1,164 @@
+"""The maths of training against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from nlae_jax.train.objectives import (
+    FAILED_MSE,
+    Baselines,
+    baselines,
+    direction_mse,
+    fve,
+    group_advantages,
+    kl_k3,
+    masked_mean,
+    policy_loss,
+    rewards,
+    unit_direction,
+)
+from tests.conftest import vectors
+
+number = st.floats(-8, 8, width=32)
+pair_mse = jax.jit(direction_mse)
+
+
+@given(arrays.arrays(np.float32, (2, 6), elements=number), st.floats(0.125, 64, width=32))
+def test_mse_is_twice_one_minus_the_cosine(pair, scale):
+    if np.linalg.norm(pair, axis=1).min() < 0.1:
+        return
+    a, b = pair.astype(np.float64)
+    expected = 2 * (1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert abs(pair_mse(pair[0], pair[1]) - expected) < 1e-5
+    assert abs(pair_mse(pair[0] * scale, pair[1]) - expected) < 1e-5
+
+
+def test_mse_of_equal_orthogonal_and_opposite():
+    x, y = np.array([3.0, 0, 0]), np.array([0, 2.0, 0])
+    np.testing.assert_allclose([direction_mse(x, x), direction_mse(x, y), direction_mse(x, -x)], [0, 2, 4], atol=1e-6)
+    np.testing.assert_allclose(jnp.square(unit_direction(x)).mean(), 1, rtol=1e-6)
+
+
+def test_the_gradient_at_a_zero_vector_is_finite():
+    value, gradient = jax.value_and_grad(lambda x: direction_mse(x, jnp.ones(5)))(jnp.zeros(5))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert np.isfinite(jax.grad(lambda h: direction_mse(jnp.ones(5), h))(jnp.zeros(5))).all()
+
+
+def test_bfloat16_is_compared_in_float32():
+    x = vectors(2, 300)
+    low = direction_mse(jnp.asarray(x[0], jnp.bfloat16), jnp.asarray(x[1], jnp.bfloat16))
+    assert low.dtype == jnp.float32
+    assert abs(low - direction_mse(x[0], x[1])) < 0.02
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Activations of different norms, their unit vectors' mean, and its norm m."""
+    h = vectors(200, 24) * np.linspace(1, 30, 200)[:, None].astype(np.float32)
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    return h, unit.mean(0), float(np.linalg.norm(unit.mean(0)))
+
+
+def test_both_baselines_follow_from_the_mean_direction(data):
+    h, _, m = data
+    assert 0.2 < m < 0.9
+    denominators = baselines(h)
+    assert abs(denominators.variance - (1 - m**2)) < 1e-5
+    assert abs(denominators.mean_norm - 2 * (1 - m)) < 1e-5
+
+
+def test_predicting_the_mean_explains_nothing(data):
+    h, mean, m = data
+    denominators = baselines(h)
+    # Against its own denominator, the renormalised mean; the mean as it is, by its plain squared error.
+    assert abs(fve(direction_mse(jnp.tile(mean, (200, 1)), h), denominators.mean_norm)) < 1e-5
+    squared = np.square(unit_direction(h) - mean * 24**0.5).mean(1)
+    assert abs(fve(squared, denominators.variance)) < 1e-5
+    # The two definitions differ: the mean direction is worth less than nothing by the paper's.
+    of_mean = fve(direction_mse(mean, h), denominators.variance)
+    assert abs(of_mean - (1 - 2 / (1 + m))) < 1e-5
+
+
+def test_perfect_reconstruction_explains_everything(data):
+    h, _, _ = data
+    assert all(abs(fve(direction_mse(3 * h, h), baseline) - 1) < 1e-5 for baseline in baselines(h))
+    assert isinstance(baselines(h), Baselines)
+
+
+def test_rewards():
+    mse, valid = np.array([0.5, 0.1, 0.1], np.float32), np.array([True, True, False])
+    lengths = np.array([10, 20, 30])
+    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_mse", 0.0), [-0.5, -0.1, -FAILED_MSE])
+    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_mse", 0.01), [-0.6, -0.3, -2.3], rtol=1e-6)
+    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_log_mse", 0.0), [0.693147, 2.302575, -2], rtol=1e-5)
+
+
+def test_the_logarithm_of_a_perfect_reconstruction_is_finite():
+    assert np.isfinite(rewards(np.zeros(1), np.ones(1, bool), np.ones(1), "neg_log_mse", 0.0)).all()
+
+
+advantages_of = jax.jit(group_advantages)
+
+
+@given(arrays.arrays(np.float32, (3, 5), elements=number))
+def test_advantages_are_standardised_within_a_group(reward):
+    advantage, no_spread = advantages_of(reward)
+    for row in range(3):
+        std = reward[row].astype(np.float64).std()
+        assert no_spread[row] == (np.ptp(reward[row]) < 1e-6)
+        if no_spread[row]:
+            assert std < 1e-6
+            np.testing.assert_array_equal(advantage[row], 0)
+        elif std > 1e-2:
+            expected = (reward[row] - reward[row].astype(np.float64).mean()) / std
+            np.testing.assert_allclose(advantage[row], expected, atol=1e-3)
+
+
+@given(number, st.sampled_from([3, 5, 6, 7]))
+def test_a_group_of_equal_rewards_carries_no_signal(value, size):
+    """Also where the mean of equal numbers is not that number in float32."""
+    advantage, no_spread = group_advantages(jnp.full((1, size), value, jnp.float32))
+    assert no_spread.tolist() == [True]
+    np.testing.assert_array_equal(advantage, 0)
+
+
+def test_k3_is_unbiased_and_never_negative():
+    """Averaged over the policy's own distribution it is the KL divergence, exactly."""
+    rng = np.random.default_rng(0)
+    policy, reference = jax.nn.log_softmax(rng.standard_normal((2, 9)))
+    per_token = kl_k3(policy, reference)
+    assert (np.asarray(per_token) >= 0).all()
+    probabilities = np.exp(policy)
+    np.testing.assert_allclose(
+        (probabilities * per_token).sum(), (probabilities * (policy - reference)).sum(), rtol=1e-5
+    )
+    np.testing.assert_array_equal(kl_k3(policy, policy), 0)
+
+
+def test_masked_mean():
+    x = np.array([[1.0, 2.0], [3.0, 40.0]])
+    assert masked_mean(x, np.array([[True, True], [True, False]])) == 2
+    assert masked_mean(x, np.zeros((2, 2), bool)) == 0
+
+
+def test_the_policy_gradient_is_the_advantage_weighted_score():
+    rng = np.random.default_rng(1)
+    log_probs, reference = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
+    advantage = rng.standard_normal((2, 3)).astype(np.float32)
+    mask = np.arange(4) < np.array([[4, 2, 1], [3, 4, 2]])[..., None]
+    gradient = jax.grad(policy_loss)(log_probs, reference, advantage, mask, 0.0)
+    np.testing.assert_allclose(gradient, -advantage[..., None] * mask / mask.sum(), rtol=1e-5)
+    # d/dlogp of k3: 1 - exp(reference - logp).
+    with_kl = jax.grad(policy_loss)(log_probs, reference, advantage, mask, 0.3)
+    of_kl = 0.3 * (1 - np.exp(reference - log_probs)) * mask / mask.sum()
+    np.testing.assert_allclose(with_kl - gradient, of_kl, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        policy_loss(log_probs, log_probs, advantage, mask, 0.3),
+        -(advantage[..., None] * mask).sum() / mask.sum(),
+        rtol=1e-5,
+    )

@@ -1,0 +1,207 @@
+"""What encoder and decoder agree on: the marker, the prompts as token ids, the tags."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from nlae_jax.config import ProtocolConfig
+from nlae_jax.errors import UserError
+from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.roles.protocol import (
+    CLOSING,
+    OPENING,
+    Protocol,
+    blank_tokens,
+    decoder_ids,
+    extract_explanation,
+    find_marker,
+    make_protocol,
+    response_ids,
+    write_protocol,
+)
+from tests.conftest import INJECTION_SCALE, tiny_config
+
+TEXTS = ("The text is about values.", "a\n\nb", "  spaces around \n", "Ends with a list:\n- one\n- two")
+
+
+class Characters:
+    """A tokenizer of single characters: `ids` maps some of them, everything else is two tokens."""
+
+    def __init__(self, ids, decoded=None):
+        self.ids, self.decoded = ids, decoded or {}
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [self.ids[text]] if text in self.ids else [1, 2]
+
+    def decode(self, ids):
+        back = {token: char for char, token in self.ids.items()} | self.decoded
+        return back[ids[0]]
+
+
+def test_the_marker_is_the_rarest_single_token():
+    assert find_marker(Characters({"㈀": 900, "㈁": 950, "㈂": 120, "─": 2000})) == ("㈁", 950)
+
+
+def test_symbols_are_searched_where_no_enclosed_letter_is_a_token():
+    assert find_marker(Characters({"─": 300, "₂": 200})) == ("─", 300)
+
+
+def test_a_token_that_decodes_to_something_else_is_no_marker():
+    assert find_marker(Characters({"─": 300, "₂": 200}, {300: "?"})) == ("₂", 200)
+
+
+def test_an_invisible_character_is_no_marker():
+    assert find_marker(Characters({"\u2028": 300, "\u200b": 301, "₂": 200})) == ("₂", 200)
+
+
+def test_a_tokenizer_without_a_marker_is_refused():
+    with pytest.raises(UserError, match="none can mark the slot"):
+        find_marker(Characters({"a": 3}))
+
+
+def test_the_encoder_prompt_is_the_chat_template_around_the_slot(tokenizer, protocol):
+    assert tokenizer.encode(protocol.marker, add_special_tokens=False) == [protocol.marker_id]
+    whole = [*protocol.encoder_prefix, protocol.marker_id, *protocol.encoder_tail]
+    user = tiny_config().protocol.encoder_prompt.replace("{injection_char}", protocol.marker)
+    rendered = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(whole) == rendered + OPENING
+    assert whole.count(protocol.marker_id) == 1
+    opening = list(protocol.encoder_tail[-protocol.opening_length :])
+    assert opening == tokenizer.encode(OPENING, add_special_tokens=False)
+    assert whole[: -protocol.opening_length] == tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def test_the_rest_of_the_protocol(tokenizer, protocol):
+    assert protocol.closing == tuple(tokenizer.encode(CLOSING, add_special_tokens=False))
+    assert protocol.eos_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert protocol.injection_scale == INJECTION_SCALE
+    assert tokenizer.decode(list(protocol.decoder_prefix)) == "The text:\n"
+    assert tokenizer.decode(list(protocol.decoder_suffix)) == "\nIt ends at:"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_decoder_prompt_spliced_is_the_prompt_as_one_string(tokenizer, protocol, text):
+    ids = decoder_ids(tokenizer, protocol, text)
+    assert tokenizer.decode(ids) == f"The text:\n{text.strip()}\nIt ends at:"
+    inner = tokenizer.encode(text.strip(), add_special_tokens=False)
+    assert ids == [*protocol.decoder_prefix, *inner, *protocol.decoder_suffix]
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny_dir):
+    """The tiny tokenizer, adding a beginning of sequence as Llama's does."""
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def test_the_beginning_of_sequence_stands_once_before_each_prompt(with_bos):
+    protocol = make_protocol(with_bos, tiny_config().protocol, 1.0)
+    for ids in (
+        [*protocol.encoder_prefix, *protocol.encoder_tail],
+        [*protocol.decoder_prefix, *protocol.decoder_suffix],
+        decoder_ids(with_bos, protocol, "the text"),
+    ):
+        assert ids[0] == with_bos.bos_token_id
+        assert ids.count(with_bos.bos_token_id) == 1
+    for ids in (protocol.closing, protocol.encoder_tail, response_ids(with_bos, protocol, "the text")):
+        assert with_bos.bos_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("encoder_prompt", "no slot", r"protocol.encoder_prompt: must contain \{injection_char\} exactly once"),
+        ("encoder_prompt", "{injection_char}{injection_char}", "protocol.encoder_prompt: must contain"),
+        ("encoder_prompt", "₂ {injection_char}", "the marker '₂' does not stay one token"),
+        ("decoder_prompt", "no slot", r"protocol.decoder_prompt: must contain \{explanation\} exactly once"),
+        ("decoder_prompt", "{explanation}{explanation}", "protocol.decoder_prompt: must contain"),
+    ],
+)
+def test_a_template_that_does_not_work_is_named(tokenizer, field, value, message):
+    config = dataclasses.replace(ProtocolConfig(), **{field: value})
+    with pytest.raises(UserError, match=message):
+        make_protocol(tokenizer, config, 1.0)
+
+
+def test_a_tokenizer_without_chat_template_or_end_is_refused(tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="names no end-of-sequence token"):
+        make_protocol(tokenizer, ProtocolConfig(), 1.0)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        make_protocol(tokenizer, ProtocolConfig(), 1.0)
+
+
+def test_a_slot_at_the_very_beginning_is_refused(tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    config = dataclasses.replace(ProtocolConfig(), encoder_prompt="{injection_char} says")
+    with pytest.raises(UserError, match="at least one token should stand before"):
+        make_protocol(tokenizer, config, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<explanation>\nIt is.\n</explanation>", "It is."),
+        ("before <explanation>It is.</explanation> after", "It is."),
+        ("<explanation>\n\n  two\n\nparts \n</explanation>", "two\n\nparts"),
+        ("<explanation>one</explanation><explanation>two</explanation>", "one"),
+        ("<explanation>\nIt is.\n", None),
+        ("It is.\n</explanation>", None),
+        ("<explanation>\n \n</explanation>", None),
+        ("", None),
+    ],
+)
+def test_extraction(response, expected):
+    assert extract_explanation(response) == expected
+
+
+# No special tokens: a description is plain text.
+explanations = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda text: text.strip() and "<|" not in text
+)
+
+
+@given(explanations)
+@example("ends with a tag <")
+@example("ends with /")
+@example("a\n\n\nb")
+def test_a_response_is_tokenised_as_one_string_would_be(tokenizer, protocol, explanation):
+    ids = response_ids(tokenizer, protocol, explanation)
+    assert tuple(ids[-1 - len(protocol.closing) :]) == (*protocol.closing, protocol.eos_id)
+    whole = f"{explanation.strip()}\n{CLOSING}"
+    assert ids[:-1] == tokenizer.encode(whole, add_special_tokens=False)
+    opened = tokenizer.encode(OPENING, add_special_tokens=False)
+    assert extract_explanation(tokenizer.decode([*opened, *ids[:-1]])) == explanation.strip()
+
+
+def test_blank_tokens_are_those_of_white_space_only(tokenizer, arch):
+    blank = blank_tokens(tokenizer, arch.vocab_size)
+    assert blank.shape == (arch.vocab_size,)
+    found = {tokenizer.decode([int(i)]) for i in np.flatnonzero(blank)}
+    assert {" ", "\n", "\t"} <= found
+    assert not any(text.strip() for text in found)
+    assert not blank[tokenizer.encode("the", add_special_tokens=False)[0]]
+    assert not blank[len(tokenizer) :].any()
+
+
+def test_a_tokenizer_larger_than_the_model_is_cut(tokenizer, arch):
+    np.testing.assert_array_equal(blank_tokens(tokenizer, 200), blank_tokens(tokenizer, arch.vocab_size)[:200])
+
+
+def test_json_and_back_is_the_identity(protocol, tmp_path):
+    assert Protocol.from_json(protocol.to_json()) == protocol
+    write_protocol(tmp_path / "protocol.json", protocol)
+    assert Protocol.from_json((tmp_path / "protocol.json").read_text(encoding="utf-8")) == protocol

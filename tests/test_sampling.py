@@ -1,0 +1,191 @@
+"""The decode loop, with scripted logits and with the tiny encoder, and explanations cut out of what it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
+from nlae_jax.train.state import init_encoder
+from nlae_jax.train.steps import rollout
+from tests.conftest import perturbed, vectors
+
+VOCABULARY, EOS, CLOSING = 12, 1, (5, 6)
+
+
+def scripted(rows, *, closing=CLOSING, temperature=0.0, calls=None):
+    """Samples from logits that make each row likeliest to write its script; `calls` collects the steps decoded."""
+    script = jnp.asarray(rows, jnp.int32)
+
+    def logits(step):
+        return 4.0 * jax.nn.one_hot(script[:, jnp.minimum(step, script.shape[1] - 1)], VOCABULARY)
+
+    def decode(token, step, caches):
+        if calls is not None:
+            jax.debug.callback(lambda step: calls.append(int(step)), step)
+        return logits(step + 1), caches
+
+    samples = sample(
+        decode,
+        logits(0),
+        (),
+        jax.random.PRNGKey(0),
+        max_new_tokens=script.shape[1],
+        closing=closing,
+        eos_id=EOS,
+        temperature=temperature,
+    )
+    jax.effects_barrier()
+    return jax.tree.map(np.asarray, samples)
+
+
+def test_a_row_stops_at_the_closing_tag_or_at_the_end_of_sequence():
+    samples = scripted(
+        [
+            [3, 4, 5, 6, 7, 8],  # closed
+            [3, 1, 5, 6, 7, 8],  # end of sequence
+            [3, 4, 7, 8, 9, 4],  # the cap
+            [5, 6, 7, 8, 9, 4],  # closed at once
+            [5, 5, 6, 6, 5, 6],  # a beginning of the tag before the tag
+            [6, 5, 4, 6, 5, 6],  # the tag at the cap
+        ]
+    )
+    np.testing.assert_array_equal(samples.lengths, [4, 2, 6, 2, 3, 6])
+    np.testing.assert_array_equal(samples.closed, [True, False, False, True, True, True])
+    np.testing.assert_array_equal(
+        samples.tokens,
+        [
+            [3, 4, 5, 6, 0, 0],
+            [3, 1, 0, 0, 0, 0],
+            [3, 4, 7, 8, 9, 4],
+            [5, 6, 0, 0, 0, 0],
+            [5, 5, 6, 0, 0, 0],
+            [6, 5, 4, 6, 5, 6],
+        ],
+    )
+    after_the_end = np.arange(6) >= samples.lengths[:, None]
+    assert (samples.log_probs[after_the_end] == 0).all()
+    assert (samples.log_probs[~after_the_end] < 0).all()
+
+
+def test_without_a_closing_tag_only_the_end_of_sequence_stops_a_row():
+    samples = scripted([[3, 5, 6, 1, 7], [3, 5, 6, 7, 8]], closing=())
+    np.testing.assert_array_equal(samples.lengths, [4, 5])
+    assert not samples.closed.any()
+
+
+def test_the_tag_does_not_wrap_around_the_beginning():
+    # Room for later tokens is zero; a tag that begins with 0 must not be found in it.
+    samples = scripted([[6, 3, 4, 7]], closing=(0, 6))
+    np.testing.assert_array_equal(samples.lengths, [4])
+
+
+def test_the_loop_ends_when_every_row_has():
+    calls = []
+    samples = scripted([[3, 5, 6] + [4] * 20, [1, 5, 6] + [4] * 20], calls=calls)
+    np.testing.assert_array_equal(samples.lengths, [3, 1])
+    assert len(calls) <= 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_are_drawn_from_the_distribution_whose_log_probs_are_given(temperature):
+    logits = np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
+    rows = 4000
+    samples = sample(
+        lambda token, step, caches: (jnp.tile(logits, (rows, 1)), caches),
+        jnp.tile(logits, (rows, 1)),
+        (),
+        jax.random.PRNGKey(1),
+        max_new_tokens=2,
+        closing=(),
+        eos_id=-1,
+        temperature=temperature,
+    )
+    expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    np.testing.assert_allclose(samples.log_probs, np.log(expected)[samples.tokens], rtol=1e-5)
+    for step in range(2):
+        frequency = np.bincount(samples.tokens[:, step], minlength=VOCABULARY) / rows
+        assert np.abs(frequency - expected).max() < 5 * (0.25 / rows) ** 0.5
+    # Each step draws anew.
+    assert (np.asarray(samples.tokens)[:, 0] != np.asarray(samples.tokens)[:, 1]).mean() > 0.5
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert scripted([[3, 4, 7, 8]]).tokens.tolist() == [[3, 4, 7, 8]]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_cached_decoding_gives_the_teacher_forced_log_probs(kind, request, params, protocol):
+    roles = request.getfixturevalue(f"{kind}_roles")
+    base = params if kind == "lora" else {}
+    trained = perturbed(init_encoder(roles, params, jax.random.PRNGKey(0)), 0)
+    h = vectors(3, roles.encoder.arch.d_model)
+    draw = jax.jit(
+        lambda trained: rollout(
+            roles, trained, {"base": base}, h, jax.random.PRNGKey(1), samples_per_activation=2, max_new_tokens=24
+        )
+    )
+    samples = draw(trained)
+    force = jax.jit(
+        lambda trained, tokens: roles.encoder.apply(
+            roles.encoder_variables(base, trained), h, tokens, method="log_probs"
+        )
+    )
+    log_probs, entropy = force(trained, samples.tokens)
+    real = np.arange(24) < np.asarray(samples.lengths)[..., None]
+    assert real.sum() > 60
+    assert len(set(np.asarray(samples.tokens)[real].tolist())) > 20
+    np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-5)
+    assert (np.asarray(entropy)[real] > 0).all()
+
+
+WIDTH = 8
+BLANK = np.zeros(VOCABULARY, bool)
+BLANK[[2, 3]] = True
+cut = jax.jit(lambda samples: explanation_tokens(samples, CLOSING, jnp.asarray(BLANK)))
+
+
+def plain_cut(tokens, length, closed):
+    """One row of `explanation_tokens` in plain Python."""
+    ids = tokens[: length - len(CLOSING)] if closed else []
+    while ids and BLANK[ids[0]]:
+        ids = ids[1:]
+    while ids and BLANK[ids[-1]]:
+        ids = ids[:-1]
+    return ids
+
+
+@st.composite
+def responses(draw):
+    """Four rows (tokens, length, closed), as the sampler leaves them."""
+    rows = []
+    for _ in range(4):
+        closed = draw(st.booleans())
+        body = draw(st.lists(st.sampled_from([0, 2, 3, 4, 7]), max_size=WIDTH - len(CLOSING) if closed else WIDTH))
+        tokens = [*body, *CLOSING] if closed else body
+        rows.append((tokens + [0] * (WIDTH - len(tokens)), len(tokens), closed))
+    return rows
+
+
+@given(responses())
+def test_explanations_are_cut_out_and_stripped(rows):
+    tokens, lengths, closed = (np.array(column) for column in zip(*rows, strict=True))
+    samples = Samples(tokens.astype(np.int32), np.zeros(tokens.shape, np.float32), lengths, closed)
+    ids, length = jax.tree.map(np.asarray, cut(samples))
+    assert ids.shape == (4, WIDTH - len(CLOSING))
+    for row, (row_tokens, row_length, row_closed) in enumerate(rows):
+        expected = plain_cut(row_tokens, row_length, row_closed)
+        assert length[row] == len(expected)
+        assert ids[row, : length[row]].tolist() == expected
+        assert not ids[row, length[row] :].any()
+
+
+def test_explanations_keep_the_batch_axes():
+    tokens = np.array([[[4, 5, 6, 0], [5, 6, 0, 0]], [[2, 4, 5, 6], [7, 7, 7, 7]]], np.int32)
+    lengths = np.array([[3, 2], [4, 4]])
+    closed = np.array([[True, True], [True, False]])
+    ids, length = cut(Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, closed))
+    np.testing.assert_array_equal(length, [[1, 0], [1, 0]])
+    np.testing.assert_array_equal(ids, [[[4, 0], [0, 0]], [[4, 0], [0, 0]]])

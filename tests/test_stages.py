@@ -1,0 +1,186 @@
+"""A whole run: the files and fields that users hold on to, and that a second run does nothing anew."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nlae_jax.cli import main
+from nlae_jax.config import load_config
+from nlae_jax.data.activations import SPLITS, ActivationStore
+from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.train import metrics
+
+pytest_plugins = ["tests.tiny_run"]
+
+STEPS = {"encoder_sft": 60, "decoder_sft": 6, "sampled_text": 4, "rl": 6}
+
+TIMES = {"stage", "step", "step_seconds", "tokens_per_second"}
+FIELDS = {
+    "encoder_sft": {"loss", "skipped_updates", "grad_norm_encoder"},
+    "decoder_sft": {"loss", "fve", "fve_meannorm", "skipped_updates", "grad_norm_decoder"},
+    "sampled_text": {"loss", "fve", "fve_meannorm", "extraction_rate", "explanation_tokens", "grad_norm_decoder"},
+    "rl": {
+        "loss",
+        "fve",
+        "fve_meannorm",
+        "reward_mean",
+        "reward_std",
+        "kl",
+        "entropy",
+        "logp_gap",
+        "explanation_tokens",
+        "extraction_rate",
+        "truncated_rate",
+        "zero_variance_groups",
+        "skipped_updates",
+        "grad_norm_encoder",
+        "grad_norm_decoder",
+    },
+}
+EVAL_FIELDS = {
+    "fve",
+    "fve_ci95",
+    "fve_meannorm",
+    "fve_text",
+    "fve_shuffled",
+    "fve_gold",
+    "fve_before_rl",
+    "fve_gain_ci95",
+    "cos",
+    "num_activations",
+    "num_documents",
+}
+
+
+@pytest.fixture(scope="module")
+def result(tiny_run):
+    return json.loads((tiny_run.workdir / "eval.json").read_text())
+
+
+def test_workdir_has_the_files_of_the_contract(tiny_run):
+    names = {path.name for path in tiny_run.workdir.iterdir()} - {".lock"}
+    assert names == {
+        "activations",
+        "checkpoints",
+        "config.json",
+        "eval.json",
+        "metrics.jsonl",
+        "report.html",
+        "samples",
+    }
+    assert not list(tiny_run.workdir.rglob("*tmp*"))
+
+
+def test_config_json_is_the_resolved_config(tiny_run):
+    config = load_config(tiny_run.workdir / "config.json")
+    assert config.sft.encoder_steps == tiny_run.settings["sft.encoder_steps"]
+    assert config.subject.model == "random:tiny"
+    assert config.corpus.path == str(tiny_run.corpus)
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_metrics_have_every_step_once_with_the_fields_of_the_contract(tiny_run, stage):
+    rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == stage]
+    assert [row["step"] for row in rows] == list(range(1, STEPS[stage] + 1))
+    for row in rows:
+        assert FIELDS[stage] | TIMES <= row.keys()
+        assert all(math.isfinite(value) for name, value in row.items() if name != "stage")
+        assert row["skipped_updates"] == 0
+
+
+def test_rl_has_something_to_learn_from(tiny_run):
+    """Otherwise the tests of resuming would compare zeros."""
+    rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "rl"]
+    assert all(row["extraction_rate"] > 0 and row["grad_norm_encoder"] > 0.01 for row in rows)
+    assert all(row["grad_norm_decoder"] > 0 and row["explanation_tokens"] > 0 for row in rows)
+    assert rows[0]["kl"] == 0 < rows[-1]["kl"]  # the reference is the encoder before RL
+
+
+def test_logp_gap_is_small(tiny_run):
+    """Sampler and trainer are one program in float32."""
+    rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "rl"]
+    assert all(row["logp_gap"] < 1e-4 for row in rows)
+
+
+def test_warm_start_learns(tiny_run):
+    losses = [row["loss"] for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "encoder_sft"]
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_checkpoints_keep_the_last_two(tiny_run, stage):
+    names = {path.name for path in (tiny_run.workdir / "checkpoints" / stage).iterdir()}
+    assert {name for name in names if name.isdigit()} == {str(STEPS[stage] - 2), str(STEPS[stage])}
+
+
+def test_eval_json(tiny_run, result):
+    assert result.keys() >= EVAL_FIELDS
+    low, high = result["fve_ci95"]
+    assert low <= result["fve"] <= high
+    low, high = result["fve_gain_ci95"]
+    assert low <= result["fve"] - result["fve_before_rl"] <= high
+    assert result["fve"] < result["fve_meannorm"]
+    assert result["num_activations"] == tiny_run.settings["eval.num_activations"]
+    assert 2 <= result["num_documents"] <= tiny_run.num_documents
+
+
+def test_samples_are_the_held_out_activations(tiny_run, result):
+    lines = (tiny_run.workdir / "samples/held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    plan = ActivationStore(tiny_run.workdir / "activations").plan
+    held_out = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("held_out")}
+    assert len(samples) == result["num_activations"]
+    assert {sample["doc_id"] for sample in samples} <= held_out
+    assert len({sample["doc_id"] for sample in samples}) == result["num_documents"]
+    assert np.mean([sample["cos"] for sample in samples]) == pytest.approx(result["cos"])
+    assert np.mean([sample["closed"] for sample in samples]) == pytest.approx(result["extraction_rate"])
+    for sample in samples:
+        assert sample["context"].endswith(sample["token"])
+        assert sample["closed"] == bool(sample["explanation"])
+        assert sample["mse"] == pytest.approx(2 * (1 - sample["cos"]))
+        assert sample["closed"] or sample["mse"] == 2
+
+
+def test_activations_are_the_subjects(tiny_run):
+    """Read through the store, computed anew by the model alone."""
+    config = load_config(tiny_run.workdir / "config.json")
+    store = ActivationStore(tiny_run.workdir / "activations")
+    lm = LanguageModel.from_pretrained(config.subject.model)
+    rows = np.array([0, len(store.plan.position) - 1])
+    for row, vector in zip(rows, store.vectors(rows), strict=True):
+        ids = store.context_ids(row)[None]
+        np.testing.assert_allclose(lm.residual(ids, config.subject.layer)[0, -1], vector, atol=1e-4, rtol=1e-4)
+
+
+def test_descriptions_are_of_the_rows_that_need_one(tiny_run):
+    table = pq.read_table(tiny_run.workdir / "activations/descriptions.parquet")
+    plan = ActivationStore(tiny_run.workdir / "activations").plan
+    split_of = [SPLITS[split] for split in plan.split[plan.document[table["row"].to_numpy()]]]
+    assert set(split_of) == {"encoder_sft", "decoder_sft", "held_out"}
+    assert all(table["description"].to_pylist())
+
+
+def snapshot(workdir):
+    """Path -> (time of change, bytes) of every file but the report, which is always written anew."""
+    files = [path for path in workdir.rglob("*") if path.is_file() and path.name not in ("report.html", ".lock")]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
+    def never(*arguments, **options):
+        raise AssertionError("this was done in the first run")
+
+    for name in ("data.activations.extract", "stages.make_describer", "stages.read_documents", "train.loop.put_batch"):
+        monkeypatch.setattr(f"nlae_jax.{name}", never)
+    monkeypatch.setattr("nlae_jax.evaluate.roundtrip.RoundTrip.explain", never)
+    before, report = snapshot(tiny_run.workdir), (tiny_run.workdir / "report.html").read_bytes()
+    capsys.readouterr()
+    assert main(tiny_run.arguments(tiny_run.workdir)) == 0
+    shown = capsys.readouterr()
+    assert snapshot(tiny_run.workdir) == before
+    assert (tiny_run.workdir / "report.html").read_bytes() == report
+    assert "warning" not in shown.err
+    assert "held-out FVE" in shown.out
