@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 import time
@@ -159,6 +160,8 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     text = options.text if options.text is not None else _read_text(options.file)
     if not text.strip():
         raise UserError(f"{'--text' if options.text is not None else options.file}: empty; there is nothing to explain")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature: {options.temperature} should be 0 or more")
     _start_jax()
     import json
 

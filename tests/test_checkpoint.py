@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed
 
@@ -194,3 +195,20 @@ def test_state_given_to_the_next_step_is_saved_as_it_was(tmp_path, size):
         for name, value in restored.items():
             np.testing.assert_array_equal(value, np.full(state[name].shape, step), err_msg=name)
     checkpoints.close()
+
+
+def test_restored_onto_another_mesh(tmp_path):
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+
+    def placed(devices, spec):
+        return jax.device_put(values, NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("fsdp",)), spec))
+
+    saved, asked = placed(8, PartitionSpec("fsdp")), placed(2, PartitionSpec(None, "fsdp"))
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(1, {"w": saved}, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, 2)
+    _, restored, _ = checkpoints.restore({"w": asked})
+    checkpoints.close()
+    np.testing.assert_array_equal(restored["w"], values)
+    assert restored["w"].sharding == asked.sharding

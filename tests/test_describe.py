@@ -35,7 +35,7 @@ BREAD = "The bread needs a hot oven. Any value of the bread is lost when the ove
 def test_template_wording(tmp_path):
     context = Context("a", BREAD, (" and", "\n", "er", " so"))
     assert describe_by_template(context, resources(tmp_path)) == (
-        'Next comes "and", a new line or "-er". The text is about oven, bread and cold. It ends with "the oven is cold"'
+        'Next comes "and", a new line or "-er". The text is about oven, bread and cold. The text ends: the oven is cold'
     )
 
 
@@ -66,13 +66,13 @@ def test_odd_tokens_are_named(tmp_path, token, name):
 @pytest.mark.parametrize(
     ("text", "ending"),
     [
-        ("", "It has not begun"),
-        ("  \n", "It ends with a new line"),
-        ("one two\n\n  ", 'It ends with a blank line after "one two"'),
-        ("a b c d e f", 'It ends with "c d e f"'),
-        ('say “hi” to "me"', "It ends with \"say 'hi' to 'me'\""),
-        ("for x in range(10):\n    total += x<y", 'It ends with "range(10): total += x(y"'),
-        ("a" * 100, 'It ends with "' + "a" * 40 + '"'),
+        ("", "The text has not begun"),
+        ("  \n", "The text has not begun, a new line after it"),
+        ("one two\n\n  ", "The text ends, a blank line after it: one two"),
+        ("a b c d e f", "The text ends: c d e f"),
+        ('say “hi” to "me"', "The text ends: say 'hi' to 'me'"),
+        ("for x in range(10):\n    total += x<y", "The text ends: range(10): total += x(y"),
+        ("a" * 100, "The text ends: " + "a" * 40),
     ],
 )
 def test_endings(tmp_path, text, ending):

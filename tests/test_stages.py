@@ -77,7 +77,7 @@ def test_workdir_has_the_files_of_the_contract(tiny_run):
 def test_config_json_is_the_resolved_config(tiny_run):
     config = load_config(tiny_run.workdir / "config.json")
     assert config.sft.encoder_steps == tiny_run.settings["sft.encoder_steps"]
-    assert config.subject.model == "random:tiny"
+    assert config.subject.model == str(tiny_run.model)
     assert config.corpus.path == str(tiny_run.corpus)
 
 

@@ -53,13 +53,14 @@ class TinyRun:
 
     workdir: Path
     corpus: Path
+    model: Path
     settings: ClassVar[dict[str, Any]] = SETTINGS
     num_documents: ClassVar[int] = NUM_DOCUMENTS
 
     def arguments(self, workdir: Path, command: str = "train", **settings: Any) -> list[str]:
         """Command line of a stage; settings name fields with `__` for the dot."""
         changed = {name.replace("__", "."): value for name, value in settings.items()}
-        values = {"corpus.path": self.corpus, **SETTINGS, **changed}
+        values = {"subject.model": self.model, "corpus.path": self.corpus, **SETTINGS, **changed}
         overrides = [f"--config.{name}={value}" for name, value in values.items()]
         return [command, "--config", str(EXPERIMENT), "--workdir", str(workdir), *overrides]
 
@@ -80,9 +81,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, session_cache: Path) -> TinyRun:
-    run = TinyRun(tmp_path_factory.mktemp("run") / "W", corpus_file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NLAE_CACHE", str(session_cache))
-        assert main(run.arguments(run.workdir)) == 0
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tiny_dir: Path) -> TinyRun:
+    run = TinyRun(tmp_path_factory.mktemp("run") / "W", corpus_file, tiny_dir)
+    assert main(run.arguments(run.workdir)) == 0
     return run

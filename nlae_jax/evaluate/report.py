@@ -178,7 +178,7 @@ def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> str:
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    log = panel.log and min(ys) > 0 and max(ys) / min(ys) > 100
+    log = panel.log and min(ys) > 1e-30 and max(ys) / min(ys) > 100
     scale: Callable[[float], float] = math.log10 if log else float
     low, high = scale(min(ys)), scale(max(ys))
     margin = (high - low) * 0.06 or max(abs(high), 1e-3) * 0.1

@@ -1,0 +1,672 @@
+"""The command line: whatever a user gets wrong ends in one line that names it and code 2, with nothing half-written."""
+
+import contextlib
+import fcntl
+import gzip
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nlae_jax import stages
+from nlae_jax.cli import main
+from nlae_jax.errors import UserError
+
+pytest_plugins = ["tests.tiny_run"]
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "W"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command and returns its complaint: one line, after at most lines that say what was being done."""
+
+    def run(arguments, doing=()):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        *before, last = shown.err.splitlines()
+        assert [line.split("  ")[0] for line in before] == list(doing)
+        assert last.startswith("nlae: ")
+        return last.removeprefix("nlae: ")
+
+    return run
+
+
+def untouched(workdir):
+    """Whether a failed run has left nothing that a corrected one could trip over."""
+    return not workdir.exists() or [path.name for path in workdir.iterdir()] in ([], [".lock"])
+
+
+# --- configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rl.num_stepz=5", "config.rl.num_stepz: no such field; did you mean rl.num_steps?"),
+        ("seed=many", "config.seed: 'many' should be of type int"),
+        ("rl.kl_coef=-1", "config.rl.kl_coef"),
+        ("rl.reward=cos", "config.rl.reward"),
+        ("subject.layer=2", "config.subject.layer: 2 should be from 0 to 1"),
+        ("subject.layer=-1", "config.subject.layer"),
+        ("subject.model=/no/such/place", "/no/such/place"),
+        ("mesh.data=3", "mesh"),
+        ("mesh.data=16", "mesh"),
+        ("mesh.tensor=0", "mesh"),
+        ("protocol.encoder_prompt=no slot", "protocol.encoder_prompt"),
+        ("protocol.decoder_prompt=no place", "protocol.decoder_prompt"),
+    ],
+)
+def test_bad_config(tiny_run, workdir, refused, override, named):
+    arguments = [*tiny_run.arguments(workdir), f"--config.{override}"]
+    if override == "mesh.data=3":  # fits eight devices, but not with what is left over
+        arguments.append("--config.mesh.fsdp=-1")
+    assert named in refused(arguments)
+    assert untouched(workdir)
+
+
+def test_batch_that_the_mesh_does_not_divide(tiny_run, workdir, refused):
+    arguments = tiny_run.arguments(workdir, mesh__data=4, sft__batch_size=6)
+    assert refused(arguments).startswith("config.sft.batch_size: 6")
+    assert untouched(workdir)
+
+
+def test_experiment_file(tmp_path, workdir, refused):
+    arguments = ["train", "--workdir", str(workdir), "--config"]
+    assert str(tmp_path / "no.py") in refused([*arguments, str(tmp_path / "no.py")])
+    (tmp_path / "bad.py").write_text("def get_config():\n    raise RuntimeError('not\\ntoday')\n")
+    assert "RuntimeError: not" in refused([*arguments, str(tmp_path / "bad.py")])
+    assert untouched(workdir)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["train", "--config", "x.py"], ["fly"], ["explain", "--workdir", "W"]]
+)
+def test_incomplete_commands(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("nlae")
+
+
+# --- the model's directory
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def no_weights(model):
+    (model / "model.safetensors").unlink()
+    return "model.safetensors"
+
+
+def missing_shard(model):
+    tensors = load_file(model / "model.safetensors")
+    shards = {"model-1-of-2.safetensors": {}, "model-2-of-2.safetensors": {}}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        list(shards.values())[number % 2][name] = tensor
+    for name, shard in shards.items():
+        save_file(shard, model / name)
+    weight_map = {tensor: name for name, shard in shards.items() for tensor in shard}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (model / "model.safetensors").unlink()
+    (model / "model-2-of-2.safetensors").unlink()
+    return "model-2-of-2.safetensors"
+
+
+def wrong_shape(model):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name][:-1].copy()}, model / "model.safetensors")
+    return name
+
+
+def missing_tensor(model):
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors")
+    return "model.norm.weight"
+
+
+def truncated_weights(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return "model.safetensors"
+
+
+def unsupported_architecture(model):
+    edit_json(model / "config.json", model_type="mamba")
+    return "model_type 'mamba'"
+
+
+def unsupported_variant(model):
+    edit_json(model / "config.json", attention_bias=True)
+    return "attention_bias"
+
+
+def config_not_json(model):
+    (model / "config.json").write_text("{")
+    return "config.json"
+
+
+def no_config(model):
+    (model / "config.json").unlink()
+    return "config.json"
+
+
+def no_tokenizer(model):
+    (model / "tokenizer.json").unlink()
+    return "tokenizer"
+
+
+def no_chat_template(model):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    return "chat template"
+
+
+BEFORE_WEIGHTS = [
+    unsupported_architecture,
+    unsupported_variant,
+    config_not_json,
+    no_config,
+    no_tokenizer,
+    no_chat_template,
+]
+IN_WEIGHTS = [no_weights, missing_shard, wrong_shape, missing_tensor, truncated_weights]
+
+
+@pytest.mark.parametrize("damage", [*BEFORE_WEIGHTS, *IN_WEIGHTS])
+def test_bad_model_directory(tiny_run, tmp_path, workdir, refused, damage):
+    shutil.copytree(tiny_run.model, tmp_path / "model")
+    named = damage(tmp_path / "model")
+    arguments = tiny_run.arguments(workdir, subject__model=tmp_path / "model")
+    assert named in refused(arguments, ["reading the corpus"] if damage in IN_WEIGHTS else [])
+    assert untouched(workdir)
+
+
+# --- the corpus
+
+LINE = json.dumps({"text": "the of to in " * 20})
+
+
+def empty(directory):
+    (directory / "c.jsonl").write_text("")
+    return "c.jsonl", "c.jsonl: the file is empty"
+
+
+def empty_text(directory):
+    (directory / "c.txt").write_text("\n \n")
+    return "c.txt", "c.txt: the file is empty"
+
+
+def not_utf8(directory):
+    (directory / "c.jsonl").write_bytes(LINE.encode() + b'\n{"text": "caf\xe9"}\n')
+    return "c.jsonl", f"c.jsonl: byte {len(LINE) + 14} is not valid UTF-8"
+
+
+def not_json(directory):
+    (directory / "c.jsonl").write_text(LINE + "\n{text}\n")
+    return "c.jsonl", "c.jsonl:2: not valid JSON"
+
+
+def without_field(directory):
+    (directory / "c.jsonl").write_text('{"body": "x"}\n')
+    return "c.jsonl", "'body'"
+
+
+def no_such_file(directory):
+    return "c.jsonl", "matches no file"
+
+
+def no_match(directory):
+    return "*.jsonl", "matches no file"
+
+
+def a_directory(directory):
+    return "", "is a directory"
+
+
+def unknown_ending(directory):
+    (directory / "c.pdf").write_text("x")
+    return "c.pdf", "c.pdf"
+
+
+def gone(directory):
+    (directory / "c.jsonl").symlink_to(directory / "nowhere")
+    return "*.jsonl", "c.jsonl: cannot be read"
+
+
+def truncated_gzip(directory):
+    data = gzip.compress((LINE * 50).encode())
+    (directory / "c.jsonl.gz").write_bytes(data[: len(data) // 2])
+    return "c.jsonl.gz", "c.jsonl.gz: cannot be read"
+
+
+def parquet_without_column(directory):
+    pq.write_table(pa.table({"body": ["x"]}), directory / "c.parquet")
+    return "c.parquet", "no column 'text'"
+
+
+def not_parquet(directory):
+    (directory / "c.parquet").write_bytes(b"PAR1 no PAR1")
+    return "c.parquet", "c.parquet: cannot be read"
+
+
+def too_short(directory):
+    (directory / "c.jsonl").write_text('{"text": "short"}\n')
+    return "c.jsonl", "corpus.min_characters"
+
+
+def too_few_tokens(directory):
+    (directory / "c.jsonl").write_text(json.dumps({"text": "a" * 3 + " " * 30}) + "\n" + LINE + "\n")
+    return "c.jsonl", "extract.min_position"
+
+
+CORPORA = [
+    empty,
+    empty_text,
+    not_utf8,
+    not_json,
+    without_field,
+    no_such_file,
+    no_match,
+    a_directory,
+    unknown_ending,
+    gone,
+    truncated_gzip,
+    parquet_without_column,
+    not_parquet,
+    too_short,
+    too_few_tokens,
+]
+
+
+@pytest.mark.parametrize("make", CORPORA)
+def test_bad_corpus(tiny_run, tmp_path, workdir, refused, make):
+    name, named = make(tmp_path)
+    complaint = refused(tiny_run.arguments(workdir, corpus__path=tmp_path / name), ["reading the corpus"])
+    assert named in complaint
+    assert untouched(workdir)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_corpus_that_may_not_be_read(tiny_run, tmp_path, workdir, refused):
+    (tmp_path / "c.jsonl").write_text(LINE)
+    (tmp_path / "c.jsonl").chmod(0)
+    complaint = refused(tiny_run.arguments(workdir, corpus__path=tmp_path / "c.jsonl"), ["reading the corpus"])
+    assert "c.jsonl: cannot be read" in complaint
+
+
+def test_a_corrected_command_works_in_the_same_workdir(tiny_run, tmp_path, workdir, refused):
+    wrong = tiny_run.arguments(workdir, "extract", corpus__path=tmp_path / "tpyo.jsonl")
+    assert "tpyo.jsonl" in refused(wrong, ["reading the corpus"])
+    assert main(tiny_run.arguments(workdir, "extract")) == 0
+    assert (workdir / "activations/meta.json").exists()
+
+
+# --- the workdir
+
+
+def contents(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 5}, "seed 0 -> 5"),
+        ({"rl__num_steps": 7}, "rl.num_steps 6 -> 7"),
+        ({"lora__rank": 4, "sft__encoder_steps": 61}, "lora.rank 0 -> 4, sft.encoder_steps 60 -> 61"),
+        ({"describe__model": "other"}, "describe.model '' -> 'other'"),
+    ],
+)
+def test_workdir_of_another_config(tiny_run, refused, changed, named):
+    before = contents(tiny_run.workdir)
+    complaint = refused(tiny_run.arguments(tiny_run.workdir, **changed))
+    assert str(tiny_run.workdir) in complaint
+    assert named in complaint
+    assert contents(tiny_run.workdir) == before
+
+
+def test_how_a_run_is_computed_may_change(tiny_run, tmp_path):
+    workdir = tmp_path / "W"
+    shutil.copytree(tiny_run.workdir, workdir)
+    arguments = tiny_run.arguments(workdir, "report", mesh__data=2, remat="none", checkpoint__every_steps=3)
+    assert main(arguments) == 0
+    written = json.loads((workdir / "config.json").read_text())
+    assert (written["mesh"]["data"], written["remat"]) == (2, "none")  # config.json is the last run's
+
+
+def test_workdir_that_is_a_file(tiny_run, tmp_path, refused):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refused(tiny_run.arguments(tmp_path / "file"))
+    assert str(tmp_path / "file") in refused(tiny_run.arguments(tmp_path / "file/below"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sede": 1}'])
+def test_damaged_config_json(tiny_run, workdir, refused, text):
+    workdir.mkdir()
+    (workdir / "config.json").write_text(text)
+    assert str(workdir / "config.json") in refused(tiny_run.arguments(workdir))
+    assert (workdir / "config.json").read_text() == text
+
+
+def test_workdir_in_use(tiny_run, workdir, refused):
+    workdir.mkdir()
+    with (workdir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another nlae process" in refused(tiny_run.arguments(workdir))
+    assert untouched(workdir)
+
+
+# --- no space
+
+
+@contextlib.contextmanager
+def disk_of(kilobytes, directory):
+    """A file system of its own at `directory`; the test is skipped where none can be mounted."""
+    directory.mkdir()
+    options = f"size={kilobytes}k,mode=0777"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def enlarge(directory):
+    subprocess.run(["mount", "-o", "remount,size=100m", str(directory)], check=True)
+
+
+def test_no_space_left(tiny_run, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    with disk_of(12, disk):
+        arguments = tiny_run.arguments(disk / "W", "extract")
+        assert main(arguments) == 2
+        complaint = capsys.readouterr().err.splitlines()[-1]
+        assert complaint == f"nlae: {disk / 'W'}: no space left; free some and run the same command again"
+        enlarge(disk)
+        assert main(arguments) == 0
+        for name in ("documents.parquet", "rows.parquet", "meta.json"):
+            expected = (tiny_run.workdir / "activations" / name).read_bytes()
+            assert (disk / "W/activations" / name).read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_disk_that_fills_up_again_and_again(tiny_run, tmp_path):
+    """In processes of their own: a save that fails in the background must not hold up the exit, nor speak twice."""
+    disk = tmp_path / "disk"
+    command = [sys.executable, "-m", "nlae_jax", *tiny_run.arguments(disk / "W")]
+    with disk_of(100, disk):
+        for kilobytes in (100, 400, 1_000, 1_600, 2_300):
+            subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.splitlines()[-1].startswith(f"nlae: {disk / 'W'}: no space left")
+            assert "Traceback" not in done.stderr
+        enlarge(disk)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (disk / "W/eval.json").read_bytes() == (tiny_run.workdir / "eval.json").read_bytes()
+        assert tiny_run.metrics(disk / "W") == tiny_run.metrics(tiny_run.workdir)
+
+
+# --- providers
+
+KEY = "sk-test-not-to-be-shown"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible server that behaves as `mode` says."""
+
+    mode = "good"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        mode = self.server.mode
+        if mode == "slow":
+            time.sleep(1)
+        text = "<explanation>It counts small words, and the last one is short.</explanation>"
+        bodies = {"good": json.dumps({"choices": [{"message": {"content": text}}]}), "no tags": '{"choices": []}'}
+        body = bodies.get(mode, "<html>\n\x00 garbage").encode()
+        with contextlib.suppress(OSError):  # the client has given up
+            self.send_response({"key": 401, "broken": 500, "model": 404}.get(mode, 200))
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny_run, tmp_path_factory):
+    """A workdir whose descriptions are to come from a server."""
+    workdir = tmp_path_factory.mktemp("served") / "W"
+    assert main(tiny_run.arguments(workdir, "extract", describe__provider="openai")) == 0
+    return workdir
+
+
+@pytest.fixture
+def described(tiny_run, extracted, tmp_path, server, monkeypatch):
+    """(workdir, command) of describing with `server`."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    workdir = tmp_path / "W"
+    shutil.copytree(extracted, workdir)
+    settings = {
+        "describe__provider": "openai",
+        "describe__model": "m",
+        "describe__base_url": f"http://127.0.0.1:{server.server_port}/v1",
+        "describe__max_retries": 0,
+        "describe__timeout_seconds": 0.3,
+    }
+    return workdir, tiny_run.arguments(workdir, "describe", **settings)
+
+
+@pytest.mark.parametrize(
+    ("mode", "named"),
+    [
+        ("garbage", "without text"),
+        ("no tags", "without text"),
+        ("broken", "status 500"),
+        ("slow", "timeouts"),
+        ("key", "OPENAI_API_KEY"),
+        ("model", "describe.model 'm'"),
+    ],
+)
+def test_provider_that_fails(described, server, capsys, mode, named):
+    workdir, arguments = described
+    before = contents(workdir / "activations")
+    server.mode = mode
+    assert main(arguments) == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("nlae: describe.provider openai: ")
+    assert named in complaint
+    assert KEY not in complaint
+    assert contents(workdir / "activations") == before
+    server.mode = "good"
+    assert main(arguments) == 0  # nothing was lost, and the same command goes on
+    lines = pq.read_table(workdir / "activations/descriptions.parquet")["description"].to_pylist()
+    assert set(lines) == {"It counts small words, and the last one is short."}
+
+
+def test_wrong_name_of_the_providers_model_can_be_put_right(described, server, capsys):
+    """Extraction is not lost: nothing has been computed with that name."""
+    workdir, arguments = described
+    server.mode = "model"
+    assert main(arguments) == 2
+    server.mode = "good"
+    assert main([*arguments, "--config.describe.model=n"]) == 0
+    assert json.loads((workdir / "config.json").read_text())["describe"]["model"] == "n"
+
+
+def test_provider_without_key(extracted, tiny_run, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    arguments = tiny_run.arguments(extracted, "describe", describe__provider="openai", describe__model="m")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "OPENAI_API_KEY is not set" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- explain
+
+
+def explain(tiny_run, *arguments):
+    return ["explain", "--workdir", str(tiny_run.workdir), *arguments]
+
+
+def test_explain_json(tiny_run, capsys, tokenizer):
+    text = "the of to in is"
+    capsys.readouterr()
+    assert main(explain(tiny_run, "--text", text, "--json")) == 0
+    shown = capsys.readouterr()
+    tokens = json.loads(shown.out)["tokens"]
+    assert [token["position"] for token in tokens] == list(range(len(tokenizer.encode(text))))
+    assert "".join(token["token"] for token in tokens) == text
+    for token in tokens:
+        assert token.keys() == {"position", "token", "explanation", "cos", "mse"}
+        assert token["mse"] == pytest.approx(2 * (1 - token["cos"]))
+        assert np.isfinite(token["mse"])
+    assert any(token["explanation"] for token in tokens)
+
+
+def test_explain_table_of_a_file(tiny_run, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the of to", encoding="utf-8")
+    before = contents(tiny_run.workdir)
+    assert main(explain(tiny_run, "--file", str(tmp_path / "text.txt"))) == 0
+    shown = capsys.readouterr().out
+    assert "explanation" in shown
+    assert "cos" in shown
+    assert contents(tiny_run.workdir) == before  # looking changes nothing
+
+
+def bad_file(directory):
+    (directory / "t.txt").write_bytes(b"caf\xe9")
+    return ["--file", str(directory / "t.txt")], "t.txt: not UTF-8 at byte 3"
+
+
+def missing_text_file(directory):
+    return ["--file", str(directory / "t.txt")], "t.txt: cannot be read"
+
+
+def directory_as_file(directory):
+    return ["--file", str(directory)], "cannot be read"
+
+
+def empty_file(directory):
+    (directory / "t.txt").write_text(" \n")
+    return ["--file", str(directory / "t.txt")], "t.txt: empty"
+
+
+def no_text(directory):
+    return ["--text", ""], "--text: empty"
+
+
+def cold(directory):
+    return ["--text", "the", "--temperature", "-1"], "--temperature"
+
+
+@pytest.mark.parametrize("make", [bad_file, missing_text_file, directory_as_file, empty_file, no_text, cold])
+def test_explain_refuses(tiny_run, tmp_path, refused, make):
+    arguments, named = make(tmp_path)
+    assert named in refused(explain(tiny_run, *arguments))
+
+
+def test_explain_without_a_run(tiny_run, tmp_path, refused):
+    complaint = refused(["explain", "--workdir", str(tmp_path / "none"), "--text", "the"])
+    assert str(tmp_path / "none") in complaint
+    assert not (tmp_path / "none").exists()
+
+
+def test_explain_before_the_warm_start_is_done(tiny_run, extracted, refused):
+    complaint = refused(["explain", "--workdir", str(extracted), "--text", "the"])
+    assert "encoder_sft is not finished" in complaint
+
+
+def test_explain_takes_no_overrides(tiny_run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(explain(tiny_run, "--text", "the", "--config.seed=1"))
+    assert caught.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+# --- the rest
+
+
+def test_eval_json(tiny_run, capsys):
+    capsys.readouterr()
+    assert main([*tiny_run.arguments(tiny_run.workdir, "eval"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tiny_run.workdir / "eval.json").read_text())
+
+
+def test_debug_shows_the_traceback(tiny_run, workdir):
+    arguments = [*tiny_run.arguments(workdir), "--config.rl.num_stepz=1"]
+    with pytest.raises(UserError, match="num_stepz"):
+        main([*arguments, "--debug"])
+
+
+def test_the_process_itself(tiny_run, workdir):
+    """One line and code 2 from the real command; a traceback only with --debug."""
+    command = [sys.executable, "-m", "nlae_jax", *tiny_run.arguments(workdir), "--config.rl.num_stepz=1"]
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    debug = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert plain.returncode == 2
+    assert plain.stdout == ""
+    assert plain.stderr == "nlae: config.rl.num_stepz: no such field; did you mean rl.num_steps?\n"
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+
+
+def test_interrupted(tiny_run, workdir, monkeypatch, capsys):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.STAGES, "extract", interrupt)
+    assert main(tiny_run.arguments(workdir)) == 130
+    assert capsys.readouterr().err == "nlae: interrupted; the same command continues\n"
+
+
+def test_our_own_mistakes_are_not_hidden(tiny_run, workdir, monkeypatch):
+    def mistake(run):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(stages.STAGES, "extract", mistake)
+    with pytest.raises(ZeroDivisionError):
+        main(tiny_run.arguments(workdir))

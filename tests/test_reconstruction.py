@@ -1,0 +1,165 @@
+"""FVE and its controls, against the formulas written out and cases whose answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.evaluate.reconstruction import bootstrap, direction_mse, fve, mismatched, summarise, variances
+from tests.conftest import vectors
+
+COUNTS = st.lists(st.integers(1, 7), min_size=1, max_size=8)
+
+
+def directions(h):
+    """Each row at norm sqrt(d), in float64."""
+    h = np.asarray(h, np.float64)
+    return h / np.linalg.norm(h, axis=-1, keepdims=True) * np.sqrt(h.shape[-1])
+
+
+# --- mse and FVE
+
+
+def test_mse_is_of_directions_and_2_where_nothing_was_readable():
+    h = vectors(6, 16)
+    rebuilt = np.stack([3 * h[0], -h[1], np.roll(h[2], 1), h[3], np.zeros(16), h[5]])
+    mse = direction_mse(rebuilt, h, np.array([True, True, True, False, True, True]))
+    cos = (directions(rebuilt[2]) * directions(h[2])).mean()
+    np.testing.assert_allclose(mse, [0, 4, 2 * (1 - cos), 2, 1, 0], atol=1e-5)
+    assert mse.dtype == np.float64
+
+
+def test_fve_of_the_mean_is_zero():
+    """The mean of the directions, not renormalised: the paper's baseline."""
+    h = vectors(50, 16)
+    mean = directions(h).mean(0)
+    mse = np.square(directions(h) - mean).mean(-1)
+    assert fve(mse, variances(h)) == pytest.approx(0, abs=1e-6)
+
+
+def test_fve_of_the_truth_is_one():
+    h = vectors(20, 16)
+    assert fve(direction_mse(h, h), variances(h)) == pytest.approx(1, abs=1e-6)
+
+
+def test_variance_follows_from_the_length_of_the_mean():
+    """With m = |mean of unit vectors| the mean variance is 1 - m²."""
+    h = vectors(40, 16)
+    m = np.linalg.norm(directions(h).mean(0)) / 4
+    assert variances(h).mean() == pytest.approx(1 - m**2, rel=1e-5)
+
+
+# --- explanations on the wrong activations
+
+
+def rows_of(counts, seed):
+    """Documents' names per row, in any order."""
+    documents = np.repeat(np.arange(len(counts)) * 3 + 5, counts)
+    return np.random.default_rng(seed).permutation(documents)
+
+
+@given(COUNTS, st.integers(0, 5))
+def test_mismatched_is_a_permutation_that_avoids_the_own_document(counts, seed):
+    documents = rows_of(counts, seed)
+    other = mismatched(documents, seed)
+    assert sorted(other) == list(range(len(documents)))
+    # The largest document's rows can only go where the others' are.
+    unavoidable = max(0, 2 * max(counts) - len(documents))
+    assert (documents[other] == documents).sum() == unavoidable
+
+
+def test_mismatched_depends_on_the_seed():
+    documents = rows_of([2] * 20, 0)
+    assert (mismatched(documents, 0) != mismatched(documents, 1)).any()
+    np.testing.assert_array_equal(mismatched(documents, 0), mismatched(documents, 0))
+
+
+# --- the interval
+
+
+def test_interval_is_over_documents_not_rows():
+    """Rows of a document are equal: the interval must be as wide as that of one row a document."""
+    rng = np.random.default_rng(0)
+    per_document = rng.standard_normal(30)
+    documents = np.repeat(np.arange(30), 20)
+    repeated = np.repeat(per_document, 20)
+    one = bootstrap(lambda rows: per_document[rows].mean(), np.arange(30), 400, 0)
+    many = bootstrap(lambda rows: repeated[rows].mean(), documents, 400, 0)
+    np.testing.assert_allclose(many, one, rtol=1e-12)
+
+
+def test_interval_has_the_width_of_the_normal_approximation():
+    values = np.random.default_rng(1).standard_normal(400)
+    low, high = bootstrap(lambda rows: values[rows].mean(), np.arange(400), 2000, 0)
+    error = values.std() / 20
+    assert low < values.mean() < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
+
+
+def test_interval_of_a_constant_is_a_point():
+    assert bootstrap(lambda rows: 0.5, np.array([0, 0, 1]), 10, 0) == (0.5, 0.5)
+
+
+# --- eval.json
+
+
+def case(num_documents=12, per_document=3, width=16):
+    """(h, documents, mse by name) of a pair that got better in RL."""
+    h = vectors(num_documents * per_document, width)
+    documents = np.repeat(np.arange(num_documents), per_document)
+    noise = np.random.default_rng(1).standard_normal(h.shape)
+    mse = {
+        "before": direction_mse(h + 2 * noise, h),
+        "after": direction_mse(h + noise, h),
+        "text": direction_mse(h + 1.1 * noise, h),
+        "shuffled": direction_mse(h[mismatched(documents, 0)], h),
+        "gold": np.where(np.arange(len(h)) % 2, direction_mse(h + 0.5 * noise, h), np.nan),
+    }
+    return h, documents, mse
+
+
+def test_summary_is_what_the_formulas_say():
+    h, documents, mse = case()
+    summary = summarise(h, documents, mse, 100, 0)
+    unit = directions(h)
+    variance = np.square(unit - unit.mean(0)).mean()
+    renormalised = directions(unit.mean(0))
+    assert summary["fve"] == pytest.approx(1 - mse["after"].mean() / variance, rel=1e-5)
+    assert summary["fve_before_rl"] == pytest.approx(1 - mse["before"].mean() / variance, rel=1e-5)
+    assert summary["fve_text"] == pytest.approx(1 - mse["text"].mean() / variance, rel=1e-5)
+    assert summary["fve_shuffled"] == pytest.approx(1 - mse["shuffled"].mean() / variance, rel=1e-5)
+    meannorm = 1 - mse["after"].mean() / np.square(unit - renormalised).mean()
+    assert summary["fve_meannorm"] == pytest.approx(meannorm, rel=1e-5)
+    assert summary["fve_gain"] == pytest.approx(summary["fve"] - summary["fve_before_rl"])
+    assert summary["cos"] == pytest.approx(1 - mse["after"].mean() / 2)
+    assert (summary["num_activations"], summary["num_documents"]) == (36, 12)
+    assert summary["fve"] < summary["fve_meannorm"]
+    assert summary["fve_shuffled"] < 0
+
+
+def test_gold_is_measured_on_the_rows_that_have_it():
+    h, documents, mse = case()
+    summary = summarise(h, documents, mse, 10, 0)
+    odd = np.arange(len(h)) % 2 == 1
+    assert summary["fve_gold"] == pytest.approx(fve(mse["gold"][odd], variances(h)[odd]))
+    mse["gold"][:] = np.nan
+    assert summarise(h, documents, mse, 10, 0)["fve_gold"] is None
+
+
+def test_gain_is_paired():
+    """What both pairs share cancels: the interval of the gain is narrower than that of either FVE."""
+    h, documents, mse = case()
+    mse["after"] = mse["before"] - 0.01
+    summary = summarise(h, documents, mse, 200, 0)
+    low, high = summary["fve_gain_ci95"]
+    wide_low, wide_high = summary["fve_ci95"]
+    assert low <= summary["fve_gain"] <= high
+    assert low > 0
+    assert high - low < (wide_high - wide_low) / 5
+
+
+def test_summary_is_json_and_the_same_every_time():
+    first, second = (json.dumps(summarise(*case(), 50, 3), sort_keys=True, allow_nan=False) for _ in range(2))
+    assert first == second

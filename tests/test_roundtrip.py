@@ -1,0 +1,120 @@
+"""Activations to text and back: batches make no difference, and token ids and texts are the same explanation."""
+
+import numpy as np
+import pytest
+
+from nlae_jax.config import load_config
+from nlae_jax.evaluate.roundtrip import RoundTrip
+from nlae_jax.roles.protocol import decoder_ids, extract_explanation
+from nlae_jax.run import Run
+from nlae_jax.stages import trained_pair
+
+pytest_plugins = ["tests.tiny_run"]
+
+BATCH, LIMIT = 4, 48
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return Run(load_config(tiny_run.workdir / "config.json"), tiny_run.workdir)
+
+
+@pytest.fixture(scope="module")
+def pair(run):
+    return trained_pair(run)
+
+
+@pytest.fixture(scope="module")
+def trip(run):
+    return RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT)
+
+
+@pytest.fixture(scope="module")
+def h(run):
+    return run.store.vectors(run.held_out_rows()[:10])
+
+
+@pytest.fixture(scope="module")
+def written(trip, pair, h):
+    """Sampled, so that some are closed and none is like another."""
+    return trip.explain(pair, h, seed=3, temperature=1.0)
+
+
+def same(left, right):
+    assert left.texts == right.texts
+    assert left.responses == right.responses
+    np.testing.assert_array_equal(left.ids, right.ids)
+    np.testing.assert_array_equal(left.length, right.length)
+
+
+def test_explanations_do_not_depend_on_the_batch(trip, pair, h):
+    together = trip.explain(pair, h)
+    for row in (0, BATCH - 1, BATCH, len(h) - 1):
+        alone = trip.explain(pair, h[row : row + 1])
+        assert alone.texts == [together.texts[row]]
+        np.testing.assert_array_equal(alone.ids[0], together.ids[row])
+
+
+def test_some_explanations_are_closed(written):
+    assert sum(bool(text) for text in written.texts) > 0
+
+
+def test_texts_are_what_the_ids_say(run, written):
+    for text, response, ids, length in zip(*written, strict=True):
+        assert text == (extract_explanation(response) or "")
+        assert bool(text) == (length > 0)
+        assert run.tokenizer.decode(ids[:length]).strip() == text
+        assert response.startswith("<explanation>\n")
+
+
+def test_draws_depend_on_the_seed_alone(trip, pair, h, written):
+    same(trip.explain(pair, h, seed=3, temperature=1.0), written)
+    assert trip.explain(pair, h, seed=4, temperature=1.0).responses != written.responses
+    same(trip.explain(pair, h, seed=3), trip.explain(pair, h, seed=4))  # greedy: nothing is drawn
+
+
+def test_a_vectors_length_says_nothing(trip, pair, h):
+    assert trip.explain(pair, 7 * h).texts == trip.explain(pair, h).texts
+
+
+def test_ids_and_texts_are_rebuilt_alike(trip, run, pair, written):
+    """Where tokenising the text gives the tokens that were sampled; elsewhere they may differ, and are reported."""
+    protocol = run.protocol
+    canonical = [
+        length > 0
+        and decoder_ids(run.tokenizer, protocol, text)
+        == [*protocol.decoder_prefix, *ids[:length].tolist(), *protocol.decoder_suffix]
+        for text, ids, length in zip(written.texts, written.ids, written.length, strict=True)
+    ]
+    assert any(canonical)
+    from_ids = trip.reconstruct_ids(pair, written.ids, written.length)
+    from_texts = trip.reconstruct_texts(pair, written.texts)
+    assert from_ids.shape == from_texts.shape == (len(canonical), run.arch.d_model)
+    np.testing.assert_allclose(from_ids[canonical], from_texts[canonical], rtol=1e-4, atol=1e-4)
+
+
+def test_reconstructions_do_not_depend_on_the_batch(trip, pair, written):
+    together = trip.reconstruct_ids(pair, written.ids, written.length)
+    for row in (0, BATCH, len(together) - 1):
+        alone = trip.reconstruct_ids(pair, written.ids[row : row + 1], written.length[row : row + 1])
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+def test_reconstruction_is_of_the_words(trip, pair):
+    rebuilt = trip.reconstruct_texts(pair, ["the of to in", "the of to in", "is that it for"])
+    np.testing.assert_array_equal(rebuilt[0], rebuilt[1])
+    assert np.abs(rebuilt[0] - rebuilt[2]).max() > 1e-3
+
+
+def test_nothing_readable_is_still_a_number(trip, pair):
+    ids, length = np.zeros((2, LIMIT), np.int32), np.zeros(2, np.int32)
+    assert np.isfinite(trip.reconstruct_ids(pair, ids, length)).all()
+    assert np.isfinite(trip.reconstruct_texts(pair, ["", " \n "])).all()
+
+
+def test_one_compilation_each(run, pair, h):
+    trip = RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT)
+    for count in (1, BATCH, BATCH + 1):
+        written = trip.explain(pair, h[:count], seed=count)
+        trip.reconstruct_ids(pair, written.ids, written.length)
+    assert trip._explain._cache_size() == trip._reconstruct._cache_size() == 1
