@@ -54,6 +54,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: Path) -> None:
         self.config, self.workdir = config, workdir
+        self.announced: set[str] = set()  # what a person has been told once
         self.mesh: Mesh = make_mesh(config.mesh)
         self.directory = resolve_model(config.subject.model)
         self.arch: Arch = read_arch(self.directory)

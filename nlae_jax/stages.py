@@ -133,7 +133,8 @@ def _described(run: Run, split: str, tokenise: Callable[[str], list[int]]) -> tu
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
     if not kept:
         raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
-    if len(kept) < len(rows):
+    if len(kept) < len(rows) and split not in run.announced:
+        run.announced.add(split)
         say(f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens: left out")
     width = -(-max(len(tokens[i]) for i in kept) // 8) * 8
     ids, length = pad([tokens[i] for i in kept], width)

@@ -111,7 +111,7 @@ def test_the_shared_prefix_is_a_plain_forward_pass(kind, ends, kinds, explanatio
     for left in (False, True):
         prompts = whole_prompts(protocol, ids, length, left)
         (_, theirs), their_gradient = kind.plain(kind.trained, kind.frozen, *prompts)
-        np.testing.assert_allclose(ours[readable], theirs[readable], atol=1e-5)
+        np.testing.assert_allclose(ours[readable], theirs[readable], rtol=1e-5, atol=1e-5)
         assert_trees_close(our_gradient, their_gradient)
     assert len({tuple(row) for row in np.round(np.asarray(ours)[readable], 3).tolist()}) == readable.sum()
 

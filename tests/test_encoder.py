@@ -85,7 +85,7 @@ def test_shared_segments_are_a_plain_forward_pass(small, protocol, setting):
     (_, ours), our_gradient = jax.jit(jax.value_and_grad(shared, has_aux=True))(trained)
     (_, theirs), their_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(trained)
     assert ours.shape == (B, G, R)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert np.abs(their_gradient["adapters"]["q"]["a"]).max() > 1e-3
     assert_trees_close(our_gradient, their_gradient)
 
@@ -96,8 +96,8 @@ def test_warm_start_log_probs_hold_the_opening_tag_and_the_response(small, proto
     after, opening = jax.jit(lambda t: encoder.apply(variables(t), h, response[:, 0], method="sft_log_probs"))(trained)
     plain = jax.jit(lambda t: plain_log_probs(small, protocol, t, h, response[:, :1]))(trained)[:, 0]
     assert opening.shape == (B, protocol.opening_length)
-    np.testing.assert_allclose(after, plain[:, -R:], atol=1e-5)
-    np.testing.assert_allclose(opening, plain[:, -R - protocol.opening_length : -R], atol=1e-5)
+    np.testing.assert_allclose(after, plain[:, -R:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(opening, plain[:, -R - protocol.opening_length : -R], rtol=1e-5, atol=1e-5)
 
 
 def test_what_follows_a_response_has_no_influence(small, protocol, setting):

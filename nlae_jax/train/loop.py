@@ -49,6 +49,9 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
         start, state, data = restored
         stage.iterator.set_state(data["iterator"])
     log.rewind(stage.name, start)
+    if start == stage.steps:
+        checkpoints.close()
+        return state
     clock = time.perf_counter()
     pending: tuple[int, Any] | None = None
 
@@ -78,7 +81,7 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
                 flush()
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
     checkpoints.close()
-    if start < stage.steps and (times := stage.step._cache_size()) != 1:
+    if (times := stage.step._cache_size()) != 1:
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; it should be once")
     return state
 

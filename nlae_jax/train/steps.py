@@ -26,7 +26,7 @@ def apply_update(
     state: RoleState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> tuple[RoleState, jax.Array, jax.Array]:
     """One optimiser step, skipped where the gradient's norm is not finite. Returns also the norm and 1 if skipped."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)

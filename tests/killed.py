@@ -1,0 +1,119 @@
+"""`python -m tests.killed POINT ARGUMENTS…`: the `nlae` command, which kills itself (SIGKILL) at one point of its work.
+
+Each point is where something is half-done. Nothing in a killed process runs after it: no handler, no thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nlae_jax import cli, files, stages
+from nlae_jax.data import activations, answers
+from nlae_jax.train import checkpoint, metrics
+
+_write_atomically = files.write_atomically
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still alive")
+
+
+def before(owner: Any, name: str, matches: Callable[..., bool] = lambda *_: True, skip: int = 0) -> None:
+    """Dies when `owner.name` is called with matching arguments for the `skip + 1`st time."""
+    original, left = getattr(owner, name), iter(range(skip))
+
+    def patched(*arguments: Any, **options: Any) -> Any:
+        if matches(*arguments) and next(left, None) is None:
+            die()
+        return original(*arguments, **options)
+
+    setattr(owner, name, patched)
+
+
+def half_written(modules: list[Any], file: str) -> None:
+    """Dies when half of the temporary `file` is written."""
+
+    def patched(path: Path, write: Callable[[Path], None]) -> None:
+        if path.name == file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            write(temporary)
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            die()
+        _write_atomically(path, write)
+
+    for module in modules:
+        module.write_atomically = patched
+
+
+def torn_row(stage: str, step: int) -> None:
+    """Dies when half of a row of metrics.jsonl is written."""
+    append = metrics.MetricsLog.append
+
+    def patched(self: metrics.MetricsLog, row: dict[str, Any]) -> None:
+        append(self, row)
+        if (row["stage"], row["step"]) == (stage, step):
+            os.truncate(self.path, self.path.stat().st_size - 40)
+            die()
+
+    metrics.MetricsLog.append = patched
+
+
+def while_saving(stage: str, step: int) -> None:
+    """Dies as soon as the files of a checkpoint begin to appear, wherever its writing then is."""
+    save = checkpoint.Checkpoints.save
+
+    def watch(directory: Path) -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if any(path.is_file() for path in directory.rglob(f"{step}.orbax*/*")):
+                die()
+
+    def patched(self: checkpoint.Checkpoints, number: int, *rest: Any) -> None:
+        if self._directory.name == stage and number == step:
+            threading.Thread(target=watch, args=(self._directory,), daemon=True).start()
+        save(self, number, *rest)
+        if self._directory.name == stage and number == step:
+            time.sleep(30)
+
+    checkpoint.Checkpoints.save = patched
+
+
+def manifest_of(stage: str, step: int) -> Callable[..., bool]:
+    """Whether a file that is about to be written seals that checkpoint."""
+    return lambda path, _: path.parts[-3:] == (stage, str(step), "manifest.json")
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "plan": lambda: half_written([activations], "rows.parquet"),
+    "extract": lambda: before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2),
+    "extract_meta": lambda: half_written([files], "meta.json"),
+    "describe": lambda: half_written([stages], "descriptions.parquet"),
+    "answers": lambda: before(answers.AnswerCache, "put", skip=40),
+    "encoder_sft": lambda: torn_row("encoder_sft", 5),
+    "encoder_sft_saving": lambda: while_saving("encoder_sft", 8),
+    "encoder_sft_unsealed": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 10)),
+    "encoder_sft_last": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 60)),
+    "decoder_sft": lambda: torn_row("decoder_sft", 3),
+    "sampled_text": lambda: torn_row("sampled_text", 3),
+    "sampled_text_saving": lambda: while_saving("sampled_text", 4),
+    "rl": lambda: torn_row("rl", 3),
+    "rl_saving": lambda: while_saving("rl", 4),
+    "rl_unsealed": lambda: before(checkpoint, "write_json", manifest_of("rl", 6)),
+    "samples": lambda: half_written([stages], "held_out.jsonl"),
+    "eval": lambda: half_written([files], "eval.json"),
+    "report": lambda: before(stages, "write_report"),
+}
+
+
+if __name__ == "__main__":
+    POINTS[sys.argv[1]]()
+    sys.exit(cli.main(sys.argv[2:]))

@@ -1,0 +1,373 @@
+"""The training steps on the tiny model: one device and eight, fused and split, LoRA and full fine-tuning."""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nlae_jax.config import Config, MeshConfig
+from nlae_jax.lm.arch import model_weights
+from nlae_jax.mesh import batch_sharding, make_mesh, replicated
+from nlae_jax.roles.protocol import blank_tokens, response_ids
+from nlae_jax.train import objectives
+from nlae_jax.train.loop import compiled, put_batch
+from nlae_jax.train.state import (
+    RlState,
+    Roles,
+    RoleState,
+    init_decoder,
+    init_encoder,
+    init_role,
+    make_optimizer,
+    make_roles,
+    place_base,
+    sft_schedule,
+)
+from nlae_jax.train.steps import (
+    SplitStep,
+    apply_update,
+    decoder_sft_step,
+    encoder_sft_step,
+    rl_step,
+    sampled_text_step,
+)
+from tests.conftest import drawn_params, perturbed, tiny_config, vectors
+
+ONE, MESHES = (1, 1, 1), [(1, 8, 1), (2, 2, 2), (8, 1, 1)]
+BATCH, GROUP, RESPONSE = 8, 2, 8
+
+
+def host(tree: Any) -> Any:
+    """A copy that no step can give away."""
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def assert_equal_trees(ours: Any, theirs: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, host(ours), host(theirs))
+
+
+class Setting(NamedTuple):
+    """A random model that closes some of its explanations, its roles, and what their training starts from."""
+
+    config: Config
+    roles: Roles
+    params: Any
+    encoder: Any
+    decoder: Any
+    blank: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def settings(arch, protocol, tokenizer):
+    """By LoRA rank. The closing tag is one token, which a large embedding makes likely in some contexts."""
+    protocol = dataclasses.replace(protocol, closing=protocol.closing[:1])
+    params = drawn_params(model_weights(arch), 0)
+    params["embed"] = params["embed"].at[protocol.closing[0]].multiply(4.0)
+    blank = blank_tokens(tokenizer, arch.vocab_size)
+    made = {}
+    for rank in (4, 0):
+        config = tiny_config(
+            lora__rank=rank,
+            remat="none",
+            rl__activations_per_step=BATCH,
+            rl__samples_per_activation=GROUP,
+            rl__max_new_tokens=RESPONSE,
+            rl__kl_coef=0.1,
+        )
+        roles = make_roles(config, arch, protocol)
+        encoder = perturbed(init_encoder(roles, params, jax.random.PRNGKey(1)), 1, 0.03)
+        decoder = perturbed(init_decoder(roles, params, jax.random.PRNGKey(2)), 2)
+        made[rank] = Setting(config, roles, params, encoder, decoder, blank)
+    return made
+
+
+class Start(NamedTuple):
+    mesh: Any
+    state: RlState
+    frozen: Any
+    batch: Any
+
+
+def start(setting: Setting, sizes: tuple[int, int, int]) -> Start:
+    """Everything an RL step takes, on a mesh, as the RL stage puts it there."""
+    mesh, roles = make_mesh(MeshConfig(*sizes)), setting.roles
+    optimizer = make_optimizer(setting.config, 1e-3)
+    h = vectors(BATCH, roles.encoder.arch.d_model)
+    encoder = init_role(mesh, roles.encoder_weights(), host(setting.encoder), optimizer)
+    decoder = init_role(mesh, roles.decoder_weights(), host(setting.decoder), optimizer)
+    constant = {"baselines": objectives.baselines(vectors(64, h.shape[1], 1)), "blank": setting.blank}
+    frozen = {
+        "base": place_base(mesh, roles.encoder.arch, setting.params, "float32") if roles.rank else {},
+        "reference": jax.tree.map(jnp.copy, encoder.trained),
+        **jax.device_put(constant, replicated(mesh)),
+    }
+    key = jax.device_put(jax.random.PRNGKey(3), replicated(mesh))
+    return Start(mesh, RlState(encoder, decoder, key), frozen, put_batch({"h": h}, mesh))
+
+
+def rl_parts(setting: Setting) -> Any:
+    optimizer = make_optimizer(setting.config, 1e-3)
+    return rl_step(setting.roles, setting.config, optimizer, optimizer)
+
+
+class Outcome(NamedTuple):
+    """Of some steps: the metrics of each, the last state on the host, the step, and what it started from."""
+
+    metrics: list[dict[str, np.ndarray]]
+    state: RlState
+    step: Any
+    begun: Start
+
+
+def train(setting: Setting, sizes: tuple[int, int, int], fused: bool = True, num_steps: int = 2) -> Outcome:
+    """Runs some steps. Whatever is frozen must be as it was after them."""
+    begun = start(setting, sizes)
+    frozen_before = host(begun.frozen)
+    step = compiled(rl_parts(setting).step, begun.state, begun.mesh) if fused else SplitStep(rl_parts(setting))
+    state, metrics = begun.state, []
+    for _ in range(num_steps):
+        with jax.transfer_guard("disallow"):
+            state, row = step(state, begun.frozen, begun.batch)
+        metrics.append(jax.device_get(row))
+    assert_equal_trees(begun.frozen, frozen_before)
+    assert step._cache_size() == 1
+    return Outcome(metrics, host(state), step, begun)
+
+
+@pytest.fixture(scope="module")
+def alone(settings):
+    """By rank: the outcome on one device."""
+    made = {}
+
+    def outcome(rank):
+        if rank not in made:
+            made[rank] = train(settings[rank], ONE)
+        return made[rank]
+
+    return outcome
+
+
+def assert_metrics_close(ours, theirs, tolerance):
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in other:
+            # Differences of log-probs are rounding errors themselves.
+            bound = 1e-5 if name == "logp_gap" else tolerance * max(1.0, abs(other[name]))
+            assert abs(mine[name] - other[name]) <= bound, name
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_first_step_is_on_policy_and_at_the_reference(rank, alone):
+    first, second = alone(rank).metrics
+    assert 0 < first["logp_gap"] < 1e-5
+    assert 0 <= first["kl"] < 1e-9
+    assert second["logp_gap"] < 1e-5
+    assert second["kl"] > 1e-6
+    assert first["grad_norm_encoder"] > 1e-3 and first["grad_norm_decoder"] > 1e-3
+    assert first["skipped_updates"] == 0
+    # The model writes all kinds of responses, so that every branch is taken.
+    assert 0.2 < first["extraction_rate"] < 0.9
+    assert 0 < first["truncated_rate"] < 1 - first["extraction_rate"] + 1e-6
+    assert first["zero_variance_groups"] < BATCH
+    assert 0 < first["entropy"] < np.log(400)
+    assert -4 < first["reward_mean"] < 0 < first["reward_std"]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("rank", [4, 0])
+def test_eight_devices_are_one_device(rank, sizes, settings, alone):
+    assert_metrics_close(train(settings[rank], sizes).metrics, alone(rank).metrics, 1e-4)
+
+
+def test_both_roles_learn(settings, alone):
+    state = alone(4).state
+    for role, before in ((state.encoder, settings[4].encoder), (state.decoder, settings[4].decoder)):
+        assert role.step == 2
+        moved = jax.tree.map(lambda new, old: np.abs(new - np.asarray(old)).max(), role.trained, before)
+        assert all(0 < change < 3e-3 for change in jax.tree.leaves(moved))
+    assert_equal_trees(state.key, jax.random.PRNGKey(3))
+
+
+@pytest.fixture(scope="module")
+def split(settings):
+    """Three compiled parts, over eight devices."""
+    return train(settings[4], (2, 2, 2), fused=False)
+
+
+def test_fused_is_split(split, settings):
+    fused = train(settings[4], (2, 2, 2))
+    assert_metrics_close(split.metrics, fused.metrics, 1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), split.state, fused.state)
+
+
+def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
+    """One group with a readable and an unreadable response; in all others both are unreadable and equal."""
+    setting, begun = settings[4], start(settings[4], (2, 2, 2))
+    drawn = split.step._rollout(begun.state, begun.frozen, begun.batch)
+    closing = setting.roles.encoder.protocol.closing[0]
+    tokens = np.full((BATCH, GROUP, RESPONSE), 40, np.int32)
+    lengths, closed = np.full((BATCH, GROUP), RESPONSE), np.zeros((BATCH, GROUP), bool)
+    tokens[0, 0], lengths[0, 0], closed[0, 0] = [50, 51, 52, closing] + [0] * (RESPONSE - 4), 4, True
+    samples = drawn._replace(tokens=tokens, lengths=lengths.astype(np.int32), closed=closed)
+    samples = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), samples, drawn)
+
+    log_probs = jax.jit(
+        lambda trained: setting.roles.encoder.apply(
+            setting.roles.encoder_variables(begun.frozen["base"], trained), begun.batch["h"], tokens, method="log_probs"
+        )[0]
+    )
+    before = np.asarray(log_probs(begun.state.encoder.trained))
+    scores = split.step._score(begun.state, begun.frozen, begun.batch, samples)
+    mse, length = np.asarray(scores.mse), np.asarray(scores.length)
+    assert length.ravel().tolist() == [3] + [0] * 15
+    assert (mse.ravel()[1:] == objectives.FAILED_MSE).all() and mse[0, 0] != objectives.FAILED_MSE
+    state, metrics = split.step._update(begun.state, begun.frozen, begun.batch, samples, scores)
+    assert split.step._cache_size() == 1
+    assert abs(metrics["reward_mean"] - (-mse[0, 0] - 2 * 15) / 16) < 1e-5
+    assert metrics["zero_variance_groups"] == 7
+    assert metrics["extraction_rate"] == 1 / 16
+    assert metrics["truncated_rate"] == 15 / 16
+    gained = (np.asarray(log_probs(state.encoder.trained)) - before)[0]
+    sign = np.sign(objectives.FAILED_MSE - mse[0, 0])
+    assert sign * gained[0, :4].sum() > 1e-4  # the better response becomes likelier
+    assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(settings, alone):
+    step, begun = alone(4).step, start(settings[4], ONE)
+    poison = {"h": jax.device_put(np.full((BATCH, 64), np.nan, np.float32), batch_sharding(begun.mesh))}
+    before = host(begun.state)
+    state, metrics = step(begun.state, begun.frozen, poison)
+    assert metrics["skipped_updates"] == 2
+    assert not np.isfinite(metrics["grad_norm_encoder"]) and not np.isfinite(metrics["grad_norm_decoder"])
+    for after, earlier in ((state.encoder, before.encoder), (state.decoder, before.decoder)):
+        assert_equal_trees((after.trained, after.opt_state), (earlier.trained, earlier.opt_state))
+        assert after.step == earlier.step + 1
+    _, metrics = step(state, begun.frozen, begun.batch)
+    assert metrics["skipped_updates"] == 0
+    assert step._cache_size() == 1
+
+
+def test_apply_update_keeps_the_optimisers_count_when_it_skips():
+    optimizer = optax.adam(optax.linear_schedule(1.0, 0.0, 10))
+    trained = {"w": jnp.ones(3)}
+    state = RoleState(jnp.int32(0), trained, optimizer.init(trained))
+    skipped, norm, count = apply_update(state, {"w": jnp.array([0.0, jnp.inf, 1.0])}, optimizer)
+    assert count == 1 and not np.isfinite(norm)
+    assert_equal_trees(skipped._replace(step=state.step), state)
+    stepped, norm, count = apply_update(skipped, {"w": jnp.array([0.0, 3.0, 4.0])}, optimizer)
+    assert (count, norm, stepped.step) == (0, 5, 2)
+    np.testing.assert_allclose(stepped.trained["w"], [1, 0, 0], atol=1e-5)
+
+
+TEXTS = [f"The text is about {a} {b}." for a in ("values", "numbers") for b in ("and lists", "in it", "of arrays", "")]
+
+
+@pytest.fixture(scope="module")
+def descriptions(tokenizer, protocol):
+    """Eight activations with a response each: ids [8, R], lengths [8]."""
+    rows = [response_ids(tokenizer, protocol, text) for text in TEXTS]
+    ids = np.zeros((8, max(map(len, rows)) + 2), np.int32)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    return ids, np.array([len(row) for row in rows])
+
+
+def test_the_encoder_learns_to_write_descriptions(lora_roles, params, descriptions):
+    """Eight of them by heart, on eight devices; and tokens after a response's end do not count."""
+    mesh, config = make_mesh(MeshConfig(2, 2, 2)), tiny_config()
+    optimizer = make_optimizer(config, 3e-2)
+    trained = init_encoder(lora_roles, params, jax.random.PRNGKey(0))
+    state = init_role(mesh, lora_roles.encoder_weights(), trained, optimizer)
+    frozen = {"base": place_base(mesh, lora_roles.encoder.arch, host(params), "float32")}
+    step = compiled(encoder_sft_step(lora_roles, optimizer), state, mesh)
+    ids, length = descriptions
+    h = vectors(8, 64)
+    after_the_end = np.arange(ids.shape[1]) >= length[:, None]
+    losses = []
+    for number in range(60):
+        response = np.where(after_the_end, number, ids).astype(np.int32)
+        state, metrics = step(state, frozen, put_batch({"h": h, "response": response, "length": length}, mesh))
+        losses.append(float(metrics["loss"]))
+    assert metrics["tokens"] == length.sum()
+    assert 4 < losses[0] < 8  # a random model knows nothing: log 376 = 5.9
+    assert losses[-1] < 0.5
+    assert step._cache_size() == 1
+
+
+def test_the_decoder_learns_to_read_descriptions(lora_roles, params, tokenizer):
+    mesh, config = make_mesh(MeshConfig()), tiny_config()
+    optimizer = make_optimizer(config, 1e-2)
+    trained = init_decoder(lora_roles, params, jax.random.PRNGKey(0))
+    state = init_role(mesh, lora_roles.decoder_weights(), trained, optimizer)
+    h = vectors(8, 64)
+    frozen = {
+        "base": place_base(mesh, lora_roles.encoder.arch, host(params), "float32"),
+        "baselines": jax.device_put(objectives.baselines(h), replicated(mesh)),
+    }
+    step = compiled(decoder_sft_step(lora_roles, optimizer), state, mesh)
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
+    ids, length = np.zeros((8, 24), np.int32), np.array([len(row) for row in rows])
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+    history = []
+    for _ in range(40):
+        state, metrics = step(state, frozen, put_batch({"h": h, "ids": ids, "length": length}, mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert history[0]["loss"] > 1.5  # the identity head knows nothing of these vectors
+    assert history[-1]["loss"] < 0.2
+    variance, mean_norm = frozen["baselines"]
+    for row in history:
+        assert abs(row["fve"] - (1 - row["loss"] / variance)) < 1e-4
+        assert abs(row["fve_meannorm"] - (1 - row["loss"] / mean_norm)) < 1e-4
+    # A row without an explanation carries no loss and no gradient.
+    without = put_batch({"h": h, "ids": ids, "length": np.where(np.arange(8) < 4, length, 0)}, mesh)
+    _, metrics = step(state, frozen, without)
+    assert metrics["loss"] < 0.2
+    assert step._cache_size() == 1
+
+
+def test_the_decoder_learns_from_sampled_text_alone(settings):
+    setting = settings[4]
+    begun = start(setting, ONE)
+    optimizer = make_optimizer(setting.config, 1e-2)
+    state = init_role(begun.mesh, setting.roles.decoder_weights(), host(setting.decoder), optimizer)
+    frozen = {**begun.frozen, "encoder": begun.frozen["reference"], "key": begun.state.key}
+    before = host(frozen)
+    step = compiled(sampled_text_step(setting.roles, setting.config, optimizer), state, begun.mesh)
+    history = []
+    for _ in range(20):
+        state, metrics = step(state, frozen, begun.batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert len({row["tokens"] for row in history}) > 3  # every step samples anew
+    losses = [row["loss"] for row in history]
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    assert_equal_trees(frozen, before)
+    assert step._cache_size() == 1
+
+
+def test_the_optimisers_state_is_split_as_its_parameters_are(settings):
+    begun = start(settings[4], (2, 2, 2))
+    moments = begun.state.encoder.opt_state[1][0]
+    for tree in (moments.mu, moments.nu):
+        jax.tree.map(
+            lambda moment, weight: np.testing.assert_equal(moment.sharding, weight.sharding),
+            tree,
+            begun.state.encoder.trained,
+        )
+    parts = {shard.data.shape for shard in begun.frozen["base"]["blocks"]["gate"].addressable_shards}
+    assert parts == {(2, 32, 64)}
+
+
+def test_learning_rates_warm_up_and_fall():
+    schedule = sft_schedule(1e-3, 100, 0.05)
+    rates = [float(schedule(step)) for step in range(101)]
+    assert rates[0] == 0 and abs(max(rates) - 1e-3) < 1e-9 and rates.index(max(rates)) == 5
+    assert rates[100] < 1e-9
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
+    assert float(sft_schedule(1e-3, 1, 0.05)(1)) > 0  # one step
