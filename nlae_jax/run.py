@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
+from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
 from nlae_jax.files import write_json
 from nlae_jax.lm.arch import Arch, read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated
-from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
+from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
 from nlae_jax.train import objectives
 from nlae_jax.train.state import (
     Params,
@@ -65,6 +66,7 @@ class Run:
             )
         for field, size in (
             ("sft.batch_size", config.sft.batch_size),
+            ("sft.sampled_text_batch_size", config.sft.sampled_text_batch_size),
             ("rl.activations_per_step", config.rl.activations_per_step),
         ):
             if size % batch_parts(self.mesh):
@@ -72,7 +74,14 @@ class Run:
                     f"config.{field}: {size} should be divisible by mesh data×fsdp = {batch_parts(self.mesh)}"
                 )
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
-        make_protocol(self.tokenizer, config.protocol, 1.0)
+        closing = make_protocol(self.tokenizer, config.protocol, 1.0).closing
+        if config.rl.max_new_tokens <= len(closing):
+            raise UserError(
+                f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
+                f"{len(closing)} tokens of the closing tag"
+            )
+        if config.describe.provider in SERVERS and not (workdir / "activations/descriptions.parquet").exists():
+            SERVERS[config.describe.provider](config.describe)
         workdir.mkdir(parents=True, exist_ok=True)
         _lock(workdir)
         if (workdir / "config.json").exists() and _differs(workdir, config):
@@ -101,7 +110,8 @@ class Run:
     @cached_property
     def protocol(self) -> Protocol:
         scale = self.config.protocol.injection_scale or self.store.meta["norm_p75"]
-        return make_protocol(self.tokenizer, self.config.protocol, scale)
+        live = make_protocol(self.tokenizer, self.config.protocol, scale)
+        return keep_protocol(self.workdir / "protocol.json", live)
 
     @cached_property
     def roles(self) -> Roles:
@@ -132,7 +142,9 @@ class Run:
 
     def frozen(self, split: str) -> Params:
         """What every training step reads and none changes."""
-        rows = self.store.plan.rows_of(split)[:_BASELINE_ROWS]
+        rows = self.store.plan.rows_of(split)
+        # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
         denominators = objectives.baselines(jnp.asarray(self.store.vectors(rows)))
         return {"base": self.base if self.config.lora.rank else {}, "baselines": self.on_mesh(denominators)}
 

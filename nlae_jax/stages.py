@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summaris
 from nlae_jax.evaluate.report import write_report
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import write_atomically, write_json
-from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.language_model import LanguageModel
+from nlae_jax.lm.pretrained import cache_directory
 from nlae_jax.progress import progress, say
 from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
@@ -94,7 +96,7 @@ def describe(run: Run) -> None:
     plan, config = run.store.plan, run.config.describe
     rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
-    decode = run.tokenizer.decode
+    decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     contexts = [
         Context(
             doc_id=plan.doc_ids[plan.document[row]],
@@ -108,7 +110,8 @@ def describe(run: Run) -> None:
         document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
         num_documents=len(plan.ids),
         generate=model and (lambda prompts: model.chat(prompts, config.max_new_tokens)),
-        cache_directory=run.workdir / "activations/answers",
+        # A server's answers serve every run; the subject's are this run's own.
+        cache_directory=(run.workdir / "activations" if model else cache_directory()) / "answers",
     )
     with progress(len(rows), "describe", unit="activation") as bar:
         described = make_describer(config, resources, bar.advance)(contexts)
@@ -131,6 +134,8 @@ def _described(run: Run, split: str, tokenise: Callable[[str], list[int]]) -> tu
     rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
     tokens = [tokenise(run.descriptions[row]) for row in rows]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
+    if not rows:
+        raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
     if not kept:
         raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
     if len(kept) < len(rows) and split not in run.announced:
@@ -306,7 +311,7 @@ def _round_trip(
 
 
 def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
-    plan, decode = run.store.plan, run.tokenizer.decode
+    plan, decode = run.store.plan, partial(run.tokenizer.decode, skip_special_tokens=True)
     lines = []
     for i, row in enumerate(rows.tolist()):
         ids = run.store.context_ids(row)
@@ -314,7 +319,7 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
             "doc_id": plan.doc_ids[plan.document[row]],
             "position": int(plan.position[row]),
             "context": decode(ids),
-            "token": decode(ids[-1:]),
+            "token": run.tokenizer.decode(ids[-1:]),
             "explanation": written.texts[i],
             "gold": str(gold[i]),
             "cos": float(1 - mse[i] / 2),

@@ -32,8 +32,8 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import Config, ProtocolConfig, resolve
+from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch, Weight
-from nlae_jax.lm.language_model import LanguageModel
 from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.roles.protocol import Protocol, make_protocol
 from nlae_jax.train.state import Roles, make_roles

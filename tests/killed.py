@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nlae_jax import cli, files, stages
-from nlae_jax.data import activations, answers
+from nlae_jax.data import activations
 from nlae_jax.train import checkpoint, metrics
 
 _write_atomically = files.write_atomically
@@ -97,7 +97,6 @@ POINTS: dict[str, Callable[[], None]] = {
     "extract": lambda: before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2),
     "extract_meta": lambda: half_written([files], "meta.json"),
     "describe": lambda: half_written([stages], "descriptions.parquet"),
-    "answers": lambda: before(answers.AnswerCache, "put", skip=40),
     "encoder_sft": lambda: torn_row("encoder_sft", 5),
     "encoder_sft_saving": lambda: while_saving("encoder_sft", 8),
     "encoder_sft_unsealed": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 10)),

@@ -169,7 +169,7 @@ arches = st.builds(
     rope_theta=st.floats(1, 1e7),
     rope_scaling=scalings,
     tied_head=st.booleans(),
-)
+).map(lambda arch: dataclasses.replace(arch, num_heads=arch.num_heads * arch.num_kv_heads))
 
 
 @given(arches)

@@ -7,7 +7,7 @@ import pytest
 
 import nlae_jax
 from nlae_jax.errors import UserError
-from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")

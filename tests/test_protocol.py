@@ -19,9 +19,9 @@ from nlae_jax.roles.protocol import (
     decoder_ids,
     extract_explanation,
     find_marker,
+    keep_protocol,
     make_protocol,
     response_ids,
-    write_protocol,
 )
 from tests.conftest import INJECTION_SCALE, tiny_config
 
@@ -38,30 +38,38 @@ class Characters:
         assert not add_special_tokens
         return [self.ids[text]] if text in self.ids else [1, 2]
 
+    def apply_chat_template(self, messages, **options):
+        return messages[0]["content"]
+
     def decode(self, ids):
         back = {token: char for char, token in self.ids.items()} | self.decoded
         return back[ids[0]]
 
 
 def test_the_marker_is_the_rarest_single_token():
-    assert find_marker(Characters({"㈀": 900, "㈁": 950, "㈂": 120, "─": 2000})) == ("㈁", 950)
+    assert find_marker(Characters({"㈀": 900, "㈁": 950, "㈂": 120, "─": 2000}), "{injection_char}") == ("㈁", 950)
 
 
 def test_symbols_are_searched_where_no_enclosed_letter_is_a_token():
-    assert find_marker(Characters({"─": 300, "₂": 200})) == ("─", 300)
+    assert find_marker(Characters({"─": 300, "₂": 200}), "{injection_char}") == ("─", 300)
 
 
 def test_a_token_that_decodes_to_something_else_is_no_marker():
-    assert find_marker(Characters({"─": 300, "₂": 200}, {300: "?"})) == ("₂", 200)
+    assert find_marker(Characters({"─": 300, "₂": 200}, {300: "?"}), "{injection_char}") == ("₂", 200)
 
 
 def test_an_invisible_character_is_no_marker():
-    assert find_marker(Characters({"\u2028": 300, "\u200b": 301, "₂": 200})) == ("₂", 200)
+    assert find_marker(Characters({"\u2028": 300, "\u200b": 301, "₂": 200}), "{injection_char}") == ("₂", 200)
 
 
 def test_a_tokenizer_without_a_marker_is_refused():
-    with pytest.raises(UserError, match="none can mark the slot"):
-        find_marker(Characters({"a": 3}))
+    with pytest.raises(UserError, match="no character of"):
+        find_marker(Characters({"a": 3}), "{injection_char}")
+
+
+def test_a_character_that_merges_inside_the_prompt_is_no_marker():
+    tokenizer = Characters({"─": 300, "v₂": 200, "₂": 200})
+    assert find_marker(tokenizer, "v{injection_char}") == ("₂", 200)
 
 
 def test_the_encoder_prompt_is_the_chat_template_around_the_slot(tokenizer, protocol):
@@ -122,7 +130,7 @@ def test_the_beginning_of_sequence_stands_once_before_each_prompt(with_bos):
     [
         ("encoder_prompt", "no slot", r"protocol.encoder_prompt: must contain \{injection_char\} exactly once"),
         ("encoder_prompt", "{injection_char}{injection_char}", "protocol.encoder_prompt: must contain"),
-        ("encoder_prompt", "₂ {injection_char}", "the marker '₂' does not stay one token"),
+        ("encoder_prompt", "₂ {injection_char}", "no character of"),
         ("decoder_prompt", "no slot", r"protocol.decoder_prompt: must contain \{explanation\} exactly once"),
         ("decoder_prompt", "{explanation}{explanation}", "protocol.decoder_prompt: must contain"),
     ],
@@ -203,5 +211,12 @@ def test_a_tokenizer_larger_than_the_model_is_cut(tokenizer, arch):
 
 def test_json_and_back_is_the_identity(protocol, tmp_path):
     assert Protocol.from_json(protocol.to_json()) == protocol
-    write_protocol(tmp_path / "protocol.json", protocol)
-    assert Protocol.from_json((tmp_path / "protocol.json").read_text(encoding="utf-8")) == protocol
+
+
+def test_a_workdir_keeps_the_protocol_it_was_made_with(protocol, tmp_path):
+    path = tmp_path / "protocol.json"
+    assert keep_protocol(path, protocol) == protocol
+    tomorrow = dataclasses.replace(protocol, encoder_prefix=(*protocol.encoder_prefix, 7))
+    assert keep_protocol(path, tomorrow) == protocol
+    with pytest.raises(UserError, match=r"protocol\.json: made with another tokenizer: closing differ"):
+        keep_protocol(path, dataclasses.replace(protocol, closing=(1, 2)))

@@ -10,7 +10,7 @@ import pytest
 from nlae_jax.cli import main
 from nlae_jax.config import load_config
 from nlae_jax.data.activations import SPLITS, ActivationStore
-from nlae_jax.lm.language_model import LanguageModel
+from nlae_jax.language_model import LanguageModel
 from nlae_jax.train import metrics
 
 pytest_plugins = ["tests.tiny_run"]

@@ -290,7 +290,7 @@ def test_the_encoder_learns_to_write_descriptions(lora_roles, params, descriptio
     h = vectors(8, 64)
     after_the_end = np.arange(ids.shape[1]) >= length[:, None]
     losses = []
-    for number in range(60):
+    for number in range(50):
         response = np.where(after_the_end, number, ids).astype(np.int32)
         state, metrics = step(state, frozen, put_batch({"h": h, "response": response, "length": length}, mesh))
         losses.append(float(metrics["loss"]))

@@ -166,9 +166,9 @@ def extract(
 
     Batches are written whole and counted after that, so a killed run continues at the batch it was in.
     """
-    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next)
     progress = directory / "progress.json"
     done = read_json(progress)["batches"] if progress.exists() else 0
+    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next, create=done == 0)
     for number, batch in enumerate(read_batches(plan, config)):
         if number >= done:
             activations, likeliest = read(batch.ids, batch.mask, batch.rows, batch.columns)
@@ -185,20 +185,26 @@ def extract(
         advance(batch.count)
 
 
-def _arrays(directory: Path, rows: int, d_model: int, num_next: int) -> tuple[ts.TensorStore, ts.TensorStore | None]:
-    vectors = _array(directory / "vectors", (rows, d_model), np.float32)
-    return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32) if num_next else None
+def _arrays(
+    directory: Path, rows: int, d_model: int, num_next: int, create: bool = False
+) -> tuple[ts.TensorStore, ts.TensorStore | None]:
+    vectors = _array(directory / "vectors", (rows, d_model), np.float32, create)
+    return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, create) if num_next else None
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: type) -> ts.TensorStore:
-    return ts.open(
-        {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}},
-        open=True,
-        create=True,
-        dtype=dtype,
-        shape=list(shape),
-        chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK_ROWS, shape[0]), shape[1]]),
-    ).result()
+def _array(path: Path, shape: tuple[int, ...], dtype: type, create: bool) -> ts.TensorStore:
+    """An array on disk. One that should be there and is not is an error: a new one would read as zeros."""
+    try:
+        return ts.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}},
+            open=True,
+            create=create,
+            dtype=dtype,
+            shape=list(shape),
+            chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK_ROWS, shape[0]), shape[1]]) if create else None,
+        ).result()
+    except ValueError as error:
+        raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0][:120]})") from None
 
 
 def write_plan(directory: Path, plan: Plan) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -25,8 +24,3 @@ def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
     return ids, np.array([len(sequence) for sequence in sequences], np.int32)
-
-
-def state_of(iterator: Any) -> dict[str, Any]:
-    """The iterator's position as JSON."""
-    return iterator.get_state()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -122,7 +123,7 @@ def anthropic_provider(
 def _server_provider(
     api: Api, config: DescribeConfig, resources: DescribeResources, progress: Progress | None, pause: Pause
 ) -> Describer:
-    server = Server(api, config, pause)  # here, so that a missing key is reported before any work
+    server = Server(api, config, pause)
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
     return cached_describer(config, AnswerCache(resources.cache_directory, *identity), server.ask, progress)
 
@@ -244,3 +245,10 @@ def _retry_after(response: httpx.Response) -> float:
         except (ValueError, TypeError, OverflowError):
             return 0.0
     return min(max(seconds, 0.0), 600.0) if math.isfinite(seconds) else 0.0
+
+
+# Making one checks the settings and the key and asks nothing yet.
+SERVERS: dict[str, Callable[[DescribeConfig], Server]] = {
+    "openai": partial(Server, OPENAI),
+    "anthropic": partial(Server, ANTHROPIC),
+}

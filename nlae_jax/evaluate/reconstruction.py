@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from nlae_jax.train import objectives
-
-
-class Reconstruction(NamedTuple):
-    """Per held-out activation: direction mse of its explanation's reconstruction, and its own distance from the mean.
-
-    `mse` [N] is 2 where no explanation could be read. `variance` [N] is ‖ĥ - mean(ĥ)‖² / d.
-    """
-
-    mse: np.ndarray
-    variance: np.ndarray
 
 
 def direction_mse(reconstruction: np.ndarray, target: np.ndarray, readable: np.ndarray | None = None) -> np.ndarray:

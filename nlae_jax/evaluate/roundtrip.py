@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +108,3 @@ def _batches(size: int, *arrays: np.ndarray) -> Any:
         rows = [array[start : start + size] for array in arrays]
         missing = size - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]
-
-
-Advance = Callable[[int], None]

@@ -121,10 +121,10 @@ def _rope(config: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
         return theta, None
     if kind == "llama3":
         return theta, Llama3Rope(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
+            factor=float(_require(parameters, "factor")),
+            low_freq_factor=float(_require(parameters, "low_freq_factor")),
+            high_freq_factor=float(_require(parameters, "high_freq_factor")),
+            original_max_positions=int(_require(parameters, "original_max_position_embeddings")),
         )
     raise UserError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
 
@@ -160,7 +160,16 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[family](config)
+    try:
+        arch = FAMILIES[family](config)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: a size or constant is not a sensible number ({error})") from None
+    if arch.num_kv_heads < 1 or arch.num_heads % arch.num_kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads = {arch.num_heads} should be a multiple of "
+            f"num_key_value_heads = {arch.num_kv_heads}"
+        )
+    return arch
 
 
 def read_arch(directory: Path) -> Arch:

@@ -6,7 +6,7 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -243,6 +243,3 @@ def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[
     leaves, tree = jax.tree.flatten(model_weights(arch), is_leaf=is_weight)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(tree, [init_weight(k, w, dtype) for k, w in zip(keys, leaves, strict=True)])
-
-
-Apply = Callable[..., Any]

@@ -16,6 +16,7 @@ import numpy as np
 
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
+from nlae_jax.files import write_atomically
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
@@ -51,20 +52,36 @@ class Protocol:
         return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def find_marker(tokenizer: Any) -> tuple[str, int]:
-    """A character that is exactly one token, and the rarest such: byte-level merges rank rare tokens high."""
+def find_marker(tokenizer: Any, template: str) -> tuple[str, int]:
+    """The rarest character that is exactly one token, alone and inside the encoder's rendered prompt.
+
+    Byte-level merges rank rare tokens high, so the rarest is the one with the highest id.
+    """
     for low, high in _MARKER_RANGES:
         candidates = {}
         for code in range(low, high):
             ids = tokenizer.encode(chr(code), add_special_tokens=False)
             if len(ids) == 1 and chr(code).isprintable() and tokenizer.decode(ids) == chr(code):
                 candidates[ids[0]] = chr(code)
-        if candidates:
-            marker_id = max(candidates)
-            return candidates[marker_id], marker_id
+        for marker_id in sorted(candidates, reverse=True):
+            if _encoder_prompt_ids(tokenizer, template, candidates[marker_id]).count(marker_id) == 1:
+                return candidates[marker_id], marker_id
     raise UserError(
-        "tokenizer: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token, so none can mark the slot"
+        "protocol.encoder_prompt: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token in its place; "
+        "put white space or a line break before {injection_char}, or take a model with another tokenizer"
     )
+
+
+def _encoder_prompt_ids(tokenizer: Any, template: str, marker: str) -> list[int]:
+    """The chat prompt with the marker in its slot; the template writes the tokens that begin a sequence itself.
+
+    Templates that print a date get a constant one: a prompt must not change from day to day.
+    """
+    message = [{"role": "user", "content": template.replace("{injection_char}", marker)}]
+    prompt = tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, date_string="1 January 2026"
+    )
+    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:
@@ -75,14 +92,10 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     ):
         if template.count(placeholder) != 1:
             raise UserError(f"{field}: must contain {placeholder} exactly once")
-    marker, marker_id = find_marker(tokenizer)
-    message = [{"role": "user", "content": config.encoder_prompt.replace("{injection_char}", marker)}]
     if tokenizer.chat_template is None:
         raise UserError("subject.model: its tokenizer has no chat template; the encoder needs an instruct model")
-    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if ids.count(marker_id) != 1:
-        raise UserError(f"protocol.encoder_prompt: the marker {marker!r} does not stay one token inside it")
+    marker, marker_id = find_marker(tokenizer, config.encoder_prompt)
+    ids = _encoder_prompt_ids(tokenizer, config.encoder_prompt, marker)
     slot = ids.index(marker_id)
     if slot == 0:  # the first position is an attention sink, whatever stands there
         raise UserError("protocol.encoder_prompt: at least one token should stand before {injection_char}")
@@ -111,9 +124,13 @@ def _eos_id(tokenizer: Any) -> int:
 
 
 def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
-    """What the encoder should write after the opening tag: explanation, closing tag, end of sequence."""
-    body = tokenizer.encode(f"{explanation.strip()}\n", add_special_tokens=False)
-    return [*body, *protocol.closing, protocol.eos_id]
+    """What the encoder should write after the opening tag: explanation, closing tag, end of sequence.
+
+    The line break before the closing tag is tokenised by itself: some tokenizers would merge it with a full stop,
+    and the decoder, which sees these very tokens without the break, would then read another last token than in SFT.
+    """
+    body, line_break = (tokenizer.encode(text, add_special_tokens=False) for text in (explanation.strip(), "\n"))
+    return [*body, *line_break, *protocol.closing, protocol.eos_id]
 
 
 def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
@@ -136,5 +153,16 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return blank
 
 
-def write_protocol(path: Path, protocol: Protocol) -> None:
-    path.write_text(protocol.to_json(), encoding="utf-8")
+def keep_protocol(path: Path, live: Protocol) -> Protocol:
+    """The protocol that a workdir was made with: `live` at first, later what was written then.
+
+    Raises UserError where the tokenizer of today no longer fits it. The chat prompt may differ (templates print
+    dates): the one trained with counts.
+    """
+    if not path.exists():
+        write_atomically(path, lambda temporary: temporary.write_text(live.to_json(), encoding="utf-8"))
+    kept = Protocol.from_json(path.read_text(encoding="utf-8"))
+    same = dataclasses.replace(live, encoder_prefix=kept.encoder_prefix, encoder_tail=kept.encoder_tail)
+    if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(same, f.name) != getattr(kept, f.name)]:
+        raise UserError(f"{path}: made with another tokenizer: {', '.join(changed)} differ")
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -78,6 +79,14 @@ class Checkpoints:
         self._seal()
         self._manager.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """A save under way is finished also when the run ends in an error; that error is the one to report."""
+        with contextlib.suppress(*([Exception] if error is not None else [])):
+            self.close()
+
 
 def is_sealed(path: Path) -> bool:
     """Whether the checkpoint directory was written to its end."""
@@ -86,7 +95,12 @@ def is_sealed(path: Path) -> bool:
 
 def _hashes(path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(path)): _hash(file) for file in files}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _problem(path: Path) -> str | None:

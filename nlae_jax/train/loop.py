@@ -42,7 +42,14 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep)
+    with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints:
+        return _run(stage, state, frozen, mesh, config, workdir, checkpoints)
+
+
+def _run(
+    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: Path, checkpoints: Checkpoints
+) -> Any:
+    """`run_stage` between the opening and the closing of its checkpoints."""
     log = MetricsLog(workdir / "metrics.jsonl")
     start = 0
     if (restored := checkpoints.restore(state)) is not None:
@@ -50,7 +57,6 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
         stage.iterator.set_state(data["iterator"])
     log.rewind(stage.name, start)
     if start == stage.steps:
-        checkpoints.close()
         return state
     clock = time.perf_counter()
     pending: tuple[int, Any] | None = None
@@ -80,7 +86,6 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
             if number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
-    checkpoints.close()
     if (times := stage.step._cache_size()) != 1:
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; it should be once")
     return state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -92,10 +93,15 @@ def make_roles(config: Config, arch: Arch, protocol: Protocol) -> Roles:
     )
 
 
+def _master_copy(weight: jax.Array) -> jax.Array:
+    """float32, whatever the base is kept in: an update of 1e-5 is lost in a bfloat16 weight."""
+    return jnp.array(weight, jnp.float32, copy=True)
+
+
 def init_encoder(roles: Roles, base: Params, key: jax.Array) -> Params:
     """Trained parameters that leave the encoder equal to the subject."""
     if roles.rank == 0:
-        return {"lm": jax.tree.map(jnp.copy, base)}
+        return {"lm": jax.tree.map(_master_copy, base)}
     return {"adapters": init_adapters(key, roles.encoder.arch, roles.rank)}
 
 
@@ -104,8 +110,11 @@ def init_decoder(roles: Roles, base: Params, key: jax.Array) -> Params:
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
     head = jnp.eye(arch.d_model, dtype=jnp.float32)
     if roles.rank == 0:
-        lm = {name: jnp.copy(base[name]) for name in ("embed", "final_norm")}
-        return {"lm": {**lm, "blocks": jax.tree.map(lambda w: jnp.copy(w[:depth]), base["blocks"])}, "value_head": head}
+        lm = {name: _master_copy(base[name]) for name in ("embed", "final_norm")}
+        return {
+            "lm": {**lm, "blocks": jax.tree.map(lambda w: _master_copy(w[:depth]), base["blocks"])},
+            "value_head": head,
+        }
     return {"adapters": init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
 
 
@@ -146,4 +155,4 @@ def shardings_of(tree: Any) -> Any:
 def place_base(mesh: Mesh, arch: Arch, params: Params, dtype: str) -> Params:
     """The frozen base on the mesh, in its compute dtype."""
     shardings = tree_shardings(mesh, model_weights(arch))
-    return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x, dtype), s), params, shardings)
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x, dtype), s), params, shardings)

@@ -212,7 +212,7 @@ def rl_step(
             "kl": objectives.masked_mean(objectives.kl_k3(log_probs, reference), mask),
             "entropy": objectives.masked_mean(entropy, mask),
             "logp_gap": objectives.masked_mean(jnp.abs(log_probs - samples.log_probs), mask),
-            "explanation_tokens": scores.length.mean(),
+            "explanation_tokens": objectives.masked_mean(scores.length, valid),
             "extraction_rate": valid.mean(),
             "truncated_rate": (~samples.closed & (samples.lengths == samples.tokens.shape[-1])).mean(),
             "zero_variance_groups": no_spread.sum(),
@@ -235,7 +235,7 @@ class SplitStep:
 
     def __init__(self, parts: RlParts) -> None:
         self._rollout, self._score = jax.jit(parts.rollout), jax.jit(parts.score)
-        self._update = jax.jit(parts.update, donate_argnums=(0, 4))
+        self._update = jax.jit(parts.update, donate_argnums=0)
 
     def __call__(self, state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
         samples = self._rollout(state, frozen, batch)
@@ -268,7 +268,7 @@ def sampled_text_step(roles: Roles, config: Config, optimizer: optax.GradientTra
         metrics = {
             "loss": objectives.masked_mean(scores.mse, valid),
             **_fve(scores.mse, frozen),
-            "explanation_tokens": scores.length.mean(),
+            "explanation_tokens": objectives.masked_mean(scores.length, valid),
             "extraction_rate": valid.mean(),
             "skipped_updates": skipped,
             "grad_norm_decoder": norm,
