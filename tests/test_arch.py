@@ -1,5 +1,6 @@
 """Reading config.json: families, what is refused and how it is named, RoPE scaling, and writing it back."""
 
+import dataclasses
 import json
 import math
 
