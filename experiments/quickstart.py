@@ -29,4 +29,7 @@ def get_config() -> ConfigDict:
     config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-3
     config.checkpoint.every_steps = 10
     config.eval.num_activations, config.eval.batch_size = 160, 32
+    # Chosen on the RL split: at 1 a young encoder runs past the cap in 5 % of its samples, at 0.6 in 1 %, and at 0
+    # it loops in 7 %.
+    config.eval.temperature = 0.6
     return config

@@ -74,8 +74,9 @@ def while_saving(stage: str, step: int) -> None:
     def watch(directory: Path) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            if any(path.is_file() for path in directory.rglob(f"{step}.orbax*/*")):
-                die()
+            for parent, _, names in os.walk(directory):  # unlike rglob it passes over what is just being renamed
+                if names and f"/{step}.orbax" in parent:
+                    die()
 
     def patched(self: checkpoint.Checkpoints, number: int, *rest: Any) -> None:
         if self._directory.name == stage and number == step:

@@ -125,6 +125,25 @@ def test_rope_is_read_from_both_places():
     assert arch_from_hf({**LLAMA, "rope_scaling": None}).rope_scaling is None
 
 
+@pytest.mark.parametrize("key", sorted(LLAMA3_SCALING.keys() - {"rope_type"}))
+def test_a_missing_constant_of_the_scaling_is_named(key):
+    scaling = {name: value for name, value in LLAMA3_SCALING.items() if name != key}
+    with pytest.raises(UserError, match=f"the field '{key}' is missing"):
+        arch_from_hf({**LLAMA, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("fields", [{"num_key_value_heads": 3}, {"num_attention_heads": 6, "num_key_value_heads": 4}])
+def test_heads_that_do_not_share_keys_evenly_are_refused(fields):
+    with pytest.raises(UserError, match="num_attention_heads = . should be a multiple of num_key_value_heads = ."):
+        arch_from_hf({**LLAMA, **fields})
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": "wide"}, {"vocab_size": [96]}])
+def test_a_size_that_is_no_number_is_refused(fields):
+    with pytest.raises(UserError, match="a size or constant is not a sensible number"):
+        arch_from_hf({**LLAMA, **fields})
+
+
 def test_llama3_rope_stretches_long_waves_and_keeps_short_ones():
     # Head size 32: wavelengths from 2 pi to 2 pi · 1e4 ** (15/16), across both bounds (64 / 4 and 64 / 1).
     plain = Arch(8, 32, 1, 1, 1, 32, 8)

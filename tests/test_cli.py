@@ -492,7 +492,7 @@ def described(tiny_run, extracted, tmp_path, server, monkeypatch):
     shutil.copytree(extracted, workdir)
     settings = {
         "describe__provider": "openai",
-        "describe__model": "m",
+        "describe__model": tmp_path.parent.name + tmp_path.name,  # answers are kept for every run that asks this model
         "describe__base_url": f"http://127.0.0.1:{server.server_port}/v1",
         "describe__max_retries": 0,
         "describe__timeout_seconds": 0.3,
@@ -508,7 +508,7 @@ def described(tiny_run, extracted, tmp_path, server, monkeypatch):
         ("broken", "status 500"),
         ("slow", "timeouts"),
         ("key", "OPENAI_API_KEY"),
-        ("model", "describe.model 'm'"),
+        ("model", "check describe.base_url and describe.model"),
     ],
 )
 def test_provider_that_fails(described, server, capsys, mode, named):

@@ -68,6 +68,7 @@ def test_workdir_has_the_files_of_the_contract(tiny_run):
         "config.json",
         "eval.json",
         "metrics.jsonl",
+        "protocol.json",
         "report.html",
         "samples",
     }
