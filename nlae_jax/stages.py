@@ -242,7 +242,10 @@ def rl(run: Run) -> tuple[Params, Params]:
         run.on_mesh(run.key(_RL)),
     )
     parts = steps.rl_step(run.roles, run.config, *optimizers)
-    step = compiled(parts.step, state, run.mesh) if config.fused else steps.SplitStep(parts)
+    if config.fused:
+        step = compiled(parts.step, state, run.mesh)
+    else:
+        step = steps.SplitStep(parts, compiled(parts.update, state, run.mesh))
     stage = Stage("rl", config.num_steps, step, _vectors_of(run, "rl", config.activations_per_step, _RL))
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained

@@ -480,7 +480,10 @@ def server():
 def extracted(tiny_run, tmp_path_factory):
     """A workdir whose descriptions are to come from a server."""
     workdir = tmp_path_factory.mktemp("served") / "W"
-    assert main(tiny_run.arguments(workdir, "extract", describe__provider="openai")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        arguments = tiny_run.arguments(workdir, "extract", describe__provider="openai", describe__model="m")
+        assert main(arguments) == 0
     return workdir
 
 
@@ -537,12 +540,18 @@ def test_wrong_name_of_the_providers_model_can_be_put_right(described, server, c
     assert json.loads((workdir / "config.json").read_text())["describe"]["model"] == "n"
 
 
-def test_provider_without_key(extracted, tiny_run, monkeypatch, capsys):
+def test_provider_without_key(workdir, tiny_run, monkeypatch, refused):
+    """Said before the work that the provider is needed after."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    arguments = tiny_run.arguments(extracted, "describe", describe__provider="openai", describe__model="m")
-    capsys.readouterr()
-    assert main(arguments) == 2
-    assert "OPENAI_API_KEY is not set" in capsys.readouterr().err.splitlines()[-1]
+    arguments = tiny_run.arguments(workdir, describe__provider="openai", describe__model="m")
+    assert "OPENAI_API_KEY is not set" in refused(arguments)
+    assert untouched(workdir)
+
+
+def test_explain_while_the_descriptions_are_missing(extracted, refused, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    complaint = refused(["explain", "--workdir", str(extracted), "--text", "the"])
+    assert "encoder_sft is not finished" in complaint
 
 
 # --- explain
@@ -613,11 +622,6 @@ def test_explain_without_a_run(tiny_run, tmp_path, refused):
     complaint = refused(["explain", "--workdir", str(tmp_path / "none"), "--text", "the"])
     assert str(tmp_path / "none") in complaint
     assert not (tmp_path / "none").exists()
-
-
-def test_explain_before_the_warm_start_is_done(tiny_run, extracted, refused):
-    complaint = refused(["explain", "--workdir", str(extracted), "--text", "the"])
-    assert "encoder_sft is not finished" in complaint
 
 
 def test_explain_takes_no_overrides(tiny_run, capsys):

@@ -11,7 +11,6 @@ from nlae_jax.lm.arch import Weight, model_weights
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.mesh import (
     AXES,
-    RULES,
     batch_parts,
     batch_sharding,
     make_mesh,
@@ -79,14 +78,23 @@ def test_a_length_that_the_devices_do_not_divide_stays_whole():
     assert weight_sharding(mesh, odd).spec == PartitionSpec(None, "fsdp", None)
 
 
-def test_every_axis_of_every_weight_has_a_rule(arch):
+def test_matrices_into_a_block_are_split_by_column_and_out_of_it_by_row(arch):
+    """Then neither attention nor the MLP needs an exchange between its two products."""
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    for weights in (model_weights(arch), adapter_weights(arch, 4)):
-        shardings = tree_shardings(mesh, weights)
-        assert jax.tree.structure(shardings) == jax.tree.structure(
-            weights, is_leaf=lambda node: isinstance(node, Weight)
-        )
-    assert set(RULES.values()) <= {None, "fsdp", "tensor", ("data", "fsdp")}
+    blocks = tree_shardings(mesh, model_weights(arch))["blocks"]
+    assert {name: sharding.spec for name, sharding in blocks.items()} == {
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec(None, "fsdp", "tensor")),
+        **dict.fromkeys(("o", "down"), PartitionSpec(None, "tensor", "fsdp")),
+        **dict.fromkeys(("attn_norm", "mlp_norm"), PartitionSpec(None, None)),
+    }
+
+
+def test_adapters_follow_their_matrix(arch):
+    """Along its inputs and outputs; the rank stays whole."""
+    adapters = tree_shardings(make_mesh(MeshConfig(2, 2, 2)), adapter_weights(arch, 4))
+    assert adapters["up"]["a"].spec == PartitionSpec(None, None, "fsdp")
+    assert adapters["up"]["b"].spec == PartitionSpec(None, None, "tensor")
+    assert adapters["down"]["a"].spec == PartitionSpec(None, None, "tensor")
 
 
 def test_placing_gives_each_device_its_part():

@@ -137,7 +137,7 @@ def test_an_empty_workdir_says_what_is_missing(tmp_path):
     text = Page(html).text
     for absent in ("eval.json", "samples/held_out.jsonl", "config.json", "metrics.jsonl has no rows of this stage"):
         assert f"Not there yet: {absent}" in text
-    assert text.count("no rows of this stage") == 3
+    assert text.count("no rows of this stage") == 4
     assert 'class="value"' not in html and "<svg" not in html
     assert "unknown subject" in text
 

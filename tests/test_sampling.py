@@ -76,9 +76,9 @@ def test_without_a_closing_tag_only_the_end_of_sequence_stops_a_row():
     assert not samples.closed.any()
 
 
-def test_the_tag_does_not_wrap_around_the_beginning():
-    # Room for later tokens is zero; a tag that begins with 0 must not be found in it.
-    samples = scripted([[6, 3, 4, 7]], closing=(0, 6))
+def test_a_tag_is_not_found_in_room_that_is_not_written_yet():
+    # That room is zero, and the first token's window reaches into it.
+    samples = scripted([[6, 3, 4, 7]], closing=(6, 0))
     np.testing.assert_array_equal(samples.lengths, [4])
 
 

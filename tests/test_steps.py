@@ -128,7 +128,10 @@ def train(setting: Setting, sizes: tuple[int, int, int], fused: bool = True, num
     """Runs some steps. Whatever is frozen must be as it was after them."""
     begun = start(setting, sizes)
     frozen_before = host(begun.frozen)
-    step = compiled(rl_parts(setting).step, begun.state, begun.mesh) if fused else SplitStep(rl_parts(setting))
+    parts = rl_parts(setting)
+    step: Any = compiled(parts.step if fused else parts.update, begun.state, begun.mesh)
+    if not fused:
+        step = SplitStep(parts, step)
     state, metrics = begun.state, []
     for _ in range(num_steps):
         with jax.transfer_guard("disallow"):

@@ -204,6 +204,8 @@ def _array(path: Path, shape: tuple[int, ...], dtype: type, create: bool) -> ts.
             chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK_ROWS, shape[0]), shape[1]]) if create else None,
         ).result()
     except ValueError as error:
+        if create:
+            raise
         raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0][:120]})") from None
 
 

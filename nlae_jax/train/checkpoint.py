@@ -25,7 +25,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # orbax logs, with a traceback, the errors that it raises as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -48,11 +49,12 @@ class Checkpoints:
             self._seal()
 
     def _seal(self) -> None:
+        # Forgotten first: a save that fails is reported once, and must never be sealed by a later call.
+        step, self._unsealed = self._unsealed, None
         self._manager.wait_until_finished()
-        if self._unsealed is not None and jax.process_index() == 0:
-            path = self._directory / str(self._unsealed)
+        if step is not None and jax.process_index() == 0:
+            path = self._directory / str(step)
             write_json(path / _MANIFEST, _hashes(path))
-        self._unsealed = None
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, data) of the newest sound checkpoint, or of `step`; None where there is none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from nlae_jax.progress import progress
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
-from nlae_jax.train.steps import Step
 
 SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
 
@@ -32,7 +32,7 @@ class Stage:
     iterator: Any
 
 
-def compiled(step: Step, state: Any, mesh: Mesh) -> Any:
+def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> Any:
     """The step jitted: the old state's memory is reused, the new one keeps its shardings."""
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
 

@@ -233,9 +233,10 @@ def rl_step(
 class SplitStep:
     """`parts.step` as three compiled functions: less memory at once, and each can be timed by itself."""
 
-    def __init__(self, parts: RlParts) -> None:
+    def __init__(self, parts: RlParts, update: Callable[..., tuple[RlState, Metrics]]) -> None:
+        """`update` is `parts.update` compiled so that the new state keeps the old one's shardings (`loop.compiled`)."""
         self._rollout, self._score = jax.jit(parts.rollout), jax.jit(parts.score)
-        self._update = jax.jit(parts.update, donate_argnums=0)
+        self._update: Any = update
 
     def __call__(self, state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
         samples = self._rollout(state, frozen, batch)
