@@ -416,24 +416,6 @@ def test_no_space_left(tiny_run, tmp_path, capsys):
             assert (disk / "W/activations" / name).read_bytes() == expected
 
 
-@pytest.mark.slow
-def test_disk_that_fills_up_again_and_again(tiny_run, tmp_path):
-    """In processes of their own: a save that fails in the background must not hold up the exit or the resumption."""
-    disk = tmp_path / "disk"
-    command = [sys.executable, "-m", "nlae_jax", *tiny_run.arguments(disk / "W")]
-    with disk_of(100, disk):
-        for kilobytes in (100, 400, 1_000, 1_600, 2_300):
-            subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            assert done.returncode == 2, done.stderr
-            assert done.stderr.splitlines()[-1].startswith(f"nlae: {disk / 'W'}: no space left")
-        enlarge(disk)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert (disk / "W/eval.json").read_bytes() == (tiny_run.workdir / "eval.json").read_bytes()
-        assert tiny_run.metrics(disk / "W") == tiny_run.metrics(tiny_run.workdir)
-
-
 # --- providers
 
 KEY = "sk-test-not-to-be-shown"
