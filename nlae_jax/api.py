@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nlae_jax.config import load_config
+from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
@@ -30,11 +32,18 @@ class NLA:
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
-        """The pair that a run has trained so far: after RL, or after the warm start if RL has not finished."""
+        """The pair that a run has trained so far: after RL, or after the warm start if RL has not finished.
+
+        Changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
+        this machine has the devices for it, on one device otherwise.
+        """
         workdir = Path(workdir)
         if not (workdir / "config.json").exists():
             raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
-        run = Run(load_config(workdir / "config.json"), workdir)
+        config = load_config(workdir / "config.json")
+        if abs(math.prod(dataclasses.astuple(config.mesh))) > jax.device_count():
+            config = dataclasses.replace(config, mesh=MeshConfig())
+        run = Run(config, workdir, read_only=True)
         subject = LanguageModel(run.arch, run.base, run.tokenizer)
         return NLA(subject, run.config.subject.layer, run, trained_pair(run))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import json
 import math
 import runpy
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, get_type_hints
 import ml_collections
 
 from nlae_jax.errors import UserError
+from nlae_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +190,7 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def load_config(path: Path) -> Config:
     """The resolved config that a run wrote into its workdir."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; it should be as the run wrote it") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
     try:

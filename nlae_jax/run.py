@@ -11,14 +11,13 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
-from nlae_jax.files import write_json
+from nlae_jax.files import read_parquet, write_json
 from nlae_jax.lm.arch import Arch, read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
@@ -53,7 +52,8 @@ _BASELINE_ROWS = 4096
 class Run:
     """A workdir and what its stages share; heavy things are made when first asked for and once."""
 
-    def __init__(self, config: Config, workdir: Path) -> None:
+    def __init__(self, config: Config, workdir: Path, read_only: bool = False) -> None:
+        """`read_only`: for using what was trained, beside a run that goes on training there if need be."""
         self.config, self.workdir = config, workdir
         self.announced: set[str] = set()  # what a person has been told once
         self.mesh: Mesh = make_mesh(config.mesh)
@@ -64,6 +64,8 @@ class Run:
                 f"config.subject.layer: {config.subject.layer} should be from 0 to {self.arch.num_layers - 1} "
                 f"for {config.subject.model}"
             )
+        if read_only:
+            return
         for field, size in (
             ("sft.batch_size", config.sft.batch_size),
             ("sft.sampled_text_batch_size", config.sft.sampled_text_batch_size),
@@ -123,7 +125,7 @@ class Run:
         path = self.workdir / "activations/descriptions.parquet"
         if not path.exists():
             raise UserError(f"{self.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
-        table = pq.read_table(path)
+        table = read_parquet(path, "delete it to describe again")
         return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
     @cached_property

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
@@ -22,7 +21,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
 from nlae_jax.evaluate.report import write_report
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
-from nlae_jax.files import write_atomically, write_json
+from nlae_jax.files import write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import cache_directory
 from nlae_jax.progress import progress, say
@@ -30,11 +29,13 @@ from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train import steps
-from nlae_jax.train.loop import Stage, compiled, finished, run_stage
+from nlae_jax.train.checkpoint import is_sealed, restore_part
+from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from nlae_jax.train.state import (
     Params,
     RlState,
     RoleState,
+    abstract_params,
     init_decoder,
     init_encoder,
     init_role,
@@ -119,7 +120,7 @@ def describe(run: Run) -> None:
     if len(kept) < len(rows):
         say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
     table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    write_parquet(path, table)
 
 
 def sft(run: Run) -> None:
@@ -160,9 +161,37 @@ def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleS
     return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
 
 
+def _trained_encoder(run: Run) -> Params | None:
+    """What encoder SFT made, without its optimiser; None until it is finished."""
+    if not (num_steps := run.config.sft.encoder_steps):
+        return _initial_encoder(run, optax.identity()).trained
+    abstract = {"trained": abstract_params(run.mesh, run.roles.encoder_weights())}
+    state = restore_part(last_checkpoint(run.workdir, "encoder_sft", num_steps), abstract)
+    return state and state["trained"]
+
+
+def _trained_decoder(run: Run, stage: str, num_steps: int) -> Params | None:
+    """What the decoder's stage made, without its optimiser; None until it is finished."""
+    if not num_steps:
+        return _initial_decoder(run, optax.identity()).trained
+    abstract = {"trained": abstract_params(run.mesh, run.roles.decoder_weights())}
+    state = restore_part(last_checkpoint(run.workdir, stage, num_steps), abstract)
+    return state and state["trained"]
+
+
+def _trained_by_rl(run: Run) -> tuple[Params, Params] | None:
+    """What RL made of encoder and decoder, without their optimisers; None until it is finished."""
+    weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
+    abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
+    state = restore_part(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps), abstract)
+    return state and (state["encoder"]["trained"], state["decoder"]["trained"])
+
+
 def encoder_sft(run: Run) -> Params:
     """The encoder learns to write descriptions. Returns its trained parameters."""
     describe(run)
+    if (trained := _trained_encoder(run)) is not None:
+        return trained
     config = run.config.sft
     rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
     optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
@@ -182,6 +211,8 @@ def decoder_sft(run: Run) -> Params:
     """The decoder learns to read descriptions. Returns its trained parameters."""
     describe(run)
     config = run.config.sft
+    if (trained := _trained_decoder(run, "decoder_sft", config.decoder_steps)) is not None:
+        return trained
     rows, ids, length = _described(
         run, "decoder_sft", lambda text: run.tokenizer.encode(text, add_special_tokens=False)
     )
@@ -205,10 +236,12 @@ def _vectors_of(run: Run, split: str, batch_size: int, seed: int) -> Any:
 
 def sampled_text(run: Run) -> Params:
     """The decoder learns to read what the encoder really writes. Returns its trained parameters."""
-    encoder, decoder = encoder_sft(run), decoder_sft(run)
     config = run.config.sft
     if not config.sampled_text_steps:
-        return decoder
+        return decoder_sft(run)
+    if (trained := _trained_decoder(run, "sampled_text", config.sampled_text_steps)) is not None:
+        return trained
+    encoder, decoder = encoder_sft(run), decoder_sft(run)
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.sampled_text_steps)
     state = init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizer)
     frozen = {
@@ -225,6 +258,8 @@ def sampled_text(run: Run) -> Params:
 
 def rl(run: Run) -> tuple[Params, Params]:
     """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
+    if (trained := _trained_by_rl(run)) is not None:
+        return trained
     encoder, decoder = encoder_sft(run), sampled_text(run)
     config = run.config.rl
     optimizers = [
@@ -252,18 +287,21 @@ def rl(run: Run) -> tuple[Params, Params]:
 
 
 def trained_pair(run: Run) -> Pair:
-    """The pair as trained so far: after RL if that is finished, else after the warm start. Trains nothing."""
-    config = run.config
-    sft_steps = {
-        "encoder_sft": config.sft.encoder_steps,
-        "decoder_sft": config.sft.decoder_steps,
-        "sampled_text": config.sft.sampled_text_steps,
-    }
-    for name, num_steps in sft_steps.items():
-        if not finished(run.workdir, name, num_steps):
-            raise UserError(f"--workdir {run.workdir}: {name} is not finished; run `nlae train` there first")
-    roles = rl(run) if finished(run.workdir, "rl", config.rl.num_steps) else (encoder_sft(run), sampled_text(run))
-    return Pair(run.base if config.lora.rank else {}, *roles)
+    """The pair as trained so far: after RL if that is finished, else after the warm start. Only reads."""
+    config = run.config.sft
+    if (trained := _trained_by_rl(run)) is None:
+        if is_sealed(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps)):
+            raise UserError(f"--workdir {run.workdir}: rl's last checkpoint is damaged; run `nlae train` there again")
+        last = (
+            ("sampled_text", config.sampled_text_steps)
+            if config.sampled_text_steps
+            else ("decoder_sft", config.decoder_steps)
+        )
+        trained = _trained_encoder(run), _trained_decoder(run, *last)
+        for name, params in zip(("encoder_sft", last[0]), trained, strict=True):
+            if params is None:
+                raise UserError(f"--workdir {run.workdir}: {name} is not finished; run `nlae train` there first")
+    return Pair(run.base if run.config.lora.rank else {}, *trained)
 
 
 def evaluate(run: Run) -> None:

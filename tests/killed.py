@@ -38,7 +38,7 @@ def before(owner: Any, name: str, matches: Callable[..., bool] = lambda *_: True
     setattr(owner, name, patched)
 
 
-def half_written(modules: list[Any], file: str) -> None:
+def half_written(file: str) -> None:
     """Dies when half of the temporary `file` is written."""
 
     def patched(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,7 +50,7 @@ def half_written(modules: list[Any], file: str) -> None:
             die()
         _write_atomically(path, write)
 
-    for module in modules:
+    for module in (files, stages):
         module.write_atomically = patched
 
 
@@ -94,10 +94,10 @@ def manifest_of(stage: str, step: int) -> Callable[..., bool]:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "plan": lambda: half_written([activations], "rows.parquet"),
+    "plan": lambda: half_written("rows.parquet"),
     "extract": lambda: before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2),
-    "extract_meta": lambda: half_written([files], "meta.json"),
-    "describe": lambda: half_written([stages], "descriptions.parquet"),
+    "extract_meta": lambda: half_written("meta.json"),
+    "describe": lambda: half_written("descriptions.parquet"),
     "encoder_sft": lambda: torn_row("encoder_sft", 5),
     "encoder_sft_saving": lambda: while_saving("encoder_sft", 8),
     "encoder_sft_unsealed": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 10)),
@@ -108,8 +108,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "rl": lambda: torn_row("rl", 3),
     "rl_saving": lambda: while_saving("rl", 4),
     "rl_unsealed": lambda: before(checkpoint, "write_json", manifest_of("rl", 6)),
-    "samples": lambda: half_written([stages], "held_out.jsonl"),
-    "eval": lambda: half_written([files], "eval.json"),
+    "samples": lambda: half_written("held_out.jsonl"),
+    "eval": lambda: half_written("eval.json"),
     "report": lambda: before(stages, "write_report"),
 }
 

@@ -209,12 +209,12 @@ def test_extraction_killed_in_any_batch_continues_there(tmp_path, number):
 def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch):
     chosen, settings = made(batch_tokens=256)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        counted = iter([True, True])
+        counted, write_json = iter([True, True]), activations.write_json
 
         def count(path, value):
             if next(counted, None) is None:
                 raise Killed
-            activations.write_atomically(path, lambda temporary: temporary.write_text(str(value).replace("'", '"')))
+            write_json(path, value)
 
         patch.setattr(activations, "write_json", count)
         extract(tmp_path, chosen, settings)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nlae_jax.train.checkpoint import Checkpoints, is_sealed
+from nlae_jax.train.checkpoint import Checkpoints, is_sealed, restore_part
 
 SIZE = 4096
 
@@ -212,3 +212,53 @@ def test_restored_onto_another_mesh(tmp_path):
     checkpoints.close()
     np.testing.assert_array_equal(restored["w"], values)
     assert restored["w"].sharding == asked.sharding
+
+
+# --- a part of a state
+
+
+def part_of(directory):
+    return restore_part(directory, {"weights": jax.ShapeDtypeStruct((SIZE,), jnp.float32, sharding=on_one_device())})
+
+
+def on_one_device():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def test_a_part_is_restored_alone(tmp_path):
+    save(tmp_path, 2)
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    part = part_of(tmp_path / "2")
+    assert part.keys() == {"weights"}
+    np.testing.assert_array_equal(part["weights"], state_at(2)["weights"])
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_part_of_a_damaged_checkpoint(tmp_path, damage):
+    save(tmp_path, 2)
+    damage(tmp_path / "2")
+    assert part_of(tmp_path / "2") is None
+
+
+def test_no_part_of_nothing(tmp_path):
+    assert part_of(tmp_path / "2") is None
+
+
+def test_a_part_takes_the_sharding_asked_for(tmp_path):
+    save(tmp_path, 2)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    part = restore_part(tmp_path / "2", {"weights": jax.ShapeDtypeStruct((SIZE,), jnp.float32, sharding=sharding)})
+    assert part["weights"].sharding == sharding
+    np.testing.assert_array_equal(part["weights"], state_at(2)["weights"])
+
+
+def test_a_disk_that_is_too_full_is_noticed_before_saving(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    usage = shutil.disk_usage(tmp_path)._replace(free=4 * SIZE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert_is(restore(tmp_path), 2)

@@ -373,6 +373,18 @@ def test_damaged_config_json(tiny_run, workdir, refused, text):
     assert (workdir / "config.json").read_text() == text
 
 
+@pytest.mark.parametrize("name", ["documents.parquet", "rows.parquet", "descriptions.parquet", "meta.json"])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_damaged_file_of_the_activations(tiny_run, tmp_path, refused, name, keep):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    shutil.rmtree(workdir / "checkpoints")
+    path = workdir / "activations" / name
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    before = contents(workdir)
+    assert str(path) in refused(tiny_run.arguments(workdir, "sft"))
+    assert contents(workdir) == before
+
+
 def test_workdir_in_use(tiny_run, workdir, refused):
     workdir.mkdir()
     with (workdir / ".lock").open("w") as file:
@@ -398,8 +410,8 @@ def disk_of(kilobytes, directory):
         subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
-def enlarge(directory):
-    subprocess.run(["mount", "-o", "remount,size=100m", str(directory)], check=True)
+def enlarge(directory, kilobytes=100_000):
+    subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(directory)], check=True)
 
 
 def test_no_space_left(tiny_run, tmp_path, capsys):
@@ -414,6 +426,28 @@ def test_no_space_left(tiny_run, tmp_path, capsys):
         for name in ("documents.parquet", "rows.parquet", "meta.json"):
             expected = (tiny_run.workdir / "activations" / name).read_bytes()
             assert (disk / "W/activations" / name).read_bytes() == expected
+
+
+def test_no_space_for_checkpoints(tiny_run, tmp_path, capfd):
+    """Stopped by a full disk in one stage after another, each time with one line, and it ends as if never stopped."""
+    disk = tmp_path / "disk"
+    with disk_of(500, disk):
+        arguments = tiny_run.arguments(disk / "W")
+        stages = []
+        for kilobytes in (4_000, 6_000, 9_500, 100_000):
+            assert main(arguments) == 2
+            complaint = capfd.readouterr().err
+            assert (
+                complaint.splitlines()[-1]
+                == f"nlae: {disk / 'W'}: no space left; free some and run the same command again"
+            )
+            assert "Traceback" not in complaint
+            stages.append(sum(1 for _ in (disk / "W/checkpoints").iterdir()))
+            enlarge(disk, kilobytes)
+        assert stages == [1, 1, 2, 4]
+        assert main(arguments) == 0
+        assert tiny_run.metrics(disk / "W") == tiny_run.metrics(tiny_run.workdir)
+        assert (disk / "W/eval.json").read_bytes() == (tiny_run.workdir / "eval.json").read_bytes()
 
 
 # --- providers

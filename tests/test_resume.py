@@ -24,7 +24,7 @@ from nlae_jax.mesh import make_mesh
 from nlae_jax.run import Run
 from nlae_jax.train import loop
 from nlae_jax.train.checkpoint import is_sealed
-from nlae_jax.train.loop import Stage, compiled, finished, run_stage
+from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from tests.killed import POINTS
 
 pytest_plugins = ["tests.tiny_run"]
@@ -47,7 +47,7 @@ def toy_step(state, frozen, batch):
     return {**state, "w": w, "step": state["step"] + 1}, {"loss": (w * w).mean(), "tokens": batch["x"].size}
 
 
-def toy_config(every=2) -> Config:
+def toy_config(every=4) -> Config:
     return resolve({"checkpoint.every_steps": every})
 
 
@@ -84,24 +84,32 @@ def uninterrupted(tmp_path_factory):
     return np.asarray(run_toy(workdir)["w"]), rows_of(workdir)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 6, STEPS])
+@pytest.mark.parametrize("stop", [1, 4, 5, 8, STEPS])
 def test_loop_stopped_before_a_step(tmp_path, uninterrupted, stop):
     with pytest.raises(Killed):
         run_toy(tmp_path, lambda number: number == stop)
-    assert not finished(tmp_path, "toy", STEPS)
+    assert not is_sealed(last_checkpoint(tmp_path, "toy", STEPS))
     w, rows = uninterrupted
     np.testing.assert_array_equal(run_toy(tmp_path)["w"], w)
     assert rows_of(tmp_path) == rows
-    assert finished(tmp_path, "toy", STEPS)
+    assert is_sealed(last_checkpoint(tmp_path, "toy", STEPS))
 
 
 def test_loop_stopped_again_and_again(tmp_path, uninterrupted):
     for _ in range(STEPS):
         try:
-            run_toy(tmp_path, lambda number: number == 4)
+            run_toy(tmp_path, lambda number: number == 6)
         except Killed:
             continue
         break
+    assert rows_of(tmp_path) == uninterrupted[1]
+
+
+def test_rows_beyond_the_checkpoint_are_written_once(tmp_path, uninterrupted):
+    with pytest.raises(Killed):
+        run_toy(tmp_path, lambda number: number == 8)
+    assert rows_of(tmp_path) == uninterrupted[1][:6]  # the seventh was on its way; the checkpoint is of step 4
+    run_toy(tmp_path)
     assert rows_of(tmp_path) == uninterrupted[1]
 
 
@@ -113,22 +121,25 @@ def test_finished_loop_runs_no_step(tmp_path, uninterrupted):
 
 def test_checkpoints_may_come_more_often_on_resuming(tmp_path, uninterrupted):
     with pytest.raises(Killed):
-        run_toy(tmp_path, lambda number: number == 6, toy_config(every=4))
+        run_toy(tmp_path, lambda number: number == 8)
     np.testing.assert_array_equal(run_toy(tmp_path, config=toy_config(every=3))["w"], uninterrupted[0])
 
 
-def test_a_killed_loop_loses_no_more_than_the_steps_since_the_last_save(tmp_path, monkeypatch):
-    """Saves are sealed as they finish, not when the next one begins."""
-    poll = loop.Checkpoints.poll
+def test_saves_count_as_soon_as_they_are_finished(tmp_path, monkeypatch):
+    """Not when the next one begins: a killed run loses no more than the steps since the last save."""
+    poll, sealed = loop.Checkpoints.poll, []
 
     def patient(self):
         self._manager.wait_until_finished()  # as if steps took long
         poll(self)
 
+    def look(number):
+        sealed.append(is_sealed(tmp_path / "checkpoints/toy/4"))
+        return False
+
     monkeypatch.setattr(loop.Checkpoints, "poll", patient)
-    with pytest.raises(Killed):
-        run_toy(tmp_path, lambda number: number == 8, toy_config(every=4))
-    assert is_sealed(tmp_path / "checkpoints/toy/4")
+    run_toy(tmp_path, look)
+    assert sealed == [False] * 5 + [True] * (STEPS - 5)
 
 
 # --- descriptions
@@ -228,7 +239,7 @@ def finish(tiny_run, workdir, **settings):
     process = start("nlae_jax", *tiny_run.arguments(workdir, **settings))
     _, shown = process.communicate(timeout=600)
     assert process.returncode == 0, shown
-    assert not list(workdir.rglob(".*.tmp"))
+    assert not list(workdir.rglob("*tmp*"))  # whatever was half-written has been replaced
 
 
 @pytest.mark.slow
@@ -244,14 +255,34 @@ def test_killed_at_every_point_of_every_stage(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_interrupted_by_hand(tiny_run, tmp_path):
+    """Control-C ends in one line; what is being saved is finished first."""
+    workdir = tmp_path / "W"
+    process = start("nlae_jax", *tiny_run.arguments(workdir))
+    while process.poll() is None and "encoder_sft" not in read_or_empty(workdir / "metrics.jsonl"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=600)
+    assert process.returncode == 130, shown
+    assert shown.splitlines()[-1] == "nlae: interrupted; the same command continues"
+    assert "Traceback" not in shown
+    finish(tiny_run, workdir)
+    assert_same(tiny_run, workdir)
+
+
+def read_or_empty(path):
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+@pytest.mark.slow
 def test_killed_from_outside_whenever(tiny_run, tmp_path):
     """A clock that knows nothing of the run."""
     workdir, rng = tmp_path / "W", random.Random(0)
     for _ in range(8):
-        seen = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
+        seen = len(read_or_empty(workdir / "metrics.jsonl"))
         process = start("nlae_jax", *tiny_run.arguments(workdir))
         while process.poll() is None:  # until it has got further than the one before
-            if (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").stat().st_size > seen:
+            if len(read_or_empty(workdir / "metrics.jsonl")) > seen:
                 break
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 2))

@@ -368,9 +368,13 @@ def test_the_optimisers_state_is_split_as_its_parameters_are(settings):
 
 
 def test_learning_rates_warm_up_and_fall():
-    schedule = sft_schedule(1e-3, 100, 0.05)
-    rates = [float(schedule(step)) for step in range(101)]
-    assert rates[0] == 0 and abs(max(rates) - 1e-3) < 1e-9 and rates.index(max(rates)) == 5
-    assert rates[100] < 1e-9
-    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
-    assert float(sft_schedule(1e-3, 1, 0.05)(1)) > 0  # one step
+    rates = [float(sft_schedule(1e-3, 100, 0.05)(count)) for count in range(100)]
+    np.testing.assert_allclose(rates[:5], np.arange(1, 6) * 2e-4, rtol=1e-6)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert 0 < rates[-1] < 1e-6
+
+
+@pytest.mark.parametrize(("steps", "warmup_fraction"), [(1, 0.05), (1, 1.0), (2, 0.0), (3, 1.0), (7, 0.5)])
+def test_no_step_has_a_rate_of_zero(steps, warmup_fraction):
+    rates = [float(sft_schedule(1e-3, steps, warmup_fraction)(count)) for count in range(steps)]
+    assert min(rates) > 0 and max(rates) == pytest.approx(1e-3)

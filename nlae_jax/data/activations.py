@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorstore as ts
 
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_atomically, write_json
+from nlae_jax.files import read_json, read_parquet, write_json, write_parquet
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -220,12 +219,12 @@ def write_plan(directory: Path, plan: Plan) -> None:
     )
     rows = pa.table({"document": plan.document, "position": plan.position})
     for name, table in (("documents", documents), ("rows", rows)):
-        write_atomically(directory / f"{name}.parquet", lambda path, table=table: pq.write_table(table, path))
+        write_parquet(directory / f"{name}.parquet", table)
 
 
 def read_plan(directory: Path) -> Plan:
-    documents = pq.read_table(directory / "documents.parquet")
-    rows = pq.read_table(directory / "rows.parquet")
+    remedy = f"restore it, or delete {directory} to extract again"
+    documents, rows = (read_parquet(directory / f"{name}.parquet", remedy) for name in ("documents", "rows"))
     return Plan(
         doc_ids=documents["doc_id"].to_pylist(),
         ids=[np.asarray(ids.values, np.int32) for ids in documents["ids"]],

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, write_json
 from nlae_jax.progress import warn
 
 _MANIFEST = "manifest.json"
+_MARGIN = 1 << 20  # bytes that a checkpoint takes beyond its arrays, amply
 
 
 class Checkpoints:
@@ -36,8 +41,9 @@ class Checkpoints:
         self._unsealed: int | None = None
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts saving; the previous save is finished and sealed first."""
+        """Starts saving; the previous save is finished and sealed first. Raises OSError where the disk is too full."""
         self._seal()
+        _require_space(self._directory, state)
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         )
@@ -95,6 +101,28 @@ def is_sealed(path: Path) -> bool:
     return (path / _MANIFEST).exists()
 
 
+def restore_part(path: Path, abstract: Any) -> Any | None:
+    """Those arrays of a checkpoint's state that `abstract` has, with its shardings; nothing else is read.
+
+    None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
+    """
+    if _problem(path) is not None:
+        return None
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path.absolute() / "state", args=arguments)
+
+
+def _require_space(directory: Path, state: Any) -> None:
+    """Asked before: a save that fails in the middle does so in threads of orbax, which print their own tracebacks."""
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    if shutil.disk_usage(directory).free < sum(shard.data.nbytes for shard in shards) + _MARGIN:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+
+
 def _hashes(path: Path) -> dict[str, str]:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
     return {str(file.relative_to(path)): _hash(file) for file in files}
@@ -111,7 +139,7 @@ def _problem(path: Path) -> str | None:
         expected = read_json(path / _MANIFEST)
     except FileNotFoundError:
         return "its saving was not finished"
-    except ValueError:
+    except UserError:
         return f"{_MANIFEST} is not valid JSON"
     found = _hashes(path)
     changed = sorted(name for name in expected if found.get(name) != expected[name])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from nlae_jax.config import Config
 from nlae_jax.mesh import batch_sharding, replicated
 from nlae_jax.progress import progress
-from nlae_jax.train.checkpoint import Checkpoints, is_sealed
+from nlae_jax.train.checkpoint import Checkpoints
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
 
@@ -91,9 +91,9 @@ def _run(
     return state
 
 
-def finished(workdir: Path, stage: str, steps: int) -> bool:
-    """Whether a stage's last checkpoint is there."""
-    return steps == 0 or is_sealed(workdir / "checkpoints" / stage / str(steps))
+def last_checkpoint(workdir: Path, stage: str, steps: int) -> Path:
+    """Where a stage of so many steps leaves its final state."""
+    return workdir / "checkpoints" / stage / str(steps)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

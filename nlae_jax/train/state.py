@@ -128,9 +128,10 @@ def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> opt
 
 
 def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> optax.Schedule:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then cosine to zero. No step has a rate of zero: optax counts from 0, the steps from 1."""
     warmup = max(1, round(steps * warmup_fraction))
-    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup) + 1)
+    return lambda count: schedule(count + 1)
 
 
 def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
@@ -146,6 +147,16 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
     return RoleState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
+
+
+def abstract_params(mesh: Mesh, weights: Params) -> Params:
+    """Shapes and shardings of a role's trained parameters, for restoring them."""
+    return jax.tree.map(
+        lambda weight, sharding: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding),
+        weights,
+        tree_shardings(mesh, weights),
+        is_leaf=lambda node: isinstance(node, Weight),
+    )
 
 
 def shardings_of(tree: Any) -> Any:
