@@ -17,8 +17,7 @@ def get_config() -> ConfigDict:
     config.extract.max_tokens = 64
     config.split.encoder_sft, config.split.decoder_sft, config.split.rl, config.split.held_out = 0.3, 0.3, 0.2, 0.2
     config.lora.rank = 4
-    config.sft.encoder_steps, config.sft.decoder_steps, config.sft.sampled_text_steps = 6, 6, 4
-    config.sft.batch_size, config.sft.sampled_text_batch_size = 8, 8
+    config.sft.encoder_steps, config.sft.decoder_steps, config.sft.batch_size = 6, 6, 8
     config.sft.encoder_learning_rate = config.sft.decoder_learning_rate = 1e-3
     config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 6, 4, 3
     config.rl.max_new_tokens = 24

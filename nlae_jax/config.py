@@ -87,9 +87,7 @@ class LoraConfig:
 class SftConfig:
     encoder_steps: int = 200
     decoder_steps: int = 200
-    sampled_text_steps: int = 0  # then: the decoder alone, on text that the trained encoder samples
     batch_size: int = 16
-    sampled_text_batch_size: int = 32
     encoder_learning_rate: float = 1e-5
     decoder_learning_rate: float = 2e-5
     warmup_fraction: float = 0.05
@@ -276,12 +274,10 @@ _AT_LEAST: dict[str, float] = {
     "lora.rank": 0,
     "sft.encoder_steps": 0,
     "sft.decoder_steps": 0,
-    "sft.sampled_text_steps": 0,
     "sft.batch_size": 1,
     "sft.encoder_learning_rate": 0,
     "sft.decoder_learning_rate": 0,
     "sft.warmup_fraction": 0,
-    "sft.sampled_text_batch_size": 1,
     "sft.max_response_tokens": 1,
     "rl.num_steps": 0,
     "rl.activations_per_step": 1,
@@ -303,7 +299,7 @@ _AT_LEAST: dict[str, float] = {
 }
 
 _AT_MOST: dict[str, float] = {
-    "seed": 2**31 - 1,  # purposes add to it, and generators take 32 bits
+    "seed": 2**31 - 1,
     "sft.warmup_fraction": 1,
     "optimizer.b1": 0.9999,
     "optimizer.b2": 0.9999,

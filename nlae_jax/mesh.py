@@ -32,7 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of exactly the available devices. Raises UserError where the sizes do not multiply to their number."""
+    """A mesh of the first devices, as many as the sizes multiply to. Raises UserError where there are fewer."""
     available = jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))

@@ -68,7 +68,6 @@ class Run:
             return
         for field, size in (
             ("sft.batch_size", config.sft.batch_size),
-            ("sft.sampled_text_batch_size", config.sft.sampled_text_batch_size),
             ("rl.activations_per_step", config.rl.activations_per_step),
         ):
             if size % batch_parts(self.mesh):
@@ -132,12 +131,13 @@ class Run:
     def blank(self) -> np.ndarray:
         return blank_tokens(self.tokenizer, self.arch.vocab_size)
 
-    def key(self, *numbers: int) -> jax.Array:
-        """A PRNG key of its own for each purpose."""
-        key = jax.random.PRNGKey(self.config.seed)
-        for number in numbers:
-            key = jax.random.fold_in(key, number)
-        return key
+    def seed(self, purpose: int) -> int:
+        """A number of its own for each purpose, and for each seed: 31 bits."""
+        return int(np.random.SeedSequence([self.config.seed, purpose]).generate_state(1)[0] >> 1)
+
+    def key(self, purpose: int) -> jax.Array:
+        """The same as a PRNG key."""
+        return jax.random.PRNGKey(self.seed(purpose))
 
     def on_mesh(self, tree: Any) -> Any:
         return jax.device_put(tree, replicated(self.mesh))

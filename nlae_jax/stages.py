@@ -43,8 +43,8 @@ from nlae_jax.train.state import (
     sft_schedule,
 )
 
-# Offsets of the seed: every purpose draws from a key of its own.
-_ENCODER_SFT, _DECODER_SFT, _SAMPLED_TEXT, _RL, _EVAL = range(2, 7)
+# What random numbers are drawn for: each purpose has a seed of its own.
+_ENCODER_SFT, _DECODER_SFT, _RL, _EVAL = range(2, 6)
 
 
 def extract(run: Run) -> None:
@@ -124,9 +124,9 @@ def describe(run: Run) -> None:
 
 
 def sft(run: Run) -> None:
-    """Encoder, then decoder, on descriptions; then, if asked for, the decoder on the encoder's own samples."""
+    """Encoder, then decoder, on descriptions."""
     encoder_sft(run)
-    sampled_text(run)
+    decoder_sft(run)
 
 
 def _described(run: Run, split: str, tokenise: Callable[[str], list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,12 +170,12 @@ def _trained_encoder(run: Run) -> Params | None:
     return state and state["trained"]
 
 
-def _trained_decoder(run: Run, stage: str, num_steps: int) -> Params | None:
-    """What the decoder's stage made, without its optimiser; None until it is finished."""
-    if not num_steps:
+def _trained_decoder(run: Run) -> Params | None:
+    """The same of decoder SFT."""
+    if not (num_steps := run.config.sft.decoder_steps):
         return _initial_decoder(run, optax.identity()).trained
     abstract = {"trained": abstract_params(run.mesh, run.roles.decoder_weights())}
-    state = restore_part(last_checkpoint(run.workdir, stage, num_steps), abstract)
+    state = restore_part(last_checkpoint(run.workdir, "decoder_sft", num_steps), abstract)
     return state and state["trained"]
 
 
@@ -198,7 +198,7 @@ def encoder_sft(run: Run) -> Params:
     iterator = batches(
         len(rows),
         config.batch_size,
-        run.config.seed + _ENCODER_SFT,
+        run.seed(_ENCODER_SFT),
         lambda i: {"h": run.store.vectors(rows[i]), "response": ids[i], "length": length[i]},
     )
     state = _initial_encoder(run, optimizer)
@@ -210,9 +210,9 @@ def encoder_sft(run: Run) -> Params:
 def decoder_sft(run: Run) -> Params:
     """The decoder learns to read descriptions. Returns its trained parameters."""
     describe(run)
-    config = run.config.sft
-    if (trained := _trained_decoder(run, "decoder_sft", config.decoder_steps)) is not None:
+    if (trained := _trained_decoder(run)) is not None:
         return trained
+    config = run.config.sft
     rows, ids, length = _described(
         run, "decoder_sft", lambda text: run.tokenizer.encode(text, add_special_tokens=False)
     )
@@ -220,7 +220,7 @@ def decoder_sft(run: Run) -> Params:
     iterator = batches(
         len(rows),
         config.batch_size,
-        run.config.seed + _DECODER_SFT,
+        run.seed(_DECODER_SFT),
         lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
     )
     state = _initial_decoder(run, optimizer)
@@ -229,38 +229,11 @@ def decoder_sft(run: Run) -> Params:
     return run_stage(stage, state, run.frozen("decoder_sft"), run.mesh, run.config, run.workdir).trained
 
 
-def _vectors_of(run: Run, split: str, batch_size: int, seed: int) -> Any:
-    rows = run.store.plan.rows_of(split)
-    return batches(len(rows), batch_size, run.config.seed + seed, lambda i: {"h": run.store.vectors(rows[i])})
-
-
-def sampled_text(run: Run) -> Params:
-    """The decoder learns to read what the encoder really writes. Returns its trained parameters."""
-    config = run.config.sft
-    if not config.sampled_text_steps:
-        return decoder_sft(run)
-    if (trained := _trained_decoder(run, "sampled_text", config.sampled_text_steps)) is not None:
-        return trained
-    encoder, decoder = encoder_sft(run), decoder_sft(run)
-    optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.sampled_text_steps)
-    state = init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizer)
-    frozen = {
-        **run.frozen("decoder_sft"),
-        "encoder": encoder,
-        "blank": run.on_mesh(run.blank),
-        "key": run.on_mesh(run.key(_SAMPLED_TEXT)),
-    }
-    step = compiled(steps.sampled_text_step(run.roles, run.config, optimizer), state, run.mesh)
-    iterator = _vectors_of(run, "decoder_sft", config.sampled_text_batch_size, _SAMPLED_TEXT)
-    stage = Stage("sampled_text", config.sampled_text_steps, step, iterator)
-    return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
-
-
 def rl(run: Run) -> tuple[Params, Params]:
     """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
     if (trained := _trained_by_rl(run)) is not None:
         return trained
-    encoder, decoder = encoder_sft(run), sampled_text(run)
+    encoder, decoder = encoder_sft(run), decoder_sft(run)
     config = run.config.rl
     optimizers = [
         make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
@@ -281,24 +254,22 @@ def rl(run: Run) -> tuple[Params, Params]:
         step = compiled(parts.step, state, run.mesh)
     else:
         step = steps.SplitStep(parts, compiled(parts.update, state, run.mesh))
-    stage = Stage("rl", config.num_steps, step, _vectors_of(run, "rl", config.activations_per_step, _RL))
+    rows = run.store.plan.rows_of("rl")
+    iterator = batches(
+        len(rows), config.activations_per_step, run.seed(_RL), lambda i: {"h": run.store.vectors(rows[i])}
+    )
+    stage = Stage("rl", config.num_steps, step, iterator)
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
 
 
 def trained_pair(run: Run) -> Pair:
     """The pair as trained so far: after RL if that is finished, else after the warm start. Only reads."""
-    config = run.config.sft
     if (trained := _trained_by_rl(run)) is None:
         if is_sealed(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps)):
             raise UserError(f"--workdir {run.workdir}: rl's last checkpoint is damaged; run `nlae train` there again")
-        last = (
-            ("sampled_text", config.sampled_text_steps)
-            if config.sampled_text_steps
-            else ("decoder_sft", config.decoder_steps)
-        )
-        trained = _trained_encoder(run), _trained_decoder(run, *last)
-        for name, params in zip(("encoder_sft", last[0]), trained, strict=True):
+        trained = _trained_encoder(run), _trained_decoder(run)
+        for name, params in zip(("encoder_sft", "decoder_sft"), trained, strict=True):
             if params is None:
                 raise UserError(f"--workdir {run.workdir}: {name} is not finished; run `nlae train` there first")
     return Pair(run.base if run.config.lora.rank else {}, *trained)
@@ -310,12 +281,12 @@ def evaluate(run: Run) -> None:
         return
     after = rl(run)
     base = run.base if run.config.lora.rank else {}
-    before, after = Pair(base, encoder_sft(run), sampled_text(run)), Pair(base, *after)
+    before, after = Pair(base, encoder_sft(run), decoder_sft(run)), Pair(base, *after)
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
     documents = run.store.plan.document[rows]
     trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens)
-    seed = run.config.seed + _EVAL
+    seed = run.seed(_EVAL)
     with progress(4, "eval", unit="pass") as bar:
         mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
         bar.advance()

@@ -103,8 +103,6 @@ POINTS: dict[str, Callable[[], None]] = {
     "encoder_sft_unsealed": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 10)),
     "encoder_sft_last": lambda: before(checkpoint, "write_json", manifest_of("encoder_sft", 60)),
     "decoder_sft": lambda: torn_row("decoder_sft", 3),
-    "sampled_text": lambda: torn_row("sampled_text", 3),
-    "sampled_text_saving": lambda: while_saving("sampled_text", 4),
     "rl": lambda: torn_row("rl", 3),
     "rl_saving": lambda: while_saving("rl", 4),
     "rl_unsealed": lambda: before(checkpoint, "write_json", manifest_of("rl", 6)),

@@ -244,7 +244,7 @@ def finish(tiny_run, workdir, **settings):
 
 @pytest.mark.slow
 def test_killed_at_every_point_of_every_stage(tiny_run, tmp_path):
-    """One run, killed seventeen times: each start gets to the next point."""
+    """One run, killed at each point: each start gets to the next point."""
     workdir = tmp_path / "W"
     for point in POINTS:
         process = start("tests.killed", point, *tiny_run.arguments(workdir))

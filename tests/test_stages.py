@@ -15,13 +15,12 @@ from nlae_jax.train import metrics
 
 pytest_plugins = ["tests.tiny_run"]
 
-STEPS = {"encoder_sft": 60, "decoder_sft": 6, "sampled_text": 4, "rl": 6}
+STEPS = {"encoder_sft": 60, "decoder_sft": 6, "rl": 6}
 
 TIMES = {"stage", "step", "step_seconds", "tokens_per_second"}
 FIELDS = {
     "encoder_sft": {"loss", "skipped_updates", "grad_norm_encoder"},
     "decoder_sft": {"loss", "fve", "fve_meannorm", "skipped_updates", "grad_norm_decoder"},
-    "sampled_text": {"loss", "fve", "fve_meannorm", "extraction_rate", "explanation_tokens", "grad_norm_decoder"},
     "rl": {
         "loss",
         "fve",

@@ -21,7 +21,6 @@ from nlae_jax.train.metrics import Point, curve, read, read_object, smoothed, th
 STAGES = {
     "encoder_sft": ("Encoder warm start", "The encoder learns to write the descriptions from the injected activation."),
     "decoder_sft": ("Decoder warm start", "The decoder learns to rebuild the activation from the descriptions."),
-    "sampled_text": ("Decoder on sampled text", "The decoder learns to read what the encoder really writes."),
     "rl": ("Reinforcement learning", "The encoder is rewarded for words that the decoder can read; both learn."),
 }
 

@@ -244,37 +244,3 @@ class SplitStep:
 
     def _cache_size(self) -> int:
         return max(part._cache_size() for part in (self._rollout, self._score, self._update))
-
-
-def sampled_text_step(roles: Roles, config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """The decoder alone learns, from one explanation per activation that the trained encoder samples.
-
-    Batch: `h` [B, d]. `frozen` holds also `encoder` (its trained parameters), `key` and `blank`.
-    """
-
-    def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
-        key = jax.random.fold_in(frozen["key"], state.step)
-        samples = rollout(
-            roles,
-            frozen["encoder"],
-            frozen,
-            batch["h"],
-            key,
-            samples_per_activation=1,
-            max_new_tokens=config.rl.max_new_tokens,
-        )
-        scores = score(roles, state.trained, frozen, batch["h"], samples, frozen["blank"])
-        valid = scores.length > 0
-        state, norm, skipped = apply_update(state, scores.gradients, optimizer)
-        metrics = {
-            "loss": objectives.masked_mean(scores.mse, valid),
-            **_fve(scores.mse, frozen),
-            "explanation_tokens": objectives.masked_mean(scores.length, valid),
-            "extraction_rate": valid.mean(),
-            "skipped_updates": skipped,
-            "grad_norm_decoder": norm,
-            "tokens": samples.lengths.sum(),
-        }
-        return state, metrics
-
-    return step
