@@ -16,7 +16,9 @@ _QUICKSTART = Path(__file__).with_name("quickstart.py")
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(_QUICKSTART))["get_config"]()
     config.corpus.max_documents = 3000
-    config.sft.encoder_steps, config.sft.decoder_steps = 1000, 150
+    config.extract.positions_per_document = 12
+    config.sft.encoder_steps, config.sft.encoder_learning_rate = 1000, 4e-3
+    config.sft.decoder_steps = 200
     config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 150, 16, 4
     config.checkpoint.every_steps = 25
     config.eval.num_activations = 512

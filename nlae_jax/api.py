@@ -16,10 +16,12 @@ from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
 from nlae_jax.language_model import LanguageModel
+from nlae_jax.progress import progress
 from nlae_jax.run import Run
 from nlae_jax.stages import trained_pair
 
 _BATCH = 16
+MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
 
 
 class NLA:
@@ -49,10 +51,14 @@ class NLA:
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag."""
-        return self._trip(max_new_tokens).explain(self._pair, self._checked(vectors), seed, temperature).texts
+        vectors, trip = self._checked(vectors), self._trip(max_new_tokens)
+        with progress(len(vectors), "explain", unit="activation") as bar:
+            return trip.explain(self._pair, vectors, seed, temperature, bar.advance).texts
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Explanations -> activations [B, d] float32, raw as the decoder's head gives them."""
+        if not len(texts):
+            return np.zeros((0, self.subject.arch.d_model), np.float32)
         return self._trip(150).reconstruct_texts(self._pair, texts)
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +78,8 @@ class NLA:
         """
         tokenizer = self.subject.tokenizer
         ids = tokenizer.encode(text)
+        if len(ids) > MAX_TOKENS:
+            raise UserError(f"text: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts")
         width = -(-len(ids) // 64) * 64
         padded, mask = np.zeros((1, width), np.int32), np.arange(width)[None] < len(ids)
         padded[0, : len(ids)] = ids
@@ -91,6 +99,8 @@ class NLA:
 
     def _trip(self, max_new_tokens: int) -> RoundTrip:
         """Compiled functions for one length limit; made once each."""
+        if max_new_tokens <= (least := len(self._run.protocol.closing)):
+            raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         if max_new_tokens not in self._trips:
             self._trips[max_new_tokens] = RoundTrip(self._run.roles, self.subject.tokenizer, _BATCH, max_new_tokens)
         return self._trips[max_new_tokens]

@@ -21,7 +21,7 @@ _STAGES = {
     "sft": "warm-start encoder and decoder on the descriptions",
     "rl": "train both on how well the round trip works",
     "eval": "measure the round trip on held-out documents",
-    "report": "write report.html",
+    "report": "write report.html from what is there so far",
 }
 
 NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
             place = getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
+        if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
+            message = "out of device memory; smaller sft.batch_size, rl.activations_per_step or a larger mesh need less"
+            return _fail(message, error, options.debug)
         if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
             return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
         raise
@@ -115,15 +118,20 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_experiment(options.config, overrides)
     _start_jax()
+    from nlae_jax.evaluate.report import write_report
     from nlae_jax.progress import say
     from nlae_jax.run import Run
     from nlae_jax.stages import STAGES
 
+    if options.command == "report":  # also of a run that is under way: nothing is run, nothing locked
+        print(write_report(options.workdir))
+        return 0
     clock = time.perf_counter()
     run = Run(config, options.workdir)
     if options.command == "train":
         for stage in STAGES.values():
             stage(run)
+        write_report(options.workdir)
         _print_result(options.workdir)
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
@@ -163,7 +171,8 @@ def _print_result(workdir: Path) -> None:
 def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     if not (options.workdir / "config.json").exists():
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
-    text = options.text if options.text is not None else _read_text(options.file)
+    # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
+    text = options.text.encode("utf-8", "replace").decode() if options.text is not None else _read_text(options.file)
     if not text.strip():
         raise UserError(f"{'--text' if options.text is not None else options.file}: empty; there is nothing to explain")
     if not 0 <= options.temperature < math.inf:

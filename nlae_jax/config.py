@@ -91,7 +91,7 @@ class SftConfig:
     encoder_learning_rate: float = 1e-5
     decoder_learning_rate: float = 2e-5
     warmup_fraction: float = 0.05
-    max_response_tokens: int = 160  # longer descriptions are dropped and counted
+    max_response_tokens: int = 150  # longer descriptions are dropped and counted
 
 
 @dataclasses.dataclass(frozen=True)

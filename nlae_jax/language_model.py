@@ -14,6 +14,7 @@ from nlae_jax.lm.arch import Arch, read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.weights import load_params
+from nlae_jax.roles.protocol import chat_ids
 from nlae_jax.roles.subject import Subject
 
 _GENERATE_BATCH = 16
@@ -97,17 +98,10 @@ class LanguageModel:
                 outputs.append(reply[:-1] if reply and reply[-1] == self.tokenizer.eos_token_id else reply)
         return outputs
 
-    def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0) -> list[str]:
+    def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> list[str]:
         """One reply per user message, through the model's chat template."""
-        rendered = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
-        # The template writes the tokens that begin a sequence itself.
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
-        return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature)]
+        ids = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
+        return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
 
 
 def _with_mask(ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:

@@ -17,11 +17,12 @@ from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_parquet, write_json
+from nlae_jax.files import read_json, read_parquet, write_json
 from nlae_jax.lm.arch import Arch, read_arch
-from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated
+from nlae_jax.progress import say
 from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
 from nlae_jax.train import objectives
 from nlae_jax.train.state import (
@@ -42,8 +43,21 @@ _MAY_DIFFER = (
     "describe.max_retries",
 )
 
-# Fields that nothing has been computed with until the descriptions are there: a wrong one can be put right.
-_UNTIL_DESCRIBED = ("describe.model", "describe.base_url", "describe.max_new_tokens")
+# What a field's value has gone into: it can be put right until that is there. The longest name that fits counts.
+_MADE_WITH = {
+    "": "config.json",
+    "describe.model": "activations/descriptions.parquet",
+    "describe.base_url": "activations/descriptions.parquet",
+    "describe.max_new_tokens": "activations/descriptions.parquet",
+    "eval.num_activations": "activations/descriptions.parquet",
+    "protocol.": "protocol.json",
+    "lora.": "checkpoints/encoder_sft/*/manifest.json",
+    "optimizer.": "checkpoints/encoder_sft/*/manifest.json",
+    "sft.": "checkpoints/encoder_sft/*/manifest.json",
+    "sft.decoder_": "checkpoints/decoder_sft/*/manifest.json",
+    "rl.": "checkpoints/rl/*/manifest.json",
+    "eval.": "eval.json",
+}
 
 # Rows that the FVE denominators of the training metrics are computed from.
 _BASELINE_ROWS = 4096
@@ -54,7 +68,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: Path, read_only: bool = False) -> None:
         """`read_only`: for using what was trained, beside a run that goes on training there if need be."""
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self._read_only = config, workdir, read_only
         self.announced: set[str] = set()  # what a person has been told once
         self.mesh: Mesh = make_mesh(config.mesh)
         self.directory = resolve_model(config.subject.model)
@@ -64,6 +78,8 @@ class Run:
                 f"config.subject.layer: {config.subject.layer} should be from 0 to {self.arch.num_layers - 1} "
                 f"for {config.subject.model}"
             )
+        if (path := workdir / "activations/subject.json").exists() and read_json(path) != self.subject_identity:
+            raise UserError(f"{path}: made with other weights than {config.subject.model} has now; bring those back")
         if read_only:
             return
         for field, size in (
@@ -93,6 +109,11 @@ class Run:
         write_json(self.workdir / "config.json", dataclasses.asdict(self.config))
 
     @cached_property
+    def subject_identity(self) -> dict[str, str]:
+        """What tells the subject's weights from others; adapters mean nothing on other weights."""
+        return {"fingerprint": fingerprint(self.directory)}
+
+    @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.directory)
 
@@ -112,7 +133,8 @@ class Run:
     def protocol(self) -> Protocol:
         scale = self.config.protocol.injection_scale or self.store.meta["norm_p75"]
         live = make_protocol(self.tokenizer, self.config.protocol, scale)
-        return keep_protocol(self.workdir / "protocol.json", live)
+        path = self.workdir / "protocol.json"
+        return live if self._read_only and not path.exists() else keep_protocol(path, live)
 
     @cached_property
     def roles(self) -> Roles:
@@ -177,8 +199,22 @@ def _differs(workdir: Path, config: Config) -> bool:
     """Whether the workdir's config is another. Raises UserError where that would compute something else."""
     mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, load_config(workdir / "config.json")))
     changed = [name for name in mine if theirs[name] != mine[name]]
-    described = (workdir / "activations/descriptions.parquet").exists()
-    may_differ = _MAY_DIFFER if described else (*_MAY_DIFFER, *_UNTIL_DESCRIBED)
-    if kept := [f"{name} {theirs[name]!r} -> {mine[name]!r}" for name in changed if not name.startswith(may_differ)]:
+    made = [(name, _made_with(workdir, name)) for name in changed if not name.startswith(_MAY_DIFFER)]
+    grown = mine["rl.num_steps"] > theirs["rl.num_steps"]
+    kept = [
+        f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
+        for name, path in made
+        if path is not None and not (name == "rl.num_steps" and grown)
+    ]
+    if kept:
         raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
+    if grown and (workdir / "eval.json").exists():
+        say("rl.num_steps has grown: the evaluation will be made again")
+        (workdir / "eval.json").unlink()
     return bool(changed)
+
+
+def _made_with(workdir: Path, name: str) -> Path | None:
+    """A file that a field's value has gone into; None where it can still be changed."""
+    pattern = _MADE_WITH[max((prefix for prefix in _MADE_WITH if name.startswith(prefix)), key=len)]
+    return min(workdir.glob(pattern), default=None)

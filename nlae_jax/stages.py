@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from nlae_jax.data.describe import Context, DescribeResources, document_frequenc
 from nlae_jax.data.pipeline import batches, pad
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
-from nlae_jax.evaluate.report import write_report
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
@@ -59,6 +59,7 @@ def extract(run: Run) -> None:
         plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
         _ = run.base  # a model that cannot be read is found out before anything is written
         run.claim()
+        write_json(directory / "subject.json", run.subject_identity)
         activations.write_plan(directory, plan)
     subject = Subject(run.arch)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
@@ -110,7 +111,7 @@ def describe(run: Run) -> None:
     resources = DescribeResources(
         document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
         num_documents=len(plan.ids),
-        generate=model and (lambda prompts: model.chat(prompts, config.max_new_tokens)),
+        generate=model and partial(_chat, run, model),
         # A server's answers serve every run; the subject's are this run's own.
         cache_directory=(run.workdir / "activations" if model else cache_directory()) / "answers",
     )
@@ -121,6 +122,12 @@ def describe(run: Run) -> None:
         say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
     table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
     write_parquet(path, table)
+
+
+def _chat(run: Run, model: LanguageModel, prompts: list[str]) -> list[str]:
+    """The subject's replies; every group of prompts draws random numbers of its own, whichever came before."""
+    seed = run.seed(zlib.crc32(prompts[0].encode()))
+    return model.chat(prompts, run.config.describe.max_new_tokens, seed=seed)
 
 
 def sft(run: Run) -> None:
@@ -345,17 +352,10 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
     )
 
 
-def report(run: Run) -> None:
-    """metrics.jsonl, eval.json and samples -> report.html."""
-    evaluate(run)
-    write_report(run.workdir)
-
-
 STAGES: dict[str, Callable[[Run], Any]] = {
     "extract": extract,
     "describe": describe,
     "sft": sft,
     "rl": rl,
     "eval": evaluate,
-    "report": report,
 }

@@ -4,15 +4,11 @@ import fcntl
 import hashlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 import nlae_jax
-from nlae_jax.config import load_config
 from nlae_jax.errors import UserError
-from nlae_jax.run import Run
-from nlae_jax.stages import rl
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -77,6 +73,20 @@ def test_texts_and_vectors_of_different_numbers(nla, vectors):
         nla.score(["a"], vectors)
 
 
+def test_nothing_to_rebuild(nla, vectors):
+    assert nla.reconstruct([]).shape == (0, vectors.shape[1])
+
+
+def test_a_limit_that_no_explanation_fits(nla, vectors):
+    with pytest.raises(UserError, match="max_new_tokens: 2 should be more than"):
+        nla.explain(vectors, max_new_tokens=2)
+
+
+def test_a_text_that_is_too_long(nla):
+    with pytest.raises(UserError, match="at most 2048"):
+        nla.explain_text("the of " * 2000)
+
+
 def test_nothing_in_the_workdir_changes(copied, vectors):
     before = contents(copied)
     nlae_jax.NLA.from_workdir(copied).explain(vectors, max_new_tokens=48)
@@ -107,7 +117,16 @@ def test_damaged_last_checkpoints_are_named_and_left_alone(copied, stage):
     assert contents(copied) == before
 
 
-def test_it_is_the_pair_that_training_returned(copied, nla):
-    encoder, decoder = rl(Run(load_config(copied / "config.json"), copied))
-    same = lambda left, right: np.testing.assert_array_equal(np.asarray(left), np.asarray(right))  # noqa: E731
-    jax.tree.map(same, (encoder, decoder), (nla._pair.encoder, nla._pair.decoder))
+def test_a_workdir_without_a_pair_yet_is_left_alone_too(copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "protocol.json").unlink()
+    before = contents(copied)
+    with pytest.raises(UserError, match="encoder_sft is not finished"):
+        nlae_jax.NLA.from_workdir(copied)
+    assert contents(copied) == before
+
+
+def test_a_damaged_protocol_is_named(copied):
+    (copied / "protocol.json").write_text('{"marker": "x"}')
+    with pytest.raises(UserError, match=r"protocol\.json: damaged"):
+        nlae_jax.NLA.from_workdir(copied)

@@ -335,9 +335,10 @@ def contents(workdir):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"seed": 5}, "seed 0 -> 5"),
-        ({"rl__num_steps": 7}, "rl.num_steps 6 -> 7"),
-        ({"lora__rank": 4, "sft__encoder_steps": 61}, "lora.rank 0 -> 4, sft.encoder_steps 60 -> 61"),
+        ({"seed": 5}, "seed 0 -> 5 (config.json was made with it)"),
+        ({"rl__num_steps": 5}, "rl.num_steps 6 -> 5 (checkpoints/rl/"),
+        ({"eval__temperature": 0.5}, "eval.temperature 1.0 -> 0.5 (eval.json was made with it)"),
+        ({"lora__rank": 4, "sft__encoder_steps": 61}, "sft.encoder_steps 60 -> 61 (checkpoints/encoder_sft/"),
         ({"describe__model": "other"}, "describe.model '' -> 'other'"),
     ],
 )
@@ -349,10 +350,56 @@ def test_workdir_of_another_config(tiny_run, refused, changed, named):
     assert contents(tiny_run.workdir) == before
 
 
+def test_what_has_gone_into_nothing_yet_can_be_put_right(tiny_run, tmp_path, capsys):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    shutil.rmtree(workdir / "checkpoints/rl")
+    (workdir / "eval.json").unlink()
+    changed = {"rl__kl_coef": 0.5, "rl__num_steps": 2, "eval__temperature": 0.5}
+    assert main(tiny_run.arguments(workdir, "sft", **changed)) == 0
+    written = json.loads((workdir / "config.json").read_text())
+    assert (written["rl"]["kl_coef"], written["rl"]["num_steps"], written["eval"]["temperature"]) == (0.5, 2, 0.5)
+
+
+def test_rl_can_go_on_for_more_steps(tiny_run, tmp_path, capsys):
+    """And ends as if it had been meant to from the beginning; the evaluation is made again."""
+    workdir, longer = shutil.copytree(tiny_run.workdir, tmp_path / "W"), {"rl__num_steps": 8}
+    assert main(tiny_run.arguments(workdir, **longer)) == 0
+    assert "the evaluation will be made again" in capsys.readouterr().err
+    rows = tiny_run.metrics(workdir)
+    assert [row for row in rows if row["step"] <= 6 or row["stage"] != "rl"] == tiny_run.metrics(tiny_run.workdir)
+    assert max(row["step"] for row in rows if row["stage"] == "rl") == 8
+    assert (workdir / "eval.json").read_bytes() != (tiny_run.workdir / "eval.json").read_bytes()
+    assert main(tiny_run.arguments(workdir, **longer)) == 0
+
+
+def test_other_weights_under_the_same_name(tiny_run, tmp_path, refused):
+    model = shutil.copytree(tiny_run.model, tmp_path / "model")
+    workdir = tmp_path / "W"
+    assert main(tiny_run.arguments(workdir, "extract", subject__model=model)) == 0
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    complaint = refused(tiny_run.arguments(workdir, subject__model=model))
+    assert str(workdir / "activations/subject.json") in complaint
+
+
+def test_report_of_what_is_there_so_far(tiny_run, workdir, capsys):
+    shutil.copytree(tiny_run.workdir, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    for name in ("metrics.jsonl", "eval.json"):
+        (workdir / name).unlink()
+    with (workdir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a run that goes on meanwhile holds it
+        assert main(tiny_run.arguments(workdir, "report")) == 0
+    assert "Not there yet" in (workdir / "report.html").read_text()
+    assert not (workdir / "checkpoints").exists()
+
+
 def test_how_a_run_is_computed_may_change(tiny_run, tmp_path):
     workdir = tmp_path / "W"
     shutil.copytree(tiny_run.workdir, workdir)
-    arguments = tiny_run.arguments(workdir, "report", mesh__data=2, remat="none", checkpoint__every_steps=3)
+    arguments = tiny_run.arguments(workdir, "eval", mesh__data=2, remat="none", checkpoint__every_steps=3)
     assert main(arguments) == 0
     written = json.loads((workdir / "config.json").read_text())
     assert (written["mesh"]["data"], written["remat"]) == (2, "none")  # config.json is the last run's

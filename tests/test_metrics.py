@@ -138,7 +138,6 @@ def test_array_scalars_and_numbers_that_json_lacks(tmp_path):
         "reward_mean": None,
         "by_group": [1.0, None],
     }
-    assert log.non_finite == 3
 
 
 @pytest.mark.parametrize("row", [{"step": 1}, {"stage": "rl"}, {"stage": "rl", "step": 1.5}, {"stage": 1, "step": 1}])

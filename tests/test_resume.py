@@ -215,6 +215,20 @@ def test_split_step_gives_the_same_numbers_after_resuming(tiny_run, tmp_path):
             assert value == (theirs[name] if name == "stage" else pytest.approx(theirs[name], rel=1e-3, abs=1e-4))
 
 
+def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path):
+    """The other tests fine-tune fully; people mostly do not."""
+    settings = {"lora__rank": 4, "sft__encoder_steps": 12}
+    whole, workdir = tmp_path / "whole", tmp_path / "W"
+    assert main(tiny_run.arguments(whole, **settings)) == 0
+    shutil.copytree(whole, workdir)
+    for stage, last in (("encoder_sft", 12), ("decoder_sft", 6), ("rl", 6)):
+        shutil.rmtree(workdir / "checkpoints" / stage / str(last))
+    (workdir / "eval.json").unlink()
+    assert main(tiny_run.arguments(workdir, **settings)) == 0
+    assert tiny_run.metrics(workdir) == tiny_run.metrics(whole)
+    assert (workdir / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+
+
 def test_two_looks_at_one_workdir_in_one_process(tiny_run):
     config = load_config(tiny_run.workdir / "config.json")
     first = Run(config, tiny_run.workdir)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nlae_jax.config import MeshConfig
 from nlae_jax.lm.arch import arch_from_hf, model_weights, read_arch
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.transformer import Segment, Transformer, random_params
 from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import batch_sharding, make_mesh
 from tests.conftest import drawn_params
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -161,7 +163,7 @@ def test_remat_policies_give_the_same_gradients(deep):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("chunk", [1, 6, 100])
 def test_log_probs_in_chunks_are_log_softmax(deep, chunk):
     """15 tokens: chunks that divide them and chunks that do not."""
     arch, params, _ = deep
@@ -183,6 +185,20 @@ def test_log_probs_in_chunks_are_log_softmax(deep, chunk):
 
     both = [jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(params, x) for f in (chunked, plain)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *both)
+
+
+def test_devices_that_split_the_rows_split_the_heads_work(deep):
+    arch, params, _ = deep
+    lm, mesh = Transformer(arch), make_mesh(MeshConfig(data=8))
+    x = jax.ShapeDtypeStruct((16, 9, arch.d_model), jnp.float32, sharding=batch_sharding(mesh))
+    targets = jax.ShapeDtypeStruct((16, 9), jnp.int32, sharding=batch_sharding(mesh))
+
+    def loss(params, x, targets):
+        return lm.apply({"params": params}, x, targets, 64, method="token_log_probs")[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=1)).lower(params, x, targets).compile().as_text()
+    assert "all-gather" not in compiled
+    assert f"f32[16,4,{arch.vocab_size}]" not in compiled  # the logits of a chunk are nowhere in one piece
 
 
 def test_entropy_carries_no_gradient(deep):

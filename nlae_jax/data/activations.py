@@ -3,6 +3,7 @@
 `plan` fixes everything that is written later (positions, splits, batches, row numbers) before any computing is done;
 `extract` then goes through the batches in order and can stop anywhere. In the workdir:
 
+    activations/subject.json        which weights were read
     activations/documents.parquet   doc_id, split, token ids
     activations/rows.parquet        document, position            (row = activation)
     activations/vectors             zarr3 [N, d] float32, raw

@@ -124,7 +124,8 @@ def _server_provider(
     api: Api, config: DescribeConfig, resources: DescribeResources, progress: Progress | None, pause: Pause
 ) -> Describer:
     server = Server(api, config, pause)
-    identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
+    # Local servers often call whatever they serve by one name: the address tells them apart.
+    identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens, config.base_url)
     return cached_describer(config, AnswerCache(resources.cache_directory, *identity), server.ask, progress)
 
 
@@ -148,9 +149,7 @@ class Server:
         stop = threading.Event()
         executor = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="describe")
         # A proxy from the environment cannot reach this machine's own servers.
-        with httpx.Client(
-            headers=self._headers, timeout=self._config.timeout_seconds, trust_env=not self._local
-        ) as client:
+        with self._client() as client:
             try:
                 futures: dict[Future[Answer], int] = {
                     executor.submit(self._ask_one, client, text, stop): i for i, text in enumerate(texts)
@@ -160,6 +159,12 @@ class Server:
             finally:
                 stop.set()
                 executor.shutdown(cancel_futures=True)
+
+    def _client(self) -> httpx.Client:
+        try:
+            return httpx.Client(headers=self._headers, timeout=self._config.timeout_seconds, trust_env=not self._local)
+        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or no URL
+            raise UserError(f"describe.provider {self._config.provider}: the proxy set here: {error}") from None
 
     def _ask_one(self, client: httpx.Client, text: str, stop: threading.Event) -> Answer:
         problem, body = "", self._api.body(self._config, build_prompt(text))

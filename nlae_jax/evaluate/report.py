@@ -18,6 +18,8 @@ from nlae_jax.evaluate.table import html_samples, html_text, html_values, number
 from nlae_jax.files import write_atomically
 from nlae_jax.train.metrics import Point, curve, read, read_object, smoothed, thinned
 
+_SAMPLES = Path("samples/held_out.jsonl")
+
 STAGES = {
     "encoder_sft": ("Encoder warm start", "The encoder learns to write the descriptions from the injected activation."),
     "decoder_sft": ("Decoder warm start", "The decoder learns to rebuild the activation from the descriptions."),
@@ -54,7 +56,7 @@ PANELS = (
 CARDS = (
     ("Variance explained", "fve", "What the words carry of the differences between activations; 1 is perfect."),
     ("Before RL", "fve_before_rl", "The same measure for the warm-started pair."),
-    ("Gained by RL", "gain", "After minus before, paired over documents."),
+    ("Gained by RL", "fve_gain", "After minus before, paired over documents."),
     ("Shuffled", "fve_shuffled", "Each explanation scored against another activation: 0 or below is right."),
     ("Through text", "fve_text", "Explanations turned into strings and tokenised again, as a reader gets them."),
     ("Gold text", "fve_gold", "The decoder on the warm-start descriptions, whose writer saw the text."),
@@ -291,18 +293,15 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
 
 def _cards(evaluation: Mapping[str, Any]) -> str:
     """The headline numbers, each with what it means in one line."""
-    values = {**evaluation, "gain": evaluation.get("fve_gain")}
-    if values["gain"] is None and all(number(evaluation.get(key)) != "–" for key in ("fve", "fve_before_rl")):
-        values["gain"] = float(evaluation["fve"]) - float(evaluation["fve_before_rl"])
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
     beside = {
         "fve": _interval_text(_interval(evaluation, "fve_ci95")),
-        "gain": _interval_text(over) + doubt,
+        "fve_gain": _interval_text(over) + doubt,
         "num_activations": f"from {number(evaluation.get('num_documents'))} documents",
     }
     return "".join(
-        f'<div class="card"><h4>{title}</h4><b class="value">{number(values.get(key))}</b>'
+        f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{note}</p></div>'
         for title, key, note in CARDS
     )
@@ -359,15 +358,6 @@ def _config(config: Mapping[str, Any] | None) -> str:
     return f'<p class="note">Bold: not the default.</p><div class="config">{boxes}</div>'
 
 
-def _samples_path(workdir: Path, evaluation: Mapping[str, Any] | None) -> Path:
-    """The samples that eval.json names, or the usual file; a path out of the workdir is an error."""
-    name = (evaluation or {}).get("samples_file") or "samples/held_out.jsonl"
-    path = (workdir / str(name)).resolve()
-    if not path.is_relative_to(workdir.resolve()):
-        raise UserError(f"eval.json: samples_file {str(name)!r} should be a file inside the workdir")
-    return path
-
-
 def write_report(workdir: Path) -> Path:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
@@ -377,7 +367,6 @@ def write_report(workdir: Path) -> Path:
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; --workdir names the directory of a run")
     config, evaluation = read_object(workdir / "config.json"), read_object(workdir / "eval.json")
-    samples = _samples_path(workdir, evaluation)
     subject = (config or {}).get("subject")
     subject = subject if isinstance(subject, dict) else {}
     page = PAGE.format(
@@ -386,7 +375,7 @@ def write_report(workdir: Path) -> Path:
         layer=html_text(subject.get("layer", "unknown")),
         headline=_headline(evaluation),
         stages=_stages(read(workdir / "metrics.jsonl")),
-        samples=html_samples(read(samples), samples.relative_to(workdir.resolve())),
+        samples=html_samples(read(workdir / _SAMPLES), _SAMPLES),
         config=_config(config),
     )
     path = workdir / "report.html"

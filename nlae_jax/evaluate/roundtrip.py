@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,13 +69,24 @@ class RoundTrip:
         self._reconstruct = jax.jit(reconstruct)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts)
 
-    def explain(self, pair: Pair, vectors: np.ndarray, seed: int = 0, temperature: float = 0.0) -> Explanations:
-        """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone."""
+    def explain(
+        self,
+        pair: Pair,
+        vectors: np.ndarray,
+        seed: int = 0,
+        temperature: float = 0.0,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Explanations:
+        """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone.
+
+        `advance` is told after every batch how many rows it had.
+        """
         key = jax.random.PRNGKey(seed)
         parts = []
         for number, (h,) in enumerate(_batches(self._batch_size, np.asarray(vectors, np.float32))):
             out = self._explain(pair, h, jax.random.fold_in(key, number), temperature)
             parts.append([np.asarray(x) for x in out])
+            advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         opening = protocol.OPENING
         responses = [

@@ -6,6 +6,7 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -196,30 +197,32 @@ class Transformer(nn.Module):
         return jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
 
     def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and the entropy of the next-token distribution, each [...] float32, from x [..., d].
+        """log p(target) and the entropy of the next-token distribution, each [..., T] float32, from x [..., T, d].
 
-        In chunks whose logits are recomputed for the backward pass: no [tokens, vocabulary] array outlives one.
+        In chunks of about so many tokens, whose logits are recomputed for the backward pass: no [tokens, vocabulary]
+        array outlives one. A chunk is a stretch of T of all rows, so that devices that split the rows split its work.
         The entropy carries no gradient.
         """
-        flat, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        count = flat.shape[0]
-        chunk = min(chunk, count)
-        padding = -count % chunk
-        flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
-        flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(-1, chunk)
+        length = targets.shape[-1]
+        width = min(length, max(1, chunk // math.prod(targets.shape[:-1])))
+
+        def chunked(array: jax.Array, axis: int) -> jax.Array:
+            """Axis T [..., T, ...] -> [T / width, ..., width, ...], the last chunk filled up with zeros."""
+            padded = jnp.pad(array, [(0, -length % width if i == axis else 0) for i in range(array.ndim)])
+            split = padded.reshape(*array.shape[:axis], -1, width, *array.shape[axis + 1 :])
+            return jnp.moveaxis(split, axis, 0)
 
         @jax.checkpoint
         def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
             log_probs = jax.nn.log_softmax(self.logits(inputs[0]))
-            chosen = jnp.take_along_axis(log_probs, inputs[1][:, None], -1)[:, 0]
+            chosen = jnp.take_along_axis(log_probs, inputs[1][..., None], -1)[..., 0]
             frozen = jax.lax.stop_gradient(log_probs)
             return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
 
-        _, (log_probs, entropy) = jax.lax.scan(one, None, (flat, flat_targets))
-        return (
-            log_probs.reshape(-1)[:count].reshape(targets.shape),
-            entropy.reshape(-1)[:count].reshape(targets.shape),
-        )
+        axis = targets.ndim - 1
+        _, chunks = jax.lax.scan(one, None, (chunked(x, axis), chunked(targets, axis)))
+        log_probs, entropy = (jnp.moveaxis(c, 0, -2).reshape(*targets.shape[:-1], -1)[..., :length] for c in chunks)
+        return log_probs, entropy
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids, mask: [B, T] -> logits [B, T, V] float32, padding on either side."""

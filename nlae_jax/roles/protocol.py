@@ -48,7 +48,10 @@ class Protocol:
 
     @staticmethod
     def from_json(text: str) -> Protocol:
+        """Raises ValueError where the text is not what `to_json` writes."""
         fields = json.loads(text)
+        if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Protocol)}:
+            raise ValueError("not the fields of a protocol")
         return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -73,14 +76,22 @@ def find_marker(tokenizer: Any, template: str) -> tuple[str, int]:
 
 
 def _encoder_prompt_ids(tokenizer: Any, template: str, marker: str) -> list[int]:
-    """The chat prompt with the marker in its slot; the template writes the tokens that begin a sequence itself.
+    """The chat prompt with the marker in its slot."""
+    return chat_ids(tokenizer, template.replace("{injection_char}", marker))
+
+
+def chat_ids(tokenizer: Any, message: str) -> list[int]:
+    """A user's message in the model's chat template, up to where the reply begins.
 
     Templates that print a date get a constant one: a prompt must not change from day to day.
     """
-    message = [{"role": "user", "content": template.replace("{injection_char}", marker)}]
     prompt = tokenizer.apply_chat_template(
-        message, tokenize=False, add_generation_prompt=True, date_string="1 January 2026"
+        [{"role": "user", "content": message}],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string="1 January 2026",
     )
+    # The template writes the tokens that begin a sequence itself.
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
@@ -161,7 +172,12 @@ def keep_protocol(path: Path, live: Protocol) -> Protocol:
     """
     if not path.exists():
         write_atomically(path, lambda temporary: temporary.write_text(live.to_json(), encoding="utf-8"))
-    kept = Protocol.from_json(path.read_text(encoding="utf-8"))
+    try:
+        kept = Protocol.from_json(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(
+            f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"
+        ) from None
     same = dataclasses.replace(live, encoder_prefix=kept.encoder_prefix, encoder_tail=kept.encoder_tail)
     if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(same, f.name) != getattr(kept, f.name)]:
         raise UserError(f"{path}: made with another tokenizer: {', '.join(changed)} differ")

@@ -53,6 +53,8 @@ def _run(
     log = MetricsLog(workdir / "metrics.jsonl")
     start = 0
     if (restored := checkpoints.restore(state)) is not None:
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()  # whoever made it still holds it, and there is room for one state only
         start, state, data = restored
         stage.iterator.set_state(data["iterator"])
     log.rewind(stage.name, start)

@@ -98,14 +98,12 @@ def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
 class MetricsLog:
     """Appends rows to one `metrics.jsonl`. One process writes; any number may read.
 
-    `non_finite` counts the NaN and infinite values this object was given; they are written as null,
-    since JSON has no such numbers and a reader must not fail on them.
+    NaN and infinite values are written as null, since JSON has no such numbers and a reader must not fail on them.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
         self.path = Path(path)
-        self.non_finite = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep(lambda row: True)
 
@@ -115,7 +113,7 @@ class MetricsLog:
         Numbers are Python's or anything with `.item()` (numpy and jax scalars); floats are written so that
         reading gives the same float64. Raises ValueError without a string `stage` and an integer `step`.
         """
-        clean = {str(key): self._plain(value) for key, value in row.items()}
+        clean = {str(key): _plain(value) for key, value in row.items()}
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
         line = json.dumps(clean, allow_nan=False) + "\n"
@@ -135,17 +133,16 @@ class MetricsLog:
         if self.path.exists() and self.path.read_bytes() != data:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
 
-    def _plain(self, value: Any) -> Any:
-        """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
-        if isinstance(value, Mapping):
-            return {str(key): self._plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._plain(item) for item in value]
-        if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
-            value = value.item()
-        if isinstance(value, float):
-            value = float(value)  # numpy's float64 is a float whose repr is not JSON
-            if not math.isfinite(value):
-                self.non_finite += 1
-                return None
-        return value
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        value = float(value)  # numpy's float64 is a float whose repr is not JSON
+        return value if math.isfinite(value) else None
+    return value
