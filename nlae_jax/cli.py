@@ -103,6 +103,8 @@ def _start_jax() -> None:
     from nlae_jax.lm.pretrained import cache_directory
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers would warn at every start that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logger = logging.getLogger("nlae_jax")
     if not logger.handlers:  # counts of what was dropped; other libraries' logs stay as they are
         logger.addHandler(logging.StreamHandler())

@@ -72,7 +72,6 @@ class Progress:
         self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # (time, done) after recent advances
         self._advances = 0
         self._bar: RichProgress | None = None
-        self._last_line: str | None = None
         self._next_line_at = -float("inf")
 
     def __enter__(self) -> Progress:
@@ -94,7 +93,7 @@ class Progress:
         self._marks.append((self._clock(), self.done))
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, text=self._shown())
-        elif self._clock() >= self._next_line_at:
+        elif self._clock() >= self._next_line_at and self.done != self.total:  # the end has a line of its own
             self._write_line()
 
     def seconds_per_unit(self) -> float | None:
@@ -130,9 +129,8 @@ class Progress:
         return "  ".join([*parts, metric_text(self._metrics)]).rstrip()
 
     def _write_line(self, ended: bool = False) -> None:
-        self._last_line = self.line(ended)
+        say(self.line(ended))
         self._next_line_at = self._clock() + LINE_EVERY_SECONDS
-        say(self._last_line)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
