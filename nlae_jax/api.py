@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
 from nlae_jax.language_model import LanguageModel
+from nlae_jax.mesh import make_mesh
 from nlae_jax.progress import progress
 from nlae_jax.run import Run
 from nlae_jax.stages import trained_pair
@@ -34,7 +34,7 @@ class NLA:
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
-        """The pair that a run has trained so far: after RL, or after the warm start if RL has not finished.
+        """The pair that a run has trained so far: by RL up to its newest checkpoint, else by the warm start.
 
         Changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
         this machine has the devices for it, on one device otherwise.
@@ -43,7 +43,9 @@ class NLA:
         if not (workdir / "config.json").exists():
             raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
         config = load_config(workdir / "config.json")
-        if abs(math.prod(dataclasses.astuple(config.mesh))) > jax.device_count():
+        try:
+            make_mesh(config.mesh)
+        except UserError:
             config = dataclasses.replace(config, mesh=MeshConfig())
         run = Run(config, workdir, read_only=True)
         subject = LanguageModel(run.arch, run.base, run.tokenizer)

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
         if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
-            message = "out of device memory; smaller sft.batch_size, rl.activations_per_step or a larger mesh need less"
+            message = "out of device memory; a larger mesh needs less of each device, and so do smaller batches"
             return _fail(message, error, options.debug)
         if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
             return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
@@ -73,13 +73,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in _STAGES.items():
         command = commands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("--config", required=True, help="experiment file with get_config()")
+        if name != "report":
+            command.add_argument("--config", required=True, help="experiment file with get_config()")
         command.add_argument(
             "--workdir", required=True, type=Path, help="where everything is kept; run again to resume"
         )
         if name == "eval":
             command.add_argument("--json", action="store_true", help="print eval.json on stdout")
-        command.set_defaults(run=_run_stage)
+        command.set_defaults(run=_run_report if name == "report" else _run_stage)
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
     explain.add_argument("--workdir", required=True, type=Path, help="of a trained run")
     source = explain.add_mutually_exclusive_group(required=True)
@@ -91,8 +92,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
-    if overrides and options.command == "explain":
-        parser.error("explain takes no --config overrides: the workdir has its own config")
+    if overrides and options.command in ("explain", "report"):
+        parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
     return options, overrides
 
 
@@ -115,6 +116,14 @@ def _start_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def _run_report(options: argparse.Namespace, _: list[str]) -> int:
+    """Also of a run that is under way: nothing is run, nothing locked."""
+    from nlae_jax.evaluate.report import write_report
+
+    print(write_report(options.workdir))
+    return 0
+
+
 def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
@@ -125,9 +134,6 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.run import Run
     from nlae_jax.stages import STAGES
 
-    if options.command == "report":  # also of a run that is under way: nothing is run, nothing locked
-        print(write_report(options.workdir))
-        return 0
     clock = time.perf_counter()
     run = Run(config, options.workdir)
     if options.command == "train":

@@ -22,9 +22,9 @@ from nlae_jax.lm.arch import Arch, read_arch
 from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated
-from nlae_jax.progress import say
 from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
 from nlae_jax.train import objectives
+from nlae_jax.train.checkpoint import newest_sealed
 from nlae_jax.train.state import (
     Params,
     Roles,
@@ -43,20 +43,21 @@ _MAY_DIFFER = (
     "describe.max_retries",
 )
 
-# What a field's value has gone into: it can be put right until that is there. The longest name that fits counts.
+# What a run makes, in order, and the fields that are first read for it: until it or anything after it is there, they
+# can be put right. The longest name that fits counts.
 _MADE_WITH = {
-    "": "config.json",
-    "describe.model": "activations/descriptions.parquet",
-    "describe.base_url": "activations/descriptions.parquet",
-    "describe.max_new_tokens": "activations/descriptions.parquet",
-    "eval.num_activations": "activations/descriptions.parquet",
-    "protocol.": "protocol.json",
-    "lora.": "checkpoints/encoder_sft/*/manifest.json",
-    "optimizer.": "checkpoints/encoder_sft/*/manifest.json",
-    "sft.": "checkpoints/encoder_sft/*/manifest.json",
-    "sft.decoder_": "checkpoints/decoder_sft/*/manifest.json",
-    "rl.": "checkpoints/rl/*/manifest.json",
-    "eval.": "eval.json",
+    "config.json": ("",),
+    "activations/descriptions.parquet": (
+        "describe.model",
+        "describe.base_url",
+        "describe.max_new_tokens",
+        "eval.num_activations",
+    ),
+    "protocol.json": ("protocol.",),
+    "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
+    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_",),
+    "checkpoints/rl/*/manifest.json": ("rl.",),
+    "eval.json": ("eval.",),
 }
 
 # Rows that the FVE denominators of the training metrics are computed from.
@@ -199,22 +200,26 @@ def _differs(workdir: Path, config: Config) -> bool:
     """Whether the workdir's config is another. Raises UserError where that would compute something else."""
     mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, load_config(workdir / "config.json")))
     changed = [name for name in mine if theirs[name] != mine[name]]
-    made = [(name, _made_with(workdir, name)) for name in changed if not name.startswith(_MAY_DIFFER)]
-    grown = mine["rl.num_steps"] > theirs["rl.num_steps"]
     kept = [
         f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
-        for name, path in made
-        if path is not None and not (name == "rl.num_steps" and grown)
+        for name in changed
+        if not name.startswith(_MAY_DIFFER) and (path := _made_with(workdir, name, config)) is not None
     ]
     if kept:
         raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
-    if grown and (workdir / "eval.json").exists():
-        say("rl.num_steps has grown: the evaluation will be made again")
-        (workdir / "eval.json").unlink()
     return bool(changed)
 
 
-def _made_with(workdir: Path, name: str) -> Path | None:
-    """A file that a field's value has gone into; None where it can still be changed."""
-    pattern = _MADE_WITH[max((prefix for prefix in _MADE_WITH if name.startswith(prefix)), key=len)]
-    return min(workdir.glob(pattern), default=None)
+def _made_with(workdir: Path, name: str, config: Config) -> Path | None:
+    """A file that a field's old value has gone into; None where the new one is as good."""
+    if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
+        path = newest_sealed(workdir / "checkpoints/rl")
+        return path if path is not None and int(path.name) > config.rl.num_steps else None
+    first = max(
+        (len(prefix), made) for made, prefixes in _MADE_WITH.items() for prefix in prefixes if name.startswith(prefix)
+    )[1]
+    order = list(_MADE_WITH)
+    for pattern in order[order.index(first) :]:
+        if (path := min(workdir.glob(pattern), default=None)) is not None:
+            return path
+    return None

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train import steps
-from nlae_jax.train.checkpoint import is_sealed, restore_part
+from nlae_jax.train.checkpoint import newest_sealed, restore_part
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from nlae_jax.train.state import (
     Params,
@@ -186,11 +187,11 @@ def _trained_decoder(run: Run) -> Params | None:
     return state and state["trained"]
 
 
-def _trained_by_rl(run: Run) -> tuple[Params, Params] | None:
-    """What RL made of encoder and decoder, without their optimisers; None until it is finished."""
+def _trained_by_rl(run: Run, checkpoint: Path) -> tuple[Params, Params] | None:
+    """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
     weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
     abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
-    state = restore_part(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps), abstract)
+    state = restore_part(checkpoint, abstract)
     return state and (state["encoder"]["trained"], state["decoder"]["trained"])
 
 
@@ -238,8 +239,11 @@ def decoder_sft(run: Run) -> Params:
 
 def rl(run: Run) -> tuple[Params, Params]:
     """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
-    if (trained := _trained_by_rl(run)) is not None:
+    if (trained := _trained_by_rl(run, last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))) is not None:
         return trained
+    if (run.workdir / "eval.json").exists():
+        say("rl goes on: the evaluation will be made again")
+        (run.workdir / "eval.json").unlink()
     encoder, decoder = encoder_sft(run), decoder_sft(run)
     config = run.config.rl
     optimizers = [
@@ -271,10 +275,11 @@ def rl(run: Run) -> tuple[Params, Params]:
 
 
 def trained_pair(run: Run) -> Pair:
-    """The pair as trained so far: after RL if that is finished, else after the warm start. Only reads."""
-    if (trained := _trained_by_rl(run)) is None:
-        if is_sealed(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps)):
-            raise UserError(f"--workdir {run.workdir}: rl's last checkpoint is damaged; run `nlae train` there again")
+    """The pair as trained so far: by RL up to its newest checkpoint, else by the warm start. Only reads."""
+    if (checkpoint := newest_sealed(run.workdir / "checkpoints/rl")) is not None:
+        if (trained := _trained_by_rl(run, checkpoint)) is None:
+            raise UserError(f"{checkpoint}: damaged; run `nlae train` there again, which goes back to the one before")
+    else:
         trained = _trained_encoder(run), _trained_decoder(run)
         for name, params in zip(("encoder_sft", "decoder_sft"), trained, strict=True):
             if params is None:

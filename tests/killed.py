@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from nlae_jax import cli, files, stages
 from nlae_jax.data import activations
+from nlae_jax.evaluate import report
 from nlae_jax.train import checkpoint, metrics
 
 _write_atomically = files.write_atomically
@@ -108,7 +109,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "rl_unsealed": lambda: before(checkpoint, "write_json", manifest_of("rl", 6)),
     "samples": lambda: half_written("held_out.jsonl"),
     "eval": lambda: half_written("eval.json"),
-    "report": lambda: before(stages, "write_report"),
+    "report": lambda: before(report, "write_report"),
 }
 
 

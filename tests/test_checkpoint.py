@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nlae_jax.train import checkpoint
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed, restore_part
 
 SIZE = 4096
@@ -255,9 +256,11 @@ def test_a_part_takes_the_sharding_asked_for(tmp_path):
 
 
 def test_a_disk_that_is_too_full_is_noticed_before_saving(tmp_path, monkeypatch):
+    enough = checkpoint._MARGIN + 4 * SIZE + 4  # the weights and the number of the step
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough))
     save(tmp_path, 2)
-    usage = shutil.disk_usage(tmp_path)._replace(free=4 * SIZE)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough - 1))
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["2"]

@@ -372,6 +372,26 @@ def test_rl_can_go_on_for_more_steps(tiny_run, tmp_path, capsys):
     assert main(tiny_run.arguments(workdir, **longer)) == 0
 
 
+def test_settings_bind_what_comes_after_a_stage_of_no_steps(tiny_run, tmp_path, refused):
+    """Without encoder SFT the decoder is the first that is made with lora and optimizer."""
+    workdir, none = tmp_path / "W", {"sft__encoder_steps": 0, "lora__rank": 2, "rl__num_steps": 0}
+    assert main(tiny_run.arguments(workdir, "sft", **none)) == 0
+    assert "lora.alpha 16.0 -> 32.0 (checkpoints/decoder_sft/" in refused(
+        tiny_run.arguments(workdir, lora__alpha=32.0, **none)
+    )
+    assert "sft.encoder_steps 0 -> 60 (checkpoints/decoder_sft/" in refused(
+        tiny_run.arguments(workdir, **none | {"sft__encoder_steps": 60})
+    )
+
+
+def test_a_slip_in_the_number_of_rl_steps_can_be_taken_back(tiny_run, tmp_path):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    assert main(tiny_run.arguments(workdir, "extract", rl__num_steps=6000)) == 0
+    assert main(tiny_run.arguments(workdir)) == 0
+    assert (workdir / "eval.json").read_bytes() == (tiny_run.workdir / "eval.json").read_bytes()
+    assert tiny_run.metrics(workdir) == tiny_run.metrics(tiny_run.workdir)
+
+
 def test_other_weights_under_the_same_name(tiny_run, tmp_path, refused):
     model = shutil.copytree(tiny_run.model, tmp_path / "model")
     workdir = tmp_path / "W"
@@ -391,7 +411,7 @@ def test_report_of_what_is_there_so_far(tiny_run, workdir, capsys):
         (workdir / name).unlink()
     with (workdir / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a run that goes on meanwhile holds it
-        assert main(tiny_run.arguments(workdir, "report")) == 0
+        assert main(["report", "--workdir", str(workdir)]) == 0
     assert "Not there yet" in (workdir / "report.html").read_text()
     assert not (workdir / "checkpoints").exists()
 

@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends with the numbers of a run that was never killed, bit for bit."""
 
+import functools
 import json
 import random
 import shutil
@@ -272,7 +273,9 @@ def test_killed_at_every_point_of_every_stage(tiny_run, tmp_path):
 def test_interrupted_by_hand(tiny_run, tmp_path):
     """Control-C ends in one line; what is being saved is finished first."""
     workdir = tmp_path / "W"
-    process = start("nlae_jax", *tiny_run.arguments(workdir))
+    # What a background shell starts ignores control-C, and so would what it starts itself.
+    unmuted = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = start("nlae_jax", *tiny_run.arguments(workdir), preexec_fn=unmuted)
     while process.poll() is None and "encoder_sft" not in read_or_empty(workdir / "metrics.jsonl"):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

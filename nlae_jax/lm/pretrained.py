@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import read_arch
 from nlae_jax.lm.gguf import convert_gguf
 from nlae_jax.lm.tiny import write_tiny_model
+from nlae_jax.lm.weights import weight_files
 
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
 _CONVERTER_VERSION = 1
@@ -77,10 +79,10 @@ def resolve_model(name: str) -> Path:
 def fingerprint(directory: Path) -> str:
     """Tells the weights of a model directory from others of the same shapes, without reading all of them.
 
-    A hash of config.json and, of every safetensors file, the name, the size and pieces spread over it.
+    A hash of the architecture and, of every weight file, the name, the size and pieces spread over it.
     """
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
+    digest = hashlib.sha256(repr(read_arch(directory)).encode())
+    for path in weight_files(directory):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -6,7 +6,6 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -197,20 +196,20 @@ class Transformer(nn.Module):
         return jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
 
     def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and the entropy of the next-token distribution, each [..., T] float32, from x [..., T, d].
+        """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
 
-        In chunks of about so many tokens, whose logits are recomputed for the backward pass: no [tokens, vocabulary]
-        array outlives one. A chunk is a stretch of T of all rows, so that devices that split the rows split its work.
-        The entropy carries no gradient.
+        In chunks of at most `chunk` tokens (or of B), whose logits are recomputed for the backward pass: no
+        [tokens, vocabulary] array outlives one. A chunk holds tokens of every row of the first axis, so that devices
+        that split the rows split its work. The entropy carries no gradient.
         """
-        length = targets.shape[-1]
-        width = min(length, max(1, chunk // math.prod(targets.shape[:-1])))
+        rows = targets.shape[0]
+        count = targets.size // rows
+        width = min(count, max(1, chunk // rows))
 
-        def chunked(array: jax.Array, axis: int) -> jax.Array:
-            """Axis T [..., T, ...] -> [T / width, ..., width, ...], the last chunk filled up with zeros."""
-            padded = jnp.pad(array, [(0, -length % width if i == axis else 0) for i in range(array.ndim)])
-            split = padded.reshape(*array.shape[:axis], -1, width, *array.shape[axis + 1 :])
-            return jnp.moveaxis(split, axis, 0)
+        def chunked(array: jax.Array) -> jax.Array:
+            """[B, count, ...] -> [chunks, B, width, ...], the last chunk filled up with zeros."""
+            padded = jnp.pad(array, [(0, 0), (0, -count % width), *[(0, 0)] * (array.ndim - 2)])
+            return jnp.moveaxis(padded.reshape(rows, -1, width, *array.shape[2:]), 1, 0)
 
         @jax.checkpoint
         def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -219,9 +218,9 @@ class Transformer(nn.Module):
             frozen = jax.lax.stop_gradient(log_probs)
             return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
 
-        axis = targets.ndim - 1
-        _, chunks = jax.lax.scan(one, None, (chunked(x, axis), chunked(targets, axis)))
-        log_probs, entropy = (jnp.moveaxis(c, 0, -2).reshape(*targets.shape[:-1], -1)[..., :length] for c in chunks)
+        inputs = chunked(x.reshape(rows, count, -1)), chunked(targets.reshape(rows, count))
+        _, chunks = jax.lax.scan(one, None, inputs)
+        log_probs, entropy = (jnp.moveaxis(c, 0, 1).reshape(rows, -1)[:, :count].reshape(targets.shape) for c in chunks)
         return log_probs, entropy
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ def load_params(directory: Path, arch: Arch, dtype: str = "float32", trunk: bool
     params = _allocate(arch, numpy_dtype(dtype), trunk)
     slots = {slot[0]: slot[1:] for slot in _slots(arch, params)}
     missing = set(slots)
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 if name not in slots:
@@ -196,7 +196,7 @@ def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
     return trunk and name == hf_name(arch, "final_norm")
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that together hold the model."""
     if (directory / WEIGHTS_FILE).is_file():
         return [directory / WEIGHTS_FILE]

@@ -67,20 +67,25 @@ class Checkpoints:
 
         `abstract` is a state of the right structure, whose shardings the restored arrays take.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        for candidate in steps:
-            path = self._directory / str(candidate)
+        if step is None and (step := self.newest()) is None:
+            return None
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_of(abstract)),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return step, restored["state"], restored["data"]
+
+    def newest(self) -> int | None:
+        """The step of the newest sound checkpoint. Newer ones that are damaged are deleted, with a warning."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._directory / str(step)
             if (problem := _problem(path)) is None:
-                restored = self._manager.restore(
-                    candidate,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)),
-                        data=ocp.args.JsonRestore(),
-                    ),
-                )
-                return candidate, restored["state"], restored["data"]
+                return step
             warn(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
-            self._manager.delete(candidate)
+            self._manager.delete(step)
         return None
 
     def close(self) -> None:
@@ -96,13 +101,24 @@ class Checkpoints:
             self.close()
 
 
+def abstract_of(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state's arrays."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+
+
 def is_sealed(path: Path) -> bool:
     """Whether the checkpoint directory was written to its end."""
     return (path / _MANIFEST).exists()
 
 
+def newest_sealed(directory: Path) -> Path | None:
+    """A stage's newest checkpoint that was written to its end; None where there is none."""
+    sealed = (path for path in directory.glob("*") if path.name.isdecimal() and is_sealed(path))
+    return max(sealed, key=lambda path: int(path.name), default=None)
+
+
 def restore_part(path: Path, abstract: Any) -> Any | None:
-    """Those arrays of a checkpoint's state that `abstract` has, with its shardings; nothing else is read.
+    """Those arrays of a checkpoint's state that `abstract` has, with its shardings; no memory is taken for others.
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
     """

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from nlae_jax.config import Config
 from nlae_jax.mesh import batch_sharding, replicated
 from nlae_jax.progress import progress
-from nlae_jax.train.checkpoint import Checkpoints
+from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
 
@@ -52,10 +52,11 @@ def _run(
     """`run_stage` between the opening and the closing of its checkpoints."""
     log = MetricsLog(workdir / "metrics.jsonl")
     start = 0
-    if (restored := checkpoints.restore(state)) is not None:
+    if (newest := checkpoints.newest()) is not None:
+        abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
-            leaf.delete()  # whoever made it still holds it, and there is room for one state only
-        start, state, data = restored
+            leaf.delete()  # whoever made it still holds it, and there may be room for one state only
+        start, state, data = checkpoints.restore(abstract, newest)
         stage.iterator.set_state(data["iterator"])
     log.rewind(stage.name, start)
     if start == stage.steps:
