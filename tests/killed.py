@@ -1,6 +1,7 @@
 """`python -m tests.killed POINT ARGUMENTS…`: the `nlae` command, which kills itself (SIGKILL) at one point of its work.
 
-Each point is where something is half-done. Nothing in a killed process runs after it: no handler, no thread.
+Each point is where something is half-done. Nothing in a killed process runs after it: no handler, no thread. At the
+point `never` it does not kill itself, and is there to be interrupted.
 """
 
 from __future__ import annotations
@@ -114,5 +115,8 @@ POINTS: dict[str, Callable[[], None]] = {
 
 
 if __name__ == "__main__":
-    POINTS[sys.argv[1]]()
+    # What a background shell starts ignores control-C, and so would what that starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.argv[1] != "never":
+        POINTS[sys.argv[1]]()
     sys.exit(cli.main(sys.argv[2:]))

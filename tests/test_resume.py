@@ -1,6 +1,5 @@
 """Killed at any moment and started again, a run ends with the numbers of a run that was never killed, bit for bit."""
 
-import functools
 import json
 import random
 import shutil
@@ -239,14 +238,13 @@ def test_two_looks_at_one_workdir_in_one_process(tiny_run):
 # --- real processes, really killed
 
 
-def start(module, *arguments, **options):
+def start(module, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -273,9 +271,7 @@ def test_killed_at_every_point_of_every_stage(tiny_run, tmp_path):
 def test_interrupted_by_hand(tiny_run, tmp_path):
     """Control-C ends in one line; what is being saved is finished first."""
     workdir = tmp_path / "W"
-    # What a background shell starts ignores control-C, and so would what it starts itself.
-    unmuted = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = start("nlae_jax", *tiny_run.arguments(workdir), preexec_fn=unmuted)
+    process = start("tests.killed", "never", *tiny_run.arguments(workdir))
     while process.poll() is None and "encoder_sft" not in read_or_empty(workdir / "metrics.jsonl"):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
