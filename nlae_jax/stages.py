@@ -169,21 +169,15 @@ def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleS
     return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
 
 
-def _trained_encoder(run: Run) -> Params | None:
-    """What encoder SFT made, without its optimiser; None until it is finished."""
-    if not (num_steps := run.config.sft.encoder_steps):
-        return _initial_encoder(run, optax.identity()).trained
-    abstract = {"trained": abstract_params(run.mesh, run.roles.encoder_weights())}
-    state = restore_part(last_checkpoint(run.workdir, "encoder_sft", num_steps), abstract)
-    return state and state["trained"]
+_INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
 
 
-def _trained_decoder(run: Run) -> Params | None:
-    """The same of decoder SFT."""
-    if not (num_steps := run.config.sft.decoder_steps):
-        return _initial_decoder(run, optax.identity()).trained
-    abstract = {"trained": abstract_params(run.mesh, run.roles.decoder_weights())}
-    state = restore_part(last_checkpoint(run.workdir, "decoder_sft", num_steps), abstract)
+def _trained_by_sft(run: Run, role: str) -> Params | None:
+    """What SFT made of the role `encoder` or `decoder`, without its optimiser; None until it is finished."""
+    if not (num_steps := getattr(run.config.sft, f"{role}_steps")):
+        return _INITIAL[role](run, optax.identity()).trained
+    abstract = {"trained": abstract_params(run.mesh, getattr(run.roles, f"{role}_weights")())}
+    state = restore_part(last_checkpoint(run.workdir, f"{role}_sft", num_steps), abstract)
     return state and state["trained"]
 
 
@@ -198,7 +192,7 @@ def _trained_by_rl(run: Run, checkpoint: Path) -> tuple[Params, Params] | None:
 def encoder_sft(run: Run) -> Params:
     """The encoder learns to write descriptions. Returns its trained parameters."""
     describe(run)
-    if (trained := _trained_encoder(run)) is not None:
+    if (trained := _trained_by_sft(run, "encoder")) is not None:
         return trained
     config = run.config.sft
     rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
@@ -218,7 +212,7 @@ def encoder_sft(run: Run) -> Params:
 def decoder_sft(run: Run) -> Params:
     """The decoder learns to read descriptions. Returns its trained parameters."""
     describe(run)
-    if (trained := _trained_decoder(run)) is not None:
+    if (trained := _trained_by_sft(run, "decoder")) is not None:
         return trained
     config = run.config.sft
     rows, ids, length = _described(
@@ -280,10 +274,10 @@ def trained_pair(run: Run) -> Pair:
         if (trained := _trained_by_rl(run, checkpoint)) is None:
             raise UserError(f"{checkpoint}: damaged; run `nlae train` there again, which goes back to the one before")
     else:
-        trained = _trained_encoder(run), _trained_decoder(run)
-        for name, params in zip(("encoder_sft", "decoder_sft"), trained, strict=True):
+        trained = tuple(_trained_by_sft(run, role) for role in _INITIAL)
+        for role, params in zip(_INITIAL, trained, strict=True):
             if params is None:
-                raise UserError(f"--workdir {run.workdir}: {name} is not finished; run `nlae train` there first")
+                raise UserError(f"--workdir {run.workdir}: {role}_sft is not finished; run `nlae train` there first")
     return Pair(run.base if run.config.lora.rank else {}, *trained)
 
 
