@@ -67,7 +67,7 @@ def test_absent_fields_take_the_values_that_transformers_gives_them():
     assert not arch.tied_head
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "Llama", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "Llama", None])
 def test_an_unsupported_family_is_refused_by_name(model_type):
     with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported: llama"):
         arch_from_hf({**LLAMA, "model_type": model_type})
@@ -82,9 +82,6 @@ def test_a_config_without_a_family_is_refused():
     ("key", "value"),
     [
         ("hidden_act", "gelu"),
-        ("hidden_act", None),
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("rope_interleaved", True),
         ("pretraining_tp", 2),
         ("is_llama_config", False),
@@ -111,8 +108,20 @@ def test_a_missing_field_is_named(key, absent):
 def test_other_rope_types_are_refused_by_name(key):
     with pytest.raises(UserError, match="rope_type 'yarn' is not supported"):
         arch_from_hf({**LLAMA, key: {"rope_type": "yarn", "factor": 4.0}})
-    with pytest.raises(UserError, match="rope_type 'linear' is not supported"):
-        arch_from_hf({**LLAMA, key: {"type": "linear", "factor": 4.0}})
+    with pytest.raises(UserError, match="rope_type 'dynamic' is not supported"):
+        arch_from_hf({**LLAMA, key: {"type": "dynamic", "factor": 4.0}})
+
+
+@pytest.mark.parametrize("key", ["attn_soft_cap", "num_local_experts", "quantization_config"])
+def test_a_field_that_nobody_reads_is_refused_by_name(key):
+    with pytest.raises(UserError, match=f"the field {key!r} is not known for model_type llama"):
+        arch_from_hf({**LLAMA, key: 8})
+    assert arch_from_hf({**LLAMA, key: None}) == arch_from_hf(LLAMA)
+
+
+def test_a_config_that_cannot_be_written_is_not():
+    with pytest.raises(ValueError, match="cannot be written"):
+        hf_config(dataclasses.replace(arch_from_hf(LLAMA), norm_offset=1.0))
 
 
 def test_rope_is_read_from_both_places():

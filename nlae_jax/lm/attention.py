@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, LinearRope
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
 MASKED = -1e30
@@ -43,11 +43,19 @@ def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) 
     return [KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid)] * arch.num_layers
 
 
-def rope_table(arch: Arch, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [*positions.shape, head_dim / 2] float32 (Su et al. 2021, in HF's half-split order)."""
+def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, each [*positions.shape, head_dim / 2] float32 (Su et al. 2021, in HF's half-split order).
+
+    `kind` is one of `arch.ropes`; "none" turns nothing.
+    """
     exponents = jnp.arange(0, arch.head_dim, 2, dtype=jnp.float32) / arch.head_dim
-    frequencies = arch.rope_theta**-exponents
-    if (scaling := arch.rope_scaling) is not None:
+    frequencies = (arch.local_rope_theta if kind == "local" else arch.rope_theta) ** -exponents
+    scaling = arch.rope_scaling if kind == "global" else None
+    if kind == "none":
+        frequencies = jnp.zeros_like(frequencies)
+    elif isinstance(scaling, LinearRope):
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
         wavelengths = 2 * math.pi / frequencies
         low = scaling.original_max_positions / scaling.low_freq_factor
         high = scaling.original_max_positions / scaling.high_freq_factor
@@ -69,16 +77,25 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: jax.Array, q_positions: jax.Array, segments: Sequence[KeyValues]) -> jax.Array:
+def attend(
+    q: jax.Array,
+    q_positions: jax.Array,
+    segments: Sequence[KeyValues],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
     """Attention of one segment's queries to the keys of several segments, under one softmax.
 
     q: [*batch, T, heads, head_dim], q_positions: [*batch, T]. The batch axes of every entry of `segments` are a
-    prefix of q's. A key is seen if it is valid and its position is not after the query's. Returns q's shape.
+    prefix of q's. A key is seen if it is valid, its position is not after the query's and, with a `window`, less
+    than so many before it. Scores are multiplied by `scale` (head_dim ** -0.5 unless given) and, with a `softcap`,
+    squashed below it. Returns q's shape.
 
     The softmax is taken in pieces: one maximum over all segments, then sums of exponentials and of weighted values.
     """
     *batch, length, heads, head_dim = q.shape
-    scale = head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
     kv_heads = segments[0].k.shape[-3]
     repeats = heads // kv_heads
     total = math.prod(batch)
@@ -101,9 +118,12 @@ def attend(q: jax.Array, q_positions: jax.Array, segments: Sequence[KeyValues]) 
         queries = q.reshape(outer, inner, length, kv_heads, repeats, head_dim)
         keys = kv.k.reshape(outer, *kv.k.shape[-3:])
         score = jnp.einsum("oitkrd,oksd->okitrs", queries, keys, preferred_element_type=jnp.float32) * scale
-        seen = kv.valid.reshape(outer, 1, 1, -1) & (
-            kv.positions.reshape(outer, 1, 1, -1) <= q_positions.reshape(outer, inner, length, 1)
-        )
+        if softcap:
+            score = softcap * jnp.tanh(score / softcap)
+        age = q_positions.reshape(outer, inner, length, 1) - kv.positions.reshape(outer, 1, 1, -1)
+        seen = kv.valid.reshape(outer, 1, 1, -1) & (age >= 0)
+        if window is not None:
+            seen &= age < window
         scores.append(jnp.where(seen[:, None, :, :, None, :], score, MASKED))
 
     tops = [common(score.max(-1), kv) for score, kv in zip(scores, segments, strict=True)]

@@ -6,12 +6,14 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
@@ -38,11 +40,39 @@ class LayerCache(NamedTuple):
     v: jax.Array
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+class Layer(NamedTuple):
+    """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
+
+    window: jax.Array | int | None = None
+    rope: jax.Array | int = 0
+
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+
+_NO_WINDOW = 2**30  # further back than any position
+
+
+def rope_kinds(arch: Arch) -> list[str]:
+    """The kinds of rope that the blocks have, each once."""
+    return sorted(set(arch.ropes)) or ["global"]
+
+
+def layers_of(arch: Arch) -> Layer | None:
+    """Every block's `Layer`, as arrays [L]; None where all are alike."""
+    if not arch.ropes and not arch.windows:
+        return None
+    kinds, count = rope_kinds(arch), arch.num_layers
+    return Layer(
+        np.array([window or _NO_WINDOW for window in arch.windows], np.int32) if arch.windows else None,
+        np.array([kinds.index(rope) for rope in arch.ropes] or [0] * count, np.int32),
+    )
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
-    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+    return (scaled * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -67,7 +97,7 @@ class Block:
         self.arch, self.lora_scale = arch, lora_scale
         self.positions = [s.positions for s in segments]
         self.valid = [s.valid for s in segments]
-        self.ropes = [rope_table(arch, s.positions) for s in segments]
+        self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
 
     def __call__(
         self,
@@ -77,12 +107,14 @@ class Block:
         contexts: Sequence[KeyValues] = (),
         own: KeyValues | None = None,
         offset: jax.Array | int = 0,
+        layer: Layer | None = None,
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+        layer = layer or Layer()
         seen, outs, caches = list(contexts), [], []
         for i, x in enumerate(xs):
             with jax.named_scope("attention"):
-                normed = rms_norm(x, weights["attn_norm"], self.arch.norm_eps)
-                q, k, v = self._project(weights, adapters, normed, self.ropes[i])
+                normed = self._norm(x, weights, "attn_norm")
+                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope))
                 if own is None:
                     keys = KeyValues(k, v, self.positions[i], self.valid[i])
                 else:
@@ -92,15 +124,27 @@ class Block:
                     )
                 seen.append(keys)
                 caches.append(LayerCache(keys.k, keys.v))
-                mixed = attend(q, self.positions[i], seen).reshape(*x.shape[:-1], -1)
-                x = x + linear(mixed, weights["o"], adapters.get("o"), self.lora_scale)
+                scale = self.arch.attention_scale or None
+                mixed = attend(q, self.positions[i], seen, scale, self.arch.attention_softcap, layer.window)
+                mixed = self._linear(mixed.reshape(*x.shape[:-1], -1), weights, adapters, "o")
+                x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
-                normed = rms_norm(x, weights["mlp_norm"], self.arch.norm_eps)
-                gate = linear(normed, weights["gate"], adapters.get("gate"), self.lora_scale)
-                up = linear(normed, weights["up"], adapters.get("up"), self.lora_scale)
-                x = x + linear(nn.silu(gate) * up, weights["down"], adapters.get("down"), self.lora_scale)
+                normed = self._norm(x, weights, "mlp_norm")
+                gate, up = (self._linear(normed, weights, adapters, name) for name in ("gate", "up"))
+                mixed = self._linear(ACTIVATIONS[self.arch.activation](gate) * up, weights, adapters, "down")
+                x = x + self._norm(mixed, weights, "mlp_post_norm")
             outs.append(x)
         return tuple(outs), tuple(caches)
+
+    def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
+        """x itself where the architecture has no such norm."""
+        if name not in weights:
+            return x
+        return rms_norm(x, weights[name], self.arch.norm_eps, self.arch.norm_offset)
+
+    def _linear(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], name: str) -> jax.Array:
+        y = linear(x, weights[name], adapters.get(name), self.lora_scale)
+        return y + weights[f"{name}_bias"] if name in self.arch.biases else y
 
     def _project(
         self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array]
@@ -108,8 +152,11 @@ class Block:
         """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [*batch, kv_heads, T, head_dim]."""
 
         def heads(name: str, count: int) -> jax.Array:
-            y = linear(x, weights[name], adapters.get(name), self.lora_scale)
-            return y.reshape(*x.shape[:-1], count, self.arch.head_dim)
+            y, norm = self._linear(x, weights, adapters, name), f"{name}_norm"
+            if self.arch.qk_norm == "all":
+                y = self._norm(y, weights, norm)
+            y = y.reshape(*x.shape[:-1], count, self.arch.head_dim)
+            return self._norm(y, weights, norm) if self.arch.qk_norm == "head" else y
 
         q = apply_rope(heads("q", self.arch.num_heads), rope)
         k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
@@ -148,7 +195,10 @@ class Transformer(nn.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """[...] int -> [..., d]."""
-        return self.embedding[ids]
+        embedded = self.embedding[ids]
+        return (
+            embedded if self.arch.embed_scale == 1.0 else embedded * jnp.asarray(self.arch.embed_scale, embedded.dtype)
+        )
 
     def run(
         self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
@@ -161,9 +211,10 @@ class Transformer(nn.Module):
         stop = self.arch.num_layers if stop is None else stop
         block = Block(self.arch, self.lora_scale, segments)
 
-        def body(xs: tuple[jax.Array, ...], layer: tuple[Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
-            weights, adapters = layer
-            xs, caches = block(weights if not partial else _layer(self.blocks, weights), adapters, xs)
+        def body(xs: tuple[jax.Array, ...], inputs: tuple[Any, Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
+            weights, adapters, layer = inputs
+            weights = weights if not partial else _layer(self.blocks, weights)
+            xs, caches = block(weights, adapters, xs, layer=layer)
             return xs, caches if keep_caches else None
 
         # A part of the stack is read in place, block by block: slicing it first would copy it.
@@ -173,7 +224,8 @@ class Transformer(nn.Module):
         if adapters and partial:
             adapters = jax.tree.map(lambda a: a[start:stop], adapters)
         body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters))
+        layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
+        return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters, layers))
 
     def decode(
         self, segment: Segment, contexts: Sequence[Sequence[KeyValues]], own: Sequence[KeyValues], offset: jax.Array
@@ -184,16 +236,20 @@ class Transformer(nn.Module):
         """
         block, adapters = Block(self.arch, self.lora_scale, [segment]), self._adapters()
         xs, grown = (segment.x,), []
+        layers = layers_of(self.arch)
         for index in range(self.arch.num_layers):
-            layer = _layer(self.blocks, index), _layer(adapters, index)
-            xs, (cache,) = block(*layer, xs, contexts[index], own[index], offset)
+            weights, low_rank = _layer(self.blocks, index), _layer(adapters, index)
+            layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
+            xs, (cache,) = block(weights, low_rank, xs, contexts[index], own[index], offset, layer)
             grown.append(own[index]._replace(k=cache.k, v=cache.v))
         return xs[0], grown
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., d] -> [..., V] float32."""
-        normed = rms_norm(x, self.final_norm, self.arch.norm_eps)
-        return jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
+        normed = rms_norm(x, self.final_norm, self.arch.norm_eps, self.arch.norm_offset)
+        logits = jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
+        cap = self.arch.logit_softcap
+        return cap * jnp.tanh(logits / cap) if cap else logits
 
     def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
         """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
@@ -231,6 +287,13 @@ class Transformer(nn.Module):
     def padded(self, ids: jax.Array, mask: jax.Array) -> Segment:
         """A batch padded on either side as one segment; positions count the real tokens from 0."""
         return Segment(self.embed(ids), jnp.maximum(jnp.cumsum(mask, -1) - 1, 0).astype(jnp.int32), mask.astype(bool))
+
+
+def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
+    """`tables[index]`, where the index may be traced."""
+    if len(tables) == 1 or isinstance(index, int):
+        return tables[index if isinstance(index, int) else 0]
+    return jax.tree.map(lambda *parts: jnp.stack(parts)[index], *tables)
 
 
 def _layer(stacked: Any, index: Any) -> Any:

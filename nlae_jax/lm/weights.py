@@ -19,29 +19,54 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.arch import FAMILIES, Arch, model_weights
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# family -> our name -> (HF name, whether the HF matrix is the transpose of ours).
+# Our name -> (HF name, whether the HF matrix is the transpose of ours), where a family has it.
 # A name with {} stands for one tensor per block, and ours is then under "blocks".
-HF_NAMES: dict[str, dict[str, tuple[str, bool]]] = {
-    "llama": {
-        "embed": ("model.embed_tokens.weight", False),
-        "attn_norm": ("model.layers.{}.input_layernorm.weight", False),
-        "q": ("model.layers.{}.self_attn.q_proj.weight", True),
-        "k": ("model.layers.{}.self_attn.k_proj.weight", True),
-        "v": ("model.layers.{}.self_attn.v_proj.weight", True),
-        "o": ("model.layers.{}.self_attn.o_proj.weight", True),
-        "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
-        "gate": ("model.layers.{}.mlp.gate_proj.weight", True),
-        "up": ("model.layers.{}.mlp.up_proj.weight", True),
-        "down": ("model.layers.{}.mlp.down_proj.weight", True),
-        "final_norm": ("model.norm.weight", False),
-        "head": ("lm_head.weight", False),
-    },
+_LLAMA_NAMES: dict[str, tuple[str, bool]] = {
+    "embed": ("model.embed_tokens.weight", False),
+    "attn_norm": ("model.layers.{}.input_layernorm.weight", False),
+    "q": ("model.layers.{}.self_attn.q_proj.weight", True),
+    "k": ("model.layers.{}.self_attn.k_proj.weight", True),
+    "v": ("model.layers.{}.self_attn.v_proj.weight", True),
+    "o": ("model.layers.{}.self_attn.o_proj.weight", True),
+    "q_bias": ("model.layers.{}.self_attn.q_proj.bias", False),
+    "k_bias": ("model.layers.{}.self_attn.k_proj.bias", False),
+    "v_bias": ("model.layers.{}.self_attn.v_proj.bias", False),
+    "o_bias": ("model.layers.{}.self_attn.o_proj.bias", False),
+    "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
+    "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
+    "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "gate": ("model.layers.{}.mlp.gate_proj.weight", True),
+    "up": ("model.layers.{}.mlp.up_proj.weight", True),
+    "down": ("model.layers.{}.mlp.down_proj.weight", True),
+    "gate_bias": ("model.layers.{}.mlp.gate_proj.bias", False),
+    "up_bias": ("model.layers.{}.mlp.up_proj.bias", False),
+    "down_bias": ("model.layers.{}.mlp.down_proj.bias", False),
+    "final_norm": ("model.norm.weight", False),
+    "head": ("lm_head.weight", False),
 }
+# With norms on both sides of attention and MLP, the name that Llama gives to the second goes to another.
+_POST_NORM_NAMES: dict[str, tuple[str, bool]] = _LLAMA_NAMES | {
+    "attn_post_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "mlp_norm": ("model.layers.{}.pre_feedforward_layernorm.weight", False),
+    "mlp_post_norm": ("model.layers.{}.post_feedforward_layernorm.weight", False),
+}
+_OTHER_NAMES = {"gemma2": _POST_NORM_NAMES, "gemma3_text": _POST_NORM_NAMES, "olmo2": _POST_NORM_NAMES}
+HF_NAMES: dict[str, dict[str, tuple[str, bool]]] = {
+    family: _OTHER_NAMES.get(family, _LLAMA_NAMES) for family in FAMILIES
+}
+
+# Where the language model lies in a checkpoint that also has a vision tower (new and old spelling), and what else does.
+_NESTED = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 
 # What a model without output lacks: a decoder is read before its final norm and has no vocabulary head.
 _OUTPUT = ("final_norm", "head")
@@ -77,15 +102,16 @@ def load_params(directory: Path, arch: Arch, dtype: str = "float32", trunk: bool
     for path in weight_files(directory):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                if name not in slots:
-                    if _may_be_ignored(name, arch, trunk):
+                plain = _without_tower(name)
+                if plain not in slots:
+                    if _may_be_ignored(plain, arch, trunk):
                         continue
                     raise UserError(f"{path}: unexpected tensor {name!r}; config.json does not describe it")
-                if name not in missing:
+                if plain not in missing:
                     raise UserError(f"{path}: the tensor {name!r} is there twice")
-                target, transposed = slots[name]
+                target, transposed = slots[plain]
                 _read_into(target, file, name, transposed, path)
-                missing.remove(name)
+                missing.remove(plain)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
@@ -187,9 +213,17 @@ def _reader(source: np.ndarray, transposed: bool) -> Callable[[], np.ndarray]:
     return lambda: source.T if transposed else source
 
 
+def _without_tower(name: str) -> str:
+    """The name that a tensor of the language model has in a checkpoint without a vision tower."""
+    for nested, plain in _NESTED:
+        if name.startswith(nested):
+            return plain + name.removeprefix(nested)
+    return name
+
+
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
     """Whether a surplus tensor is harmless: a rotary buffer, the copy of a tied head, or a trunk's output part."""
-    if name.endswith("rotary_emb.inv_freq"):
+    if name.endswith("rotary_emb.inv_freq") or name.startswith(_VISION):
         return True
     if name == hf_name(arch, "head"):
         return arch.tied_head or trunk
