@@ -159,8 +159,8 @@ def unsupported_architecture(model):
 
 
 def unsupported_variant(model):
-    edit_json(model / "config.json", attention_bias=True)
-    return "attention_bias"
+    edit_json(model / "config.json", hidden_act="relu")
+    return "hidden_act"
 
 
 def config_not_json(model):
