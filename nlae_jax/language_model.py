@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, read_arch
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.weights import load_params

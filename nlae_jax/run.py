@@ -18,7 +18,8 @@ from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, read_parquet, write_json
-from nlae_jax.lm.arch import Arch, read_arch
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, Llama3Rope, Weight, arch_from_hf, hf_config, model_weights, read_arch
+from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, Weight, model_weights
 from nlae_jax.lm.attention import rope_table
+from nlae_jax.lm.families import arch_from_hf, hf_config, read_arch
 
 LLAMA = {
     "model_type": "llama",
@@ -83,7 +84,6 @@ def test_a_config_without_a_family_is_refused():
     [
         ("hidden_act", "gelu"),
         ("rope_interleaved", True),
-        ("pretraining_tp", 2),
         ("is_llama_config", False),
         ("partial_rotary_factor", 0.5),
         ("sliding_window", 4096),
@@ -232,3 +232,227 @@ def test_truncating_changes_the_depth_alone():
     arch = arch_from_hf(LLAMA)
     assert arch.truncated(2).num_layers == 2
     assert arch.truncated(2).truncated(3) == arch
+
+
+# --- config.json as published: fields that their writers left out, and fields that mean nothing here
+
+PUBLISHED = {
+    "Llama-3.3-70B-Instruct": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 8192,
+            "initializer_range": 0.02,
+            "intermediate_size": 28672,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 64,
+            "num_hidden_layers": 80,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 8192},
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.47.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+        {"d_model": 8192, "rope_theta": 5e5, "rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 8192), "tied_head": False},
+    ),
+    "Mistral-7B-Instruct-v0.1": (
+        {
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "model_type": "mistral",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        {"windows": (4096,) * 32, "num_kv_heads": 8, "head_dim": 128},
+    ),
+    "Qwen2.5-7B-Instruct": (
+        {
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_window_layers": 28,
+            "model_type": "qwen2",
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+        },
+        {"biases": ("q", "k", "v"), "windows": (), "head_dim": 128, "rope_theta": 1e6},
+    ),
+    "Qwen3-8B": (
+        {
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "max_window_layers": 36,
+            "model_type": "qwen3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        {"biases": (), "qk_norm": "head", "windows": (), "head_dim": 128},
+    ),
+    "gemma-2-9b-it": (
+        {
+            "attention_bias": False,
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "model_type": "gemma2",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 42,
+            "num_key_value_heads": 8,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+            "vocab_size": 256000,
+        },
+        {
+            "windows": (4096, 0) * 21,
+            "attention_softcap": 50.0,
+            "logit_softcap": 30.0,
+            "attention_scale": 1 / 16,
+            "tied_head": True,
+            "embed_scale": 3584**0.5,
+        },
+    ),
+    "gemma-3-4b-it": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "boi_token_index": 255999,
+            "mm_tokens_per_image": 256,
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27},
+        },
+        {
+            "family": "gemma3_text",
+            "vocab_size": 262208,
+            "num_heads": 8,
+            "num_kv_heads": 4,
+            "head_dim": 256,
+            "rope_theta": 1e6,
+            "rope_scaling": LinearRope(8.0),
+            "local_rope_theta": 1e4,
+            "windows": ((1024,) * 5 + (0,)) * 5 + (1024,) * 4,
+            "ropes": (("local",) * 5 + ("global",)) * 5 + ("local",) * 4,
+            "attention_softcap": 0.0,
+            "logit_softcap": 0.0,
+            "attention_scale": 1 / 16,
+            "tied_head": True,
+            "norm_eps": 1e-6,
+        },
+    ),
+    "SmolLM3-3B": (
+        {
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "model_type": "smollm3",
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "pretraining_tp": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+        {"ropes": ("global", "global", "global", "none") * 9, "windows": (), "tied_head": True, "rope_theta": 5e6},
+    ),
+    "OLMo-2-1124-7B": (
+        {
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "model_type": "olmo2",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+            "vocab_size": 100352,
+        },
+        {"qk_norm": "all", "pre_norms": False, "post_norms": True, "tied_head": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_rightly(name):
+    config, expected = PUBLISHED[name]
+    arch = arch_from_hf(config)
+    assert {field: getattr(arch, field) for field in expected} == expected
+
+
+def test_missing_is_the_familys_default_and_null_is_none():
+    config = dict(PUBLISHED["gemma-2-9b-it"][0])
+    none = arch_from_hf({**config, "attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (none.attention_softcap, none.logit_softcap) == (0.0, 0.0)
+    del config["attn_logit_softcapping"], config["final_logit_softcapping"]
+    assert (arch_from_hf(config).attention_softcap, arch_from_hf(config).logit_softcap) == (50.0, 30.0)
+
+
+def test_per_block_fields_name_every_block():
+    config = PUBLISHED["gemma-2-9b-it"][0]
+    with pytest.raises(UserError, match="each of the 42 blocks"):
+        arch_from_hf({**config, "layer_types": ["sliding_attention"] * 3})

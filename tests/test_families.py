@@ -10,7 +10,7 @@ import pytest
 
 from nlae_jax.errors import UserError
 from nlae_jax.language_model import LanguageModel
-from nlae_jax.lm.arch import FAMILIES, read_arch
+from nlae_jax.lm.families import FAMILIES, read_arch
 from nlae_jax.lm.transformer import Segment, Transformer
 from nlae_jax.lm.weights import load_params
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, Llama3Rope, read_arch, read_hf_config
+from nlae_jax.lm.arch import Arch, Llama3Rope
+from nlae_jax.lm.families import read_arch, read_hf_config
 from nlae_jax.lm.gguf import convert_gguf, split_rotary_pairs
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.lm.weights import load_params

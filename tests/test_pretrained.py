@@ -15,7 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm import pretrained
-from nlae_jax.lm.arch import read_arch
+from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import cache_directory, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from tests.test_gguf import ARCH, write_tiny_gguf

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import arch_from_hf, model_weights, read_arch
+from nlae_jax.lm.arch import model_weights
+from nlae_jax.lm.families import arch_from_hf, read_arch
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.transformer import Segment, Transformer, random_params
 from nlae_jax.lm.weights import load_params

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, arch_from_hf, model_weights
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.families import arch_from_hf
 from nlae_jax.lm.weights import TensorToWrite, load_params, save_params, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"

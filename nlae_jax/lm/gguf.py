@@ -18,7 +18,8 @@ import gguf
 import numpy as np
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, Llama3Rope, hf_config
+from nlae_jax.lm.arch import Arch, Llama3Rope
+from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.gguf_tokenizer import write_tokenizer
 from nlae_jax.lm.weights import WEIGHTS_FILE, TensorToWrite, hf_name, write_safetensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import read_arch
+from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.gguf import convert_gguf
 from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.lm.weights import weight_files
@@ -81,7 +82,10 @@ def fingerprint(directory: Path) -> str:
 
     A hash of the architecture and, of every weight file, the name, the size and pieces spread over it.
     """
-    digest = hashlib.sha256(repr(read_arch(directory)).encode())
+    arch = read_arch(directory)
+    # Without what is as ever: fields that come later, with a default, do not make known weights others.
+    telling = {f.name: getattr(arch, f.name) for f in dataclasses.fields(arch) if getattr(arch, f.name) != f.default}
+    digest = hashlib.sha256(repr(sorted(telling.items())).encode())
     for path in weight_files(directory):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

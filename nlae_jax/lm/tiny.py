@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nlae_jax.lm.arch import Arch, hf_config
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.transformer import random_params
 from nlae_jax.lm.weights import save_params
 

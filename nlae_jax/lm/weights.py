@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import FAMILIES, Arch, model_weights
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.families import FAMILIES
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

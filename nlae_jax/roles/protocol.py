@@ -90,6 +90,7 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
         tokenize=False,
         add_generation_prompt=True,
         date_string="1 January 2026",
+        enable_thinking=False,  # of templates that know it: a reply begins with what was asked for
     )
     # The template writes the tokens that begin a sequence itself.
     return tokenizer.encode(prompt, add_special_tokens=False)
