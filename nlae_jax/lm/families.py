@@ -97,6 +97,10 @@ class _Fields:
         if (value := self.get(key)) is not None and value not in allowed:
             raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {self.family}")
 
+    def pass_over(self, key: str) -> None:
+        """The field is known, and this family does not read it."""
+        self._read.add(key)
+
     def finish(self) -> None:
         for key, value in self.config.items():
             if key not in self._read and key not in _NO_MATHS and value not in (None, False, {}, []):
@@ -193,7 +197,7 @@ def _mistral(fields: _Fields) -> Arch:
 
 def _qwen2(fields: _Fields) -> Arch:
     fields.only("use_mrope", False)
-    fields.get("attention_bias")  # not read by transformers: queries, keys and values always have one
+    fields.pass_over("attention_bias")  # transformers does: queries, keys and values always have one
     return _qwen(fields, biases=("q", "k", "v"))
 
 
@@ -211,7 +215,7 @@ def _qwen(fields: _Fields, **differences: Any) -> Arch:
 
 def _smollm3(fields: _Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    fields.get("max_window_layers")
+    fields.pass_over("max_window_layers")
     common = _common(fields)
     interval = int(fields.get("no_rope_layer_interval", 4))
     by_interval = [(number + 1) % interval != 0 for number in range(common["num_layers"])]
