@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from nlae_jax.config import MeshConfig, load_config
+from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.mesh import make_mesh
 from nlae_jax.progress import progress
+from nlae_jax.roles.decoder import Decoder
+from nlae_jax.roles.encoder import Encoder
+from nlae_jax.roles.released import open_released, pair_sidecar, pair_tokenizer
+from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.run import Run
 from nlae_jax.stages import trained_pair
+from nlae_jax.train.state import Roles
 
 _BATCH = 16
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
 
 
 class NLA:
-    """A trained encoder and decoder with the subject they read. Make one with `from_workdir`."""
+    """A trained encoder and decoder, and the subject they read. Make one with `from_workdir` or `from_pretrained`."""
 
-    def __init__(self, subject: LanguageModel, layer: int, run: Run, pair: Pair) -> None:
-        self.subject, self.layer = subject, layer
-        self._run, self._pair = run, pair
+    def __init__(
+        self, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel], max_new_tokens: int = 150
+    ) -> None:
+        self.layer, self.tokenizer, self.max_new_tokens = roles.decoder.layer, tokenizer, max_new_tokens
+        self._roles, self._pair, self._make_subject = roles, pair, subject
         self._trips: dict[int, RoundTrip] = {}
+
+    @cached_property
+    def subject(self) -> LanguageModel:
+        """The model whose activations are explained, loaded when first asked for."""
+        return self._make_subject()
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
@@ -39,17 +53,26 @@ class NLA:
         Changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
         this machine has the devices for it, on one device otherwise.
         """
-        workdir = Path(workdir)
-        if not (workdir / "config.json").exists():
-            raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
-        config = load_config(workdir / "config.json")
-        try:
-            make_mesh(config.mesh)
-        except UserError:
-            config = dataclasses.replace(config, mesh=MeshConfig())
-        run = Run(config, workdir, read_only=True)
-        subject = LanguageModel(run.arch, run.base, run.tokenizer)
-        return NLA(subject, run.config.subject.layer, run, trained_pair(run))
+        run = open_run(workdir)
+        subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer)  # noqa: E731
+        return NLA(run.roles, trained_pair(run), run.tokenizer, subject, run.config.rl.max_new_tokens)
+
+    @staticmethod
+    def from_pretrained(av: str, ar: str, subject: str = "", dtype: str = "float32") -> NLA:
+        """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
+
+        Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is
+        the model that `explain_text` reads; if not given, the one that the sidecar names. Raises UserError, naming
+        file and field, where something does not fit.
+        """
+        encoder, decoder = open_released(str(av), "av"), open_released(str(ar), "ar")
+        sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
+        protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
+        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
+        head = jnp.asarray(decoder.value_head())
+        trained = {"lm": decoder.weights(dtype), "value_head": head}
+        pair = Pair({}, {"lm": encoder.weights(dtype)}, trained)
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, dtype))
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag."""
@@ -60,7 +83,7 @@ class NLA:
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Explanations -> activations [B, d] float32, raw as the decoder's head gives them."""
         if not len(texts):
-            return np.zeros((0, self.subject.arch.d_model), np.float32)
+            return np.zeros((0, self._d_model), np.float32)
         return self._trip(150).reconstruct_texts(self._pair, texts)
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +101,7 @@ class NLA:
 
         Position 0 is an attention sink whose activation holds nothing of the text; read it with that in mind.
         """
-        tokenizer = self.subject.tokenizer
+        tokenizer = self.tokenizer
         ids = tokenizer.encode(text)
         if len(ids) > MAX_TOKENS:
             raise UserError(f"text: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts")
@@ -86,7 +109,7 @@ class NLA:
         padded, mask = np.zeros((1, width), np.int32), np.arange(width)[None] < len(ids)
         padded[0, : len(ids)] = ids
         vectors = np.asarray(self.subject.residual(padded, self.layer, mask=mask))[0, : len(ids)]
-        texts = self.explain(vectors, temperature, self._run.config.rl.max_new_tokens)
+        texts = self.explain(vectors, temperature, self.max_new_tokens)
         mse, cos = self.score(texts, vectors)
         return [
             {
@@ -99,20 +122,50 @@ class NLA:
             for position in range(len(ids))
         ]
 
+    @property
+    def _d_model(self) -> int:
+        return self._roles.encoder.arch.d_model
+
     def _trip(self, max_new_tokens: int) -> RoundTrip:
         """Compiled functions for one length limit; made once each."""
-        if max_new_tokens <= (least := len(self._run.protocol.closing)):
+        if max_new_tokens <= (least := len(self._roles.encoder.protocol.closing)):
             raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         if max_new_tokens not in self._trips:
-            self._trips[max_new_tokens] = RoundTrip(self._run.roles, self.subject.tokenizer, _BATCH, max_new_tokens)
+            self._trips[max_new_tokens] = RoundTrip(self._roles, self.tokenizer, _BATCH, max_new_tokens)
         return self._trips[max_new_tokens]
 
     def _checked(self, vectors: Any) -> np.ndarray:
         vectors = np.asarray(jax.device_get(vectors), np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.subject.arch.d_model:
-            raise UserError(f"vectors: shape {vectors.shape} should be [number, {self.subject.arch.d_model}]")
+        if vectors.ndim != 2 or vectors.shape[1] != self._d_model:
+            raise UserError(f"vectors: shape {vectors.shape} should be [number, {self._d_model}]")
         if not len(vectors):
             raise UserError("vectors: none given; there should be at least one")
         if not np.isfinite(vectors).all():
             raise UserError("vectors: NaN or infinity among them")
         return vectors
+
+
+def open_run(workdir: str | Path) -> Run:
+    """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
+    workdir = Path(workdir)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
+    config = load_config(workdir / "config.json")
+    try:
+        make_mesh(config.mesh)
+    except UserError:
+        config = dataclasses.replace(config, mesh=MeshConfig())
+    return Run(config, workdir, read_only=True)
+
+
+def _subject(name: str, sidecar: Sidecar, dtype: str) -> LanguageModel:
+    """The model whose activations a released pair was made for."""
+    if not (name or sidecar.base_model):
+        raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
+    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype)
+    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
+        raise UserError(
+            f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
+            f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
+        )
+    return model

@@ -24,6 +24,8 @@ _STAGES = {
     "report": "write report.html from what is there so far",
 }
 
+_PAIRS = ((True, False, False), (False, True, True))  # of --workdir, --av, --ar: which are given
+
 NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
 
 
@@ -82,18 +84,32 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             command.add_argument("--json", action="store_true", help="print eval.json on stdout")
         command.set_defaults(run=_run_report if name == "report" else _run_stage)
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
-    explain.add_argument("--workdir", required=True, type=Path, help="of a trained run")
+    explain.add_argument("--workdir", type=Path, help="of a trained run")
+    explain.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
+    explain.add_argument("--ar", help="its decoder")
+    explain.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text itself")
     source.add_argument("--file", type=Path, help="a UTF-8 text file")
     explain.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
     explain.set_defaults(run=_run_explain)
+    help_text = "write the trained pair as model directories that transformers and the PyTorch reference load"
+    export = commands.add_parser("export", help=help_text, description=help_text)
+    export.add_argument("--workdir", required=True, type=Path, help="of a trained run")
+    export.add_argument("--out", required=True, type=Path, help="directory that gets av/ and ar/")
+    export.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
+    )
+    export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
+    export.set_defaults(run=_run_export)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
-    if overrides and options.command in ("explain", "report"):
+    if overrides and options.command in ("explain", "export", "report"):
         parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
+    if options.command == "explain" and (bool(options.workdir), bool(options.av), bool(options.ar)) not in _PAIRS:
+        parser.error("explain takes --workdir, or --av and --ar")
     return options, overrides
 
 
@@ -176,8 +192,22 @@ def _print_result(workdir: Path) -> None:
     )
 
 
+def _run_export(options: argparse.Namespace, _: list[str]) -> int:
+    _start_jax()
+    from nlae_jax.api import open_run
+    from nlae_jax.export import export_datasets, export_pair
+
+    run = open_run(options.workdir)
+    export_pair(run, options.out, options.dtype)
+    if options.datasets:
+        export_datasets(run, options.out)
+    for path in sorted(options.out.iterdir()):
+        print(path)
+    return 0
+
+
 def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
-    if not (options.workdir / "config.json").exists():
+    if options.workdir and not (options.workdir / "config.json").exists():
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
     text = options.text.encode("utf-8", "replace").decode() if options.text is not None else _read_text(options.file)
@@ -190,7 +220,11 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
 
     from nlae_jax.api import NLA
 
-    tokens = NLA.from_workdir(options.workdir).explain_text(text, temperature=options.temperature)
+    if options.workdir:
+        nla = NLA.from_workdir(options.workdir)
+    else:
+        nla = NLA.from_pretrained(options.av, options.ar, options.subject)
+    tokens = nla.explain_text(text, temperature=options.temperature)
     if options.json:
         print(json.dumps({"tokens": tokens}, ensure_ascii=False))
     else:

@@ -39,6 +39,30 @@ class CorpusConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Activations made elsewhere, instead of a corpus: parquet files of the PyTorch reference with their sidecars.
+
+    Prompts and slot are theirs.
+    """
+
+    av_sft: str = ""  # what the encoder's warm start learns from
+    ar_sft: str = ""  # and the decoder's
+    rl: str = ""
+    held_out: str = ""  # evaluated on; empty: the share split.held_out of the documents that are in rl alone
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """A released pair to start from instead of the subject's weights: directories or hub ids in the reference's layout.
+
+    Prompts, slot and injection scale are then the sidecars'.
+    """
+
+    av: str = ""  # encoder
+    ar: str = ""  # decoder
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractConfig:
     positions_per_document: int = 8
     min_position: int = 50  # first position that may be read; position 0 is an attention sink
@@ -143,6 +167,8 @@ class Config:
     remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all) or dots
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    init: InitConfig = InitConfig()
     extract: ExtractConfig = ExtractConfig()
     split: SplitConfig = SplitConfig()
     describe: DescribeConfig = DescribeConfig()

@@ -101,7 +101,8 @@ class LanguageModel:
 
     def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> list[str]:
         """One reply per user message, through the model's chat template."""
-        ids = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
+        # Without thinking, where the template knows it: a reply begins with what was asked for.
+        ids = [chat_ids(self.tokenizer, prompt, enable_thinking=False) for prompt in prompts]
         return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
 
 

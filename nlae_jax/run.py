@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
+from nlae_jax.data.datasets import check_datasets, dataset_files, dataset_sidecar
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, read_parquet, write_json
@@ -24,6 +25,8 @@ from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated
 from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
+from nlae_jax.roles.released import Released, open_released, pair_sidecar
+from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import newest_sealed
 from nlae_jax.train.state import (
@@ -92,8 +95,9 @@ class Run:
                 raise UserError(
                     f"config.{field}: {size} should be divisible by mesh data×fsdp = {batch_parts(self.mesh)}"
                 )
+        check_datasets(config)
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
-        closing = make_protocol(self.tokenizer, config.protocol, 1.0).closing
+        closing = self._live_protocol(1.0).closing
         if config.rl.max_new_tokens <= len(closing):
             raise UserError(
                 f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
@@ -126,21 +130,83 @@ class Run:
         return place_base(self.mesh, self.arch, params, self.config.subject.dtype)
 
     @cached_property
+    def released(self) -> dict[str, Released]:
+        """The directories that roles start from instead of the subject: "av", "ar", both or none."""
+        names = dataclasses.asdict(self.config.init)
+        released = {role: open_released(name, role) for role, name in names.items() if name}
+        for role, one in released.items():
+            if one.layer not in (None, self.config.subject.layer):
+                raise UserError(
+                    f"config.init.{role}: made for block {one.layer}; subject.layer is {self.config.subject.layer}"
+                )
+            if one.arch.d_model != self.arch.d_model:
+                raise UserError(
+                    f"config.init.{role}: activations of width {one.arch.d_model}; the subject's have "
+                    f"{self.arch.d_model}"
+                )
+        return released
+
+    @cached_property
+    def sidecar(self) -> Sidecar | None:
+        """Where prompts and slot are laid down: beside the released pair, or beside the dataset; None for our own."""
+        released = self.released
+        if len(released) == 2:
+            return pair_sidecar(released["av"], released["ar"])
+        if "av" in released:
+            return released["av"].sidecar
+        if files := dataset_files(self.config.dataset):
+            return dataset_sidecar(files, self.arch.d_model, self.config.subject.layer)
+        return released["ar"].sidecar if released else None
+
+    def start(self, role: str) -> Params:
+        """The weights that the role "av" or "ar" starts from."""
+        if role not in self.released:
+            return self.base
+        directory, arch = self.released[role].directory, self.released[role].arch
+        params = load_params(directory, arch, self.config.subject.dtype, trunk=role == "ar")
+        # Never applied, but the module declares it.
+        params.setdefault("final_norm", np.ones(arch.d_model, params["embed"].dtype))
+        return place_base(self.mesh, arch, params, self.config.subject.dtype)
+
+    @cached_property
+    def bases(self) -> dict[str, Params]:
+        """`base`, the frozen model that adapters sit on, and `decoder_base` where the decoder's sit on another."""
+        if not self.config.lora.rank:
+            return {"base": {}}
+        encoder, decoder = self.start("av"), self.start("ar")
+        return {"base": encoder} if encoder is decoder else {"base": encoder, "decoder_base": decoder}
+
+    @cached_property
     def store(self) -> ActivationStore:
         if not (self.workdir / "activations/meta.json").exists():
             raise UserError(f"{self.workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
         return ActivationStore(self.workdir / "activations")
 
+    def _live_protocol(self, injection_scale: float) -> Protocol:
+        if self.sidecar is not None:
+            return protocol_of(self.sidecar, self.tokenizer, self.config.protocol, injection_scale)
+        return make_protocol(self.tokenizer, self.config.protocol, injection_scale)
+
     @cached_property
     def protocol(self) -> Protocol:
-        scale = self.config.protocol.injection_scale or self.store.meta["norm_p75"]
-        live = make_protocol(self.tokenizer, self.config.protocol, scale)
+        scale = self.config.protocol.injection_scale
+        if not scale and "av" in self.released:
+            scale = self.released["av"].injection_scale
+        elif not scale:
+            scale = self.store.meta["norm_p75"]
+        live = self._live_protocol(scale)
         path = self.workdir / "protocol.json"
         return live if self._read_only and not path.exists() else keep_protocol(path, live)
 
     @cached_property
     def roles(self) -> Roles:
-        return make_roles(self.config, self.arch, self.protocol)
+        archs = {role: released.arch for role, released in self.released.items()}
+        return make_roles(self.config, archs.get("av", self.arch), self.protocol, archs.get("ar"))
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether anything learns from descriptions."""
+        return self.config.sft.encoder_steps > 0 or self.config.sft.decoder_steps > 0
 
     @cached_property
     def descriptions(self) -> dict[int, str]:
@@ -172,7 +238,7 @@ class Run:
         # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
         denominators = objectives.baselines(jnp.asarray(self.store.vectors(rows)))
-        return {"base": self.base if self.config.lora.rank else {}, "baselines": self.on_mesh(denominators)}
+        return {**self.bases, "baselines": self.on_mesh(denominators)}
 
     def held_out_rows(self) -> np.ndarray:
         """The rows that evaluation uses, in random order; drawn once, by the seed."""

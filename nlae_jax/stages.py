@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
+from nlae_jax.data.datasets import dataset_files, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
 from nlae_jax.data.pipeline import batches, pad
 from nlae_jax.errors import UserError
@@ -30,7 +31,7 @@ from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train import steps
-from nlae_jax.train.checkpoint import newest_sealed, restore_part
+from nlae_jax.train.checkpoint import is_sealed, newest_sealed, restore_part
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from nlae_jax.train.state import (
     Params,
@@ -53,6 +54,8 @@ def extract(run: Run) -> None:
     directory, config = run.workdir / "activations", run.config
     if (directory / "meta.json").exists():
         return
+    if files := dataset_files(config.dataset):
+        return _import(run, files)
     if (directory / "rows.parquet").exists():
         plan = activations.read_plan(directory)
     else:
@@ -90,12 +93,34 @@ def extract(run: Run) -> None:
     activations.write_meta(directory, plan, run.arch.d_model, num_next, provenance)
 
 
+def _import(run: Run, files: dict[str, Path]) -> None:
+    """Parquet files -> activations/, descriptions included."""
+    directory, d_model = run.workdir / "activations", run.arch.d_model
+    if (directory / "rows.parquet").exists():
+        plan = activations.read_plan(directory)
+    else:
+        say("reading the dataset")
+        plan = import_plan(files, run.config)
+        descriptions, contexts, dropped = import_texts(files, plan, run.sidecar)
+        if dropped:
+            say(f"av_sft: {dropped} responses without explanation tags: left out")
+        run.claim()
+        write_json(directory / "subject.json", run.subject_identity)
+        write_parquet(directory / "descriptions.parquet", descriptions)
+        write_parquet(directory / "contexts.parquet", contexts)
+        activations.write_plan(directory, plan)
+    with progress(len(plan.position), "import", unit="activation") as bar:
+        import_vectors(directory, files, len(plan.position), d_model, bar.advance)
+    provenance = {"model": run.config.subject.model, "layer": run.config.subject.layer, "corpus": str(files["rl"])}
+    activations.write_meta(directory, plan, d_model, 0, provenance)
+
+
 def describe(run: Run) -> None:
-    """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet."""
+    """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet, if there is any SFT."""
     path = run.workdir / "activations/descriptions.parquet"
-    if path.exists():
+    extract(run)  # a dataset brings descriptions along
+    if path.exists() or not run.warm_start:
         return
-    extract(run)
     plan, config = run.store.plan, run.config.describe
     rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
@@ -160,12 +185,15 @@ def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.Grad
 
 
 def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
-    trained = init_encoder(run.roles, run.base, run.key(_ENCODER_SFT))
+    base = {} if run.config.lora.rank else run.start("av")
+    trained = init_encoder(run.roles, base, run.key(_ENCODER_SFT))
     return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
 
 
 def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
-    trained = init_decoder(run.roles, run.base, run.key(_DECODER_SFT))
+    base = {} if run.config.lora.rank else run.start("ar")
+    head = run.released["ar"].value_head() if "ar" in run.released else None
+    trained = init_decoder(run.roles, base, run.key(_DECODER_SFT), head)
     return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
 
 
@@ -183,6 +211,8 @@ def _trained_by_sft(run: Run, role: str) -> Params | None:
 
 def _trained_by_rl(run: Run, checkpoint: Path) -> tuple[Params, Params] | None:
     """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
+    if not is_sealed(checkpoint):  # in a new workdir, roles cannot be made yet
+        return None
     weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
     abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
     state = restore_part(checkpoint, abstract)
@@ -214,10 +244,10 @@ def decoder_sft(run: Run) -> Params:
     describe(run)
     if (trained := _trained_by_sft(run, "decoder")) is not None:
         return trained
-    config = run.config.sft
-    rows, ids, length = _described(
-        run, "decoder_sft", lambda text: run.tokenizer.encode(text, add_special_tokens=False)
-    )
+    config, roles, tokenise = run.config.sft, run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
+    if run.config.dataset.rl:  # its prompts are whole, and read as they are
+        roles, tokenise = roles.with_whole_prompts(), run.tokenizer.encode
+    rows, ids, length = _described(run, "decoder_sft", tokenise)
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
     iterator = batches(
         len(rows),
@@ -226,7 +256,7 @@ def decoder_sft(run: Run) -> Params:
         lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
     )
     state = _initial_decoder(run, optimizer)
-    step = compiled(steps.decoder_sft_step(run.roles, optimizer), state, run.mesh)
+    step = compiled(steps.decoder_sft_step(roles, optimizer), state, run.mesh)
     stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
     return run_stage(stage, state, run.frozen("decoder_sft"), run.mesh, run.config, run.workdir).trained
 
@@ -240,6 +270,8 @@ def rl(run: Run) -> tuple[Params, Params]:
         (run.workdir / "eval.json").unlink()
     encoder, decoder = encoder_sft(run), decoder_sft(run)
     config = run.config.rl
+    if config.num_steps == 0:
+        return encoder, decoder
     optimizers = [
         make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
     ]
@@ -278,16 +310,19 @@ def trained_pair(run: Run) -> Pair:
         for role, params in zip(_INITIAL, trained, strict=True):
             if params is None:
                 raise UserError(f"--workdir {run.workdir}: {role}_sft is not finished; run `nlae train` there first")
-    return Pair(run.base if run.config.lora.rank else {}, *trained)
+    return _pair(run, *trained)
+
+
+def _pair(run: Run, encoder: Params, decoder: Params) -> Pair:
+    return Pair(encoder=encoder, decoder=decoder, **run.bases)
 
 
 def evaluate(run: Run) -> None:
     """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
     if (run.workdir / "eval.json").exists():
         return
-    after = rl(run)
-    base = run.base if run.config.lora.rank else {}
-    before, after = Pair(base, encoder_sft(run), decoder_sft(run)), Pair(base, *after)
+    after = _pair(run, *rl(run))
+    before = _pair(run, encoder_sft(run), decoder_sft(run))
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
     documents = run.store.plan.document[rows]
@@ -301,7 +336,8 @@ def evaluate(run: Run) -> None:
         readable = np.array([bool(text) for text in written.texts])
         from_text = trip.reconstruct_texts(after, written.texts)
         bar.advance()
-        gold = np.array([run.descriptions.get(row, "") for row in rows.tolist()])
+        described = run.descriptions if run.warm_start else {}
+        gold = np.array([described.get(row, "") for row in rows.tolist()])
         from_gold = trip.reconstruct_texts(after, gold.tolist())
         bar.advance()
     other = mismatched(documents, seed)
@@ -329,15 +365,15 @@ def _round_trip(
 
 
 def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
-    plan, decode = run.store.plan, partial(run.tokenizer.decode, skip_special_tokens=True)
+    plan = run.store.plan
     lines = []
     for i, row in enumerate(rows.tolist()):
-        ids = run.store.context_ids(row)
+        context, token = _context(run, row)
         sample = {
             "doc_id": plan.doc_ids[plan.document[row]],
             "position": int(plan.position[row]),
-            "context": decode(ids),
-            "token": run.tokenizer.decode(ids[-1:]),
+            "context": context,
+            "token": token,
             "explanation": written.texts[i],
             "gold": str(gold[i]),
             "cos": float(1 - mse[i] / 2),
@@ -349,6 +385,15 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
     write_atomically(
         run.workdir / "samples/held_out.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8")
     )
+
+
+def _context(run: Run, row: int) -> tuple[str, str]:
+    """The text up to the row's position and its last token; '' where a dataset does not say."""
+    if run.config.dataset.rl:
+        text = run.store.contexts.get(row, "")
+        return text, run.tokenizer.decode(run.tokenizer.encode(text, add_special_tokens=False)[-1:])
+    ids = run.store.context_ids(row)
+    return run.tokenizer.decode(ids, skip_special_tokens=True), run.tokenizer.decode(ids[-1:])
 
 
 STAGES: dict[str, Callable[[Run], Any]] = {

@@ -45,19 +45,21 @@ def test_fresh_adapters_leave_the_base_as_it_is(params, adapters, logits):
 def test_merged_is_applied(params, adapters, logits):
     moved = perturbed(adapters, 1, 0.2)
     applied = logits({"params": params, "lora": {"blocks": moved}})
-    merged = logits({"params": {**params, "blocks": merge(params["blocks"], moved, SCALE)}, "lora": {}})
+    blocks = {name: merge(weight, moved.get(name), SCALE) for name, weight in params["blocks"].items()}
+    merged = logits({"params": {**params, "blocks": blocks}, "lora": {}})
     base = logits({"params": params, "lora": {}})
     np.testing.assert_allclose(applied, merged, atol=2e-4)
     assert np.abs(applied - base).max() > 0.1
 
 
-def test_merging_into_a_deeper_base_cuts_it(params, adapters):
-    one = jax.tree.map(lambda a: a[:1], perturbed(adapters, 2))
-    merged = merge(params["blocks"], one, SCALE)
-    assert {len(weight) for weight in merged.values()} == {1}
-    np.testing.assert_array_equal(merged["attn_norm"], params["blocks"]["attn_norm"][:1])
-    delta = SCALE * np.asarray(one["q"]["a"][0]).T @ np.asarray(one["q"]["b"][0])
-    np.testing.assert_allclose(merged["q"][0], params["blocks"]["q"][0] + delta, atol=1e-5)
+def test_one_block_is_merged_like_the_stack_of_all(params, adapters):
+    moved = perturbed(adapters, 2)
+    for name in ("q", "down"):
+        stacked = merge(params["blocks"][name], moved[name], SCALE)
+        one = merge(params["blocks"][name][1], jax.tree.map(lambda a: a[1], moved[name]), SCALE)
+        np.testing.assert_allclose(stacked[1], one, atol=1e-6)
+        delta = SCALE * np.asarray(moved[name]["a"][1]).T @ np.asarray(moved[name]["b"][1])
+        np.testing.assert_allclose(one, params["blocks"][name][1] + delta, atol=1e-5)
 
 
 def test_linear_keeps_leading_axes_and_dtype():
@@ -71,6 +73,7 @@ def test_linear_keeps_leading_axes_and_dtype():
     assert low.dtype == jnp.bfloat16
 
 
-def test_merged_weights_keep_the_dtype_of_the_base(params, adapters):
-    half = jax.tree.map(lambda w: np.asarray(w).astype(jnp.bfloat16), params["blocks"])
-    assert {weight.dtype for weight in merge(half, adapters, SCALE).values()} == {jnp.dtype(jnp.bfloat16)}
+def test_merged_weights_are_float32(params, adapters):
+    half = jnp.asarray(params["blocks"]["q"], jnp.bfloat16)
+    assert merge(half, adapters["q"], SCALE).dtype == jnp.float32
+    np.testing.assert_array_equal(merge(half, None, SCALE), half.astype(jnp.float32))

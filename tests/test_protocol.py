@@ -47,19 +47,19 @@ class Characters:
 
 
 def test_the_marker_is_the_rarest_single_token():
-    assert find_marker(Characters({"㈀": 900, "㈁": 950, "㈂": 120, "─": 2000}), "{injection_char}") == ("㈁", 950)
+    assert find_marker(Characters({"㈀": 900, "㈁": 950, "㈂": 120, "─": 2000}), "{injection_char}") == "㈁"
 
 
 def test_symbols_are_searched_where_no_enclosed_letter_is_a_token():
-    assert find_marker(Characters({"─": 300, "₂": 200}), "{injection_char}") == ("─", 300)
+    assert find_marker(Characters({"─": 300, "₂": 200}), "{injection_char}") == "─"
 
 
 def test_a_token_that_decodes_to_something_else_is_no_marker():
-    assert find_marker(Characters({"─": 300, "₂": 200}, {300: "?"}), "{injection_char}") == ("₂", 200)
+    assert find_marker(Characters({"─": 300, "₂": 200}, {300: "?"}), "{injection_char}") == "₂"
 
 
 def test_an_invisible_character_is_no_marker():
-    assert find_marker(Characters({"\u2028": 300, "\u200b": 301, "₂": 200}), "{injection_char}") == ("₂", 200)
+    assert find_marker(Characters({"\u2028": 300, "\u200b": 301, "₂": 200}), "{injection_char}") == "₂"
 
 
 def test_a_tokenizer_without_a_marker_is_refused():
@@ -69,7 +69,7 @@ def test_a_tokenizer_without_a_marker_is_refused():
 
 def test_a_character_that_merges_inside_the_prompt_is_no_marker():
     tokenizer = Characters({"─": 300, "v₂": 200, "₂": 200})
-    assert find_marker(tokenizer, "v{injection_char}") == ("₂", 200)
+    assert find_marker(tokenizer, "v{injection_char}") == "₂"
 
 
 def test_the_encoder_prompt_is_the_chat_template_around_the_slot(tokenizer, protocol):

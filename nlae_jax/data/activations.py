@@ -8,6 +8,7 @@
     activations/rows.parquet        document, position            (row = activation)
     activations/vectors             zarr3 [N, d] float32, raw
     activations/next_tokens         zarr3 [N, k] int32, the subject's likeliest continuations
+    activations/contexts.parquet    row, text: only where the activations come from a dataset, without token ids
     activations/meta.json           provenance and statistics; its presence says that extraction is complete
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +190,13 @@ def extract(
 def _arrays(
     directory: Path, rows: int, d_model: int, num_next: int, create: bool = False
 ) -> tuple[ts.TensorStore, ts.TensorStore | None]:
-    vectors = _array(directory / "vectors", (rows, d_model), np.float32, create)
+    vectors = open_vectors(directory, rows, d_model, create)
     return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, create) if num_next else None
+
+
+def open_vectors(directory: Path, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
+    """The raw activations [rows, d] float32 on disk."""
+    return _array(directory / "vectors", (rows, d_model), np.float32, create)
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: type, create: bool) -> ts.TensorStore:
@@ -243,6 +250,7 @@ class ActivationStore:
         self.meta: dict[str, Any] = read_json(directory / "meta.json")
         rows, num_next = len(self.plan.position), self.meta["num_next_tokens"]
         self._vectors, self._next_tokens = _arrays(directory, rows, self.meta["d_model"], num_next)
+        self._contexts = directory / "contexts.parquet"
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Raw activations [len(rows), d] float32, in the order of `rows`."""
@@ -255,8 +263,16 @@ class ActivationStore:
         return self._next_tokens[rows].read().result()
 
     def context_ids(self, row: int) -> np.ndarray:
-        """The tokens up to and including the row's position."""
+        """The tokens up to and including the row's position; none where the activations come from a dataset."""
         return self.plan.ids[self.plan.document[row]][: self.plan.position[row] + 1]
+
+    @cached_property
+    def contexts(self) -> dict[int, str]:
+        """Held-out row -> text up to its position, of activations that come from a dataset."""
+        if not self._contexts.exists():
+            return {}
+        table = read_parquet(self._contexts, f"restore it, or delete {self._contexts.parent} to import again")
+        return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
 def write_meta(directory: Path, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:

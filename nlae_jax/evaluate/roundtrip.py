@@ -17,11 +17,19 @@ from nlae_jax.train.steps import rollout
 
 
 class Pair(NamedTuple):
-    """Parameters of an encoder and a decoder; `base` is the frozen model that adapters sit on (`{}` without LoRA)."""
+    """Parameters of an encoder and a decoder; `base` is the frozen model that adapters sit on (`{}` without LoRA).
+
+    `decoder_base` is there only where the decoder's adapters sit on another.
+    """
 
     base: Params
     encoder: Params
     decoder: Params
+    decoder_base: Params | None = None
+
+    def decoder_variables(self, roles: Roles) -> Params:
+        base = self.base if self.decoder_base is None else self.decoder_base
+        return roles.decoder_variables(base, self.decoder)
 
 
 class Explanations(NamedTuple):
@@ -59,11 +67,10 @@ class RoundTrip:
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array) -> jax.Array:
-            return roles.decoder.apply(roles.decoder_variables(pair.base, pair.decoder), ids, length)
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, length)
 
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            variables = roles.decoder_variables(pair.base, pair.decoder)
-            return roles.decoder.apply(variables, ids, mask, method="from_prompts")
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
 
         self._explain = jax.jit(explain, static_argnums=3)
         self._reconstruct = jax.jit(reconstruct)

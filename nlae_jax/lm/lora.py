@@ -53,13 +53,9 @@ def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None
     return y.reshape(*x.shape[:-1], -1)
 
 
-def merge(blocks: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
-    """The blocks with their adapters added in; a base deeper than the adapters is cut to their depth."""
-    depth = next(iter(adapters.values()))["a"].shape[0]
-    merged = {}
-    for name, weight in blocks.items():
-        merged[name] = weight[:depth]
-        if name in adapters:
-            delta = jnp.einsum("lri,lro->lio", adapters[name]["a"], adapters[name]["b"]) * scale
-            merged[name] = (weight[:depth].astype(jnp.float32) + delta).astype(weight.dtype)
-    return merged
+def merge(weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:
+    """A matrix [..., in, out] with its adapter (if any) added in, float32."""
+    weight = weight.astype(jnp.float32)
+    if adapter is None:
+        return weight
+    return weight + jnp.einsum("...ri,...ro->...io", adapter["a"], adapter["b"]) * scale

@@ -24,13 +24,8 @@ from nlae_jax.lm.weights import weight_files
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
 _CONVERTER_VERSION = 1
 
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "value_head.safetensors",
-    "nla_meta.yaml",
+# What a tokenizer may consist of.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -40,7 +35,16 @@ _HUB_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "value_head.safetensors",
+    "nla_meta.yaml",
+    *TOKENIZER_FILES,
+)
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _WHEEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
@@ -102,8 +106,8 @@ def load_tokenizer(directory: Path) -> Any:
 
     directory = Path(directory)
     # Without these files transformers makes up an empty tokenizer, or asks the hub.
-    if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
-        raise UserError(f"{directory}: no tokenizer there; one of {', '.join(_TOKENIZER_FILES)} should be")
+    if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
+        raise UserError(f"{directory}: no tokenizer there; one of {', '.join(_VOCABULARY_FILES)} should be")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them

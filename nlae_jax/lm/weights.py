@@ -7,7 +7,9 @@ is [in, out]; our blocks are stacked on a leading axis. Tensors pass through mem
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +21,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nlae_jax.errors import UserError
+from nlae_jax.files import write_json
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import FAMILIES
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 2**30  # of one file that is written
 
 # Our name -> (HF name, whether the HF matrix is the transpose of ours), where a family has it.
 # A name with {} stands for one tensor per block, and ours is then under "blocks".
@@ -120,22 +124,69 @@ def load_params(directory: Path, arch: Arch, dtype: str = "float32", trunk: bool
 
 
 def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str = "float32") -> None:
-    """Writes `model.safetensors` under HF names in `dtype`; the file appears complete or not at all.
+    """`save_model` of a whole tree, as `load_params` gives it (numpy or JAX arrays), with or without its output part.
 
-    `params` is a tree as `load_params` gives it (numpy or JAX arrays), with or without its output part.
     Raises ValueError where it does not fit `arch`.
     """
-    expected = _shapes(arch, trunk="final_norm" not in params)
-    flat = _flat(params)
+    trunk = "final_norm" not in params
+    expected, flat = _shapes(arch, trunk), _flat(params)
     if {name: tuple(leaf.shape) for name, leaf in flat.items()} != expected:
         raise ValueError(f"the parameters do not fit the architecture; expected {expected}")
-    tensors = [
-        TensorToWrite(name, (source.T if transposed else source).shape, _reader(source, transposed))
-        for name, source, transposed in _slots(arch, _tree({name: np.asarray(leaf) for name, leaf in flat.items()}))
-    ]
+    save_model(directory, arch, lambda name, layer: flat[name] if layer is None else flat[name][layer], dtype, trunk)
+
+
+def save_model(
+    directory: Path,
+    arch: Arch,
+    values: Callable[[str, int | None], Any],
+    dtype: str = "float32",
+    trunk: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model's weights under HF names in `dtype`, in files of at most `shard_bytes` (or one tensor).
+
+    `values(name, layer)` gives our parameter `name`, of one block where it belongs to one, else with layer None; it is
+    asked for one tensor at a time. `trunk` leaves out final norm and head. Each file appears complete or not at all,
+    an index last.
+    """
+    shapes = _shapes(arch, trunk)
+    tensors = []
+    for name, (template, transposed) in HF_NAMES[arch.family].items():
+        for layer in range(arch.num_layers) if "{}" in template else (None,):
+            if name in shapes:
+                shape = shapes[name] if layer is None else shapes[name][1:]
+                read = functools.partial(_values, values, name, layer, transposed)
+                tensors.append(TensorToWrite(template.format(layer), shape[::-1] if transposed else shape, read))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / WEIGHTS_FILE, tensors, dtype)
+    shards = _shards(tensors, shard_bytes // numpy_dtype(dtype).itemsize)
+    if len(shards) == 1:
+        return write_safetensors(directory / WEIGHTS_FILE, tensors, dtype)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard, dtype)
+    size = sum(math.prod(tensor.shape) for tensor in tensors) * numpy_dtype(dtype).itemsize
+    index = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+    write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
+
+
+def _values(values: Callable[[str, int | None], Any], name: str, layer: int | None, transposed: bool) -> np.ndarray:
+    array = np.asarray(values(name, layer))
+    return array.T if transposed else array
+
+
+def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[TensorToWrite]]:
+    """Consecutive groups of at most so many elements, or of one tensor."""
+    shards: list[list[TensorToWrite]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape)
+        if shards[-1] and filled + size > elements:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str = "float32") -> None:
@@ -210,10 +261,6 @@ def _slots(arch: Arch, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray
                 yield template.format(layer), flat[name][layer], transposed
 
 
-def _reader(source: np.ndarray, transposed: bool) -> Callable[[], np.ndarray]:
-    return lambda: source.T if transposed else source
-
-
 def _without_tower(name: str) -> str:
     """The name that a tensor of the language model has in a checkpoint without a vision tower."""
     for nested, plain in _NESTED:
@@ -248,6 +295,16 @@ def weight_files(directory: Path) -> list[Path]:
         if not (directory / shard).is_file():
             raise UserError(f"{directory / shard}: this shard of the model is missing")
     return [directory / shard for shard in shards]
+
+
+def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a file in float32. Raises UserError where the file, or the tensor in this shape, is not there."""
+    target = np.empty(shape, np.float32)
+    with _open(path) as file:
+        if name not in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+            raise UserError(f"{path}: lacks the tensor {name!r}")
+        _read_into(target, file, name, transposed=False, path=path)
+    return target
 
 
 def _open(path: Path) -> Any:

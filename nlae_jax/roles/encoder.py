@@ -15,8 +15,10 @@ from nlae_jax.roles.protocol import Protocol
 
 
 def inject(h: jax.Array, scale: float) -> jax.Array:
-    """`h · scale / ‖h‖`, norm in float32; zero stays zero. [..., d] -> [..., d] float32."""
+    """`h · scale / ‖h‖`, norm in float32; zero stays zero, and scale 0 means h itself. [..., d] -> [..., d] float32."""
     h = h.astype(jnp.float32)
+    if scale == 0:
+        return h
     norm = jnp.linalg.norm(h, axis=-1, keepdims=True)
     return jnp.where(norm > 0, h * (scale / jnp.maximum(norm, 1e-30)), 0.0)
 

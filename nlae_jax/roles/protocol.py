@@ -41,7 +41,7 @@ class Protocol:
     decoder_suffix: tuple[int, ...]
     closing: tuple[int, ...]
     eos_id: int
-    injection_scale: float
+    injection_scale: float  # norm of the injected vector; 0: as it is
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
@@ -55,7 +55,7 @@ class Protocol:
         return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def find_marker(tokenizer: Any, template: str) -> tuple[str, int]:
+def find_marker(tokenizer: Any, template: str) -> str:
     """The rarest character that is exactly one token, alone and inside the encoder's rendered prompt.
 
     Byte-level merges rank rare tokens high, so the rarest is the one with the highest id.
@@ -68,7 +68,7 @@ def find_marker(tokenizer: Any, template: str) -> tuple[str, int]:
                 candidates[ids[0]] = chr(code)
         for marker_id in sorted(candidates, reverse=True):
             if _encoder_prompt_ids(tokenizer, template, candidates[marker_id]).count(marker_id) == 1:
-                return candidates[marker_id], marker_id
+                return candidates[marker_id]
     raise UserError(
         "protocol.encoder_prompt: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token in its place; "
         "put white space or a line break before {injection_char}, or take a model with another tokenizer"
@@ -80,8 +80,8 @@ def _encoder_prompt_ids(tokenizer: Any, template: str, marker: str) -> list[int]
     return chat_ids(tokenizer, template.replace("{injection_char}", marker))
 
 
-def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """A user's message in the model's chat template, up to where the reply begins.
+def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
+    """A user's message in the model's chat template, up to where the reply begins; `options` are the template's own.
 
     Templates that print a date get a constant one: a prompt must not change from day to day.
     """
@@ -90,14 +90,17 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
         tokenize=False,
         add_generation_prompt=True,
         date_string="1 January 2026",
-        enable_thinking=False,  # of templates that know it: a reply begins with what was asked for
+        **options,
     )
     # The template writes the tokens that begin a sequence itself.
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:
-    """Tokenises the prompts and checks them. Raises UserError naming the template that does not work."""
+def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float, marker: str = "") -> Protocol:
+    """Tokenises the prompts and checks them; without a `marker` (one token) the best one is found.
+
+    Raises UserError naming the template that does not work.
+    """
     for field, template, placeholder in (
         ("protocol.encoder_prompt", config.encoder_prompt, "{injection_char}"),
         ("protocol.decoder_prompt", config.decoder_prompt, "{explanation}"),
@@ -106,8 +109,13 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
             raise UserError(f"{field}: must contain {placeholder} exactly once")
     if tokenizer.chat_template is None:
         raise UserError("subject.model: its tokenizer has no chat template; the encoder needs an instruct model")
-    marker, marker_id = find_marker(tokenizer, config.encoder_prompt)
+    marker = marker or find_marker(tokenizer, config.encoder_prompt)
+    (marker_id,) = tokenizer.encode(marker, add_special_tokens=False)
     ids = _encoder_prompt_ids(tokenizer, config.encoder_prompt, marker)
+    if ids.count(marker_id) != 1:
+        raise UserError(
+            f"protocol.encoder_prompt: {marker!r} is {ids.count(marker_id)} times in it as a token, not once"
+        )
     slot = ids.index(marker_id)
     if slot == 0:  # the first position is an attention sink, whatever stands there
         raise UserError("protocol.encoder_prompt: at least one token should stand before {injection_char}")

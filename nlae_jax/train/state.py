@@ -42,8 +42,8 @@ class RlState(NamedTuple):
 class Roles:
     """The two modules and how their parameters are put together.
 
-    With LoRA a role's trained parameters are its adapters (and the decoder's head) beside the shared frozen `base`;
-    without, they are a full copy of its weights and `base` is not read.
+    With LoRA a role's trained parameters are its adapters (and the decoder's head) beside the frozen `base`, which both
+    share unless they start from a released pair; without, they are a full copy of its weights and `base` is not read.
     """
 
     encoder: Encoder
@@ -59,6 +59,11 @@ class Roles:
         variables = self.encoder_variables(base, trained)
         variables["params"]["value_head"] = trained["value_head"]
         return variables
+
+    def with_whole_prompts(self) -> Roles:
+        """The same for explanations that come with the decoder's prompt around them."""
+        bare = dataclasses.replace(self.decoder.protocol, decoder_prefix=(), decoder_suffix=())
+        return dataclasses.replace(self, decoder=self.decoder.clone(protocol=bare))
 
     def encoder_weights(self) -> Params:
         """The trained parameters' declarations."""
@@ -80,12 +85,14 @@ def decoder_model_weights(arch: Arch) -> Params:
     return weights
 
 
-def make_roles(config: Config, arch: Arch, protocol: Protocol) -> Roles:
+def make_roles(config: Config, arch: Arch, protocol: Protocol, decoder_arch: Arch | None = None) -> Roles:
+    """`arch` is the encoder's; the decoder's is a part of it, unless it starts from a model of its own."""
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
     layer = config.subject.layer
-    depth = layer + 1 if config.lora.rank == 0 else arch.num_layers
-    # A decoder never reads the head, so a copy of its own is declared tied and carries none.
-    decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
+    if decoder_arch is None:
+        depth = layer + 1 if config.lora.rank == 0 else arch.num_layers
+        # A decoder never reads the head, so a copy of its own is declared tied and carries none.
+        decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
     return Roles(
         encoder=Encoder(arch, protocol, scale, config.remat),
         decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat),
@@ -99,16 +106,16 @@ def _master_copy(weight: jax.Array) -> jax.Array:
 
 
 def init_encoder(roles: Roles, base: Params, key: jax.Array) -> Params:
-    """Trained parameters that leave the encoder equal to the subject."""
+    """Trained parameters that leave the encoder equal to `base`."""
     if roles.rank == 0:
         return {"lm": jax.tree.map(_master_copy, base)}
     return {"adapters": init_adapters(key, roles.encoder.arch, roles.rank)}
 
 
-def init_decoder(roles: Roles, base: Params, key: jax.Array) -> Params:
-    """Trained parameters that leave the decoder equal to the subject's first blocks: the head is the identity."""
+def init_decoder(roles: Roles, base: Params, key: jax.Array, head: np.ndarray | None = None) -> Params:
+    """Trained parameters that leave the decoder equal to the first blocks of `base`; without a `head`, the identity."""
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
-    head = jnp.eye(arch.d_model, dtype=jnp.float32)
+    head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else jnp.asarray(head, jnp.float32)
     if roles.rank == 0:
         lm = {name: _master_copy(base[name]) for name in ("embed", "final_norm")}
         return {

@@ -1,7 +1,8 @@
 """The jitted steps: encoder SFT, decoder SFT, and the RL step in its three parts.
 
 Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
-(the subject's weights), `baselines` (FVE denominators of the data), and in RL `reference` (the warm-started encoder).
+(the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
+data), and in RL `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def reconstruction_loss(
     roles: Roles, trained: Params, frozen: Params, ids: jax.Array, length: jax.Array, h: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mean direction mse over the rows with an explanation (`length` > 0), and every row's mse [N]."""
-    variables = roles.decoder_variables(frozen["base"], trained)
+    variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
     mse = objectives.direction_mse(roles.decoder.apply(variables, ids, length), h)
     return objectives.masked_mean(mse, length > 0), mse
 

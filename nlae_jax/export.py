@@ -1,0 +1,148 @@
+"""A trained pair, and the activations it learned from, in the reference's layout: `nlae export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nlae_jax.data.datasets import SPLIT_OF, Exported, export_dataset
+from nlae_jax.errors import UserError
+from nlae_jax.lm.families import arch_from_hf, language_config, read_hf_config, truncated_config
+from nlae_jax.lm.lora import merge
+from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
+from nlae_jax.lm.weights import TensorToWrite, save_model, write_safetensors
+from nlae_jax.progress import progress
+from nlae_jax.roles.released import VALUE_HEAD
+from nlae_jax.roles.sidecar import model_sidecar, write_sidecar
+from nlae_jax.run import Run
+from nlae_jax.stages import trained_pair
+from nlae_jax.train.state import Params
+
+
+def export_pair(run: Run, out: Path, dtype: str = "bfloat16") -> None:
+    """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
+
+    Each appears complete or not at all. Raises UserError where one is there already.
+    """
+    for role in ("av", "ar"):
+        if (out / role).exists():
+            raise UserError(f"--out {out}: {role} is there already; name a new directory")
+    pair = trained_pair(run)
+    bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
+    with progress(2, "export", unit="model") as bar:
+        for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):
+            temporary = out / f".{role}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                _write_model(run, role, bases[role], trained, temporary, dtype)
+                temporary.rename(out / role)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            bar.advance()
+
+
+def _write_model(run: Run, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
+    source, layer = _source(run, role), run.config.subject.layer
+    arch = run.roles.encoder.arch
+    if role == "ar":
+        # A decoder has no head; tied, transformers finds nothing missing.
+        arch = dataclasses.replace(run.roles.decoder.arch.truncated(layer + 1), tied_head=True)
+    config = truncated_config(language_config(read_hf_config(source)), arch.num_layers)
+    config |= {"tie_word_embeddings": arch.tied_head, "torch_dtype": dtype}
+    config.pop("dtype", None)
+    if arch_from_hf(config) != arch:
+        raise RuntimeError(f"the config.json written for {role} would be read as {arch_from_hf(config)}, not {arch}")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_model(directory, arch, _merged(run, base, trained), dtype)
+    _copy_tokenizer(source, directory, keep_bos=role == "av")
+    if role == "ar":
+        head = np.asarray(trained["value_head"]).T
+        write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
+    corpus, model = run.store.meta["corpus"], run.config.subject.model
+    write_sidecar(directory, model_sidecar(run.protocol, role, arch.d_model, layer, model, corpus))
+
+
+def _source(run: Run, role: str) -> Path:
+    """The model directory that the role started from."""
+    return run.released[role].directory if role in run.released else run.directory
+
+
+def _merged(run: Run, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
+    """(our name, layer) -> the trained parameter, its adapter added in."""
+    if run.config.lora.rank == 0:
+        lm, adapters = trained["lm"], {}
+    else:
+        lm, adapters = base, trained["adapters"]
+    combine = jax.jit(merge, static_argnums=2)
+
+    def values(name: str, layer: int | None) -> Any:
+        if layer is None:
+            return lm[name]
+        adapter = jax.tree.map(lambda a: a[layer], adapters.get(name))
+        return combine(lm["blocks"][name][layer], adapter, run.roles.encoder.lora_scale)
+
+    return values
+
+
+def _copy_tokenizer(source: Path, directory: Path, keep_bos: bool) -> None:
+    """The tokenizer's files as they are.
+
+    Without `keep_bos`, a tokenizer that names a token for the beginning of a text but does not add it names none in
+    the copy: the reference's client takes a named one for one that is added.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    tokenizer = load_tokenizer(directory)
+    if keep_bos or tokenizer.bos_token_id is None or tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
+        return
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := directory / name).is_file():
+            fields = json.loads(path.read_text(encoding="utf-8")) | {"bos_token": None}
+            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (left := load_tokenizer(directory).bos_token) is not None:
+        raise RuntimeError(f"{directory}: the tokenizer still names {left!r} as the beginning of a text")
+
+
+def export_datasets(run: Run, out: Path) -> None:
+    """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars.
+
+    A row of the warm start without a description is left out.
+    """
+    if run.config.dataset.rl:
+        raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
+    plan, described = run.store.plan, run.descriptions if run.warm_start else {}
+    decode = partial(run.tokenizer.decode, skip_special_tokens=True)
+    extraction = {
+        "base_model": run.config.subject.model,
+        "d_model": run.arch.d_model,
+        "layer_index": run.config.subject.layer,
+        "norm": "none",
+        "corpus": run.store.meta["corpus"],
+        "corpus_slice": {},
+        "positions_per_doc": run.config.extract.positions_per_document,
+    }
+    with progress(len(SPLIT_OF), "export", unit="dataset") as bar:
+        for name, split in SPLIT_OF.items():
+            rows = plan.rows_of(split)
+            if name in ("av_sft", "ar_sft"):
+                rows = np.array([row for row in rows.tolist() if row in described], np.int64)
+            source = Exported(
+                rows=rows,
+                vectors=run.store.vectors,
+                doc_id=lambda row: plan.doc_ids[plan.document[row]],
+                position=lambda row: int(plan.position[row]),
+                text=lambda row: decode(run.store.context_ids(row)),
+                description=described.get,
+            )
+            export_dataset(out / f"{name}.parquet", name, source, run.protocol, extraction)
+            bar.advance()

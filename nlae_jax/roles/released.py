@@ -1,0 +1,108 @@
+"""Encoder and decoder directories in the reference's layout: opened and checked.
+
+An encoder ("av") is an ordinary model directory; a decoder ("ar") holds the first K + 1 blocks and
+`value_head.safetensors`. Both have a sidecar, see `sidecar.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.weights import load_params, read_tensor
+from nlae_jax.roles.sidecar import Sidecar, read_sidecar
+
+VALUE_HEAD = "value_head.safetensors"
+
+_PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂")
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """One directory: its architecture (a decoder's has no head) and what its sidecar says."""
+
+    directory: Path
+    arch: Arch
+    sidecar: Sidecar
+
+    @property
+    def layer(self) -> int | None:
+        return self.sidecar.layer
+
+    @property
+    def injection_scale(self) -> float:
+        """What an encoder was trained with; 0: vectors as they are."""
+        if self.sidecar.injection_scale is None:
+            raise UserError(
+                f"{self.sidecar.path}: extraction.injection_scale is missing; an encoder needs the one it learned"
+            )
+        return self.sidecar.injection_scale
+
+    def weights(self, dtype: str) -> dict[str, Any]:
+        """The parameters on the default device."""
+        trunk = self.sidecar.role == "ar"
+        params = load_params(self.directory, self.arch, dtype, trunk=trunk)
+        if trunk:  # never applied, but the module declares it
+            params["final_norm"] = np.ones(self.arch.d_model, params["embed"].dtype)
+        return jax.tree.map(jnp.asarray, params)
+
+    def value_head(self) -> np.ndarray:
+        """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
+        width = self.arch.d_model
+        return read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T
+
+
+def open_released(name: str, role: str) -> Released:
+    """The directory or hub id `name`, which should be an encoder ("av") or a decoder ("ar").
+
+    Raises UserError, naming the file and field, where it is something else or its parts do not fit each other.
+    """
+    directory = resolve_model(name)
+    arch, sidecar = read_arch(directory), read_sidecar(directory)
+    if sidecar.role != role:
+        raise UserError(f"{sidecar.path}: role is that of {sidecar.role!r}; {name} was given as {role}")
+    if sidecar.d_model != arch.d_model:
+        raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
+    if role == "av":
+        return Released(directory, arch, sidecar)
+    layer = arch.num_layers - 1
+    if sidecar.layer not in (None, layer):
+        raise UserError(
+            f"{sidecar.path}: extraction_layer_index {sidecar.layer} should be {layer}: config.json has "
+            f"{arch.num_layers} blocks, and a decoder ends with the block that is read"
+        )
+    arch = dataclasses.replace(arch, tied_head=True)
+    return Released(directory, arch, dataclasses.replace(sidecar, layer=layer))
+
+
+def pair_sidecar(av: Released, ar: Released) -> Sidecar:
+    """What both sidecars say together; the decoder's prompt is its own. Raises UserError where they disagree."""
+    mine, other = av.sidecar, ar.sidecar
+    if mine.d_model != other.d_model:
+        raise UserError(f"{other.path}: d_model {other.d_model} should be the encoder's {mine.d_model}")
+    if mine.layer not in (None, other.layer):
+        raise UserError(f"{other.path}: reads block {other.layer}; the encoder was made for block {mine.layer}")
+    return dataclasses.replace(
+        mine,
+        layer=other.layer,
+        decoder_template=other.decoder_template or mine.decoder_template,
+        suffix_ids=other.suffix_ids or mine.suffix_ids,
+    )
+
+
+def pair_tokenizer(av: Released, ar: Released) -> Any:
+    """The tokenizer that encoder and decoder share. Raises UserError where theirs differ."""
+    tokenizer, other = load_tokenizer(av.directory), load_tokenizer(ar.directory)
+    for text in _PROBES:
+        if tokenizer.encode(text) != other.encode(text):
+            raise UserError(f"{ar.directory}: its tokenizer reads {text!r} otherwise than that of {av.directory}")
+    return tokenizer

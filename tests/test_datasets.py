@@ -1,0 +1,282 @@
+"""Parquet files in the reference's schema: written as it reads them, read as it writes them."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from nlae_jax.api import open_run
+from nlae_jax.cli import main
+from nlae_jax.config import DatasetConfig
+from nlae_jax.data import datasets
+from nlae_jax.data.datasets import dataset_files, dataset_sidecar, import_plan, import_texts, import_vectors
+from nlae_jax.errors import UserError
+from nlae_jax.export import export_datasets
+from tests.conftest import tiny_config
+
+pytest_plugins = ["tests.tiny_run"]
+
+NAMES = ("av_sft", "ar_sft", "rl", "held_out")
+D = 64
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return open_run(tiny_run.workdir)
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("datasets")
+    export_datasets(run, out)
+    return out
+
+
+@pytest.fixture
+def files(written, tmp_path):
+    """Copies that a test may damage: name -> path."""
+    out = shutil.copytree(written, tmp_path / "datasets")
+    return {name: out / f"{name}.parquet" for name in NAMES}
+
+
+def rewrite(path, **columns):
+    """The file with other columns; None drops one."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        index = table.schema.get_field_index(name)
+        table = table.remove_column(index)
+        if values is not None:
+            table = table.add_column(index, name, values)
+    pq.write_table(table, path)
+
+
+def read(files, layer=1, **config):
+    """What an import of the files would hold: plan, descriptions, contexts."""
+    sidecar = dataset_sidecar(files, D, layer)
+    plan = import_plan(files, tiny_config(subject__layer=layer, **config))
+    return plan, *import_texts(files, plan, sidecar)
+
+
+def given(files):
+    return {f"dataset__{name}": path for name, path in files.items()} | {"corpus__path": ""}
+
+
+def test_the_schema_is_the_references(written, run):
+    vector = pa.list_(pa.float32(), D)
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    tail = [
+        ("activation_vector", vector),
+        ("n_raw_tokens", pa.int64()),
+        ("activation_layer", pa.int64()),
+        ("doc_id", pa.string()),
+        ("detokenized_text_truncated", pa.string()),
+    ]
+    head = {
+        "av_sft": [("prompt", messages), ("response", pa.string())],
+        "ar_sft": [("prompt", pa.string())],
+        "rl": [("prompt", messages)],
+        "held_out": [("prompt", messages)],
+    }
+    for name in NAMES:
+        schema = pq.read_schema(written / f"{name}.parquet")
+        assert schema.equals(pa.schema(head[name] + tail)), name
+    row = pq.read_table(written / "av_sft.parquet").slice(0, 1).to_pylist()[0]
+    assert row["prompt"] == [
+        {"role": "user", "content": run.protocol.encoder_template.replace("{injection_char}", "<INJECT>")}
+    ]
+    assert row["response"].startswith("<explanation>\n")
+    assert row["response"].endswith("\n</explanation>")
+    meta = yaml.safe_load((written / "rl.parquet.nla_meta.yaml").read_text())
+    assert set(meta["extraction"]) == {
+        *("base_model", "d_model", "layer_index", "norm", "corpus", "corpus_slice", "positions_per_doc")
+    }
+
+
+def test_what_is_written_is_read_back(written, run):
+    files = {name: written / f"{name}.parquet" for name in NAMES}
+    plan, descriptions, contexts, dropped = read(files)
+    assert dropped == 0
+    store, described = (
+        run.store,
+        dict(zip(*(descriptions[name].to_pylist() for name in ("row", "description")), strict=True)),
+    )
+    texts = dict(zip(contexts["row"].to_pylist(), contexts["text"].to_pylist(), strict=True))
+    for split in ("encoder_sft", "rl", "held_out"):
+        mine, theirs = plan.rows_of(split), store.plan.rows_of(split)
+        assert [plan.doc_ids[plan.document[r]] for r in mine] == [
+            store.plan.doc_ids[store.plan.document[r]] for r in theirs
+        ]
+        np.testing.assert_array_equal(plan.position[mine], store.plan.position[theirs])
+        if split == "encoder_sft":
+            assert [described[r] for r in mine.tolist()] == [run.descriptions[r] for r in theirs.tolist()]
+        if split == "held_out":
+            assert [texts[r] for r in mine.tolist()] == [run.tokenizer.decode(store.context_ids(r)) for r in theirs]
+    first = plan.rows_of("decoder_sft")[0]
+    gold = run.descriptions[int(store.plan.rows_of("decoder_sft")[0])]
+    assert described[int(first)] == run.protocol.decoder_template.replace("{explanation}", gold)
+
+
+def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
+    """Every stage, from files alone; the activations are the other run's, and the held-out numbers make sense."""
+    workdir = tmp_path / "W"
+    assert main(tiny_run.arguments(workdir, **given(files))) == 0
+    imported = open_run(workdir)
+    for split in ("encoder_sft", "decoder_sft", "rl", "held_out"):
+        np.testing.assert_array_equal(
+            imported.store.vectors(imported.store.plan.rows_of(split)), run.store.vectors(run.store.plan.rows_of(split))
+        )
+    assert imported.protocol.encoder_prefix == run.protocol.encoder_prefix
+    assert imported.protocol.injection_scale == pytest.approx(run.protocol.injection_scale, rel=1e-6)
+    result = json.loads((workdir / "eval.json").read_text())
+    assert result["fve_gold"] is None
+    assert result["num_documents"] == json.loads((tiny_run.workdir / "eval.json").read_text())["num_documents"]
+    sample = json.loads((workdir / "samples/held_out.jsonl").read_text().splitlines()[0])
+    assert sample["context"].endswith(sample["token"])
+    assert (workdir / "report.html").exists()
+
+
+def test_stored_prompts_reach_the_decoder_as_they_are(tiny_run, run, files, tmp_path):
+    """One that no template would make is learned from too; the loss of the first step says which was read."""
+    losses = []
+    for number, changed in enumerate((False, True)):
+        if changed:
+            prompts = pq.read_table(files["ar_sft"])["prompt"].to_pylist()
+            rewrite(files["ar_sft"], prompt=pa.array([f"Something else: {prompt}!" for prompt in prompts]))
+        workdir = tmp_path / f"W{number}"
+        steps = {"sft__encoder_steps": 0, "sft__decoder_steps": 2}
+        assert main(tiny_run.arguments(workdir, "sft", **given(files), **steps)) == 0
+        losses.append(tiny_run.metrics(workdir)[0]["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_without_a_held_out_file_documents_of_rl_alone_are_held_out(files):
+    del files["held_out"]
+    shared = pq.read_table(files["av_sft"])["doc_id"][0].as_py()
+    docs = pq.read_table(files["rl"])["doc_id"].to_pylist()
+    rewrite(files["rl"], doc_id=pa.array([shared if doc == docs[0] else doc for doc in docs]))
+    for seed in range(5):
+        plan, *_ = read(files, seed=seed, split__held_out=0.2, split__rl=0.32)
+        held_out = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("held_out")}
+        trained = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("rl")}
+        assert held_out
+        assert not held_out & trained
+        assert shared not in held_out
+
+
+def test_lists_of_any_length_will_do_if_they_are_of_one_length(files, tmp_path):
+    values = pq.read_table(files["rl"])["activation_vector"].to_pylist()
+    rewrite(files["rl"], activation_vector=pa.array(values, pa.list_(pa.float64())))
+    import_vectors(tmp_path / "A", {"rl": files["rl"]}, len(values), D, lambda rows: None)
+    from nlae_jax.data.activations import open_vectors
+
+    stored = open_vectors(tmp_path / "A", len(values), D).read().result()
+    np.testing.assert_allclose(stored, np.array(values), rtol=1e-6)
+
+
+def test_an_import_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_ROWS", 3)
+    rows = sum(pq.read_metadata(path).num_rows for path in files.values())
+
+    class Stopped(Exception):
+        pass
+
+    passed = []
+
+    def stop(count):
+        passed.append(count)
+        if sum(passed) > rows // 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        import_vectors(tmp_path / "A", files, rows, D, stop)
+    read_again = []
+    original = datasets._vectors
+    monkeypatch.setattr(datasets, "_vectors", lambda *a: read_again.append(1) or original(*a))
+    import_vectors(tmp_path / "A", files, rows, D, lambda count: None)
+    assert 0 < len(read_again) < -(-rows // 3) + 4 - len(passed) + 1
+    from nlae_jax.data.activations import open_vectors
+
+    expected = np.concatenate(
+        [np.stack(pq.read_table(path)["activation_vector"].to_numpy()) for path in files.values()]
+    )
+    np.testing.assert_array_equal(open_vectors(tmp_path / "A", rows, D).read().result(), expected)
+
+
+def vectors_with(path, row, value):
+    values = np.stack(pq.read_table(path)["activation_vector"].to_numpy())
+    values[row, 5] = value
+    rewrite(path, activation_vector=pa.array(list(values), pa.list_(pa.float32(), D)))
+
+
+def sidecar_with(path, **fields):
+    path = path.with_name(f"{path.name}.nla_meta.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
+
+
+def other_prompt(path, row):
+    prompts = pq.read_table(path)["prompt"].to_pylist()
+    prompts[row] = [{"role": "user", "content": "Another one: <INJECT>"}]
+    rewrite(path, prompt=pa.array(prompts))
+
+
+DAMAGES = {
+    "nan": (lambda f: vectors_with(f["rl"], 7, np.nan), "rl.parquet: row 7: activation_vector has NaN"),
+    "infinity": (lambda f: vectors_with(f["av_sft"], 2, np.inf), "av_sft.parquet: row 2: activation_vector has NaN"),
+    "width": (
+        lambda f: rewrite(f["rl"], activation_vector=pa.array([[0.5] * 8] * pq.read_metadata(f["rl"]).num_rows)),
+        "has 8 numbers; the subject's width is 64",
+    ),
+    "no vectors": (lambda f: rewrite(f["rl"], activation_vector=None), "no column 'activation_vector'"),
+    "no documents": (lambda f: rewrite(f["av_sft"], doc_id=None), "av_sft.parquet: no column 'doc_id'"),
+    "no responses": (lambda f: rewrite(f["av_sft"], response=None), "no column 'response'"),
+    "no prompts": (lambda f: rewrite(f["rl"], prompt=None), "no column 'prompt'"),
+    "other layer": (
+        lambda f: rewrite(f["rl"], activation_layer=pa.array([5] * pq.read_metadata(f["rl"]).num_rows)),
+        "activation_layer is 5; subject.layer is 1",
+    ),
+    "other prompt": (lambda f: other_prompt(f["rl"], 3), "rl.parquet: row 3: another prompt"),
+    "not a parquet": (lambda f: f["rl"].write_bytes(b"PAR1 no"), "rl.parquet: cannot be read"),
+    "empty": (
+        lambda f: pq.write_table(pq.read_table(f["rl"]).slice(0, 0), f["rl"]),
+        "rl.parquet: the file has no rows",
+    ),
+    "missing": (lambda f: f["ar_sft"].unlink(), "config.dataset.ar_sft"),
+    "no sidecar": (
+        lambda f: f["rl"].with_name("rl.parquet.nla_meta.yaml").unlink(),
+        "rl.parquet.nla_meta.yaml: no such file",
+    ),
+    "other marker": (
+        lambda f: sidecar_with(f["av_sft"], prompt_templates={"actor": "Else: {injection_char}"}),
+        "another prompt or injection token",
+    ),
+    "sidecar of another width": (lambda f: sidecar_with(f["rl"], extraction={"d_model": 32}), "extraction.d_model 32"),
+    "trained on what is evaluated": (
+        lambda f: shutil.copy(f["rl"], f["held_out"]),
+        "of its documents are also trained on",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_wrong_is_named_by_file_and_row(tiny_run, files, tmp_path, capsys, damage):
+    spoil, named = DAMAGES[damage]
+    spoil(files)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert named in " ".join(capsys.readouterr().err.splitlines()[-1:])
+
+
+@pytest.mark.parametrize("missing", ["rl", "av_sft", "ar_sft"])
+def test_a_file_that_a_stage_needs(tiny_run, files, tmp_path, capsys, missing):
+    del files[missing]
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert f"config.dataset.{missing}: no file is named" in capsys.readouterr().err
+
+
+def test_no_datasets():
+    assert dataset_files(DatasetConfig()) == {}
+    with pytest.raises(UserError, match=r"config\.dataset\.rl"):
+        dataset_files(DatasetConfig(rl="/nowhere.parquet"))

@@ -1,0 +1,288 @@
+"""A run's pair and activations in the reference's layout: out, into transformers and PyTorch, and in again."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import nlae_jax
+from nlae_jax.cli import main
+from nlae_jax.errors import UserError
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import load_tokenizer
+from tests.tiny_run import TinyRun
+
+pytest_plugins = ["tests.tiny_run"]
+
+TEXTS = ["the list of values", "It ends with: in that is", "an array"]
+
+
+def relative_error(found, expected):
+    return np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_run, tmp_path_factory):
+    """With adapters that have learned something, and a decoder shallower than the base."""
+    workdir = tmp_path_factory.mktemp("lora") / "W"
+    changed = {"lora__rank": 4, "subject__layer": 0, "sft__encoder_steps": 12, "rl__num_steps": 2}
+    assert main(tiny_run.arguments(workdir, **changed)) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def exported(request, tiny_run, tmp_path_factory):
+    """(workdir, directory of its export in float32)."""
+    workdir = tiny_run.workdir if request.param == "full" else request.getfixturevalue("lora_run")
+    out = tmp_path_factory.mktemp("exported") / "pair"
+    assert main(["export", "--workdir", str(workdir), "--out", str(out), "--dtype", "float32", "--datasets"]) == 0
+    return workdir, out
+
+
+@pytest.fixture(scope="module")
+def imported(exported):
+    """(the pair as the run has it, the pair as read from its export)."""
+    workdir, out = exported
+    subject = json.loads((workdir / "config.json").read_text())["subject"]["model"]
+    return nlae_jax.NLA.from_workdir(workdir), nlae_jax.NLA.from_pretrained(out / "av", out / "ar", subject)
+
+
+def test_out_and_in_again_is_the_same_pair(imported):
+    run, released = imported
+    assert released.layer == run.layer
+    assert relative_error(released.reconstruct(TEXTS), run.reconstruct(TEXTS)) < 1e-5
+    h = np.asarray(
+        run.subject.residual(run.tokenizer.encode("the of to in is that", return_tensors="np"), run.layer)[0]
+    )
+    texts = run.explain(h, max_new_tokens=48)
+    assert released.explain(h, max_new_tokens=48) == texts
+    np.testing.assert_allclose(released.score(texts, h)[0], run.score(texts, h)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        [token["mse"] for token in released.explain_text("the of to in")],
+        [token["mse"] for token in run.explain_text("the of to in")],
+        atol=1e-4,
+    )
+
+
+def test_explanations_do_not_depend_on_the_company(imported):
+    """Alone, in batches of several sizes, in another order: the same greedy explanation."""
+    _, released = imported
+    ids = released.tokenizer.encode("the of to in is that it for as with on be at by this from an", return_tensors="np")
+    h = np.asarray(released.subject.residual(ids, released.layer)[0])
+    together = released.explain(h, max_new_tokens=40)
+    assert [released.explain(row[None], max_new_tokens=40)[0] for row in h] == together
+    assert released.explain(h[:5], max_new_tokens=40) == together[:5]
+    assert released.explain(h[::-1], max_new_tokens=40) == together[::-1]
+    reversed_texts = released.reconstruct(TEXTS[::-1])[::-1]
+    np.testing.assert_allclose(released.reconstruct(TEXTS), reversed_texts, rtol=1e-5, atol=1e-5)
+    alone = np.concatenate([released.reconstruct([text]) for text in TEXTS])
+    assert relative_error(alone, released.reconstruct(TEXTS)) < 1e-5
+
+
+def test_plain_transformers_loads_both(exported, imported):
+    """The decoder rebuilt from its description: no final norm, the head from its file, the last token."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    run, _ = imported
+    _, out = exported
+    models = {}
+    for role in ("av", "ar"):
+        models[role], info = transformers.AutoModelForCausalLM.from_pretrained(
+            out / role, dtype=torch.float32, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    template = yaml.safe_load((out / "ar/nla_meta.yaml").read_text())["prompt_templates"]["critic"]
+    head = torch.tensor(load_file(out / "ar/value_head.safetensors")["weight"])
+    trunk, tokenizer = models["ar"].model, transformers.AutoTokenizer.from_pretrained(out / "ar")
+    trunk.norm = torch.nn.Identity()
+    with torch.no_grad():
+        last = [
+            trunk(torch.tensor([tokenizer.encode(template.format(explanation=text))])).last_hidden_state[0, -1]
+            for text in TEXTS
+        ]
+        rebuilt = torch.stack(last) @ head.T
+        ids = torch.arange(3, 14)[None]
+        logits = models["av"](ids).logits.numpy()
+    assert relative_error(run.reconstruct(TEXTS), rebuilt) < 1e-4
+    encoder = nlae_jax.LanguageModel.from_pretrained(str(out / "av"))
+    assert relative_error(encoder.logits(ids.numpy()), logits) < 1e-4
+
+
+def test_transformers_continues_as_the_encoder_does(exported, imported):
+    """The client's way: embed the prompt, put the scaled vector into the slot, generate."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    run, _ = imported
+    _, out = exported
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "av", dtype=torch.float32)
+    tokenizer, meta = load_tokenizer(out / "av"), yaml.safe_load((out / "av/nla_meta.yaml").read_text())
+    tokens = meta["tokens"]
+    content = meta["prompt_templates"]["actor"].format(injection_char=tokens["injection_char"])
+    chat = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    slot = prompt.index(tokens["injection_token_id"])
+    assert prompt[slot - 1] == tokens["injection_left_neighbor_id"]
+    assert prompt[slot + 1] == tokens["injection_right_neighbor_id"]
+    ids = prompt + tokenizer.encode("<explanation>\n", add_special_tokens=False)
+    h = np.asarray(run.subject.residual(run.tokenizer.encode("the of to in", return_tensors="np"), run.layer)[0])
+    texts = run.explain(h, max_new_tokens=40)
+    for row, text in zip(h, texts, strict=True):
+        x = model.model.embed_tokens(torch.tensor([ids])).detach().clone()
+        x[0, slot] = torch.tensor(row) * (meta["extraction"]["injection_scale"] / np.linalg.norm(row))
+        mask = torch.ones(x.shape[:2], dtype=torch.long)
+        written = model.generate(inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=40)[0]
+        response = tokenizer.decode(written, skip_special_tokens=True)
+        assert text == (response.split("</explanation>")[0].strip() if "</explanation>" in response else "")
+
+
+def test_the_decoder_ends_with_the_block_that_is_read(exported):
+    workdir, out = exported
+    layer = json.loads((workdir / "config.json").read_text())["subject"]["layer"]
+    arch, whole = read_arch(out / "ar"), read_arch(out / "av")
+    assert (arch.num_layers, whole.num_layers) == (layer + 1, 2)
+    meta = yaml.safe_load((out / "ar/nla_meta.yaml").read_text())
+    assert meta["critic"]["extraction_layer_index"] == meta["extraction"]["layer_index"] == layer
+    assert load_file(out / "ar/value_head.safetensors")["weight"].shape == (arch.d_model, arch.d_model)
+
+
+def test_trained_weights_are_written_as_they_are(tiny_run, tmp_path):
+    """Without adapters in float32 nothing is computed: to the last bit."""
+    from nlae_jax.api import open_run
+    from nlae_jax.lm.weights import load_params
+    from nlae_jax.stages import trained_pair
+
+    assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path), "--dtype", "float32"]) == 0
+    pair = trained_pair(open_run(tiny_run.workdir))
+    read = load_params(tmp_path / "av", read_arch(tmp_path / "av"))
+    jax.tree.map(np.testing.assert_array_equal, read, jax.device_get(pair.encoder["lm"]))
+    head = load_file(tmp_path / "ar/value_head.safetensors")["weight"]
+    np.testing.assert_array_equal(head.T, pair.decoder["value_head"])
+
+
+def test_half_the_bytes_in_bfloat16(tiny_run, tmp_path):
+    assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path / "half")]) == 0
+    released = nlae_jax.NLA.from_pretrained(tmp_path / "half/av", tmp_path / "half/ar")
+    run = nlae_jax.NLA.from_workdir(tiny_run.workdir)
+    assert 1e-5 < relative_error(released.reconstruct(TEXTS), run.reconstruct(TEXTS)) < 0.1
+    half = nlae_jax.NLA.from_pretrained(tmp_path / "half/av", tmp_path / "half/ar", dtype="bfloat16")
+    assert relative_error(half.reconstruct(TEXTS), run.reconstruct(TEXTS)) < 0.2
+
+
+def test_nothing_is_overwritten(exported, capsys):
+    workdir, out = exported
+    before = sorted(path.stat().st_mtime_ns for path in out.rglob("*"))
+    assert main(["export", "--workdir", str(workdir), "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
+
+
+def test_a_named_but_unused_beginning_token_is_not_named_in_the_decoder(tiny_run, tiny_dir, tmp_path):
+    """The reference's client asserts that a tokenizer which names one also adds it."""
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    changed = {"subject__model": model, "sft__encoder_steps": 2, "sft__decoder_steps": 2, "rl__num_steps": 0}
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **changed)) == 0
+    assert main(["export", "--workdir", str(tmp_path / "W"), "--out", str(tmp_path / "out")]) == 0
+    assert load_tokenizer(tmp_path / "out/av").bos_token == "<|im_start|>"
+    assert load_tokenizer(tmp_path / "out/ar").bos_token is None
+    text = "the list"
+    assert load_tokenizer(tmp_path / "out/ar").encode(text) == load_tokenizer(model).encode(text)
+
+
+# --- a released pair to start from
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_goes_on_from_a_released_pair(tiny_run, exported, tmp_path, rank):
+    """What a run starts from is what the other ended with, and RL moves it from there."""
+    workdir, out = exported
+    layer = json.loads((workdir / "config.json").read_text())["subject"]["layer"]
+    started = {
+        "init__av": out / "av",
+        "init__ar": out / "ar",
+        "subject__layer": layer,
+        "lora__rank": rank,
+        "sft__encoder_steps": 0,
+        "sft__decoder_steps": 0,
+    }
+    pair = nlae_jax.NLA.from_workdir(workdir)
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **started, rl__num_steps=0)) == 0
+    begun = nlae_jax.NLA.from_workdir(tmp_path / "W")
+    assert relative_error(begun.reconstruct(TEXTS), pair.reconstruct(TEXTS)) < 1e-5
+    assert (tmp_path / "W/protocol.json").read_text() == (workdir / "protocol.json").read_text()
+    assert not (tmp_path / "W/activations/descriptions.parquet").exists()
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **started, rl__num_steps=1)) == 0
+    moved = relative_error(nlae_jax.NLA.from_workdir(tmp_path / "W").reconstruct(TEXTS), pair.reconstruct(TEXTS))
+    assert moved > 1e-5 or workdir != tiny_run.workdir  # the other pair closes no explanation yet: nothing to learn
+
+
+def test_evaluating_a_released_pair(tiny_run, tmp_path):
+    """The run's own evaluation, from its export: no warm start, no RL."""
+    out = tmp_path / "pair"
+    assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(out), "--dtype", "float32"]) == 0
+    given = {"init__av": out / "av", "init__ar": out / "ar", "sft__encoder_steps": 0, "sft__decoder_steps": 0}
+    assert main(tiny_run.arguments(tmp_path / "W", "eval", **given, rl__num_steps=0)) == 0
+    mine, theirs = (json.loads((w / "eval.json").read_text()) for w in (tmp_path / "W", tiny_run.workdir))
+    assert mine["fve_gold"] is None
+    assert mine["fve"] == pytest.approx(theirs["fve"], abs=1e-4)
+    assert mine["fve_shuffled"] == pytest.approx(theirs["fve_shuffled"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda out: (out / "av/nla_meta.yaml").unlink(), "av/nla_meta.yaml: no such file"),
+        (lambda out: (out / "ar/value_head.safetensors").unlink(), "value_head.safetensors"),
+        (lambda out: change(out / "av/nla_meta.yaml", role="critic"), "given as av"),
+        (lambda out: change(out / "av/nla_meta.yaml", d_model=32), "d_model 32"),
+        (lambda out: change(out / "ar/nla_meta.yaml", critic={"extraction_layer_index": 7}), "should be"),
+        (lambda out: change(out / "av/nla_meta.yaml", extraction={"layer_index": 7}), "was made for block 7"),
+        (lambda out: change(out / "av/nla_meta.yaml", extraction={}), "extraction.injection_scale is missing"),
+        (
+            lambda out: save_file({"weight": np.zeros((3, 3), np.float32)}, out / "ar/value_head.safetensors"),
+            "shape (3, 3)",
+        ),
+        (
+            lambda out: save_file({"bias": np.zeros((3, 3), np.float32)}, out / "ar/value_head.safetensors"),
+            "lacks the tensor 'weight'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(exported, tmp_path, capsys, damage, named):
+    out = shutil.copytree(exported[1], tmp_path / "out")
+    damage(out)
+    assert main(["explain", "--av", str(out / "av"), "--ar", str(out / "ar"), "--text", "the of"]) == 2
+    assert named in capsys.readouterr().err
+
+
+def change(path, **fields):
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
+
+
+def test_swapped_directories_are_noticed(exported):
+    out = exported[1]
+    with pytest.raises(UserError, match="given as av"):
+        nlae_jax.NLA.from_pretrained(out / "ar", out / "av")
+
+
+def test_a_pair_for_another_layer_is_refused(tiny_run, exported, tmp_path, capsys):
+    layer = json.loads((exported[0] / "config.json").read_text())["subject"]["layer"]
+    given = {"init__av": exported[1] / "av", "init__ar": exported[1] / "ar", "subject__layer": 1 - layer}
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **given)) == 2
+    assert f"subject.layer is {1 - layer}" in capsys.readouterr().err
+    assert not (tmp_path / "W").exists()
+
+
+def test_explaining_with_a_released_pair(exported, tiny_run: TinyRun, capsys):
+    out = exported[1]
+    command = ["explain", "--av", str(out / "av"), "--ar", str(out / "ar"), "--subject", str(tiny_run.model)]
+    assert main([*command, "--text", "the of to", "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert len(tokens) == len(load_tokenizer(out / "av").encode("the of to"))
+    with pytest.raises(SystemExit):
+        main(["explain", "--av", str(out / "av"), "--text", "the"])
