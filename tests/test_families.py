@@ -10,7 +10,7 @@ import pytest
 
 from nlae_jax.errors import UserError
 from nlae_jax.language_model import LanguageModel
-from nlae_jax.lm.families import FAMILIES, read_arch
+from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.transformer import Segment, Transformer
 from nlae_jax.lm.weights import load_params
 
@@ -74,12 +74,15 @@ TIME = 19
 
 
 def random_model(case):
+    return model_of(*CASES[case], seed=sum(map(ord, case)))
+
+
+def model_of(family, fields, seed=0):
     """A model with weights large enough for attention, caps and norms to matter."""
-    family, fields = CASES[case]
     fields = dict(fields)
     if family == "qwen2":
         del fields["head_dim"]
-    torch.manual_seed(sum(map(ord, case)))
+    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     offset = 0.0 if "gemma" in family else 1.0
@@ -153,6 +156,16 @@ def test_equal_to_transformers(tmp_path, case):
     for mine, expected in zip(blocks, expected_blocks, strict=True):
         assert_close(mask, mine, expected)
     assert_close(mask, logits, expected_logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_is_written_as_it_is_read(case):
+    family, fields = CASES[case]
+    config = transformers.AutoConfig.for_model(family, **fields)
+    arch = arch_from_hf(json.loads(config.to_json_string()))
+    written = json.loads(json.dumps(hf_config(arch)))
+    assert arch_from_hf(written) == arch
+    assert arch_from_hf(json.loads(transformers.AutoConfig.for_model(**written).to_json_string())) == arch
 
 
 def test_every_family_is_there():

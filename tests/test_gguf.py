@@ -1,6 +1,7 @@
 """GGUF conversion, on files written here with the gguf package."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -31,7 +32,7 @@ ARCH = Arch(len(TOKENS), 32, 2, 4, 2, 8, 64, norm_eps=1e-5, rope_theta=50_000.0,
 
 def interleave_rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows as llama.cpp stores them: of each head, row i of the first half is followed by row i of the second."""
-    halves = weight.reshape(heads, 2, -1, weight.shape[1])
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weight.shape)
 
 
@@ -70,8 +71,13 @@ def write_tiny_gguf(
     add_bos: bool | None = False,
     template: str = TEMPLATE,
     rope_scaling: str = "",
+    raw: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a small model and returns its weights. Matrices of the blocks are stored in `quantisation`."""
+    """Writes a small model and returns its weights. Matrices of the blocks are stored in `quantisation`.
+
+    Tensors of `raw` are stored as the bytes that are there; `tokenizer` writes another than the one described here.
+    """
     weights = tiny_weights(arch) if weights is None else weights
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(arch.num_layers)
@@ -86,21 +92,26 @@ def write_tiny_gguf(
     writer.add_layer_norm_rms_eps(arch.norm_eps)
     if rope_scaling:
         writer.add_string(f"{architecture}.rope.scaling.type", rope_scaling)
-    writer.add_tokenizer_model(tokenizer_model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types(TYPES)
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    if add_bos is not None:
-        writer.add_add_bos_token(add_bos)
-    writer.add_chat_template(template)
+    if tokenizer is not None:
+        tokenizer(writer)
+    else:
+        writer.add_tokenizer_model(tokenizer_model)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(TOKENS)
+        writer.add_token_types(TYPES)
+        writer.add_token_merges(MERGES)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
+        writer.add_chat_template(template)
     for name, value in weights.items():
         heads = {"attn_q": arch.num_heads, "attn_k": arch.num_kv_heads}.get(name.split(".")[-2], 0)
         stored = interleave_rotary_pairs(value, heads) if heads else value
-        if quantisation is not None and value.ndim == 2 and name.startswith("blk."):
+        if name in (raw or {}):
+            writer.add_tensor(name, raw[name][0], raw_dtype=raw[name][1])
+        elif quantisation is not None and value.ndim == 2 and name.startswith("blk."):
             writer.add_tensor(name, gguf.quantize(stored, quantisation), raw_dtype=quantisation)
         else:
             writer.add_tensor(name, np.ascontiguousarray(stored))
@@ -141,7 +152,7 @@ def test_untied_head_survives(tmp_path):
     assert read_arch(tmp_path / "hf") == arch
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"])
 def test_quantised_tensors_are_dequantised(kind, tmp_path):
     quantisation = gguf.GGMLQuantizationType[kind]
     weights = write_tiny_gguf(tmp_path / "m.gguf", quantisation=quantisation)
@@ -151,6 +162,30 @@ def test_quantised_tensors_are_dequantised(kind, tmp_path):
         original = weights[f"blk.1.{theirs}.weight"]
         expected = gguf.dequantize(gguf.quantize(original, quantisation), quantisation)
         np.testing.assert_array_equal(params["blocks"][ours][1], expected.T)
+
+
+def random_blocks(rng: np.random.Generator, rows: int, kind: str) -> np.ndarray:
+    """Bytes [rows, block] of one K-quant block a row, whose half-precision scales are finite."""
+    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]  # where they lie
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = rng.integers(0, 256, (rows, size), dtype=np.uint8)
+    blocks[:, [start + 1 for start in scales]] &= 0xBF  # the top bit of the exponent
+    return blocks
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_are_dequantised(kind, tmp_path):
+    """The package reads these and does not write them: blocks of random bits, 256 weights each."""
+    quantisation, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(0)
+    arch = Arch(len(TOKENS), 256, 1, 2, 1, 8, 16)
+    raw = {f"blk.0.attn_{name}.weight": random_blocks(rng, rows, kind) for name, rows in {"q": 16, "v": 8}.items()}
+    write_tiny_gguf(tmp_path / "m.gguf", arch, raw={name: (value, quantisation) for name, value in raw.items()})
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    blocks = load_params(tmp_path / "hf", arch)["blocks"]
+    q, v = (gguf.dequantize(value, quantisation) for value in raw.values())
+    assert np.isfinite(q).all() and q.shape == (16, 256)
+    np.testing.assert_array_equal(interleave_rotary_pairs(blocks["q"][0].T, 2), q)
+    np.testing.assert_array_equal(blocks["v"][0].T, v)
 
 
 def test_attention_scores_agree_with_the_interleaved_rotation():
@@ -275,7 +310,7 @@ def test_truncated_gguf(tmp_path):
     ("options", "message"),
     [
         ({"architecture": "qwen9"}, "architecture 'qwen9' is not supported"),
-        ({"tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama'"),
+        ({"tokenizer_model": "t5"}, "tokenizer.ggml.model 't5'"),
         ({"pre": "mystery"}, "tokenizer.ggml.pre 'mystery'"),
         ({"rope_scaling": "yarn"}, "rope.scaling.type 'yarn'"),
     ],

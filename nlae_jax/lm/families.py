@@ -348,9 +348,13 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 
 
 def hf_config(arch: Arch) -> dict[str, Any]:
-    """The `config.json` fields of a Llama: the inverse of `arch_from_hf`. Raises ValueError for what is none."""
+    """The `config.json` fields of `arch`: the inverse of `arch_from_hf`.
+
+    Raises ValueError for what no config.json of its family says.
+    """
+    transformers_class, written = _WRITTEN.get(arch.family, ("", ()))
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [transformers_class],
         "model_type": arch.family,
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.d_model,
@@ -361,12 +365,13 @@ def hf_config(arch: Arch) -> dict[str, Any]:
         "intermediate_size": arch.d_ff,
         "rms_norm_eps": arch.norm_eps,
         "rope_theta": arch.rope_theta,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": arch.tied_head,
     }
-    if isinstance(scaling := arch.rope_scaling, Llama3Rope):
+    own = _own_fields(arch)
+    config |= {key: own[key] for key in written}
+    if isinstance(scaling := arch.rope_scaling, LinearRope):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, Llama3Rope):
         config["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -377,3 +382,40 @@ def hf_config(arch: Arch) -> dict[str, Any]:
     if arch_from_hf(config) != arch:
         raise ValueError(f"the config.json of this {arch.family} cannot be written: {arch}")
     return config
+
+
+# The class in transformers, and which of `_own_fields` the family's config.json has.
+_WINDOW = ("use_sliding_window", "sliding_window", "layer_types")
+_GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window", "layer_types")
+_WRITTEN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "llama": ("LlamaForCausalLM", ("hidden_act", "attention_bias", "mlp_bias")),
+    "mistral": ("MistralForCausalLM", ("hidden_act", "sliding_window")),
+    "qwen2": ("Qwen2ForCausalLM", ("hidden_act", *_WINDOW)),
+    "qwen3": ("Qwen3ForCausalLM", ("hidden_act", "attention_bias", *_WINDOW)),
+    "gemma2": ("Gemma2ForCausalLM", (*_GEMMA, "attn_logit_softcapping")),
+    "gemma3_text": ("Gemma3ForCausalLM", (*_GEMMA, "rope_local_base_freq")),
+    "smollm3": ("SmolLM3ForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", *_WINDOW)),
+    "olmo2": ("Olmo2ForCausalLM", ("hidden_act", "attention_bias")),
+}
+
+
+def _own_fields(arch: Arch) -> dict[str, Any]:
+    """The fields that only some families have, each as this `arch` would have it."""
+    blocks = range(arch.num_layers)
+    local = [bool(arch.windows and arch.windows[n]) or bool(arch.ropes and arch.ropes[n] == "local") for n in blocks]
+    # Off by a rounding error, because the Arch holds its inverse square root.
+    query_scalar = round(arch.attention_scale**-2, 6) if arch.attention_scale else float(arch.head_dim)
+    return {
+        "hidden_act": "silu",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": "o" in arch.biases,
+        "mlp_bias": "gate" in arch.biases,
+        "use_sliding_window": bool(arch.windows),
+        "sliding_window": max(arch.windows, default=0) or None,
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in local],
+        "no_rope_layers": [int(rope != "none") for rope in arch.ropes],
+        "query_pre_attn_scalar": int(query_scalar) if query_scalar.is_integer() else query_scalar,
+        "attn_logit_softcapping": arch.attention_softcap or None,
+        "final_logit_softcapping": arch.logit_softcap or None,
+        "rope_local_base_freq": arch.local_rope_theta,
+    }

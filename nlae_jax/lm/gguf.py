@@ -1,7 +1,9 @@
-"""Converting a llama-family GGUF file to a model directory in the HF layout, in float32.
+"""Converting a GGUF file to a model directory in the HF layout, in float32.
 
-Names and metadata keys follow the GGUF specification. llama.cpp stores the rows of the query and key
-matrices with rotary pairs side by side, where HF keeps the halves apart: they are put back here.
+Names and metadata keys follow the GGUF specification; `gguf_arch.py` has what differs between families. Two
+changes of llama.cpp's converter are undone here. Where its graph turns neighbouring dimensions, the rows of
+queries and keys lie with rotary pairs side by side, while HF keeps the halves apart. And norms whose weights
+have an offset (Gemma's 1) are stored with it added.
 """
 
 from __future__ import annotations
@@ -18,27 +20,37 @@ import gguf
 import numpy as np
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, Llama3Rope
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
+from nlae_jax.lm.gguf_arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf_tokenizer import write_tokenizer
-from nlae_jax.lm.weights import WEIGHTS_FILE, TensorToWrite, hf_name, write_safetensors
+from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, TensorToWrite, hf_name, write_safetensors
 
-# GGUF architecture -> GGUF tensor name -> our parameter name; {} is the block's number.
-TENSOR_NAMES: dict[str, dict[str, str]] = {
-    "llama": {
-        "token_embd.weight": "embed",
-        "blk.{}.attn_norm.weight": "attn_norm",
-        "blk.{}.attn_q.weight": "q",
-        "blk.{}.attn_k.weight": "k",
-        "blk.{}.attn_v.weight": "v",
-        "blk.{}.attn_output.weight": "o",
-        "blk.{}.ffn_norm.weight": "mlp_norm",
-        "blk.{}.ffn_gate.weight": "gate",
-        "blk.{}.ffn_up.weight": "up",
-        "blk.{}.ffn_down.weight": "down",
-        "output_norm.weight": "final_norm",
-        "output.weight": "head",
-    },
+# Our parameter name -> GGUF tensor name; {} is the block's number. Which of them a model has, its Arch says.
+TENSOR_NAMES: dict[str, str] = {
+    "embed": "token_embd.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "attn_post_norm": "blk.{}.post_attention_norm.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "o": "blk.{}.attn_output.weight",
+    "q_bias": "blk.{}.attn_q.bias",
+    "k_bias": "blk.{}.attn_k.bias",
+    "v_bias": "blk.{}.attn_v.bias",
+    "o_bias": "blk.{}.attn_output.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "mlp_post_norm": "blk.{}.post_ffw_norm.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "gate_bias": "blk.{}.ffn_gate.bias",
+    "up_bias": "blk.{}.ffn_up.bias",
+    "down_bias": "blk.{}.ffn_down.bias",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -58,7 +70,8 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
         raise UserError(f"{directory}: exists already; name a new directory for the converted model")
     metadata, tensors = _read(gguf_path)
     arch = _arch(gguf_path, metadata, tensors)
-    _check_tensors(gguf_path, arch, tensors)
+    name = metadata["general.architecture"]
+    _check_tensors(gguf_path, arch, GGUF_FAMILIES[name], tensors)
     logging.getLogger(__name__).info("converting %s to %s", gguf_path, directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -66,10 +79,10 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
         temporary.mkdir(parents=True)
         special = write_tokenizer(gguf_path, metadata, temporary)
         config = hf_config(arch) | special | {"torch_dtype": "float32"}
-        if length := metadata.get(f"{arch.family}.context_length"):
+        if length := metadata.get(f"{name}.context_length"):
             config["max_position_embeddings"] = int(length)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(temporary / WEIGHTS_FILE, _tensors_to_write(gguf_path, arch, tensors))
+        write_safetensors(temporary / WEIGHTS_FILE, _tensors_to_write(gguf_path, arch, GGUF_FAMILIES[name], tensors))
         try:
             temporary.rename(directory)
         except OSError:
@@ -93,126 +106,65 @@ def _read(path: Path) -> tuple[Metadata, Tensors]:
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _require(path: Path, metadata: Metadata, key: str) -> Any:
-    if metadata.get(key) is None:
-        raise UserError(f"{path}: the GGUF metadata lack {key}")
-    return metadata[key]
-
-
 def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
-    family = metadata.get("general.architecture")
-    if family not in TENSOR_NAMES:
-        raise UserError(f"{path}: GGUF architecture {family!r} is not supported; {', '.join(TENSOR_NAMES)} is")
-    if "token_embd.weight" not in tensors:
-        raise UserError(f"{path}: the GGUF lacks the tensor token_embd.weight")
-    scaling = metadata.get(f"{family}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise UserError(f"{path}: {family}.rope.scaling.type {scaling!r} is not supported; none is")
-    if metadata.get(f"{family}.expert_count"):
-        raise UserError(f"{path}: a mixture of experts ({family}.expert_count) is not supported")
-    d_model = int(_require(path, metadata, f"{family}.embedding_length"))
-    heads = int(_require(path, metadata, f"{family}.attention.head_count"))
-    head_dim = int(metadata.get(f"{family}.attention.key_length") or d_model // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if metadata.get(f"{family}.{key}", head_dim) != head_dim:
-            raise UserError(f"{path}: {family}.{key} should be {head_dim}, the size of a head")
-    theta = float(metadata.get(f"{family}.rope.freq_base", 10_000.0))
-    # Shortest decimal that is the same float32: 1e-5 is stored as 9.999999747378752e-06.
-    eps = float(str(np.float32(_require(path, metadata, f"{family}.attention.layer_norm_rms_epsilon"))))
-    return Arch(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        d_model=d_model,
-        num_layers=int(_require(path, metadata, f"{family}.block_count")),
-        num_heads=heads,
-        num_kv_heads=int(metadata.get(f"{family}.attention.head_count_kv") or heads),
-        head_dim=head_dim,
-        d_ff=int(_require(path, metadata, f"{family}.feed_forward_length")),
-        norm_eps=eps,
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(path, tensors, head_dim, theta),
-        tied_head="output.weight" not in tensors,
-        family=family,
-    )
+    embeddings = tensors.get(TENSOR_NAMES["embed"])
+    if embeddings is None:
+        raise UserError(f"{path}: the GGUF lacks the tensor {TENSOR_NAMES['embed']}")
+    factors = _dequantise(path, tensors[_ROPE_FACTORS]).reshape(-1) if _ROPE_FACTORS in tensors else None
+    return read_gguf_arch(path, metadata, tensors, int(embeddings.shape[1]), factors)
 
 
-def _rope_scaling(path: Path, tensors: Tensors, head_dim: int, theta: float) -> Llama3Rope | None:
-    """Llama 3's RoPE scaling, which a GGUF holds only as the factors that follow from it.
-
-    All its releases share three of the four constants; the fourth is the largest factor. Factors that
-    these do not reproduce are refused, because the model would silently compute something else.
-    """
-    if _ROPE_FACTORS not in tensors:
-        return None
-    factors = _dequantise(path, tensors[_ROPE_FACTORS]).reshape(-1)
-    if np.all(factors == 1):
-        return None
-    scaling = Llama3Rope(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    kept = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    kept = np.clip(kept, 0, 1)
-    expected = 1 / ((1 - kept) / scaling.factor + kept)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise UserError(f"{path}: the RoPE factors in {_ROPE_FACTORS} are not those of Llama 3; they are not supported")
-    return scaling
-
-
-def _names(arch: Arch) -> dict[str, tuple[str, int]]:
-    """GGUF name -> (our name, block) of every tensor the model has."""
+def _slots(arch: Arch) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """GGUF name -> (our name, block, shape under HF: a matrix is [out, in]) of every tensor the model has."""
+    weights = model_weights(arch)
+    blocks = {name: weight.shape[1:] for name, weight in weights.pop("blocks").items()}
+    shapes = {name: weight.shape for name, weight in weights.items()} | blocks
+    # In the order of the table: the fingerprint of a converted model depends on where its tensors lie.
     return {
-        template.format(layer): (name, layer)
-        for template, name in TENSOR_NAMES[arch.family].items()
-        if not (name == "head" and arch.tied_head)
-        for layer in range(arch.num_layers if "{}" in template else 1)
+        template.format(layer): (name, layer, shapes[name][::-1] if HF_NAMES[arch.family][name][1] else shapes[name])
+        for name, template in TENSOR_NAMES.items()
+        if name in shapes
+        for layer in range(arch.num_layers if name in blocks else 1)
     }
 
 
-def _check_tensors(path: Path, arch: Arch, tensors: Tensors) -> None:
-    names = _names(arch)
-    for name in names:
+def _check_tensors(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> None:
+    slots = _slots(arch)
+    for name, (_, _, expected) in slots.items():
         if name not in tensors:
             raise UserError(f"{path}: the GGUF lacks the tensor {name}")
+        if (shape := _shape(tensors[name])) != expected:
+            raise UserError(f"{path}: the tensor {name} has shape {shape}; the metadata ask for {expected}")
     for name in tensors:
-        if name not in names and name != _ROPE_FACTORS:
+        if name not in slots and not (name == _ROPE_FACTORS and family.rope_factors):
             raise UserError(f"{path}: unexpected tensor {name}; this variant of {arch.family} is not supported")
 
 
-def _expected_shape(arch: Arch, name: str) -> tuple[int, ...]:
-    """The shape of our parameter `name` under HF: [out, in]."""
-    heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    return {
-        "embed": (arch.vocab_size, arch.d_model),
-        "head": (arch.vocab_size, arch.d_model),
-        "q": (heads, arch.d_model),
-        "k": (kv_heads, arch.d_model),
-        "v": (kv_heads, arch.d_model),
-        "o": (arch.d_model, heads),
-        "gate": (arch.d_ff, arch.d_model),
-        "up": (arch.d_ff, arch.d_model),
-        "down": (arch.d_model, arch.d_ff),
-    }.get(name, (arch.d_model,))
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _tensors_to_write(path: Path, arch: Arch, tensors: Tensors) -> Sequence[TensorToWrite]:
-    written = []
-    for gguf_name, (name, layer) in _names(arch).items():
-        shape = tuple(int(size) for size in reversed(tensors[gguf_name].shape))
-        if shape != _expected_shape(arch, name):
-            raise UserError(
-                f"{path}: the tensor {gguf_name} has shape {shape}; the metadata ask for {_expected_shape(arch, name)}"
-            )
-        heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name, 0)
-        written.append(TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensors[gguf_name], heads)))
-    return written
+def _tensors_to_write(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> Sequence[TensorToWrite]:
+    return [
+        TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensors[gguf_name], _undo(arch, family, name)))
+        for gguf_name, (name, layer, shape) in _slots(arch).items()
+    ]
 
 
-def _reader(path: Path, tensor: gguf.ReaderTensor, rotary_heads: int) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        values = _dequantise(path, tensor)
-        return split_rotary_pairs(values, rotary_heads) if rotary_heads else values
+def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """From the values of our parameter `name` as a GGUF has them to HF's."""
+    heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name.removesuffix("_bias"))
+    if family.rotary_pairs and heads:
+        return lambda values: split_rotary_pairs(values, heads)
+    if name.endswith("norm") and arch.norm_offset:
+        return lambda values: values - np.float32(arch.norm_offset)
+    return lambda values: values
 
-    return read
+
+def _reader(
+    path: Path, tensor: gguf.ReaderTensor, undo: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[], np.ndarray]:
+    return lambda: undo(_dequantise(path, tensor))
 
 
 def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -228,7 +180,7 @@ def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
 def split_rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders the rows of each head from rotary pairs (0, 0', 1, 1', …) to halves (0, 1, …, 0', 1', …).
 
-    `weight` is [heads * head_dim, in]; the values are a copy.
+    `weight` is a matrix [heads * head_dim, in] or a bias [heads * head_dim]; the values are a copy.
     """
-    rows, cols = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, cols).swapaxes(1, 2).reshape(weight.shape)
+    pairs = weight.shape[0] // heads // 2
+    return weight.reshape(heads, pairs, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

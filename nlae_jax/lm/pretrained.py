@@ -22,7 +22,7 @@ from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.lm.weights import weight_files
 
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
-_CONVERTER_VERSION = 1
+_CONVERTER_VERSION = 2
 
 # What a tokenizer may consist of.
 TOKENIZER_FILES = (

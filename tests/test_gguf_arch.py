@@ -1,0 +1,94 @@
+"""GGUF metadata as an architecture: what llama.cpp fixes without a key, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlae_jax.errors import UserError
+from nlae_jax.lm.arch import LinearRope
+from nlae_jax.lm.gguf_arch import GGUF_FAMILIES, read_gguf_arch
+
+SIZES = {
+    "embedding_length": 96,
+    "block_count": 12,
+    "feed_forward_length": 64,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 16,
+    "attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
+}
+
+
+def arch_of(architecture, changes=None, tensors=()):
+    keys = {key: value for key, value in (SIZES | (changes or {})).items() if value is not None}
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
+    return read_gguf_arch(Path("m.gguf"), metadata, tensors, 50)
+
+
+@pytest.mark.parametrize(("architecture", "blocks"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemma_scales_scores_by_its_width(architecture, blocks):
+    """As llama.cpp does, which knows that release by its number of blocks; d_model / num_heads = 24 here."""
+    assert arch_of(architecture, {"block_count": blocks}).attention_scale == 24**-0.5
+    assert arch_of(architecture).attention_scale == 16**-0.5
+
+
+def test_windows_by_pattern():
+    six = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)
+    for architecture, changes, sliding in [
+        ("gemma2", {}, range(0, 12, 2)),
+        ("gemma2", {"attention.sliding_window_pattern": 3}, (0, 1, 3, 4, 6, 7, 9, 10)),
+        ("gemma3", {}, six),
+        ("gemma3", {"attention.sliding_window_pattern": [True] + [False] * 11}, (0,)),
+    ]:
+        arch = arch_of(architecture, {"attention.sliding_window": 5} | changes)
+        assert arch.windows == tuple(5 if layer in sliding else 0 for layer in range(12))
+        if architecture == "gemma3":
+            assert arch.ropes == tuple("local" if layer in sliding else "global" for layer in range(12))
+    assert set(arch_of("gemma2").windows) == {0, 4096}  # llama.cpp's value where the file has none
+    no_window = arch_of("gemma3")
+    assert no_window.windows == () and set(no_window.ropes) == {"global"}
+    with pytest.raises(UserError, match=r"gemma3\.attention\.sliding_window_pattern should have 12 entries"):
+        arch_of("gemma3", {"attention.sliding_window": 5, "attention.sliding_window_pattern": [True]})
+
+
+def test_rope_bases():
+    assert arch_of("gemma3").local_rope_theta == 10_000.0
+    arch = arch_of("gemma3", {"rope.freq_base": 1e6, "rope.freq_base_swa": 500.0})
+    assert (arch.rope_theta, arch.local_rope_theta) == (1e6, 500.0)
+    assert arch_of("gemma2").rope_theta == 10_000.0
+    assert arch_of("smollm3").ropes == ("global", "global", "global", "none") * 3
+
+
+def test_linear_scaling_needs_no_type():
+    assert arch_of("qwen3", {"rope.scaling.factor": 4.0}).rope_scaling == LinearRope(4.0)
+    assert arch_of("llama", {"rope.scale_linear": 2.0}).rope_scaling == LinearRope(2.0)
+    for none in ({"rope.scaling.factor": 1.0}, {"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}):
+        assert arch_of("llama", none).rope_scaling is None
+
+
+def test_a_tied_head_is_one_that_is_not_there():
+    for architecture in GGUF_FAMILIES:
+        assert arch_of(architecture).tied_head
+        assert not arch_of(architecture, tensors=("output.weight",)).tied_head
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("llama", {"expert_count": 8}, "m.gguf: llama.expert_count = 8 is not supported"),
+        ("olmo2", {"attention.sliding_window": 4096}, "olmo2.attention.sliding_window = 4096"),
+        ("qwen2", {"attention.causal": False}, "qwen2.attention.causal should be true"),
+        ("qwen3", {"attention.value_length": 8}, "qwen3.attention.value_length should be 16"),
+        ("smollm3", {"attention.head_count_kv": [1] * 12}, "smollm3.attention.head_count_kv should be one number"),
+        ("gemma2", {"block_count": None}, "lack gemma2.block_count"),
+        ("gemma3", {"attention.head_count_kv": 3}, "m.gguf: its gemma3 metadata describe no model"),
+        ("qwen2", {"rope.scaling.type": "yarn"}, "qwen2.rope.scaling.type 'yarn'"),
+        ("mamba", {}, "architecture 'mamba' is not supported; llama, qwen2, "),
+    ],
+)
+def test_what_cannot_be_run_is_named(architecture, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        arch_of(architecture, changes)
+    assert "\n" not in str(caught.value)
+    assert arch_of("llama", {"expert_count": 0})

@@ -1,0 +1,190 @@
+"""GGUF conversion of every family, from HF checkpoints that a writer here stores as llama.cpp's converter does.
+
+The writer takes tensor names from the gguf package, and the rest from convert_hf_to_gguf.py, apart from the reader.
+"""
+
+import dataclasses
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.gguf import convert_gguf
+from nlae_jax.lm.gguf_arch import GGUF_FAMILIES
+from nlae_jax.lm.transformer import Transformer
+from nlae_jax.lm.weights import load_params
+from tests.test_families import LINEAR, SMALL, WIDE, assert_close, batch_of, model_of, theirs, torch, transformers
+from tests.test_gguf import MERGES, TOKENS, TYPES, interleave_rotary_pairs
+
+GEMMA3_ROPES = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}
+# GGUF architecture, HF family, the fields that differ from transformers' defaults. Windows are shorter than sequences.
+CASES = {
+    "llama": ("llama", "llama", SMALL | {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", "llama", WIDE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "mistral": ("llama", "mistral", SMALL | {"sliding_window": None}),
+    "mistral-window": ("llama", "mistral", WIDE | {"sliding_window": 6}),
+    "qwen2": ("qwen2", "qwen2", SMALL | {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen2-linear": ("qwen2", "qwen2", WIDE | {"rope_parameters": LINEAR}),
+    "qwen3": ("qwen3", "qwen3", SMALL | {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", "gemma2", SMALL | {"sliding_window": 6, "query_pre_attn_scalar": 10}),
+    "gemma3": (
+        "gemma3",
+        "gemma3_text",
+        SMALL | {"sliding_window": 6, "query_pre_attn_scalar": 10, "num_hidden_layers": 7},
+    ),
+    "gemma3-linear": (
+        "gemma3",
+        "gemma3_text",
+        WIDE
+        | {
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 8,
+            "rope_parameters": GEMMA3_ROPES,
+            "num_hidden_layers": 6,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "smollm3": ("smollm3", "smollm3", SMALL | {"num_hidden_layers": 5}),
+    "smollm3-biases": ("smollm3", "smollm3", WIDE | {"attention_bias": True, "tie_word_embeddings": False}),
+    "olmo2": ("olmo2", "olmo2", SMALL | {"head_dim": 8}),
+}
+OURS_ALONE = ("mistral", "smollm3", "olmo2")  # families whose GGUF transformers cannot read
+
+
+def stored(architecture, name, value, config):
+    """The values of one HF tensor as llama.cpp's converter stores them."""
+    if architecture in ("llama", "smollm3"):
+        if "q_proj" in name:
+            value = interleave_rotary_pairs(value, config.num_attention_heads)
+        if "k_proj" in name:
+            value = interleave_rotary_pairs(value, config.num_key_value_heads)
+    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+        value = value + 1
+    return np.ascontiguousarray(value, np.float32)
+
+
+def tensors_of(architecture, model):
+    """GGUF name -> values. The head is not stored where it is tied."""
+    config = model.config
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            stem, suffix = name.rsplit(".", 1)
+            tensors[f"{names.get_name(stem)}.{suffix}"] = stored(architecture, name, value.numpy(), config)
+    return tensors
+
+
+def add_keys(writer, architecture, config):
+    """Metadata by the converter's classes for each architecture."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture not in ("qwen2", "olmo2"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if architecture in ("llama", "smollm3"):
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(head_dim)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    if architecture != "gemma2":
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if architecture in ("gemma2", "gemma3") and config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture in ("llama", "gemma2", "gemma3") and getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def llama3_factors(rope, head_dim):
+    frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    smooth = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    factors = np.where(turns > rope["high_freq_factor"], 1, between)
+    return np.where(turns < rope["low_freq_factor"], rope["factor"], factors).astype(np.float32)
+
+
+def write_gguf(path, architecture, model):
+    writer = gguf.GGUFWriter(path, architecture)
+    add_keys(writer, architecture, model.config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types(TYPES)
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(2)
+    for name, value in tensors_of(architecture, model).items():
+        writer.add_tensor(name, value)
+    if model.config.rope_parameters.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(model.config.rope_parameters, model.config.head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_converted_checkpoint_is_the_original(tmp_path, case):
+    architecture, family, fields = CASES[case]
+    model = model_of(family, fields, seed=len(case))
+    model.save_pretrained(tmp_path / "original")
+    write_gguf(tmp_path / "m.gguf", architecture, model)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+
+    arch, original = read_arch(tmp_path / "hf"), read_arch(tmp_path / "original")
+    assert arch == dataclasses.replace(original, family="llama" if case == "mistral" else family)
+
+    mine, expected = load_params(tmp_path / "hf", arch), load_params(tmp_path / "original", original)
+    names = (mine | mine["blocks"]).keys()
+    assert names == (expected | expected["blocks"]).keys()
+    for name in names - {"blocks"}:
+        values, wanted = ((tree | tree["blocks"])[name] for tree in (mine, expected))
+        # 1 was added and is taken away: the last bit may differ.
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=2e-7 if "gemma" in case and "norm" in name else 0)
+
+    ids, mask = batch_of()
+    _, wanted = theirs(model, ids, mask)
+    logits = jax.jit(lambda params: Transformer(arch).apply({"params": params}, ids, mask))(mine)
+    assert_close(mask, logits, wanted)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    assert_close(mask, theirs(again, ids, mask)[1], wanted)
+
+
+@pytest.mark.parametrize("case", [case for case, (_, family, _) in CASES.items() if family not in OURS_ALONE])
+def test_the_files_written_here_are_as_transformers_reads_them(tmp_path, case):
+    """Else writer and reader could share a mistake."""
+    architecture, family, fields = CASES[case]
+    model = model_of(family, fields, seed=len(case))
+    write_gguf(tmp_path / "m.gguf", architecture, model)
+    reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    read = reader.load_gguf_checkpoint(str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=model)["tensors"]
+    expected = {name: value for name, value in model.state_dict().items() if name in read or name != "lm_head.weight"}
+    assert read.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(read[name], value, rtol=0, atol=2e-7)
+
+
+def test_every_architecture_is_there():
+    assert {architecture for architecture, _, _ in CASES.values()} == set(GGUF_FAMILIES)
