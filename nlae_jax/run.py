@@ -18,20 +18,15 @@ from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, read_parquet, write_json
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import batch_parts, make_mesh, replicated
+from nlae_jax.mesh import batch_parts, make_mesh, replicated, tree_shardings
 from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import newest_sealed
-from nlae_jax.train.state import (
-    Params,
-    Roles,
-    make_roles,
-    place_base,
-)
+from nlae_jax.train.state import Params, Roles, make_roles
 
 # Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
 _MAY_DIFFER = (
@@ -122,8 +117,8 @@ class Run:
     @cached_property
     def base(self) -> Params:
         """The subject's weights on the mesh, frozen."""
-        params = load_params(self.directory, self.arch, self.config.subject.dtype)
-        return place_base(self.mesh, self.arch, params, self.config.subject.dtype)
+        shardings = tree_shardings(self.mesh, model_weights(self.arch))
+        return load_params(self.directory, self.arch, self.config.subject.dtype, shardings=shardings)
 
     @cached_property
     def store(self) -> ActivationStore:

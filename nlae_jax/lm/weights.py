@@ -6,21 +6,22 @@ is [in, out]; our blocks are stacked on a leading axis. Tensors pass through mem
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import FAMILIES
+from nlae_jax.lm.tensors import DTYPES, Source, StoredTensor, load_array, stored_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -89,34 +90,30 @@ def hf_name(arch: Arch, name: str, layer: int = 0) -> str:
     return HF_NAMES[arch.family][name][0].format(layer)
 
 
-def load_params(directory: Path, arch: Arch, dtype: str = "float32", trunk: bool = False) -> dict[str, Any]:
-    """The parameters of an HF model directory: the tree of `lm.arch.model_weights`, host arrays of `dtype`.
+def load_params(
+    directory: Path, arch: Arch, dtype: str = "float32", trunk: bool = False, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of an HF model directory: the tree of `lm.arch.model_weights`, `jax.Array`s of `dtype`.
 
-    `dtype` is float32, bfloat16 or float16; files may hold any of the three. `trunk` leaves out the final
-    norm and the head, whether or not the files have them. Raises UserError, naming the tensor or file, when
-    a tensor or shard is missing, surplus, doubled, or of the wrong shape or dtype.
+    `dtype` is float32, bfloat16 or float16; files may hold any of the three. `trunk` leaves out the final norm and
+    the head, whether or not the files have them. `shardings` is a tree like the result (as `mesh.tree_shardings`
+    makes it); without it everything is on the default device, uncommitted.
+
+    Each process reads what its own devices hold, once. Host memory: on a CPU the arrays themselves, which are not
+    copied, and elsewhere this process's part of one array at a time; beside it a few MB.
+
+    Raises UserError, naming the tensor or file, when a tensor or shard is missing, surplus, doubled, or of the wrong
+    shape or dtype; headers tell, before any values are read.
     """
-    directory = Path(directory)
-    params = _allocate(arch, numpy_dtype(dtype), trunk)
-    slots = {slot[0]: slot[1:] for slot in _slots(arch, params)}
-    missing = set(slots)
-    for path in weight_files(directory):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                plain = _without_tower(name)
-                if plain not in slots:
-                    if _may_be_ignored(plain, arch, trunk):
-                        continue
-                    raise UserError(f"{path}: unexpected tensor {name!r}; config.json does not describe it")
-                if plain not in missing:
-                    raise UserError(f"{path}: the tensor {name!r} is there twice")
-                target, transposed = slots[plain]
-                _read_into(target, file, name, transposed, path)
-                missing.remove(plain)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
-    return params
+    target, shapes = numpy_dtype(dtype), _shapes(arch, trunk)
+    sources = _find(Path(directory), arch, trunk, shapes)
+    given = dict.fromkeys(shapes) if shardings is None else _flat(shardings)
+    with contextlib.ExitStack() as stack:
+        paths = {source.tensor.path for parts in sources.values() for source in parts}
+        files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
+        return _tree(
+            {name: load_array(shape, target, given[name], sources[name], files) for name, shape in shapes.items()}
+        )
 
 
 def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str = "float32") -> None:
@@ -194,20 +191,23 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in flat.items() if name in outside} | {"blocks": blocks}
 
 
-def _allocate(arch: Arch, dtype: np.dtype, trunk: bool) -> dict[str, Any]:
-    return _tree({name: np.empty(shape, dtype) for name, shape in _shapes(arch, trunk).items()})
+def _places(arch: Arch, names: Container[str]) -> Iterator[tuple[str, str, int | None, bool]]:
+    """(HF name, our name, block if it belongs to one, whether HF's is the transpose) of every tensor of `names`."""
+    table = {ours: theirs for ours, theirs in HF_NAMES[arch.family].items() if ours in names}
+    for name, (template, transposed) in table.items():
+        if "{}" not in template:
+            yield template, name, None, transposed
+    for layer in range(arch.num_layers):
+        for name, (template, transposed) in table.items():
+            if "{}" in template:
+                yield template.format(layer), name, layer, transposed
 
 
 def _slots(arch: Arch, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, bool]]:
     """(HF name, view of our array that holds it, whether HF's is the transpose) of every tensor."""
     flat = _flat(params)
-    for name, (template, transposed) in HF_NAMES[arch.family].items():
-        if name in flat and "{}" not in template:
-            yield template, flat[name], transposed
-    for layer in range(arch.num_layers):
-        for name, (template, transposed) in HF_NAMES[arch.family].items():
-            if name in flat and "{}" in template:
-                yield template.format(layer), flat[name][layer], transposed
+    for hf, name, layer, transposed in _places(arch, flat):
+        yield hf, flat[name] if layer is None else flat[name][layer], transposed
 
 
 def _reader(source: np.ndarray, transposed: bool) -> Callable[[], np.ndarray]:
@@ -250,25 +250,38 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / shard for shard in shards]
 
 
-def _open(path: Path) -> Any:
-    try:
-        # pread, because the pages of a memory map would count as this process's memory: twice the model.
-        return safe_open(path, framework="np", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+def _find(directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Source]]:
+    """Our name -> what it is read from. Every tensor is there once and as expected, else UserError."""
+    wanted = {
+        hf: (name, shapes[name] if layer is None else shapes[name][1:], layer, transposed)
+        for hf, name, layer, transposed in _places(arch, shapes)
+    }
+    found: dict[str, Source] = {}
+    for path in weight_files(directory):
+        for tensor in stored_tensors(path):
+            plain = _without_tower(tensor.name)
+            if plain not in wanted:
+                if _may_be_ignored(plain, arch, trunk):
+                    continue
+                raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
+            if plain in found:
+                raise UserError(f"{path}: the tensor {tensor.name!r} is there twice")
+            _, shape, layer, transposed = wanted[plain]
+            _check(tensor, shape[::-1] if transposed else shape)
+            found[plain] = Source(tensor, layer, transposed)
+    if missing := wanted.keys() - found.keys():
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
+    sources: dict[str, list[Source]] = {name: [] for name in shapes}
+    for hf, (name, *_) in wanted.items():
+        sources[name].append(found[hf])
+    return sources
 
 
-def _read_into(target: np.ndarray, file: Any, name: str, transposed: bool, path: Path) -> None:
-    """Copies one tensor into `target`, transposed if need be and in the dtype of `target`."""
-    entry = file.get_slice(name)
-    expected = (target.T if transposed else target).shape
-    if tuple(entry.get_shape()) != expected:
+def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
         raise UserError(
-            f"{path}: the tensor {name!r} has shape {tuple(entry.get_shape())}; config.json asks for {expected}"
+            f"{tensor.path}: the tensor {tensor.name!r} has shape {tensor.shape}; config.json asks for {shape}"
         )
-    if entry.get_dtype() not in _SAFETENSORS_NAMES.values():
-        raise UserError(
-            f"{path}: the tensor {name!r} is {entry.get_dtype()}; {', '.join(_SAFETENSORS_NAMES.values())} can be read"
-        )
-    values = file.get_tensor(name)
-    target[...] = values.T if transposed else values
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{tensor.path}: the tensor {tensor.name!r} is {tensor.dtype}; {', '.join(DTYPES)} can be read")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -161,9 +160,3 @@ def abstract_params(mesh: Mesh, weights: Params) -> Params:
 
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def place_base(mesh: Mesh, arch: Arch, params: Params, dtype: str) -> Params:
-    """The frozen base on the mesh, in its compute dtype."""
-    shardings = tree_shardings(mesh, model_weights(arch))
-    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x, dtype), s), params, shardings)
