@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
@@ -69,8 +68,7 @@ class NLA:
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
-        head = jnp.asarray(decoder.value_head())
-        trained = {"lm": decoder.weights(dtype), "value_head": head}
+        trained = {"lm": decoder.weights(dtype), "value_head": decoder.value_head()}
         pair = Pair({}, {"lm": encoder.weights(dtype)}, trained)
         return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, dtype))
 

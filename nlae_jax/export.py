@@ -18,7 +18,8 @@ from nlae_jax.errors import UserError
 from nlae_jax.lm.families import arch_from_hf, language_config, read_hf_config, truncated_config
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
-from nlae_jax.lm.weights import TensorToWrite, save_model, write_safetensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.weights import save_model
 from nlae_jax.progress import progress
 from nlae_jax.roles.released import VALUE_HEAD
 from nlae_jax.roles.sidecar import model_sidecar, write_sidecar

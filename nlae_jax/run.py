@@ -19,22 +19,17 @@ from nlae_jax.data.datasets import check_datasets, dataset_files, dataset_sideca
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, read_parquet, write_json
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import batch_parts, make_mesh, replicated
+from nlae_jax.mesh import batch_parts, make_mesh, replicated, tree_shardings
 from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
 from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import newest_sealed
-from nlae_jax.train.state import (
-    Params,
-    Roles,
-    make_roles,
-    place_base,
-)
+from nlae_jax.train.state import Params, Roles, make_roles
 
 # Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
 _MAY_DIFFER = (
@@ -126,8 +121,8 @@ class Run:
     @cached_property
     def base(self) -> Params:
         """The subject's weights on the mesh, frozen."""
-        params = load_params(self.directory, self.arch, self.config.subject.dtype)
-        return place_base(self.mesh, self.arch, params, self.config.subject.dtype)
+        shardings = tree_shardings(self.mesh, model_weights(self.arch))
+        return load_params(self.directory, self.arch, self.config.subject.dtype, shardings=shardings)
 
     @cached_property
     def released(self) -> dict[str, Released]:
@@ -160,13 +155,9 @@ class Run:
 
     def start(self, role: str) -> Params:
         """The weights that the role "av" or "ar" starts from."""
-        if role not in self.released:
-            return self.base
-        directory, arch = self.released[role].directory, self.released[role].arch
-        params = load_params(directory, arch, self.config.subject.dtype, trunk=role == "ar")
-        # Never applied, but the module declares it.
-        params.setdefault("final_norm", np.ones(arch.d_model, params["embed"].dtype))
-        return place_base(self.mesh, arch, params, self.config.subject.dtype)
+        if role in self.released:
+            return self.released[role].weights(self.config.subject.dtype, self.mesh)
+        return self.base
 
     @cached_property
     def bases(self) -> dict[str, Params]:

@@ -12,7 +12,7 @@ import pytest
 
 from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm.arch import model_weights
-from nlae_jax.mesh import batch_sharding, make_mesh, replicated
+from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles.protocol import blank_tokens, response_ids
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import compiled, put_batch
@@ -25,7 +25,6 @@ from nlae_jax.train.state import (
     init_role,
     make_optimizer,
     make_roles,
-    place_base,
     sft_schedule,
 )
 from nlae_jax.train.steps import (
@@ -48,6 +47,11 @@ def host(tree: Any) -> Any:
 
 def assert_equal_trees(ours: Any, theirs: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, host(ours), host(theirs))
+
+
+def on_mesh(mesh: Any, roles: Roles, params: Any) -> Any:
+    """The subject's weights where training has them."""
+    return place(params, tree_shardings(mesh, model_weights(roles.encoder.arch)))
 
 
 class Setting(NamedTuple):
@@ -101,7 +105,7 @@ def start(setting: Setting, sizes: tuple[int, int, int]) -> Start:
     decoder = init_role(mesh, roles.decoder_weights(), host(setting.decoder), optimizer)
     constant = {"baselines": objectives.baselines(vectors(64, h.shape[1], 1)), "blank": setting.blank}
     frozen = {
-        "base": place_base(mesh, roles.encoder.arch, setting.params, "float32") if roles.rank else {},
+        "base": on_mesh(mesh, roles, host(setting.params)) if roles.rank else {},
         "reference": jax.tree.map(jnp.copy, encoder.trained),
         **jax.device_put(constant, replicated(mesh)),
     }
@@ -286,7 +290,7 @@ def test_the_encoder_learns_to_write_descriptions(lora_roles, params, descriptio
     optimizer = make_optimizer(config, 3e-2)
     trained = init_encoder(lora_roles, params, jax.random.PRNGKey(0))
     state = init_role(mesh, lora_roles.encoder_weights(), trained, optimizer)
-    frozen = {"base": place_base(mesh, lora_roles.encoder.arch, host(params), "float32")}
+    frozen = {"base": on_mesh(mesh, lora_roles, host(params))}
     step = compiled(encoder_sft_step(lora_roles, optimizer), state, mesh)
     ids, length = descriptions
     h = vectors(8, 64)
@@ -309,7 +313,7 @@ def test_the_decoder_learns_to_read_descriptions(lora_roles, params, tokenizer):
     state = init_role(mesh, lora_roles.decoder_weights(), trained, optimizer)
     h = vectors(8, 64)
     frozen = {
-        "base": place_base(mesh, lora_roles.encoder.arch, host(params), "float32"),
+        "base": on_mesh(mesh, lora_roles, host(params)),
         "baselines": jax.device_put(objectives.baselines(h), replicated(mesh)),
     }
     step = compiled(decoder_sft_step(lora_roles, optimizer), state, mesh)

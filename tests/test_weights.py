@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import arch_from_hf
-from nlae_jax.lm.weights import TensorToWrite, load_params, save_params, write_safetensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.weights import load_params, save_params
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -24,7 +24,8 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.gguf_arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf_tokenizer import write_tokenizer
-from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, TensorToWrite, hf_name, write_safetensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, hf_name
 
 # Our parameter name -> GGUF tensor name; {} is the block's number. Which of them a model has, its Arch says.
 TENSOR_NAMES: dict[str, str] = {

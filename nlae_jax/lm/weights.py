@@ -6,24 +6,29 @@ is [in, out]; our blocks are stacked on a leading axis. Tensors pass through mem
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
 import math
-import os
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from nlae_jax.errors import UserError
 from nlae_jax.files import write_json
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import FAMILIES
+from nlae_jax.lm.tensors import (
+    Source,
+    TensorToWrite,
+    check_tensor,
+    load_array,
+    numpy_dtype,
+    stored_tensors,
+    write_safetensors,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -76,51 +81,36 @@ _VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.
 # What a model without output lacks: a decoder is read before its final norm and has no vocabulary head.
 _OUTPUT = ("final_norm", "head")
 
-_SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorToWrite:
-    """One tensor of a file being written; `read` makes its values only when their turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
 
 def hf_name(arch: Arch, name: str, layer: int = 0) -> str:
     """The HF name of our parameter `name`, in block `layer` if it belongs to a block."""
     return HF_NAMES[arch.family][name][0].format(layer)
 
 
-def load_params(directory: Path, arch: Arch, dtype: str = "float32", trunk: bool = False) -> dict[str, Any]:
-    """The parameters of an HF model directory: the tree of `lm.arch.model_weights`, host arrays of `dtype`.
+def load_params(
+    directory: Path, arch: Arch, dtype: str = "float32", trunk: bool = False, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of an HF model directory: the tree of `lm.arch.model_weights`, `jax.Array`s of `dtype`.
 
-    `dtype` is float32, bfloat16 or float16; files may hold any of the three. `trunk` leaves out the final
-    norm and the head, whether or not the files have them. Raises UserError, naming the tensor or file, when
-    a tensor or shard is missing, surplus, doubled, or of the wrong shape or dtype.
+    `dtype` is float32, bfloat16 or float16; files may hold any of the three. `trunk` leaves out the final norm and
+    the head, whether or not the files have them. `shardings` is a tree like the result (as `mesh.tree_shardings`
+    makes it); without it everything is on the default device, uncommitted.
+
+    Each process reads what its own devices hold, once. Host memory: on a CPU the arrays themselves, which are not
+    copied, and elsewhere this process's part of one array at a time; beside it a few MB.
+
+    Raises UserError, naming the tensor or file, when a tensor or shard is missing, surplus, doubled, or of the wrong
+    shape or dtype; headers tell, before any values are read.
     """
-    directory = Path(directory)
-    params = _allocate(arch, numpy_dtype(dtype), trunk)
-    slots = {slot[0]: slot[1:] for slot in _slots(arch, params)}
-    missing = set(slots)
-    for path in weight_files(directory):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                plain = _without_tower(name)
-                if plain not in slots:
-                    if _may_be_ignored(plain, arch, trunk):
-                        continue
-                    raise UserError(f"{path}: unexpected tensor {name!r}; config.json does not describe it")
-                if plain not in missing:
-                    raise UserError(f"{path}: the tensor {name!r} is there twice")
-                target, transposed = slots[plain]
-                _read_into(target, file, name, transposed, path)
-                missing.remove(plain)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
-    return params
+    target, shapes = numpy_dtype(dtype), _shapes(arch, trunk)
+    sources = _find(Path(directory), arch, trunk, shapes)
+    given = dict.fromkeys(shapes) if shardings is None else _flat(shardings)
+    with contextlib.ExitStack() as stack:
+        paths = {source.tensor.path for parts in sources.values() for source in parts}
+        files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
+        return _tree(
+            {name: load_array(shape, target, given[name], sources[name], files) for name, shape in shapes.items()}
+        )
 
 
 def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str = "float32") -> None:
@@ -149,14 +139,11 @@ def save_model(
     asked for one tensor at a time. `trunk` leaves out final norm and head. Each file appears complete or not at all,
     an index last.
     """
-    shapes = _shapes(arch, trunk)
-    tensors = []
-    for name, (template, transposed) in HF_NAMES[arch.family].items():
-        for layer in range(arch.num_layers) if "{}" in template else (None,):
-            if name in shapes:
-                shape = shapes[name] if layer is None else shapes[name][1:]
-                read = functools.partial(_values, values, name, layer, transposed)
-                tensors.append(TensorToWrite(template.format(layer), shape[::-1] if transposed else shape, read))
+    shapes, tensors = _shapes(arch, trunk), []
+    for hf, name, layer, transposed in _places(arch, shapes):
+        shape = shapes[name] if layer is None else shapes[name][1:]
+        read = functools.partial(_values, values, name, layer, transposed)
+        tensors.append(TensorToWrite(hf, shape[::-1] if transposed else shape, read))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, shard_bytes // numpy_dtype(dtype).itemsize)
@@ -189,46 +176,6 @@ def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[Tensor
     return shards
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str = "float32") -> None:
-    """Writes a safetensors file of one dtype, holding one tensor in memory at a time, and renames it into place.
-
-    The library's own writer needs all tensors at once. Format: the header's length as 8 little-endian
-    bytes, the header as JSON padded with spaces to 8 bytes, then the values without gaps.
-    """
-    target = numpy_dtype(dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + int(np.prod(tensor.shape)) * target.itemsize
-        header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
-            for tensor in tensors:
-                values = tensor.read()
-                if values.shape != tensor.shape:
-                    raise ValueError(f"{tensor.name}: shape {values.shape}, announced as {tensor.shape}")
-                file.write(np.ascontiguousarray(values, dtype=target).reshape(-1).view(np.uint8).data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """float32, bfloat16 or float16 as a numpy dtype. Raises UserError for any other name."""
-    if name not in _SAFETENSORS_NAMES:
-        raise UserError(f"dtype {name!r} is not supported; {', '.join(_SAFETENSORS_NAMES)} are")
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
 def _shapes(arch: Arch, trunk: bool) -> dict[str, tuple[int, ...]]:
     """Our name -> shape of every parameter, blocks stacked."""
     names = _flat(model_weights(arch))
@@ -245,20 +192,16 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in flat.items() if name in outside} | {"blocks": blocks}
 
 
-def _allocate(arch: Arch, dtype: np.dtype, trunk: bool) -> dict[str, Any]:
-    return _tree({name: np.empty(shape, dtype) for name, shape in _shapes(arch, trunk).items()})
-
-
-def _slots(arch: Arch, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """(HF name, view of our array that holds it, whether HF's is the transpose) of every tensor."""
-    flat = _flat(params)
-    for name, (template, transposed) in HF_NAMES[arch.family].items():
-        if name in flat and "{}" not in template:
-            yield template, flat[name], transposed
+def _places(arch: Arch, names: Container[str]) -> Iterator[tuple[str, str, int | None, bool]]:
+    """(HF name, our name, block if it belongs to one, whether HF's is the transpose) of every tensor of `names`."""
+    table = {ours: theirs for ours, theirs in HF_NAMES[arch.family].items() if ours in names}
+    for name, (template, transposed) in table.items():
+        if "{}" not in template:
+            yield template, name, None, transposed
     for layer in range(arch.num_layers):
-        for name, (template, transposed) in HF_NAMES[arch.family].items():
-            if name in flat and "{}" in template:
-                yield template.format(layer), flat[name][layer], transposed
+        for name, (template, transposed) in table.items():
+            if "{}" in template:
+                yield template.format(layer), name, layer, transposed
 
 
 def _without_tower(name: str) -> str:
@@ -297,35 +240,29 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / shard for shard in shards]
 
 
-def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a file in float32. Raises UserError where the file, or the tensor in this shape, is not there."""
-    target = np.empty(shape, np.float32)
-    with _open(path) as file:
-        if name not in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-            raise UserError(f"{path}: lacks the tensor {name!r}")
-        _read_into(target, file, name, transposed=False, path=path)
-    return target
-
-
-def _open(path: Path) -> Any:
-    try:
-        # pread, because the pages of a memory map would count as this process's memory: twice the model.
-        return safe_open(path, framework="np", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def _read_into(target: np.ndarray, file: Any, name: str, transposed: bool, path: Path) -> None:
-    """Copies one tensor into `target`, transposed if need be and in the dtype of `target`."""
-    entry = file.get_slice(name)
-    expected = (target.T if transposed else target).shape
-    if tuple(entry.get_shape()) != expected:
-        raise UserError(
-            f"{path}: the tensor {name!r} has shape {tuple(entry.get_shape())}; config.json asks for {expected}"
-        )
-    if entry.get_dtype() not in _SAFETENSORS_NAMES.values():
-        raise UserError(
-            f"{path}: the tensor {name!r} is {entry.get_dtype()}; {', '.join(_SAFETENSORS_NAMES.values())} can be read"
-        )
-    values = file.get_tensor(name)
-    target[...] = values.T if transposed else values
+def _find(directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Source]]:
+    """Our name -> what it is read from. Every tensor is there once and as expected, else UserError."""
+    wanted = {
+        hf: (name, shapes[name] if layer is None else shapes[name][1:], layer, transposed)
+        for hf, name, layer, transposed in _places(arch, shapes)
+    }
+    found: dict[str, Source] = {}
+    for path in weight_files(directory):
+        for tensor in stored_tensors(path):
+            plain = _without_tower(tensor.name)
+            if plain not in wanted:
+                if _may_be_ignored(plain, arch, trunk):
+                    continue
+                raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
+            if plain in found:
+                raise UserError(f"{path}: the tensor {tensor.name!r} is there twice")
+            _, shape, layer, transposed = wanted[plain]
+            check_tensor(tensor, shape[::-1] if transposed else shape)
+            found[plain] = Source(tensor, layer, transposed)
+    if missing := wanted.keys() - found.keys():
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
+    sources: dict[str, list[Source]] = {name: [] for name in shapes}
+    for hf, (name, *_) in wanted.items():
+        sources[name].append(found[hf])
+    return sources

@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
-from nlae_jax.lm.weights import load_params, read_tensor
+from nlae_jax.lm.tensors import read_tensor
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import tree_shardings
 from nlae_jax.roles.sidecar import Sidecar, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
@@ -47,15 +49,17 @@ class Released:
             )
         return self.sidecar.injection_scale
 
-    def weights(self, dtype: str) -> dict[str, Any]:
-        """The parameters on the default device."""
+    def weights(self, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The parameters, sharded over the mesh if there is one."""
         trunk = self.sidecar.role == "ar"
-        params = load_params(self.directory, self.arch, dtype, trunk=trunk)
+        shardings = tree_shardings(mesh, model_weights(self.arch)) if mesh else None
+        params = load_params(self.directory, self.arch, dtype, trunk, shardings)
         if trunk:  # never applied, but the module declares it
-            params["final_norm"] = np.ones(self.arch.d_model, params["embed"].dtype)
-        return jax.tree.map(jnp.asarray, params)
+            norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
+            params["final_norm"] = jax.device_put(norm, shardings["final_norm"]) if mesh else norm
+        return params
 
-    def value_head(self) -> np.ndarray:
+    def value_head(self) -> jax.Array:
         """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
         width = self.arch.d_model
         return read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -112,10 +111,10 @@ def init_encoder(roles: Roles, base: Params, key: jax.Array) -> Params:
     return {"adapters": init_adapters(key, roles.encoder.arch, roles.rank)}
 
 
-def init_decoder(roles: Roles, base: Params, key: jax.Array, head: np.ndarray | None = None) -> Params:
+def init_decoder(roles: Roles, base: Params, key: jax.Array, head: jax.Array | None = None) -> Params:
     """Trained parameters that leave the decoder equal to the first blocks of `base`; without a `head`, the identity."""
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
-    head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else jnp.asarray(head, jnp.float32)
+    head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else head
     if roles.rank == 0:
         lm = {name: _master_copy(base[name]) for name in ("embed", "final_norm")}
         return {
@@ -168,9 +167,3 @@ def abstract_params(mesh: Mesh, weights: Params) -> Params:
 
 def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def place_base(mesh: Mesh, arch: Arch, params: Params, dtype: str) -> Params:
-    """The frozen base on the mesh, in its compute dtype."""
-    shardings = tree_shardings(mesh, model_weights(arch))
-    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x, dtype), s), params, shardings)

@@ -1,0 +1,269 @@
+"""Tensors in safetensors files: where each lies, reading parts of them straight into sharded arrays, and writing.
+
+The library finds out whether a file is whole, but reads all of a tensor for any slice of it. So values are read
+here, with positioned reads: the pages of a memory map would count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+from safetensors import SafetensorError, safe_open
+
+from nlae_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+_FILE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+
+# Values pass through memory in pieces of about this size: what a core keeps close while it transposes and casts.
+_PIECE_BYTES = 1 << 20
+# Rows that a piece has in any case: a transposed matrix is written in runs of as many values.
+_PIECE_ROWS = 32
+
+Span = tuple[int, int]
+# A rectangle of an array: from where to where along each axis.
+Box = tuple[Span, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file, row-major from the byte `offset`; `dtype` as the file names it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A stored tensor and its place in an array: all of it or one `block` of its leading axis, transposed or not."""
+
+    tensor: StoredTensor
+    block: int | None
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A rectangle of a stored matrix and where it goes: `target` [rows, cols], of any strides, casts to its dtype.
+
+    A vector is a matrix of one row.
+    """
+
+    rows: Span
+    cols: Span
+    target: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorToWrite:
+    """One tensor of a file being written; `read` makes its values only when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """float32, bfloat16 or float16 as a numpy dtype. Raises UserError for any other name."""
+    if name not in _FILE_NAMES:
+        raise UserError(f"dtype {name!r} is not supported; {', '.join(_FILE_NAMES)} are")
+    return DTYPES[_FILE_NAMES[name]]
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """What a safetensors file holds, from its header alone. Raises UserError where it is damaged or cut short."""
+    try:
+        with safe_open(path, framework="np", backend="pread"):  # whether offsets, shapes and the file's size agree
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
+
+
+def check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Raises UserError where the tensor is of another shape, or of a dtype that is not read."""
+    if tensor.shape != shape:
+        raise UserError(f"{tensor.path}: the tensor {tensor.name!r} has shape {tensor.shape}; it should be {shape}")
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"{tensor.path}: the tensor {tensor.name!r} is {tensor.dtype}; {', '.join(DTYPES)} can be read")
+
+
+def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """One tensor of a file in float32. Raises UserError where the file has none of this name and shape."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    tensor = next((tensor for tensor in stored_tensors(path) if tensor.name == name), None)
+    if tensor is None:
+        raise UserError(f"{path}: lacks the tensor {name!r}")
+    check_tensor(tensor, shape)
+    with path.open("rb", buffering=0) as file:
+        return load_array(shape, DTYPES["F32"], None, [Source(tensor, None, False)], {path: file})
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str = "float32") -> None:
+    """Writes a safetensors file of one dtype, holding one tensor in memory at a time, and renames it into place.
+
+    The library's own writer needs all tensors at once. Format: the header's length as 8 little-endian
+    bytes, the header as JSON padded with spaces to 8 bytes, then the values without gaps.
+    """
+    target = numpy_dtype(dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * target.itemsize
+        header[tensor.name] = {
+            "dtype": _FILE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            for tensor in tensors:
+                values = tensor.read()
+                if values.shape != tensor.shape:
+                    raise ValueError(f"{tensor.name}: shape {values.shape}, announced as {tensor.shape}")
+                file.write(np.ascontiguousarray(values, dtype=target).reshape(-1).view(np.uint8).data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_array(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding | None,
+    sources: Sequence[Source],
+    files: dict[Path, FileIO],
+) -> jax.Array:
+    """An array of this shape and dtype, read from its `sources`; `files` are theirs, opened unbuffered.
+
+    What devices of this process hold is filled on the host once, however many hold the same, and handed over; on a
+    CPU without a copy. Without a sharding it is on the default device. Raises UserError if a file cannot be read.
+    """
+
+    def box(index: tuple[slice, ...]) -> Box:
+        return tuple(entry.indices(length)[:2] for entry, length in zip(index, shape, strict=True))
+
+    whole = (slice(None),) * len(shape)
+    indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
+    buffers = {held: _aligned_empty([stop - start for start, stop in held], dtype) for held in map(box, indices)}
+    for source in sources:
+        parts = [part for held, buffer in buffers.items() for part in _parts(source, held, buffer)]
+        _read_parts(files[source.tensor.path], source.tensor, parts)
+    if sharding is None:
+        array = jax.device_put(buffers[box(whole)])
+    else:
+        array = jax.make_array_from_callback(shape, sharding, lambda index: buffers[box(index)], dtype)
+    # Else the host's copies of several arrays wait for an accelerator at the same time.
+    return array.block_until_ready()
+
+
+def _parts(source: Source, held: Box, buffer: np.ndarray) -> Iterator[Part]:
+    """What `buffer`, the rectangle `held` of our array, needs of one HF tensor: nothing if it lacks that block."""
+    if source.block is not None:
+        (first, end), *held = held
+        if not first <= source.block < end:
+            return
+        buffer = buffer[source.block - first]
+    rows, cols = held if len(held) == 2 else ((0, 1), *held)
+    matrix = buffer if buffer.ndim == 2 else buffer[None]
+    yield Part(cols, rows, matrix.T) if source.transposed else Part(rows, cols, matrix)
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """As `np.empty`, at an address that JAX on a CPU takes over as a device's memory, without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_parts(file: FileIO, tensor: StoredTensor, parts: Sequence[Part]) -> None:
+    """Fills the targets of all parts. Bytes that none of them needs are not read, and the others once.
+
+    `file` is `tensor.path`, opened unbuffered; `tensor.dtype` is one of `DTYPES`. Parts have the same rows or none in
+    common, and so with columns, as the shards of an array have. Raises UserError where the file cannot be read.
+    """
+    try:
+        for run in _runs(parts):
+            _read_run(file, tensor, run)
+    except OSError as error:
+        raise UserError(f"{tensor.path}: the tensor {tensor.name!r} cannot be read ({error})") from None
+
+
+def _runs(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts of the same rows whose columns follow each other without a gap: they are read as one."""
+    run: list[Part] = []
+    for part in sorted(parts, key=lambda part: (part.rows, part.cols)):
+        if run and (part.rows != run[-1].rows or part.cols[0] != run[-1].cols[1]):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
+
+
+def _read_run(file: FileIO, tensor: StoredTensor, run: list[Part]) -> None:
+    (start, stop), cols = run[0].rows, (run[0].cols[0], run[-1].cols[1])
+    row_bytes = (cols[1] - cols[0]) * DTYPES[tensor.dtype].itemsize
+    step = max(_PIECE_ROWS, _PIECE_BYTES // max(row_bytes, 1))
+    for first, last in itertools.pairwise((*range(start, stop, step), stop)):
+        values = _read_rectangle(file, tensor, (first, last), cols)
+        for part in run:
+            piece = values[:, part.cols[0] - cols[0] : part.cols[1] - cols[0]]
+            # Cast first: a cast that also transposes takes values one by one.
+            part.target[first - start : last - start] = piece.astype(part.target.dtype, copy=False)
+
+
+def _read_rectangle(file: FileIO, tensor: StoredTensor, rows: Span, cols: Span) -> np.ndarray:
+    """Values [rows, cols] in the file's dtype, by one read if rows are whole and by one each if not."""
+    dtype, width = DTYPES[tensor.dtype], tensor.shape[-1] if tensor.shape else 1
+    values = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
+    begin = tensor.offset + (rows[0] * width + cols[0]) * dtype.itemsize
+    buffers = values.view(np.uint8)
+    if cols == (0, width):
+        _read_exactly(file, begin, memoryview(buffers.reshape(-1)))
+    else:
+        for row, buffer in enumerate(buffers):
+            _read_exactly(file, begin + row * width * dtype.itemsize, memoryview(buffer))
+    return values
+
+
+def _read_exactly(file: FileIO, offset: int, buffer: memoryview) -> None:
+    while len(buffer):
+        count = os.preadv(file.fileno(), [buffer], offset)
+        if count == 0:
+            raise OSError(f"it ends at byte {offset}")
+        buffer, offset = buffer[count:], offset + count
