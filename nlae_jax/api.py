@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
 from nlae_jax.errors import UserError
@@ -57,20 +58,23 @@ class NLA:
         return NLA(run.roles, trained_pair(run), run.tokenizer, subject, run.config.rl.max_new_tokens)
 
     @staticmethod
-    def from_pretrained(av: str, ar: str, subject: str = "", dtype: str = "float32") -> NLA:
+    def from_pretrained(
+        av: str | Path, ar: str | Path, subject: str = "", dtype: str = "float32", mesh: Mesh | None = None
+    ) -> NLA:
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is
-        the model that `explain_text` reads; if not given, the one that the sidecar names. Raises UserError, naming
-        file and field, where something does not fit.
+        the model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in
+        `dtype`, on the default device or split over a `mesh`. Raises UserError, naming file and field, where
+        something does not fit.
         """
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
-        trained = {"lm": decoder.weights(dtype), "value_head": decoder.value_head()}
-        pair = Pair({}, {"lm": encoder.weights(dtype)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, dtype))
+        trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
+        pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, dtype, mesh))
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag."""
@@ -156,11 +160,11 @@ def open_run(workdir: str | Path) -> Run:
     return Run(config, workdir, read_only=True)
 
 
-def _subject(name: str, sidecar: Sidecar, dtype: str) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
     if not (name or sidecar.base_model):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
-    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype)
+    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype, mesh)
     if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
         raise UserError(
             f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "

@@ -196,9 +196,10 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.export import export_datasets, export_pair
+    from nlae_jax.stages import trained_pair
 
     run = open_run(options.workdir)
-    export_pair(run, options.out, options.dtype)
+    export_pair(run, trained_pair(run), options.out, options.dtype)
     if options.datasets:
         export_datasets(run, options.out)
     for path in sorted(options.out.iterdir()):

@@ -15,6 +15,7 @@ import numpy as np
 
 from nlae_jax.data.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.errors import UserError
+from nlae_jax.evaluate.roundtrip import Pair
 from nlae_jax.lm.families import arch_from_hf, language_config, read_hf_config, truncated_config
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
@@ -24,11 +25,10 @@ from nlae_jax.progress import progress
 from nlae_jax.roles.released import VALUE_HEAD
 from nlae_jax.roles.sidecar import model_sidecar, write_sidecar
 from nlae_jax.run import Run
-from nlae_jax.stages import trained_pair
 from nlae_jax.train.state import Params
 
 
-def export_pair(run: Run, out: Path, dtype: str = "bfloat16") -> None:
+def export_pair(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16") -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
     Each appears complete or not at all. Raises UserError where one is there already.
@@ -36,7 +36,6 @@ def export_pair(run: Run, out: Path, dtype: str = "bfloat16") -> None:
     for role in ("av", "ar"):
         if (out / role).exists():
             raise UserError(f"--out {out}: {role} is there already; name a new directory")
-    pair = trained_pair(run)
     bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
     with progress(2, "export", unit="model") as bar:
         for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):

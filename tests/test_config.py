@@ -212,3 +212,32 @@ def test_default_config_refuses_unknown_fields():
         config.rl.num_stepz = 1
     with pytest.raises(TypeError):
         config.seed = "one"
+
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+# Blocks that are read: two thirds of the depth, and those of the released pairs.
+LAYERS = {
+    "smollm2_135m": 20,
+    "qwen2_5_0_5b": 16,
+    "qwen2_5_7b": 20,
+    "qwen3_8b": 24,
+    "gemma3_12b": 32,
+    "gemma3_27b": 41,
+    "llama3_3_70b": 53,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_experiments_say_what_they_are(name):
+    path = EXPERIMENTS / f"{name}.py"
+    config = load_experiment(str(path))
+    assert config.subject.layer == LAYERS[name]
+    assert config.protocol.injection_scale == 0  # measured from the data
+    text = path.read_text(encoding="utf-8").split('"""')[1]
+    assert f"nlae train --config experiments/{name}.py --workdir runs/{name}" in text
+    assert "Hardware: " in text
+    assert "Expected" in text
+
+
+def test_every_experiment_is_known():
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "quickstart", "tiny"}

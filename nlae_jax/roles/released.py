@@ -20,7 +20,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import tree_shardings
+from nlae_jax.mesh import replicated, tree_shardings
 from nlae_jax.roles.sidecar import Sidecar, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
@@ -59,10 +59,11 @@ class Released:
             params["final_norm"] = jax.device_put(norm, shardings["final_norm"]) if mesh else norm
         return params
 
-    def value_head(self) -> jax.Array:
+    def value_head(self, mesh: Mesh | None = None) -> jax.Array:
         """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
         width = self.arch.d_model
-        return read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T
+        head = read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T
+        return jax.device_put(head, replicated(mesh)) if mesh else head
 
 
 def open_released(name: str, role: str) -> Released:

@@ -1,0 +1,25 @@
+"""The recipe of `qwen2_5_7b.py` for the language model of Gemma-3-27B-it.
+
+    nlae train --config experiments/gemma3_27b.py --workdir runs/gemma3_27b
+
+Hardware: 16 accelerators of 80 GB or more (a TPU v5p-32, 16 H100): parameters, Adam moments and the KL reference are
+about 660 GB in float32.
+
+Expected: the PyTorch reference reports FVE 0.38 after the warm start, 0.70 after 1.5 days of RL on 16 H100 and 0.75
+after a week. This file has not been run to its end yet. Needs the extra [hub] for the text, and access to the gated
+weights.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config.subject.model, config.subject.layer = "google/gemma-3-27b-it", 41
+    config.rl.num_steps = 6000
+    return config

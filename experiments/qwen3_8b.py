@@ -1,0 +1,23 @@
+"""The recipe of `qwen2_5_7b.py` for Qwen3-8B.
+
+    nlae train --config experiments/qwen3_8b.py --workdir runs/qwen3_8b
+
+Hardware: 8 accelerators of 80 GB or more (a TPU v5p-16, 8 H100): parameters, Adam moments and the KL reference are
+about 200 GB in float32.
+
+Expected: no published numbers for this model; those of Qwen2.5-7B are what to compare with. This file has not been
+run to its end yet. Needs the extra [hub] for the text.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config.subject.model, config.subject.layer = "Qwen/Qwen3-8B", 24
+    return config

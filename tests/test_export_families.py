@@ -1,0 +1,147 @@
+"""Every family out and in again: a pair with adapters, exported, in plain transformers and back as a released pair."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import nlae_jax
+from nlae_jax.config import MeshConfig, resolve
+from nlae_jax.data.datasets import INJECT
+from nlae_jax.export import export_pair
+from nlae_jax.lm.families import FAMILIES
+from nlae_jax.lm.pretrained import TOKENIZER_FILES
+from nlae_jax.mesh import make_mesh
+from nlae_jax.roles.protocol import make_protocol
+from nlae_jax.roles.sidecar import tokens_and_templates, write_sidecar
+from nlae_jax.run import Run
+from nlae_jax.stages import extract, trained_pair
+from tests.conftest import TINY, perturbed, tiny_config, vectors
+from tests.test_families import CASES, SMALL, WIDE, assert_close, model_of, torch, transformers
+
+LAYER = 1
+TEXTS = ["the list of values", "It ends with: in that is for the array of strings", "an array"]
+FIELDS = {
+    "llama": SMALL | {"tie_word_embeddings": False},
+    "mistral": WIDE | {"sliding_window": 6},
+    "qwen2": SMALL | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": SMALL | {"attention_bias": True},
+    "gemma2": SMALL | {"sliding_window": 6, "query_pre_attn_scalar": 12},
+    "gemma3_text": WIDE
+    | {"sliding_window": 5, "num_hidden_layers": 7, "rope_parameters": CASES["gemma3-ropes"][1]["rope_parameters"]},
+    "smollm3": SMALL | {"no_rope_layers": [1, 0, 1, 1]},
+    "olmo2": WIDE | {"tie_word_embeddings": True},
+}
+
+
+def model_directory(path, family, tokenizer, tiny_dir):
+    """A random model of the family that speaks the tiny model's language; its tokenizer adds no token of its own."""
+    model = model_of(family, FIELDS[family] | {"vocab_size": len(tokenizer) + 3}, seed=len(family))
+    model.save_pretrained(path)
+    for name in TOKENIZER_FILES:
+        if (tiny_dir / name).exists():
+            shutil.copy(tiny_dir / name, path / name)
+
+
+def nested(path):
+    """The same as the language model of a multimodal checkpoint."""
+    text = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+
+
+@pytest.fixture
+def run(request, tmp_path, tiny_dir, tokenizer):
+    """A run that has activations of the model's width, from a file, and nothing trained."""
+    family = request.param
+    directory = tmp_path / "model"
+    model_directory(directory, family.removesuffix("+vision"), tokenizer, tiny_dir)
+    if family.endswith("+vision"):
+        nested(directory)
+    width = FIELDS[family.removesuffix("+vision")]["hidden_size"]
+    protocol = make_protocol(tokenizer, tiny_config().protocol, 1.0)
+    rows, path = vectors(6, width), tmp_path / "rl.parquet"
+    content = protocol.encoder_template.replace("{injection_char}", INJECT)
+    table = {
+        "prompt": [[{"role": "user", "content": content}]] * len(rows),
+        "activation_vector": pa.array(list(rows), pa.list_(pa.float32(), width)),
+        "n_raw_tokens": range(9, 9 + len(rows)),
+        "activation_layer": [LAYER] * len(rows),
+        "doc_id": [f"doc {row}" for row in range(len(rows))],
+    }
+    pq.write_table(pa.table(table), path)
+    meta = {"kind": "nla_dataset", "extraction": {"d_model": width, "layer_index": LAYER}}
+    write_sidecar(path, meta | tokens_and_templates(protocol))
+    none = {"sft.encoder_steps": 0, "sft.decoder_steps": 0, "rl.num_steps": 0}
+    given = {"subject.model": str(directory), "subject.layer": LAYER, "dataset.rl": str(path), "lora.rank": 2}
+    made = Run(resolve({**TINY, **none, **given}), tmp_path / "W")
+    extract(made)
+    return made
+
+
+@pytest.mark.parametrize("run", [*FIELDS, "gemma3_text+vision"], indirect=True)
+def test_out_and_in_again(request, run, tmp_path):
+    case = request.node.callspec.params["run"].split("_")[0]
+    pair = trained_pair(run)
+    pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
+    out = tmp_path / "out"
+    export_pair(run, pair, out, "float32")
+
+    whole, trunk = (transformers.AutoModelForCausalLM.from_pretrained(out / role) for role in ("av", "ar"))
+    assert trunk.config.num_hidden_layers == LAYER + 1
+    trunk.model.norm = torch.nn.Identity()
+    head = torch.tensor(load_file(out / "ar/value_head.safetensors")["weight"])
+    template = yaml.safe_load((out / "ar/nla_meta.yaml").read_text())["prompt_templates"]["critic"]
+    prompts = [run.tokenizer.encode(template.format(explanation=text)) for text in TEXTS]
+    ids = np.arange(3, 22)[None]
+    with torch.no_grad():
+        logits = whole(torch.tensor(ids)).logits.numpy()
+        rebuilt = torch.stack([trunk.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]) @ head.T
+    nla = nlae_jax.NLA(run.roles, pair, run.tokenizer, lambda: None)
+    assert_close(nla.reconstruct(TEXTS), rebuilt, "export", case)
+    variables, mask = run.roles.encoder_variables(pair.base, pair.encoder), np.ones(ids.shape, bool)
+    mine = jax.jit(lambda v: run.roles.encoder.apply(v, method=lambda encoder: encoder.lm(ids, mask)))(variables)
+    assert_close(mine, logits, "export", case)
+
+    released = nlae_jax.NLA.from_pretrained(out / "av", out / "ar", subject=run.config.subject.model)
+    assert released.layer == LAYER
+    assert_close(released.reconstruct(TEXTS), rebuilt, "import", case)
+    encoder = nlae_jax.LanguageModel.from_pretrained(str(out / "av"))
+    assert_close(encoder.logits(ids), logits, "import", case)
+
+
+def renamed(path, rename, extra=()):
+    """Another layout of the same tensors."""
+    tensors = load_file(path)
+    save_file({rename(name): value for name, value in tensors.items()} | dict(extra), path)
+
+
+@pytest.mark.parametrize("run", ["gemma3_text"], indirect=True)
+def test_a_pair_as_it_is_released(run, tmp_path):
+    """Gemma's nested config and names in the encoder; a norm and a [d, d] head that nobody reads in the decoder."""
+    pair, out = trained_pair(run), tmp_path / "out"
+    pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
+    export_pair(run, pair, out, "float32")
+    expected = nlae_jax.NLA.from_pretrained(out / "av", out / "ar")
+    h = vectors(5, run.arch.d_model)
+    texts, rebuilt = expected.explain(h, max_new_tokens=24), expected.reconstruct(TEXTS)
+    nested(out / "av")
+    renamed(out / "av/model.safetensors", lambda name: name.replace("model.", "language_model.model.", 1))
+    width = run.arch.d_model
+    spare = {"model.norm.weight": np.ones(width, np.float32), "lm_head.weight": np.eye(width, dtype=np.float32)}
+    renamed(out / "ar/model.safetensors", str, spare)
+    released = nlae_jax.NLA.from_pretrained(out / "av", out / "ar")
+    assert released.explain(h, max_new_tokens=24) == texts
+    np.testing.assert_array_equal(released.reconstruct(TEXTS), rebuilt)
+    split = nlae_jax.NLA.from_pretrained(out / "av", out / "ar", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert split.explain(h, max_new_tokens=24) == texts
+    assert_close(split.reconstruct(TEXTS), rebuilt, "sharded", "gemma3")
+
+
+def test_every_family_is_there():
+    assert set(FIELDS) == set(FAMILIES)
