@@ -2,11 +2,11 @@
 
     nlae train --config experiments/gemma3_12b.py --workdir runs/gemma3_12b
 
-Hardware: 16 accelerators of 80 GB or more (a TPU v5p-32, 16 H100): parameters, Adam moments and the KL reference are
-about 300 GB in float32, and the vocabulary of 262,208 wants room for logits.
+Hardware: one machine with 8 accelerators of 80 GB (8 H100): parameters, Adam moments and the KL reference are 289 GB
+in float32, gradients 81 GB.
 
 Expected: the PyTorch reference released a pair for this layer; its numbers are not published. This file has not been
-run to its end yet. Needs the extra [hub] for the text, and access to the gated weights.
+run to its end yet. Needs what `qwen2_5_7b.py` needs, and access to the gated weights.
 
 Activations are about 80,000 long here, because the family scales its embeddings; the injection scale is measured
 from the data.

@@ -1,12 +1,13 @@
-"""The recipe of `qwen2_5_7b.py` for Llama-3.3-70B-Instruct.
+"""The recipe of `qwen2_5_7b.py` for Llama-3.3-70B-Instruct, with adapters.
 
     nlae train --config experiments/llama3_3_70b.py --workdir runs/llama3_3_70b
 
-Hardware: a TPU v5p-64 (32 chips of 95 GB) or more: parameters, Adam moments and the KL reference are about 1.7 TB in
-float32. With adapters (see `qwen2_5_7b.py`) the shared bfloat16 base of 141 GB is most of it: 4 chips.
+Hardware: one machine with 8 accelerators of 80 GB (8 H100): the frozen base that all roles share is 141 GB in
+bfloat16. Full fine-tuning (`--config.lora.rank=0` and the rates of `qwen2_5_7b.py`) keeps 1.7 TB in float32, more
+than one machine has, and runs over several are not supported yet.
 
 Expected: the PyTorch reference released a pair for this layer; its numbers are not published. This file has not been
-run to its end yet. Needs the extra [hub] for the text, and access to the gated weights.
+run to its end yet. Needs what `qwen2_5_7b.py` needs, and access to the gated weights.
 """
 
 import runpy
@@ -20,6 +21,9 @@ _RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
 def get_config() -> ConfigDict:
     config = runpy.run_path(str(_RECIPE))["get_config"]()
     config.subject.model, config.subject.layer = "meta-llama/Llama-3.3-70B-Instruct", 53
+    config.lora.rank, config.lora.alpha = 64, 64.0
+    config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4
+    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-4
     config.rl.num_steps = 2400
-    config.mesh.tensor = 4
+    config.mesh.fsdp, config.mesh.tensor = -1, 2
     return config

@@ -5,7 +5,7 @@
 Hardware: one accelerator of 40 GB or more: parameters, Adam moments and the KL reference are about 13 GB in float32.
 
 Expected: the PyTorch reference reports FVE 0.44 after the warm start and 0.594 after 1000 RL steps. This file has
-not been run to its end yet. Needs the extra [hub] for the text.
+not been run to its end yet. Needs what `qwen2_5_7b.py` needs.
 """
 
 import runpy

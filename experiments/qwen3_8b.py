@@ -2,11 +2,11 @@
 
     nlae train --config experiments/qwen3_8b.py --workdir runs/qwen3_8b
 
-Hardware: 8 accelerators of 80 GB or more (a TPU v5p-16, 8 H100): parameters, Adam moments and the KL reference are
-about 200 GB in float32.
+Hardware: one machine with 8 accelerators of 80 GB (8 H100): parameters, Adam moments and the KL reference are 197 GB
+in float32, gradients 55 GB.
 
 Expected: no published numbers for this model; those of Qwen2.5-7B are what to compare with. This file has not been
-run to its end yet. Needs the extra [hub] for the text.
+run to its end yet. Needs what `qwen2_5_7b.py` needs.
 """
 
 import runpy

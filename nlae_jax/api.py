@@ -17,6 +17,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
 from nlae_jax.language_model import LanguageModel
+from nlae_jax.lm.pretrained import check_same_tokenizer
 from nlae_jax.mesh import make_mesh
 from nlae_jax.progress import progress
 from nlae_jax.roles.decoder import Decoder
@@ -35,7 +36,7 @@ class NLA:
     """A trained encoder and decoder, and the subject they read. Make one with `from_workdir` or `from_pretrained`."""
 
     def __init__(
-        self, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel], max_new_tokens: int = 150
+        self, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel], max_new_tokens: int = 200
     ) -> None:
         self.layer, self.tokenizer, self.max_new_tokens = roles.decoder.layer, tokenizer, max_new_tokens
         self._roles, self._pair, self._make_subject = roles, pair, subject
@@ -74,7 +75,7 @@ class NLA:
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, dtype, mesh))
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, tokenizer, dtype, mesh))
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag."""
@@ -104,7 +105,9 @@ class NLA:
         Position 0 is an attention sink whose activation holds nothing of the text; read it with that in mind.
         """
         tokenizer = self.tokenizer
-        ids = tokenizer.encode(text)
+        # A chat prompt begins with the token that the tokenizer would add once more.
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        ids = tokenizer.encode(text, add_special_tokens=not begun)
         if len(ids) > MAX_TOKENS:
             raise UserError(f"text: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts")
         width = -(-len(ids) // 64) * 64
@@ -160,7 +163,7 @@ def open_run(workdir: str | Path) -> Run:
     return Run(config, workdir, read_only=True)
 
 
-def _subject(name: str, sidecar: Sidecar, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
     if not (name or sidecar.base_model):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
@@ -170,4 +173,5 @@ def _subject(name: str, sidecar: Sidecar, dtype: str, mesh: Mesh | None) -> Lang
             f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
             f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
         )
+    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name or sidecar.base_model}")
     return model

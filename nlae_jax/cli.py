@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command continues", None, False, code=130)
     except Exception as error:
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
-            place = getattr(options, "workdir", None) or "the disk"
+            place = getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
         if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
-            message = "out of device memory; a larger mesh needs less of each device, and so do smaller batches"
+            message = "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
             return _fail(message, error, options.debug)
         if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
             return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
@@ -88,6 +88,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     explain.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
     explain.add_argument("--ar", help="its decoder")
     explain.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
+    help_text = "of a released pair's weights and the subject's (default float32)"
+    explain.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
+    explain.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text itself")
     source.add_argument("--file", type=Path, help="a UTF-8 text file")
@@ -110,6 +113,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
     if options.command == "explain" and (bool(options.workdir), bool(options.av), bool(options.ar)) not in _PAIRS:
         parser.error("explain takes --workdir, or --av and --ar")
+    if options.command == "explain" and options.workdir and (options.subject or options.dtype):
+        parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
     return options, overrides
 
 
@@ -195,13 +200,11 @@ def _print_result(workdir: Path) -> None:
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import open_run
-    from nlae_jax.export import export_datasets, export_pair
+    from nlae_jax.export import export
     from nlae_jax.stages import trained_pair
 
     run = open_run(options.workdir)
-    export_pair(run, trained_pair(run), options.out, options.dtype)
-    if options.datasets:
-        export_datasets(run, options.out)
+    export(run, trained_pair(run), options.out, options.dtype, options.datasets)
     for path in sorted(options.out.iterdir()):
         print(path)
     return 0
@@ -220,11 +223,16 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     import json
 
     from nlae_jax.api import NLA
+    from nlae_jax.config import MeshConfig
+    from nlae_jax.mesh import make_mesh
 
     if options.workdir:
         nla = NLA.from_workdir(options.workdir)
     else:
-        nla = NLA.from_pretrained(options.av, options.ar, options.subject)
+        # All devices share the weights: the larger pairs need more than one.
+        mesh = make_mesh(MeshConfig(fsdp=-1))
+        nla = NLA.from_pretrained(options.av, options.ar, options.subject, options.dtype or "float32", mesh)
+    nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     tokens = nla.explain_text(text, temperature=options.temperature)
     if options.json:
         print(json.dumps({"tokens": tokens}, ensure_ascii=False))

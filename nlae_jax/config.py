@@ -55,7 +55,7 @@ class DatasetConfig:
 class InitConfig:
     """A released pair to start from instead of the subject's weights: directories or hub ids in the reference's layout.
 
-    Prompts, slot and injection scale are then the sidecars'.
+    Prompts and slot are then the sidecars', and so is the injection scale unless `protocol.injection_scale` is set.
     """
 
     av: str = ""  # encoder

@@ -16,7 +16,8 @@ import numpy as np
 from nlae_jax.data.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.roundtrip import Pair
-from nlae_jax.lm.families import arch_from_hf, language_config, read_hf_config, truncated_config
+from nlae_jax.files import read_json, write_json
+from nlae_jax.lm.families import hf_config, language_config, read_hf_config
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
@@ -28,26 +29,33 @@ from nlae_jax.run import Run
 from nlae_jax.train.state import Params
 
 
-def export_pair(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16") -> None:
+def export(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
-    Each appears complete or not at all. Raises UserError where one is there already.
+    With `datasets` also the run's activations, see `export_datasets`. All is made in a directory beside and moved into
+    place at the end. Raises UserError where a part is there already.
     """
-    for role in ("av", "ar"):
-        if (out / role).exists():
-            raise UserError(f"--out {out}: {role} is there already; name a new directory")
-    bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
-    with progress(2, "export", unit="model") as bar:
-        for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):
-            temporary = out / f".{role}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            try:
-                _write_model(run, role, bases[role], trained, temporary, dtype)
-                temporary.rename(out / role)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            bar.advance()
+    if datasets and run.config.dataset.rl:
+        raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
+    names = ["av", "ar"]
+    for name in [*names, *(f"{name}.parquet" for name in SPLIT_OF if datasets)]:
+        if (out / name).exists():
+            raise UserError(f"--out {out}: {name} is there already; name a new directory")
+    temporary = out / ".export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
+        with progress(2, "export", unit="model") as bar:
+            for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):
+                _write_model(run, role, bases[role], trained, temporary / role, dtype)
+                bar.advance()
+        if datasets:
+            export_datasets(run, temporary)
+        for path in sorted(temporary.iterdir()):
+            path.rename(out / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_model(run: Run, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
@@ -56,12 +64,10 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
     if role == "ar":
         # A decoder has no head; tied, transformers finds nothing missing.
         arch = dataclasses.replace(run.roles.decoder.arch.truncated(layer + 1), tied_head=True)
-    config = truncated_config(language_config(read_hf_config(source)), arch.num_layers)
-    config |= {"tie_word_embeddings": arch.tied_head, "torch_dtype": dtype}
-    config.pop("dtype", None)
-    if arch_from_hf(config) != arch:
-        raise RuntimeError(f"the config.json written for {role} would be read as {arch_from_hf(config)}, not {arch}")
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    directory.mkdir()
+    special = _special_tokens(source, run.tokenizer)
+    write_json(directory / "config.json", hf_config(arch) | special | {"torch_dtype": dtype})
+    write_json(directory / "generation_config.json", {k: v for k, v in special.items() if k.endswith("token_id")})
     save_model(directory, arch, _merged(run, base, trained), dtype)
     _copy_tokenizer(source, directory, keep_bos=role == "av")
     if role == "ar":
@@ -69,6 +75,22 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
         write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
     corpus, model = run.store.meta["corpus"], run.config.subject.model
     write_sidecar(directory, model_sidecar(run.protocol, role, arch.d_model, layer, model, corpus))
+
+
+def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:
+    """Fields of the source's config that are no maths. A generator should stop at whatever the source stops at."""
+    config = read_hf_config(source)
+    files = [config, language_config(config)]
+    if (path := source / "generation_config.json").is_file():
+        files.append(read_json(path))
+    kept = {"max_position_embeddings", "bos_token_id", "pad_token_id"}
+    fields = {key: value for file in files for key, value in file.items() if key in kept and value is not None}
+    stops = {tokenizer.eos_token_id}
+    for file in files:
+        value = file.get("eos_token_id")
+        stops |= set(value) if isinstance(value, list) else {value}
+    stops = sorted(stops - {None})
+    return fields | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
 
 
 def _source(run: Run, role: str) -> Path:
@@ -114,12 +136,10 @@ def _copy_tokenizer(source: Path, directory: Path, keep_bos: bool) -> None:
 
 
 def export_datasets(run: Run, out: Path) -> None:
-    """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars.
+    """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars, rows in random order.
 
     A row of the warm start without a description is left out.
     """
-    if run.config.dataset.rl:
-        raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
     plan, described = run.store.plan, run.descriptions if run.warm_start else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     extraction = {
@@ -133,7 +153,8 @@ def export_datasets(run: Run, out: Path) -> None:
     }
     with progress(len(SPLIT_OF), "export", unit="dataset") as bar:
         for name, split in SPLIT_OF.items():
-            rows = plan.rows_of(split)
+            # The reference reads a file in order, and ours is ordered by the documents' lengths.
+            rows = np.random.default_rng([run.config.seed, 2]).permutation(plan.rows_of(split))
             if name in ("av_sft", "ar_sft"):
                 rows = np.array([row for row in rows.tolist() if row in described], np.int64)
             source = Exported(

@@ -15,18 +15,18 @@ from jax.sharding import Mesh
 
 from nlae_jax.config import Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
-from nlae_jax.data.datasets import check_datasets, dataset_files, dataset_sidecar
+from nlae_jax.data.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, read_parquet, write_json
+from nlae_jax.files import read_json, read_parquet, write_atomically, write_json
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.pretrained import fingerprint, load_tokenizer, resolve_model
+from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, replicated, tree_shardings
-from nlae_jax.roles.protocol import Protocol, blank_tokens, keep_protocol, make_protocol
+from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, kept_protocol, make_protocol, tails
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
-from nlae_jax.roles.sidecar import Sidecar, protocol_of
+from nlae_jax.roles.sidecar import Sidecar, combined, protocol_of
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import newest_sealed
 from nlae_jax.train.state import Params, Roles, make_roles
@@ -78,8 +78,9 @@ class Run:
                 f"config.subject.layer: {config.subject.layer} should be from 0 to {self.arch.num_layers - 1} "
                 f"for {config.subject.model}"
             )
-        if (path := workdir / "activations/subject.json").exists() and read_json(path) != self.subject_identity:
-            raise UserError(f"{path}: made with other weights than {config.subject.model} has now; bring those back")
+        if (path := workdir / "activations/subject.json").exists() and read_json(path) != self.identity:
+            names = ", ".join(filter(None, (config.subject.model, config.init.av, config.init.ar)))
+            raise UserError(f"{path}: made with other weights than there are now in {names}; bring those back")
         if read_only:
             return
         for field, size in (
@@ -92,13 +93,14 @@ class Run:
                 )
         check_datasets(config)
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
-        closing = self._live_protocol(1.0).closing
+        closing = self._protocol(1.0).closing
         if config.rl.max_new_tokens <= len(closing):
             raise UserError(
                 f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
                 f"{len(closing)} tokens of the closing tag"
             )
-        if config.describe.provider in SERVERS and not (workdir / "activations/descriptions.parquet").exists():
+        described = (workdir / "activations/descriptions.parquet").exists() or config.dataset.rl or not self.warm_start
+        if config.describe.provider in SERVERS and not described:
             SERVERS[config.describe.provider](config.describe)
         workdir.mkdir(parents=True, exist_ok=True)
         _lock(workdir)
@@ -110,13 +112,19 @@ class Run:
         write_json(self.workdir / "config.json", dataclasses.asdict(self.config))
 
     @cached_property
-    def subject_identity(self) -> dict[str, str]:
-        """What tells the subject's weights from others; adapters mean nothing on other weights."""
-        return {"fingerprint": fingerprint(self.directory)}
+    def identity(self) -> dict[str, str]:
+        """What tells the weights that roles start from; adapters mean nothing on others."""
+        released = {role: one.identity for role, one in self.released.items()}
+        return {"fingerprint": fingerprint(self.directory), **released}
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.directory)
+        """The subject's; where an encoder is released, its own with its chat template, which must read text alike."""
+        subject = load_tokenizer(self.directory)
+        tokenizers = {role: load_tokenizer(one.directory) for role, one in self.released.items()}
+        for role, tokenizer in tokenizers.items():
+            check_same_tokenizer(subject, tokenizer, f"config.init.{role}")
+        return tokenizers.get("av", subject)
 
     @cached_property
     def base(self) -> Params:
@@ -143,21 +151,29 @@ class Run:
 
     @cached_property
     def sidecar(self) -> Sidecar | None:
-        """Where prompts and slot are laid down: beside the released pair, or beside the dataset; None for our own."""
-        released = self.released
-        if len(released) == 2:
-            return pair_sidecar(released["av"], released["ar"])
-        if "av" in released:
-            return released["av"].sidecar
-        if files := dataset_files(self.config.dataset):
-            return dataset_sidecar(files, self.arch.d_model, self.config.subject.layer)
-        return released["ar"].sidecar if released else None
+        """Where prompts and slot are laid down: by a released pair, else by a dataset; None for the config's own."""
+        files = dataset_files(self.config.dataset)
+        data = dataset_sidecar(files, self.arch.d_model, self.config.subject.layer) if files else None
+        if "av" in self.released:
+            check_same_prompt(self.released["av"].sidecar, data)
+        if len(self.released) == 2:
+            return pair_sidecar(self.released["av"], self.released["ar"])
+        for role, one in self.released.items():
+            own = one.sidecar
+            return combined(own, data or own) if role == "av" else combined(data or own, own)
+        return data
 
     def start(self, role: str) -> Params:
-        """The weights that the role "av" or "ar" starts from."""
+        """The weights that the role "av" or "ar" starts from: to be trained themselves in all their bits."""
         if role in self.released:
-            return self.released[role].weights(self.config.subject.dtype, self.mesh)
+            dtype = self.config.subject.dtype if self.config.lora.rank else "float32"
+            return self.released[role].weights(dtype, self.mesh)
         return self.base
+
+    def forget_base(self) -> None:
+        """Frees the subject's weights where no role sits on them; asked for again, they are read again."""
+        if not any(self.base is base for base in self.bases.values()):
+            self.__dict__.pop("base", None)
 
     @cached_property
     def bases(self) -> dict[str, Params]:
@@ -173,26 +189,33 @@ class Run:
             raise UserError(f"{self.workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
         return ActivationStore(self.workdir / "activations")
 
-    def _live_protocol(self, injection_scale: float) -> Protocol:
+    def _protocol(self, injection_scale: float) -> Protocol:
         if self.sidecar is not None:
             return protocol_of(self.sidecar, self.tokenizer, self.config.protocol, injection_scale)
         return make_protocol(self.tokenizer, self.config.protocol, injection_scale)
 
+    def _injection_scale(self) -> float:
+        """The config's, else the released encoder's, else the dataset's, else what the activations suggest."""
+        if scale := self.config.protocol.injection_scale:
+            return scale
+        if "av" in self.released:
+            return self.released["av"].injection_scale
+        return (self.sidecar and self.sidecar.injection_scale) or self.store.meta["norm_p75"]
+
     @cached_property
     def protocol(self) -> Protocol:
-        scale = self.config.protocol.injection_scale
-        if not scale and "av" in self.released:
-            scale = self.released["av"].injection_scale
-        elif not scale:
-            scale = self.store.meta["norm_p75"]
-        live = self._live_protocol(scale)
-        path = self.workdir / "protocol.json"
-        return live if self._read_only and not path.exists() else keep_protocol(path, live)
+        """As the workdir was made with it; made at first."""
+        if (path := self.workdir / "protocol.json").exists():
+            return kept_protocol(path, self.tokenizer)
+        protocol = self._protocol(self._injection_scale())
+        if not self._read_only:
+            write_atomically(path, lambda temporary: temporary.write_text(protocol.to_json(), encoding="utf-8"))
+        return protocol
 
     @cached_property
     def roles(self) -> Roles:
         archs = {role: released.arch for role, released in self.released.items()}
-        return make_roles(self.config, archs.get("av", self.arch), self.protocol, archs.get("ar"))
+        return make_roles(self.config, self.arch, self.protocol, archs.get("av"), archs.get("ar"))
 
     @property
     def warm_start(self) -> bool:
@@ -205,12 +228,17 @@ class Run:
         path = self.workdir / "activations/descriptions.parquet"
         if not path.exists():
             raise UserError(f"{self.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
-        table = read_parquet(path, "delete it to describe again")
+        again = "delete activations/ to import again" if self.config.dataset.rl else "delete it to describe again"
+        table = read_parquet(path, again)
         return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
     @cached_property
     def blank(self) -> np.ndarray:
-        return blank_tokens(self.tokenizer, self.arch.vocab_size)
+        return blank_tokens(self.tokenizer, self.roles.encoder.arch.vocab_size)
+
+    @cached_property
+    def tails(self) -> Tails | None:
+        return tails(self.tokenizer, self.protocol, self.roles.encoder.arch.vocab_size)
 
     def seed(self, purpose: int) -> int:
         """A number of its own for each purpose, and for each seed: 31 bits."""
@@ -229,7 +257,8 @@ class Run:
         # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
         denominators = objectives.baselines(jnp.asarray(self.store.vectors(rows)))
-        return {**self.bases, "baselines": self.on_mesh(denominators)}
+        tails = {} if self.tails is None else {"tails": self.on_mesh(self.tails)}
+        return {**self.bases, **tails, "baselines": self.on_mesh(denominators)}
 
     def held_out_rows(self) -> np.ndarray:
         """The rows that evaluation uses, in random order; drawn once, by the seed."""

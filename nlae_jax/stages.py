@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
-from nlae_jax.data.datasets import dataset_files, import_plan, import_texts, import_vectors
+from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
 from nlae_jax.data.pipeline import batches, pad
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
-from nlae_jax.files import write_atomically, write_json, write_parquet
+from nlae_jax.files import read_json, write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import cache_directory
 from nlae_jax.progress import progress, say
@@ -63,7 +63,7 @@ def extract(run: Run) -> None:
         plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
         _ = run.base  # a model that cannot be read is found out before anything is written
         run.claim()
-        write_json(directory / "subject.json", run.subject_identity)
+        write_json(directory / "subject.json", run.identity)
         activations.write_plan(directory, plan)
     subject = Subject(run.arch)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
@@ -98,6 +98,10 @@ def _import(run: Run, files: dict[str, Path]) -> None:
     directory, d_model = run.workdir / "activations", run.arch.d_model
     if (directory / "rows.parquet").exists():
         plan = activations.read_plan(directory)
+        if read_json(directory / "dataset.json") != identities(files):
+            raise UserError(
+                f"config.dataset: the files are not those that {directory} was begun with; bring those back"
+            )
     else:
         say("reading the dataset")
         plan = import_plan(files, run.config)
@@ -105,9 +109,10 @@ def _import(run: Run, files: dict[str, Path]) -> None:
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
         run.claim()
-        write_json(directory / "subject.json", run.subject_identity)
+        write_json(directory / "subject.json", run.identity)
         write_parquet(directory / "descriptions.parquet", descriptions)
         write_parquet(directory / "contexts.parquet", contexts)
+        write_json(directory / "dataset.json", identities(files))
         activations.write_plan(directory, plan)
     with progress(len(plan.position), "import", unit="activation") as bar:
         import_vectors(directory, files, len(plan.position), d_model, bar.advance)
@@ -121,6 +126,8 @@ def describe(run: Run) -> None:
     extract(run)  # a dataset brings descriptions along
     if path.exists() or not run.warm_start:
         return
+    if run.config.dataset.rl:
+        raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
     plan, config = run.store.plan, run.config.describe
     rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
@@ -162,9 +169,14 @@ def sft(run: Run) -> None:
     decoder_sft(run)
 
 
-def _described(run: Run, split: str, tokenise: Callable[[str], list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N]. Too long ones are dropped."""
-    limit = run.config.sft.max_response_tokens
+def _described(
+    run: Run, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N]. Too long ones are dropped.
+
+    `frame` is how many tokens are not the description's.
+    """
+    limit = run.config.sft.max_response_tokens + frame
     rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
     tokens = [tokenise(run.descriptions[row]) for row in rows]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
@@ -245,9 +257,12 @@ def decoder_sft(run: Run) -> Params:
     if (trained := _trained_by_sft(run, "decoder")) is not None:
         return trained
     config, roles, tokenise = run.config.sft, run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
+    frozen, frame = run.frozen("decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
         roles, tokenise = roles.with_whole_prompts(), run.tokenizer.encode
-    rows, ids, length = _described(run, "decoder_sft", tokenise)
+        frozen.pop("tails", None)
+        frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
+    rows, ids, length = _described(run, "decoder_sft", tokenise, frame)
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
     iterator = batches(
         len(rows),
@@ -258,7 +273,7 @@ def decoder_sft(run: Run) -> Params:
     state = _initial_decoder(run, optimizer)
     step = compiled(steps.decoder_sft_step(roles, optimizer), state, run.mesh)
     stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
-    return run_stage(stage, state, run.frozen("decoder_sft"), run.mesh, run.config, run.workdir).trained
+    return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
 def rl(run: Run) -> tuple[Params, Params]:
@@ -269,6 +284,7 @@ def rl(run: Run) -> tuple[Params, Params]:
         say("rl goes on: the evaluation will be made again")
         (run.workdir / "eval.json").unlink()
     encoder, decoder = encoder_sft(run), decoder_sft(run)
+    run.forget_base()
     config = run.config.rl
     if config.num_steps == 0:
         return encoder, decoder

@@ -100,24 +100,27 @@ def test_what_is_written_is_read_back(written, run):
     files = {name: written / f"{name}.parquet" for name in NAMES}
     plan, descriptions, contexts, dropped = read(files)
     assert dropped == 0
-    store, described = (
-        run.store,
-        dict(zip(*(descriptions[name].to_pylist() for name in ("row", "description")), strict=True)),
-    )
+    store = run.store
+    described = dict(zip(*(descriptions[name].to_pylist() for name in ("row", "description")), strict=True))
     texts = dict(zip(contexts["row"].to_pylist(), contexts["text"].to_pylist(), strict=True))
+
+    def of(plan, split):
+        """Rows in one order: the files are shuffled."""
+        rows = plan.rows_of(split).tolist()
+        return sorted(rows, key=lambda row: (plan.doc_ids[plan.document[row]], plan.position[row]))
+
     for split in ("encoder_sft", "rl", "held_out"):
-        mine, theirs = plan.rows_of(split), store.plan.rows_of(split)
+        mine, theirs = of(plan, split), of(store.plan, split)
         assert [plan.doc_ids[plan.document[r]] for r in mine] == [
             store.plan.doc_ids[store.plan.document[r]] for r in theirs
         ]
         np.testing.assert_array_equal(plan.position[mine], store.plan.position[theirs])
         if split == "encoder_sft":
-            assert [described[r] for r in mine.tolist()] == [run.descriptions[r] for r in theirs.tolist()]
+            assert [described[r] for r in mine] == [run.descriptions[r] for r in theirs]
         if split == "held_out":
-            assert [texts[r] for r in mine.tolist()] == [run.tokenizer.decode(store.context_ids(r)) for r in theirs]
-    first = plan.rows_of("decoder_sft")[0]
-    gold = run.descriptions[int(store.plan.rows_of("decoder_sft")[0])]
-    assert described[int(first)] == run.protocol.decoder_template.replace("{explanation}", gold)
+            assert [texts[r] for r in mine] == [run.tokenizer.decode(store.context_ids(r)) for r in theirs]
+    gold = run.descriptions[of(store.plan, "decoder_sft")[0]]
+    assert described[of(plan, "decoder_sft")[0]] == run.protocol.decoder_template.replace("{explanation}", gold)
 
 
 def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
@@ -126,9 +129,8 @@ def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
     assert main(tiny_run.arguments(workdir, **given(files))) == 0
     imported = open_run(workdir)
     for split in ("encoder_sft", "decoder_sft", "rl", "held_out"):
-        np.testing.assert_array_equal(
-            imported.store.vectors(imported.store.plan.rows_of(split)), run.store.vectors(run.store.plan.rows_of(split))
-        )
+        both = [np.sort(one.store.vectors(one.store.plan.rows_of(split)), axis=0) for one in (imported, run)]
+        np.testing.assert_array_equal(*both)
     assert imported.protocol.encoder_prefix == run.protocol.encoder_prefix
     assert imported.protocol.injection_scale == pytest.approx(run.protocol.injection_scale, rel=1e-6)
     result = json.loads((workdir / "eval.json").read_text())
@@ -140,12 +142,16 @@ def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
 
 
 def test_stored_prompts_reach_the_decoder_as_they_are(tiny_run, run, files, tmp_path):
-    """One that no template would make is learned from too; the loss of the first step says which was read."""
+    """To the last space; the loss of the first step says which was read."""
     losses = []
+    before, _, after = run.protocol.decoder_template.partition("{explanation}")
+    assert not after
     for number, changed in enumerate((False, True)):
         if changed:
             prompts = pq.read_table(files["ar_sft"])["prompt"].to_pylist()
-            rewrite(files["ar_sft"], prompt=pa.array([f"Something else: {prompt}!" for prompt in prompts]))
+            rewrite(
+                files["ar_sft"], prompt=pa.array([before + p.removeprefix(before).replace(" ", "  ") for p in prompts])
+            )
         workdir = tmp_path / f"W{number}"
         steps = {"sft__encoder_steps": 0, "sft__decoder_steps": 2}
         assert main(tiny_run.arguments(workdir, "sft", **given(files), **steps)) == 0
@@ -206,6 +212,30 @@ def test_an_import_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
     np.testing.assert_array_equal(open_vectors(tmp_path / "A", rows, D).read().result(), expected)
 
 
+def test_files_that_were_replaced_meanwhile_are_refused(tiny_run, files, tmp_path, capsys):
+    vectors_with(files["rl"], 7, np.nan)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    vectors_with(files["rl"], 7, 0.0)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert "the files are not those" in capsys.readouterr().err
+
+
+def test_a_finished_import_needs_its_files_no_more(tiny_run, files, tmp_path):
+    steps = {"sft__encoder_steps": 0, "sft__decoder_steps": 0, "rl__num_steps": 0}
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **given(files), **steps)) == 0
+    for path in files.values():
+        path.unlink()
+    assert open_run(tmp_path / "W").protocol.marker
+    assert len(open_run(tmp_path / "W").store.contexts)
+
+
+def test_only_documents_must_be_named(files):
+    rewrite(files["rl"], n_raw_tokens=None)
+    rewrite(files["rl"], activation_layer=None)
+    plan, *_ = read(files)
+    assert not plan.position[plan.rows_of("rl")].any()
+
+
 def vectors_with(path, row, value):
     values = np.stack(pq.read_table(path)["activation_vector"].to_numpy())
     values[row, 5] = value
@@ -239,6 +269,10 @@ DAMAGES = {
         "activation_layer is 5; subject.layer is 1",
     ),
     "other prompt": (lambda f: other_prompt(f["rl"], 3), "rl.parquet: row 3: another prompt"),
+    "other decoder's prompt": (
+        lambda f: rewrite(f["ar_sft"], prompt=pa.array(["Else."] * pq.read_metadata(f["ar_sft"]).num_rows)),
+        "ar_sft.parquet: row 0: prompt should be the text of prompt_templates.ar",
+    ),
     "not a parquet": (lambda f: f["rl"].write_bytes(b"PAR1 no"), "rl.parquet: cannot be read"),
     "empty": (
         lambda f: pq.write_table(pq.read_table(f["rl"]).slice(0, 0), f["rl"]),

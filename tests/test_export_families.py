@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import nlae_jax
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.datasets import INJECT
-from nlae_jax.export import export_pair
+from nlae_jax.export import export
 from nlae_jax.lm.families import FAMILIES
 from nlae_jax.lm.pretrained import TOKENIZER_FILES
 from nlae_jax.mesh import make_mesh
@@ -30,7 +30,7 @@ TEXTS = ["the list of values", "It ends with: in that is for the array of string
 FIELDS = {
     "llama": SMALL | {"tie_word_embeddings": False},
     "mistral": WIDE | {"sliding_window": 6},
-    "qwen2": SMALL | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2": SMALL | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
     "qwen3": SMALL | {"attention_bias": True},
     "gemma2": SMALL | {"sliding_window": 6, "query_pre_attn_scalar": 12},
     "gemma3_text": WIDE
@@ -90,7 +90,7 @@ def test_out_and_in_again(request, run, tmp_path):
     pair = trained_pair(run)
     pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
     out = tmp_path / "out"
-    export_pair(run, pair, out, "float32")
+    export(run, pair, out, "float32")
 
     whole, trunk = (transformers.AutoModelForCausalLM.from_pretrained(out / role) for role in ("av", "ar"))
     assert trunk.config.num_hidden_layers == LAYER + 1
@@ -126,7 +126,7 @@ def test_a_pair_as_it_is_released(run, tmp_path):
     """Gemma's nested config and names in the encoder; a norm and a [d, d] head that nobody reads in the decoder."""
     pair, out = trained_pair(run), tmp_path / "out"
     pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
-    export_pair(run, pair, out, "float32")
+    export(run, pair, out, "float32")
     expected = nlae_jax.NLA.from_pretrained(out / "av", out / "ar")
     h = vectors(5, run.arch.d_model)
     texts, rebuilt = expected.explain(h, max_new_tokens=24), expected.reconstruct(TEXTS)

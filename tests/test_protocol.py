@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.roles.decoder import place_tails
 from nlae_jax.roles.protocol import (
     CLOSING,
     OPENING,
@@ -19,9 +21,10 @@ from nlae_jax.roles.protocol import (
     decoder_ids,
     extract_explanation,
     find_marker,
-    keep_protocol,
+    kept_protocol,
     make_protocol,
     response_ids,
+    tails,
 )
 from tests.conftest import INJECTION_SCALE, tiny_config
 
@@ -213,10 +216,69 @@ def test_json_and_back_is_the_identity(protocol, tmp_path):
     assert Protocol.from_json(protocol.to_json()) == protocol
 
 
-def test_a_workdir_keeps_the_protocol_it_was_made_with(protocol, tmp_path):
+def test_a_workdir_keeps_the_protocol_it_was_made_with(protocol, tokenizer, tmp_path):
     path = tmp_path / "protocol.json"
-    assert keep_protocol(path, protocol) == protocol
-    tomorrow = dataclasses.replace(protocol, encoder_prefix=(*protocol.encoder_prefix, 7))
-    assert keep_protocol(path, tomorrow) == protocol
+    yesterday = dataclasses.replace(protocol, encoder_prefix=(*protocol.encoder_prefix, 7))
+    path.write_text(yesterday.to_json())
+    assert kept_protocol(path, tokenizer) == yesterday
+    path.write_text(dataclasses.replace(protocol, closing=(1, 2)).to_json())
     with pytest.raises(UserError, match=r"protocol\.json: made with another tokenizer: closing differ"):
-        keep_protocol(path, dataclasses.replace(protocol, closing=(1, 2)))
+        kept_protocol(path, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer that takes punctuation together with what follows it, as those of Qwen and Llama 3 do."""
+    raw = Tokenizer(models.BPE())
+    rule = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(rule, behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    text = ["<explanation>\nit is. So it is.\n</explanation> ends.</text> <summary> or!</text> list)</text> ₂ " * 20]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(text, trainer)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\nassistant: "
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", chat_template=template)
+
+
+FRAME = ProtocolConfig("What is {injection_char} then", "Summary of <text>{explanation}</text> <summary>")
+
+
+def test_tails_make_spliced_tokens_those_of_the_whole_text(merging):
+    protocol = make_protocol(merging, FRAME, 1.0)
+    found = tails(merging, protocol, len(merging) + 5)
+    assert found.ids.shape == (len(merging) + 5, len(protocol.decoder_suffix) + 1)
+    for text in ("it is.", "So it ends!", "a list)", "it is", "is.\n", "ends"):
+        ids = merging.encode(text, add_special_tokens=False)
+        placed, valid, last = place_tails(np.array([ids + [0] * 3]), np.array([len(ids)]), found)
+        spliced = [*protocol.decoder_prefix, *np.asarray(placed)[0][np.asarray(valid)[0]].tolist()]
+        assert spliced == decoder_ids(merging, protocol, text), text
+        assert int(last[0]) == int(np.asarray(valid).sum()) - 1
+    merged = merging.encode("it is.", add_special_tokens=False) + list(protocol.decoder_suffix)
+    whole = decoder_ids(merging, protocol, "it is.")
+    assert [*protocol.decoder_prefix, *merged] != whole  # else the table would not be needed here
+
+
+def test_most_tails_are_plain(merging, tokenizer, protocol):
+    made = make_protocol(merging, FRAME, 1.0)
+    found = tails(merging, made, len(merging))
+    plain = [
+        row[:n].tolist() == [token, *made.decoder_suffix] for token, (row, n) in enumerate(zip(*found, strict=True))
+    ]
+    assert 0.5 < np.mean(plain) < 1
+    assert (
+        tails(tokenizer, dataclasses.replace(protocol, decoder_template="Notes: {explanation}", decoder_suffix=()), 300)
+        is None
+    )
+
+
+def test_a_row_without_an_explanation_has_a_tail_too(merging):
+    protocol = make_protocol(merging, FRAME, 1.0)
+    found = tails(merging, protocol, len(merging))
+    ids, valid, last = place_tails(np.zeros((2, 4), np.int32), np.array([0, 4]), found)
+    assert valid[0].sum() == last[0] + 1 >= 1
+    assert ids.shape == valid.shape == (2, 4 + len(protocol.decoder_suffix))

@@ -58,6 +58,12 @@ def test_both_spellings_are_one(tmp_path, content):
     assert read(tmp_path, content) == expected
 
 
+def test_the_layer_of_a_released_encoder(tmp_path, content):
+    del content["extraction"]["layer_index"]
+    content["extraction_layer_index"] = 20
+    assert read(tmp_path, content).layer == 20
+
+
 @pytest.mark.parametrize("section", ["ar", "critic"])
 @pytest.mark.parametrize("field", ["extraction_layer_index", "num_hidden_layers"])
 def test_the_layer_has_four_spellings(tmp_path, content, section, field):

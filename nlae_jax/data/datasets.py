@@ -22,7 +22,7 @@ from nlae_jax.data.activations import SPLITS, Plan, open_vectors
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, write_atomically, write_json
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
-from nlae_jax.roles.sidecar import Sidecar, read_sidecar, tokens_and_templates, write_sidecar
+from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 
 # The reference's name of a file -> the split that its rows belong to.
 SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_out": "held_out"}
@@ -44,6 +44,17 @@ def dataset_files(config: DatasetConfig) -> dict[str, Path]:
     return files
 
 
+def identities(files: dict[str, Path]) -> dict[str, str]:
+    """What tells each file from another of its name: a hash of its size and of its end, where a parquet's footer is."""
+    found = {}
+    for name, path in files.items():
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - (1 << 16)))
+            found[name] = hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
+    return found
+
+
 def check_datasets(config: Config) -> None:
     """Raises UserError where a file that a stage needs is not named, or there is a corpus too."""
     if not any(dataclasses.asdict(config.dataset).values()):
@@ -57,7 +68,7 @@ def check_datasets(config: Config) -> None:
         if reason and not getattr(config.dataset, name):
             raise UserError(f"config.dataset.{name}: no file is named, but {reason}")
     if config.corpus.path or config.corpus.hub:
-        raise UserError("config.dataset: given together with a corpus; activations come from one of them")
+        raise UserError("config.dataset: given together with a corpus; leave out one: --config.corpus.hub= or .path=")
 
 
 def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar:
@@ -71,13 +82,18 @@ def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar
             raise UserError(f"{sidecar.path}: extraction.layer_index {sidecar.layer} should be subject.layer = {layer}")
         if (sidecar.marker_id, sidecar.encoder_template) != (first.marker_id, first.encoder_template):
             raise UserError(f"{sidecar.path}: another prompt or injection token than in {first.path}")
-    decoder = next((s for s in sidecars.values() if s.decoder_template and s.suffix_ids), first)
-    return dataclasses.replace(
-        first,
-        encoder_template=_stored_prompt(files["rl"]),
-        decoder_template=decoder.decoder_template,
-        suffix_ids=decoder.suffix_ids,
-    )
+        if sidecar.decoder_template and sidecar.decoder_template != (
+            first.decoder_template or sidecar.decoder_template
+        ):
+            raise UserError(f"{sidecar.path}: another decoder's prompt than in {first.path}")
+        first = combined(first, sidecar)
+    return dataclasses.replace(first, encoder_template=_stored_prompt(files["rl"]))
+
+
+def check_same_prompt(released: Sidecar, data: Sidecar | None) -> None:
+    """Raises UserError where a dataset's rows hold another prompt than a released encoder was trained with."""
+    if data is not None and data.encoder_template != released.encoder_template:
+        raise UserError(f"{data.path}: the dataset's prompt is not the one that {released.path} was trained with")
 
 
 def _stored_prompt(path: Path) -> str:
@@ -144,17 +160,19 @@ def _held_out(documents: Sequence[str], config: Config) -> set[str]:
 
 
 def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
-    """Each row's document and position."""
+    """Each row's document and position; 0 where the file does not say."""
     docs: list[str] = []
     positions = []
-    for start, batch in _batches(path, ["doc_id", "n_raw_tokens", "activation_layer"]):
-        ids, counts, layers = (batch.column(name) for name in batch.schema.names)
-        if ids.null_count or counts.null_count:
-            raise UserError(f"{path}: rows {start} and after: doc_id or n_raw_tokens is null")
-        if wrong := set(layers.to_pylist()) - {layer, None}:
+    for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", "activation_layer"]):
+        columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+        if None in columns["doc_id"]:
+            raise UserError(f"{path}: rows {start} and after: doc_id is null; splits are by document")
+        if wrong := set(columns.get("activation_layer", ())) - {layer, None}:
             raise UserError(f"{path}: activation_layer is {min(wrong)}; subject.layer is {layer}")
-        docs += map(str, ids.to_pylist())
-        positions.append(counts.to_numpy(zero_copy_only=False).astype(np.int32) - 1)
+        docs += map(str, columns["doc_id"])
+        positions.append(
+            np.array([(count or 1) - 1 for count in columns.get("n_raw_tokens", [1] * len(batch))], np.int32)
+        )
     if not docs:
         raise UserError(f"{path}: the file has no rows")
     return docs, np.concatenate(positions)
@@ -176,8 +194,7 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
             for number, row in enumerate(batch.to_pylist(), start):
                 prompt = row["prompt"]
                 if name == "ar_sft":
-                    if not isinstance(prompt, str) or not prompt:
-                        raise UserError(f"{path}: row {number}: prompt should be the decoder's finished text")
+                    _check_decoder_prompt(path, number, prompt, sidecar)
                     described.append((first + number, prompt))
                 elif _encoder_template(path, number, prompt) != sidecar.encoder_template:
                     raise UserError(
@@ -191,6 +208,15 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
                     contexts.append((first + number, row[_TEXT][-_CONTEXT_CHARACTERS:]))
         first += _num_rows(path)
     return _texts(described, "description"), _texts(contexts, "text"), dropped
+
+
+def _check_decoder_prompt(path: Path, row: int, prompt: Any, sidecar: Sidecar) -> None:
+    """It is used as it is; but later the decoder reads other explanations in the same frame."""
+    before, _, after = (sidecar.decoder_template or "{explanation}").partition("{explanation}")
+    if not (isinstance(prompt, str) and prompt.startswith(before) and prompt.endswith(after)):
+        raise UserError(
+            f"{path}: row {row}: prompt should be the text of prompt_templates.ar with an explanation in it"
+        )
 
 
 def _texts(rows: list[tuple[int, str]], name: str) -> pa.Table:
@@ -328,7 +354,7 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
     sidecar = {
         "kind": "nla_dataset",
         "schema_version": 1,
-        "dataset_id": f"{name}_{path.stem}",
+        "dataset_id": path.stem,
         "stage": stage,
         "row_count": len(source.rows),
         "extraction": extraction,

@@ -50,6 +50,7 @@ class RoundTrip:
     def __init__(self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int) -> None:
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self._tails = jax.tree.map(jnp.asarray, protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = jnp.asarray(protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size))
 
         def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float) -> tuple[jax.Array, ...]:
@@ -66,8 +67,8 @@ class RoundTrip:
             ids, length = explanation_tokens(samples, self.protocol.closing, blank)
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
-        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, length)
+        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, length, tails)
 
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
             return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
@@ -97,7 +98,7 @@ class RoundTrip:
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         opening = protocol.OPENING
         responses = [
-            opening + self.tokenizer.decode(row[:n].tolist(), skip_special_tokens=True)
+            opening + self.tokenizer.decode([token for token in row[:n].tolist() if token != self.protocol.eos_id])
             for row, n in zip(tokens, lengths, strict=True)
         ]
         return Explanations([protocol.extract_explanation(r) or "" for r in responses], responses, ids, length)
@@ -105,7 +106,7 @@ class RoundTrip:
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
         batches = _batches(self._batch_size, ids, length)
-        return self._collect(len(ids), (self._reconstruct(pair, *batch) for batch in batches))
+        return self._collect(len(ids), (self._reconstruct(pair, *batch, self._tails) for batch in batches))
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
         """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt."""

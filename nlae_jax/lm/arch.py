@@ -62,8 +62,9 @@ class Arch:
 
     def truncated(self, num_layers: int) -> Arch:
         """The same model with its first `num_layers` blocks only."""
+        windows = self.windows[:num_layers]
         return dataclasses.replace(
-            self, num_layers=num_layers, ropes=self.ropes[:num_layers], windows=self.windows[:num_layers]
+            self, num_layers=num_layers, ropes=self.ropes[:num_layers], windows=windows if any(windows) else ()
         )
 
 

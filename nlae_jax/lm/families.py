@@ -75,10 +75,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Fields that hold one entry per block.
-_PER_BLOCK = ("layer_types", "no_rope_layers")
-
-
 class _Fields:
     """A config.json that is read field by field: one that nobody has asked for, and that may matter, is refused."""
 
@@ -301,12 +297,6 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError("config.json: text_config should be an object")
     tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
     return tied | text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-
-
-def truncated_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """The `config.json` of the model's first blocks: what it lists per block is cut to them."""
-    listed = {key: config[key][:num_layers] for key in _PER_BLOCK if isinstance(config.get(key), list)}
-    return config | listed | {"num_hidden_layers": num_layers}
 
 
 def arch_from_hf(config: dict[str, Any]) -> Arch:

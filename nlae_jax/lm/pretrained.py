@@ -81,16 +81,17 @@ def resolve_model(name: str) -> Path:
     return _from_hub(name)
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, *more: str) -> str:
     """Tells the weights of a model directory from others of the same shapes, without reading all of them.
 
-    A hash of the architecture and, of every weight file, the name, the size and pieces spread over it.
+    A hash of the architecture and, of every weight file and of the files `more`, the name, the size and pieces spread
+    over it.
     """
     arch = read_arch(directory)
     # Without what is as ever: fields that come later, with a default, do not make known weights others.
     telling = {f.name: getattr(arch, f.name) for f in dataclasses.fields(arch) if getattr(arch, f.name) != f.default}
     digest = hashlib.sha256(repr(sorted(telling.items())).encode())
-    for path in weight_files(directory):
+    for path in [*weight_files(directory), *(directory / name for name in more)]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -117,6 +118,18 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: the tokenizer is a {type(tokenizer).__name__}; one with tokenizer.json is needed"
         )
     return tokenizer
+
+
+_PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂", "</text> <summary>")
+
+
+def check_same_tokenizer(tokenizer: Any, other: Any, name: str) -> None:
+    """Raises UserError where the tokenizer of `name` reads a sample of texts otherwise."""
+    for text in _PROBES:
+        if tokenizer.encode(text) != other.encode(text):
+            raise UserError(
+                f"{name}: its tokenizer reads {text!r} as {other.encode(text)}, not {tokenizer.encode(text)}"
+            )
 
 
 def _made_cache() -> Path:

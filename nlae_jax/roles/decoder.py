@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.transformer import Segment, Transformer
-from nlae_jax.roles.protocol import Protocol
+from nlae_jax.roles.protocol import Protocol, Tails
 
 
 class Decoder(nn.Module):
@@ -28,14 +28,18 @@ class Decoder(nn.Module):
         self.lm = Transformer(self.arch, self.lora_scale, self.remat)
         self.value_head = self.param("value_head", lambda _: jnp.eye(self.arch.d_model, dtype=jnp.float32))
 
-    def __call__(self, ids_NxT: jax.Array, length_N: jax.Array) -> jax.Array:
+    def __call__(self, ids_NxT: jax.Array, length_N: jax.Array, tails: Tails | None = None) -> jax.Array:
         """Explanations as token ids, right-padded, with their lengths -> reconstructions [N, d] float32.
 
-        The prompt's constant prefix is computed once; the suffix is placed after each explanation's last token.
+        The prompt's constant prefix is computed once; the suffix is placed after each explanation's last token, or
+        with it as the tokenizer would (`tails`).
         """
         prefix = jnp.asarray(self.protocol.decoder_prefix, jnp.int32)
         suffix = jnp.asarray(self.protocol.decoder_suffix, jnp.int32)
-        ids, valid, last = place_suffix(ids_NxT, length_N, suffix)
+        if tails is None:
+            ids, valid, last = place_suffix(ids_NxT, length_N, suffix)
+        else:
+            ids, valid, last = place_tails(ids_NxT, length_N, tails)
         start = len(prefix)
         positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         segments = [Segment(self.lm.embed(ids), positions, valid)]
@@ -70,3 +74,18 @@ def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> 
     in_suffix = (within >= 0) & (within < len(suffix))
     ids = jnp.where(in_suffix, suffix[jnp.clip(within, 0, len(suffix) - 1)], ids)
     return ids, column < (length_N + len(suffix))[:, None], length_N + len(suffix) - 1
+
+
+def place_tails(ids_NxT: jax.Array, length_N: jax.Array, tails: Tails) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `place_suffix`, with each row's last token and the suffix as the tokenizer writes them together."""
+    begin = jnp.maximum(length_N - 1, 0)
+    last_token = jnp.take_along_axis(ids_NxT, begin[:, None], axis=1)[:, 0]
+    tail, tail_length = tails.ids[last_token], tails.length[last_token]
+    width = tail.shape[1]
+    column = jnp.arange(ids_NxT.shape[1] + width - 1)[None]
+    within = column - begin[:, None]
+    in_tail = (within >= 0) & (within < tail_length[:, None])
+    placed = jnp.take_along_axis(tail, jnp.clip(within, 0, width - 1), axis=1)
+    ids = jnp.where(in_tail, placed, jnp.pad(ids_NxT, ((0, 0), (0, width - 1))))
+    length = begin + tail_length
+    return ids, column < length[:, None], length - 1

@@ -10,13 +10,12 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
-from nlae_jax.files import write_atomically
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
@@ -89,7 +88,7 @@ def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
         [{"role": "user", "content": message}],
         tokenize=False,
         add_generation_prompt=True,
-        date_string="1 January 2026",
+        date_string="26 Jul 2024",  # what the templates of Llama 3 say where they are told nothing
         **options,
     )
     # The template writes the tokens that begin a sequence itself.
@@ -110,7 +109,9 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     if tokenizer.chat_template is None:
         raise UserError("subject.model: its tokenizer has no chat template; the encoder needs an instruct model")
     marker = marker or find_marker(tokenizer, config.encoder_prompt)
-    (marker_id,) = tokenizer.encode(marker, add_special_tokens=False)
+    marker_id, *rest = tokenizer.encode(marker, add_special_tokens=False)
+    if rest:
+        raise UserError(f"subject.model: the slot's marker {marker!r} is not one token to its tokenizer")
     ids = _encoder_prompt_ids(tokenizer, config.encoder_prompt, marker)
     if ids.count(marker_id) != 1:
         raise UserError(
@@ -173,21 +174,49 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return blank
 
 
-def keep_protocol(path: Path, live: Protocol) -> Protocol:
-    """The protocol that a workdir was made with: `live` at first, later what was written then.
+class Tails(NamedTuple):
+    """What stands in the decoder's prompt in the place of an explanation's last token, the suffix included.
+
+    `ids` [V, W] int32, `length` [V] int32. A tokenizer that merges across the explanation's end ("." and "</" into
+    ".</"), or a token that ends in white space, makes it another than the token itself followed by the suffix.
+    """
+
+    ids: np.ndarray
+    length: np.ndarray
+
+
+def tails(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Tails | None:
+    """The tail of every token; None where each is followed by the plain suffix."""
+    suffix = protocol.decoder_template.partition("{explanation}")[2]
+    width, known = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
+    ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))
+    ids[:, 0] = np.arange(vocab_size)
+    length, changed = np.full(vocab_size, width, np.int32), False
+    texts = tokenizer.batch_decode([[token] for token in range(known)])
+    alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
+    for token, (text, own, tail) in enumerate(zip(texts, alone, followed, strict=True)):
+        # A piece of a character, or of a word that begins otherwise, tells nothing by itself.
+        if own == [token] and text.strip() and len(tail) <= width and tail != ids[token].tolist():
+            ids[token, : len(tail)], length[token], changed = tail, len(tail), True
+    return Tails(ids, length) if changed else None
+
+
+def kept_protocol(path: Path, tokenizer: Any) -> Protocol:
+    """The protocol that a workdir was made with.
 
     Raises UserError where the tokenizer of today no longer fits it. The chat prompt may differ (templates print
     dates): the one trained with counts.
     """
-    if not path.exists():
-        write_atomically(path, lambda temporary: temporary.write_text(live.to_json(), encoding="utf-8"))
     try:
         kept = Protocol.from_json(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(
             f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"
         ) from None
-    same = dataclasses.replace(live, encoder_prefix=kept.encoder_prefix, encoder_tail=kept.encoder_tail)
-    if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(same, f.name) != getattr(kept, f.name)]:
+    prompts = ProtocolConfig(kept.encoder_template, kept.decoder_template)
+    live = make_protocol(tokenizer, prompts, kept.injection_scale, kept.marker)
+    live = dataclasses.replace(live, encoder_prefix=kept.encoder_prefix, encoder_tail=kept.encoder_tail)
+    if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(live, f.name) != getattr(kept, f.name)]:
         raise UserError(f"{path}: made with another tokenizer: {', '.join(changed)} differ")
     return kept

@@ -17,15 +17,13 @@ from jax.sharding import Mesh
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import replicated, tree_shardings
-from nlae_jax.roles.sidecar import Sidecar, read_sidecar
+from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
-
-_PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +37,11 @@ class Released:
     @property
     def layer(self) -> int | None:
         return self.sidecar.layer
+
+    @property
+    def identity(self) -> str:
+        """What tells its weights from others."""
+        return fingerprint(self.directory, *([VALUE_HEAD] if self.sidecar.role == "ar" else []))
 
     @property
     def injection_scale(self) -> float:
@@ -79,6 +82,8 @@ def open_released(name: str, role: str) -> Released:
         raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
     if role == "av":
         return Released(directory, arch, sidecar)
+    if not (directory / VALUE_HEAD).is_file():
+        raise UserError(f"{directory / VALUE_HEAD}: no such file; a decoder has one")
     layer = arch.num_layers - 1
     if sidecar.layer not in (None, layer):
         raise UserError(
@@ -96,18 +101,14 @@ def pair_sidecar(av: Released, ar: Released) -> Sidecar:
         raise UserError(f"{other.path}: d_model {other.d_model} should be the encoder's {mine.d_model}")
     if mine.layer not in (None, other.layer):
         raise UserError(f"{other.path}: reads block {other.layer}; the encoder was made for block {mine.layer}")
-    return dataclasses.replace(
-        mine,
-        layer=other.layer,
-        decoder_template=other.decoder_template or mine.decoder_template,
-        suffix_ids=other.suffix_ids or mine.suffix_ids,
-    )
+    both = combined(mine, other)
+    if both.decoder_template is None:
+        raise UserError(f"{other.path}: prompt_templates.ar (or critic) is missing")
+    return both
 
 
 def pair_tokenizer(av: Released, ar: Released) -> Any:
-    """The tokenizer that encoder and decoder share. Raises UserError where theirs differ."""
-    tokenizer, other = load_tokenizer(av.directory), load_tokenizer(ar.directory)
-    for text in _PROBES:
-        if tokenizer.encode(text) != other.encode(text):
-            raise UserError(f"{ar.directory}: its tokenizer reads {text!r} otherwise than that of {av.directory}")
+    """The encoder's tokenizer, which the decoder shares. Raises UserError where theirs differ."""
+    tokenizer = load_tokenizer(av.directory)
+    check_same_tokenizer(tokenizer, load_tokenizer(ar.directory), str(ar.directory))
     return tokenizer

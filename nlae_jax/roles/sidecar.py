@@ -126,6 +126,17 @@ def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, inject
     return protocol
 
 
+def combined(encoder: Sidecar, decoder: Sidecar) -> Sidecar:
+    """Slot and encoder's prompt of the one; layer and decoder's prompt of the other, as far as it says."""
+    source = decoder if decoder.decoder_template else encoder
+    return dataclasses.replace(
+        encoder,
+        layer=encoder.layer if decoder.layer is None else decoder.layer,
+        decoder_template=source.decoder_template,
+        suffix_ids=source.suffix_ids,
+    )
+
+
 def neighbours(protocol: Protocol) -> tuple[int, int]:
     """The tokens on both sides of the slot."""
     return protocol.encoder_prefix[-1], protocol.encoder_tail[0]
@@ -177,7 +188,7 @@ def model_sidecar(
 
 
 def write_sidecar(target: Path, content: dict[str, Any]) -> None:
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(content, sort_keys=False)
     write_atomically(path_of(target), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -196,7 +207,7 @@ def _get(path: Path, content: Any, field: str, kind: type, optional: bool = Fals
 def _layer(path: Path, content: dict[str, Any]) -> int | None:
     """K. A decoder's own field is authoritative; its first spelling said `num_hidden_layers` and meant K too."""
     fields = [f"{role}.{name}" for name in ("extraction_layer_index", "num_hidden_layers") for role in _SPELLINGS["ar"]]
-    for field in (*fields, "extraction.layer_index"):
+    for field in (*fields, "extraction.layer_index", "extraction_layer_index"):
         if (layer := _get(path, content, field, int, optional=True)) is not None:
             return layer
     return None

@@ -84,8 +84,14 @@ def decoder_model_weights(arch: Arch) -> Params:
     return weights
 
 
-def make_roles(config: Config, arch: Arch, protocol: Protocol, decoder_arch: Arch | None = None) -> Roles:
-    """`arch` is the encoder's; the decoder's is a part of it, unless it starts from a model of its own."""
+def make_roles(
+    config: Config,
+    arch: Arch,
+    protocol: Protocol,
+    encoder_arch: Arch | None = None,
+    decoder_arch: Arch | None = None,
+) -> Roles:
+    """`arch` is the subject's; a role that starts from a model of its own has another."""
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
     layer = config.subject.layer
     if decoder_arch is None:
@@ -93,7 +99,7 @@ def make_roles(config: Config, arch: Arch, protocol: Protocol, decoder_arch: Arc
         # A decoder never reads the head, so a copy of its own is declared tied and carries none.
         decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
     return Roles(
-        encoder=Encoder(arch, protocol, scale, config.remat),
+        encoder=Encoder(encoder_arch or arch, protocol, scale, config.remat),
         decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat),
         rank=config.lora.rank,
     )

@@ -2,7 +2,7 @@
 
 Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
 (the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
-data), and in RL `reference` (the warm-started encoder).
+data), `tails` where the tokenizer needs them, and in RL `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def reconstruction_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean direction mse over the rows with an explanation (`length` > 0), and every row's mse [N]."""
     variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
-    mse = objectives.direction_mse(roles.decoder.apply(variables, ids, length), h)
+    mse = objectives.direction_mse(roles.decoder.apply(variables, ids, length, frozen.get("tails")), h)
     return objectives.masked_mean(mse, length > 0), mse
 
 
