@@ -106,6 +106,14 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
     export.set_defaults(run=_run_export)
+    help_text = "time the phases of the real steps and what of the machine's peak they use"
+    bench = commands.add_parser("bench", help=help_text, description=help_text)
+    bench.add_argument("--config", required=True, help="experiment file with get_config()")
+    bench.add_argument(
+        "--repeats", type=int, default=3, help="timed calls of each phase; the median counts (default 3)"
+    )
+    bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    bench.set_defaults(run=_run_bench)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
@@ -195,6 +203,27 @@ def _print_result(workdir: Path) -> None:
         f"report: {workdir / 'report.html'}",
         highlight=False,
     )
+
+
+def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nlae_jax.config import load_experiment
+
+    config = load_experiment(options.config, overrides)
+    if options.repeats < 1:
+        raise UserError(f"--repeats: {options.repeats} should be at least 1")
+    _start_jax()
+    import json
+
+    from nlae_jax.bench import as_table, bench
+
+    result = bench(config, options.repeats)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        Console().print(as_table(result))
+    return 0
 
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:

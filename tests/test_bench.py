@@ -1,0 +1,72 @@
+"""The benchmark counts the FLOPs that are needed, and compares with a step that computes the same."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from nlae_jax import bench
+from nlae_jax.cli import main
+from nlae_jax.lm.transformer import Transformer
+from tests.conftest import tiny_config, vectors
+from tests.tiny_run import EXPERIMENT
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_dir):
+    return bench.make_setting(tiny_config(subject__model=str(tiny_dir), lora__rank=0, rl__activations_per_step=3))
+
+
+def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
+    """Of matrices and attention; the compiler counts masked scores too, and norms and activations beside them."""
+    time = 64
+    ids, mask = np.zeros((2, time), np.int32), np.ones((2, time), bool)
+    forward = jax.jit(lambda p: Transformer(arch).apply({"params": p}, ids, mask))
+    counted = forward.lower(params).compile().cost_analysis()["flops"]
+    # A scanned block is counted once.
+    mine = 2 * bench.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
+    assert counted == pytest.approx(mine, rel=0.15)
+
+
+def test_the_unshared_step_computes_the_same(setting):
+    alone, rng = bench.unshared(setting), np.random.default_rng(0)
+    group, length = setting.shapes.group, 6
+    tokens = rng.integers(3, 300, (setting.shapes.activations, group, length)).astype(np.int32)
+    h = vectors(setting.shapes.activations, setting.roles.encoder.arch.d_model)
+    trained = setting.rl_state().encoder.trained
+
+    def log_probs(roles, h, tokens):
+        variables = roles.encoder_variables(setting.frozen["base"], trained)
+        return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
+
+    shared = log_probs(setting.roles, h, tokens)
+    each = log_probs(alone.roles, np.repeat(h, group, axis=0), tokens.reshape(-1, 1, length))
+    np.testing.assert_allclose(np.asarray(each).reshape(shared.shape), shared, atol=1e-4)
+
+
+def test_sharing_needs_fewer_flops(arch):
+    shapes = bench.Shapes(prefix=95, act=30, response=48, wrap=12, activations=4, group=8, sft_batch=16)
+    for rank, passes in ((0, 3), (16, 2)):
+        shared, alone = (bench.needed_flops(arch, 1, rank, s) for s in (shapes, shapes.unshared()))
+        assert shared["policy"] == passes * shared["reference"]
+        assert shared["score"] == alone["score"]
+        assert 1.2 < alone["policy"] / shared["policy"] < 3.5
+    one = shapes._replace(activations=32, group=1, act=125, prefix=0)
+    assert shapes.unshared() == one
+
+
+def test_the_command(tiny_dir, capsys):
+    settings = {"subject.model": tiny_dir, "rl.max_new_tokens": 16, "rl.samples_per_activation": 2, "lora.rank": 2}
+    command = ["bench", "--config", str(EXPERIMENT), "--repeats", "1"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["phases"]) == {"rollout", "score", "reference", "policy", "encoder_sft"}
+    for phase in result["phases"].values():
+        assert phase["seconds"] > 0
+        assert phase["peak_fraction"] > 0
+    assert result["speedup_of_sharing"] == result["rl_step_seconds_unshared"] / result["rl_step_seconds"]
+    assert result["peak_memory_bytes"] > 0
+    assert main([*command, "--repeats", "0"]) == 2
+    assert "--repeats" in capsys.readouterr().err
