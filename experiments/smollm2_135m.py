@@ -2,7 +2,7 @@
 
     nlae train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
-Hardware: 2 CPU cores, 8 GB of memory. Expected result: see the README's table; not measured to its end yet.
+Hardware: 2 CPU cores, 8 GB of memory. Expected: held-out FVE 0.50, 0.37 before RL (the README's second table).
 """
 
 import runpy
