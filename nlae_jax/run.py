@@ -172,7 +172,8 @@ class Run:
 
     def forget_base(self) -> None:
         """Frees the subject's weights where no role sits on them; asked for again, they are read again."""
-        if not any(self.base is base for base in self.bases.values()):
+        base = self.__dict__.get("base")  # not asked for, which would read them where nothing has yet
+        if not any(base is frozen for frozen in self.bases.values()):
             self.__dict__.pop("base", None)
 
     @cached_property
