@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
+from nlae_jax.lm.sampling import Samples, categorical, explanation_tokens, sample
 from nlae_jax.train.state import init_encoder
 from nlae_jax.train.steps import rollout
 from tests.conftest import perturbed, vectors
@@ -189,3 +189,24 @@ def test_explanations_keep_the_batch_axes():
     ids, length = cut(Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, closed))
     np.testing.assert_array_equal(length, [[1, 0], [1, 0]])
     np.testing.assert_array_equal(ids, [[[4, 0], [0, 0]], [[4, 0], [0, 0]]])
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=700), st.floats(0, 1, exclude_max=True, width=32))
+def test_a_draw_inverts_the_distribution_function(logits, uniform):
+    logits = np.array(logits, np.float32)
+    token = int(categorical(jnp.float32(uniform), jnp.asarray(logits)))
+    probabilities = np.exp(logits.astype(np.float64) - logits.max())
+    ends = np.cumsum(probabilities / probabilities.sum())
+    assert probabilities[token] > 0
+    assert (ends[token - 1] if token else 0.0) - 1e-5 <= uniform <= ends[token] + 1e-5
+
+
+def test_draws_come_as_often_as_they_are_likely():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, 600), jnp.float32)
+    draws = categorical(jax.random.uniform(jax.random.PRNGKey(0), (20000,)), jnp.broadcast_to(logits, (20000, 600)))
+    found = np.bincount(np.asarray(draws), minlength=600) / 20000
+    expected = np.asarray(jax.nn.softmax(logits))
+    assert np.abs(found - expected).max() < 4 * np.sqrt(expected.max() / 20000)
+    # A token without a chance is never drawn, not even at the end of a range.
+    masked = jnp.where(jnp.arange(600) % 2 == 0, logits, -jnp.inf)
+    assert (np.asarray(categorical(jnp.linspace(0, 1, 999, endpoint=False), jnp.tile(masked, (999, 1)))) % 2 == 0).all()

@@ -33,12 +33,13 @@ class KeyValues(NamedTuple):
 
 
 def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:
-    """Per block, room for `capacity` tokens whose positions follow `start` [*batch] int32.
+    """Per block, room for `capacity` tokens whose positions follow `start` [*batch] int32; batch axes as one.
 
-    All entries are valid: those not written yet lie at later positions than any query.
+    All entries are valid: those not written yet lie at later positions than any query. The batch is one axis because
+    that is how attention multiplies: reshaped in between, each cache was written twice and copied four times a token.
     """
-    shape = (*start.shape, arch.num_kv_heads, capacity, arch.head_dim)
-    positions = start[..., None] + jnp.arange(capacity, dtype=jnp.int32)
+    shape = (start.size, arch.num_kv_heads, capacity, arch.head_dim)
+    positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
     valid = jnp.ones(positions.shape, bool)
     return [KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid)] * arch.num_layers
 

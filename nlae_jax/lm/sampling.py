@@ -35,6 +35,29 @@ class _Loop(NamedTuple):
 DecodeStep = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
+_CELL = 256  # tokens whose probabilities are summed before the first search
+
+
+def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
+    """Draws a token of `softmax(logits)` per row by inverting its distribution function at `uniform` in [0, 1).
+
+    [...], [..., V] float32 -> [...] int32. One random number a row instead of Gumbel's V, which took a fifth of the
+    decode loop. The search goes over sums of `_CELL` probabilities, then inside one: no sum is as long as V.
+    """
+    padded = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _CELL)], constant_values=-jnp.inf)
+    weights = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(*uniform.shape, -1, _CELL)
+    cells = weights.sum(-1)
+    ends = jnp.cumsum(cells, -1)
+    target = uniform[..., None] * ends[..., -1:]
+    cell = jnp.minimum((ends <= target).sum(-1, keepdims=True), cells.shape[-1] - 1)
+    within = jnp.take_along_axis(weights, cell[..., None], -2)[..., 0, :]
+    begin = jnp.take_along_axis(ends - cells, cell, -1)
+    index = (jnp.cumsum(within, -1) <= target - begin).sum(-1, keepdims=True)
+    # A sum rounded down may leave the target beyond the last token that has a chance.
+    last = _CELL - 1 - jnp.argmax(within[..., ::-1] > 0, -1, keepdims=True)
+    return (cell * _CELL + jnp.minimum(index, last))[..., 0].astype(jnp.int32)
+
+
 def sample(
     decode: DecodeStep,
     first_logits: jax.Array,
@@ -59,7 +82,7 @@ def sample(
             token = jnp.argmax(logits, -1)
         else:
             logits = logits / temperature
-            token = jax.random.categorical(jax.random.fold_in(key, step), logits)
+            token = categorical(jax.random.uniform(jax.random.fold_in(key, step), batch), logits)
         chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
         return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.attention import KeyValues, empty_caches
-from nlae_jax.lm.transformer import LayerCache, Segment, Transformer
+from nlae_jax.lm.transformer import BlockWeights, LayerCache, Segment, Transformer
 from nlae_jax.roles.protocol import Protocol
 
 
@@ -85,12 +85,17 @@ class Encoder(nn.Module):
         return self.lm.logits(hidden_BxA[:, -1]), contexts
 
     def decode(
-        self, token_BxG: jax.Array, step: jax.Array, contexts: list[tuple[KeyValues, ...]], own: list[KeyValues]
+        self,
+        token_BxG: jax.Array,
+        step: jax.Array,
+        contexts: list[tuple[KeyValues, ...]],
+        own: list[KeyValues],
+        weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, list[KeyValues]]:
         """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches."""
         positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + step
         segment = Segment(self.lm.embed(token_BxG[..., None]), positions, jnp.ones_like(positions, bool))
-        hidden, own = self.lm.decode(segment, contexts, own, step)
+        hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, :, 0]), own
 
     def empty_caches(self, batch: tuple[int, ...], capacity: int, dtype: Any) -> list[KeyValues]:

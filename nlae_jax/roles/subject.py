@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.attention import KeyValues, empty_caches
-from nlae_jax.lm.transformer import Segment, Transformer
+from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer
 
 
 class Subject(nn.Module):
@@ -61,11 +61,12 @@ class Subject(nn.Module):
         start_B: jax.Array,
         contexts: list[tuple[KeyValues, ...]],
         own: list[KeyValues],
+        weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, list[KeyValues]]:
         """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits."""
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
-        hidden, own = self.lm.decode(segment, contexts, own, step)
+        hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, 0]), own
 
     def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:

@@ -16,6 +16,7 @@ import optax
 
 from nlae_jax.config import Config
 from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
+from nlae_jax.lm.transformer import decode_weights
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
 
@@ -109,9 +110,10 @@ def rollout(
         logits, contexts = encoder.apply(variables, h_BxD, method="prefill")
     dtype = contexts[0][0].k.dtype
     caches = encoder.empty_caches(batch, max_new_tokens, dtype)
+    weights = decode_weights(encoder, variables)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        return encoder.apply(variables, token, step, contexts, caches, method="decode")
+        return encoder.apply(variables, token, step, contexts, caches, weights, method="decode")
 
     with jax.named_scope("decode"):
         return sample(
