@@ -132,9 +132,11 @@ def train(setting: Setting, sizes: tuple[int, int, int], fused: bool = True, num
     begun = start(setting, sizes)
     frozen_before = host(begun.frozen)
     parts = rl_parts(setting)
-    step: Any = compiled(parts.step if fused else parts.update, begun.state, begun.mesh)
-    if not fused:
-        step = SplitStep(parts, step)
+    if fused:
+        step: Any = compiled(parts.step, begun.state, begun.mesh)
+    else:
+        decoder = compiled(parts.train_decoder, begun.state.decoder, begun.mesh)
+        step = SplitStep(parts, decoder, compiled(parts.train_encoder, begun.state.encoder, begun.mesh))
     state, metrics = begun.state, []
     for _ in range(num_steps):
         with jax.transfer_guard("disallow"):
@@ -214,7 +216,8 @@ def test_fused_is_split(split, settings):
 def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     """One group with a readable and an unreadable response; in all others both are unreadable and equal."""
     setting, begun = settings[4], start(settings[4], (2, 2, 2))
-    drawn = split.step._rollout(begun.state, begun.frozen, begun.batch)
+    rollout, train_decoder, train_encoder = split.step.parts
+    drawn = rollout(begun.state, begun.frozen, begun.batch)
     closing = setting.roles.encoder.protocol.closing[0]
     tokens = np.full((BATCH, GROUP, RESPONSE), 40, np.int32)
     lengths, closed = np.full((BATCH, GROUP), RESPONSE), np.zeros((BATCH, GROUP), bool)
@@ -228,17 +231,17 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
         )[0]
     )
     before = np.asarray(log_probs(begun.state.encoder.trained))
-    scores = split.step._score(begun.state, begun.frozen, begun.batch, samples)
+    _, (scores, metrics) = train_decoder(begun.state.decoder, begun.frozen, begun.batch, samples)
     mse, length = np.asarray(scores.mse), np.asarray(scores.length)
     assert length.ravel().tolist() == [3] + [0] * 15
     assert (mse.ravel()[1:] == objectives.FAILED_MSE).all() and mse[0, 0] != objectives.FAILED_MSE
-    state, metrics = split.step._update(begun.state, begun.frozen, begun.batch, samples, scores)
+    encoder, metrics = train_encoder(begun.state.encoder, begun.frozen, begun.batch, samples, scores, metrics)
     assert split.step._cache_size() == 1
     assert abs(metrics["reward_mean"] - (-mse[0, 0] - 2 * 15) / 16) < 1e-5
     assert metrics["zero_variance_groups"] == 7
     assert metrics["extraction_rate"] == 1 / 16
     assert metrics["truncated_rate"] == 15 / 16
-    gained = (np.asarray(log_probs(state.encoder.trained)) - before)[0]
+    gained = (np.asarray(log_probs(encoder.trained)) - before)[0]
     sign = np.sign(objectives.FAILED_MSE - mse[0, 0])
     assert sign * gained[0, :4].sum() > 1e-4  # the better response becomes likelier
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
