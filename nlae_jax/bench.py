@@ -191,7 +191,9 @@ def make_setting(config: Config) -> Setting:
     frozen = {
         "base": base if config.lora.rank else {},
         "baselines": place(objectives.baselines(jnp.asarray(h))),
-        "reference": roles.reference(rl_state().encoder.trained),
+        "reference": roles.reference(
+            jax.device_put(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
+        ),
         "blank": place(blank_tokens(tokenizer, arch.vocab_size)),
     }
     shapes = Shapes(

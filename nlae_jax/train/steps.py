@@ -65,7 +65,7 @@ def in_microbatches(loss_fn: Loss, trained: Params, batch: Any, count: int) -> t
         (loss, rows), gradients = value_and_grad(trained, part)
         return jax.tree.map(jnp.add, sums, (loss, gradients)), rows
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (0.0, trained))
+    zeros = jnp.zeros(()), optax.tree.zeros_like(trained, dtype=jnp.float32)
     (loss, gradients), rows = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
     return (loss, jax.tree.map(joined, rows)), gradients
 
@@ -209,18 +209,6 @@ class RlParts(NamedTuple):
     step: Step
 
 
-def chained(rollout: Any, train_decoder: Any, train_encoder: Any) -> Step:
-    """The RL step of its parts (`RlParts`), traced or compiled."""
-
-    def step(state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
-        samples = rollout(state, frozen, batch)
-        decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
-        encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
-        return RlState(encoder, decoder, state.key), metrics
-
-    return step
-
-
 def rl_step(
     roles: Roles,
     config: Config,
@@ -297,7 +285,15 @@ def rl_step(
             "tokens": samples.lengths.sum(),
         }
 
-    step = chained(rollout_part, train_decoder, train_encoder)
+    def step(state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
+        samples = rollout_part(state, frozen, batch)
+        decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
+        # The encoder's forward pass needs nothing of the decoder's training: begun early, its activations would lie
+        # beside the decoder's.
+        decoder, samples, scores, metrics = jax.lax.optimization_barrier((decoder, samples, scores, metrics))
+        encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
+        return RlState(encoder, decoder, state.key), metrics
+
     return RlParts(rollout_part, score_part, train_decoder, train_encoder, step)
 
 
@@ -310,10 +306,13 @@ class SplitStep:
     def __init__(self, parts: RlParts, train_decoder: Any, train_encoder: Any) -> None:
         """Both are those of `parts`, compiled so that a new state takes the old one's place (`loop.compiled`)."""
         self.parts: tuple[Any, Any, Any] = jax.jit(parts.rollout), train_decoder, train_encoder
-        self._step = chained(*self.parts)
 
     def __call__(self, state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
-        return self._step(state, frozen, batch)
+        rollout, train_decoder, train_encoder = self.parts
+        samples = rollout(state, frozen, batch)
+        decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
+        encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
+        return RlState(encoder, decoder, state.key), metrics
 
     def _cache_size(self) -> int:
         return max(part._cache_size() for part in self.parts)
