@@ -167,7 +167,7 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all) or dots
+    remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -339,7 +339,7 @@ _AT_MOST: dict[str, float] = {
 _ABOVE_ZERO = ("describe.timeout_seconds", "optimizer.max_grad_norm")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "remat": ("none", "dots"),
+    "remat": ("none", "linear", "dots"),
     "subject.dtype": ("float32", "bfloat16"),
     "describe.provider": ("template", "subject", "openai", "anthropic"),
     "rl.reward": ("neg_mse", "neg_log_mse"),
