@@ -376,12 +376,12 @@ def test_no_step_has_a_rate_of_zero(steps, warmup_fraction):
 # --- microbatches
 
 
-def assert_gradients_close(ours: Any, theirs: Any) -> None:
-    """The whole's difference to 1e-6 of its norm; every array's largest to 5e-6 of its largest value."""
+def assert_gradients_close(ours: Any, theirs: Any, tolerance: float = 1e-6) -> None:
+    """The whole's difference relative to its norm; every array's largest, to twice that, to its largest value."""
     difference = jax.tree.map(np.subtract, host(ours), host(theirs))
-    assert optax.tree.norm(difference) <= 1e-6 * optax.tree.norm(theirs)
+    assert optax.tree.norm(difference) <= tolerance * optax.tree.norm(theirs)
     for mine, other in zip(jax.tree.leaves(difference), jax.tree.leaves(host(theirs)), strict=True):
-        assert np.abs(mine).max() <= 5e-6 * np.abs(other).max()
+        assert np.abs(mine).max() <= 2 * tolerance * np.abs(other).max()
 
 
 def in_parts(setting: Setting, microbatches: int) -> Setting:
@@ -414,8 +414,10 @@ def test_an_rl_step_in_microbatches_is_the_whole(rank, settings):
     assert metrics["skipped_updates"] == 0 and 0 < metrics["extraction_rate"] < 1
     for count in (2, 8):
         parted, parted_metrics = gradients_of(in_parts(setting, count), begun, samples)
-        for ours, theirs in zip(parted, gradients, strict=True):
-            assert_gradients_close(ours, theirs)
+        decoders, encoders = zip(parted, gradients, strict=True)
+        assert_gradients_close(*decoders)
+        # Advantages add up to zero in every group, so that what is left of the sum is smaller than its terms.
+        assert_gradients_close(*encoders, 5e-6)
         assert_metrics_close([parted_metrics], [metrics], 1e-6)
 
 

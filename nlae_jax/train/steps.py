@@ -288,22 +288,10 @@ def rl_step(
     def step(state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
         samples = rollout_part(state, frozen, batch)
         decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
-        # The encoder's forward pass needs nothing of the decoder's training: begun early, its activations would lie
-        # beside the decoder's.
-        samples = samples._replace(tokens=_after(decoder.trained, samples.tokens))
         encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
         return RlState(encoder, decoder, state.key), metrics
 
     return RlParts(rollout_part, score_part, train_decoder, train_encoder, step)
-
-
-def _after(tree: Params, x: jax.Array) -> jax.Array:
-    """x itself, not to be had before all arrays of `tree` are. (CPUs drop `optimization_barrier` before they schedule.)
-
-    One number of each array is compared with infinity, which no number is above and the compiler does not know.
-    """
-    first = sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(tree))
-    return x + (first > jnp.inf).astype(x.dtype)
 
 
 class SplitStep:
