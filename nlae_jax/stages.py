@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pyarrow as pa
@@ -246,7 +245,7 @@ def encoder_sft(run: Run) -> Params:
         lambda i: {"h": run.store.vectors(rows[i]), "response": ids[i], "length": length[i]},
     )
     state = _initial_encoder(run, optimizer)
-    step = compiled(steps.encoder_sft_step(run.roles, optimizer), state, run.mesh)
+    step = compiled(steps.encoder_sft_step(run.roles, optimizer, config.microbatches), state, run.mesh)
     stage = Stage("encoder_sft", config.encoder_steps, step, iterator)
     return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
 
@@ -271,7 +270,7 @@ def decoder_sft(run: Run) -> Params:
         lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
     )
     state = _initial_decoder(run, optimizer)
-    step = compiled(steps.decoder_sft_step(roles, optimizer), state, run.mesh)
+    step = compiled(steps.decoder_sft_step(roles, optimizer, config.microbatches), state, run.mesh)
     stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
@@ -294,7 +293,7 @@ def rl(run: Run) -> tuple[Params, Params]:
     frozen = {
         **run.frozen("rl"),
         # A copy: the state's own buffers are given away to the first step.
-        "reference": jax.tree.map(jnp.copy, encoder),
+        "reference": run.roles.reference(encoder),
         "blank": run.on_mesh(run.blank),
     }
     state = RlState(
@@ -306,7 +305,8 @@ def rl(run: Run) -> tuple[Params, Params]:
     if config.fused:
         step = compiled(parts.step, state, run.mesh)
     else:
-        step = steps.SplitStep(parts, compiled(parts.update, state, run.mesh))
+        decoder = compiled(parts.train_decoder, state.decoder, run.mesh)
+        step = steps.SplitStep(parts, decoder, compiled(parts.train_encoder, state.encoder, run.mesh))
     rows = run.store.plan.rows_of("rl")
     iterator = batches(
         len(rows), config.activations_per_step, run.seed(_RL), lambda i: {"h": run.store.vectors(rows[i])}

@@ -86,6 +86,8 @@ def test_bad_config(tiny_run, workdir, refused, override, named):
 def test_batch_that_the_mesh_does_not_divide(tiny_run, workdir, refused):
     arguments = tiny_run.arguments(workdir, mesh__data=4, sft__batch_size=6)
     assert refused(arguments).startswith("config.sft.batch_size: 6")
+    arguments = tiny_run.arguments(workdir, mesh__data=4, rl__microbatches=4)
+    assert refused(arguments).startswith("config.rl.microbatches: 4 leave 1 of rl.activations_per_step")
     assert untouched(workdir)
 
 

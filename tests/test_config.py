@@ -74,7 +74,7 @@ def test_overrides_take_the_type_of_their_field(experiment, override, value):
 
 @given(st.sampled_from(TEXTS), st.text(min_size=1))
 def test_a_text_override_is_taken_as_it_stands(name, text):
-    if name in ("remat", "subject.dtype", "describe.provider", "rl.reward"):
+    if name in ("remat", "subject.dtype", "describe.provider", "rl.reward", "optimizer.moment_dtype"):
         return  # one of a few words
     path = Path(__file__).parent.parent / "experiments/tiny.py"
     assert flatten(dataclasses.asdict(load_experiment(str(path), [f"{name}={text}"])))[name] == text
@@ -165,11 +165,24 @@ def test_missing_experiment(tmp_path):
         "subject.dtype=float64",
         "describe.provider=nobody",
         "rl.reward=mse",
+        "rl.microbatches=0",
+        "rl.microbatches=3",
+        "sft.microbatches=0",
+        "sft.microbatches=5",
+        "optimizer.moment_dtype=float16",
     ],
 )
 def test_senseless_values_name_their_field(experiment, override):
     name = override.partition("=")[0]
     assert complaint(lambda: load_experiment(experiment(), [override])).startswith(f"config.{name}: ")
+
+
+@pytest.mark.parametrize("moment", ["b1", "b2"])
+def test_a_slow_moment_is_kept_in_all_its_bits(moment):
+    slow = {f"optimizer.{moment}": 0.99}
+    assert resolve(slow)
+    message = complaint(lambda: resolve({**slow, "optimizer.moment_dtype": "bfloat16"}))
+    assert message.startswith(f"config.optimizer.{moment}: ") and "optimizer.moment_dtype" in message
 
 
 @given(st.sampled_from(NUMBERS), st.integers(-3, 3) | st.floats(-2, 2) | st.just(float("nan")))

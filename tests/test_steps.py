@@ -32,6 +32,7 @@ from nlae_jax.train.steps import (
     apply_update,
     decoder_sft_step,
     encoder_sft_step,
+    in_microbatches,
     rl_step,
 )
 from tests.conftest import drawn_params, perturbed, tiny_config, vectors
@@ -113,9 +114,14 @@ def start(setting: Setting, sizes: tuple[int, int, int]) -> Start:
     return Start(mesh, RlState(encoder, decoder, key), frozen, put_batch({"h": h}, mesh))
 
 
-def rl_parts(setting: Setting) -> Any:
-    optimizer = make_optimizer(setting.config, 1e-3)
+def rl_parts(setting: Setting, optimizer: optax.GradientTransformation | None = None) -> Any:
+    optimizer = optimizer or make_optimizer(setting.config, 1e-3)
     return rl_step(setting.roles, setting.config, optimizer, optimizer)
+
+
+def keeping_gradients() -> optax.GradientTransformation:
+    """Changes nothing: its state is the last gradient."""
+    return optax.GradientTransformation(optax.tree.zeros_like, lambda g, state, params: (optax.tree.zeros_like(g), g))
 
 
 class Outcome(NamedTuple):
@@ -132,9 +138,11 @@ def train(setting: Setting, sizes: tuple[int, int, int], fused: bool = True, num
     begun = start(setting, sizes)
     frozen_before = host(begun.frozen)
     parts = rl_parts(setting)
-    step: Any = compiled(parts.step if fused else parts.update, begun.state, begun.mesh)
-    if not fused:
-        step = SplitStep(parts, step)
+    if fused:
+        step: Any = compiled(parts.step, begun.state, begun.mesh)
+    else:
+        decoder = compiled(parts.train_decoder, begun.state.decoder, begun.mesh)
+        step = SplitStep(parts, decoder, compiled(parts.train_encoder, begun.state.encoder, begun.mesh))
     state, metrics = begun.state, []
     for _ in range(num_steps):
         with jax.transfer_guard("disallow"):
@@ -214,7 +222,8 @@ def test_fused_is_split(split, settings):
 def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     """One group with a readable and an unreadable response; in all others both are unreadable and equal."""
     setting, begun = settings[4], start(settings[4], (2, 2, 2))
-    drawn = split.step._rollout(begun.state, begun.frozen, begun.batch)
+    rollout, train_decoder, train_encoder = split.step.parts
+    drawn = rollout(begun.state, begun.frozen, begun.batch)
     closing = setting.roles.encoder.protocol.closing[0]
     tokens = np.full((BATCH, GROUP, RESPONSE), 40, np.int32)
     lengths, closed = np.full((BATCH, GROUP), RESPONSE), np.zeros((BATCH, GROUP), bool)
@@ -228,17 +237,17 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
         )[0]
     )
     before = np.asarray(log_probs(begun.state.encoder.trained))
-    scores = split.step._score(begun.state, begun.frozen, begun.batch, samples)
+    _, (scores, metrics) = train_decoder(begun.state.decoder, begun.frozen, begun.batch, samples)
     mse, length = np.asarray(scores.mse), np.asarray(scores.length)
     assert length.ravel().tolist() == [3] + [0] * 15
     assert (mse.ravel()[1:] == objectives.FAILED_MSE).all() and mse[0, 0] != objectives.FAILED_MSE
-    state, metrics = split.step._update(begun.state, begun.frozen, begun.batch, samples, scores)
+    encoder, metrics = train_encoder(begun.state.encoder, begun.frozen, begun.batch, samples, scores, metrics)
     assert split.step._cache_size() == 1
     assert abs(metrics["reward_mean"] - (-mse[0, 0] - 2 * 15) / 16) < 1e-5
     assert metrics["zero_variance_groups"] == 7
     assert metrics["extraction_rate"] == 1 / 16
     assert metrics["truncated_rate"] == 15 / 16
-    gained = (np.asarray(log_probs(state.encoder.trained)) - before)[0]
+    gained = (np.asarray(log_probs(encoder.trained)) - before)[0]
     sign = np.sign(objectives.FAILED_MSE - mse[0, 0])
     assert sign * gained[0, :4].sum() > 1e-4  # the better response becomes likelier
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
@@ -362,3 +371,101 @@ def test_learning_rates_warm_up_and_fall():
 def test_no_step_has_a_rate_of_zero(steps, warmup_fraction):
     rates = [float(sft_schedule(1e-3, steps, warmup_fraction)(count)) for count in range(steps)]
     assert min(rates) > 0 and max(rates) == pytest.approx(1e-3)
+
+
+# --- microbatches
+
+
+def assert_gradients_close(ours: Any, theirs: Any) -> None:
+    """The whole's difference to 2e-6 of its norm; every array's largest to 4e-6 of its largest value."""
+    difference = jax.tree.map(np.subtract, host(ours), host(theirs))
+    assert optax.tree.norm(difference) <= 2e-6 * optax.tree.norm(theirs)
+    for mine, other in zip(jax.tree.leaves(difference), jax.tree.leaves(host(theirs)), strict=True):
+        assert np.abs(mine).max() <= 4e-6 * np.abs(other).max()
+
+
+def in_parts(setting: Setting, microbatches: int) -> Setting:
+    rl = dataclasses.replace(setting.config.rl, microbatches=microbatches)
+    return setting._replace(config=dataclasses.replace(setting.config, rl=rl))
+
+
+def gradients_of(setting: Setting, begun: Start, samples: Any, scores: Any = None) -> tuple[Any, Any, Any]:
+    """An RL step's gradients of decoder and encoder after some rollout, scores (its own unless given), metrics."""
+    parts = rl_parts(setting, keeping_gradients())
+    state = begun.state
+    decoder, (own, read) = jax.jit(parts.train_decoder)(
+        state.decoder._replace(opt_state=state.decoder.trained), begun.frozen, begun.batch, samples
+    )
+    scores = scores or own
+    encoder, metrics = jax.jit(parts.train_encoder)(
+        state.encoder._replace(opt_state=state.encoder.trained), begun.frozen, begun.batch, samples, scores, read
+    )
+    return (decoder.opt_state, encoder.opt_state), own, jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_an_rl_step_in_microbatches_is_the_whole(rank, settings):
+    """The second half of the activations has shorter responses: what is divided by must be the whole batch's."""
+    setting = settings[rank]
+    begun = start(setting, ONE)
+    samples = jax.jit(rl_parts(setting).rollout)(begun.state, begun.frozen, begun.batch)
+    short = jnp.minimum(samples.lengths, jnp.array([8, 8, 8, 8, 1, 2, 3, 8])[:, None])
+    samples = samples._replace(lengths=short, closed=samples.closed & (short == samples.lengths))
+    gradients, scores, metrics = gradients_of(setting, begun, samples)
+    assert metrics["skipped_updates"] == 0 and 0 < metrics["extraction_rate"] < 1
+    for count in (2, 8):
+        # The same scores: an advantage divides their rounding errors by the spread of its group.
+        parted, parted_scores, parted_metrics = gradients_of(in_parts(setting, count), begun, samples, scores)
+        for ours, theirs in zip(parted, gradients, strict=True):
+            assert_gradients_close(ours, theirs)
+        np.testing.assert_allclose(parted_scores.mse, scores.mse, rtol=1e-6)
+        np.testing.assert_array_equal(parted_scores.length, scores.length)
+        assert_metrics_close([parted_metrics], [metrics], 1e-6)
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_a_warm_start_in_microbatches_is_the_whole(role, settings):
+    setting, rng = settings[4], np.random.default_rng(0)
+    begun, optimizer = start(setting, ONE), keeping_gradients()
+    batch = {"h": vectors(BATCH, 64), "length": np.array([0, 9, 1, 3, 5, 0, 7, 2])}
+    batch["response" if role == "encoder" else "ids"] = rng.integers(3, 300, (BATCH, 9)).astype(np.int32)
+    make_step = {"encoder": encoder_sft_step, "decoder": decoder_sft_step}[role]
+    state = getattr(begun.state, role)
+    state = state._replace(opt_state=state.trained)
+    whole, metrics = jax.jit(make_step(setting.roles, optimizer))(state, begun.frozen, batch)
+    for count in (2, 4):
+        parted, parted_metrics = jax.jit(make_step(setting.roles, optimizer, count))(state, begun.frozen, batch)
+        assert_gradients_close(parted.opt_state, whole.opt_state)
+        assert_metrics_close([jax.device_get(parted_metrics)], [jax.device_get(metrics)], 1e-6)
+
+
+def test_microbatches_on_eight_devices_are_one_device(settings, alone):
+    assert_metrics_close(train(in_parts(settings[0], 2), (2, 2, 1)).metrics, alone(0).metrics, 1e-4)
+
+
+def test_a_device_keeps_its_rows_in_every_microbatch():
+    """Splitting a batch and joining what it gives moves no row; only the gradient is summed over devices."""
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    batch = put_batch({"x": np.arange(96, dtype=np.float32).reshape(32, 3) / 96}, mesh)
+    weights = jax.device_put(jnp.ones(3), replicated(mesh))
+
+    def loss_fn(w, part):
+        rows = jnp.tanh(part["x"] @ w)
+        return rows.sum() / 32, rows
+
+    step = jax.jit(lambda w, batch, count: in_microbatches(loss_fn, w, batch, count), static_argnums=2)
+    (loss, rows), gradient = step(weights, batch, 1)
+    for count in (2, 4):
+        program = step.lower(weights, batch, count).compile()
+        (parted_loss, parted_rows), parted = program(weights, batch)
+        np.testing.assert_allclose(parted_rows, rows, rtol=1e-6)
+        assert parted_rows.sharding.is_equivalent_to(batch["x"].sharding, 1)
+        np.testing.assert_allclose([parted_loss, *parted], [loss, *gradient], rtol=1e-6)
+        text = program.as_text()
+        assert "all-reduce" in text
+        assert not any(moved in text for moved in ("all-to-all", "collective-permute", "all-gather"))
+
+
+def test_one_microbatch_is_no_loop():
+    traced = jax.make_jaxpr(lambda w, x: in_microbatches(lambda w, x: ((w * x).sum(), x), w, x, 1))(jnp.ones(3), 2.0)
+    assert "scan" not in str(traced)

@@ -159,9 +159,10 @@ def test_remat_policies_give_the_same_gradients(deep):
         loss = lambda params: jnp.square(lm.apply({"params": params}, ids, ids >= 0)).mean()  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient("none"), gradient("dots")
-    )
+    for remat in ("dots", "linear"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient("none"), gradient(remat)
+        )
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 100])

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
@@ -22,6 +23,8 @@ from nlae_jax.lm.lora import linear
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots,
+    # Neither attention's scores nor what is cheaply made again: less than half of what "dots" keeps, and no slower.
+    "linear": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "gate", "up"),
 }
 
 
@@ -127,6 +130,7 @@ class Block:
                 caches.append(LayerCache(keys.k, keys.v))
                 scale = self.arch.attention_scale or None
                 mixed = attend(q, self.positions[i], seen, scale, self.arch.attention_softcap, layer.window)
+                mixed = checkpoint_name(mixed, "attention")
                 mixed = self._linear(mixed.reshape(*x.shape[:-1], -1), weights, adapters, "o")
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
@@ -145,7 +149,7 @@ class Block:
 
     def _linear(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], name: str) -> jax.Array:
         y = linear(x, weights[name], adapters.get(name), self.lora_scale)
-        return y + weights[f"{name}_bias"] if name in self.arch.biases else y
+        return checkpoint_name(y + weights[f"{name}_bias"] if name in self.arch.biases else y, name)
 
     def _project(
         self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array]

@@ -63,10 +63,14 @@ def group_advantages(reward_BxG: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(no_spread[:, None], 0.0, advantage), no_spread
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of x where mask; 0 where nothing is."""
-    mask = mask.astype(jnp.float32)
-    return (x * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+def count(mask: jax.Array) -> jax.Array:
+    """How many are True, at least 1, float32: what a masked mean is divided by."""
+    return jnp.maximum(mask.astype(jnp.float32).sum(), 1.0)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, of: jax.Array | None = None) -> jax.Array:
+    """Mean of x where mask; 0 where nothing is. A part of a batch gives the whole's `count` as `of`: parts add up."""
+    return (x * mask.astype(jnp.float32)).sum() / (count(mask) if of is None else of)
 
 
 def kl_k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
@@ -76,12 +80,17 @@ def kl_k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def policy_loss(
-    log_probs: jax.Array, reference: jax.Array, advantage: jax.Array, mask: jax.Array, kl_coef: float
+    log_probs: jax.Array,
+    reference: jax.Array,
+    advantage: jax.Array,
+    mask: jax.Array,
+    kl_coef: float,
+    of: jax.Array | None = None,
 ) -> jax.Array:
-    """On-policy GRPO loss, mean over response tokens. All [B, G, R] but the advantage [B, G].
+    """On-policy GRPO loss, mean over response tokens (`masked_mean`). All [B, G, R] but the advantage [B, G].
 
     One update per rollout, so the importance ratio is 1 in value and carries only the gradient.
     """
     ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
     per_token = -ratio * advantage[..., None] + kl_coef * kl_k3(log_probs, reference)
-    return masked_mean(per_token, mask)
+    return masked_mean(per_token, mask, of)

@@ -43,21 +43,29 @@ class Roles:
 
     With LoRA a role's trained parameters are its adapters (and the decoder's head) beside the frozen `base`, which both
     share unless they start from a released pair; without, they are a full copy of its weights and `base` is not read.
+    That copy computes in `dtype` (None: in its own) and its gradient is float32 again.
     """
 
     encoder: Encoder
     decoder: Decoder
     rank: int
+    dtype: str | None = None
 
     def encoder_variables(self, base: Params, trained: Params) -> Params:
         if self.rank == 0:
-            return {"params": {"lm": trained["lm"]}}
+            return {"params": {"lm": optax.tree.cast(trained["lm"], self.dtype)}}
         return {"params": {"lm": base}, "lora": {"lm": {"blocks": trained["adapters"]}}}
 
     def decoder_variables(self, base: Params, trained: Params) -> Params:
         variables = self.encoder_variables(base, trained)
         variables["params"]["value_head"] = trained["value_head"]
         return variables
+
+    def reference(self, trained: Params) -> Params:
+        """A copy of an encoder's parameters that is only computed with: `encoder_variables` makes the same of both."""
+        if self.rank:
+            return jax.tree.map(jnp.copy, trained)
+        return {"lm": jax.tree.map(lambda w: jnp.array(w, self.dtype, copy=True), trained["lm"])}
 
     def with_whole_prompts(self) -> Roles:
         """The same for explanations that come with the decoder's prompt around them."""
@@ -102,6 +110,7 @@ def make_roles(
         encoder=Encoder(encoder_arch or arch, protocol, scale, config.remat),
         decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat),
         rank=config.lora.rank,
+        dtype=config.subject.dtype,
     )
 
 
@@ -133,10 +142,30 @@ def init_decoder(roles: Roles, base: Params, key: jax.Array, head: jax.Array | N
 def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip."""
     optimizer = config.optimizer
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm),
-        optax.adamw(learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay),
-    )
+    adamw = optax.adamw(learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+    if optimizer.moment_dtype != "float32":
+        adamw = kept_in(optimizer.moment_dtype, adamw)
+    return optax.chain(optax.clip_by_global_norm(optimizer.max_grad_norm), adamw)
+
+
+def kept_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimiser, computing in float32, its moments kept in `dtype` from step to step.
+
+    Both of Adam's moments may be bfloat16 as long as they forget quickly. Rounding to its 8 bits loses relative changes
+    below 2^-8. With b2 = 0.95 a step changes ν by 0.05 (g²/ν - 1) of itself: ν follows g² to 8 %, so the step size to
+    4 %, and always falls when gradients do. With b2 = 0.999 even the fall by 0.001 is lost: after one large gradient
+    ν, and with it a small step, would stay for ever. The config therefore bounds b1 and b2. `mu_dtype` of optax is
+    not enough: it leaves ν alone, and multiplies a bfloat16 moment by its decay in bfloat16.
+    """
+
+    def cast(state: Any, to: str) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(gradients: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = optimizer.update(gradients, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> optax.Schedule:

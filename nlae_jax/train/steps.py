@@ -41,20 +41,54 @@ def apply_update(
     return stepped, norm, 1.0 - finite.astype(jnp.float32)
 
 
-def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation) -> Step:
+# (trained parameters, part of a batch) -> (its share of the loss, anything that it gives for each row [rows, ...])
+Loss = Callable[[Params, Any], tuple[jax.Array, Any]]
+
+
+def in_microbatches(loss_fn: Loss, trained: Params, batch: Any, count: int) -> tuple[tuple[jax.Array, Any], Params]:
+    """`jax.value_and_grad(loss_fn, has_aux=True)(trained, batch)`, in `count` parts of the rows one after another.
+
+    What the parts' losses divide by must be the whole batch's, so that they add up to its loss, and the gradients to
+    its gradient; the sums are float32. What is given for each row comes back in the batch's order.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if count == 1:
+        return value_and_grad(trained, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [count, B / count, ...]. Every count-th row: devices that hold consecutive rows keep them."""
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def add(sums: Any, part: Any) -> tuple[Any, Any]:
+        (loss, rows), gradients = value_and_grad(trained, part)
+        return jax.tree.map(jnp.add, sums, (loss, gradients)), rows
+
+    zeros = jnp.zeros(()), optax.tree.zeros_like(trained, dtype=jnp.float32)
+    (loss, gradients), rows = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
+    return (loss, jax.tree.map(joined, rows)), gradients
+
+
+def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Step:
     """Batch: `h` [B, d], `response` [B, R] int32, `length` [B]. Loss on the opening tag and the response only."""
 
-    def loss_fn(trained: Params, frozen: Params, batch: Params) -> tuple[jax.Array, jax.Array]:
-        variables = roles.encoder_variables(frozen["base"], trained)
-        response, opening = roles.encoder.apply(variables, batch["h"], batch["response"], method="sft_log_probs")
-        mask = jnp.arange(response.shape[1]) < batch["length"][:, None]
-        loss = -objectives.masked_mean(response, mask)
-        opening_loss = -opening.mean()
-        weight = opening.size / (opening.size + mask.sum())
-        return loss * (1 - weight) + opening_loss * weight, loss
-
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
-        (_, loss), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained, frozen, batch)
+        mask = jnp.arange(batch["response"].shape[1]) < batch["length"][:, None]
+        count, tokens = objectives.count(mask), mask.sum()
+
+        def loss_fn(trained: Params, part: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            batch, mask = part
+            variables = roles.encoder_variables(frozen["base"], trained)
+            response, opening = roles.encoder.apply(variables, batch["h"], batch["response"], method="sft_log_probs")
+            openings = opening.size * microbatches
+            weight = openings / (openings + tokens)
+            loss = -objectives.masked_mean(response, mask, count)
+            return loss * (1 - weight) - opening.sum() / openings * weight, response
+
+        (_, response), gradients = in_microbatches(loss_fn, state.trained, (batch, mask), microbatches)
+        loss = -objectives.masked_mean(response, mask)
         state, norm, skipped = apply_update(state, gradients, optimizer)
         tokens = batch["length"].sum()
         return state, {"loss": loss, "grad_norm_encoder": norm, "skipped_updates": skipped, "tokens": tokens}
@@ -62,23 +96,37 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation) -> S
     return step
 
 
-def reconstruction_loss(
-    roles: Roles, trained: Params, frozen: Params, ids: jax.Array, length: jax.Array, h: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mean direction mse over the rows with an explanation (`length` > 0), and every row's mse [N]."""
-    variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
-    mse = objectives.direction_mse(roles.decoder.apply(variables, ids, length, frozen.get("tails")), h)
-    return objectives.masked_mean(mse, length > 0), mse
+def reconstruction(
+    roles: Roles,
+    trained: Params,
+    frozen: Params,
+    h_BxD: jax.Array,
+    ids_BxGxT: jax.Array,
+    length_BxG: jax.Array,
+    microbatches: int,
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """Mean direction mse over the explanations that are not empty (`length` > 0), every one's [B, G], the gradient."""
+    count = objectives.count(length_BxG > 0)
+
+    def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        h, ids, length = part
+        h = jnp.broadcast_to(h[:, None], (*length.shape, h.shape[-1]))
+        variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
+        rebuilt = roles.decoder.apply(
+            variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("tails")
+        )
+        mse = objectives.direction_mse(rebuilt.reshape(h.shape), h)
+        return objectives.masked_mean(mse, length > 0, count), mse
+
+    return in_microbatches(loss_fn, trained, (h_BxD, ids_BxGxT, length_BxG), microbatches)
 
 
-def decoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation) -> Step:
+def decoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Step:
     """Batch: `h` [B, d], `ids` [B, T] explanations' tokens, `length` [B]."""
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
-        def loss_fn(trained: Params) -> tuple[jax.Array, jax.Array]:
-            return reconstruction_loss(roles, trained, frozen, batch["ids"], batch["length"], batch["h"])
-
-        (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        given = batch["h"], batch["ids"][:, None], batch["length"][:, None]
+        (loss, _), gradients = reconstruction(roles, state.trained, frozen, *given, microbatches)
         state, norm, skipped = apply_update(state, gradients, optimizer)
         metrics = {"loss": loss, "grad_norm_decoder": norm, "skipped_updates": skipped}
         return state, {**metrics, **_fve(loss, frozen), "tokens": batch["length"].sum()}
@@ -129,34 +177,37 @@ def rollout(
 
 
 class Scores(NamedTuple):
-    """What the decoder makes of sampled explanations: `mse` [B, G], `length` [B, G], and its gradient."""
+    """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens."""
 
     mse: jax.Array
     length: jax.Array
-    gradients: Params
 
 
 def score(
-    roles: Roles, trained: Params, frozen: Params, h_BxD: jax.Array, samples: Samples, blank: jax.Array
-) -> Scores:
-    """One pass gives every sample's mse (the reward) and the decoder's gradient (its training)."""
-    shape = samples.lengths.shape
+    roles: Roles,
+    trained: Params,
+    frozen: Params,
+    h_BxD: jax.Array,
+    samples: Samples,
+    blank: jax.Array,
+    microbatches: int = 1,
+) -> tuple[Scores, Params]:
+    """One pass gives every sample's mse and the decoder's gradient (its training)."""
     ids, length = explanation_tokens(samples, roles.encoder.protocol.closing, blank)
-    h = jnp.broadcast_to(h_BxD[:, None], (*shape, h_BxD.shape[-1])).reshape(-1, h_BxD.shape[-1])
-
-    def loss_fn(trained: Params) -> tuple[jax.Array, jax.Array]:
-        return reconstruction_loss(roles, trained, frozen, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), h)
-
-    (_, mse), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-    return Scores(jnp.where(length > 0, mse.reshape(shape), objectives.FAILED_MSE), length, gradients)
+    (_, mse), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, microbatches)
+    return Scores(jnp.where(length > 0, mse, objectives.FAILED_MSE), length), gradients
 
 
 class RlParts(NamedTuple):
-    """The three parts of an RL step, each jittable by itself, and their composition."""
+    """The parts of an RL step, each jittable by itself, and their composition.
 
-    rollout: Callable[..., Samples]
-    score: Callable[..., Scores]
-    update: Callable[..., tuple[RlState, Metrics]]
+    `train_decoder` is `score` and the decoder's update; `train_encoder` adds its metrics to the decoder's.
+    """
+
+    rollout: Callable[[RlState, Params, Params], Samples]
+    score: Callable[[RoleState, Params, Params, Samples], tuple[Scores, Params]]
+    train_decoder: Callable[[RoleState, Params, Params, Samples], tuple[RoleState, tuple[Scores, Metrics]]]
+    train_encoder: Callable[[RoleState, Params, Params, Samples, Scores, Metrics], tuple[RoleState, Metrics]]
     step: Step
 
 
@@ -184,32 +235,44 @@ def rl_step(
             max_new_tokens=rl.max_new_tokens,
         )
 
-    def score_part(state: RlState, frozen: Params, batch: Params, samples: Samples) -> Scores:
-        return score(roles, state.decoder.trained, frozen, batch["h"], samples, frozen["blank"])
+    def score_part(state: RoleState, frozen: Params, batch: Params, samples: Samples) -> tuple[Scores, Params]:
+        return score(roles, state.trained, frozen, batch["h"], samples, frozen["blank"], rl.microbatches)
 
-    def update_part(
-        state: RlState, frozen: Params, batch: Params, samples: Samples, scores: Scores
-    ) -> tuple[RlState, Metrics]:
+    def train_decoder(
+        state: RoleState, frozen: Params, batch: Params, samples: Samples
+    ) -> tuple[RoleState, tuple[Scores, Metrics]]:
+        scores, gradients = score_part(state, frozen, batch, samples)
+        state, norm, skipped = apply_update(state, gradients, decoder_optimizer)
+        return state, (scores, {**_fve(scores.mse, frozen), "grad_norm_decoder": norm, "skipped_updates": skipped})
+
+    def train_encoder(
+        state: RoleState, frozen: Params, batch: Params, samples: Samples, scores: Scores, metrics: Metrics
+    ) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
-        valid = scores.length > 0
+        valid, count = scores.length > 0, objectives.count(mask)
         reward = objectives.rewards(scores.mse, valid, samples.lengths, rl.reward, rl.length_penalty)
         advantage, no_spread = objectives.group_advantages(reward)
-        reference_variables = roles.encoder_variables(frozen["base"], frozen["reference"])
-        with jax.named_scope("reference"):
-            reference, _ = roles.encoder.apply(reference_variables, batch["h"], samples.tokens, method="log_probs")
 
-        def loss_fn(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def log_probs_of(trained: Params, h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
             variables = roles.encoder_variables(frozen["base"], trained)
-            log_probs, entropy = roles.encoder.apply(variables, batch["h"], samples.tokens, method="log_probs")
-            return objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef), (log_probs, entropy)
+            return roles.encoder.apply(variables, h, tokens, method="log_probs")
 
-        with jax.named_scope("policy"):
-            (loss, (log_probs, entropy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.encoder.trained)
-        encoder, encoder_norm, encoder_skipped = apply_update(state.encoder, gradients, encoder_optimizer)
-        decoder, decoder_norm, decoder_skipped = apply_update(state.decoder, scores.gradients, decoder_optimizer)
-        metrics = {
+        def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            h, tokens, advantage, mask = part
+            with jax.named_scope("reference"):
+                reference, _ = log_probs_of(frozen["reference"], h, tokens)
+            with jax.named_scope("policy"):
+                log_probs, entropy = log_probs_of(trained, h, tokens)
+            loss = objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef, count)
+            return loss, (log_probs, entropy, reference)
+
+        given = batch["h"], samples.tokens, advantage, mask
+        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, given, rl.microbatches)
+        log_probs, entropy, reference = rows
+        state, norm, skipped = apply_update(state, gradients, encoder_optimizer)
+        return state, {
+            **metrics,
             "loss": loss,
-            **_fve(scores.mse, frozen),
             "reward_mean": reward.mean(),
             "reward_std": reward.std(),
             "kl": objectives.masked_mean(objectives.kl_k3(log_probs, reference), mask),
@@ -219,31 +282,36 @@ def rl_step(
             "extraction_rate": valid.mean(),
             "truncated_rate": (~samples.closed & (samples.lengths == samples.tokens.shape[-1])).mean(),
             "zero_variance_groups": no_spread.sum(),
-            "skipped_updates": encoder_skipped + decoder_skipped,
-            "grad_norm_encoder": encoder_norm,
-            "grad_norm_decoder": decoder_norm,
+            "skipped_updates": metrics["skipped_updates"] + skipped,
+            "grad_norm_encoder": norm,
             "tokens": samples.lengths.sum(),
         }
-        return RlState(encoder, decoder, state.key), metrics
 
     def step(state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
         samples = rollout_part(state, frozen, batch)
-        return update_part(state, frozen, batch, samples, score_part(state, frozen, batch, samples))
+        decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
+        encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
+        return RlState(encoder, decoder, state.key), metrics
 
-    return RlParts(rollout_part, score_part, update_part, step)
+    return RlParts(rollout_part, score_part, train_decoder, train_encoder, step)
 
 
 class SplitStep:
-    """`parts.step` as three compiled functions: less memory at once, and each can be timed by itself."""
+    """`parts.step` as three compiled functions: less memory at once, and each can be timed by itself.
 
-    def __init__(self, parts: RlParts, update: Callable[..., tuple[RlState, Metrics]]) -> None:
-        """`update` is `parts.update` compiled so that the new state keeps the old one's shardings (`loop.compiled`)."""
-        self._rollout, self._score = jax.jit(parts.rollout), jax.jit(parts.score)
-        self._update: Any = update
+    The decoder is updated before the encoder's gradient is begun: the two roles' gradients are never there together.
+    """
+
+    def __init__(self, parts: RlParts, train_decoder: Any, train_encoder: Any) -> None:
+        """Both are those of `parts`, compiled so that a new state takes the old one's place (`loop.compiled`)."""
+        self.parts: tuple[Any, Any, Any] = jax.jit(parts.rollout), train_decoder, train_encoder
 
     def __call__(self, state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
-        samples = self._rollout(state, frozen, batch)
-        return self._update(state, frozen, batch, samples, self._score(state, frozen, batch, samples))
+        rollout, train_decoder, train_encoder = self.parts
+        samples = rollout(state, frozen, batch)
+        decoder, (scores, metrics) = train_decoder(state.decoder, frozen, batch, samples)
+        encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
+        return RlState(encoder, decoder, state.key), metrics
 
     def _cache_size(self) -> int:
-        return max(part._cache_size() for part in (self._rollout, self._score, self._update))
+        return max(part._cache_size() for part in self.parts)
