@@ -26,6 +26,7 @@ from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import read_json, write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import cache_directory
+from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.progress import progress, say
 from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
@@ -65,25 +66,28 @@ def extract(run: Run) -> None:
         run.claim()
         write_json(directory / "subject.json", run.identity)
         activations.write_plan(directory, plan)
-    subject = Subject(run.arch)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
     num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
+    read_activations(run, plan, reader(run, num_next), num_next)
+
+
+def reader(run: Run, num_next: int) -> activations.Reader:
+    """The subject, jitted: each call is begun and not waited for. Devices that split a batch split its documents."""
+    subject, layer = Subject(run.arch), run.config.subject.layer
+    split, whole = batch_sharding(run.mesh), replicated(run.mesh)
 
     @jax.jit
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
-        variables = {"params": {"lm": base}}
-        return subject.apply(variables, ids, mask, rows, columns, config.subject.layer, num_next, method="read")
+        return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
 
+    return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
+
+
+def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
+    """The vectors as far as they are missing, then meta.json."""
+    directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
     with progress(len(plan.position), "extract", unit="activation") as bar:
-        activations.extract(
-            directory,
-            plan,
-            lambda *batch: read(run.base, *batch),
-            config.extract,
-            run.arch.d_model,
-            num_next,
-            bar.advance,
-        )
+        activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, bar.advance, parts)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,
