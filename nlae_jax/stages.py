@@ -15,11 +15,12 @@ import numpy as np
 import optax
 import pyarrow as pa
 
+from nlae_jax.config import SftConfig
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
-from nlae_jax.data.pipeline import batches, pad
+from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batches, pad
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
@@ -72,15 +73,20 @@ def extract(run: Run) -> None:
 
 
 def reader(run: Run, num_next: int) -> activations.Reader:
-    """The subject, jitted: each call is begun and not waited for. Devices that split a batch split its documents."""
+    """The subject on a batch of documents, each call begun and not waited for."""
+    read, split, whole = jitted_reader(run, num_next), batch_sharding(run.mesh), replicated(run.mesh)
+    return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
+
+
+def jitted_reader(run: Run, num_next: int) -> Any:
+    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`."""
     subject, layer = Subject(run.arch), run.config.subject.layer
-    split, whole = batch_sharding(run.mesh), replicated(run.mesh)
 
     @jax.jit
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
         return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
 
-    return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
+    return read
 
 
 def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
@@ -196,6 +202,18 @@ def _described(
     return np.array(rows)[kept], ids, length
 
 
+def _sft_batches(
+    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch]
+) -> tuple[Any, tuple[Batch, ...]]:
+    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width."""
+    widths = bucket_widths(length, config.buckets)
+    if len(widths) == 1:
+        return batches(len(length), config.batch_size, seed, lambda i: load(i, None)), ()
+    some = np.arange(config.batch_size) % len(length)
+    examples = tuple(load(some, int(width)) for width in widths)
+    return bucketed_batches(length, widths, config.batch_size, seed, load), examples
+
+
 def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
     return make_optimizer(run.config, sft_schedule(learning_rate, num_steps, run.config.sft.warmup_fraction))
 
@@ -243,15 +261,15 @@ def encoder_sft(run: Run) -> Params:
     config = run.config.sft
     rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
     optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
-    iterator = batches(
-        len(rows),
-        config.batch_size,
-        run.seed(_ENCODER_SFT),
-        lambda i: {"h": run.store.vectors(rows[i]), "response": ids[i], "length": length[i]},
-    )
     state = _initial_encoder(run, optimizer)
     step = compiled(steps.encoder_sft_step(run.roles, optimizer), state, run.mesh)
-    stage = Stage("encoder_sft", config.encoder_steps, step, iterator)
+    iterator, widths = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(_ENCODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
+    )
+    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, widths)
     return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
 
 
@@ -268,15 +286,15 @@ def decoder_sft(run: Run) -> Params:
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     rows, ids, length = _described(run, "decoder_sft", tokenise, frame)
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
-    iterator = batches(
-        len(rows),
-        config.batch_size,
-        run.seed(_DECODER_SFT),
-        lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
-    )
     state = _initial_decoder(run, optimizer)
     step = compiled(steps.decoder_sft_step(roles, optimizer), state, run.mesh)
-    stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
+    iterator, widths = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(_DECODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
+    )
+    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, widths)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
