@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from nlae_jax.bench_extraction import time_extraction
 from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch, block_weights, model_weights
 from nlae_jax.lm.families import read_arch
@@ -284,6 +285,7 @@ def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
 
 def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
+    extraction = time_extraction(config, repeats)  # first: it holds the weights itself
     setting = make_setting(config)
     peak = matmul_peak(config.subject.dtype)
     flops = needed_flops(setting.roles.encoder.arch, config.subject.layer, config.lora.rank, setting.shapes)
@@ -314,6 +316,7 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
         "tokens_per_second": tokens / step.seconds,
         "peak_memory_bytes": step.bytes,
         "compile_seconds": step.compile_seconds,
+        **extraction,
     }
 
 
@@ -339,6 +342,8 @@ def as_table(result: dict[str, Any]) -> Table:
         f"sharing the prompt: {result['speedup_of_sharing']:.2f}×; {result['samples_per_second']:.2f} samples/s, "
         f"{result['tokens_per_second']:.0f} tokens/s; memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB; "
         f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
-        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s; extraction "
+        f"{result['extraction']['tokens_per_second']:.0f} tokens/s, {100 * result['extraction']['ratio']:.0f} % of the "
+        "bare forward pass"
     )
     return table

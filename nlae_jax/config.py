@@ -117,6 +117,7 @@ class SftConfig:
     decoder_learning_rate: float = 2e-5
     warmup_fraction: float = 0.05
     max_response_tokens: int = 150  # longer descriptions are dropped and counted
+    buckets: int = 1  # widths that batches are padded to, rows of similar length together; 1: all to the longest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +310,7 @@ _AT_LEAST: dict[str, float] = {
     "sft.decoder_learning_rate": 0,
     "sft.warmup_fraction": 0,
     "sft.max_response_tokens": 1,
+    "sft.buckets": 1,
     "rl.num_steps": 0,
     "rl.activations_per_step": 1,
     "rl.samples_per_activation": 2,

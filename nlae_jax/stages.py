@@ -14,17 +14,19 @@ import numpy as np
 import optax
 import pyarrow as pa
 
+from nlae_jax.config import SftConfig
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
-from nlae_jax.data.pipeline import batches, pad
+from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batches, pad
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import read_json, write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import cache_directory
+from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.progress import progress, say
 from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
@@ -64,25 +66,33 @@ def extract(run: Run) -> None:
         run.claim()
         write_json(directory / "subject.json", run.identity)
         activations.write_plan(directory, plan)
-    subject = Subject(run.arch)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
     num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
+    read_activations(run, plan, reader(run, num_next), num_next)
+
+
+def reader(run: Run, num_next: int) -> activations.Reader:
+    """The subject on a batch of documents, each call begun and not waited for."""
+    read, split, whole = jitted_reader(run, num_next), batch_sharding(run.mesh), replicated(run.mesh)
+    return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
+
+
+def jitted_reader(run: Run, num_next: int) -> Any:
+    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`."""
+    subject, layer = Subject(run.arch), run.config.subject.layer
 
     @jax.jit
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
-        variables = {"params": {"lm": base}}
-        return subject.apply(variables, ids, mask, rows, columns, config.subject.layer, num_next, method="read")
+        return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
 
+    return read
+
+
+def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
+    """The vectors as far as they are missing, then meta.json."""
+    directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
     with progress(len(plan.position), "extract", unit="activation") as bar:
-        activations.extract(
-            directory,
-            plan,
-            lambda *batch: read(run.base, *batch),
-            config.extract,
-            run.arch.d_model,
-            num_next,
-            bar.advance,
-        )
+        activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, bar.advance, parts)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,
@@ -191,6 +201,18 @@ def _described(
     return np.array(rows)[kept], ids, length
 
 
+def _sft_batches(
+    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch]
+) -> tuple[Any, tuple[Batch, ...]]:
+    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width."""
+    widths = bucket_widths(length, config.buckets)
+    if len(widths) == 1:
+        return batches(len(length), config.batch_size, seed, lambda i: load(i, None)), ()
+    some = np.arange(config.batch_size) % len(length)
+    examples = tuple(load(some, int(width)) for width in widths)
+    return bucketed_batches(length, widths, config.batch_size, seed, load), examples
+
+
 def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
     return make_optimizer(run.config, sft_schedule(learning_rate, num_steps, run.config.sft.warmup_fraction))
 
@@ -238,15 +260,15 @@ def encoder_sft(run: Run) -> Params:
     config = run.config.sft
     rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
     optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
-    iterator = batches(
-        len(rows),
-        config.batch_size,
-        run.seed(_ENCODER_SFT),
-        lambda i: {"h": run.store.vectors(rows[i]), "response": ids[i], "length": length[i]},
-    )
     state = _initial_encoder(run, optimizer)
     step = compiled(steps.encoder_sft_step(run.roles, optimizer, config.microbatches), state, run.mesh)
-    stage = Stage("encoder_sft", config.encoder_steps, step, iterator)
+    iterator, widths = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(_ENCODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
+    )
+    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, widths)
     return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
 
 
@@ -263,15 +285,15 @@ def decoder_sft(run: Run) -> Params:
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     rows, ids, length = _described(run, "decoder_sft", tokenise, frame)
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
-    iterator = batches(
-        len(rows),
-        config.batch_size,
-        run.seed(_DECODER_SFT),
-        lambda i: {"h": run.store.vectors(rows[i]), "ids": ids[i], "length": length[i]},
-    )
     state = _initial_decoder(run, optimizer)
     step = compiled(steps.decoder_sft_step(roles, optimizer, config.microbatches), state, run.mesh)
-    stage = Stage("decoder_sft", config.decoder_steps, step, iterator)
+    iterator, widths = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(_DECODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
+    )
+    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, widths)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 

@@ -98,6 +98,7 @@ def manifest_of(stage: str, step: int) -> Callable[..., bool]:
 POINTS: dict[str, Callable[[], None]] = {
     "plan": lambda: half_written("rows.parquet"),
     "extract": lambda: before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2),
+    "extract_writing": lambda: before(activations._Writer, "_settle", skip=2),
     "extract_meta": lambda: half_written("meta.json"),
     "describe": lambda: half_written("descriptions.parquet"),
     "encoder_sft": lambda: torn_row("encoder_sft", 5),

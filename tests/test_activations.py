@@ -16,6 +16,7 @@ from nlae_jax.data import activations
 from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_batches, read_plan, write_plan
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
+from nlae_jax.files import read_json
 
 WIDTH, NUM_NEXT, SPECIAL = 5, 3, 7
 
@@ -160,6 +161,25 @@ def test_batches_hold_every_row_once_and_in_order(count, seed, batch_tokens, max
     assert all(len(of_bucket) == 1 for of_bucket in shapes.values())  # one compilation a bucket
 
 
+@given(st.integers(4, 60), st.sampled_from([64, 200, 1000]), st.sampled_from([64, 200]), st.sampled_from([1, 3, 4]))
+def test_batches_are_as_full_as_they_can_be(count, batch_tokens, max_tokens, parts):
+    settings = config(batch_tokens=batch_tokens, max_tokens=max_tokens)
+    chosen = plan([Document(str(i), "abcdefgh" * (1 + i % 29)) for i in range(count)], Letters(), settings)
+    found = list(read_batches(chosen, settings.extract, parts))
+    begin = 0
+    for batch, following in zip(found, [*found[1:], None], strict=True):
+        size, width = batch.ids.shape
+        assert size == max(1, batch_tokens // width // parts) * parts
+        documents = len(np.unique(batch.rows[: batch.count]))
+        longest = len(chosen.ids[begin + documents - 1])
+        assert longest <= width <= max(64, 1.25 * longest)
+        if following is not None:  # whose first document had no room
+            wider = max(width, next(w for w in [*activations._WIDTHS] if w >= len(chosen.ids[begin + documents])))
+            assert documents + 1 > max(1, batch_tokens // min(wider, max_tokens) // parts) * parts
+        begin += documents
+    assert begin == len(chosen.ids)
+
+
 # --- extraction
 
 
@@ -223,6 +243,94 @@ def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
 
 
+class Under(tuple):
+    """What a device has been asked for: `fetched` is called when somebody wants it."""
+
+    def __new__(cls, arrays, fetched):
+        return super().__new__(cls, (Promise(array, fetched) for array in arrays))
+
+
+class Promise:
+    def __init__(self, array, fetched):
+        self._array, self._fetched = array, fetched
+
+    def __array__(self, dtype=None, copy=None):
+        self._fetched()
+        return self._array
+
+
+def test_next_batch_is_asked_for_before_one_is_fetched(tmp_path):
+    chosen, settings = made(batch_tokens=256)
+    events = []
+
+    def asked(*batch):
+        number = len([kind for kind, _ in events if kind == "ask"])
+        events.append(("ask", number))
+        return Under(read(*batch), lambda: events.append(("fetch", number)))
+
+    extract(tmp_path, chosen, settings, asked)
+    order = list(dict.fromkeys(events))  # vectors and tokens of a batch are fetched one after the other
+    expected = [("ask", 0)]
+    for number in range(1, NUM_BATCHES):
+        expected += [("ask", number), ("fetch", number - 1)]
+    assert order == [*expected, ("fetch", NUM_BATCHES - 1)]
+
+
+def test_rows_count_when_they_are_on_disk(tmp_path):
+    """At whatever moment a run is killed: what progress.json counts can be read by another process."""
+    chosen, settings = made(batch_tokens=256)
+    expected, counted = expected_vectors(chosen), []
+
+    def look():
+        if (tmp_path / "progress.json").exists():
+            counted.append(read_json(tmp_path / "progress.json")["rows"])
+            stored = activations.open_vectors(tmp_path, len(expected), WIDTH)[: counted[-1]].read().result()
+            np.testing.assert_array_equal(stored, expected[: counted[-1]])
+
+    def looking(*batch):
+        look()
+        return Under(read(*batch), look)
+
+    extract(tmp_path, chosen, settings, looking)
+    look()
+    assert len(set(counted)) == NUM_BATCHES
+    assert counted[-1] == len(expected)
+    assert not [path for path in (tmp_path / "vectors").rglob("*") if "lock" in path.name]
+
+
+@pytest.mark.parametrize("killed", range(1, NUM_BATCHES))
+def test_extraction_killed_while_writing(tmp_path, monkeypatch, killed):
+    """Nothing is flushed when a process is killed: what was under way is lost, and read again."""
+    chosen, settings = made(batch_tokens=256)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        settle, count = activations._Writer._settle, iter(range(killed))
+
+        def dying(self):
+            if next(count, None) is None:
+                raise Killed
+            settle(self)
+
+        patch.setattr(activations._Writer, "_settle", dying)
+        extract(tmp_path, chosen, settings)
+    again = iter(range(NUM_BATCHES - killed + 1))  # the first settling has nothing to wait for
+
+    def counted(*batch):
+        next(again)
+        return read(*batch)
+
+    assert sum(extract(tmp_path, chosen, settings, counted)) == len(chosen.position)
+    store = finish(tmp_path, chosen)
+    np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
+
+
+def test_rows_that_share_a_chunk_are_written_by_several_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "_CHUNK_ROWS", 7)
+    chosen, settings = made(batch_tokens=256)
+    extract(tmp_path, chosen, settings)
+    stored = activations.open_vectors(tmp_path, len(chosen.position), WIDTH).read().result()
+    np.testing.assert_array_equal(stored, expected_vectors(chosen))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_vectors_that_are_not_finite_stop_extraction(tmp_path, value):
     chosen, settings = made()
@@ -234,6 +342,22 @@ def test_vectors_that_are_not_finite_stop_extraction(tmp_path, value):
 
     with pytest.raises(UserError, match="not finite"):
         extract(tmp_path, chosen, settings, broken)
+
+
+def test_rows_after_those_that_are_not_finite_do_not_count(tmp_path):
+    chosen, settings = made(batch_tokens=256)
+    number = iter(range(NUM_BATCHES))
+
+    def broken(*batch):
+        vectors, following = read(*batch)
+        if next(number) == 2:
+            vectors[0, 0] = np.nan
+        return vectors, following
+
+    with pytest.raises(UserError, match="not finite"):
+        extract(tmp_path, chosen, settings, broken)
+    good = list(read_batches(chosen, settings.extract))[:2]
+    assert read_json(tmp_path / "progress.json") == {"rows": sum(batch.count for batch in good)}
 
 
 # --- the store

@@ -12,6 +12,8 @@ from nlae_jax.lm.transformer import Transformer
 from tests.conftest import tiny_config, vectors
 from tests.tiny_run import EXPERIMENT
 
+pytest_plugins = ["tests.tiny_run"]
+
 
 @pytest.fixture(scope="module")
 def setting(tiny_dir):
@@ -56,8 +58,9 @@ def test_sharing_needs_fewer_flops(arch):
     assert shapes.unshared() == one
 
 
-def test_the_command(tiny_dir, capsys):
-    settings = {"subject.model": tiny_dir, "rl.max_new_tokens": 16, "rl.samples_per_activation": 2, "lora.rank": 2}
+def test_the_command(tiny_dir, corpus_file, capsys):
+    settings = {"subject.model": tiny_dir, "corpus.path": corpus_file, "corpus.min_characters": 20}
+    settings |= {"rl.max_new_tokens": 16, "rl.samples_per_activation": 2, "lora.rank": 2}
     command = ["bench", "--config", str(EXPERIMENT), "--repeats", "1"]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
     assert main([*command, "--json"]) == 0
@@ -68,5 +71,6 @@ def test_the_command(tiny_dir, capsys):
         assert phase["peak_fraction"] > 0
     assert result["speedup_of_sharing"] == result["rl_step_seconds_unshared"] / result["rl_step_seconds"]
     assert result["peak_memory_bytes"] > 0
+    assert set(result["extraction"]) == {"tokens_per_second", "bare_tokens_per_second", "ratio"}
     assert main([*command, "--repeats", "0"]) == 2
     assert "--repeats" in capsys.readouterr().err

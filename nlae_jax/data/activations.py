@@ -1,7 +1,8 @@
 """From documents to stored activations: which positions to read, reading them, and the store.
 
 `plan` fixes everything that is written later (positions, splits, batches, row numbers) before any computing is done;
-`extract` then goes through the batches in order and can stop anywhere. In the workdir:
+`extract` then goes through the batches in order, reading one while the one before is written, and can stop anywhere.
+In the workdir:
 
     activations/subject.json        which weights were read
     activations/documents.parquet   doc_id, split, token ids
@@ -32,8 +33,8 @@ from nlae_jax.files import read_json, read_parquet, write_json, write_parquet
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
-# Numbers of tokens that documents are padded to: one compilation each.
-_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# Numbers of tokens that documents are padded to: one compilation each, at most a quarter more than is needed.
+_WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
 
 _CHUNK_ROWS = 512
 
@@ -108,7 +109,7 @@ def _split(doc_ids: list[str], config: Config) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ReadBatch:
-    """Documents padded to one bucket: `ids`, `mask` [B, T]; `rows`, `columns` [M] with real entries first.
+    """Documents padded to one width: `ids`, `mask` [B, T]; `rows`, `columns` [M] with real entries first.
 
     The first `count` of M are the plan's rows `start` … `start + count`.
     """
@@ -121,18 +122,23 @@ class ReadBatch:
     count: int
 
 
-def read_batches(plan: Plan, config: ExtractConfig) -> Iterator[ReadBatch]:
-    """The plan's documents in order, batched by bucket; shapes depend on the bucket alone."""
+def read_batches(plan: Plan, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
+    """The plan's documents in order, as many in a batch as fit; a batch's shape depends on its width alone.
+
+    The number of documents is divisible by `parts`, and at least that. As documents ascend in length, no other cut
+    into batches makes fewer of them.
+    """
     first_row = np.searchsorted(plan.document, np.arange(len(plan.ids) + 1))
+    widths = [_width(len(ids), config.max_tokens) for ids in plan.ids]
+    sizes = {width: max(1, config.batch_tokens // width // parts) * parts for width in set(widths)}
     begin = 0
     while begin < len(plan.ids):
-        # Documents ascend in length, so a bucket ends where its length is exceeded.
-        bucket = _bucket(len(plan.ids[begin]), config.max_tokens)
-        size = max(1, config.batch_tokens // bucket)
-        end = begin
-        while end < len(plan.ids) and end - begin < size and len(plan.ids[end]) <= bucket:
+        end = begin + 1
+        while end < len(plan.ids) and end - begin < sizes[widths[end]]:
             end += 1
-        ids, mask = np.zeros((size, bucket), np.int32), np.zeros((size, bucket), bool)
+        width = widths[end - 1]
+        size = sizes[width]
+        ids, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
         mask[end - begin :, 0] = True
         for row, document in enumerate(plan.ids[begin:end]):
             ids[row, : len(document)], mask[row, : len(document)] = document, True
@@ -144,11 +150,8 @@ def read_batches(plan: Plan, config: ExtractConfig) -> Iterator[ReadBatch]:
         begin = end
 
 
-def _bucket(length: int, max_tokens: int) -> int:
-    for bucket in _BUCKETS:
-        if length <= bucket:
-            return min(bucket, max_tokens)
-    return max_tokens
+def _width(length: int, max_tokens: int) -> int:
+    return min(next((width for width in _WIDTHS if length <= width), max_tokens), max_tokens)
 
 
 # (ids, mask, rows, columns) -> activations [M, d] float32, likeliest next tokens [M, k] int32
@@ -163,28 +166,72 @@ def extract(
     d_model: int,
     num_next: int,
     advance: Callable[[int], None],
+    parts: int = 1,
 ) -> None:
     """Reads every batch not yet read and writes the store; `advance(rows)` is called as rows are passed.
 
-    Batches are written whole and counted after that, so a killed run continues at the batch it was in.
+    `read` may return before it has computed: the next batch is asked for before one is waited for, so devices have
+    work while the host fetches and writes. Rows count when they are on disk, so a killed run does at most the last
+    few batches again. `parts`: of `read_batches`.
     """
     progress = directory / "progress.json"
-    done = read_json(progress)["batches"] if progress.exists() else 0
+    done = read_json(progress).get("rows", 0) if progress.exists() else 0
     vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next, create=done == 0)
-    for number, batch in enumerate(read_batches(plan, config)):
-        if number >= done:
-            activations, likeliest = read(batch.ids, batch.mask, batch.rows, batch.columns)
-            stored = slice(batch.start, batch.start + batch.count)
-            activations = np.asarray(activations)[: batch.count]
-            if not np.isfinite(activations).all():
-                raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
-            writes = [vectors[stored].write(activations)]
-            if next_tokens is not None:
-                writes.append(next_tokens[stored].write(np.asarray(likeliest)[: batch.count]))
-            for write in writes:
-                write.result()
-            write_json(progress, {"batches": number + 1})
-        advance(batch.count)
+    ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
+    with _Writer(progress, vectors, next_tokens) as writer:
+        for batch in read_batches(plan, config, parts):
+            if batch.start + batch.count <= done:
+                advance(batch.count)
+                continue
+            try:
+                result = read(batch.ids, batch.mask, batch.rows, batch.columns)
+            finally:  # the one before is whole, whatever becomes of this one
+                if ahead is not None:
+                    writer.put(*ahead)
+                    advance(ahead[0].count)
+            ahead = batch, result
+        if ahead is not None:
+            writer.put(*ahead)
+            advance(ahead[0].count)
+
+
+class _Writer:
+    """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
+
+    One at a time, because rows that share a chunk are merged with what is on disk.
+    """
+
+    def __init__(self, progress: Path, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
+        self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
+        self._writes: list[ts.WriteFutures] = []
+        self._stop = 0  # after the last row that is being written
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._settle()
+
+    def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
+        """Fetches what was read, waits for the batch before to be on disk and begins to write this one."""
+        activations = np.asarray(read[0])[: batch.count]
+        if not np.isfinite(activations).all():
+            raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
+        self._settle()
+        self._stop = batch.start + batch.count
+        self._writes.append(self._vectors[batch.start : self._stop].write(activations))
+        if self._next_tokens is not None:
+            self._writes.append(self._next_tokens[batch.start : self._stop].write(np.asarray(read[1])[: batch.count]))
+        for write in self._writes:
+            write.commit.force()
+
+    def _settle(self) -> None:
+        """Waits until what is being written is on disk, and counts it."""
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
+        if writes:
+            write_json(self._progress, {"rows": self._stop})
 
 
 def _arrays(
