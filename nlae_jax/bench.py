@@ -244,12 +244,17 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
     samples = rollout(state, frozen, batch)
     tokens = samples.tokens
 
-    def log_probs(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def log_probs(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> jax.Array:
         variables = roles.encoder_variables(frozen["base"], trained)
-        return roles.encoder.apply(variables, h, tokens, method="log_probs")
+        return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
 
     def policy(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> Params:
-        return jax.grad(lambda trained: log_probs(trained, frozen, h, tokens)[0].mean())(trained)
+        def loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            variables, weights = roles.encoder_variables(frozen["base"], trained), jnp.ones(tokens.shape)
+            loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
+            return roles.encoder.apply(variables, h, tokens, loss_of, weights, method="loss")
+
+        return jax.grad(loss, has_aux=True)(trained)
 
     given = (state.encoder.trained, frozen, batch["h"], tokens)
     return {

@@ -29,7 +29,7 @@ def plain(q, q_positions, k, v, positions, valid):
 
 def segment(rng, batch, kv_heads, length, start, all_valid):
     """Random keys and values whose positions follow `start`; some invalid, but never a segment's first."""
-    shape = (*batch, kv_heads, length, HEAD_DIM)
+    shape = (kv_heads, *batch, length, HEAD_DIM)
     valid = rng.random((*batch, length)) < (1.0 if all_valid else 0.7)
     valid[..., 0] = True
     return KeyValues(
@@ -42,7 +42,10 @@ def segment(rng, batch, kv_heads, length, start, all_valid):
 
 def expanded(segments, index):
     """The keys, values, positions and mask that row `index` of the last segment sees, side by side."""
-    rows = [KeyValues(*(array[index[: kv.positions.ndim - 1]] for array in kv)) for kv in segments]
+    rows = []
+    for kv in segments:
+        own = index[: kv.positions.ndim - 1]
+        rows.append(KeyValues(kv.k[:, *own], kv.v[:, *own], kv.positions[own], kv.valid[own]))
     return tuple(np.concatenate(parts, axis) for parts, axis in zip(zip(*rows, strict=True), (1, 1, 0, 0), strict=True))
 
 
@@ -127,10 +130,10 @@ def test_room_that_is_not_written_yet_lies_after_every_query():
     arch = Arch(8, 8, 3, 2, 1, HEAD_DIM, 8)
     caches = empty_caches(arch, jnp.array([5, 9]), 4, jnp.float32)
     assert len(caches) == 3
-    assert caches[0].k.shape == caches[0].v.shape == (2, 1, 4, HEAD_DIM)
+    assert caches[0].k.shape == caches[0].v.shape == (1, 2, 4, HEAD_DIM)
     np.testing.assert_array_equal(caches[0].positions, [[5, 6, 7, 8], [9, 10, 11, 12]])
     # A first token at the start position sees its own key alone, whatever lies in the rest.
-    filled = caches[0]._replace(k=caches[0].k + 3.0, v=jnp.arange(8.0).reshape(2, 1, 4, 1) + jnp.zeros(HEAD_DIM))
+    filled = caches[0]._replace(k=caches[0].k + 3.0, v=jnp.arange(8.0).reshape(1, 2, 4, 1) + jnp.zeros(HEAD_DIM))
     q = jnp.ones((2, 1, 2, HEAD_DIM))
     out = attend(q, jnp.array([[5], [9]]), [filled])
     np.testing.assert_allclose(out[:, 0, 0, 0], [0.0, 4.0], atol=1e-6)

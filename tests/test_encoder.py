@@ -75,8 +75,9 @@ def test_shared_segments_are_a_plain_forward_pass(small, protocol, setting):
     weights = np.random.default_rng(1).standard_normal((B, G, R)).astype(np.float32)
 
     def shared(trained):
-        log_probs, _ = encoder.apply(variables(trained), h, response, method="log_probs")
-        return (log_probs * weights).sum(), log_probs
+        loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
+        loss, (log_probs, _) = encoder.apply(variables(trained), h, response, loss_of, weights, method="loss")
+        return loss, log_probs
 
     def plain(trained):
         log_probs = plain_log_probs(small, protocol, trained, h, response)[..., -R:]
@@ -93,7 +94,12 @@ def test_shared_segments_are_a_plain_forward_pass(small, protocol, setting):
 def test_warm_start_log_probs_hold_the_opening_tag_and_the_response(small, protocol, setting):
     h, response, trained = setting
     encoder = Encoder(small, protocol, LORA_SCALE)
-    after, opening = jax.jit(lambda t: encoder.apply(variables(t), h, response[:, 0], method="sft_log_probs"))(trained)
+    weights = np.random.default_rng(3).standard_normal((B, protocol.opening_length + R)).astype(np.float32)
+    loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
+    run = jax.jit(lambda t: encoder.apply(variables(t), h, response[:, 0], loss_of, weights, method="sft_loss"))
+    loss, log_probs = run(trained)
+    opening, after = np.split(np.asarray(log_probs), [protocol.opening_length], axis=1)
+    np.testing.assert_allclose(loss, (log_probs * weights).sum(), rtol=1e-5)
     plain = jax.jit(lambda t: plain_log_probs(small, protocol, t, h, response[:, :1]))(trained)[:, 0]
     assert opening.shape == (B, protocol.opening_length)
     np.testing.assert_allclose(after, plain[:, -R:], rtol=1e-5, atol=1e-5)

@@ -151,14 +151,14 @@ def test_the_policy_gradient_is_the_advantage_weighted_score():
     log_probs, reference = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
     advantage = rng.standard_normal((2, 3)).astype(np.float32)
     mask = np.arange(4) < np.array([[4, 2, 1], [3, 4, 2]])[..., None]
-    gradient = jax.grad(policy_loss)(log_probs, reference, advantage, mask, 0.0)
+    gradient = jax.grad(policy_loss)(log_probs, reference, advantage[..., None], mask, 0.0)
     np.testing.assert_allclose(gradient, -advantage[..., None] * mask / mask.sum(), rtol=1e-5)
     # d/dlogp of k3: 1 - exp(reference - logp).
-    with_kl = jax.grad(policy_loss)(log_probs, reference, advantage, mask, 0.3)
+    with_kl = jax.grad(policy_loss)(log_probs, reference, advantage[..., None], mask, 0.3)
     of_kl = 0.3 * (1 - np.exp(reference - log_probs)) * mask / mask.sum()
     np.testing.assert_allclose(with_kl - gradient, of_kl, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
-        policy_loss(log_probs, log_probs, advantage, mask, 0.3),
+        policy_loss(log_probs, log_probs, advantage[..., None], mask, 0.3),
         -(advantage[..., None] * mask).sum() / mask.sum(),
         rtol=1e-5,
     )

@@ -71,7 +71,7 @@ def test_products_with_weights_are_bfloat16_and_logits_float32(case):
     one, h, ids = roles["bfloat16"], batch["encoder"]["h"], batch["decoder"]["ids"]
 
     def write(trained):
-        return one.encoder.apply(one.encoder_variables({}, trained), h, ids, method="sft_log_probs")
+        return one.encoder.apply(one.encoder_variables({}, trained), h, ids[:, None], method="log_probs")
 
     def read(trained):
         return one.decoder.apply(one.decoder_variables({}, trained), ids, batch["decoder"]["length"])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
 from nlae_jax.lm.lora import linear
@@ -37,7 +38,7 @@ class Segment(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Room for one block's keys and values of a growing segment: [*batch, kv_heads, capacity, head_dim]."""
+    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim]."""
 
     k: jax.Array
     v: jax.Array
@@ -130,7 +131,6 @@ class Block:
                 caches.append(LayerCache(keys.k, keys.v))
                 scale = self.arch.attention_scale or None
                 mixed = attend(q, self.positions[i], seen, scale, self.arch.attention_softcap, layer.window)
-                mixed = checkpoint_name(mixed, "attention")
                 mixed = self._linear(mixed.reshape(*x.shape[:-1], -1), weights, adapters, "o")
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
@@ -154,7 +154,7 @@ class Block:
     def _project(
         self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [*batch, kv_heads, T, head_dim]."""
+        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim]."""
 
         def heads(name: str, count: int) -> jax.Array:
             y, norm = self._linear(x, weights, adapters, name), f"{name}_norm"
@@ -165,7 +165,7 @@ class Block:
 
         q = apply_rope(heads("q", self.arch.num_heads), rope)
         k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
-        return q, k.swapaxes(-2, -3), heads("v", self.arch.num_kv_heads).swapaxes(-2, -3)
+        return q, jnp.moveaxis(k, -2, 0), jnp.moveaxis(heads("v", self.arch.num_kv_heads), -2, 0)
 
 
 class Transformer(nn.Module):
@@ -261,38 +261,20 @@ class Transformer(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., d] -> [..., V] float32."""
-        normed = rms_norm(x, self.final_norm, self.arch.norm_eps, self.arch.norm_offset)
-        logits = jnp.einsum("...d,vd->...v", normed, self.head, preferred_element_type=jnp.float32)
-        cap = self.arch.logit_softcap
-        return cap * jnp.tanh(logits / cap) if cap else logits
+        return head.logits(self._normed(x), self.head, self.arch.logit_softcap)
 
     def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
+        """log p(target) and entropy, each [B, ...] float32, from x [B, ..., d]; see `head.log_probs`."""
+        return head.log_probs(self._normed(x), self.head, targets, self.arch.logit_softcap, chunk)
 
-        In chunks of at most `chunk` tokens (or of B), whose logits are recomputed for the backward pass: no
-        [tokens, vocabulary] array outlives one. A chunk holds tokens of every row of the first axis, so that devices
-        that split the rows split its work. The entropy carries no gradient.
-        """
-        rows = targets.shape[0]
-        count = targets.size // rows
-        width = min(count, max(1, chunk // rows))
+    def token_loss(
+        self, x: jax.Array, targets: jax.Array, loss_of: head.LossOf, *extras: jax.Array, chunk: int = 256
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """`loss_of(log-probs, *extras)` summed over tokens, and their log-probs and entropies; see `head.loss`."""
+        return head.loss(loss_of, self.arch.logit_softcap, chunk, self._normed(x), self.head, targets, extras)
 
-        def chunked(array: jax.Array) -> jax.Array:
-            """[B, count, ...] -> [chunks, B, width, ...], the last chunk filled up with zeros."""
-            padded = jnp.pad(array, [(0, 0), (0, -count % width), *[(0, 0)] * (array.ndim - 2)])
-            return jnp.moveaxis(padded.reshape(rows, -1, width, *array.shape[2:]), 1, 0)
-
-        @jax.checkpoint
-        def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            log_probs = jax.nn.log_softmax(self.logits(inputs[0]))
-            chosen = jnp.take_along_axis(log_probs, inputs[1][..., None], -1)[..., 0]
-            frozen = jax.lax.stop_gradient(log_probs)
-            return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
-
-        inputs = chunked(x.reshape(rows, count, -1)), chunked(targets.reshape(rows, count))
-        _, chunks = jax.lax.scan(one, None, inputs)
-        log_probs, entropy = (jnp.moveaxis(c, 0, 1).reshape(rows, -1)[:, :count].reshape(targets.shape) for c in chunks)
-        return log_probs, entropy
+    def _normed(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.final_norm, self.arch.norm_eps, self.arch.norm_offset)
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids, mask: [B, T] -> logits [B, T, V] float32, padding on either side."""
@@ -305,7 +287,7 @@ class Transformer(nn.Module):
 
 
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """`cache` [rows, kv_heads, capacity, head_dim] with `new` [*batch, kv_heads, T, head_dim] from `offset` on."""
+    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on."""
     return jax.lax.dynamic_update_slice_in_dim(cache, new.reshape(*cache.shape[:2], *new.shape[-2:]), offset, axis=2)
 
 

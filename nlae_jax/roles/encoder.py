@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.attention import KeyValues, empty_caches
+from nlae_jax.lm.head import LossOf
 from nlae_jax.lm.transformer import BlockWeights, LayerCache, Segment, Transformer
 from nlae_jax.roles.protocol import Protocol
 
@@ -50,23 +51,34 @@ class Encoder(nn.Module):
         The prompt is computed once per step and once per activation, whatever G is. Responses are padded on the
         right; what follows a response's end has no influence on what precedes it.
         """
-        hidden_BxA, hidden_BxGxR = self._hidden(h_BxD, response_BxGxR)
-        batch, group, _ = response_BxGxR.shape
-        last = jnp.broadcast_to(hidden_BxA[:, None, -1:], (batch, group, 1, hidden_BxA.shape[-1]))
-        predicting = jnp.concatenate([last, hidden_BxGxR[:, :, :-1]], axis=2)
-        return self.lm.token_log_probs(predicting, response_BxGxR)
+        return self.lm.token_log_probs(self._predicting(h_BxD, response_BxGxR), response_BxGxR)
 
-    def sft_log_probs(self, h_BxD: jax.Array, response_BxR: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Log-probs of one response per activation [B, R] and of the opening tag before it [B, O], float32."""
+    def loss(
+        self, h_BxD: jax.Array, response_BxGxR: jax.Array, loss_of: LossOf, *extras_BxGxR: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """`loss_of(log_probs, *extras)` summed over the responses' tokens, and what `log_probs` gives."""
+        return self.lm.token_loss(self._predicting(h_BxD, response_BxGxR), response_BxGxR, loss_of, *extras_BxGxR)
+
+    def sft_loss(
+        self, h_BxD: jax.Array, response_BxR: jax.Array, loss_of: LossOf, *extras_BxT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same for the opening tag and one response per activation, T = O + R tokens: loss, log-probs [B, T]."""
         hidden_BxA, hidden = self._hidden(h_BxD, response_BxR[:, None])
         opening_length = self.protocol.opening_length
         opening = jnp.asarray(self.protocol.encoder_tail[-opening_length:], jnp.int32)
-        batch = response_BxR.shape[0]
         # Tail positions -O-1 … -2 predict the opening tag, -1 the response's first token.
         predicting = jnp.concatenate([hidden_BxA[:, -opening_length - 1 :], hidden[:, 0, :-1]], axis=1)
-        targets = jnp.concatenate([jnp.broadcast_to(opening, (batch, opening_length)), response_BxR], axis=1)
-        log_probs, _ = self.lm.token_log_probs(predicting, targets)
-        return log_probs[:, opening_length:], log_probs[:, :opening_length]
+        openings = jnp.broadcast_to(opening, (response_BxR.shape[0], opening_length))
+        targets = jnp.concatenate([openings, response_BxR], axis=1)
+        loss, (log_probs, _) = self.lm.token_loss(predicting, targets, loss_of, *extras_BxT)
+        return loss, log_probs
+
+    def _predicting(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> jax.Array:
+        """The residual stream [B, G, R, d] before each token of the responses."""
+        hidden_BxA, hidden_BxGxR = self._hidden(h_BxD, response_BxGxR)
+        batch, group, _ = response_BxGxR.shape
+        last = jnp.broadcast_to(hidden_BxA[:, None, -1:], (batch, group, 1, hidden_BxA.shape[-1]))
+        return jnp.concatenate([last, hidden_BxGxR[:, :, :-1]], axis=2)
 
     def _hidden(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> tuple[jax.Array, jax.Array]:
         prefix, act = self.prompt_segments(h_BxD)

@@ -87,10 +87,10 @@ def policy_loss(
     kl_coef: float,
     of: jax.Array | None = None,
 ) -> jax.Array:
-    """On-policy GRPO loss, mean over response tokens (`masked_mean`). All [B, G, R] but the advantage [B, G].
+    """On-policy GRPO loss, mean over response tokens (`masked_mean`). All per token, [...].
 
     One update per rollout, so the importance ratio is 1 in value and carries only the gradient.
     """
     ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
-    per_token = -ratio * advantage[..., None] + kl_coef * kl_k3(log_probs, reference)
+    per_token = -ratio * advantage + kl_coef * kl_k3(log_probs, reference)
     return masked_mean(per_token, mask, of)

@@ -76,19 +76,17 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, micr
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(batch["response"].shape[1]) < batch["length"][:, None]
-        count, tokens = objectives.count(mask), mask.sum()
+        trained_on = jnp.pad(mask, ((0, 0), (roles.encoder.protocol.opening_length, 0)), constant_values=True)
+        count = objectives.count(trained_on)
 
         def loss_fn(trained: Params, part: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
             batch, mask = part
-            variables = roles.encoder_variables(frozen["base"], trained)
-            response, opening = roles.encoder.apply(variables, batch["h"], batch["response"], method="sft_log_probs")
-            openings = opening.size * microbatches
-            weight = openings / (openings + tokens)
-            loss = -objectives.masked_mean(response, mask, count)
-            return loss * (1 - weight) - opening.sum() / openings * weight, response
+            loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
+            variables, given = roles.encoder_variables(frozen["base"], trained), (batch["h"], batch["response"])
+            return roles.encoder.apply(variables, *given, loss_of, mask, method="sft_loss")
 
-        (_, response), gradients = in_microbatches(loss_fn, state.trained, (batch, mask), microbatches)
-        loss = -objectives.masked_mean(response, mask)
+        (_, log_probs), gradients = in_microbatches(loss_fn, state.trained, (batch, trained_on), microbatches)
+        loss = -objectives.masked_mean(log_probs[:, -mask.shape[1] :], mask)
         state, norm, skipped = apply_update(state, gradients, optimizer)
         tokens = batch["length"].sum()
         return state, {"loss": loss, "grad_norm_encoder": norm, "skipped_updates": skipped, "tokens": tokens}
@@ -253,18 +251,19 @@ def rl_step(
         reward = objectives.rewards(scores.mse, valid, samples.lengths, rl.reward, rl.length_penalty)
         advantage, no_spread = objectives.group_advantages(reward)
 
-        def log_probs_of(trained: Params, h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            variables = roles.encoder_variables(frozen["base"], trained)
-            return roles.encoder.apply(variables, h, tokens, method="log_probs")
+        def policy_loss(*per_token: jax.Array) -> jax.Array:
+            return objectives.policy_loss(*per_token, rl.kl_coef, count)
 
         def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             h, tokens, advantage, mask = part
             with jax.named_scope("reference"):
-                reference, _ = log_probs_of(frozen["reference"], h, tokens)
+                variables = roles.encoder_variables(frozen["base"], frozen["reference"])
+                reference, _ = roles.encoder.apply(variables, h, tokens, method="log_probs")
+            per_token = reference, jnp.broadcast_to(advantage[..., None], mask.shape), mask
             with jax.named_scope("policy"):
-                log_probs, entropy = log_probs_of(trained, h, tokens)
-            loss = objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef, count)
-            return loss, (log_probs, entropy, reference)
+                variables = roles.encoder_variables(frozen["base"], trained)
+                loss, rows = roles.encoder.apply(variables, h, tokens, policy_loss, *per_token, method="loss")
+            return loss, (*rows, reference)
 
         given = batch["h"], samples.tokens, advantage, mask
         (loss, rows), gradients = in_microbatches(loss_fn, state.trained, given, rl.microbatches)

@@ -1,0 +1,125 @@
+"""The language-model head on many tokens, in chunks: no array of [tokens, vocabulary] outlives one.
+
+A chunk holds tokens of every row of the first axis, so that devices that split the rows split its work.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# (log-probs [...], *extras [...]) -> what these tokens add to the loss, []; nothing where the extras are zero.
+LossOf = Callable[..., jax.Array]
+
+
+def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
+    """[..., d], [V, d] -> [..., V] float32; capped where the architecture has a cap."""
+    raw = jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+    return softcap * jnp.tanh(raw / softcap) if softcap else raw
+
+
+def log_probs(
+    x: jax.Array, weight: jax.Array, targets: jax.Array, softcap: float, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
+
+    At most `chunk` tokens (or B) at a time, whose logits are recomputed for a backward pass. The entropy carries no
+    gradient.
+    """
+
+    @jax.checkpoint
+    def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        of_tokens = jax.nn.log_softmax(logits(inputs[0], weight, softcap))
+        chosen = jnp.take_along_axis(of_tokens, inputs[1][..., None], -1)[..., 0]
+        frozen = jax.lax.stop_gradient(of_tokens)
+        return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
+
+    _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk))
+    return _joined(chunks, targets.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def loss(
+    loss_of: LossOf,
+    softcap: float,
+    chunk: int,
+    x: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    extras: tuple[jax.Array, ...],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The sum of `loss_of(log-probs, *extras)` over chunks, and `log_probs` as it would give them, without gradient.
+
+    x: [B, ..., d], targets and every extra: [B, ...]. The gradient is taken chunk by chunk while the logits are there
+    (as Liger does, Hsu et al. 2024): one pass over the vocabulary less than computing them again.
+    """
+    return _loss_with_gradient(loss_of, softcap, chunk, x, weight, targets, extras)[0]
+
+
+def _loss_with_gradient(
+    loss_of: LossOf, softcap: float, chunk: int, x: jax.Array, weight: jax.Array, targets: jax.Array, extras: Any
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def one(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        x, targets, *extras = inputs
+        capped = logits(x, weight, softcap)
+        top = capped.max(-1, keepdims=True)
+        exponentials = jnp.exp(capped - top)
+        denominator = exponentials.sum(-1, keepdims=True)
+        log_denominator = (top + jnp.log(denominator))[..., 0]
+        chosen = jnp.take_along_axis(capped, targets[..., None], -1)[..., 0] - log_denominator
+        entropy = log_denominator - (exponentials * capped).sum(-1) / denominator[..., 0]
+        added, slope = jax.value_and_grad(loss_of)(chosen, *extras)
+        one_hot = jax.nn.one_hot(targets, weight.shape[0], dtype=jnp.float32)
+        of_logits = slope[..., None] * (one_hot - exponentials / denominator)
+        if softcap:
+            of_logits = of_logits * (1 - jnp.square(capped / softcap))
+        of_logits = of_logits.astype(x.dtype)
+        of_x = jnp.einsum("bnv,vd->bnd", of_logits, weight)
+        of_weight = jnp.einsum("bnv,bnd->vd", of_logits, x, preferred_element_type=jnp.float32)
+        return (sums[0] + added, sums[1] + of_weight), (of_x, chosen, entropy)
+
+    zeros = jnp.zeros(()), jnp.zeros(weight.shape, jnp.float32)
+    (total, of_weight), (of_x, *rows) = jax.lax.scan(one, zeros, _chunked((x, targets, *extras), targets.shape, chunk))
+    (of_x,) = _joined((of_x,), targets.shape)
+    return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight.astype(weight.dtype))
+
+
+def _scaled_gradient(
+    loss_of: LossOf, softcap: float, chunk: int, kept: tuple[jax.Array, jax.Array], gradient: Any
+) -> tuple[Any, ...]:
+    of_x, of_weight = (array * gradient[0].astype(array.dtype) for array in kept)
+    return of_x, of_weight, None, None
+
+
+loss.defvjp(_loss_with_gradient, _scaled_gradient)
+
+
+def _chunked(arrays: tuple[jax.Array, ...], batch: tuple[int, ...], chunk: int) -> tuple[jax.Array, ...]:
+    """[*batch, ...] -> [chunks, B, width, ...] each, the last chunk filled up with zeros."""
+    rows = batch[0]
+    count = math.prod(batch[1:])
+    width = min(count, max(1, chunk // rows))
+
+    def one(array: jax.Array) -> jax.Array:
+        flat = array.reshape(rows, count, *array.shape[len(batch) :])
+        padded = jnp.pad(flat, [(0, 0), (0, -count % width), *[(0, 0)] * (flat.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(rows, -1, width, *flat.shape[2:]), 1, 0)
+
+    return tuple(one(array) for array in arrays)
+
+
+def _joined(chunks: tuple[jax.Array, ...], batch: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The inverse of `_chunked`."""
+    rows = batch[0]
+    count = math.prod(batch[1:])
+
+    def one(array: jax.Array) -> jax.Array:
+        flat = jnp.moveaxis(array, 0, 1).reshape(rows, -1, *array.shape[3:])
+        return flat[:, :count].reshape(*batch, *array.shape[3:])
+
+    return tuple(one(array) for array in chunks)
