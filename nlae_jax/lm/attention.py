@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.arch import Arch, LinearRope
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
@@ -84,6 +85,7 @@ def attend(
     scale: float | None = None,
     softcap: float = 0.0,
     window: jax.Array | int | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attention of one segment's queries to the keys of several segments, under one softmax.
 
@@ -91,6 +93,26 @@ def attend(
     prefix of q's. A key is seen if it is valid, its position is not after the query's and, with a `window`, less
     than so many before it. Scores are multiplied by `scale` (head_dim ** -0.5 unless given) and, with a `softcap`,
     squashed below it. Returns q's shape.
+
+    `implementation` is one of `IMPLEMENTATIONS` or "auto": "pallas" on a TPU, else "xla". Single queries (decoding) and
+    more keys than the kernel has room for take "xla" whatever is asked for.
+    """
+    if implementation == "auto":
+        implementation = "pallas" if jax.default_backend() == "tpu" else "xla"
+    if q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
+        implementation = "xla"
+    return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)
+
+
+def attend_xla(
+    q: jax.Array,
+    q_positions: jax.Array,
+    segments: Sequence[KeyValues],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """`attend` in operations that XLA schedules, on any backend.
 
     The softmax is taken in pieces: one maximum over all segments, then sums of exponentials and of weighted values.
     """
@@ -144,3 +166,7 @@ def attend(
     )
     out = numerator / denominator[..., None]  # [total, kv_heads, T, repeats, head_dim]
     return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+
+
+# "pallas" is compiled for TPUs; elsewhere its kernels are interpreted, which is for tests.
+IMPLEMENTATIONS = {"xla": attend_xla, "pallas": attention_kernel.attend}
