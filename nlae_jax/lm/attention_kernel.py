@@ -32,9 +32,8 @@ _KEY_NUMBERS = 2**19  # in all keys of a head
 _VMEM_BYTES = 64 * 2**20
 _ABSENT = 2**30  # position of keys that nothing may see
 _PADDING = _ABSENT + 1  # and of those that fill up a block
-_UNSEEN = (
-    -1e30
-)  # score of a key that the query does not see; of padding, twice that: its weight is 0 even where no key is seen
+# Score of a key that the query does not see. Padding has twice that: its weight is 0 even where no key is seen.
+_UNSEEN = -1e30
 
 
 class _Static(NamedTuple):
@@ -201,14 +200,14 @@ def _split_over_devices(function: Callable[..., Any], static: _Static, count: in
         *([f"{every} h r n d"] if backward else []),
     ]
     made = [f"{every} h r n d", *(own if backward else [])]
-    whole = ("w", "j", "o", "l", "p", "r", "n", "d", *(f"s{i}" for i in range(count)))
 
     def rule(mesh: Any, types: Any, _: Any) -> tuple[str, dict[str, Any]]:
         """Key heads stay whole where the devices do not divide them, or where the mesh is not ours."""
         parts = dict(mesh.shape).get(RULES["kv_heads"], 0)
         divided = parts > 0 and types[3].shape[rank] % parts == 0
-        replicated = whole if divided else (*whole, "h")
-        return f"{', '.join(operands)} -> {', '.join(made)}", {"need_replication_factors": replicated}
+        # In the order in which the factors first occur.
+        whole = ("w", "j", "o", "l", "p", *(() if divided else "h"), "r", "n", "d", *(f"s{i}" for i in range(count)))
+        return f"{', '.join(operands)} -> {', '.join(made)}", {"need_replication_factors": whole}
 
     wrapped = custom_partitioning(functools.partial(function, static))
     wrapped.def_partition(partition, sharding_rule=rule)
