@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.attention import KeyValues, attend
@@ -79,7 +79,7 @@ def test_scores_do_not_reach_main_memory(devices):
 
 
 def test_it_is_split_over_tpus(devices):
-    mesh = jax.sharding.Mesh(np.array(devices("v5p")).reshape(2, 1, 2), AXES)
+    mesh = Mesh(np.array(devices("v5p")).reshape(2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     program = gradient("pallas", SHAPES["Qwen2.5-7B"], jnp.bfloat16, replicated(mesh), batch_sharding(mesh))
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from nlae_jax.mesh import RULES
+from nlae_jax.mesh import split
 
 if TYPE_CHECKING:
     from nlae_jax.lm.attention import KeyValues
@@ -39,6 +38,7 @@ _UNSEEN = -1e30
 class _Static(NamedTuple):
     """What a kernel is compiled for."""
 
+    mesh: AbstractMesh  # that the queries live on
     rank: int  # how many batch axes the queries have
     ranks: tuple[int, ...]  # and each segment's keys
     block: int  # queries of a grid step, from each head that shares the keys
@@ -79,6 +79,7 @@ def attend(
     blocks = -(-length // _most_queries(width, heads // kv_heads))
     block = _up(-(-length // blocks), _ROWS)
     static = _Static(
+        jax.typeof(q).sharding.mesh,
         len(batch),
         tuple(kv.k.ndim - 3 for kv in segments),
         block,
@@ -133,7 +134,7 @@ def _padded(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
 # q [*batch, kv_heads, repeats, T, head_dim], keys and values [*batch[:rank], kv_heads, length, head_dim] -> like q.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(static: _Static, *operands: Any) -> jax.Array:
-    return _split_over_devices(_forward, static, len(static.ranks))(*_flat(operands))
+    return _split_over_devices(_forward, static, _flat(operands))
 
 
 def _fused_forward(static: _Static, *operands: Any) -> tuple[jax.Array, Any]:
@@ -142,7 +143,7 @@ def _fused_forward(static: _Static, *operands: Any) -> tuple[jax.Array, Any]:
 
 def _fused_backward(static: _Static, operands: Any, gradient: jax.Array) -> tuple[Any, ...]:
     keys, values = operands[-2:]
-    dq, *rest = _split_over_devices(_backward, static, len(keys))(*_flat(operands), gradient)
+    dq, *rest = _split_over_devices(_backward, static, (*_flat(operands), gradient))
     like = [d.astype(x.dtype) for d, x in zip(rest, (*keys, *values), strict=True)]
     return None, None, None, dq, tuple(like[: len(keys)]), tuple(like[len(keys) :])
 
@@ -155,67 +156,35 @@ def _flat(operands: Any) -> tuple[jax.Array, ...]:
     return (*rest, *keys, *values)
 
 
-@functools.cache
-def _split_over_devices(function: Callable[..., Any], static: _Static, count: int) -> Callable[..., Any]:
-    """`function` on the rows and heads that each device has; gradients of keys that devices share are added up.
+def _split_over_devices(function: Callable[..., Any], static: _Static, operands: tuple[jax.Array, ...]) -> Any:
+    """`function` on the rows and key heads of each device; gradients of keys that devices share are added up.
 
-    Rows and key heads are split however the queries are.
+    What the devices do not divide stays whole: all of them compute it.
     """
-    rank, backward = static.rank, function is _backward
-    axes = [f"b{i}" for i in range(rank)]
-    by_segment = [axes[:r] for r in static.ranks] * 2
+    mesh = static.mesh
+    if mesh.size == 1:
+        return function(static, *operands)
+    q, *rest = operands[3:]
+    gradient = rest[2 * len(static.ranks) :]
+    rows = split(mesh, "batch", q.shape[0]) if static.rank else None
+    heads = split(mesh, "kv_heads", q.shape[static.rank])
 
-    def specs(spec: PartitionSpec) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
-        """Of operands and of results."""
-        names = [*spec, *[None] * (rank + 1 - len(spec))]
-        batch, heads = names[:rank], names[rank]
-        q, keys = PartitionSpec(*batch, heads), [PartitionSpec(*batch[: len(b)], heads) for b in by_segment]
-        operands = [PartitionSpec(), PartitionSpec(*batch), PartitionSpec(*batch), q, *keys]
-        return ([*operands, q], [q, *keys]) if backward else (operands, [q])
+    def spec(rank: int, *tail: Any) -> PartitionSpec:
+        return PartitionSpec(*[rows, *[None] * rank][:rank], *tail)
 
-    def partition(mesh: Any, arguments: Any, results: Any) -> tuple[Any, ...]:
-        spec = PartitionSpec(*arguments[3].sharding.spec[: rank + 1])
-        operand_specs, result_specs = specs(spec)
-        sharding = functools.partial(NamedSharding, mesh)
+    own = [spec(rank, heads) for rank in static.ranks * 2]
+    like_q = spec(static.rank, heads)
 
-        def local(*operands: jax.Array) -> Any:
-            made = function(static, *operands)
-            if not backward:
-                return made
-            dq, *rest = made
-            names = [[_names(n) for n in [*spec, *[None] * rank][len(b) : rank]] for b in by_segment]
-            summed = [jax.lax.psum(d, sum(n, ())) if any(n) else d for d, n in zip(rest, names, strict=True)]
-            return (dq, *summed)
+    def local(*operands: jax.Array) -> Any:
+        made = function(static, *operands)
+        if not gradient or rows is None:
+            return made
+        shared = [jax.lax.psum(d, rows) if rank == 0 else d for d, rank in zip(made[1:], static.ranks * 2, strict=True)]
+        return made[0], *shared
 
-        shardings = tuple(map(sharding, result_specs))
-        return mesh, local, shardings if backward else shardings[0], tuple(map(sharding, operand_specs))
-
-    every, own = " ".join(axes), [f"{' '.join(b)} h s{i % count} d" for i, b in enumerate(by_segment)]
-    operands = [
-        "w",
-        f"{every} j o l",
-        f"{every} o p",
-        f"{every} h r n d",
-        *own,
-        *([f"{every} h r n d"] if backward else []),
-    ]
-    made = [f"{every} h r n d", *(own if backward else [])]
-
-    def rule(mesh: Any, types: Any, _: Any) -> tuple[str, dict[str, Any]]:
-        """Key heads stay whole where the devices do not divide them, or where the mesh is not ours."""
-        parts = dict(mesh.shape).get(RULES["kv_heads"], 0)
-        divided = parts > 0 and types[3].shape[rank] % parts == 0
-        # In the order in which the factors first occur.
-        whole = ("w", "j", "o", "l", "p", *(() if divided else "h"), "r", "n", "d", *(f"s{i}" for i in range(count)))
-        return f"{', '.join(operands)} -> {', '.join(made)}", {"need_replication_factors": whole}
-
-    wrapped = custom_partitioning(functools.partial(function, static))
-    wrapped.def_partition(partition, sharding_rule=rule)
-    return wrapped
-
-
-def _names(axis: Any) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    in_specs = (PartitionSpec(), spec(static.rank), spec(static.rank), like_q, *own, *[like_q] * len(gradient))
+    out_specs = (like_q, *own) if gradient else like_q
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
 def _forward(static: _Static, *operands: jax.Array) -> jax.Array:
