@@ -162,7 +162,7 @@ def _split_over_devices(function: Callable[..., Any], static: _Static, operands:
     What the devices do not divide stays whole: all of them compute it.
     """
     mesh = static.mesh
-    if mesh.size == 1:
+    if mesh.size < 2:
         return function(static, *operands)
     q, *rest = operands[3:]
     gradient = rest[2 * len(static.ranks) :]
