@@ -25,6 +25,15 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _not_kept():
+    """Programs of devices that are not here cannot be read back from the cache."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+
+
 @pytest.fixture(scope="module")
 def devices():
     """Four devices of a generation."""
