@@ -218,7 +218,7 @@ def optimizers_of(config: Config) -> tuple[Any, Any]:
 def unshared(setting: Setting) -> Setting:
     """The same samples, each with a prompt of its own."""
     encoder = UnsharedEncoder(
-        **{f: getattr(setting.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat")}
+        **{f: getattr(setting.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
     )
     group = setting.shapes.group
     config = dataclasses.replace(

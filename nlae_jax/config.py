@@ -169,6 +169,7 @@ class EvalConfig:
 class Config:
     seed: int = 0
     remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
+    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs), or auto: the faster one by the backend
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -342,6 +343,7 @@ _ABOVE_ZERO = ("describe.timeout_seconds", "optimizer.max_grad_norm")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "linear", "dots"),
+    "attention": ("auto", "xla", "pallas"),
     "subject.dtype": ("float32", "bfloat16"),
     "describe.provider": ("template", "subject", "openai", "anthropic"),
     "rl.reward": ("neg_mse", "neg_log_mse"),

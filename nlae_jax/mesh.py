@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nlae_jax.config import MeshConfig
 from nlae_jax.errors import UserError
@@ -52,12 +52,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def weight_sharding(mesh: Mesh, weight: Weight) -> NamedSharding:
     """Splits each axis as `RULES` say; one whose length the devices do not divide stays whole."""
-    spec = []
-    for length, axis in zip(weight.shape, weight.axes, strict=True):
-        rule = RULES[axis]
-        parts = mesh.shape[rule] if isinstance(rule, str) else 1
-        spec.append(rule if parts > 1 and length % parts == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    axes = zip(weight.shape, weight.axes, strict=True)
+    return NamedSharding(mesh, PartitionSpec(*(split(mesh, axis, length) for length, axis in axes)))
+
+
+def split(mesh: Mesh | AbstractMesh, axis: str, length: int) -> str | tuple[str, ...] | None:
+    """The mesh axes that split a logical axis of this length; None where they do not divide it."""
+    rule = RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    parts = math.prod(mesh.shape.get(name, 1) for name in names)
+    return rule if parts > 1 and length % parts == 0 else None
 
 
 def tree_shardings(mesh: Mesh, weights: Any) -> Any:

@@ -36,6 +36,7 @@ _MAY_DIFFER = (
     "mesh.",
     "checkpoint.",
     "remat",
+    "attention",
     "rl.fused",
     "rl.microbatches",
     "sft.microbatches",

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.arch import Arch, LinearRope
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
@@ -87,6 +88,7 @@ def attend(
     scale: float | None = None,
     softcap: float = 0.0,
     window: jax.Array | int | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attention of one segment's queries to the keys of several segments, under one softmax.
 
@@ -94,7 +96,26 @@ def attend(
     prefix of q's. A key is seen if it is valid, its position is not after the query's and, with a `window`, less
     than so many before it. Scores are multiplied by `scale` (head_dim ** -0.5 unless given) and, with a `softcap`,
     squashed below it. Returns q's shape.
+
+    `implementation` is one of `IMPLEMENTATIONS` or "auto": "pallas" on a TPU, else "xla". Single queries (decoding) and
+    more keys than the kernel has room for take "xla" whatever is asked for.
     """
+    if implementation == "auto":
+        implementation = "pallas" if jax.default_backend() == "tpu" else "xla"
+    if q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
+        implementation = "xla"
+    return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)
+
+
+def attend_xla(
+    q: jax.Array,
+    q_positions: jax.Array,
+    segments: Sequence[KeyValues],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """`attend` in operations that XLA schedules, on any backend."""
     *batch, length, heads, head_dim = q.shape
     kv_heads, total = segments[0].k.shape[0], math.prod(batch)
     queries = q.reshape(total, length, kv_heads, heads // kv_heads, head_dim).transpose(2, 0, 1, 3, 4)
@@ -149,8 +170,8 @@ def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
 def _softmax_of_segments(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any) -> jax.Array:
     """The attention itself, [K, N, T, R, D] float32; `keys`, `values` and `seen` have an entry per segment.
 
-    Its gradient is written out (Dao et al. 2022): kept are the output and the logarithm of the softmax's denominator,
-    from which each segment's weights are made again. What differentiation makes of the softmax was 1.8 times slower.
+    Its gradient is written out (Dao et al. 2022): kept are the output and the softmax's maximum and denominator, from
+    which each segment's weights are made again, instead of the scores.
     """
     return _forward(scale, softcap, q, keys, values, seen)[0]
 
@@ -165,21 +186,22 @@ def _forward(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any,
     denominator = sum(weight.sum(-1).reshape(top.shape) for weight in weights)
     numerator = sum(_weighted(weight, v) for weight, v in zip(weights, values, strict=True))
     out = checkpoint_name(numerator / denominator[..., None], "attention")
-    log_denominator = checkpoint_name(top + jnp.log(denominator), "attention")
-    return out, (q, keys, values, seen, out, log_denominator)
+    top, denominator = (checkpoint_name(x, "attention") for x in (top, denominator))
+    return out, (q, keys, values, seen, out, top, denominator)
 
 
 def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    q, keys, values, seen, out, log_denominator = kept
+    q, keys, values, seen, out, top, denominator = kept
     shift = (gradient * out).sum(-1)
     gradient = gradient.astype(values[0].dtype)
     of_q, of_keys, of_values = jnp.zeros(q.shape, jnp.float32), [], []
     for k, v, m in zip(keys, values, seen, strict=True):
         score, counted = _scores(scale, softcap, q, k, m)
         per_query = (*score.shape[:-1], 1)
-        weight = jnp.where(counted, jnp.exp(score - log_denominator.reshape(per_query)), 0.0)
+        exponential = jnp.exp(jnp.where(counted, score, MASKED) - top.reshape(per_query))
+        weight = exponential / denominator.reshape(per_query)
         of_weight, _ = _scores(1.0, 0.0, gradient, v, m)
-        of_score = weight * (of_weight - shift.reshape(per_query)) * scale
+        of_score = jnp.where(counted, weight * (of_weight - shift.reshape(per_query)) * scale, 0.0)
         if softcap:
             of_score = of_score * (1 - jnp.square(score / softcap))
         of_q = of_q + _weighted(of_score, k)
@@ -189,3 +211,7 @@ def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> t
 
 
 _softmax_of_segments.defvjp(_forward, _backward)
+
+
+# "pallas" is compiled for TPUs; elsewhere its kernels are interpreted, which is for tests.
+IMPLEMENTATIONS = {"xla": attend_xla, "pallas": attention_kernel.attend}

@@ -101,8 +101,10 @@ class Block:
     (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`.
     """
 
-    def __init__(self, arch: Arch, lora_scale: float, segments: Sequence[Segment]) -> None:
-        self.arch, self.lora_scale = arch, lora_scale
+    def __init__(
+        self, arch: Arch, lora_scale: float, segments: Sequence[Segment], implementation: str = "auto"
+    ) -> None:
+        self.arch, self.lora_scale, self.implementation = arch, lora_scale, implementation
         self.positions = [s.positions for s in segments]
         self.valid = [s.valid for s in segments]
         self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
@@ -130,7 +132,15 @@ class Block:
                 seen.append(keys)
                 caches.append(LayerCache(keys.k, keys.v))
                 scale = self.arch.attention_scale or None
-                mixed = attend(q, self.positions[i], seen, scale, self.arch.attention_softcap, layer.window)
+                mixed = attend(
+                    q,
+                    self.positions[i],
+                    seen,
+                    scale,
+                    self.arch.attention_softcap,
+                    layer.window,
+                    self.implementation,
+                )
                 mixed = self._linear(mixed.reshape(*x.shape[:-1], -1), weights, adapters, "o")
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
@@ -171,12 +181,14 @@ class Block:
 class Transformer(nn.Module):
     """A decoder-only LM. Variables: `params` (`arch.model_weights`) and, optionally, `lora` (`lora.adapter_weights`).
 
-    `lora_scale` is alpha / rank. `remat` names what the backward pass keeps of a block (`REMAT`).
+    `lora_scale` is alpha / rank. `remat` names what the backward pass keeps of a block (`REMAT`), `attention` how it
+    attends (`attention.attend`).
     """
 
     arch: Arch
     lora_scale: float = 1.0
     remat: str = "dots"
+    attention: str = "auto"
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -214,7 +226,7 @@ class Transformer(nn.Module):
         segment's keys and values stacked over layers.
         """
         stop = self.arch.num_layers if stop is None else stop
-        block = Block(self.arch, self.lora_scale, segments)
+        block = Block(self.arch, self.lora_scale, segments, self.attention)
 
         def body(xs: tuple[jax.Array, ...], inputs: tuple[Any, Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
             weights, adapters, layer = inputs
@@ -250,7 +262,7 @@ class Transformer(nn.Module):
         `contexts[l]`, `own[l]` and `weights[l]` (see `decode_weights`) belong to block l. Returns the last residual
         stream and the grown caches.
         """
-        block = Block(self.arch, self.lora_scale, [segment])
+        block = Block(self.arch, self.lora_scale, [segment], self.attention)
         xs, grown = (segment.x,), []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights or self.block_weights()):

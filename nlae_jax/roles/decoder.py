@@ -23,9 +23,10 @@ class Decoder(nn.Module):
     protocol: Protocol
     lora_scale: float = 1.0
     remat: str = "dots"
+    attention: str = "auto"
 
     def setup(self) -> None:
-        self.lm = Transformer(self.arch, self.lora_scale, self.remat)
+        self.lm = Transformer(self.arch, self.lora_scale, self.remat, self.attention)
         self.value_head = self.param("value_head", lambda _: jnp.eye(self.arch.d_model, dtype=jnp.float32))
 
     def __call__(self, ids_NxT: jax.Array, length_N: jax.Array, tails: Tails | None = None) -> jax.Array:

@@ -31,9 +31,10 @@ class Encoder(nn.Module):
     protocol: Protocol
     lora_scale: float = 1.0
     remat: str = "dots"
+    attention: str = "auto"
 
     def setup(self) -> None:
-        self.lm = Transformer(self.arch, self.lora_scale, self.remat)
+        self.lm = Transformer(self.arch, self.lora_scale, self.remat, self.attention)
 
     def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
         """The constant prefix [P] and, per activation, the slot with the prompt's tail [B, 1 + S]."""

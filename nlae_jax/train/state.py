@@ -107,8 +107,8 @@ def make_roles(
         # A decoder never reads the head, so a copy of its own is declared tied and carries none.
         decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
     return Roles(
-        encoder=Encoder(encoder_arch or arch, protocol, scale, config.remat),
-        decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat),
+        encoder=Encoder(encoder_arch or arch, protocol, scale, config.remat, config.attention),
+        decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat, config.attention),
         rank=config.lora.rank,
         dtype=config.subject.dtype,
     )
