@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,9 @@ EXPERIMENT = ROOT / "experiments/bench.py"
 
 def run(*command: str, python: str = sys.executable) -> dict[str, Any]:
     """The JSON object that a command prints last."""
-    done = subprocess.run([python, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    # What `nlae` sets for itself, so that the peer's memory comes in the same large pages.
+    env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    done = subprocess.run([python, *command], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

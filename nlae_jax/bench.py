@@ -104,6 +104,15 @@ def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str,
     }
 
 
+def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
+    """Bytes that decoding has to read: every weight and every key and value, once a token."""
+    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
+    own = shapes.samples * shapes.response * (shapes.response + 1) / 2
+    shared = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
+    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (own + shared))
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Of a compiled function: median seconds of a call, seconds to compile, bytes that it takes while running."""
@@ -138,8 +147,13 @@ def matmul_peak(dtype: Any) -> float:
 
 
 def memory_bandwidth() -> float:
-    """Bytes per second of the best of some passes that read and write a large array on one device."""
-    return 2.0 * _BANDWIDTH_BYTES / _best_seconds(lambda a: a + 1, jnp.zeros(_BANDWIDTH_BYTES // 4, jnp.float32))
+    """Bytes per second of the best of some passes that read and write a large array in place, on one device."""
+    x, add, seconds = jnp.zeros(_BANDWIDTH_BYTES // 4, jnp.float32), jax.jit(lambda a: a + 1, donate_argnums=0), []
+    for _ in range(8):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        seconds.append(time.perf_counter() - begin)
+    return 2.0 * _BANDWIDTH_BYTES / min(seconds)
 
 
 def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 5) -> float:
@@ -299,12 +313,14 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     step, alone = time_rl_step(setting, repeats), time_rl_step(unshared(setting), repeats)
     tokens = setting.shapes.samples * setting.shapes.response
     num_devices = len(setting.batch["h"].sharding.device_set)
-    device = jax.devices()[0]
+    device, bandwidth = jax.devices()[0], memory_bandwidth()
+    read = decode_bytes(setting.roles.encoder.arch, setting.shapes, jnp.dtype(config.subject.dtype).itemsize)
     return {
         "device": f"{num_devices} {device.platform} {device.device_kind}",
         "shapes": setting.shapes._asdict(),
         "matmul_peak_flops": peak,
-        "memory_bandwidth_bytes_per_second": memory_bandwidth(),
+        "memory_bandwidth_bytes_per_second": bandwidth,
+        "rollout_bandwidth_fraction": read / timings["rollout"].seconds / (bandwidth * num_devices),
         "phases": {
             name: {
                 "seconds": timing.seconds,
@@ -347,7 +363,8 @@ def as_table(result: dict[str, Any]) -> Table:
         f"sharing the prompt: {result['speedup_of_sharing']:.2f}×; {result['samples_per_second']:.2f} samples/s, "
         f"{result['tokens_per_second']:.0f} tokens/s; memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB; "
         f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
-        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s; extraction "
+        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, of which the rollout needs "
+        f"{100 * result['rollout_bandwidth_fraction']:.0f} %; extraction "
         f"{result['extraction']['tokens_per_second']:.0f} tokens/s, {100 * result['extraction']['ratio']:.0f} % of the "
         "bare forward pass"
     )

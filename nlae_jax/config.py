@@ -168,7 +168,7 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
-    remat: str = "dots"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
+    remat: str = "linear"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
     attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs), or auto: the faster one by the backend
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
