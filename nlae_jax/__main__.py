@@ -1,5 +1,5 @@
 import sys
 
-from nlae_jax.cli import main
+from nlae_jax.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

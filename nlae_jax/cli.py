@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import math
@@ -29,10 +30,14 @@ _PAIRS = ((True, False, False), (False, True, True))  # of --workdir, --av, --ar
 NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
 
 
+def entry() -> int:
+    """The `nlae` command."""
+    _with_huge_pages()
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done. 2: something the user can put right, said in one line."""
-    if arguments is None:
-        _with_huge_pages()
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options, overrides)
@@ -56,12 +61,15 @@ def _with_huge_pages() -> None:
     """Starts the process again with glibc told to ask for large blocks in pages of 2 MB, unless it was told already.
 
     XLA on a CPU takes and returns gigabytes at every step; in pages of 4 kB that alone is a ninth of an RL step. The
-    setting is read before anything runs, so it cannot be made later. Other C libraries ignore it.
+    setting is read before anything runs, so it cannot be made later. Other C libraries ignore it, and so does whoever
+    sets GLIBC_TUNABLES=glibc.malloc.hugetlb=0.
     """
     setting = "glibc.malloc.hugetlb"
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and setting not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{setting}=1"]))
+    if sys.platform != "linux" or not sys.executable or sys.gettrace() or setting in tunables:
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{setting}=1"]))
+    with contextlib.suppress(OSError):  # it works without, only slower
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

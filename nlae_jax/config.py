@@ -169,7 +169,7 @@ class EvalConfig:
 class Config:
     seed: int = 0
     remat: str = "linear"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
-    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs), or auto: the faster one by the backend
+    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs), or auto: pallas on TPUs
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()

@@ -79,7 +79,7 @@ def reader(run: Run, num_next: int) -> activations.Reader:
 
 def jitted_reader(run: Run, num_next: int) -> Any:
     """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`."""
-    subject, layer = Subject(run.arch), run.config.subject.layer
+    subject, layer = Subject(run.arch, run.config.attention), run.config.subject.layer
 
     @jax.jit
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
@@ -262,13 +262,13 @@ def encoder_sft(run: Run) -> Params:
     optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
     state = _initial_encoder(run, optimizer)
     step = compiled(steps.encoder_sft_step(run.roles, optimizer, config.microbatches), state, run.mesh)
-    iterator, widths = _sft_batches(
+    iterator, examples = _sft_batches(
         run.config.sft,
         length,
         run.seed(_ENCODER_SFT),
         lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
     )
-    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, widths)
+    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, examples)
     return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
 
 
@@ -287,13 +287,13 @@ def decoder_sft(run: Run) -> Params:
     optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
     state = _initial_decoder(run, optimizer)
     step = compiled(steps.decoder_sft_step(roles, optimizer, config.microbatches), state, run.mesh)
-    iterator, widths = _sft_batches(
+    iterator, examples = _sft_batches(
         run.config.sft,
         length,
         run.seed(_DECODER_SFT),
         lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
     )
-    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, widths)
+    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, examples)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 

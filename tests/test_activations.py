@@ -226,6 +226,20 @@ def test_extraction_killed_in_any_batch_continues_there(tmp_path, number):
     np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
 
 
+def test_rows_whose_next_tokens_could_not_be_fetched_do_not_count(tmp_path):
+    chosen, settings = made(batch_tokens=256)
+
+    class Lost:
+        def __array__(self, *_, **__):
+            raise Killed
+
+    with pytest.raises(Killed):
+        extract(tmp_path, chosen, settings, lambda *batch: (read(*batch)[0], Lost()))
+    assert sum(extract(tmp_path, chosen, settings)) == len(chosen.position)
+    store = finish(tmp_path, chosen)
+    assert (store.next_tokens(np.arange(len(chosen.position))) != 0).any(-1).all()
+
+
 def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch):
     chosen, settings = made(batch_tokens=256)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -293,7 +307,7 @@ def test_rows_count_when_they_are_on_disk(tmp_path):
 
     extract(tmp_path, chosen, settings, looking)
     look()
-    assert len(set(counted)) == NUM_BATCHES
+    assert len(set(counted)) >= NUM_BATCHES - 1  # the last but one is counted between two looks
     assert counted[-1] == len(expected)
     assert not [path for path in (tmp_path / "vectors").rglob("*") if "lock" in path.name]
 

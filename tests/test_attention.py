@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,47 @@ def test_three_segments_are_one_sequence(batch, group, lengths, heads, all_valid
     for index in np.ndindex(batch, group):
         expected = plain(q[index], segments[-1].positions[index], *expanded(segments, index))
         np.testing.assert_allclose(out[index], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [None, 4])
+def test_gradients_are_those_of_one_plain_softmax(softcap, window):
+    rng = np.random.default_rng(3)
+    batches, lengths = ((), (2,), (2, 3)), (5, 3, 4)
+    starts = np.cumsum([0, *lengths])
+    segments = [
+        segment(rng, axes, 2, n, start, False) for axes, n, start in zip(batches, lengths, starts[:-1], strict=True)
+    ]
+    segments[0].valid[:], segments[1].valid[0, :], segments[2].valid[0, 0, :2] = False, False, False  # two see nothing
+    q, weight = rng.standard_normal((2, 2, 3, 4, 4, HEAD_DIM)).astype(np.float32)
+    positions = segments[-1].positions
+
+    def ours(q, keys, values):
+        given = [kv._replace(k=k, v=v) for kv, k, v in zip(segments, keys, values, strict=True)]
+        return (attention.attend(q, positions, given, None, softcap, window) * weight).sum()
+
+    def plain(q, keys, values):
+        """Every row with all its keys side by side."""
+
+        def wide(x, front, back):
+            """[*front, *batch, *back] with the batch (2, 3)."""
+            batch = x.shape[front : x.ndim - back]
+            x = x.reshape(*x.shape[:front], *batch, *[1] * (2 - len(batch)), *x.shape[x.ndim - back :])
+            return jnp.broadcast_to(x, (*x.shape[:front], 2, 3, *x.shape[x.ndim - back :]))
+
+        k, v = (jnp.concatenate([wide(x, 1, 2) for x in of], -2) for of in (keys, values))
+        at = jnp.concatenate([wide(kv.positions, 0, 1) for kv in segments], -1)
+        valid = jnp.concatenate([wide(kv.valid, 0, 1) for kv in segments], -1)
+        scores = jnp.einsum("bgtkrd,kbgsd->bgtkrs", q.reshape(2, 3, 4, 2, 2, HEAD_DIM), k) * HEAD_DIM**-0.5
+        scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+        age = positions[..., None] - at[..., None, :]
+        seen = valid[..., None, :] & (age >= 0) & (age < (window or 99))
+        out = jax.nn.softmax(jnp.where(seen[:, :, :, None, None], scores, -1e30), -1)
+        return (jnp.einsum("bgtkrs,kbgsd->bgtkrd", out, v).reshape(q.shape) * weight).sum()
+
+    given = q, [kv.k for kv in segments], [kv.v for kv in segments]
+    mine, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*given) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), mine, theirs)
 
 
 def test_keys_of_later_positions_are_not_seen():

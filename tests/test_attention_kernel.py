@@ -139,7 +139,7 @@ def test_devices_hold_their_own_rows_only():
     assert "all-gather" not in jax.jit(jax.grad(loss)).lower(q).compile().as_text()
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "linear"])
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
 def test_an_encoder_that_uses_it(lora_roles, params, sizes, remat):
     """Log-probs of responses and their gradients by the adapters, on one device and on eight."""

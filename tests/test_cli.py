@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nlae_jax import stages
+from nlae_jax import cli, stages
 from nlae_jax.cli import main
 from nlae_jax.errors import UserError
 
@@ -758,3 +758,16 @@ def test_our_own_mistakes_are_not_hidden(tiny_run, workdir, monkeypatch):
     monkeypatch.setitem(stages.STAGES, "extract", mistake)
     with pytest.raises(ZeroDivisionError):
         main(tiny_run.arguments(workdir))
+
+
+def test_the_command_starts_itself_once_more_with_large_pages(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *what: started.append(what))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "nlae_jax", "bench"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    cli._with_huge_pages()
+    cli._with_huge_pages()
+    assert started == [(sys.executable, [sys.executable, "-m", "nlae_jax", "bench"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"

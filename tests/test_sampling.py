@@ -210,3 +210,14 @@ def test_draws_come_as_often_as_they_are_likely():
     # A token without a chance is never drawn, not even at the end of a range.
     masked = jnp.where(jnp.arange(600) % 2 == 0, logits, -jnp.inf)
     assert (np.asarray(categorical(jnp.linspace(0, 1, 999, endpoint=False), jnp.tile(masked, (999, 1)))) % 2 == 0).all()
+
+
+def test_targets_at_the_ends_of_ranges_take_tokens_with_a_chance():
+    rng = np.random.default_rng(1)
+    logits = np.where(rng.random((64, 1000)) < 0.02, rng.normal(0, 4, (64, 1000)), -np.inf).astype(np.float32)
+    logits[:, 700:] = -np.inf
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    ends = np.cumsum(weights, -1) / weights.sum(-1, keepdims=True)
+    for column in range(0, 1000, 100):
+        tokens = np.asarray(categorical(jnp.asarray(np.minimum(ends[:, column], 1 - 2**-24)), jnp.asarray(logits)))
+        assert (np.take_along_axis(weights, tokens[:, None], -1) > 0).all()

@@ -96,7 +96,7 @@ def test_rl_has_something_to_learn_from(tiny_run):
     rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "rl"]
     assert all(row["extraction_rate"] > 0 and row["grad_norm_encoder"] > 0.01 for row in rows)
     assert all(row["grad_norm_decoder"] > 0 and row["explanation_tokens"] > 0 for row in rows)
-    assert rows[0]["kl"] == 0 < rows[-1]["kl"]  # the reference is the encoder before RL
+    assert rows[0]["kl"] < 1e-10 < 1e-8 < rows[-1]["kl"]  # the reference is the encoder before RL, up to rounding
 
 
 def test_logp_gap_is_small(tiny_run):

@@ -217,13 +217,15 @@ class _Writer:
         activations = np.asarray(read[0])[: batch.count]
         if not np.isfinite(activations).all():
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
+        likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
         self._settle()
-        self._stop = batch.start + batch.count
-        self._writes.append(self._vectors[batch.start : self._stop].write(activations))
+        stop = batch.start + batch.count
+        writes = [self._vectors[batch.start : stop].write(activations)]
         if self._next_tokens is not None:
-            self._writes.append(self._next_tokens[batch.start : self._stop].write(np.asarray(read[1])[: batch.count]))
-        for write in self._writes:
+            writes.append(self._next_tokens[batch.start : stop].write(likeliest))
+        for write in writes:
             write.commit.force()
+        self._writes, self._stop = writes, stop  # only now: what is counted has been given to be written whole
 
     def _settle(self) -> None:
         """Waits until what is being written is on disk, and counts it."""

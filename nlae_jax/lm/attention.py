@@ -93,9 +93,9 @@ def attend(
     """Attention of one segment's queries to the keys of several segments, under one softmax.
 
     q: [*batch, T, heads, head_dim], q_positions: [*batch, T]. The batch axes of every entry of `segments` are a
-    prefix of q's. A key is seen if it is valid, its position is not after the query's and, with a `window`, less
-    than so many before it. Scores are multiplied by `scale` (head_dim ** -0.5 unless given) and, with a `softcap`,
-    squashed below it. Returns q's shape.
+    prefix of q's; a cache may have them as one (`empty_caches`). A key is seen if it is valid, its position is not
+    after the query's and, with a `window`, less than so many before it. Scores are multiplied by `scale`
+    (head_dim ** -0.5 unless given) and, with a `softcap`, squashed below it. Returns q's shape.
 
     `implementation` is one of `IMPLEMENTATIONS` or "auto": "pallas" on a TPU, else "xla". Single queries (decoding) and
     more keys than the kernel has room for take "xla" whatever is asked for.
@@ -129,7 +129,7 @@ def attend_xla(
         seen.append(visible if window is None else visible & (age < window))
     scale = head_dim**-0.5 if scale is None else scale
     out = _softmax_of_segments(scale, softcap, queries, tuple(keys), tuple(values), tuple(seen))
-    return out.transpose(1, 2, 0, 3, 4).reshape(q.shape).astype(q.dtype)
+    return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
 
 
 # Below, K = kv_heads, N = rows, R = query heads per kv head. Queries are [K, N, T, R, D]; a segment's keys and values
@@ -168,7 +168,7 @@ def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _softmax_of_segments(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any) -> jax.Array:
-    """The attention itself, [K, N, T, R, D] float32; `keys`, `values` and `seen` have an entry per segment.
+    """The attention itself, [K, N, T, R, D] like q; `keys`, `values` and `seen` have an entry per segment.
 
     Its gradient is written out (Dao et al. 2022): kept are the output and the softmax's maximum and denominator, from
     which each segment's weights are made again, instead of the scores.
@@ -185,15 +185,14 @@ def _forward(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any,
     weights = [jnp.exp(score - top.reshape(*score.shape[:-1], 1)) for score in scores]
     denominator = sum(weight.sum(-1).reshape(top.shape) for weight in weights)
     numerator = sum(_weighted(weight, v) for weight, v in zip(weights, values, strict=True))
-    out = checkpoint_name(numerator / denominator[..., None], "attention")
-    top, denominator = (checkpoint_name(x, "attention") for x in (top, denominator))
+    out = (numerator / denominator[..., None]).astype(q.dtype)
+    out, top, denominator = (checkpoint_name(x, "attention") for x in (out, top, denominator))
     return out, (q, keys, values, seen, out, top, denominator)
 
 
 def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
     q, keys, values, seen, out, top, denominator = kept
-    shift = (gradient * out).sum(-1)
-    gradient = gradient.astype(values[0].dtype)
+    shift = (gradient.astype(jnp.float32) * out).sum(-1)
     of_q, of_keys, of_values = jnp.zeros(q.shape, jnp.float32), [], []
     for k, v, m in zip(keys, values, seen, strict=True):
         score, counted = _scores(scale, softcap, q, k, m)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -102,6 +103,7 @@ def attend(
     rows = q.swapaxes(-2, -3).reshape(*batch, kv_heads, heads // kv_heads, length, head_dim)
     keys, values = (tuple(jnp.moveaxis(getattr(kv, name), 0, -3) for kv in segments) for name in ("k", "v"))
     out = _fused(static, limit, _padded(at, _up(block, _LANES)), place, rows, keys, values)
+    out = checkpoint_name(out, "attention")
     return out.reshape(*batch, heads, length, head_dim).swapaxes(-2, -3)
 
 

@@ -34,10 +34,8 @@ def log_probs(
 
     @jax.checkpoint
     def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        of_tokens = jax.nn.log_softmax(logits(inputs[0], weight, softcap))
-        chosen = jnp.take_along_axis(of_tokens, inputs[1][..., None], -1)[..., 0]
-        frozen = jax.lax.stop_gradient(of_tokens)
-        return None, (chosen, -(jnp.exp(frozen) * frozen).sum(-1))
+        chosen, entropy, *_ = _softmax(logits(inputs[0], weight, softcap), inputs[1])
+        return None, (chosen, jax.lax.stop_gradient(entropy))
 
     _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk))
     return _joined(chunks, targets.shape)
@@ -55,7 +53,8 @@ def loss(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The sum of `loss_of(log-probs, *extras)` over chunks, and `log_probs` as it would give them, without gradient.
 
-    x: [B, ..., d], targets and every extra: [B, ...]. The gradient is taken chunk by chunk while the logits are there
+    x: [B, ..., d], targets and every extra: [B, ...]; extras get no gradient, and `loss_of` must be finite where they
+    are zero: chunks are filled up so. The gradient is taken chunk by chunk while the logits are there
     (as Liger does, Hsu et al. 2024): one pass over the vocabulary less than computing them again.
     """
     return _loss_with_gradient(loss_of, softcap, chunk, x, weight, targets, extras)[0]
@@ -67,12 +66,7 @@ def _loss_with_gradient(
     def one(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x, targets, *extras = inputs
         capped = logits(x, weight, softcap)
-        top = capped.max(-1, keepdims=True)
-        exponentials = jnp.exp(capped - top)
-        denominator = exponentials.sum(-1, keepdims=True)
-        log_denominator = (top + jnp.log(denominator))[..., 0]
-        chosen = jnp.take_along_axis(capped, targets[..., None], -1)[..., 0] - log_denominator
-        entropy = log_denominator - (exponentials * capped).sum(-1) / denominator[..., 0]
+        chosen, entropy, exponentials, denominator = _softmax(capped, targets)
         added, slope = jax.value_and_grad(loss_of)(chosen, *extras)
         one_hot = jax.nn.one_hot(targets, weight.shape[0], dtype=jnp.float32)
         of_logits = slope[..., None] * (one_hot - exponentials / denominator)
@@ -97,6 +91,17 @@ def _scaled_gradient(
 
 
 loss.defvjp(_loss_with_gradient, _scaled_gradient)
+
+
+def _softmax(capped: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """log p(target) and entropy [...], exponentials [..., V] and their sum [..., 1] of capped logits [..., V]."""
+    top = jax.lax.stop_gradient(capped.max(-1, keepdims=True))
+    exponentials = jnp.exp(capped - top)
+    denominator = exponentials.sum(-1, keepdims=True)
+    log_denominator = (top + jnp.log(denominator))[..., 0]
+    chosen = jnp.take_along_axis(capped, targets[..., None], -1)[..., 0] - log_denominator
+    entropy = log_denominator - (exponentials * capped).sum(-1) / denominator[..., 0]
+    return chosen, entropy, exponentials, denominator
 
 
 def _chunked(arrays: tuple[jax.Array, ...], batch: tuple[int, ...], chunk: int) -> tuple[jax.Array, ...]:

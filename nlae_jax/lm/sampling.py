@@ -49,13 +49,20 @@ def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     cells = weights.sum(-1)
     ends = jnp.cumsum(cells, -1)
     target = uniform[..., None] * ends[..., -1:]
-    cell = jnp.minimum((ends <= target).sum(-1, keepdims=True), cells.shape[-1] - 1)
+    cell = _first_beyond(ends, target, cells)
     within = jnp.take_along_axis(weights, cell[..., None], -2)[..., 0, :]
     begin = jnp.take_along_axis(ends - cells, cell, -1)
-    index = (jnp.cumsum(within, -1) <= target - begin).sum(-1, keepdims=True)
-    # A sum rounded down may leave the target beyond the last token that has a chance.
-    last = _CELL - 1 - jnp.argmax(within[..., ::-1] > 0, -1, keepdims=True)
-    return (cell * _CELL + jnp.minimum(index, last))[..., 0].astype(jnp.int32)
+    return (cell * _CELL + _first_beyond(jnp.cumsum(within, -1), target - begin, within))[..., 0].astype(jnp.int32)
+
+
+def _first_beyond(ends: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
+    """The first entry with a weight whose end lies beyond the target, [..., 1]; the last with a weight if none does.
+
+    Sums are rounded, so that the target may lie outside of them by a little on either side.
+    """
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, -1, keepdims=True)
+    beyond = (ends > target) & (weights > 0)
+    return jnp.where(beyond.any(-1, keepdims=True), jnp.argmax(beyond, -1, keepdims=True), last)
 
 
 def sample(

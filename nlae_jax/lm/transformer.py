@@ -187,7 +187,7 @@ class Transformer(nn.Module):
 
     arch: Arch
     lora_scale: float = 1.0
-    remat: str = "dots"
+    remat: str = "linear"
     attention: str = "auto"
     param_dtype: Any = jnp.float32
 
@@ -320,8 +320,8 @@ def _layer(stacked: Any, index: Any) -> Any:
 def decode_weights(role: nn.Module, variables: Any) -> list[BlockWeights] | None:
     """What a decode loop should read of a module with an `lm`: on CPU its blocks unstacked, else the stack in place.
 
-    There a slice of the stack is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere it
-    is part of the product that reads it, and the copy would take the base's memory once more.
+    There a slice of the stack is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere
+    copies would take the base's memory once more, for what the compiler can make part of the product that reads it.
     """
     return (
         role.apply(variables, method=lambda role: role.lm.block_weights()) if jax.default_backend() == "cpu" else None

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
     layer: int
     protocol: Protocol
     lora_scale: float = 1.0
-    remat: str = "dots"
+    remat: str = "linear"
     attention: str = "auto"
 
     def setup(self) -> None:

@@ -30,7 +30,7 @@ class Encoder(nn.Module):
     arch: Arch
     protocol: Protocol
     lora_scale: float = 1.0
-    remat: str = "dots"
+    remat: str = "linear"
     attention: str = "auto"
 
     def setup(self) -> None:

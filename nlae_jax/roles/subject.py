@@ -15,9 +15,10 @@ class Subject(nn.Module):
     """Variables: `params/lm`."""
 
     arch: Arch
+    attention: str = "auto"
 
     def setup(self) -> None:
-        self.lm = Transformer(self.arch)
+        self.lm = Transformer(self.arch, attention=self.attention)
 
     def logits(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, V] float32."""
