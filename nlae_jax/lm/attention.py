@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.arch import Arch, LinearRope
+from nlae_jax.mesh import platform_of
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
 MASKED = -1e30
@@ -101,7 +102,7 @@ def attend(
     more keys than the kernel has room for take "xla" whatever is asked for.
     """
     if implementation == "auto":
-        implementation = "pallas" if jax.default_backend() == "tpu" else "xla"
+        implementation = "pallas" if platform_of(q) == "tpu" else "xla"
     if q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
         implementation = "xla"
     return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)

@@ -20,6 +20,7 @@ from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
 from nlae_jax.lm.lora import linear
+from nlae_jax.mesh import platform_of
 
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
@@ -323,9 +324,9 @@ def decode_weights(role: nn.Module, variables: Any) -> list[BlockWeights] | None
     There a slice of the stack is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere
     copies would take the base's memory once more, for what the compiler can make part of the product that reads it.
     """
-    return (
-        role.apply(variables, method=lambda role: role.lm.block_weights()) if jax.default_backend() == "cpu" else None
-    )
+    if platform_of(jax.tree.leaves(variables)[0]) != "cpu":
+        return None
+    return role.apply(variables, method=lambda role: role.lm.block_weights())
 
 
 def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[str, Any]:
