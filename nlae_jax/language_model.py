@@ -43,10 +43,10 @@ class LanguageModel:
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
             first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
-            weights = decode_weights(subject, variables(params))
+            laid_out, weights = decode_weights(subject, variables(params))
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                return subject.apply(variables(params), token, step, start, contexts, caches, weights, method="decode")
+                return subject.apply(laid_out, token, step, start, contexts, caches, weights, method="decode")
 
             caches = subject.empty_caches(start, limit, contexts[0][0].k.dtype)
             return sample(

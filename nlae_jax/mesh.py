@@ -1,12 +1,13 @@
 """The device mesh: the one place that knows device axes.
 
-Everything else names logical axes (`arch.Weight.axes`, "batch"); `RULES` maps those to mesh axes.
+Everything else names logical axes (`arch.Weight.axes`, "batch"); `RULES` maps those to mesh axes, and `DECODE_RULES`
+does while tokens are sampled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ from nlae_jax.lm.arch import Weight
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
     "batch": ("data", "fsdp"),  # activations are split over both; parameters are replicated over "data"
     "vocab": "tensor",
     "embed": "fsdp",
@@ -29,6 +32,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "norm": None,
     "rank": None,
+}
+
+# A decode step reads every weight for a few rows: gathering what "fsdp" splits would move the model once a token. So
+# every matrix is split by its other axis, over both, which moves it once a rollout, and rows meet it whole.
+DECODE_RULES: Rules = {
+    **RULES,
+    "embed": None,
+    "rows": "data",  # of a residual stream
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor", "fsdp")),
 }
 
 
@@ -54,18 +66,53 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def weight_sharding(mesh: Mesh, weight: Weight) -> NamedSharding:
-    """Splits each axis as `RULES` say; one whose length the devices do not divide stays whole."""
+def weight_sharding(mesh: Mesh | AbstractMesh, weight: Weight, rules: Rules = RULES) -> NamedSharding:
+    """Splits each axis as the rules say; one whose length the devices do not divide stays whole."""
     axes = zip(weight.shape, weight.axes, strict=True)
-    return NamedSharding(mesh, PartitionSpec(*(split(mesh, axis, length) for length, axis in axes)))
+    return NamedSharding(mesh, PartitionSpec(*(split(mesh, axis, length, rules) for length, axis in axes)))
 
 
-def split(mesh: Mesh | AbstractMesh, axis: str, length: int) -> str | tuple[str, ...] | None:
-    """The mesh axes that split a logical axis of this length; None where they do not divide it."""
-    rule = RULES[axis]
+def split(mesh: Mesh | AbstractMesh, axis: str, length: int, rules: Rules = RULES) -> str | tuple[str, ...] | None:
+    """The mesh axes that split a logical axis of this length; None where they do not divide it.
+
+    Of several axes the last ones are left out where all together do not divide it.
+    """
+    rule = rules[axis]
     names = (rule,) if isinstance(rule, str) else rule or ()
-    parts = math.prod(mesh.shape.get(name, 1) for name in names)
-    return rule if parts > 1 and length % parts == 0 else None
+    while names:
+        parts = math.prod(mesh.shape.get(name, 1) for name in names)
+        if length % parts == 0:
+            return (rule if isinstance(rule, str) else names) if parts > 1 else None
+        names = names[:-1]
+    return None
+
+
+def constrained(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES, together: int = 1) -> jax.Array:
+    """`x`, inside a jitted function, with its axes split as the rules say; None is an axis that stays whole.
+
+    So many entries of the last axis stay `together`. The mesh is the one that x's type carries: nobody hands one to a
+    model. Without one, or with one device, x itself.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.size == 1:
+        return x
+    lengths = (*x.shape[:-1], x.shape[-1] // together)
+    spec = (axis and split(mesh, axis, length, rules) for axis, length in zip(axes, lengths, strict=True))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def row_parts(x: jax.Array) -> int:
+    """Into how many parts devices split the rows of `x`, inside a jitted function."""
+    mesh = jax.typeof(x).sharding.mesh
+    names = () if mesh.empty else split(mesh, "batch", x.shape[0]) or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def constrained_tree(tree: Any, weights: Any, rules: Rules) -> Any:
+    """`constrained` of every array in a tree whose weights are declared so."""
+    return jax.tree.map(
+        lambda weight, x: constrained(x, weight.axes, rules), weights, tree, is_leaf=lambda x: isinstance(x, Weight)
+    )
 
 
 def tree_shardings(mesh: Mesh, weights: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,8 @@ import optax
 import pytest
 
 from nlae_jax.config import Config, MeshConfig
-from nlae_jax.lm.arch import model_weights
+from nlae_jax.lm import transformer
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles.protocol import blank_tokens, response_ids
 from nlae_jax.train import objectives
@@ -20,6 +23,7 @@ from nlae_jax.train.state import (
     RlState,
     Roles,
     RoleState,
+    abstract_params,
     init_decoder,
     init_encoder,
     init_role,
@@ -34,10 +38,11 @@ from nlae_jax.train.steps import (
     encoder_sft_step,
     in_microbatches,
     rl_step,
+    rollout,
 )
 from tests.conftest import drawn_params, perturbed, tiny_config, vectors
 
-ONE, MESHES = (1, 1, 1), [(1, 8, 1), (2, 2, 2), (8, 1, 1)]
+ONE, MESHES = (1, 1, 1), [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]
 BATCH, GROUP, RESPONSE = 8, 2, 8
 
 
@@ -196,6 +201,42 @@ def test_the_first_step_is_on_policy_and_at_the_reference(rank, alone):
 @pytest.mark.parametrize("rank", [4, 0])
 def test_eight_devices_are_one_device(rank, sizes, settings, alone):
     assert_metrics_close(train(settings[rank], sizes).metrics, alone(rank).metrics, 1e-4)
+
+
+def most_exchanged(arch, protocol, sizes) -> int:
+    """Numbers in the largest exchange between devices inside the decode loop of a rollout, compiled from shapes."""
+    mesh, config = make_mesh(MeshConfig(*sizes)), tiny_config()
+    roles = make_roles(config, arch, protocol)
+    weights = {"trained": roles.encoder_weights(), "base": model_weights(arch)}
+    given = {name: abstract_params(mesh, declared) for name, declared in weights.items()}
+    h = jax.ShapeDtypeStruct((BATCH, arch.d_model), jnp.float32, sharding=batch_sharding(mesh))
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=replicated(mesh))
+
+    @jax.jit
+    def run(trained, base, h, key):
+        return rollout(roles, trained, {"base": base}, h, key, samples_per_activation=1, max_new_tokens=RESPONSE)
+
+    program = run.lower(given["trained"], given["base"], h, key).compile()
+    results = [
+        re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line)
+        for line in program.as_text().splitlines()
+        if "decode/while/body" in line
+    ]
+    shapes = [re.findall(r"\[([\d,]*)\]", found[1]) for found in results if found]
+    return max(sum(math.prod(map(int, filter(None, s.split(",")))) for s in result) for result in shapes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_no_weight_is_moved_inside_the_decode_loop(sizes, protocol, monkeypatch):
+    """Every part of a matrix that would have to be gathered is larger than anything that rows exchange."""
+    arch = Arch(
+        vocab_size=128, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=512, tied_head=True
+    )
+    smallest = arch.d_model * arch.num_kv_heads * arch.head_dim // sizes[2]
+    assert most_exchanged(arch, protocol, sizes) <= BATCH * arch.d_model + BATCH * 4 < smallest
+    if sizes == (1, 8, 1):  # where weights stay as training has them, they are gathered at every token
+        monkeypatch.setattr(transformer, "constrained_tree", lambda tree, *_: tree)
+        assert most_exchanged(arch, protocol, sizes) >= smallest
 
 
 def test_both_roles_learn(settings, alone):

@@ -1,6 +1,8 @@
 """The language-model head on many tokens, in chunks: no array of [tokens, vocabulary] outlives one.
 
-A chunk holds tokens of every row of the first axis, so that devices that split the rows split its work.
+A chunk holds tokens of every row of the first axis, so that devices that split the rows split its work, and as many
+for each of them. What they exchange does not grow with the number of chunks: the weights are gathered before the first,
+and every device sums its own part of their gradient until after the last.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from nlae_jax.mesh import constrained, row_parts
 
 # (log-probs [...], *extras [...]) -> what these tokens add to the loss, []; nothing where the extras are zero.
 LossOf = Callable[..., jax.Array]
@@ -28,16 +32,17 @@ def log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
 
-    At most `chunk` tokens (or B) at a time, whose logits are recomputed for a backward pass. The entropy carries no
-    gradient.
+    At most `chunk` tokens (or B) at a time on each device, whose logits are recomputed for a backward pass. The entropy
+    carries no gradient.
     """
+    weight = constrained(weight, ("vocab", None))
 
     @jax.checkpoint
     def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         chosen, entropy, *_ = _softmax(logits(inputs[0], weight, softcap), inputs[1])
         return None, (chosen, jax.lax.stop_gradient(entropy))
 
-    _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk))
+    _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk * row_parts(x)))
     return _joined(chunks, targets.shape)
 
 
@@ -63,6 +68,10 @@ def loss(
 def _loss_with_gradient(
     loss_of: LossOf, softcap: float, chunk: int, x: jax.Array, weight: jax.Array, targets: jax.Array, extras: Any
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    parts, chunk = row_parts(x), chunk * row_parts(x)
+    weight = constrained(weight, ("vocab", None))
+    by_part = lambda of: of.reshape(parts, -1, *of.shape[1:])  # noqa: E731
+
     def one(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x, targets, *extras = inputs
         capped = logits(x, weight, softcap)
@@ -74,13 +83,15 @@ def _loss_with_gradient(
             of_logits = of_logits * (1 - jnp.square(capped / softcap))
         of_logits = of_logits.astype(x.dtype)
         of_x = jnp.einsum("bnv,vd->bnd", of_logits, weight)
-        of_weight = jnp.einsum("bnv,bnd->vd", of_logits, x, preferred_element_type=jnp.float32)
-        return (sums[0] + added, sums[1] + of_weight), (of_x, chosen, entropy)
+        of_weight = jnp.einsum("pbnv,pbnd->pvd", by_part(of_logits), by_part(x), preferred_element_type=jnp.float32)
+        of_weight = constrained(sums[1] + of_weight, ("batch", "vocab", None))
+        return (sums[0] + added, of_weight), (of_x, chosen, entropy)
 
-    zeros = jnp.zeros(()), jnp.zeros(weight.shape, jnp.float32)
+    zeros = jnp.zeros(()), jnp.zeros((parts, *weight.shape), jnp.float32)
     (total, of_weight), (of_x, *rows) = jax.lax.scan(one, zeros, _chunked((x, targets, *extras), targets.shape, chunk))
     (of_x,) = _joined((of_x,), targets.shape)
-    return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight.astype(weight.dtype))
+    of_weight = constrained(of_weight.sum(0), ("vocab", "embed")).astype(weight.dtype)
+    return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight)
 
 
 def _scaled_gradient(

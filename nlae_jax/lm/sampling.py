@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nlae_jax.mesh import DECODE_RULES, constrained
+
 
 class Samples(NamedTuple):
     """Sampled responses; `*batch` is any shape.
@@ -85,6 +87,9 @@ def sample(
     closing_ids = jnp.asarray(closing, jnp.int32)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Made where the head is split, drawn from where the row is.
+        logits = constrained(logits, ("rows", *[None] * (logits.ndim - 2), "vocab"), DECODE_RULES)
+        logits = constrained(logits, ("batch", *[None] * (logits.ndim - 1)))
         if temperature == 0:
             token = jnp.argmax(logits, -1)
         else:

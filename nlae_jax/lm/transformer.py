@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
-from nlae_jax.lm.lora import linear
-from nlae_jax.mesh import platform_of
+from nlae_jax.lm.lora import adapter_weights, linear
+from nlae_jax.mesh import DECODE_RULES, RULES, constrained, constrained_tree, platform_of
 
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
@@ -120,12 +120,13 @@ class Block:
         offset: jax.Array | int = 0,
         layer: Layer | None = None,
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-        layer = layer or Layer()
+        layer, decoding = layer or Layer(), own is not None
         seen, outs, caches = list(contexts), [], []
         for i, x in enumerate(xs):
+            x = _residual(x, decoding)
             with jax.named_scope("attention"):
                 normed = self._norm(x, weights, "attn_norm")
-                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope))
+                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope), decoding)
                 if own is None:
                     keys = KeyValues(k, v, self.positions[i], self.valid[i])
                 else:
@@ -142,13 +143,16 @@ class Block:
                     layer.window,
                     self.implementation,
                 )
-                mixed = self._linear(mixed.reshape(*x.shape[:-1], -1), weights, adapters, "o")
+                mixed = mixed.reshape(*x.shape[:-1], -1)
+                if decoding:
+                    mixed = _by_column(self._by_row(mixed))
+                mixed = _residual(self._linear(mixed, weights, adapters, "o"), decoding)
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
                 normed = self._norm(x, weights, "mlp_norm")
                 gate, up = (self._linear(normed, weights, adapters, name) for name in ("gate", "up"))
                 mixed = self._linear(ACTIVATIONS[self.arch.activation](gate) * up, weights, adapters, "down")
-                x = x + self._norm(mixed, weights, "mlp_post_norm")
+                x = x + self._norm(_residual(mixed, decoding), weights, "mlp_post_norm")
             outs.append(x)
         return tuple(outs), tuple(caches)
 
@@ -162,13 +166,28 @@ class Block:
         y = linear(x, weights[name], adapters.get(name), self.lora_scale)
         return checkpoint_name(y + weights[f"{name}_bias"] if name in self.arch.biases else y, name)
 
+    def _by_row(self, y: jax.Array) -> jax.Array:
+        """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
+        axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
+        return constrained(y, axes, together=y.shape[-1] // self.arch.num_kv_heads)
+
     def _project(
-        self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, rope: tuple[jax.Array, jax.Array]
+        self,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        decoding: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim]."""
+        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim].
+
+        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead.
+        """
 
         def heads(name: str, count: int) -> jax.Array:
             y, norm = self._linear(x, weights, adapters, name), f"{name}_norm"
+            if decoding:  # the product where its matrix is, or that would be gathered
+                y = self._by_row(_by_column(y))
             if self.arch.qk_norm == "all":
                 y = self._norm(y, weights, norm)
             y = y.reshape(*x.shape[:-1], count, self.arch.head_dim)
@@ -233,7 +252,7 @@ class Transformer(nn.Module):
             weights, adapters, layer = inputs
             weights = weights if not partial else _layer(self.blocks, weights)
             xs, caches = block(weights, adapters, xs, layer=layer)
-            return xs, caches if keep_caches else None
+            return xs, jax.tree.map(_cache, caches) if keep_caches else None
 
         # A part of the stack is read in place, block by block: slicing it first would copy it.
         partial = (start, stop) != (0, self.arch.num_layers)
@@ -299,9 +318,27 @@ class Transformer(nn.Module):
         return Segment(self.embed(ids), jnp.maximum(jnp.cumsum(mask, -1) - 1, 0).astype(jnp.int32), mask.astype(bool))
 
 
+def _by_column(y: jax.Array) -> jax.Array:
+    """What decoding's matrices read or give [*batch, T, columns], split as they are."""
+    return constrained(y, ("rows", *[None] * (y.ndim - 2), "heads"), DECODE_RULES)
+
+
+def _residual(x: jax.Array, decoding: bool) -> jax.Array:
+    """A residual stream [*batch, T, d] split over devices by its rows alone."""
+    rows = (("rows" if decoding else "batch"),) if x.ndim > 2 else (None,)  # the constant prompt has no rows
+    return constrained(x, (*rows, *[None] * (x.ndim - 1)), DECODE_RULES if decoding else RULES)
+
+
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int) -> jax.Array:
     """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.reshape(*cache.shape[:2], *new.shape[-2:]), offset, axis=2)
+    new = new.reshape(*cache.shape[:2], *new.shape[-2:])
+    return _cache(jax.lax.dynamic_update_slice_in_dim(cache, new, offset, axis=2))
+
+
+def _cache(x: jax.Array) -> jax.Array:
+    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them."""
+    batch = ("batch",) if x.ndim > 3 else ()
+    return constrained(x, ("kv_heads", *batch, *[None] * (x.ndim - 1 - len(batch))))
 
 
 def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
@@ -318,15 +355,22 @@ def _layer(stacked: Any, index: Any) -> Any:
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)
 
 
-def decode_weights(role: nn.Module, variables: Any) -> list[BlockWeights] | None:
-    """What a decode loop should read of a module with an `lm`: on CPU its blocks unstacked, else the stack in place.
+def decode_weights(role: nn.Module, variables: Any) -> tuple[Any, list[BlockWeights] | None]:
+    """What a decode loop should read of a module with an `lm`: its variables, and on CPU its blocks unstacked.
 
-    There a slice of the stack is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere
-    copies would take the base's memory once more, for what the compiler can make part of the product that reads it.
+    On a mesh the variables are laid out anew (`mesh.DECODE_RULES`), once for all tokens. On a CPU a slice of the stack
+    is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere copies would take the base's
+    memory once more, for what the compiler can make part of the product that reads it.
     """
-    if platform_of(jax.tree.leaves(variables)[0]) != "cpu":
-        return None
-    return role.apply(variables, method=lambda role: role.lm.block_weights())
+    lm = constrained_tree(variables["params"]["lm"], model_weights(role.arch), DECODE_RULES)
+    variables = {**variables, "params": {**variables["params"], "lm": lm}}
+    if adapters := variables.get("lora", {}).get("lm", {}).get("blocks"):
+        rank = next(iter(adapters.values()))["a"].shape[1]
+        adapters = constrained_tree(adapters, adapter_weights(role.arch, rank), DECODE_RULES)
+        variables["lora"] = {"lm": {"blocks": adapters}}
+    if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
+        return variables, None
+    return variables, role.apply(variables, method=lambda role: role.lm.block_weights())
 
 
 def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -156,10 +156,10 @@ def rollout(
         logits, contexts = encoder.apply(variables, h_BxD, method="prefill")
     dtype = contexts[0][0].k.dtype
     caches = encoder.empty_caches(batch, max_new_tokens, dtype)
-    weights = decode_weights(encoder, variables)
+    decode_variables, weights = decode_weights(encoder, variables)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        return encoder.apply(variables, token, step, contexts, caches, weights, method="decode")
+        return encoder.apply(decode_variables, token, step, contexts, caches, weights, method="decode")
 
     with jax.named_scope("decode"):
         return sample(
