@@ -107,50 +107,51 @@ ENTRY %e (a: f32[8,128]) -> f32[8,128] {
 }
 """
     found = cost_of(parse(text), ONE)
-    assert (found.flops, found.kernel_flops, found.bytes) == (640, 640, 77)
+    assert (found.flops, found.kernel_flops, found.bytes) == (640, 640, 2 * 8 * 128 * 4)
 
 
-def collectives(function, sizes, *specs, shapes=((64, 32),), out=PartitionSpec()):
+def exchanged(function, sizes, spec, *shapes):
+    """Collectives of a function that each device of a mesh runs on its parts, all split by one spec."""
     mesh = make_mesh(MeshConfig(*sizes))
-    placed = [array(*shape, sharding=NamedSharding(mesh, spec)) for shape, spec in zip(shapes, specs, strict=True)]
-    found = counted(function, *placed, axes=dict(mesh.shape), out_shardings=NamedSharding(mesh, out))
-    return found.total().collectives
+    run = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
+    placed = [array(*shape, sharding=NamedSharding(mesh, spec)) for shape in shapes]
+    return counted(run, *placed, axes=dict(mesh.shape)).total().collectives
 
 
 @pytest.mark.parametrize(
     ("axis", "sizes"), [("fsdp", (2, 4, 1)), ("fsdp", (1, 8, 1)), ("tensor", (1, 2, 4)), ("data", (2, 2, 2))]
 )
 def test_an_all_gather_over_one_axis(axis, sizes):
-    found = collectives(lambda x: x * 2, sizes, PartitionSpec(axis))
     parts = sizes[AXES.index(axis)]
+    found = exchanged(lambda x: jax.lax.all_gather(x, axis, tiled=True), sizes, PartitionSpec(axis), (64, 32))
     assert found == {("all-gather", axis): (1, 64 * 32 * 4 * (parts - 1) / parts)}
 
 
 def test_an_all_reduce_over_two_axes():
-    split = PartitionSpec(None, ("data", "fsdp")), PartitionSpec(("data", "fsdp"))
-    found = collectives(jnp.matmul, (2, 2, 2), *split, shapes=((16, 32), (32, 8)))
-    assert found == {("all-reduce", "data+fsdp"): (1, 2 * 16 * 8 * 4 * 3 / 4)}
+    found = exchanged(lambda x: jax.lax.psum(x, ("data", "fsdp")), (2, 2, 2), PartitionSpec("tensor"), (64, 32))
+    assert found == {("all-reduce", "data+fsdp"): (1, 2 * 32 * 32 * 4 * 3 / 4)}
+
+
+def test_a_reduce_scatter():
+    scatter = lambda x: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)  # noqa: E731
+    found = exchanged(scatter, (2, 4, 1), PartitionSpec("data"), (64, 32))
+    assert found == {("reduce-scatter", "fsdp"): (1, 32 * 32 * 4 * 3 / 4)}
 
 
 def test_collectives_in_loops_count_every_trip():
-    def run(x, weights):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+    gather = lambda w: jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)  # noqa: E731
 
-    layers, specs = 5, (PartitionSpec(), PartitionSpec(None, "fsdp"))
-    found = collectives(run, (1, 4, 1), *specs, shapes=((16, 32), (layers, 32, 32)))
-    (count, size), *rest = found.values()
-    assert not rest
-    assert count == layers
-    assert size > 0
+    def run(weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), jnp.ones((16, 32)), weights)[0]
+
+    found = exchanged(run, (2, 4, 1), PartitionSpec(None, None, "fsdp"), (5, 32, 32))
+    assert found == {("all-gather", "fsdp"): (5, 5 * 32 * 32 * 4 * 3 / 4)}
 
 
 def test_permutations():
-    mesh = make_mesh(MeshConfig(2, 1, 4))
-    spec = PartitionSpec("tensor")
     turn = partial(jax.lax.ppermute, axis_name="tensor", perm=[(i, (i + 1) % 4) for i in range(4)])
-    run = jax.shard_map(turn, mesh=mesh, in_specs=spec, out_specs=spec)
-    found = counted(run, array(64, 4, sharding=NamedSharding(mesh, spec)), axes=dict(mesh.shape)).total()
-    assert found.collectives == {("collective-permute", "tensor"): (1, 16 * 4 * 4)}
+    found = exchanged(turn, (2, 1, 4), PartitionSpec("tensor"), (64, 4))
+    assert found == {("collective-permute", "tensor"): (1, 16 * 4 * 4)}
 
 
 @given(st.tuples(*[st.sampled_from([1, 2, 3])] * 3), st.sets(st.sampled_from(AXES)))
@@ -174,6 +175,19 @@ def test_forms_of_groups():
     assert group_of("replica_groups=[2,4]<=[8], to_apply=%add") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert group_of("replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert group_of("replica_groups={}, to_apply=%add", 3) == [[0, 1, 2]]
+
+
+def test_copies_to_the_chip_read_main_memory_once():
+    text = """
+ENTRY %e (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128] parameter(0)
+  %s = ((f32[8,128]), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:128]}
+  %d = f32[2,128]{1,0:S(1)} slice-done(%s)
+  %c = (f32[8,128]{1,0:S(1)}, f32[8,128], u32[]{:S(2)}) copy-start(%p)
+  ROOT %r = f32[8,128]{1,0:S(1)} copy-done(%c)
+}
+"""
+    assert cost_of(parse(text), ONE).bytes == (2 + 8) * 128 * 4
 
 
 def test_a_slice_reads_what_it_takes():

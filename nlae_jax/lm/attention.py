@@ -36,16 +36,16 @@ class KeyValues(NamedTuple):
     valid: jax.Array
 
 
-def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:
-    """Per block, room for `capacity` tokens whose positions follow `start` [*batch] int32; batch axes as one.
+def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
+    """Room for `capacity` tokens whose positions follow `start` [*batch] int32, in every block; batch axes as one.
 
-    All entries are valid: those not written yet lie at later positions than any query. The batch is one axis because
-    that is how attention multiplies: reshaped in between, each cache was written twice and copied four times a token.
+    `k` and `v` have all blocks on a leading axis. All entries are valid: those not written yet lie at later positions
+    than any query. The batch is one axis because that is how attention multiplies: reshaped in between, each cache was
+    written twice and copied four times a token.
     """
-    shape = (arch.num_kv_heads, start.size, capacity, arch.head_dim)
+    shape = (arch.num_layers, arch.num_kv_heads, start.size, capacity, arch.head_dim)
     positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
-    valid = jnp.ones(positions.shape, bool)
-    return [KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid)] * arch.num_layers
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
 
 
 def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:

@@ -28,6 +28,8 @@ _FREE = frozenset(
         *("opt-barrier", "optimization-barrier", "add-dependency", "domain", "while", "conditional", "call"),
     ]
 )
+_TARGET = r'custom_call_target="(\w+)"'
+_FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -165,13 +167,12 @@ class _Counter:
         opcode, operands = one.opcode, inside.operands(one)
         if opcode in _FREE or opcode.endswith("-done") or opcode in ("send", "recv"):
             return 0.0
-        if opcode == "custom-call":
-            if "AllocateBuffer" in one.attributes:
-                return 0.0
-            if moved := _estimate(one).get("bytes_accessed"):
-                return float(moved)
+        if opcode == "custom-call" and one.attribute(_TARGET) in _FREE_TARGETS:
+            return 0.0
         if opcode == "copy-start":  # (destination, source, context)
             return float(_main(one.outputs[:1]) + sum(map(_main, operands)))
+        if opcode == "slice-start":  # (source, destination, context)
+            return float(_main(one.outputs[1:2]) + (_bytes(one.outputs[1:2]) if _main(operands[0]) else 0))
         if opcode == "fusion":
             called = self.module.computations[one.called["calls"]]
             read = sum(
