@@ -137,6 +137,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
     bench.set_defaults(run=_run_bench)
+    help_text = "compile the real steps for a TPU topology, here: memory and time per chip, fits or what to change"
+    plan = commands.add_parser("plan", help=help_text, description=help_text)
+    plan.add_argument("--config", required=True, help="experiment file with get_config()")
+    plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
+    plan.add_argument("--out", type=Path, help="file that gets the plan as JSON too")
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    plan.set_defaults(run=_run_plan)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
@@ -240,6 +247,28 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.bench import as_table, bench
 
     result = bench(config, options.repeats)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        Console().print(as_table(result))
+    return 0
+
+
+def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nlae_jax.config import load_experiment
+
+    config = load_experiment(options.config, overrides)
+    _start_jax()
+    import json
+
+    from nlae_jax.files import write_json
+    from nlae_jax.plan.report import as_table, plan
+
+    result = plan(config, options.topology)
+    if options.out:
+        write_json(options.out, result)
     if options.json:
         print(json.dumps(result))
     else:

@@ -15,7 +15,7 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.sampling import sample
-from nlae_jax.lm.transformer import decode_weights
+from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import tree_shardings
 from nlae_jax.roles.protocol import chat_ids
@@ -43,16 +43,17 @@ class LanguageModel:
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
             first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
-            laid_out, weights = decode_weights(subject, variables(params))
+            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            given = for_decoding(subject, variables(params), contexts, own)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                return subject.apply(laid_out, token, step, start, contexts, caches, weights, method="decode")
+                held = given.contexts, caches, given.weights
+                return subject.apply(given.variables, token, step, start, *held, method="decode")
 
-            caches = subject.empty_caches(start, limit, contexts[0][0].k.dtype)
             return sample(
                 decode,
                 first,
-                caches,
+                given.own,
                 key,
                 max_new_tokens=limit,
                 closing=(),

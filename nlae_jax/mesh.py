@@ -44,9 +44,13 @@ DECODE_RULES: Rules = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of the first devices, as many as the sizes multiply to. Raises UserError where there are fewer."""
-    available = jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the first devices (jax's, or those given), as many as the sizes multiply to.
+
+    Raises UserError where there are fewer.
+    """
+    devices = jax.devices() if devices is None else devices
+    available = len(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -59,8 +63,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     needed = math.prod(sizes)
     if needed > available:
         raise UserError(f"mesh: {wanted} needs {needed} devices, this machine has {available}")
-    devices = np.array(jax.devices()[:needed]).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def weight_sharding(mesh: Mesh | AbstractMesh, weight: Weight, rules: Rules = RULES) -> NamedSharding:
@@ -129,6 +132,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split: what its size must be divisible by."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def platform_of(x: jax.Array) -> str:
+    """Where x is, or what it is compiled for: `cpu`, `gpu` or `tpu`. Arrays off any mesh are where jax puts them.
+
+    Programs are also compiled for devices that this machine has not (`nlae plan`), so jax's own backend does not tell.
+    """
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -86,15 +86,7 @@ class Run:
             raise UserError(f"{path}: made with other weights than there are now in {names}; bring those back")
         if read_only:
             return
-        flat, devices = flatten(dataclasses.asdict(config)), batch_parts(self.mesh)
-        for whole, parts in MICROBATCHES.items():
-            if flat[whole] % devices:
-                raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
-            if flat[whole] // flat[parts] % devices:
-                raise UserError(
-                    f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
-                    f"should be divisible by mesh data×fsdp = {devices}"
-                )
+        check_batches(config, self.mesh)
         check_datasets(config)
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
         closing = self._protocol(1.0).closing
@@ -269,6 +261,19 @@ class Run:
         """The rows that evaluation uses, in random order; drawn once, by the seed."""
         rows = self.store.plan.rows_of("held_out")
         return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the devices do not divide a batch or a part of it."""
+    flat, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
+    for whole, parts in MICROBATCHES.items():
+        if flat[whole] % devices:
+            raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
+        if flat[whole] // flat[parts] % devices:
+            raise UserError(
+                f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
+                f"should be divisible by mesh data×fsdp = {devices}"
+            )
 
 
 # Held while the process lives; a notebook may open one workdir several times.

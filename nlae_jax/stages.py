@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pyarrow as pa
 
-from nlae_jax.config import SftConfig
+from nlae_jax.config import Config, SftConfig
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
@@ -25,6 +25,7 @@ from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summaris
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import read_json, write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.pretrained import cache_directory
 from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.progress import progress, say
@@ -73,13 +74,13 @@ def extract(run: Run) -> None:
 
 def reader(run: Run, num_next: int) -> activations.Reader:
     """The subject on a batch of documents, each call begun and not waited for."""
-    read, split, whole = jitted_reader(run, num_next), batch_sharding(run.mesh), replicated(run.mesh)
+    read, split, whole = jitted_reader(run.arch, run.config, num_next), batch_sharding(run.mesh), replicated(run.mesh)
     return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
 
 
-def jitted_reader(run: Run, num_next: int) -> Any:
+def jitted_reader(arch: Arch, config: Config, num_next: int) -> Any:
     """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`."""
-    subject, layer = Subject(run.arch, run.config.attention), run.config.subject.layer
+    subject, layer = Subject(arch, config.attention), config.subject.layer
 
     @jax.jit
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:

@@ -171,11 +171,10 @@ def test_rope_depends_on_the_distance_only():
 def test_room_that_is_not_written_yet_lies_after_every_query():
     arch = Arch(8, 8, 3, 2, 1, HEAD_DIM, 8)
     caches = empty_caches(arch, jnp.array([5, 9]), 4, jnp.float32)
-    assert len(caches) == 3
-    assert caches[0].k.shape == caches[0].v.shape == (1, 2, 4, HEAD_DIM)
-    np.testing.assert_array_equal(caches[0].positions, [[5, 6, 7, 8], [9, 10, 11, 12]])
+    assert caches.k.shape == caches.v.shape == (3, 1, 2, 4, HEAD_DIM)
+    np.testing.assert_array_equal(caches.positions, [[5, 6, 7, 8], [9, 10, 11, 12]])
     # A first token at the start position sees its own key alone, whatever lies in the rest.
-    filled = caches[0]._replace(k=caches[0].k + 3.0, v=jnp.arange(8.0).reshape(1, 2, 4, 1) + jnp.zeros(HEAD_DIM))
+    filled = caches._replace(k=caches.k[0] + 3.0, v=jnp.arange(8.0).reshape(1, 2, 4, 1) + jnp.zeros(HEAD_DIM))
     q = jnp.ones((2, 1, 2, HEAD_DIM))
     out = attend(q, jnp.array([[5], [9]]), [filled])
     np.testing.assert_allclose(out[:, 0, 0, 0], [0.0, 4.0], atol=1e-6)

@@ -230,7 +230,8 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
         segment = lambda lm: Segment(lm.embed(token[:, None]), (start + step)[:, None], np.ones((4, 1), bool))  # noqa: E731
         for depth in range(1, arch.num_layers + 1):
             part = params | {"blocks": {name: weight[:depth] for name, weight in params["blocks"].items()}}
-            run = lambda lm, depth=depth: lm.decode(segment(lm), contexts[:depth], own[:depth], step)  # noqa: E731
+            cut = lambda kv, depth=depth: kv._replace(k=kv.k[:depth], v=kv.v[:depth])  # noqa: E731
+            run = lambda lm, cut=cut: lm.decode(segment(lm), [cut(kv) for kv in contexts], cut(own), step)  # noqa: E731
             hidden, grown = Transformer(arch.truncated(depth)).apply({"params": part}, method=run)
             residuals.append(hidden[:, 0])
         return residuals, Transformer(arch).apply({"params": params}, hidden[:, 0], method="logits"), grown

@@ -202,6 +202,15 @@ def test_hub_gives_config_weights_and_tokenizer_but_no_pickles_or_code(tmp_path,
     load_tokenizer(directory)
 
 
+def test_the_hub_is_asked_for_no_weights_where_none_are_needed(tmp_path, hub):
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    shutil.copytree(resolve_model(str(tmp_path / "tiny.gguf")), hub, dirs_exist_ok=True)
+    directory = resolve_model("someone/tiny", weights=False)
+    assert read_arch(directory) == ARCH
+    assert list(hub.glob("*.safetensors"))
+    assert not list(directory.glob("*.safetensors*"))
+
+
 def test_hub_failure_is_one_line_that_names_the_id(hub):
     with pytest.raises(UserError, match=r"^someone/else: .*404 for someone/else") as caught:
         resolve_model("someone/else")

@@ -10,7 +10,15 @@ from nlae_jax.config import MeshConfig
 from nlae_jax.mesh import make_mesh
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import Checkpoints, restore_part
-from nlae_jax.train.state import abstract_params, init_decoder, init_encoder, init_role, kept_in, make_optimizer
+from nlae_jax.train.state import (
+    abstract_params,
+    abstract_role,
+    init_decoder,
+    init_encoder,
+    init_role,
+    kept_in,
+    make_optimizer,
+)
 from nlae_jax.train.steps import decoder_sft_step, encoder_sft_step
 from tests.conftest import drawn_params, perturbed, tiny_config, vectors
 
@@ -200,3 +208,16 @@ def test_bfloat16_moments_are_split_as_parameters_and_resume_bit_for_bit(lora_ro
     jax.tree.map(np.testing.assert_array_equal, step(restored, 3.0), step(state, 3.0))
     trained = restore_part(tmp_path / "2", {"trained": abstract_params(mesh, weights)})["trained"]
     jax.tree.map(np.testing.assert_array_equal, trained, state.trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_abstract_role_is_that_which_init_role_makes(lora_roles, dtype):
+    mesh, optimizer = make_mesh(MeshConfig(2, 2, 2)), make_optimizer(tiny_config(optimizer__moment_dtype=dtype), 1e-2)
+    weights = lora_roles.decoder_weights()
+    abstract, made = (
+        abstract_role(mesh, weights, optimizer),
+        init_role(mesh, weights, drawn_params(weights, 0), optimizer),
+    )
+    of = lambda x: (x.shape, x.dtype, x.sharding.spec)  # noqa: E731
+    assert jax.tree.map(of, abstract) == jax.tree.map(of, made)
+    assert {x.sharding.mesh for x in jax.tree.leaves(abstract)} == {mesh}

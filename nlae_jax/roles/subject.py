@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.attention import KeyValues, empty_caches
-from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer
+from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
 
 
 class Subject(nn.Module):
@@ -45,31 +47,30 @@ class Subject(nn.Module):
         _, likeliest = jax.lax.top_k(self.lm.logits(final[rows, columns]), num_next)
         return activations, likeliest.astype(jnp.int32)
 
-    def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, list[tuple[KeyValues, ...]]]:
-        """Logits [B, V] after each row's last real token, and per block the prompts' keys and values."""
+    def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        """Logits [B, V] after each row's last real token, and the prompts' keys and values, stacked over blocks."""
         segment = self.lm.padded(ids_BxT, mask_BxT)
-        (hidden,), (cache,) = self.lm.run((segment,), keep_caches=True)
+        (hidden,), caches = self.lm.run((segment,), keep_caches=True)
         last = ids_BxT.shape[1] - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=1)
-        contexts = [
-            (KeyValues(cache.k[i], cache.v[i], segment.positions, segment.valid),) for i in range(self.arch.num_layers)
-        ]
-        return self.lm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), contexts
+        return self.lm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), key_values(
+            caches, (segment,)
+        )
 
     def decode(
         self,
         token_B: jax.Array,
         step: jax.Array,
         start_B: jax.Array,
-        contexts: list[tuple[KeyValues, ...]],
-        own: list[KeyValues],
+        contexts: Any,
+        own: Any,
         weights: list[BlockWeights] | None = None,
-    ) -> tuple[jax.Array, list[KeyValues]]:
+    ) -> tuple[jax.Array, Any]:
         """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits."""
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, 0]), own
 
-    def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> list[KeyValues]:
+    def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
         """Room for `capacity` tokens after prompts of `start` tokens."""
         return empty_caches(self.arch, start_B, capacity, dtype)

@@ -177,17 +177,24 @@ def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> op
 
 def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
     """A role at step 0, on the mesh."""
-    shardings = tree_shardings(mesh, weights)
-    trained = place(trained, shardings)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trained),
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    trained = place(trained, tree_shardings(mesh, weights))
+    opt_shardings = shardings_of(abstract_role(mesh, weights, optimizer).opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
     return RoleState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
+
+
+def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransformation) -> RoleState:
+    """Shapes and shardings of what `init_role` makes."""
+    trained, whole = abstract_params(mesh, weights), replicated(mesh)
+    of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        of,
+        jax.eval_shape(optimizer.init, trained),
+        tree_shardings(mesh, weights),
+        transform_non_params=lambda x: of(x, whole),
+    )
+    return RoleState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, opt_state)
 
 
 def abstract_params(mesh: Mesh, weights: Params) -> Params:

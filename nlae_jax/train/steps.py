@@ -16,7 +16,7 @@ import optax
 
 from nlae_jax.config import Config
 from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
-from nlae_jax.lm.transformer import decode_weights
+from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
 
@@ -154,18 +154,17 @@ def rollout(
     batch = (h_BxD.shape[0], samples_per_activation)
     with jax.named_scope("prefill"):
         logits, contexts = encoder.apply(variables, h_BxD, method="prefill")
-    dtype = contexts[0][0].k.dtype
-    caches = encoder.empty_caches(batch, max_new_tokens, dtype)
-    decode_variables, weights = decode_weights(encoder, variables)
+    own = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
+    given = for_decoding(encoder, variables, contexts, own)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        return encoder.apply(decode_variables, token, step, contexts, caches, weights, method="decode")
+        return encoder.apply(given.variables, token, step, given.contexts, caches, given.weights, method="decode")
 
     with jax.named_scope("decode"):
         return sample(
             decode,
             jnp.broadcast_to(logits[:, None], (*batch, logits.shape[-1])),
-            caches,
+            given.own,
             key,
             max_new_tokens=max_new_tokens,
             closing=protocol.closing,

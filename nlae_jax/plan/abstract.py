@@ -1,0 +1,240 @@
+"""The real steps of a config as shapes alone: what they are compiled from where there are no weights and no devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from nlae_jax.bench import Shapes, optimizers_of
+from nlae_jax.config import Config, ProtocolConfig
+from nlae_jax.data.activations import NUM_NEXT_TOKENS
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
+from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
+from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
+from nlae_jax.run import check_batches
+from nlae_jax.stages import jitted_reader
+from nlae_jax.train import steps
+from nlae_jax.train.loop import compiled
+from nlae_jax.train.objectives import Baselines
+from nlae_jax.train.state import Params, RlState, Roles, abstract_params, abstract_role, make_roles
+
+# Without a tokenizer: tokens of the encoder's prompt, which of them is the slot (from 0), and tokens of the opening
+# and closing tags and of the decoder's frame; those of experiments/bench.py with SmolLM2's tokenizer, about.
+PROMPT, SLOT, OPENING, CLOSING, FRAME = 125, 95, 4, 4, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all steps share. `assumed` says what was not known."""
+
+    config: Config
+    mesh: Mesh
+    arch: Arch
+    roles: Roles
+    tails: Tails | None
+    shapes: Shapes
+    assumed: str
+
+
+class Program(NamedTuple):
+    """A jitted function, its abstract arguments, and what else the devices hold while it runs (`kept`)."""
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    kept: Any
+
+
+def assumed_protocol(config: ProtocolConfig, closing: int = CLOSING) -> Protocol:
+    """A protocol of the usual numbers of tokens; which tokens they are does not matter to a compiler."""
+    suffix = FRAME // 3 if config.decoder_prompt.partition("{explanation}")[2] else 0
+    return Protocol(
+        marker="?",
+        marker_id=1,
+        encoder_template=config.encoder_prompt,
+        decoder_template=config.decoder_prompt,
+        encoder_prefix=(1,) * SLOT,
+        encoder_tail=(1,) * (PROMPT - SLOT - 1),
+        opening_length=OPENING,
+        decoder_prefix=(1,) * (FRAME - suffix),
+        decoder_suffix=(1,) * suffix,
+        closing=tuple(range(1, closing + 1)),
+        eos_id=0,
+        injection_scale=config.injection_scale or 1.0,
+    )
+
+
+def make_setting(config: Config, devices: list[Any]) -> Setting:
+    """Reads the model's config.json and, if it is there, its tokenizer; no weights. Raises UserError as a run would."""
+    mesh = make_mesh(config.mesh, devices)
+    check_batches(config, mesh)
+    directory = resolve_model(config.subject.model, weights=False)
+    arch = read_arch(directory)
+    protocol, placed, assumed = _protocol(config, arch, directory)
+    shapes = Shapes(
+        prefix=len(protocol.encoder_prefix),
+        act=1 + len(protocol.encoder_tail),
+        response=config.rl.max_new_tokens,
+        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
+        activations=config.rl.activations_per_step,
+        group=config.rl.samples_per_activation,
+        sft_batch=config.sft.batch_size,
+    )
+    return Setting(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes, assumed)
+
+
+def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Tails | None, str]:
+    if has_tokenizer(directory):
+        tokenizer = load_tokenizer(directory)
+        protocol = make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0)
+        return protocol, tails(tokenizer, protocol, arch.vocab_size), ""
+    protocol, placed = assumed_protocol(config.protocol), None
+    if protocol.decoder_suffix:  # most tokenizers merge across the explanation's end
+        width = len(protocol.decoder_suffix) + 1
+        placed = Tails(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
+    assumed = (
+        f"no tokenizer in {config.subject.model}: the encoder's prompt is taken to have {PROMPT} tokens with the slot "
+        f"at {SLOT}, tags {OPENING} and {CLOSING}, the decoder's frame {FRAME}"
+    )
+    return protocol, placed, assumed
+
+
+def programs(setting: Setting) -> Iterator[tuple[str, list[Program]]]:
+    """Each step's name and what it runs one after another: one program, or the three of the split RL step."""
+    yield "extract", [_reader(setting)]
+    yield "encoder_sft", [_encoder_sft(setting)]
+    yield "decoder_sft", [_decoder_sft(setting)]
+    yield "rl", _rl(setting)
+
+
+def _like(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes and dtypes of a tree, laid out so."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _frozen_weights(setting: Setting, weights: Params) -> Params:
+    """Declared weights in the dtype that models compute in."""
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, setting.config.subject.dtype, sharding=x.sharding)  # noqa: E731
+    return jax.tree.map(of, abstract_params(setting.mesh, weights))
+
+
+def _base(setting: Setting) -> Params:
+    return _frozen_weights(setting, model_weights(setting.arch))
+
+
+def _frozen(setting: Setting) -> Params:
+    """As `Run.frozen`."""
+    config, base = setting.config, _base(setting)
+    bases: Params = {"base": base if config.lora.rank else {}}
+    if config.lora.rank and (config.init.av or config.init.ar):
+        bases["decoder_base"] = base
+    whole = replicated(setting.mesh)
+    placed = {} if setting.tails is None else {"tails": _like(setting.tails, whole)}
+    return {**bases, **placed, "baselines": _like(Baselines(np.float32(0), np.float32(0)), whole)}
+
+
+def _batch(setting: Setting, **arrays: tuple[tuple[int, ...], Any]) -> Params:
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
+    return _like(batch, batch_sharding(setting.mesh))
+
+
+def sft_width(config: Config) -> int:
+    """Columns of the longest warm-start batch (`stages._described`)."""
+    return -(-config.sft.max_response_tokens // 8) * 8
+
+
+def read_shape(config: Config, parts: int) -> tuple[int, int]:
+    """Documents and tokens of extraction's longest batch (`activations.read_batches`)."""
+    width = config.extract.max_tokens
+    return max(1, config.extract.batch_tokens // width // parts) * parts, width
+
+
+def _reader(setting: Setting) -> Program:
+    config, mesh = setting.config, setting.mesh
+    size, width = read_shape(config, batch_parts(mesh))
+    num_next = NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
+    documents = _like(
+        [jax.ShapeDtypeStruct((size, width), dtype) for dtype in (jnp.int32, jnp.bool_)], batch_sharding(mesh)
+    )
+    places = [jax.ShapeDtypeStruct((size * config.extract.positions_per_document,), jnp.int32)] * 2
+    arguments = _base(setting), *documents, *_like(places, replicated(mesh))
+    return Program("read", jitted_reader(setting.arch, config, num_next), arguments, ())
+
+
+def _kept(setting: Setting) -> Params:
+    """While a role that is a copy of its own is warm-started, the subject's weights are still there."""
+    return {} if setting.config.lora.rank else _base(setting)
+
+
+def _encoder_sft(setting: Setting) -> Program:
+    config, size = setting.config.sft, setting.config.sft.batch_size
+    optimizer = optimizers_of(setting.config)[0]
+    state = abstract_role(setting.mesh, setting.roles.encoder_weights(), optimizer)
+    step = compiled(steps.encoder_sft_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
+    batch = _batch(
+        setting,
+        h=((size, setting.arch.d_model), jnp.float32),
+        response=((size, sft_width(setting.config)), jnp.int32),
+        length=((size,), jnp.int32),
+    )
+    return Program("step", step, (state, _frozen(setting), batch), _kept(setting))
+
+
+def _decoder_sft(setting: Setting) -> Program:
+    config, size = setting.config.sft, setting.config.sft.batch_size
+    optimizer = optimizers_of(setting.config)[1]
+    state = abstract_role(setting.mesh, setting.roles.decoder_weights(), optimizer)
+    step = compiled(steps.decoder_sft_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
+    batch = _batch(
+        setting,
+        h=((size, setting.arch.d_model), jnp.float32),
+        ids=((size, sft_width(setting.config)), jnp.int32),
+        length=((size,), jnp.int32),
+    )
+    return Program("step", step, (state, _frozen(setting), batch), _kept(setting))
+
+
+def _rl(setting: Setting) -> list[Program]:
+    config, mesh, roles = setting.config, setting.mesh, setting.roles
+    optimizers = optimizers_of(config)
+    state = RlState(
+        abstract_role(mesh, roles.encoder_weights(), optimizers[0]),
+        abstract_role(mesh, roles.decoder_weights(), optimizers[1]),
+        _like(jax.eval_shape(lambda: jax.random.PRNGKey(0)), replicated(mesh)),
+    )
+    reference = state.encoder.trained if config.lora.rank else _frozen_weights(setting, roles.encoder_weights())
+    frozen = {
+        **_frozen(setting),
+        "reference": reference,
+        "blank": _like(np.zeros(roles.encoder.arch.vocab_size, bool), replicated(mesh)),
+    }
+    batch = _batch(setting, h=((config.rl.activations_per_step, setting.arch.d_model), jnp.float32))
+    parts = steps.rl_step(roles, config, *optimizers)
+    if config.rl.fused:
+        return [Program("step", compiled(parts.step, state, mesh), (state, frozen, batch), ())]
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    samples = _like(jax.eval_shape(parts.rollout, state, frozen, batch), rows)
+    scores, metrics = jax.eval_shape(parts.train_decoder, state.decoder, frozen, batch, samples)[1]
+    scored = _like(scores, rows), _like(metrics, whole)
+    decoder = compiled(parts.train_decoder, state.decoder, mesh)
+    encoder = compiled(parts.train_encoder, state.encoder, mesh)
+    return [
+        Program("rollout", jax.jit(parts.rollout), (state, frozen, batch), ()),
+        Program("train_decoder", decoder, (state.decoder, frozen, batch, samples), state.encoder),
+        Program("train_encoder", encoder, (state.encoder, frozen, batch, samples, *scored), state.decoder),
+    ]
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of a device's shards of abstract arrays."""
+    sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return int(sum(sizes))

@@ -1,0 +1,111 @@
+"""TPU generations: what a chip has, and how long it takes at least for what a step does."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from nlae_jax.errors import UserError
+from nlae_jax.plan.cost import Cost
+
+GIB = 1 << 30
+
+UNITS = ("compute", "memory", "links")  # what a step may have to wait for
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of one chip: bytes of main memory, bfloat16 FLOP/s, bytes/s of main memory and of all its links, outgoing.
+
+    `links`: to neighbours, two for each dimension of the torus.
+    """
+
+    memory_bytes: int
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    links: int
+
+    @property
+    def ring_bandwidth(self) -> float:
+        """Of the two links that a ring along one dimension of the torus uses."""
+        return self.link_bandwidth * 2 / self.links
+
+
+# "Key specifications" of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The published bandwidth of
+# the interconnect counts both directions (1200 GB/s for v5p, 4800 Gbit/s in its first announcement): half of it here.
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 300e9, 6),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 4),
+    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 600e9, 6),
+    "v6e": Chip(32 * GIB, 918e12, 1.638e12, 400e9, 4),
+    "tpu7x": Chip(192 * GIB, 2307e12, 7.38e12, 600e9, 6),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of a pod: its devices, compiled for but not there. A chip may be two devices (7x)."""
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+    devices_per_chip: int
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices) // self.devices_per_chip
+
+    @property
+    def device(self) -> Chip:
+        """A device's share of its chip."""
+        chip, parts = self.chip, self.devices_per_chip
+        shares = chip.flops / parts, chip.memory_bandwidth / parts, chip.link_bandwidth / parts
+        return Chip(chip.memory_bytes // parts, *shares, chip.links)
+
+
+def open_topology(name: str) -> Topology:
+    """`v5p:4x4x8` by the TPU compiler. Raises UserError where it knows no such slice, or is not installed."""
+    from jax.experimental import topologies
+
+    generation, _, shape = name.partition(":")
+    if generation not in CHIPS or not shape:
+        raise UserError(f"--topology {name}: should be GENERATION:SHAPE, as v5p:4x4x8; generations: {', '.join(CHIPS)}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for its settings
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # the compiler's own kinds, and RuntimeError where libtpu is missing
+        reason = str(error).strip().splitlines()[0]
+        if "libtpu" in reason.lower() or isinstance(error, ModuleNotFoundError):
+            reason = "the TPU compiler is missing: pip install 'nlae_jax[plan]'"
+        raise UserError(f"--topology {name}: {reason}") from None
+    chips = {tuple(device.coords) for device in devices}
+    return Topology(name, CHIPS[generation], list(devices), len(devices) // len(chips))
+
+
+def seconds(cost: Cost, device: Chip) -> dict[str, float]:
+    """At least so long: in `compute`, `memory` and `links` each by itself, and the whole `step`.
+
+    Within a loop's trip, and outside all loops, the three overlap perfectly: the longest counts. One loop comes after
+    another. Units run at their published peaks; a collective uses the two links of one dimension of the torus.
+    """
+    whole = cost.total()
+    step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in flattened(cost))
+    return {**alone_seconds(whole, device), "step": step}
+
+
+def flattened(cost: Cost, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
+    """What is outside all loops, then every loop: its name, its trips times those around it, one trip's own cost."""
+    yield name, trips, cost
+    for loop in cost.loops:
+        yield from flattened(loop.body, loop.name, trips * loop.trips)
+
+
+def alone_seconds(cost: Cost, device: Chip) -> dict[str, float]:
+    """Of each of `UNITS` by itself, for a cost without its loops."""
+    links = cost.collective_bytes / device.ring_bandwidth
+    alone = cost.flops / device.flops, cost.bytes / device.memory_bandwidth, links
+    return dict(zip(UNITS, alone, strict=True))

@@ -1,0 +1,318 @@
+"""Counts what a compiled module does on each device: matrix FLOPs, bytes of main memory, collectives by mesh axis.
+
+From the text of the optimised module (`hlo.py`), loops times their trip counts. XLA's own `cost_analysis` counts a loop
+once, knows nothing of collectives and takes a slice of an array for a read of all of it. Pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from nlae_jax.plan.hlo import Array, Computation, Instruction, Module
+
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
+)
+
+# They name, wait or are inside others: nothing moves.
+_FREE = frozenset(
+    [
+        *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id"),
+        *("opt-barrier", "optimization-barrier", "add-dependency", "domain", "while", "conditional", "call"),
+    ]
+)
+_TARGET = r'custom_call_target="(\w+)"'
+_FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass
+class Loop:
+    """A while loop: the name of its operation, its trips, one trip's cost. `known`: whether the trips are."""
+
+    name: str
+    trips: int
+    body: Cost
+    known: bool = True
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a computation run once, on one device. What is in loops stands in `loops` only.
+
+    `flops`: of matrix products, a multiplication and an addition each; `kernel_flops`: those of them that kernels say
+    of themselves. `bytes`: read from and written to main memory. `collectives`: (kind, mesh axes) -> how many, and the
+    bytes that a device sends over its links.
+    """
+
+    flops: float = 0.0
+    kernel_flops: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[tuple[str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    loops: list[Loop] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Cost, times: float = 1.0) -> None:
+        """Adds `other`'s own amounts so many times, and its loops as they are."""
+        self.flops += times * other.flops
+        self.kernel_flops += times * other.kernel_flops
+        self.bytes += times * other.bytes
+        for key, (count, size) in other.collectives.items():
+            before = self.collectives.get(key, (0.0, 0.0))
+            self.collectives[key] = before[0] + times * count, before[1] + times * size
+        self.loops += other.loops
+
+    def total(self) -> Cost:
+        """With all loops' trips; `loops` is empty."""
+        whole = dataclasses.replace(self, collectives=dict(self.collectives), loops=[])
+        for loop in self.loops:
+            whole.add(loop.body.total(), loop.trips)
+        return whole
+
+    @property
+    def collective_bytes(self) -> float:
+        """Of all collectives outside loops."""
+        return sum(size for _, size in self.collectives.values())
+
+
+def cost_of(module: Module, axes: dict[str, int], unknown_trips: int = 1) -> Cost:
+    """The cost of a module that is partitioned over a mesh of these axes and sizes, in the order of its devices.
+
+    `unknown_trips`: of loops whose trip count stands nowhere.
+    """
+    return _Counter(module, axes, unknown_trips).computation(module.entry)
+
+
+class _Counter:
+    def __init__(self, module: Module, axes: dict[str, int], unknown_trips: int) -> None:
+        self.module, self.axes, self.unknown_trips = module, axes, unknown_trips
+        self._known: dict[tuple[str, bool], Cost] = {}
+
+    def computation(self, name: str, fused: bool = False) -> Cost:
+        """`fused`: what is inside a fusion moves nothing through main memory."""
+        if (name, fused) not in self._known:
+            cost, computation = Cost(), self.module.computations[name]
+            for instruction in computation.instructions.values():
+                cost.add(self._instruction(computation, instruction, fused))
+            self._known[name, fused] = cost
+        return self._known[name, fused]
+
+    def _instruction(self, inside: Computation, one: Instruction, fused: bool) -> Cost:
+        cost, opcode = Cost(), one.opcode
+        if opcode == "while":
+            trips, known = self._trips(one)
+            return Cost(loops=[Loop(_operation(one), trips, self.computation(one.called["body"]), known)])
+        if opcode == "conditional":
+            branches = [self.computation(branch) for branch in one.branches]
+            return max(branches, key=lambda c: (c.total().flops, c.total().bytes), default=cost)
+        if opcode in ("call", "async-start"):
+            called = one.called.get("to_apply") or one.called.get("calls")
+            return self.computation(called, fused) if called in self.module.computations else cost
+        if opcode == "fusion":
+            cost.add(self.computation(one.called["calls"], fused=True))
+        elif opcode == "dot":
+            cost.flops = dot_flops(one, inside.operands(one))
+        elif opcode == "convolution":
+            cost.flops = convolution_flops(one, inside.operands(one))
+        elif opcode == "custom-call":
+            cost.flops = cost.kernel_flops = float(_estimate(one).get("flops", 0))
+        elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
+            return self._collective(inside, one, kind, fused)
+        if not fused:
+            cost.bytes = self._moved(inside, one)
+        return cost
+
+    def _trips(self, one: Instruction) -> tuple[int, bool]:
+        """From the compiler's own note, else the constant that the condition compares with."""
+        if found := one.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(found), True
+        constants = list(self._compared(one.called["condition"]))
+        return (max(constants), True) if constants else (self.unknown_trips, False)
+
+    def _compared(self, name: str) -> Iterator[int]:
+        """Integer constants of a computation and of those it calls."""
+        for one in self.module.computations[name].instructions.values():
+            if one.opcode == "constant" and one.outputs[0].dtype in ("s32", "u32", "s64") and not one.outputs[0].dims:
+                yield int(one.given)
+            for called in one.called.values():
+                yield from self._compared(called)
+
+    def _collective(self, inside: Computation, one: Instruction, kind: str, fused: bool) -> Cost:
+        operands = inside.operands(one)
+        size = sum(array.bytes for shape in operands for array in shape)
+        groups = _groups(one, math.prod(self.axes.values()))
+        count = len(groups[0])
+        if count < 2:
+            return Cost()
+        if kind == "all-reduce" and fused and _is_scattered(inside, one):
+            kind = "reduce-scatter"
+        axis = axes_of(groups, self.axes)
+        sent, moved = {
+            "all-gather": (size * (count - 1), size * (1 + count)),
+            "reduce-scatter": (size * (count - 1) / count, size * (1 + 1 / count)),
+            "all-reduce": (2 * size * (count - 1) / count, 2 * size),
+            "all-to-all": (size * (count - 1) / count, 2 * size),
+            "ragged-all-to-all": (size * (count - 1) / count, 2 * size),
+        }.get(kind, (size, 2 * size))
+        return Cost(bytes=0.0 if fused else moved, collectives={(kind, axis): (1.0, sent)})
+
+    def _moved(self, inside: Computation, one: Instruction) -> float:
+        """Bytes that an instruction outside fusions reads from main memory and writes to it."""
+        opcode, operands = one.opcode, inside.operands(one)
+        if opcode in _FREE or opcode.endswith("-done") or opcode in ("send", "recv"):
+            return 0.0
+        if opcode == "custom-call" and one.attribute(_TARGET) in _FREE_TARGETS:
+            return 0.0
+        if opcode == "copy-start":  # (destination, source, context)
+            return float(_main(one.outputs[:1]) + sum(map(_main, operands)))
+        if opcode == "slice-start":  # (source, destination, context)
+            return float(_main(one.outputs[1:2]) + (_bytes(one.outputs[1:2]) if _main(operands[0]) else 0))
+        if opcode == "fusion":
+            called = self.module.computations[one.called["calls"]]
+            read = sum(
+                min(_main(shape), self._read(called, called.parameters[number].name))
+                for number, shape in enumerate(operands)
+                if _main(shape) and number in called.parameters
+            )
+            return read + self._written(called, called.root, one.outputs)
+        if opcode in _SLICES:
+            return float(_main(one.outputs) + (_bytes(one.outputs) if _main(operands[0]) else 0))
+        if opcode == "dynamic-update-slice":
+            return float(_main(operands[1]) + (_bytes(operands[1]) if _main(one.outputs) else 0))
+        return float(_main(one.outputs) + sum(map(_main, operands)))
+
+    def _read(self, inside: Computation, name: str) -> float:
+        """Bytes read of a value inside a fusion: all of it, unless only slices are taken or it is updated in place."""
+        whole, read = float(_bytes(inside.instructions[name].outputs)), 0.0
+        for user in inside.users[name]:
+            first_only = user.operands[:1] == (name,) and user.operands.count(name) == 1
+            if user.opcode in _SLICES and first_only:
+                read += _bytes(user.outputs)
+            elif user.opcode == "bitcast":
+                read += self._read(inside, user.name)
+            elif user.opcode == "fusion":
+                called = self.module.computations[user.called["calls"]]
+                numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+                read += sum(self._read(called, called.parameters[number].name) for number in numbers)
+            elif user.opcode != "dynamic-update-slice" or not first_only:
+                return whole
+        return min(read, whole)
+
+    def _written(self, inside: Computation, root: Instruction, outputs: Sequence[Array]) -> float:
+        """Bytes that a fusion writes: of an array updated in place only the update."""
+        if root.opcode == "tuple" and len(root.operands) == len(outputs):
+            parts = [inside.instructions[name] for name in root.operands]
+            return sum(self._written(inside, part, [array]) for part, array in zip(parts, outputs, strict=True))
+        if not _main(outputs):
+            return 0.0
+        if root.opcode == "bitcast":
+            return self._written(inside, inside.instructions[root.operands[0]], outputs)
+        if root.opcode == "dynamic-update-slice":
+            return float(_bytes(inside.instructions[root.operands[1]].outputs))
+        if root.opcode == "fusion":
+            called = self.module.computations[root.called["calls"]]
+            return self._written(called, called.root, outputs)
+        return float(_main(outputs))
+
+
+def _bytes(shape: Iterable[Array]) -> int:
+    return sum(array.bytes for array in shape)
+
+
+def _main(shape: Iterable[Array]) -> int:
+    """Bytes of what lies in main memory."""
+    return sum(array.bytes for array in shape if array.space == 0)
+
+
+def _operation(one: Instruction) -> str:
+    """What the program calls an instruction: `jit(step)/decode/while`."""
+    return one.attribute(r'op_name="([^"]*)"') or one.name
+
+
+def _estimate(one: Instruction) -> dict[str, float]:
+    """What a Pallas kernel says it costs."""
+    found = one.attribute(r'"cost_estimate":(\{[^{}]*\})')
+    return json.loads(found) if found else {}
+
+
+def _is_scattered(inside: Computation, one: Instruction) -> bool:
+    """Whether each device keeps a slice only of what is reduced: TPUs write a reduce-scatter so."""
+    users = inside.users[one.name]
+    return bool(users) and all(user.opcode in ("dynamic-slice", "bitcast") for user in users)
+
+
+def dot_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
+    contracted = math.prod(operands[0][0].dims[axis] for axis in one.dims("lhs_contracting_dims"))
+    return 2.0 * one.outputs[0].size * contracted
+
+
+def convolution_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
+    """2 · batch · features out · features in · the products of each window that are not with padding.
+
+    TPUs write matrix products as convolutions, and the batch of a batched one as a dimension of the window that lies
+    almost wholly in the padding.
+    """
+    image, kernel, out = (array.dims for array in (operands[0][0], operands[1][0], one.outputs[0]))
+    labels = one.attribute(r"dim_labels=(\w+_\w+->\w+)")
+    image_labels, kernel_labels, out_labels = re.split(r"_|->", labels)
+    window = _window(one.attribute(r"window=\{([^}]*)\}") or "")
+    products = kernel[kernel_labels.index("i")] * out[out_labels.index("f")] * out[out_labels.index("b")]
+    for number in range(len(out_labels) - 2):
+        size = image[image_labels.index(str(number))]
+        products *= _valid(size, out[out_labels.index(str(number))], *(values[number] for values in window))
+    return 2.0 * products
+
+
+def _window(text: str) -> list[list[int] | _Default]:
+    """Sizes, strides, padding before, dilations of image and kernel, by dimension."""
+    given = dict(part.split("=") for part in text.split())
+    pads = [part.split("_")[0] for part in given["pad"].split("x")] if "pad" in given else None
+    read = lambda name: [int(x) for x in given[name].split("x")] if name in given else _Default(1)  # noqa: E731
+    padding = [int(pad) for pad in pads] if pads else _Default(0)
+    return [read("size"), read("stride"), padding, read("lhs_dilate"), read("rhs_dilate")]
+
+
+class _Default:
+    """A list of one value, as long as need be."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __getitem__(self, _: int) -> int:
+        return self._value
+
+
+def _valid(image: int, out: int, size: int, stride: int, before: int, spread: int, kernel_spread: int) -> int:
+    """How many (place of the output, place in the window) meet an element of the image."""
+    at = np.arange(out)[:, None] * stride + np.arange(size)[None] * kernel_spread - before
+    return int(((at >= 0) & (at <= (image - 1) * spread) & (at % spread == 0)).sum())
+
+
+def _groups(one: Instruction, devices: int) -> list[list[int]]:
+    """Which devices exchange with one another; of a permutation its pairs."""
+    if found := one.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}"):
+        return _lists(found)
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
+        shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
+        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+    found = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+    return _lists(found) if found else [list(range(devices))]
+
+
+def _lists(text: str) -> list[list[int]]:
+    return [[int(number) for number in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", text)]
+
+
+def axes_of(groups: Sequence[Sequence[int]], axes: dict[str, int]) -> str:
+    """The mesh axes along which the members of a group differ, as `fsdp` or `data+fsdp`."""
+    differ: set[int] = set()
+    for group in groups:
+        places = np.array(np.unravel_index(group, tuple(axes.values())))
+        differ |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
+    return "+".join(name for number, name in enumerate(axes) if number in differ)

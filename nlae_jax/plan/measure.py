@@ -1,0 +1,148 @@
+"""Compiles a step for a topology and says what it takes on each chip."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from nlae_jax.bench import block_flops, needed_flops
+from nlae_jax.mesh import batch_parts
+from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
+from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, flattened, seconds
+from nlae_jax.plan.cost import Cost, cost_of
+from nlae_jax.plan.hlo import parse
+from nlae_jax.progress import say
+
+_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LOOPS_SHOWN = 8
+_SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
+
+
+def needed(setting: Setting) -> dict[str, float]:
+    """FLOPs that the mathematics of each step needs on all devices together (`bench.needed_flops`)."""
+    config, arch, shapes, layer = setting.config, setting.arch, setting.shapes, setting.config.subject.layer
+    of = lambda shapes: needed_flops(arch, layer, config.lora.rank, shapes)  # noqa: E731
+    described = shapes._replace(response=sft_width(config))
+    rl = of(shapes)
+    size, width = read_shape(config, batch_parts(setting.mesh))
+    read = (layer + 1) * size * block_flops(arch, width, width * (width + 1) / 2)
+    if config.describe.provider == "template":
+        rows = size * config.extract.positions_per_document
+        read = read / (layer + 1) * arch.num_layers + 2.0 * rows * arch.d_model * arch.vocab_size
+    return {
+        "extract": read,
+        "encoder_sft": of(described)["encoder_sft"],
+        "decoder_sft": of(described._replace(activations=shapes.sft_batch, group=1))["score"],
+        "rl": sum(rl[phase] for phase in ("rollout", "score", "reference", "policy")),
+    }
+
+
+def measure(name: str, programs: Sequence[Program], topology: Topology, setting: Setting) -> dict[str, Any]:
+    """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak."""
+    parts = [_program(name, program, topology, setting) for program in programs]
+    whole = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
+    flops, work = needed(setting)[name] / topology.chips, whole.get("flops_per_chip")
+    whole["needed_flops_per_chip"] = flops
+    if work is not None:
+        whole["flops_ratio"] = work / flops
+        whole["mfu_bound"] = flops / topology.chip.flops / whole["estimated_seconds"]
+    return whole
+
+
+def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
+    per_chip, limit = topology.devices_per_chip, topology.chip.memory_bytes
+    begin = time.perf_counter()
+    lowered = program.function.lower(*program.arguments)
+    traced = time.perf_counter() - begin
+    held = held_bytes((program.arguments, program.kept))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (found := _USED.search(str(error))) is None:
+            raise
+        used, available = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+        say(f"plan: {step} ({program.name}): {used / 1e9:.1f} GB, more than the {available / 1e9:.1f} GB of a device")
+        return {"fits": False, "peak_bytes_per_chip": int(used * per_chip), "held_bytes": held * per_chip}
+    compiling = time.perf_counter() - begin
+    cost = cost_of(parse(compiled.as_text()), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
+    memory = compiled.memory_analysis()
+    sizes = {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "reused_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+    }
+    # What the devices hold beside this program's arguments: of those, jit leaves out what is not read.
+    sizes["kept_bytes"] = max(0, held - memory.argument_size_in_bytes)
+    peak = sum(sizes.values()) - 2 * sizes["reused_bytes"]
+    say(
+        f"plan: {step} ({program.name}): {peak * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip; "
+        f"traced in {traced:.0f} s, compiled in {compiling - traced:.0f} s"
+    )
+    return {
+        "peak_bytes_per_chip": peak * per_chip,
+        "fits": peak * per_chip <= limit,
+        **{name: size * per_chip for name, size in sizes.items()},
+        **work(cost, topology),
+        "compile_seconds": round(compiling, 1),
+    }
+
+
+def work(cost: Cost, topology: Topology) -> dict[str, Any]:
+    """What a chip computes and moves, and how long that takes at least."""
+    per_chip, whole, device = topology.devices_per_chip, cost.total(), topology.device
+    times = seconds(cost, device)
+    collectives: dict[str, dict[str, Any]] = {}
+    for (kind, axes), (count, size) in sorted(whole.collectives.items()):
+        collectives.setdefault(kind, {})[axes] = {"count": round(count), "bytes": round(size * per_chip)}
+    loops = [
+        {
+            "name": name or "outside loops",
+            "trips": trips,
+            "seconds": trips * max(alone.values()),
+            "bound": max(alone, key=alone.__getitem__),
+            "flops": trips * part.flops * per_chip,
+            "hbm_bytes": trips * part.bytes * per_chip,
+            "collective_bytes": trips * part.collective_bytes * per_chip,
+        }
+        for name, trips, part in flattened(cost)
+        for alone in [alone_seconds(part, device)]
+    ]
+    return {
+        "flops_per_chip": whole.flops * per_chip,
+        "kernel_flops_per_chip": whole.kernel_flops * per_chip,
+        "hbm_bytes_moved_per_chip": round(whole.bytes * per_chip),
+        "collective_bytes_per_chip": round(whole.collective_bytes * per_chip),
+        "collectives": collectives,
+        "estimated_seconds": times.pop("step"),
+        "seconds_alone": times,
+        "loops": sorted(loops, key=lambda loop: -loop["seconds"])[:_LOOPS_SHOWN],
+    }
+
+
+def _joined(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """A step of several programs: the highest peak, the sum of all work; each by itself under `parts`."""
+    whole = dict(max(parts, key=lambda part: part["peak_bytes_per_chip"]))
+    whole["fits"] = all(part["fits"] for part in parts)
+    whole["parts"] = dict(zip(names, parts, strict=True))
+    summed = [name for name, value in whole.items() if name.endswith(_SUMMED) and isinstance(value, int | float)]
+    if not all("flops_per_chip" in part for part in parts):
+        return {name: whole[name] for name in ("fits", "peak_bytes_per_chip", "held_bytes", "parts") if name in whole}
+    for name in summed:
+        whole[name] = sum(part[name] for part in parts)
+    whole["seconds_alone"] = {unit: sum(part["seconds_alone"][unit] for part in parts) for unit in UNITS}
+    whole["collectives"] = {}
+    for part in parts:
+        for kind, by_axes in part["collectives"].items():
+            for axes, amount in by_axes.items():
+                known = whole["collectives"].setdefault(kind, {}).setdefault(axes, {"count": 0, "bytes": 0})
+                known["count"], known["bytes"] = known["count"] + amount["count"], known["bytes"] + amount["bytes"]
+    loops = [loop for part in parts for loop in part["loops"]]
+    whole["loops"] = sorted(loops, key=lambda loop: -loop["seconds"])[:_LOOPS_SHOWN]
+    return whole

@@ -1,0 +1,157 @@
+"""The plan of a config for a topology: every step compiled, in one object and as a table; kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+import nlae_jax
+from nlae_jax.config import Config, flatten
+from nlae_jax.errors import UserError
+from nlae_jax.files import read_json, write_json
+from nlae_jax.lm.families import read_hf_config
+from nlae_jax.lm.pretrained import cache_directory, resolve_model
+from nlae_jax.plan.abstract import Setting, make_setting, programs, sft_width
+from nlae_jax.plan.advice import advise
+from nlae_jax.plan.chips import Topology, open_topology
+from nlae_jax.plan.measure import measure
+from nlae_jax.progress import say
+
+ASSUMPTIONS = (
+    "published peaks of compute, main memory and links; in a loop's trip, and outside loops, the three overlap",
+    "collectives run as rings on the two links of one torus dimension; latency and hosts cost nothing",
+    "every response runs to rl.max_new_tokens; vector units cost nothing beside the memory that they read",
+)
+
+
+def plan(config: Config, topology_name: str) -> dict[str, Any]:
+    """The numbers of `nlae plan`. Raises UserError for a topology, a mesh or batches that cannot be.
+
+    What was planned once with these versions and this code is read from the cache.
+    """
+    path = cache_directory() / "plans" / f"{_key(config, topology_name)}.json"
+    if path.exists():
+        say(f"plan: made before, read from {path}")
+        return read_json(path)
+    topology = open_topology(topology_name)
+    setting = make_setting(config, topology.devices)
+    if setting.mesh.size != len(topology.devices):
+        raise UserError(
+            f"config.mesh: {'×'.join(map(str, setting.mesh.shape.values()))} is not the {len(topology.devices)} "
+            f"devices of {topology_name}; mesh.fsdp=-1 takes what is left"
+        )
+    if setting.assumed:
+        say(f"plan: {setting.assumed}")
+    with _nothing_kept():
+        steps = {name: measure(name, parts, topology, setting) for name, parts in programs(setting)}
+    result = {**_header(config, setting, topology), **_verdict(config, setting, topology, steps)}
+    write_json(path, result)
+    return result
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """jax's own cache is off: programs of devices that are not here cannot be read back from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _header(config: Config, setting: Setting, topology: Topology) -> dict[str, Any]:
+    chip = topology.chip
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "hbm_bytes_per_chip": chip.memory_bytes,
+        "peak_flops_per_chip": chip.flops,
+        "hbm_bytes_per_second": chip.memory_bandwidth,
+        "ici_bytes_per_second": chip.link_bandwidth,
+        "model": Path(config.subject.model).name,
+        "mesh": dict(setting.mesh.shape),
+        "shapes": {**setting.shapes._asdict(), "sft_response": sft_width(config)},
+        "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
+        "versions": _versions(),
+        "assumed": [setting.assumed] * bool(setting.assumed) + list(ASSUMPTIONS),
+    }
+
+
+_TELLING = (
+    *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),
+    *("rl.microbatches", "sft.microbatches", "extract.batch_tokens", "extract.max_tokens"),
+)
+
+
+def _verdict(config: Config, setting: Setting, topology: Topology, steps: dict[str, Any]) -> dict[str, Any]:
+    sizes, memory = dict(setting.mesh.shape), topology.chip.memory_bytes
+    advice = [line for name, step in steps.items() for line in advise(name, step, config, sizes, memory)]
+    return {"steps": steps, "fits": all(step["fits"] for step in steps.values()), "advice": advice}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"nlae_jax": importlib.metadata.version("nlae_jax"), "jax": jax.__version__}
+    for name in ("libtpu", "libtpu-nightly"):
+        try:
+            return {**versions, "libtpu": importlib.metadata.version(name)}
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _key(config: Config, topology: str) -> str:
+    """Of everything that the plan depends on."""
+    source = hashlib.sha256()
+    for path in sorted(Path(nlae_jax.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    model = read_hf_config(resolve_model(config.subject.model, weights=False))
+    telling = [flatten(dataclasses.asdict(config)), model, topology, _versions(), source.hexdigest()]
+    return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def as_table(result: dict[str, Any]) -> Table:
+    """The numbers of `plan` for a terminal."""
+    mesh = " × ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    memory = result["hbm_bytes_per_chip"]
+    table = Table(title=f"{result['model']} on {result['topology']} ({result['chips']} chips), mesh {mesh}")
+    columns = ("per chip", "arguments", "temporary", "peak", "of memory", "TFLOP", "of needed", "moved", "sent")
+    for column in (*columns, "seconds", "waits for", "MFU"):
+        table.add_column(column, justify="left" if column in ("per chip", "waits for") else "right")
+    for name, step in result["steps"].items():
+        gb = lambda key, step=step: f"{step[key] / 1e9:.1f} GB" if key in step else "–"  # noqa: E731
+        share = f"{100 * step['peak_bytes_per_chip'] / memory:.0f} %{'' if step['fits'] else ' !'}"
+        cells = [name, gb("argument_bytes"), gb("temporary_bytes"), gb("peak_bytes_per_chip"), share]
+        if "flops_per_chip" in step:
+            alone = step["seconds_alone"]
+            cells += [f"{step['flops_per_chip'] / 1e12:.2f}", f"{step['flops_ratio']:.2f}×"]
+            cells += [gb("hbm_bytes_moved_per_chip"), gb("collective_bytes_per_chip")]
+            cells += [f"{step['estimated_seconds']:.3g}", max(alone, key=alone.__getitem__)]
+            cells += [f"{100 * step['mfu_bound']:.0f} %"]
+        table.add_row(*cells)
+    sent = [
+        f"{name}: "
+        + ", ".join(
+            f"{kind} over {axes} {amount['bytes'] / 1e9:.2f} GB in {amount['count']}"
+            for kind, by_axes in step["collectives"].items()
+            for axes, amount in by_axes.items()
+        )
+        for name, step in result["steps"].items()
+        if step.get("collectives")
+    ]
+    verdict = ["fits" if result["fits"] else "does not fit:", *result["advice"]]
+    table.caption, table.caption_justify = (
+        "\n".join([*sent, *(f"assumed: {a}" for a in result["assumed"]), *verdict]),
+        "left",
+    )
+    table.title_justify = "left"
+    return table

@@ -1,0 +1,219 @@
+"""What is counted in modules whose FLOPs, bytes and collectives are known exactly."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nlae_jax.config import MeshConfig
+from nlae_jax.mesh import AXES, make_mesh
+from nlae_jax.plan import cost
+from nlae_jax.plan.cost import axes_of, cost_of
+from nlae_jax.plan.hlo import parse
+
+ONE = dict.fromkeys(AXES, 1)
+
+
+def counted(function, *arguments, axes=ONE, **options):
+    return cost_of(parse(jax.jit(function, **options).lower(*arguments).compile().as_text()), axes)
+
+
+def array(*shape, dtype=jnp.float32, sharding=None):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_a_scanned_product_counts_every_trip(layers):
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    whole = counted(run, array(16, 32), array(layers, 32, 32)).total()
+    assert whole.flops == 2 * layers * 16 * 32 * 32
+
+
+def test_loops_in_loops_multiply():
+    def run(x, w):
+        inner = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, lambda _, x: inner(x) + 1, x)
+
+    whole = counted(run, array(8, 24), array(24, 24)).total()
+    assert whole.flops == 2 * 15 * 8 * 24 * 24
+
+
+def test_a_loop_that_may_end_early_has_its_bound():
+    def run(x, w):
+        going = lambda state: (state[0] < 11) & (state[1].sum() < 1e6)  # noqa: E731
+        return jax.lax.while_loop(going, lambda state: (state[0] + 1, state[1] @ w), (0, x))
+
+    found = counted(run, array(8, 24), array(24, 24))
+    assert [(loop.trips, loop.known) for loop in found.loops] == [(11, True)]
+    assert found.total().flops == 11 * 2 * 8 * 24 * 24
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+def test_batched_products(batch, rows, inner, columns):
+    text = f"""
+ENTRY %e (a: f32[{batch},{rows},{inner}], b: f32[{batch},{inner},{columns}]) -> f32[{batch},{rows},{columns}] {{
+  %a = f32[{batch},{rows},{inner}] parameter(0)
+  %b = f32[{batch},{inner},{columns}] parameter(1)
+  ROOT %d = f32[{batch},{rows},{columns}] dot(%a, %b), lhs_batch_dims={{0}}, lhs_contracting_dims={{2}}
+}}
+"""
+    assert cost_of(parse(text), ONE).flops == 2 * batch * rows * inner * columns
+
+
+def test_gradients_count_both_products():
+    loss = lambda w, x: jnp.square(x @ w).sum()  # noqa: E731
+    whole = counted(jax.grad(loss, argnums=(0, 1)), array(32, 48), array(8, 32)).total()
+    assert whole.flops == 3 * 2 * 8 * 32 * 48
+
+
+def naive_convolution(image, out, size, stride, before, spread, kernel_spread):
+    dilated = [i % spread == 0 for i in range((image - 1) * spread + 1)]
+    places = (o * stride + k * kernel_spread - before for o in range(out) for k in range(size))
+    return sum(0 <= place < len(dilated) and dilated[place] for place in places)
+
+
+@given(*[st.integers(1, 6)] * 4, st.integers(0, 5), st.integers(1, 4), st.integers(1, 3))
+def test_windows_count_no_padding(image, out, size, stride, before, spread, kernel_spread):
+    given = image, out, size, stride, before, spread, kernel_spread
+    assert cost._valid(*given) == naive_convolution(*given)
+
+
+def test_a_batched_product_written_as_a_convolution():
+    """As TPUs write it: the batch is a dimension of the window, and all but the diagonal is padding."""
+    text = """
+ENTRY %e (a: f32[6,8,16], b: f32[6,16,4]) -> f32[6,8,4] {
+  %a = f32[6,8,16] parameter(0)
+  %b = f32[6,16,4] parameter(1)
+  ROOT %c = f32[6,8,4] convolution(%a, %b), window={size=6 stride=5 pad=0_0 lhs_dilate=6}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert cost_of(parse(text), ONE).flops == 2 * 6 * 8 * 16 * 4
+
+
+def test_kernels_say_what_they_cost():
+    text = """
+ENTRY %e (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128] parameter(0)
+  ROOT %k = f32[8,128] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": \
+{"body":"TUzv(", "cost_estimate":{"flops":"640","transcendentals":"3","bytes_accessed":"77"}}}
+}
+"""
+    found = cost_of(parse(text), ONE)
+    assert (found.flops, found.kernel_flops, found.bytes) == (640, 640, 2 * 8 * 128 * 4)
+
+
+def exchanged(function, sizes, spec, *shapes):
+    """Collectives of a function that each device of a mesh runs on its parts, all split by one spec."""
+    mesh = make_mesh(MeshConfig(*sizes))
+    run = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
+    placed = [array(*shape, sharding=NamedSharding(mesh, spec)) for shape in shapes]
+    return counted(run, *placed, axes=dict(mesh.shape)).total().collectives
+
+
+@pytest.mark.parametrize(
+    ("axis", "sizes"), [("fsdp", (2, 4, 1)), ("fsdp", (1, 8, 1)), ("tensor", (1, 2, 4)), ("data", (2, 2, 2))]
+)
+def test_an_all_gather_over_one_axis(axis, sizes):
+    parts = sizes[AXES.index(axis)]
+    found = exchanged(lambda x: jax.lax.all_gather(x, axis, tiled=True), sizes, PartitionSpec(axis), (64, 32))
+    assert found == {("all-gather", axis): (1, 64 * 32 * 4 * (parts - 1) / parts)}
+
+
+def test_an_all_reduce_over_two_axes():
+    found = exchanged(lambda x: jax.lax.psum(x, ("data", "fsdp")), (2, 2, 2), PartitionSpec("tensor"), (64, 32))
+    assert found == {("all-reduce", "data+fsdp"): (1, 2 * 32 * 32 * 4 * 3 / 4)}
+
+
+def test_a_reduce_scatter():
+    scatter = lambda x: jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)  # noqa: E731
+    found = exchanged(scatter, (2, 4, 1), PartitionSpec("data"), (64, 32))
+    assert found == {("reduce-scatter", "fsdp"): (1, 32 * 32 * 4 * 3 / 4)}
+
+
+def test_collectives_in_loops_count_every_trip():
+    gather = lambda w: jax.lax.all_gather(w, "fsdp", axis=1, tiled=True)  # noqa: E731
+
+    def run(weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ gather(w)), None), jnp.ones((16, 32)), weights)[0]
+
+    found = exchanged(run, (2, 4, 1), PartitionSpec(None, None, "fsdp"), (5, 32, 32))
+    assert found == {("all-gather", "fsdp"): (5, 5 * 32 * 32 * 4 * 3 / 4)}
+
+
+def test_permutations():
+    turn = partial(jax.lax.ppermute, axis_name="tensor", perm=[(i, (i + 1) % 4) for i in range(4)])
+    found = exchanged(turn, (2, 1, 4), PartitionSpec("tensor"), (64, 4))
+    assert found == {("collective-permute", "tensor"): (1, 16 * 4 * 4)}
+
+
+@given(st.tuples(*[st.sampled_from([1, 2, 3])] * 3), st.sets(st.sampled_from(AXES)))
+def test_axes_of_groups(sizes, along):
+    """Groups made from the axes are told to be along those of them that have more than one device."""
+    axes, numbers = dict(zip(AXES, sizes, strict=True)), np.arange(math.prod(sizes)).reshape(sizes)
+    kept = [number for number, axis in enumerate(AXES) if axis not in along]
+    moved = numbers.transpose(*kept, *(number for number in range(3) if number not in kept))
+    groups = moved.reshape(math.prod(sizes[number] for number in kept), -1).tolist()
+    assert axes_of(groups, axes) == "+".join(axis for axis in AXES if axis in along and axes[axis] > 1)
+
+
+def group_of(attributes, devices=8):
+    lines = "%a = f32[4] parameter(0)", f"ROOT %r = f32[4] all-reduce(%a), {attributes}"
+    text = "ENTRY %e (a: f32[4]) -> f32[4] {\n  " + "\n  ".join(lines) + "\n}\n"
+    return cost._groups(parse(text).computations["e"].root, devices)
+
+
+def test_forms_of_groups():
+    assert group_of("replica_groups={{0,1},{2,3}}, to_apply=%add") == [[0, 1], [2, 3]]
+    assert group_of("replica_groups=[2,4]<=[8], to_apply=%add") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert group_of("replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert group_of("replica_groups={}, to_apply=%add", 3) == [[0, 1, 2]]
+
+
+def test_copies_to_the_chip_read_main_memory_once():
+    text = """
+ENTRY %e (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128] parameter(0)
+  %s = ((f32[8,128]), f32[2,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:128]}
+  %d = f32[2,128]{1,0:S(1)} slice-done(%s)
+  %c = (f32[8,128]{1,0:S(1)}, f32[8,128], u32[]{:S(2)}) copy-start(%p)
+  ROOT %r = f32[8,128]{1,0:S(1)} copy-done(%c)
+}
+"""
+    assert cost_of(parse(text), ONE).bytes == (2 + 8) * 128 * 4
+
+
+def test_a_slice_reads_what_it_takes():
+    text = """
+%slice (p: f32[10,64], i: s32[]) -> f32[1,64] {
+  %p = f32[10,64] parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %s = f32[1,64] dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,64}
+}
+
+%update (p: f32[10,64], u: f32[1,64], i: s32[]) -> f32[10,64] {
+  %p = f32[10,64] parameter(0)
+  %u = f32[1,64] parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  ROOT %d = f32[10,64] dynamic-update-slice(%p, %u, %i, %z)
+}
+
+ENTRY %e (p: f32[10,64], i: s32[]) -> f32[10,64] {
+  %p = f32[10,64] parameter(0)
+  %i = s32[] parameter(1)
+  %s = f32[1,64]{1,0:S(1)} fusion(%p, %i), kind=kLoop, calls=%slice
+  ROOT %u = f32[10,64] fusion(%p, %s, %i), kind=kLoop, calls=%update
+}
+"""
+    assert (
+        cost_of(parse(text), ONE).bytes == 64 * 4 + 4 + 64 * 4 + 4
+    )  # the slice read, its copy on the chip written back

@@ -1,0 +1,171 @@
+"""The plan of the tiny model through the real TPU compiler, which runs without a TPU."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nlae_jax.bench import needed_flops
+from nlae_jax.cli import main
+from nlae_jax.errors import UserError
+from nlae_jax.mesh import platform_of, replicated
+from nlae_jax.plan import chips, report
+from nlae_jax.plan.abstract import assumed_protocol, make_setting, programs
+from nlae_jax.plan.measure import measure
+from tests.conftest import tiny_config
+from tests.tiny_run import EXPERIMENT
+
+pytest.importorskip("libtpu")
+
+SMALL = {
+    "extract__max_tokens": 64,
+    "extract__batch_tokens": 512,
+    "sft__batch_size": 8,
+    "rl__max_new_tokens": 16,
+    "mesh__fsdp": -1,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Of a model whose directory holds a config.json and nothing else."""
+    from nlae_jax.lm.arch import Arch
+    from nlae_jax.lm.families import hf_config
+
+    directory = tmp_path_factory.mktemp("arch")
+    arch = Arch(vocab_size=512, d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=256)
+    (directory / "config.json").write_text(json.dumps(hf_config(arch)))
+    return tiny_config(**SMALL, subject__model=str(directory), subject__layer=2)
+
+
+@pytest.fixture(scope="module")
+def result(config, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NLAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = report.plan(config, "v5e:2x2")
+        patch.setattr(report, "open_topology", None)  # the second time nothing is compiled
+        assert report.plan(config, "v5e:2x2") == made
+    return made
+
+
+def test_every_step_is_planned(result):
+    assert (result["topology"], result["chips"], result["mesh"]["fsdp"]) == ("v5e:2x2", 4, 4)
+    assert set(result["steps"]) == {"extract", "encoder_sft", "decoder_sft", "rl"}
+    for step in result["steps"].values():
+        assert step["fits"]
+        sizes = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "kept_bytes")
+        assert step["peak_bytes_per_chip"] == sum(step[name] for name in sizes) - step["reused_bytes"]
+        assert 0 < step["peak_bytes_per_chip"] < result["hbm_bytes_per_chip"]
+        assert step["collective_bytes_per_chip"] > 0
+        assert step["estimated_seconds"] >= max(step["seconds_alone"].values()) > 0
+        assert 0 < step["mfu_bound"] < 1
+    assert result["fits"]
+    assert result["advice"] == []
+    assert "no tokenizer" in result["assumed"][0]
+
+
+def test_flops_are_near_what_is_needed(result):
+    """More by what is padded, masked or recomputed."""
+    for name, step in result["steps"].items():
+        assert 0.9 < step["flops_ratio"] < 3, name
+
+
+def test_it_is_compiled_as_a_tpu_would_run_it(result):
+    """With the fused kernel, although the machine at hand is a CPU."""
+    assert all(step["kernel_flops_per_chip"] > 0 for step in result["steps"].values())
+
+
+def test_collectives_are_along_the_mesh(result):
+    for step in result["steps"].values():
+        for by_axes in step["collectives"].values():
+            assert set(by_axes) == {"fsdp"}
+
+
+def test_responses_are_decoded_to_the_cap(result, config):
+    trips = {loop["trips"] for loop in result["steps"]["rl"]["loops"]}
+    assert config.rl.max_new_tokens in trips
+
+
+def test_the_split_step_is_the_sum_of_its_parts(config, result):
+    import dataclasses
+
+    split = dataclasses.replace(config, rl=dataclasses.replace(config.rl, fused=False))
+    topology = chips.open_topology("v5e:2x2")
+    setting = make_setting(split, topology.devices)
+    with report._nothing_kept():
+        step = measure("rl", dict(programs(setting))["rl"], topology, setting)
+    parts = step["parts"]
+    assert list(parts) == ["rollout", "train_decoder", "train_encoder"]
+    assert step["peak_bytes_per_chip"] == max(part["peak_bytes_per_chip"] for part in parts.values())
+    assert step["flops_per_chip"] == sum(part["flops_per_chip"] for part in parts.values())
+    assert step["flops_per_chip"] == pytest.approx(result["steps"]["rl"]["flops_per_chip"], rel=0.1)
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(config):
+    import dataclasses
+
+    many = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_tokens=2**28))
+    topology = chips.open_topology("v5e:2x2")
+    setting = make_setting(many, topology.devices)
+    with report._nothing_kept():
+        step = measure("extract", dict(programs(setting))["extract"], topology, setting)
+    assert not step["fits"]
+    assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
+    verdict = report._verdict(many, setting, topology, {"extract": step})
+    (advice,) = verdict["advice"]
+    tokens = int(advice.split("extract.batch_tokens=")[1].split()[0])
+    assert 2**20 < tokens < 2**28
+
+
+def test_the_platform_is_that_of_the_mesh():
+    topology = chips.open_topology("v5e:2x2")
+    mesh = jax.sharding.Mesh(topology.devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    seen = []
+
+    @jax.jit
+    def run(x):
+        seen.append(platform_of(x @ x))
+        return x
+
+    run.lower(jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=replicated(mesh)))
+    run(jnp.zeros((8, 8)))
+    assert seen == ["tpu", "cpu"]
+
+
+def test_two_devices_of_a_chip_count_as_one():
+    topology = chips.open_topology("tpu7x:2x2x1")
+    assert (topology.chips, topology.devices_per_chip) == (4, 2)
+    assert topology.device.flops == topology.chip.flops / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("v5e", "GENERATION:SHAPE"), ("h100:8", "generations: v4"), ("v5e:3x7", "v5e:3x7")]
+)
+def test_topologies_that_are_not(name, message):
+    with pytest.raises(UserError, match=message):
+        chips.open_topology(name)
+
+
+def test_the_assumed_prompt(config):
+    protocol = assumed_protocol(config.protocol)
+    assert len(protocol.encoder_prefix) + 1 + len(protocol.encoder_tail) == 125
+    assert len(protocol.decoder_prefix) + len(protocol.decoder_suffix) == 12
+    assert needed_flops  # counted with it
+
+
+def test_the_command(config, capsys, tmp_path):
+    command = ["plan", "--config", str(EXPERIMENT), f"--config.subject.model={config.subject.model}"]
+    assert main([*command, "--topology", "v9:1"]) == 2
+    assert "v9:1" in capsys.readouterr().err
+    settings = [f"--config.{name.replace('__', '.')}={value}" for name, value in SMALL.items()]
+    settings += ["--config.rl.activations_per_step=8"]
+    out = tmp_path / "plan.json"
+    assert main([*command, *settings, "--topology", "v5e:1x1", "--json", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads(out.read_text())
+    assert "compiled in" in captured.err
+    assert main([*command, *settings, "--topology", "v5e:1x1"]) == 0
+    assert "fits" in capsys.readouterr().out
+    assert main([*command, *settings, "--config.mesh.fsdp=2", "--topology", "v5e:2x2"]) == 2
+    assert "mesh.fsdp=-1" in capsys.readouterr().err
