@@ -260,6 +260,8 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
+    if str(options.out).startswith("gs:/"):
+        raise UserError("--out: should be a directory here; `gcloud storage cp -r` takes it to a bucket")
     _start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.export import export
