@@ -100,7 +100,7 @@ install_on() {
     # The machines' own Python is 3.10.
     tpus tpu-vm ssh "$1" --worker=all "--command=set -e; mkdir -p nlae; tar xzf nlae.tar.gz -C nlae; cd nlae; \
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12; \
-~/.local/bin/uv pip install --quiet '.[gcs,tpu]'"
+~/.local/bin/uv pip install --quiet '.[gcs,hub,tpu]'"
 }
 
 # Trains until it is done on the machine `name`, which the script's `prepare` makes, and makes again when its `state` is no

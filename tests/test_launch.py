@@ -125,7 +125,7 @@ def test_without_arguments_the_usage_is_shown(launch, script):
 CREATE = "tpu-vm create n --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --scopes=cloud-platform"
 INSTALL = (
     "--command=set -e; mkdir -p nlae; tar xzf nlae.tar.gz -C nlae; cd nlae; python3 -m pip install --quiet --user uv; "
-    "~/.local/bin/uv venv --quiet --allow-existing --python 3.12; ~/.local/bin/uv pip install --quiet '.[gcs,tpu]'"
+    "~/.local/bin/uv venv --quiet --allow-existing --python 3.12; ~/.local/bin/uv pip install --quiet '.[gcs,hub,tpu]'"
 )
 TRAIN = (
     "--command=pkill -f 'bin/[n]lae train'; while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; cd nlae && "
