@@ -192,6 +192,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_directory(tiny_run, workdir, gcs, tmp
     writes = [name for name, _ in gcs.uploads]
     checkpoints = sum(name.endswith("commit_success.txt") for name in writes)
     assert writes.count("runs/W/metrics.jsonl") <= checkpoints + 30  # not once for each of its rows
+    assert writes.count("runs/W/activations/progress.json") <= 4
     assert not [name for name in gcs.names() if not name.startswith("runs/W/")]
 
     gcs.uploads.clear()
@@ -215,7 +216,8 @@ def test_a_run_in_a_bucket_is_the_run_in_a_directory(tiny_run, workdir, gcs, tmp
 # (name that is about to be written, how often it has been before)
 KILLS = (
     ("activations/rows.parquet", 0),
-    ("activations/progress.json", 2),
+    ("activations/vectors/c/", 1),
+    ("activations/progress.json", 0),
     ("activations/descriptions.parquet", 0),
     ("checkpoints/encoder_sft/8/state/", 0),
     ("checkpoints/encoder_sft/10/commit_success.txt", 0),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -28,7 +29,7 @@ import tensorstore as ts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, kvstore, read_json, read_parquet, write_json, write_parquet
+from nlae_jax.files import AnyPath, is_remote, kvstore, read_json, read_parquet, write_json, write_parquet
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -36,6 +37,7 @@ SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 _WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
 
 _CHUNK_ROWS = 512
+_SECONDS_BETWEEN_WRITES = 5.0  # to a bucket
 
 NUM_NEXT_TOKENS = 3
 
@@ -197,18 +199,23 @@ def extract(
 class _Writer:
     """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
 
-    One at a time, because rows that share a chunk are merged with what is on disk.
+    One at a time, because rows that share a chunk are merged with what is on disk. In a bucket several at a time: an
+    object takes one write a second, and a chunk holds many batches.
     """
 
     def __init__(self, progress: AnyPath, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
         self._writes: list[ts.WriteFutures] = []
         self._stop = 0  # after the last row that is being written
+        self._held: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # first row, activations, next tokens
+        self._pause, self._due = _SECONDS_BETWEEN_WRITES if is_remote(progress) else 0.0, 0.0
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._settle()
+        self._begin()
         self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
@@ -217,14 +224,26 @@ class _Writer:
         if not np.isfinite(activations).all():
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
         likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
-        self._settle()
-        stop = batch.start + batch.count
-        writes = [self._vectors[batch.start : stop].write(activations)]
+        self._held.append((batch.start, activations, likeliest))
+        if time.monotonic() >= self._due:
+            self._settle()
+            self._begin()
+            self._due = time.monotonic() + self._pause
+
+    def _begin(self) -> None:
+        """Begins to write the batches that are held, which follow one another."""
+        if not self._held:
+            return
+        starts, activations, likeliest = zip(*self._held, strict=True)
+        rows = np.concatenate(activations)
+        stop = starts[0] + len(rows)
+        writes = [self._vectors[starts[0] : stop].write(rows)]
         if self._next_tokens is not None:
-            writes.append(self._next_tokens[batch.start : stop].write(likeliest))
+            writes.append(self._next_tokens[starts[0] : stop].write(np.concatenate(likeliest)))
         for write in writes:
             write.commit.force()
-        self._writes, self._stop = writes, stop  # only now: what is counted has been given to be written whole
+        # Only now: what is counted has been given to be written whole.
+        self._writes, self._stop, self._held = writes, stop, []
 
     def _settle(self) -> None:
         """Waits until what is being written is on disk, and counts it."""
