@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -37,7 +36,6 @@ SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 _WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
 
 _CHUNK_ROWS = 512
-_SECONDS_BETWEEN_WRITES = 5.0  # to a bucket
 
 NUM_NEXT_TOKENS = 3
 
@@ -199,16 +197,16 @@ def extract(
 class _Writer:
     """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
 
-    One at a time, because rows that share a chunk are merged with what is on disk. In a bucket several at a time: an
-    object takes one write a second, and a chunk holds many batches.
+    One at a time, because rows that share a chunk are merged with what is on disk. In a bucket a chunk's worth of them
+    at a time: an object takes one write a second. (Not by the clock: several processes must do the same.)
     """
 
     def __init__(self, progress: AnyPath, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
         self._writes: list[ts.WriteFutures] = []
-        self._stop = 0  # after the last row that is being written
-        self._held: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # first row, activations, next tokens
-        self._pause, self._due = _SECONDS_BETWEEN_WRITES if is_remote(progress) else 0.0, 0.0
+        self._stop = self._read = 0  # after the last row that is being written, and that was read
+        self._held: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # what is to be written, from which row on
+        self._least = _CHUNK_ROWS if is_remote(progress) else 1
 
     def __enter__(self) -> _Writer:
         return self
@@ -224,32 +222,31 @@ class _Writer:
         if not np.isfinite(activations).all():
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
         likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
-        self._held.append((batch.start, activations, likeliest))
-        if time.monotonic() >= self._due:
+        self._held.append((self._vectors, batch.start, activations))
+        if self._next_tokens is not None:
+            self._held.append((self._next_tokens, batch.start, likeliest))
+        self._read = batch.start + batch.count
+        if self._read - self._stop >= self._least:
             self._settle()
             self._begin()
-            self._due = time.monotonic() + self._pause
 
     def _begin(self) -> None:
-        """Begins to write the batches that are held, which follow one another."""
-        if not self._held:
-            return
-        starts, activations, likeliest = zip(*self._held, strict=True)
-        rows = np.concatenate(activations)
-        stop = starts[0] + len(rows)
-        writes = [self._vectors[starts[0] : stop].write(rows)]
-        if self._next_tokens is not None:
-            writes.append(self._next_tokens[starts[0] : stop].write(np.concatenate(likeliest)))
+        """Begins to write what is held: all of it first, so that a chunk is written once."""
+        writes = [store[start : start + len(values)].write(values) for store, start, values in self._held]
         for write in writes:
             write.commit.force()
         # Only now: what is counted has been given to be written whole.
-        self._writes, self._stop, self._held = writes, stop, []
+        self._writes, self._stop, self._held = writes, self._read, []
 
     def _settle(self) -> None:
         """Waits until what is being written is on disk, and counts it."""
         writes, self._writes = self._writes, []
-        for write in writes:
-            write.result()
+        try:
+            for write in writes:
+                write.result()
+        except BaseException:
+            self._held = []  # nothing may be counted that comes after rows that are not there
+            raise
         if writes:
             write_json(self._progress, {"rows": self._stop})
 
