@@ -39,7 +39,7 @@ def workdir_path(name: str | os.PathLike[str]) -> AnyPath:
     try:
         problem = "" if epath.Path(_GS + bucket).exists() else "there is no such bucket"
     except Exception as error:  # of three libraries: no network, no credentials, no permission
-        problem = str(error) or type(error).__name__
+        problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
         raise UserError(f"--workdir {text}: bucket {bucket} cannot be read ({problem})")
     return epath.Path(text)

@@ -17,9 +17,10 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 FAKE = """#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$HERE/log"
 next() { [ -s "$HERE/$1" ] && head -n 1 "$HERE/$1" && sed -i 1d "$HERE/$1"; }
-case "$*" in
+all=$*
+case "$all" in
     *" describe "*) next answers ;;
-    train*--distributed\\ 127*) code=$(next "codes.${*##*,}") ;;
+    train*--distributed\\ 127*) code=$(next "codes.${all##*,}") ;;
     *train\\ --config*) code=$(next codes) ;;
 esac
 if [ "${code:-0}" = wait ]; then
@@ -101,7 +102,7 @@ def test_scripts_are_clean(script):
             "xpk.sh",
             ("n", "v5e:2x4", *RUN),
             {"PROJECT": "p", "ZONE": "z"},
-            "CLUSTER is not set: export CLUSTER=... first",
+            "CLUSTER is not set: export CLUSTER=...",
         ),
         ("tpu_vm.sh", ("n", "v5litepod-8", *RUN), PLACE, "topology v5litepod-8: should be like v5e:2x4 or v5p:2x2x4"),
         ("queued_resource.sh", ("n", "v5p:", *RUN), PLACE, "topology v5p:: should be like v5e:2x4 or v5p:2x2x4"),
