@@ -41,11 +41,7 @@ class StoredObject:
         return base64.b64encode(google_crc32c.Checksum(self.data).digest()).decode()
 
 
-def _nothing(name: str) -> None:
-    pass
-
-
-def _never(method: str, path: str) -> int:
+def _never(*_: str) -> int:
     return 0
 
 
@@ -61,14 +57,15 @@ class Refused(Exception):
 class FakeGcs:
     """One bucket. `uploads` are the names and sizes of all that was written, in order.
 
-    `on_upload` sees a name before its object is there: it may kill the client.
+    `refuse` sees method and path of every request, `refuse_upload` the name of what is about to be written: what they
+    return other than 0 is the status of the answer, and nothing is done. They may kill the client, too.
     """
 
     port: int = 0
     objects: dict[str, StoredObject] = field(default_factory=dict)
     uploads: list[tuple[str, int]] = field(default_factory=list)
-    on_upload: Callable[[str], None] = _nothing
-    refuse: Callable[[str, str], int] = _never  # (method, path) -> a status to answer with instead of doing anything
+    refuse: Callable[[str, str], int] = _never
+    refuse_upload: Callable[[str], int] = _never
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _begun: dict[str, bytearray] = field(default_factory=dict)
     _generation: int = 1000
@@ -89,7 +86,7 @@ class FakeGcs:
         with self._lock:
             self.objects.clear()
             self.uploads.clear()
-            self.on_upload, self.refuse = _nothing, _never
+            self.refuse = self.refuse_upload = _never
 
     def read(self, name: str) -> bytes:
         return self.objects[name].data
@@ -134,7 +131,8 @@ class FakeGcs:
     def write(self, name: str, data: bytes, query: dict[str, str]) -> dict[str, Any]:
         if not name or "\n" in name or "\r" in name or len(name.encode()) > 1024:
             raise Refused(400, f"invalid name {name!r}")
-        self.on_upload(name)
+        if status := self.refuse_upload(name):
+            raise Refused(status, "refused by the test")
         with self._lock:
             self.check(name, query)
             self._generation += 1
@@ -221,19 +219,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # of a client that was killed
+            super().handle()
+
     def _handle(self) -> None:
         body = self._body()
-        with contextlib.suppress(ConnectionError):  # of a client that was killed
-            try:
-                if status := self.gcs.refuse(self.command, self.path):
-                    raise Refused(status, "refused by the test")
-                status, headers, answer = self._do(body)
-            except Refused as error:
-                status, headers = error.status, {}
-                answer = {"error": {"code": error.status, "message": str(error)}}
-            if status in (204, 304):
-                answer = b""
-            self._answer(status, headers, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+        try:
+            if status := self.gcs.refuse(self.command, self.path):
+                raise Refused(status, "refused by the test")
+            status, headers, answer = self._do(body)
+        except Refused as error:
+            status, headers = error.status, {}
+            answer = {"error": {"code": error.status, "message": str(error)}}
+        if status in (204, 304):
+            answer = b""
+        self._answer(status, headers, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     do_GET = do_POST = do_PUT = do_DELETE = _handle
 
