@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from nlae_jax.api import NLA
 from nlae_jax.cli import main
 from nlae_jax.data.activations import open_vectors
 from nlae_jax.errors import UserError
-from nlae_jax.files import children, read_json, read_text, workdir_path
+from nlae_jax.files import children, is_remote, read_json, read_text, workdir_path
+from nlae_jax.stages import _own_answers
 from nlae_jax.train import checkpoint, metrics
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed, newest_sealed, restore_part
 from nlae_jax.train.metrics import MetricsLog, read
@@ -168,6 +170,13 @@ def test_a_copy_of_a_bucket_counts_here(workdir, gcs, tmp_path, capsys):
 # --- whole runs
 
 
+def test_the_subjects_answers_stay_here(workdir):
+    """Those of one run, and of one set of weights."""
+    runs = [SimpleNamespace(workdir=workdir / name, identity={"fingerprint": f}) for name in "ab" for f in "xy"]
+    places = [_own_answers(run) for run in runs]
+    assert len(set(places)) == 4 and not any(map(is_remote, places)) and _own_answers(runs[0]) == places[0]
+
+
 def test_a_missing_bucket_ends_in_one_line(gcs, capsys):
     assert main(["report", "--workdir", "gs://elsewhere/W"]) == 2
     assert capsys.readouterr().err == (
@@ -215,16 +224,11 @@ def test_a_run_in_a_bucket_is_the_run_in_a_directory(tiny_run, workdir, gcs, tmp
 
 # (name that is about to be written, how often it has been before)
 KILLS = (
-    ("activations/rows.parquet", 0),
-    ("activations/vectors/c/", 1),
     ("activations/progress.json", 0),
-    ("activations/descriptions.parquet", 0),
-    ("checkpoints/encoder_sft/8/state/", 0),
-    ("checkpoints/encoder_sft/10/commit_success.txt", 0),
+    ("checkpoints/encoder_sft/8/state/", 1),
     ("checkpoints/encoder_sft/10/manifest.json", 0),
     ("metrics.jsonl", 1),
-    ("checkpoints/decoder_sft/6/manifest.json", 0),
-    ("checkpoints/rl/4/state/", 1),
+    ("checkpoints/rl/4/commit_success.txt", 0),
     ("eval.json", 0),
 )
 
