@@ -26,7 +26,7 @@ shift 2
 train() {
     local code=0
     run srun --kill-on-bad-exit=0 --wait=120 "$PWD/.venv/bin/nlae" train --config "$config" --workdir "$workdir" \
-        --distributed auto "$@" || code=$?
+        --distributed auto --config.checkpoint.grace_seconds=240 "$@" || code=$?
     if [ "$code" -eq 75 ]; then # the time is over, or another job comes first
         run scontrol requeue "$SLURM_JOB_ID"
         exit 75

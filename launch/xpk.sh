@@ -26,7 +26,7 @@ if [ "${BUILD:-1}" != 0 ]; then
     run docker push "$IMAGE"
 fi
 # exec: the signal that announces a preemption goes to what the command starts. Codes above 126 are restarted anyway; 2
-# is the user's to put right. Between the signal and the end there is time to save.
+# is the user's to put right. Between the signal and the end there is time for what nlae does within 25 seconds.
 run xpk workload create "${place[@]}" "--workload=$name" "--tpu-type=$type" "--docker-image=$IMAGE" \
-    "--max-restarts=${ATTEMPTS:-100}" --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds=300 \
+    "--max-restarts=${ATTEMPTS:-100}" --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds=60 \
     "--command=exec nlae train $(quoted --config "$config" --workdir "$workdir" --distributed auto "$@")"

@@ -94,13 +94,23 @@ def object_checksums(directory: epath.Path) -> dict[str, str]:
     return {name.removeprefix(prefix): info["crc32c"] for name, info in found.items() if not name.endswith("/")}
 
 
+def upload(path: epath.Path, data: bytes) -> None:
+    """Writes an object. Raises UserError where that is not allowed."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        if not str(error).startswith("Forbidden"):
+            raise
+        raise UserError(f"{path}: these credentials may not write it ({' '.join(str(error).split())})") from None
+
+
 def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], None]) -> None:
     """`write` fills a temporary sibling, which then takes the place of `path`; an object is uploaded from one here."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as directory:
             temporary = pathlib.Path(directory) / path.name
             write(temporary)
-            path.write_bytes(temporary.read_bytes())
+            upload(path, temporary.read_bytes())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

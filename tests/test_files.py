@@ -62,6 +62,14 @@ def test_a_bucket_that_refuses(gcs, status):
         workdir_path("gs://bucket/x")
 
 
+def test_a_bucket_that_may_only_be_read(gcs):
+    path = workdir_path("gs://bucket/x") / "config.json"
+    gcs.refuse_upload = lambda name: 403
+    with pytest.raises(UserError, match=r"gs://bucket/x/config.json: these credentials may not write it \(Forbidden: "):
+        files.write_json(path, {})
+    assert not path.exists()
+
+
 def test_without_the_client_for_buckets(gcs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"--workdir gs://bucket/x: buckets need pip install '\.\[gcs\]'"):

@@ -254,7 +254,7 @@ def test_xpk_dry_run(launch):
         "docker push registry/nlae:1",
         "xpk workload create --project=p --zone=z --cluster=c --workload=n --tpu-type=v5p-32 "
         "--docker-image=registry/nlae:1 --max-restarts=100 --restart-on-exit-codes=1,3-126 "
-        f"--termination-grace-period-seconds=300 {command}",
+        f"--termination-grace-period-seconds=60 {command}",
     ]
     assert code == 0 and launch.log == []
 
@@ -284,6 +284,7 @@ def test_slurm_submits_itself(launch):
 
 def srun():
     nlae = f"{ROOT}/.venv/bin/nlae train --config {RUN[0]} --workdir {RUN[1]} --distributed auto"
+    nlae += " --config.checkpoint.grace_seconds=240"
     return f"srun --kill-on-bad-exit=0 --wait=120 {nlae}"
 
 

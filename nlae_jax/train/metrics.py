@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, write_atomically
+from nlae_jax.files import AnyPath, is_remote, upload, write_atomically
 
 Point = tuple[float, float]
 
@@ -138,7 +138,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
         if self._unwritten:
-            self.path.write_bytes(bytes(self._held))
+            upload(self.path, bytes(self._held))
             self._unwritten, self._due = False, time.monotonic() + _pause(len(self._held))
 
     def __enter__(self) -> MetricsLog:
