@@ -16,6 +16,7 @@ from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
+from nlae_jax.files import workdir_path
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import check_same_tokenizer
 from nlae_jax.mesh import make_mesh
@@ -152,7 +153,7 @@ class NLA:
 
 def open_run(workdir: str | Path) -> Run:
     """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
-    workdir = Path(workdir)
+    workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
     config = load_config(workdir / "config.json")

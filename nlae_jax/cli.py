@@ -12,8 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nlae_jax.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
+    from nlae_jax.files import AnyPath
 
 _STAGES = {
     "train": "every stage that is not finished: extract, describe, sft, rl, eval, report",
@@ -40,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done. 2: something the user can put right, said in one line."""
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        if getattr(options, "workdir", None):
+            from nlae_jax.files import workdir_path
+
+            options.workdir = workdir_path(options.workdir)
         return options.run(options, overrides)
     except UserError as error:
         return _fail(str(error), error, options.debug)
@@ -101,13 +109,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if name != "report":
             command.add_argument("--config", required=True, help="experiment file with get_config()")
         command.add_argument(
-            "--workdir", required=True, type=Path, help="where everything is kept; run again to resume"
+            "--workdir", required=True, help="directory or gs://BUCKET/NAME that keeps everything; run again to resume"
         )
         if name == "eval":
             command.add_argument("--json", action="store_true", help="print eval.json on stdout")
         command.set_defaults(run=_run_report if name == "report" else _run_stage)
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
-    explain.add_argument("--workdir", type=Path, help="of a trained run")
+    explain.add_argument("--workdir", help="of a trained run")
     explain.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
     explain.add_argument("--ar", help="its decoder")
     explain.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
@@ -122,7 +130,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     explain.set_defaults(run=_run_explain)
     help_text = "write the trained pair as model directories that transformers and the PyTorch reference load"
     export = commands.add_parser("export", help=help_text, description=help_text)
-    export.add_argument("--workdir", required=True, type=Path, help="of a trained run")
+    export.add_argument("--workdir", required=True, help="of a trained run")
     export.add_argument("--out", required=True, type=Path, help="directory that gets av/ and ar/")
     export.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
@@ -204,20 +212,22 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         STAGES[options.command](run)
         if getattr(options, "json", False):
-            print((options.workdir / "eval.json").read_text(encoding="utf-8"), end="")
+            from nlae_jax.files import read_text
+
+            print(read_text(options.workdir / "eval.json"), end="")
     return 0
 
 
-def _print_result(workdir: Path) -> None:
+def _print_result(workdir: AnyPath) -> None:
     """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
     import json
 
     from rich.console import Console
 
     from nlae_jax.evaluate.table import held_out_table
-    from nlae_jax.files import read_json
+    from nlae_jax.files import read_json, read_text
 
-    rows = [json.loads(line) for line in (workdir / "samples/held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in read_text(workdir / "samples/held_out.jsonl").splitlines()]
     result = read_json(workdir / "eval.json")
     console = Console()
     console.print(held_out_table(rows, 8))
@@ -279,6 +289,8 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
+    if str(options.out).startswith("gs:/"):
+        raise UserError("--out: should be a directory here; `gcloud storage cp -r` takes it to a bucket")
     _start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.export import export

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 import ml_collections
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json
+from nlae_jax.files import AnyPath, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
     return resolve(values)
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: AnyPath) -> Config:
     """The resolved config that a run wrote into its workdir."""
     values = read_json(path)
     if not isinstance(values, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
@@ -18,7 +17,7 @@ from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, read_parquet, write_atomically, write_json
+from nlae_jax.files import AnyPath, is_remote, read_json, read_parquet, write_atomically, write_json
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
@@ -69,7 +68,7 @@ _BASELINE_ROWS = 4096
 class Run:
     """A workdir and what its stages share; heavy things are made when first asked for and once."""
 
-    def __init__(self, config: Config, workdir: Path, read_only: bool = False) -> None:
+    def __init__(self, config: Config, workdir: AnyPath, read_only: bool = False) -> None:
         """`read_only`: for using what was trained, beside a run that goes on training there if need be."""
         self.config, self.workdir, self._read_only = config, workdir, read_only
         self.announced: set[str] = set()  # what a person has been told once
@@ -277,11 +276,13 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 # Held while the process lives; a notebook may open one workdir several times.
-_LOCKS: dict[Path, TextIO] = {}
+_LOCKS: dict[AnyPath, TextIO] = {}
 
 
-def _lock(workdir: Path) -> None:
-    """Two processes in one workdir would overwrite each other."""
+def _lock(workdir: AnyPath) -> None:
+    """Two runs in one workdir would overwrite each other. A bucket has no lock that ends with its process: no lock."""
+    if is_remote(workdir):
+        return
     path = workdir.resolve() / ".lock"
     if path in _LOCKS:
         return
@@ -293,7 +294,7 @@ def _lock(workdir: Path) -> None:
     _LOCKS[path] = file
 
 
-def _differs(workdir: Path, config: Config) -> bool:
+def _differs(workdir: AnyPath, config: Config) -> bool:
     """Whether the workdir's config is another. Raises UserError where that would compute something else."""
     mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, load_config(workdir / "config.json")))
     changed = [name for name in mine if theirs[name] != mine[name]]
@@ -307,7 +308,7 @@ def _differs(workdir: Path, config: Config) -> bool:
     return bool(changed)
 
 
-def _made_with(workdir: Path, name: str, config: Config) -> Path | None:
+def _made_with(workdir: AnyPath, name: str, config: Config) -> AnyPath | None:
     """A file that a field's old value has gone into; None where the new one is as good."""
     if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
         path = newest_sealed(workdir / "checkpoints/rl")

@@ -23,7 +23,7 @@ from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batch
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
-from nlae_jax.files import read_json, write_atomically, write_json, write_parquet
+from nlae_jax.files import AnyPath, is_remote, read_json, write_atomically, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.pretrained import cache_directory
@@ -155,8 +155,7 @@ def describe(run: Run) -> None:
         document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
         num_documents=len(plan.ids),
         generate=model and partial(_chat, run, model),
-        # A server's answers serve every run; the subject's are this run's own.
-        cache_directory=(run.workdir / "activations" if model else cache_directory()) / "answers",
+        cache_directory=_own_answers(run) if model else cache_directory() / "answers",
     )
     with progress(len(rows), "describe", unit="activation") as bar:
         described = make_describer(config, resources, bar.advance)(contexts)
@@ -165,6 +164,17 @@ def describe(run: Run) -> None:
         say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
     table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
     write_parquet(path, table)
+
+
+def _own_answers(run: Run) -> Path:
+    """The subject's answers are this run's own, where a server's serve every run.
+
+    One object per answer is no use of a bucket: they stay on this machine, and another one makes the same again.
+    """
+    if not is_remote(run.workdir):
+        return run.workdir / "activations/answers"
+    name = zlib.crc32(json.dumps([str(run.workdir), run.identity], sort_keys=True).encode())
+    return cache_directory() / f"answers-{name:08x}"
 
 
 def _chat(run: Run, model: LanguageModel, prompts: list[str]) -> list[str]:
@@ -243,7 +253,7 @@ def _trained_by_sft(run: Run, role: str) -> Params | None:
     return state and state["trained"]
 
 
-def _trained_by_rl(run: Run, checkpoint: Path) -> tuple[Params, Params] | None:
+def _trained_by_rl(run: Run, checkpoint: AnyPath) -> tuple[Params, Params] | None:
     """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
     if not is_sealed(checkpoint):  # in a new workdir, roles cannot be made yet
         return None

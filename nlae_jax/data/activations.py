@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ import tensorstore as ts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, read_parquet, write_json, write_parquet
+from nlae_jax.files import AnyPath, is_remote, kvstore, read_json, read_parquet, write_json, write_parquet
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -159,7 +158,7 @@ Reader = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[Any, A
 
 
 def extract(
-    directory: Path,
+    directory: AnyPath,
     plan: Plan,
     read: Reader,
     config: ExtractConfig,
@@ -198,18 +197,23 @@ def extract(
 class _Writer:
     """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
 
-    One at a time, because rows that share a chunk are merged with what is on disk.
+    One at a time, because rows that share a chunk are merged with what is on disk. In a bucket a chunk's worth of them
+    at a time: an object takes one write a second. (Not by the clock: several processes must do the same.)
     """
 
-    def __init__(self, progress: Path, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
+    def __init__(self, progress: AnyPath, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
         self._writes: list[ts.WriteFutures] = []
-        self._stop = 0  # after the last row that is being written
+        self._stop = self._read = 0  # after the last row that is being written, and that was read
+        self._held: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # what is to be written, from which row on
+        self._least = _CHUNK_ROWS if is_remote(progress) else 1
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._settle()
+        self._begin()
         self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
@@ -218,41 +222,52 @@ class _Writer:
         if not np.isfinite(activations).all():
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
         likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
-        self._settle()
-        stop = batch.start + batch.count
-        writes = [self._vectors[batch.start : stop].write(activations)]
+        self._held.append((self._vectors, batch.start, activations))
         if self._next_tokens is not None:
-            writes.append(self._next_tokens[batch.start : stop].write(likeliest))
+            self._held.append((self._next_tokens, batch.start, likeliest))
+        self._read = batch.start + batch.count
+        if self._read - self._stop >= self._least:
+            self._settle()
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begins to write what is held: all of it first, so that a chunk is written once."""
+        writes = [store[start : start + len(values)].write(values) for store, start, values in self._held]
         for write in writes:
             write.commit.force()
-        self._writes, self._stop = writes, stop  # only now: what is counted has been given to be written whole
+        # Only now: what is counted has been given to be written whole.
+        self._writes, self._stop, self._held = writes, self._read, []
 
     def _settle(self) -> None:
         """Waits until what is being written is on disk, and counts it."""
         writes, self._writes = self._writes, []
-        for write in writes:
-            write.result()
+        try:
+            for write in writes:
+                write.result()
+        except BaseException:
+            self._held = []  # nothing may be counted that comes after rows that are not there
+            raise
         if writes:
             write_json(self._progress, {"rows": self._stop})
 
 
 def _arrays(
-    directory: Path, rows: int, d_model: int, num_next: int, create: bool = False
+    directory: AnyPath, rows: int, d_model: int, num_next: int, create: bool = False
 ) -> tuple[ts.TensorStore, ts.TensorStore | None]:
     vectors = open_vectors(directory, rows, d_model, create)
     return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, create) if num_next else None
 
 
-def open_vectors(directory: Path, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
+def open_vectors(directory: AnyPath, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
     """The raw activations [rows, d] float32 on disk."""
     return _array(directory / "vectors", (rows, d_model), np.float32, create)
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: type, create: bool) -> ts.TensorStore:
+def _array(path: AnyPath, shape: tuple[int, ...], dtype: type, create: bool) -> ts.TensorStore:
     """An array on disk. One that should be there and is not is an error: a new one would read as zeros."""
     try:
         return ts.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}},
+            {"driver": "zarr3", "kvstore": kvstore(path)},
             open=True,
             create=create,
             dtype=dtype,
@@ -265,7 +280,7 @@ def _array(path: Path, shape: tuple[int, ...], dtype: type, create: bool) -> ts.
         raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0][:120]})") from None
 
 
-def write_plan(directory: Path, plan: Plan) -> None:
+def write_plan(directory: AnyPath, plan: Plan) -> None:
     """documents.parquet and, last, rows.parquet: its presence says that the plan is complete."""
     documents = pa.table(
         {
@@ -279,7 +294,7 @@ def write_plan(directory: Path, plan: Plan) -> None:
         write_parquet(directory / f"{name}.parquet", table)
 
 
-def read_plan(directory: Path) -> Plan:
+def read_plan(directory: AnyPath) -> Plan:
     remedy = f"restore it, or delete {directory} to extract again"
     documents, rows = (read_parquet(directory / f"{name}.parquet", remedy) for name in ("documents", "rows"))
     return Plan(
@@ -294,7 +309,7 @@ def read_plan(directory: Path) -> Plan:
 class ActivationStore:
     """The finished activations of a workdir. `plan` says what the rows are, `meta` where they come from."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: AnyPath) -> None:
         self.plan = read_plan(directory)
         self.meta: dict[str, Any] = read_json(directory / "meta.json")
         rows, num_next = len(self.plan.position), self.meta["num_next_tokens"]
@@ -324,7 +339,7 @@ class ActivationStore:
         return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
-def write_meta(directory: Path, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
+def write_meta(directory: AnyPath, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
     """meta.json: provenance, counts, and statistics of the stored vectors, read chunk by chunk."""
     vectors, _ = _arrays(directory, len(plan.position), d_model, num_next)
     norms, mean_direction = np.empty(len(plan.position)), np.zeros(d_model)

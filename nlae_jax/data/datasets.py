@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from nlae_jax.config import Config, DatasetConfig
 from nlae_jax.data.activations import SPLITS, Plan, open_vectors
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_atomically, write_json
+from nlae_jax.files import AnyPath, read_json, write_atomically, write_json
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 
@@ -226,7 +226,7 @@ def _texts(rows: list[tuple[int, str]], name: str) -> pa.Table:
 
 
 def import_vectors(
-    directory: Path, files: dict[str, Path], rows: int, d_model: int, advance: Callable[[int], None]
+    directory: AnyPath, files: dict[str, Path], rows: int, d_model: int, advance: Callable[[int], None]
 ) -> None:
     """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
     progress = directory / "progress.json"

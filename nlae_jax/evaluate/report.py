@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nlae_jax.config import Config
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.table import html_samples, html_text, html_values, number, significant, tidy
-from nlae_jax.files import write_atomically
+from nlae_jax.files import AnyPath, workdir_path, write_atomically
 from nlae_jax.train.metrics import Point, curve, read, read_object, smoothed, thinned
 
-_SAMPLES = Path("samples/held_out.jsonl")
+_SAMPLES = "samples/held_out.jsonl"
 
 STAGES = {
     "encoder_sft": ("Encoder warm start", "The encoder learns to write the descriptions from the injected activation."),
@@ -358,12 +358,12 @@ def _config(config: Mapping[str, Any] | None) -> str:
     return f'<p class="note">Bold: not the default.</p><div class="config">{boxes}</div>'
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
     The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError.
     """
-    workdir = Path(workdir)
+    workdir = workdir_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; --workdir names the directory of a run")
     config, evaluation = read_object(workdir / "config.json"), read_object(workdir / "eval.json")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
+from nlae_jax.files import AnyPath, read_text
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
@@ -202,14 +202,14 @@ def tails(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Tails | None:
     return Tails(ids, length) if changed else None
 
 
-def kept_protocol(path: Path, tokenizer: Any) -> Protocol:
+def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:
     """The protocol that a workdir was made with.
 
     Raises UserError where the tokenizer of today no longer fits it. The chat prompt may differ (templates print
     dates): the one trained with counts.
     """
     try:
-        kept = Protocol.from_json(path.read_text(encoding="utf-8"))
+        kept = Protocol.from_json(read_text(path))
     except ValueError:
         raise UserError(
             f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"

@@ -8,17 +8,17 @@ import hashlib
 import logging
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_json
+from nlae_jax.files import AnyPath, absolute, children, is_remote, object_checksums, read_json, write_json
 from nlae_jax.progress import warn
 
 _MANIFEST = "manifest.json"
+_CHECKSUM = "crc32c:"
 _MARGIN = 1 << 20  # bytes that a checkpoint takes beyond its arrays, amply
 
 
@@ -29,10 +29,10 @@ class Checkpoints:
     newest whose files still match.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: AnyPath, keep: int) -> None:
         # orbax logs, with a traceback, the errors that it raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._directory = directory.absolute()
+        self._directory = absolute(directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
@@ -106,18 +106,18 @@ def abstract_of(state: Any) -> Any:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
 
 
-def is_sealed(path: Path) -> bool:
+def is_sealed(path: AnyPath) -> bool:
     """Whether the checkpoint directory was written to its end."""
     return (path / _MANIFEST).exists()
 
 
-def newest_sealed(directory: Path) -> Path | None:
+def newest_sealed(directory: AnyPath) -> AnyPath | None:
     """A stage's newest checkpoint that was written to its end; None where there is none."""
-    sealed = (path for path in directory.glob("*") if path.name.isdecimal() and is_sealed(path))
+    sealed = (path for path in children(directory) if path.name.isdecimal() and is_sealed(path))
     return max(sealed, key=lambda path: int(path.name), default=None)
 
 
-def restore_part(path: Path, abstract: Any) -> Any | None:
+def restore_part(path: AnyPath, abstract: Any) -> Any | None:
     """Those arrays of a checkpoint's state that `abstract` has, with its shardings; no memory is taken for others.
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
@@ -129,27 +129,44 @@ def restore_part(path: Path, abstract: Any) -> Any | None:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path.absolute() / "state", args=arguments)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(absolute(path) / "state", args=arguments)
 
 
-def _require_space(directory: Path, state: Any) -> None:
+def _require_space(directory: AnyPath, state: Any) -> None:
     """Asked before: a save that fails in the middle does so in threads of orbax, which print their own tracebacks."""
+    if is_remote(directory):
+        return
     shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.replica_id == 0]
     if shutil.disk_usage(directory).free < sum(shard.data.nbytes for shard in shards) + _MARGIN:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def _hashes(path: AnyPath) -> dict[str, str]:
+    """What tells the content of every file of a checkpoint but its manifest, by the file's name within it.
+
+    On a bucket that is the checksum which the store keeps: nothing is read back. A copy of a checkpoint made there is
+    not checked by content here, nor the other way round: `_CHECKSUM` marks what is none of ours.
+    """
+    if is_remote(path):
+        found = {name: _CHECKSUM + checksum for name, checksum in object_checksums(path).items()}
+        return {name: checksum for name, checksum in found.items() if name != _MANIFEST}
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
     return {str(file.relative_to(path)): _hash(file) for file in files}
 
 
-def _hash(path: Path) -> str:
+def _hash(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _problem(path: Path) -> str | None:
+def _is_same(expected: str, found: str | None) -> bool:
+    """Whether a file is what its manifest says; where one of the two is a bucket's checksum, whether it is there."""
+    if found is None or expected.startswith(_CHECKSUM) == found.startswith(_CHECKSUM):
+        return found == expected
+    return True
+
+
+def _problem(path: AnyPath) -> str | None:
     """What is wrong with a checkpoint's files; None if they are as they were written."""
     try:
         expected = read_json(path / _MANIFEST)
@@ -158,5 +175,5 @@ def _problem(path: Path) -> str | None:
     except UserError:
         return f"{_MANIFEST} is not valid JSON"
     found = _hashes(path)
-    changed = sorted(name for name in expected if found.get(name) != expected[name])
+    changed = sorted(name for name in expected if not _is_same(expected[name], found.get(name)))
     return f"changed or missing: {changed[0]}" if changed else None

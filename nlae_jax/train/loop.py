@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax.config import Config
+from nlae_jax.files import AnyPath
 from nlae_jax.mesh import batch_sharding, replicated
 from nlae_jax.progress import progress
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
@@ -41,20 +41,20 @@ def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> An
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
 
 
-def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: Path) -> Any:
+def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: AnyPath) -> Any:
     """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
     """
-    with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints:
-        return _run(stage, state, frozen, mesh, config, workdir, checkpoints)
+    directory = workdir / "checkpoints" / stage.name
+    with Checkpoints(directory, config.checkpoint.keep) as checkpoints, MetricsLog(workdir / "metrics.jsonl") as log:
+        return _run(stage, state, frozen, mesh, config, checkpoints, log)
 
 
 def _run(
-    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: Path, checkpoints: Checkpoints
+    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, checkpoints: Checkpoints, log: MetricsLog
 ) -> Any:
-    """`run_stage` between the opening and the closing of its checkpoints."""
-    log = MetricsLog(workdir / "metrics.jsonl")
+    """`run_stage` between the opening and the closing of its checkpoints and its log."""
     start = 0
     if (newest := checkpoints.newest()) is not None:
         abstract = abstract_of(state)
@@ -99,6 +99,7 @@ def _run(
             pending = (number, metrics)
             if number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()
+                log.sync()  # a checkpoint that counts has its rows
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
     if (times := stage.step._cache_size() - compiled_before) > (expected := max(1, len(known))):
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; {expected} are expected")
@@ -109,7 +110,7 @@ def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(batch[name].shape for name in sorted(batch))
 
 
-def last_checkpoint(workdir: Path, stage: str, steps: int) -> Path:
+def last_checkpoint(workdir: AnyPath, stage: str, steps: int) -> AnyPath:
     """Where a stage of so many steps leaves its final state."""
     return workdir / "checkpoints" / stage / str(steps)
 

@@ -6,15 +6,16 @@ whole JSON object is taken as never written, by the reader and by the next write
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import write_atomically
+from nlae_jax.files import AnyPath, is_remote, upload, write_atomically
 
 Point = tuple[float, float]
 
@@ -28,12 +29,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of the file (its bytes, with a newline) and its row; blank lines and a torn last one dropped."""
+def _stored(path: AnyPath) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        return []
+        return b""
+
+
+def _parse(path: AnyPath, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of the file's `data` (with a newline) and its row; blank lines and a torn last one dropped."""
     lines = [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     parsed = []
     for index, (number, line) in enumerate(lines):
@@ -50,12 +54,12 @@ def _beyond(row: dict[str, Any], step: int) -> bool:
     return isinstance(row.get("step"), int) and row["step"] > step
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: AnyPath) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file in order; no file is no rows, and a torn last line is left out.
 
     Raises UserError for any other line that is not a JSON object: that is damage, not an interrupted write.
     """
-    return [row for _, row in _parse(path)]
+    return [row for _, row in _parse(path, _stored(path))]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -75,10 +79,10 @@ def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
     return [point for pair in extremes for point in sorted(set(pair))]
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: AnyPath) -> dict[str, Any] | None:
     """A JSON object from a file, or None if there is no file. Raises UserError for anything else in it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -99,12 +103,17 @@ class MetricsLog:
     """Appends rows to one `metrics.jsonl`. One process writes; any number may read.
 
     NaN and infinite values are written as null, since JSON has no such numbers and a reader must not fail on them.
+
+    Nothing can be added to an object. On a bucket all rows are held here and the object is written anew: by `sync`,
+    which comes before a checkpoint, and in between so that readers see the run go on, as often as `_pause` says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
-        self.path = Path(path)
+        self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = bytearray(_stored(path)) if is_remote(path) else None
+        self._unwritten, self._due = False, 0.0
         self._keep(lambda row: True)
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -116,9 +125,28 @@ class MetricsLog:
         clean = {str(key): _plain(value) for key, value in row.items()}
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
-        line = json.dumps(clean, allow_nan=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode("ascii"))
+        line = (json.dumps(clean, allow_nan=False) + "\n").encode("ascii")
+        if self._held is None:
+            with self.path.open("ab") as file:
+                file.write(line)
+            return
+        self._held += line
+        self._unwritten = True
+        if time.monotonic() >= self._due:
+            self.sync()
+
+    def sync(self) -> None:
+        """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
+        if self._unwritten:
+            upload(self.path, bytes(self._held))
+            self._unwritten, self._due = False, time.monotonic() + _pause(len(self._held))
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(*([Exception] if error is not None else [])):  # that error is the one to report
+            self.sync()
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the rows of `stage` beyond `step`, so that a run resumed from that step writes each row once.
@@ -129,9 +157,16 @@ class MetricsLog:
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Leaves only the whole lines whose row is `wanted`; does not touch a file that is already so."""
-        data = b"".join(line for line, row in _parse(self.path) if wanted(row))
-        if self.path.exists() and self.path.read_bytes() != data:
+        before = _stored(self.path) if self._held is None else bytes(self._held)
+        data = b"".join(line for line, row in _parse(self.path, before) if wanted(row))
+        if data != before:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
+            self._held = None if self._held is None else bytearray(data)
+
+
+def _pause(size: int) -> float:
+    """Seconds between two writings of an object of so many bytes: at most one in ten seconds, and 100 kB a second."""
+    return max(10.0, size / 100_000)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,130 @@
+# shellcheck shell=bash
+# What the scripts here share; they source it, and it takes --dry-run off their arguments.
+
+# shellcheck disable=SC2034 # for those that source this
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+me=launch/$(basename "$0")
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+    dry_run=1
+    shift
+fi
+
+die() {
+    echo "$me: $*" >&2
+    exit 2
+}
+
+# Environment variables that only the user knows.
+need() {
+    local name
+    for name in "$@"; do
+        [ -n "${!name:-}" ] || die "$name is not set: export $name=..."
+    done
+}
+
+# The words of a command as a shell would read them back.
+quoted() {
+    local word line=
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+        line+=" $word"
+    done
+    echo "${line# }"
+}
+
+# Runs a command, or prints it.
+run() {
+    if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+# Runs a command until it is done: again whenever it was preempted (75), and after other ends ATTEMPTS times in all.
+keep_running() {
+    local attempt=1 code=0
+    while true; do
+        code=0
+        "$@" || code=$?
+        # 0: done. 2: something only a person can put right. 130: stopped by hand.
+        case $code in
+            0 | 2 | 130) return "$code" ;;
+            75) echo "$me: preempted and saved; starting again" >&2 ;;
+            *)
+                ((attempt < ${ATTEMPTS:-5})) || return "$code"
+                echo "$me: attempt $attempt ended with code $code; starting again" >&2
+                attempt=$((attempt + 1))
+                ;;
+        esac
+        sleep "${PAUSE:-2}"
+    done
+}
+
+# --- Cloud TPU. A topology is written as `nlae plan` does; these say what Google calls it.
+
+# v5p:2x2x4 -> v5p-32: v4 and v5p count cores, two a chip.
+accelerator_type() {
+    [[ $1 =~ ^(v4|v5e|v5p|v6e):[0-9]+(x[0-9]+){1,2}$ ]] || die "topology $1: should be like v5e:2x4 or v5p:2x2x4"
+    local kind=${1%%:*} sizes=${1#*:}
+    local chips=$((${sizes//x/*}))
+    case $kind in
+        v5e) echo "v5litepod-$chips" ;;
+        v6e) echo "v6e-$chips" ;;
+        *) echo "$kind-$((2 * chips))" ;;
+    esac
+}
+
+runtime_version() {
+    case $1 in
+        v4:*) echo tpu-ubuntu2204-base ;;
+        v5e:*) echo v2-alpha-tpuv5-lite ;;
+        v5p:*) echo v2-alpha-tpuv5 ;;
+        v6e:*) echo v2-alpha-tpuv6e ;;
+    esac
+}
+
+# gcloud compute tpus ... in the user's project and zone.
+tpus() {
+    run gcloud compute tpus "$@" "--project=$PROJECT" "--zone=$ZONE"
+}
+
+# The same for a question: its answer, nothing where there is none. A dry run asks nothing, and shows the question.
+ask_tpus() {
+    local command=(gcloud compute tpus "$@" "--project=$PROJECT" "--zone=$ZONE")
+    if [ -n "$dry_run" ]; then quoted "${command[@]}" >&2; else "${command[@]}" 2>/dev/null || true; fi
+}
+
+# Copies this checkout to every worker of a TPU VM and installs it there.
+install_on() {
+    local archive=${TMPDIR:-/tmp}/nlae-$1.tar.gz
+    run bash -c 'git ls-files -z -co --exclude-standard | tar --null -T - -czf "$0"' "$archive"
+    tpus tpu-vm scp "$archive" "$1:nlae.tar.gz" --worker=all
+    # The machines' own Python is 3.10.
+    tpus tpu-vm ssh "$1" --worker=all "--command=set -e; mkdir -p nlae; tar xzf nlae.tar.gz -C nlae; cd nlae; \
+python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12; \
+~/.local/bin/uv pip install --quiet '.[gcs,hub,tpu]'"
+}
+
+# Trains until it is done on the machine `name`, which the script's `prepare` makes, and makes again when its `state` is no
+# longer `ready`. The arguments are those of `train_on` after the name.
+follow() {
+    keep_running train_once "$@"
+}
+
+train_once() {
+    local code=0
+    prepare || return 1 # gcloud's own codes mean nothing here
+    # shellcheck disable=SC2154 # of those that source this
+    train_on "$name" "$@" || code=$?
+    # shellcheck disable=SC2154
+    [ "$code" -eq 0 ] || [ "$(state)" = "$ready" ] || code=75
+    return "$code"
+}
+
+# Trains on every worker of a TPU VM; ends with the first code that is not 0.
+train_on() {
+    local name=$1 config=$2 workdir=$3
+    shift 3
+    # What a lost connection has left behind there would hold the chips: it is told to save and waited for.
+    tpus tpu-vm ssh "$name" --worker=all "--command=pkill -f 'bin/[n]lae train'; \
+while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; cd nlae && exec .venv/bin/nlae train \
+$(quoted --config "$config" --workdir "$workdir" --distributed auto "$@")"
+}
