@@ -22,10 +22,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
+from nlae_jax import hosts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
@@ -172,11 +174,11 @@ def extract(
 
     `read` may return before it has computed: the next batch is asked for before one is waited for, so devices have
     work while the host fetches and writes. Rows count when they are on disk, so a killed run does at most the last
-    few batches again. `parts`: of `read_batches`.
+    few batches again. `parts`: of `read_batches`. Each of several processes writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
-    done = read_json(progress).get("rows", 0) if progress.exists() else 0
-    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next, create=done == 0)
+    done = hosts.by_first(lambda: _begin(directory, progress, (len(plan.position), d_model, num_next)))
+    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next)
     ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, vectors, next_tokens) as writer:
         for batch in read_batches(plan, config, parts):
@@ -195,6 +197,24 @@ def extract(
             advance(ahead[0].count)
 
 
+def _begin(directory: Path, progress: Path, sizes: tuple[int, int, int]) -> int:
+    """How many rows are on disk; makes the arrays where there are none."""
+    done = read_json(progress).get("rows", 0) if progress.exists() else 0
+    _arrays(directory, *sizes, create=done == 0)
+    return done
+
+
+def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Of the first `count` rows of what was read those that this process writes, each of them one process's."""
+    if not isinstance(values, jax.Array) or values.is_fully_addressable:
+        yield slice(0, count), np.asarray(values)[:count]
+        return
+    for shard in values.addressable_shards:
+        start, stop, _ = shard.index[0].indices(values.shape[0])
+        if shard.replica_id == 0 and start < count:
+            yield slice(start, min(stop, count)), np.asarray(shard.data)[: count - start]
+
+
 class _Writer:
     """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
 
@@ -209,31 +229,36 @@ class _Writer:
     def __enter__(self) -> _Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._settle()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or hosts.count() == 1:  # else the others are not here to wait for
+            self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
         """Fetches what was read, waits for the batch before to be on disk and begins to write this one."""
-        activations = np.asarray(read[0])[: batch.count]
-        if not np.isfinite(activations).all():
+        activations = list(_held(read[0], batch.count))
+        if not all(np.isfinite(values).all() for _, values in activations):
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
-        likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
+        likeliest = [] if self._next_tokens is None else list(_held(read[1], batch.count))
         self._settle()
-        stop = batch.start + batch.count
-        writes = [self._vectors[batch.start : stop].write(activations)]
-        if self._next_tokens is not None:
-            writes.append(self._next_tokens[batch.start : stop].write(likeliest))
+        writes = [
+            store[batch.start + rows.start : batch.start + rows.stop].write(values)
+            for store, held in ((self._vectors, activations), (self._next_tokens, likeliest))
+            for rows, values in held
+        ]
         for write in writes:
             write.commit.force()
-        self._writes, self._stop = writes, stop  # only now: what is counted has been given to be written whole
+        # Only now: what is counted has been given to be written whole.
+        self._writes, self._stop = writes, batch.start + batch.count
 
     def _settle(self) -> None:
-        """Waits until what is being written is on disk, and counts it."""
-        writes, self._writes = self._writes, []
+        """Waits until what is being written is on disk, everywhere, and counts it."""
+        writes, stop, self._writes, self._stop = self._writes, self._stop, [], 0
         for write in writes:
             write.result()
-        if writes:
-            write_json(self._progress, {"rows": self._stop})
+        if stop:
+            hosts.barrier()
+            if hosts.is_first():
+                write_json(self._progress, {"rows": stop})
 
 
 def _arrays(

@@ -187,7 +187,7 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
         transform_non_params=lambda _: replicated(mesh),
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
-    return RoleState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
+    return RoleState(place(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
 
 
 def abstract_params(mesh: Mesh, weights: Params) -> Params:
