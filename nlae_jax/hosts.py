@@ -129,8 +129,8 @@ def start(spec: str) -> None:
         index, number = jax.process_index(), jax.process_count()
     except (ValueError, TypeError) as error:
         raise UserError(
-            "--distributed: no cluster found: this is neither a TPU pod nor a job of Slurm, Open MPI or Kubernetes, and "
-            f"JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID are not set; HOST:PORT,COUNT,INDEX says it "
+            "--distributed: no cluster found: this is no TPU pod, no job of Slurm, Open MPI or Kubernetes, and "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID are not all set; give HOST:PORT,COUNT,INDEX "
             f"({_line(error)})"
         ) from error
     except Exception as error:  # jax's own, of many kinds
@@ -333,7 +333,7 @@ def wait_for_verdict(error: BaseException) -> NoReturn:
 
 
 def _watch() -> None:
-    """Gives signs of life and looks for those of the others. Only the first looks at all: that is enough, and scales."""
+    """Gives signs of life and looks for the others'. Only the first looks at all of them: that scales."""
     world, beats, answered = _world, 0, time.monotonic()
     seen: dict[str, tuple[str, float]] = {f"{_BEATS}{i}": ("", answered) for i in range(world.count)}
     while not world.over.wait(_BEAT_SECONDS):

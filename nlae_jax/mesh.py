@@ -111,7 +111,7 @@ def held_parts(mesh: Mesh) -> list[int]:
 
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-    """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: what it has to load."""
+    """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
     return rows.reshape(batch_parts(mesh), -1)[held_parts(mesh)].reshape(-1)
 
 

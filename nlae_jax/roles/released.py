@@ -20,7 +20,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import replicated, tree_shardings
+from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
