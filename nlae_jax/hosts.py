@@ -10,6 +10,7 @@ such decisions are the first process's (`by_first`), or are made on the devices 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -64,6 +65,7 @@ class _World:
 
 
 _world = _World()
+_handler: Any = None  # held here: C knows its address only
 
 
 def count() -> int:
@@ -118,8 +120,6 @@ def start(spec: str) -> None:
         _reach(address, index == 0)
     # SIGTERM is heeded here, with a bound: `preemptible`. What jax would install takes the signal away.
     jax.config.update("jax_enable_preemption_service", False)
-    # Else the coordinator's client kills this process, with a dump of its stack, where `_watch` has one line to say.
-    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
             *given,
@@ -141,6 +141,8 @@ def start(spec: str) -> None:
     _world.coordinates = distributed.global_state.service is not None
     if number > 1:
         threading.Thread(target=_watch, name="watch", daemon=True).start()
+    if number > 1 and not _world.coordinates:
+        _outlive_coordinator(distributed.global_state.coordinator_address)
 
 
 def _reach(address: str, own: bool) -> None:
@@ -163,6 +165,28 @@ def _reach(address: str, own: bool) -> None:
             problem = error.strerror or str(error)
             time.sleep(0.2)
     raise UserError(f"--distributed {address}: no coordinator there within {CONNECT_SECONDS:.0f} s ({problem})")
+
+
+def _outlive_coordinator(address: str) -> None:
+    """Has this process end with `LOST` and a line where jax's client would abort it, because the coordinator is gone.
+
+    The client has a callback for that, but jaxlib 0.10 cannot hand it the reason and aborts over this too. A handler
+    of Python's would come too late: abort() does not return to Python. One in C may end the process.
+    """
+
+    def ended(_: int) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            _exit(LOST, "the coordinator is gone; start the same command again in all processes")
+        c_signal(signal.SIGABRT, None)  # something else is wrong: abort() goes on as ever
+
+    global _handler
+    c_signal = ctypes.CDLL(None).signal
+    c_signal.argtypes, c_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)
+    c_signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
 def _line(error: BaseException) -> str:
