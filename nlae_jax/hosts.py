@@ -275,7 +275,6 @@ def preemptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _world.asked.clear()
     _world.settled.clear()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -292,6 +291,7 @@ def preemptible() -> Iterator[None]:
         os.close(writer)
         thread.join()
         os.close(reader)
+        _world.asked.clear()
 
 
 def set_grace(seconds: float) -> None:
