@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from nlae_jax import hosts
 from nlae_jax.bench_extraction import time_extraction
 from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch, block_weights, model_weights
@@ -24,7 +25,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.transformer import Segment
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import batch_sharding, make_mesh, replicated, tree_shardings
+from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
 from nlae_jax.train import objectives, steps
@@ -193,23 +194,23 @@ def make_setting(config: Config) -> Setting:
     key, rl = jax.random.PRNGKey(config.seed), config.rl
     h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
     optimizers = optimizers_of(config)
-    place = lambda tree: jax.device_put(tree, replicated(mesh))  # noqa: E731
+    everywhere = lambda tree: place(tree, replicated(mesh))  # noqa: E731
 
     def rl_state() -> RlState:
         encoder, decoder = init_encoder(roles, base, key), init_decoder(roles, base, key)
         return RlState(
             init_role(mesh, roles.encoder_weights(), encoder, optimizers[0]),
             init_role(mesh, roles.decoder_weights(), decoder, optimizers[1]),
-            place(jnp.copy(key)),  # the step takes the state's memory over
+            everywhere(jnp.copy(key)),  # the step takes the state's memory over
         )
 
     frozen = {
         "base": base if config.lora.rank else {},
-        "baselines": place(objectives.baselines(jnp.asarray(h))),
+        "baselines": everywhere(objectives.baselines(jnp.asarray(h))),
         "reference": roles.reference(
-            jax.device_put(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
+            place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
         ),
-        "blank": place(blank_tokens(tokenizer, arch.vocab_size)),
+        "blank": everywhere(blank_tokens(tokenizer, arch.vocab_size)),
     }
     shapes = Shapes(
         prefix=len(protocol.encoder_prefix),
@@ -220,7 +221,7 @@ def make_setting(config: Config) -> Setting:
         group=rl.samples_per_activation,
         sft_batch=config.sft.batch_size,
     )
-    batch = {"h": jax.device_put(h, batch_sharding(mesh))}
+    batch = {"h": place(h, batch_sharding(mesh))}
     return Setting(roles, config, frozen, rl_state, batch, shapes)
 
 
@@ -295,7 +296,7 @@ def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
     size, length = setting.shapes.sft_batch, setting.shapes.response
     h = jax.random.normal(jax.random.PRNGKey(1), (size, setting.roles.encoder.arch.d_model))
     batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    batch = place(batch, batch_sharding(mesh))
     state = lambda: setting.rl_state().encoder  # noqa: E731
     sft_step = steps.encoder_sft_step(setting.roles, optimizer, setting.config.sft.microbatches)
     step = compiled(sft_step, state(), mesh)
@@ -304,7 +305,8 @@ def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
 
 def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
-    extraction = time_extraction(config, repeats)  # first: it holds the weights itself
+    # First: it holds the weights itself. Several processes would need a directory that all of them see.
+    extraction = time_extraction(config, repeats) if hosts.count() == 1 else {}
     setting = make_setting(config)
     peaks = [matmul_peak(config.subject.dtype)]
     flops = needed_flops(setting.roles.encoder.arch, config.subject.layer, config.lora.rank, setting.shapes)
@@ -365,8 +367,11 @@ def as_table(result: dict[str, Any]) -> Table:
         f"{result['tokens_per_second']:.0f} tokens/s; memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB; "
         f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
         f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, of which the rollout needs "
-        f"{100 * result['rollout_bandwidth_fraction']:.0f} %; extraction "
-        f"{result['extraction']['tokens_per_second']:.0f} tokens/s, {100 * result['extraction']['ratio']:.0f} % of the "
-        "bare forward pass"
+        f"{100 * result['rollout_bandwidth_fraction']:.0f} %"
     )
+    if "extraction" in result:
+        table.caption += (
+            f"; extraction {result['extraction']['tokens_per_second']:.0f} tokens/s, "
+            f"{100 * result['extraction']['ratio']:.0f} % of the bare forward pass"
+        )
     return table

@@ -10,10 +10,12 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nlae_jax import hosts
 from nlae_jax.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
@@ -41,19 +43,30 @@ def entry() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done. 2: something the user can put right, said in one line."""
+    """Entry point. 0: done. 2: something the user can put right, said in one line. 130: interrupted by hand.
+
+    `hosts.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved. `hosts.LOST`: another process of the run
+    is gone. After these three the same command continues.
+    """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         if getattr(options, "workdir", None):
             from nlae_jax.files import workdir_path
 
             options.workdir = workdir_path(options.workdir)
-        return options.run(options, overrides)
+        with hosts.preemptible() if hasattr(options, "distributed") else contextlib.nullcontext():
+            return hosts.end(options.run(options, overrides))
+    except hosts.Preempted:
+        return hosts.end(_fail("preempted; the same command continues", None, False, code=hosts.PREEMPTED))
     except UserError as error:
         return _fail(str(error), error, options.debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues", None, False, code=130)
     except Exception as error:
+        if hosts.severed(error):
+            if options.debug:
+                traceback.print_exception(error)
+            hosts.wait_for_verdict(error)
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
             place = getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
@@ -62,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(message, error, options.debug)
         if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
             return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
+        if hosts.count() > 1:
+            traceback.print_exception(error)
+            return hosts.end(1, _line(f"{type(error).__name__}: {error}"))
         raise
 
 
@@ -82,10 +98,18 @@ def _with_huge_pages() -> None:
 
 
 def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2) -> int:
+    """Says it in one line. Where other processes take part, they end likewise, and this one here."""
     if debug and error is not None:
-        raise error
-    print(f"nlae: {' '.join(message.split())}", file=sys.stderr)
-    return code
+        if hosts.count() == 1:
+            raise error
+        traceback.print_exception(error)
+    if code != hosts.PREEMPTED or hosts.is_first():
+        print(f"nlae: {_line(message)}", file=sys.stderr, flush=True)
+    return code if code == hosts.PREEMPTED else hosts.end(code, _line(message))
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -111,6 +135,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         command.add_argument(
             "--workdir", required=True, help="directory or gs://BUCKET/NAME that keeps everything; run again to resume"
         )
+        if name != "report":
+            _add_distributed(command)
         if name == "eval":
             command.add_argument("--json", action="store_true", help="print eval.json on stdout")
         command.set_defaults(run=_run_report if name == "report" else _run_stage)
@@ -144,6 +170,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--repeats", type=int, default=3, help="timed calls of each phase; the median counts (default 3)"
     )
     bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_distributed(bench)
     bench.set_defaults(run=_run_bench)
     help_text = "compile the real steps for a TPU topology, here: memory and time per chip, fits or what to change"
     plan = commands.add_parser("plan", help=help_text, description=help_text)
@@ -164,8 +191,19 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def _start_jax() -> None:
-    """Compiled programs are kept between runs; set before anything is compiled."""
+def _add_distributed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="be one of several processes on one mesh: found from the TPU pod, Slurm, Open MPI, Kubernetes or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (auto), or as given",
+    )
+
+
+def _start_jax(distributed: str | None = None) -> None:
+    """Compiled programs are kept between runs; set before anything is compiled. `distributed`: the flag's value."""
     import jax
 
     from nlae_jax.lm.pretrained import cache_directory
@@ -181,6 +219,10 @@ def _start_jax() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if distributed is not None:
+        hosts.start(distributed)
+        if not hosts.is_first():
+            logger.setLevel(logging.WARNING)
 
 
 def _run_report(options: argparse.Namespace, _: list[str]) -> int:
@@ -195,7 +237,8 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
     config = load_experiment(options.config, overrides)
-    _start_jax()
+    hosts.set_grace(config.checkpoint.grace_seconds)
+    _start_jax(options.distributed)
     from nlae_jax.evaluate.report import write_report
     from nlae_jax.progress import say
     from nlae_jax.run import Run
@@ -206,12 +249,13 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.command == "train":
         for stage in STAGES.values():
             stage(run)
-        write_report(options.workdir)
-        _print_result(options.workdir)
+        if hosts.is_first():
+            write_report(options.workdir)
+            _print_result(options.workdir)
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
         STAGES[options.command](run)
-        if getattr(options, "json", False):
+        if getattr(options, "json", False) and hosts.is_first():
             from nlae_jax.files import read_text
 
             print(read_text(options.workdir / "eval.json"), end="")
@@ -251,12 +295,15 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_experiment(options.config, overrides)
     if options.repeats < 1:
         raise UserError(f"--repeats: {options.repeats} should be at least 1")
-    _start_jax()
+    hosts.set_grace(config.checkpoint.grace_seconds)
+    _start_jax(options.distributed)
     import json
 
     from nlae_jax.bench import as_table, bench
 
     result = bench(config, options.repeats)
+    if not hosts.is_first():
+        return 0
     if options.json:
         print(json.dumps(result))
     else:

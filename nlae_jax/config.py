@@ -155,6 +155,7 @@ class MeshConfig:
 class CheckpointConfig:
     every_steps: int = 50
     keep: int = 2
+    grace_seconds: float = 25.0  # after SIGTERM, to end a step and save it; clouds and Slurm kill after 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +327,7 @@ _AT_LEAST: dict[str, float] = {
     "optimizer.weight_decay": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 2,
+    "checkpoint.grace_seconds": 0,
     "eval.num_activations": 2,
     "eval.batch_size": 1,
     "eval.temperature": 0,

@@ -17,7 +17,7 @@ from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import tree_shardings
+from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.protocol import chat_ids
 from nlae_jax.roles.subject import Subject
 
@@ -27,7 +27,10 @@ _GENERATE_BATCH = 16
 class LanguageModel:
     """Make one with `from_pretrained`. `params` is the tree that `arch.model_weights` declares."""
 
-    def __init__(self, arch: Arch, params: dict[str, Any], tokenizer: Any) -> None:
+    def __init__(self, arch: Arch, params: dict[str, Any], tokenizer: Any, mesh: Mesh | None = None) -> None:
+        """`mesh`: that the parameters are on, where `generate` is to be called by several processes together."""
+        whole = None if mesh is None else replicated(mesh)
+        self._put = (lambda tree: tree) if whole is None else (lambda tree: place(tree, whole))
         self.arch, self.params, self.tokenizer = arch, params, tokenizer
         subject = Subject(arch)
 
@@ -63,7 +66,7 @@ class LanguageModel:
 
         self._logits = jax.jit(logits)
         self._residual = jax.jit(residual, static_argnums=3)
-        self._generate = jax.jit(generate, static_argnums=(4, 5))
+        self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
 
     @staticmethod
     def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
@@ -101,7 +104,7 @@ class LanguageModel:
             for row, prompt in enumerate(filled):
                 ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
             key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
-            drawn = self._generate(self.params, ids, mask, key, max_new_tokens, temperature)
+            drawn = self._generate(self.params, *self._put((ids, mask, key)), max_new_tokens, temperature)
             tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
             for row in range(len(batch)):
                 reply = tokens[row, : lengths[row]].tolist()

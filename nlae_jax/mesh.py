@@ -63,6 +63,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     needed = math.prod(sizes)
     if needed > available:
         raise UserError(f"mesh: {wanted} needs {needed} devices, this machine has {available}")
+    if needed < available and jax.process_count() > 1:
+        raise UserError(f"mesh: {wanted}: {needed} of {available} devices; several processes must use all of theirs")
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -144,5 +146,52 @@ def platform_of(x: jax.Array) -> str:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Puts host arrays onto the mesh; each device gets its part only."""
-    return jax.tree.map(jax.device_put, tree, shardings)
+    """Puts host arrays onto the mesh; each device gets its part only. `shardings`: a tree like it, or one for all.
+
+    Every process has the same values and puts its own devices' parts: nothing passes between processes.
+    """
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: _place(x, shardings), tree)
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(value: Any, sharding: NamedSharding) -> jax.Array:
+    on_others = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if sharding.is_fully_addressable or on_others:
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def held_parts(mesh: Mesh) -> list[int]:
+    """Which of a batch's `batch_parts` are on this process's devices, ascending."""
+    parts = batch_parts(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
+    return sorted({index.indices(parts)[0] for (index,) in held})
+
+
+def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
+    """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
+    return rows.reshape(batch_parts(mesh), -1)[held_parts(mesh)].reshape(-1)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch onto the mesh, its leading axis split over the devices that share a batch.
+
+    Of the batch [B, ...] each process gives its `share` [B / parts · held, ...].
+    """
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    held, parts = held_parts(mesh), batch_parts(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        size = len(rows) // len(held)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            place = held.index((index[0].start or 0) // size)
+            return rows[place * size : (place + 1) * size]
+
+        return jax.make_array_from_callback((size * parts, *rows.shape[1:]), sharding, part)
+
+    return {name: put(rows) for name, rows in batch.items()}

@@ -1,4 +1,7 @@
-"""What a person sees while a stage runs: a bar on a terminal, a line now and then in a log. All of it on stderr."""
+"""What a person sees while a stage runs: a bar on a terminal, a line now and then in a log. All of it on stderr.
+
+Of several processes only the first says anything.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,23 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from nlae_jax import hosts
+
 LINE_EVERY_SECONDS = 10.0  # at most this often in a log
 WINDOW = 16  # calls of `advance` that the rate is taken over
 
 
 def say(message: str) -> None:
     """One plain status line on stderr; a running bar stays below it."""
-    print(message, file=sys.stderr, flush=True)
+    if hosts.is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """One line on stderr that starts with `warning:`, yellow on a terminal."""
     label = "\x1b[33mwarning:\x1b[0m" if sys.stderr.isatty() else "warning:"
-    print(f"{label} {message}", file=sys.stderr, flush=True)
+    if hosts.is_first():
+        print(f"{label} {message}", file=sys.stderr, flush=True)
 
 
 def clock_text(seconds: float) -> str:
@@ -77,7 +84,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._began = self._clock()
         self._marks.append((self._began, self.done))
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and hosts.is_first():
             self._bar = _terminal_bar()
             self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
             self._bar.start()

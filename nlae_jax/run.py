@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nlae_jax import hosts
 from nlae_jax.config import MICROBATCHES, Config, flatten, load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
@@ -22,7 +23,7 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import batch_parts, make_mesh, replicated, tree_shardings
+from nlae_jax.mesh import batch_parts, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, kept_protocol, make_protocol, tails
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
 from nlae_jax.roles.sidecar import Sidecar, combined, protocol_of
@@ -95,11 +96,15 @@ class Run:
                 f"{len(closing)} tokens of the closing tag"
             )
         described = (workdir / "activations/descriptions.parquet").exists() or config.dataset.rl or not self.warm_start
-        if config.describe.provider in SERVERS and not described:
+        if config.describe.provider in SERVERS and not described and hosts.is_first():  # it asks
             SERVERS[config.describe.provider](config.describe)
+        hosts.by_first(lambda: self._open(workdir))
+
+    def _open(self, workdir: AnyPath) -> None:
+        """Takes the workdir, if its config is the same or may be changed to this one."""
         workdir.mkdir(parents=True, exist_ok=True)
         _lock(workdir)
-        if (workdir / "config.json").exists() and _differs(workdir, config):
+        if (workdir / "config.json").exists() and _differs(workdir, self.config):
             self.claim()
 
     def claim(self) -> None:
@@ -200,11 +205,11 @@ class Run:
 
     @cached_property
     def protocol(self) -> Protocol:
-        """As the workdir was made with it; made at first."""
+        """As the workdir was made with it; made at first, the same by every process."""
         if (path := self.workdir / "protocol.json").exists():
             return kept_protocol(path, self.tokenizer)
         protocol = self._protocol(self._injection_scale())
-        if not self._read_only:
+        if not self._read_only and hosts.is_first():
             write_atomically(path, lambda temporary: temporary.write_text(protocol.to_json(), encoding="utf-8"))
         return protocol
 
@@ -245,7 +250,7 @@ class Run:
         return jax.random.PRNGKey(self.seed(purpose))
 
     def on_mesh(self, tree: Any) -> Any:
-        return jax.device_put(tree, replicated(self.mesh))
+        return place(tree, replicated(self.mesh))
 
     def frozen(self, split: str) -> Params:
         """What every training step reads and none changes."""

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import optax
 import pyarrow as pa
+from jax.sharding import Mesh
 
+from nlae_jax import hosts
 from nlae_jax.config import Config, SftConfig
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
@@ -27,8 +29,8 @@ from nlae_jax.files import AnyPath, is_remote, read_json, write_atomically, writ
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.pretrained import cache_directory
-from nlae_jax.mesh import batch_parts, batch_sharding, replicated
-from nlae_jax.progress import progress, say
+from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated, share
+from nlae_jax.progress import Progress, progress, say
 from nlae_jax.roles.protocol import response_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
@@ -54,35 +56,45 @@ _ENCODER_SFT, _DECODER_SFT, _RL, _EVAL = range(2, 6)
 def extract(run: Run) -> None:
     """Text -> activations/."""
     directory, config = run.workdir / "activations", run.config
-    if (directory / "meta.json").exists():
+    if hosts.by_first((directory / "meta.json").exists):
         return
     if files := dataset_files(config.dataset):
-        return _import(run, files)
-    if (directory / "rows.parquet").exists():
-        plan = activations.read_plan(directory)
-    else:
-        say("reading the corpus")
-        plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
-        _ = run.base  # a model that cannot be read is found out before anything is written
-        run.claim()
-        write_json(directory / "subject.json", run.identity)
-        activations.write_plan(directory, plan)
+        return hosts.by_first(lambda: _import(run, files))
+    hosts.by_first(lambda: _plan(run))
+    plan = activations.read_plan(directory)
     # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
     num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
     read_activations(run, plan, reader(run, num_next), num_next)
 
 
+def _plan(run: Run) -> None:
+    """Documents and rows, if they are not there."""
+    directory = run.workdir / "activations"
+    if (directory / "rows.parquet").exists():
+        return
+    say("reading the corpus")
+    plan = activations.plan(read_documents(run.config.corpus), run.tokenizer, run.config)
+    _ = run.base  # a model that cannot be read is found out before anything is written
+    run.claim()
+    write_json(directory / "subject.json", run.identity)
+    activations.write_plan(directory, plan)
+
+
 def reader(run: Run, num_next: int) -> activations.Reader:
     """The subject on a batch of documents, each call begun and not waited for."""
-    read, split, whole = jitted_reader(run.arch, run.config, num_next), batch_sharding(run.mesh), replicated(run.mesh)
-    return lambda *batch: read(run.base, *jax.device_put(batch, (split, split, whole, whole)))
+    read = jitted_reader(run.arch, run.config, run.mesh, num_next)
+    split, whole = batch_sharding(run.mesh), replicated(run.mesh)
+    return lambda *batch: read(run.base, *place(batch, (split, split, whole, whole)))
 
 
-def jitted_reader(arch: Arch, config: Config, num_next: int) -> Any:
-    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`."""
+def jitted_reader(arch: Arch, config: Config, mesh: Mesh, num_next: int) -> Any:
+    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`.
+
+    The results' rows are split over the mesh, to be written by the processes that hold them.
+    """
     subject, layer = Subject(arch, config.attention), config.subject.layer
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=batch_sharding(mesh))
     def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
         return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
 
@@ -92,15 +104,22 @@ def jitted_reader(arch: Arch, config: Config, num_next: int) -> Any:
 def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
     """The vectors as far as they are missing, then meta.json."""
     directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
+    stop = hosts.Agreement(run.mesh)
     with progress(len(plan.position), "extract", unit="activation") as bar:
-        activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, bar.advance, parts)
+
+        def advance(rows: int) -> None:
+            bar.advance(rows)
+            if stop():
+                raise hosts.Preempted
+
+        activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, advance, parts)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,
         "dtype": config.subject.dtype,
         "corpus": config.corpus.path or config.corpus.hub or "installed documentation",
     }
-    activations.write_meta(directory, plan, run.arch.d_model, num_next, provenance)
+    hosts.by_first(lambda: activations.write_meta(directory, plan, run.arch.d_model, num_next, provenance))
 
 
 def _import(run: Run, files: dict[str, Path]) -> None:
@@ -125,19 +144,33 @@ def _import(run: Run, files: dict[str, Path]) -> None:
         write_json(directory / "dataset.json", identities(files))
         activations.write_plan(directory, plan)
     with progress(len(plan.position), "import", unit="activation") as bar:
-        import_vectors(directory, files, len(plan.position), d_model, bar.advance)
+        import_vectors(directory, files, len(plan.position), d_model, partial(_advance_alone, bar))
     provenance = {"model": run.config.subject.model, "layer": run.config.subject.layer, "corpus": str(files["rl"])}
     activations.write_meta(directory, plan, d_model, 0, provenance)
+
+
+def _advance_alone(bar: Progress, rows: int) -> None:
+    bar.advance(rows)
+    hosts.stop_if_asked()
 
 
 def describe(run: Run) -> None:
     """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet, if there is any SFT."""
     path = run.workdir / "activations/descriptions.parquet"
     extract(run)  # a dataset brings descriptions along
-    if path.exists() or not run.warm_start:
+    if not run.warm_start or hosts.by_first(path.exists):
         return
     if run.config.dataset.rl:
         raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
+    if run.config.describe.provider == "subject":  # it is computed by all
+        _describe(run, path, LanguageModel(run.arch, run.base, run.tokenizer, run.mesh))
+        hosts.barrier()
+    else:
+        hosts.by_first(lambda: _describe(run, path))
+
+
+def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
+    """Asks the provider, or the `model`, and writes the table."""
     plan, config = run.store.plan, run.config.describe
     rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
@@ -150,20 +183,27 @@ def describe(run: Run) -> None:
         )
         for row, tokens in zip(rows.tolist(), expected.tolist(), strict=True)
     ]
-    model = LanguageModel(run.arch, run.base, run.tokenizer) if config.provider == "subject" else None
     resources = DescribeResources(
         document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
         num_documents=len(plan.ids),
         generate=model and partial(_chat, run, model),
         cache_directory=_own_answers(run) if model else cache_directory() / "answers",
     )
+    stop = hosts.Agreement(run.mesh) if model else None
     with progress(len(rows), "describe", unit="activation") as bar:
-        described = make_describer(config, resources, bar.advance)(contexts)
+
+        def advance(rows: int) -> None:
+            _advance_alone(bar, rows) if stop is None else bar.advance(rows)
+            if stop is not None and stop():
+                raise hosts.Preempted
+
+        described = make_describer(config, resources, advance)(contexts)
     kept = [(row, text) for row, text in zip(rows.tolist(), described, strict=True) if text]
     if len(kept) < len(rows):
         say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
     table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
-    write_parquet(path, table)
+    if hosts.is_first():
+        write_parquet(path, table)
 
 
 def _own_answers(run: Run) -> Path:
@@ -213,15 +253,18 @@ def _described(
 
 
 def _sft_batches(
-    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch]
+    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
 ) -> tuple[Any, tuple[Batch, ...]]:
-    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width."""
-    widths = bucket_widths(length, config.buckets)
+    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width.
+
+    Every process draws the same row numbers, and loads its share of them.
+    """
+    widths, load_share = bucket_widths(length, config.buckets), lambda i, width: load(share(mesh, i), width)
     if len(widths) == 1:
-        return batches(len(length), config.batch_size, seed, lambda i: load(i, None)), ()
+        return batches(len(length), config.batch_size, seed, lambda i: load_share(i, None)), ()
     some = np.arange(config.batch_size) % len(length)
-    examples = tuple(load(some, int(width)) for width in widths)
-    return bucketed_batches(length, widths, config.batch_size, seed, load), examples
+    examples = tuple(load_share(some, int(width)) for width in widths)
+    return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
 
 
 def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -255,7 +298,7 @@ def _trained_by_sft(run: Run, role: str) -> Params | None:
 
 def _trained_by_rl(run: Run, checkpoint: AnyPath) -> tuple[Params, Params] | None:
     """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
-    if not is_sealed(checkpoint):  # in a new workdir, roles cannot be made yet
+    if not hosts.by_first(lambda: is_sealed(checkpoint)):  # in a new workdir, roles cannot be made yet
         return None
     weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
     abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
@@ -278,6 +321,7 @@ def encoder_sft(run: Run) -> Params:
         length,
         run.seed(_ENCODER_SFT),
         lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
+        run.mesh,
     )
     stage = Stage("encoder_sft", config.encoder_steps, step, iterator, examples)
     return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
@@ -303,6 +347,7 @@ def decoder_sft(run: Run) -> Params:
         length,
         run.seed(_DECODER_SFT),
         lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
+        run.mesh,
     )
     stage = Stage("decoder_sft", config.decoder_steps, step, iterator, examples)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
@@ -312,9 +357,7 @@ def rl(run: Run) -> tuple[Params, Params]:
     """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
     if (trained := _trained_by_rl(run, last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))) is not None:
         return trained
-    if (run.workdir / "eval.json").exists():
-        say("rl goes on: the evaluation will be made again")
-        (run.workdir / "eval.json").unlink()
+    hosts.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
     encoder, decoder = encoder_sft(run), decoder_sft(run)
     run.forget_base()
     config = run.config.rl
@@ -342,11 +385,20 @@ def rl(run: Run) -> tuple[Params, Params]:
         step = steps.SplitStep(parts, decoder, compiled(parts.train_encoder, state.encoder, run.mesh))
     rows = run.store.plan.rows_of("rl")
     iterator = batches(
-        len(rows), config.activations_per_step, run.seed(_RL), lambda i: {"h": run.store.vectors(rows[i])}
+        len(rows),
+        config.activations_per_step,
+        run.seed(_RL),
+        lambda i: {"h": run.store.vectors(rows[share(run.mesh, i)])},
     )
     stage = Stage("rl", config.num_steps, step, iterator)
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
+
+
+def _forget_evaluation(path: Path) -> None:
+    if path.exists():
+        say("rl goes on: the evaluation will be made again")
+        path.unlink()
 
 
 def trained_pair(run: Run) -> Pair:
@@ -368,14 +420,14 @@ def _pair(run: Run, encoder: Params, decoder: Params) -> Pair:
 
 def evaluate(run: Run) -> None:
     """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
-    if (run.workdir / "eval.json").exists():
+    if hosts.by_first((run.workdir / "eval.json").exists):
         return
     after = _pair(run, *rl(run))
     before = _pair(run, encoder_sft(run), decoder_sft(run))
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
     documents = run.store.plan.document[rows]
-    trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens)
+    trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
     seed = run.seed(_EVAL)
     with progress(4, "eval", unit="pass") as bar:
         mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
@@ -397,11 +449,15 @@ def evaluate(run: Run) -> None:
         "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
         "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
     }
-    summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
-    summary["extraction_rate"] = float((written.length > 0).mean())
-    summary["temperature"] = config.temperature
-    _write_samples(run, rows, written, mse_after, gold)
-    write_json(run.workdir / "eval.json", summary)
+
+    def write() -> None:
+        summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
+        summary["extraction_rate"] = float((written.length > 0).mean())
+        summary["temperature"] = config.temperature
+        _write_samples(run, rows, written, mse_after, gold)
+        write_json(run.workdir / "eval.json", summary)
+
+    hosts.by_first(write)
 
 
 def _round_trip(

@@ -56,5 +56,5 @@ def test_documents_are_split_over_devices(tiny_dir, corpus_file, tmp_path):
 def _flops(run, batch):
     split, whole = stages.batch_sharding(run.mesh), stages.replicated(run.mesh)
     placed = jax.device_put((batch.ids, batch.mask, batch.rows, batch.columns), (split, split, whole, whole))
-    program = stages.jitted_reader(run.arch, run.config, 0).lower(run.base, *placed).compile()
+    program = stages.jitted_reader(run.arch, run.config, run.mesh, 0).lower(run.base, *placed).compile()
     return program.cost_analysis()["flops"]

@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
+from nlae_jax import hosts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
@@ -171,11 +173,11 @@ def extract(
 
     `read` may return before it has computed: the next batch is asked for before one is waited for, so devices have
     work while the host fetches and writes. Rows count when they are on disk, so a killed run does at most the last
-    few batches again. `parts`: of `read_batches`.
+    few batches again. `parts`: of `read_batches`. Each of several processes writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
-    done = read_json(progress).get("rows", 0) if progress.exists() else 0
-    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next, create=done == 0)
+    done = hosts.by_first(lambda: _begin(directory, progress, (len(plan.position), d_model, num_next)))
+    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next)
     ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, vectors, next_tokens) as writer:
         for batch in read_batches(plan, config, parts):
@@ -194,6 +196,24 @@ def extract(
             advance(ahead[0].count)
 
 
+def _begin(directory: AnyPath, progress: AnyPath, sizes: tuple[int, int, int]) -> int:
+    """How many rows are on disk; makes the arrays where there are none."""
+    done = read_json(progress).get("rows", 0) if progress.exists() else 0
+    _arrays(directory, *sizes, create=done == 0)
+    return done
+
+
+def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Of the first `count` rows of what was read those that this process writes, each of them one process's."""
+    if not isinstance(values, jax.Array) or values.is_fully_addressable:
+        yield slice(0, count), np.asarray(values)[:count]
+        return
+    for shard in values.addressable_shards:
+        start, stop, _ = shard.index[0].indices(values.shape[0])
+        if shard.replica_id == 0 and start < count:
+            yield slice(start, min(stop, count)), np.asarray(shard.data)[: count - start]
+
+
 class _Writer:
     """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
 
@@ -204,6 +224,7 @@ class _Writer:
     def __init__(self, progress: AnyPath, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
         self._writes: list[ts.WriteFutures] = []
+        self._begun = False  # whether any process is writing
         self._stop = self._read = 0  # after the last row that is being written, and that was read
         self._held: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # what is to be written, from which row on
         self._least = _CHUNK_ROWS if is_remote(progress) else 1
@@ -211,20 +232,20 @@ class _Writer:
     def __enter__(self) -> _Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._settle()
-        self._begin()
-        self._settle()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or hosts.count() == 1:  # else the others are not here to wait for
+            self._settle()
+            self._begin()
+            self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
         """Fetches what was read, waits for the batch before to be on disk and begins to write this one."""
-        activations = np.asarray(read[0])[: batch.count]
-        if not np.isfinite(activations).all():
+        activations = list(_held(read[0], batch.count))
+        if not all(np.isfinite(values).all() for _, values in activations):
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
-        likeliest = None if self._next_tokens is None else np.asarray(read[1])[: batch.count]
-        self._held.append((self._vectors, batch.start, activations))
-        if self._next_tokens is not None:
-            self._held.append((self._next_tokens, batch.start, likeliest))
+        likeliest = [] if self._next_tokens is None else list(_held(read[1], batch.count))
+        for store, held in ((self._vectors, activations), (self._next_tokens, likeliest)):
+            self._held += [(store, batch.start + rows.start, values) for rows, values in held]
         self._read = batch.start + batch.count
         if self._read - self._stop >= self._least:
             self._settle()
@@ -236,19 +257,21 @@ class _Writer:
         for write in writes:
             write.commit.force()
         # Only now: what is counted has been given to be written whole.
-        self._writes, self._stop, self._held = writes, self._read, []
+        self._writes, self._begun, self._stop, self._held = writes, self._read > self._stop, self._read, []
 
     def _settle(self) -> None:
-        """Waits until what is being written is on disk, and counts it."""
-        writes, self._writes = self._writes, []
+        """Waits until what is being written is on disk, everywhere, and counts it."""
+        writes, begun, self._writes, self._begun = self._writes, self._begun, [], False
         try:
             for write in writes:
                 write.result()
         except BaseException:
             self._held = []  # nothing may be counted that comes after rows that are not there
             raise
-        if writes:
-            write_json(self._progress, {"rows": self._stop})
+        if begun:
+            hosts.barrier()
+            if hosts.is_first():
+                write_json(self._progress, {"rows": self._stop})
 
 
 def _arrays(

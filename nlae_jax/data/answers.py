@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
 from nlae_jax.errors import UserError
 
@@ -84,6 +85,8 @@ class AnswerCache:
         return answer if isinstance(answer, str) else None
 
     def put(self, text: str, answer: str) -> None:
+        if not hosts.is_first():  # where several compute the answers, all have the same
+            return
         path = self._path(text)
         temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
         try:

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nlae_jax.data.pipeline import pad
 from nlae_jax.lm.sampling import explanation_tokens
+from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
 from nlae_jax.train.state import Params, Roles
 from nlae_jax.train.steps import rollout
@@ -47,11 +49,15 @@ class Explanations(NamedTuple):
 class RoundTrip:
     """Compiled once per shape; parameters are arguments, so pairs of one architecture share the compilations."""
 
-    def __init__(self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int, mesh: Mesh | None = None
+    ) -> None:
+        """`mesh`: that pairs are on, to split batches over; several processes then get the same results."""
+        self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        self._tails = jax.tree.map(jnp.asarray, protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
-        blank = jnp.asarray(protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size))
+        self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
+        blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
         def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float) -> tuple[jax.Array, ...]:
             samples = rollout(
@@ -64,7 +70,7 @@ class RoundTrip:
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
             )
-            ids, length = explanation_tokens(samples, self.protocol.closing, blank)
+            ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
@@ -73,9 +79,16 @@ class RoundTrip:
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
             return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
 
-        self._explain = jax.jit(explain, static_argnums=3)
-        self._reconstruct = jax.jit(reconstruct)
-        self._reconstruct_prompts = jax.jit(reconstruct_prompts)
+        self._explain = jax.jit(explain, static_argnums=3, out_shardings=whole)
+        self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
+        self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=whole)
+
+    def _put(self, tree: Any, rows: int = 0) -> Any:
+        """Onto the mesh, if there is one: `rows` of a batch split over the devices where these divide them."""
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        split = rows > 0 and rows % batch_parts(self._mesh) == 0
+        return place(tree, batch_sharding(self._mesh) if split else replicated(self._mesh))
 
     def explain(
         self,
@@ -91,8 +104,8 @@ class RoundTrip:
         """
         key = jax.random.PRNGKey(seed)
         parts = []
-        for number, (h,) in enumerate(_batches(self._batch_size, np.asarray(vectors, np.float32))):
-            out = self._explain(pair, h, jax.random.fold_in(key, number), temperature)
+        for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
+            out = self._explain(pair, h, self._put(jax.random.fold_in(key, number)), temperature)
             parts.append([np.asarray(x) for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
@@ -105,7 +118,7 @@ class RoundTrip:
 
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
-        batches = _batches(self._batch_size, ids, length)
+        batches = self._batches(ids, length)
         return self._collect(len(ids), (self._reconstruct(pair, *batch, self._tails) for batch in batches))
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
@@ -114,8 +127,11 @@ class RoundTrip:
         width = -(-max(map(len, prompts)) // 32) * 32
         ids, length = pad(prompts, width)
         mask = np.arange(width) < length[:, None]
-        batches = _batches(self._batch_size, ids, mask)
+        batches = self._batches(ids, mask)
         return self._collect(len(ids), (self._reconstruct_prompts(pair, *batch) for batch in batches))
+
+    def _batches(self, *arrays: np.ndarray) -> Any:
+        return (self._put(batch, self._batch_size) for batch in _batches(self._batch_size, *arrays))
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part) for part in parts])[:count]

@@ -167,7 +167,7 @@ def _reader(setting: Setting) -> Program:
     )
     places = [jax.ShapeDtypeStruct((size * config.extract.positions_per_document,), jnp.int32)] * 2
     arguments = _base(setting), *documents, *_like(places, replicated(mesh))
-    return Program("read", jitted_reader(setting.arch, config, num_next), arguments, ())
+    return Program("read", jitted_reader(setting.arch, config, mesh, num_next), arguments, ())
 
 
 def _kept(setting: Setting) -> Params:

@@ -20,7 +20,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import replicated, tree_shardings
+from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
@@ -59,14 +59,14 @@ class Released:
         params = load_params(self.directory, self.arch, dtype, trunk, shardings)
         if trunk:  # never applied, but the module declares it
             norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
-            params["final_norm"] = jax.device_put(norm, shardings["final_norm"]) if mesh else norm
+            params["final_norm"] = place(norm, shardings["final_norm"]) if mesh else norm
         return params
 
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:
         """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
         width = self.arch.d_model
         head = read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T
-        return jax.device_put(head, replicated(mesh)) if mesh else head
+        return place(head, replicated(mesh)) if mesh else head
 
 
 def open_released(name: str, role: str) -> Released:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from nlae_jax import hosts
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, absolute, children, is_remote, object_checksums, read_json, write_json
 from nlae_jax.progress import warn
@@ -50,15 +51,22 @@ class Checkpoints:
         self._unsealed = step
 
     def poll(self) -> None:
-        """Seals the save under way if it has finished; call it once a step, so that a kill loses no finished save."""
-        if self._unsealed is not None and not self._manager.is_saving_in_progress():
+        """Seals the save under way if it has finished; call it once a step, so that a kill loses no finished save.
+
+        The first process does: of all of them it is the one that orbax finishes a save in.
+        """
+        if hosts.is_first() and self._unsealed is not None and not self._manager.is_saving_in_progress():
             self._seal()
+
+    def finish(self) -> None:
+        """Waits until the save under way is finished and sealed."""
+        self._seal()
 
     def _seal(self) -> None:
         # Forgotten first: a save that fails is reported once, and must never be sealed by a later call.
         step, self._unsealed = self._unsealed, None
         self._manager.wait_until_finished()
-        if step is not None and jax.process_index() == 0:
+        if step is not None and hosts.is_first():
             path = self._directory / str(step)
             write_json(path / _MANIFEST, _hashes(path))
 
@@ -80,13 +88,20 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The step of the newest sound checkpoint. Newer ones that are damaged are deleted, with a warning."""
+        damaged, newest = hosts.by_first(self._damaged)
+        for step, problem in damaged:
+            warn(f"checkpoint {self._directory / str(step)} is damaged ({problem}); going back to the one before it")
+            self._manager.delete(step)  # by all together
+        return newest
+
+    def _damaged(self) -> tuple[list[tuple[int, str]], int | None]:
+        """The newest steps as far as they are damaged, with what is wrong, and the one after them."""
+        damaged: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            path = self._directory / str(step)
-            if (problem := _problem(path)) is None:
-                return step
-            warn(f"checkpoint {path} is damaged ({problem}); going back to the one before it")
-            self._manager.delete(step)
-        return None
+            if (problem := _problem(self._directory / str(step))) is None:
+                return damaged, step
+            damaged.append((step, problem))
+        return damaged, None
 
     def close(self) -> None:
         self._seal()
@@ -96,7 +111,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """A save under way is finished also when the run ends in an error; that error is the one to report."""
+        """A save under way is finished also when the run ends in an error; that error is the one to report.
+
+        Not where others take part: they go on, and whoever waited for them here would not be heard of.
+        """
+        if error is not None and hosts.count() > 1 and not isinstance(error, hosts.Preempted):
+            return
         with contextlib.suppress(*([Exception] if error is not None else [])):
             self.close()
 
@@ -122,7 +142,7 @@ def restore_part(path: AnyPath, abstract: Any) -> Any | None:
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
     """
-    if _problem(path) is not None:
+    if hosts.by_first(lambda: _problem(path)) is not None:
         return None
     arguments = ocp.args.PyTreeRestore(
         item=abstract,

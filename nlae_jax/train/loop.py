@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from nlae_jax import hosts
 from nlae_jax.config import Config
 from nlae_jax.files import AnyPath
-from nlae_jax.mesh import batch_sharding, replicated
+from nlae_jax.mesh import put_batch, replicated
 from nlae_jax.progress import progress
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
@@ -45,29 +47,33 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
+    Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop.
     """
-    directory = workdir / "checkpoints" / stage.name
-    with Checkpoints(directory, config.checkpoint.keep) as checkpoints, MetricsLog(workdir / "metrics.jsonl") as log:
+    log = MetricsLog(workdir / "metrics.jsonl") if hosts.is_first() else contextlib.nullcontext()
+    with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints, log as log:
         return _run(stage, state, frozen, mesh, config, checkpoints, log)
 
 
 def _run(
-    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, checkpoints: Checkpoints, log: MetricsLog
+    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, checkpoints: Checkpoints, log: MetricsLog | None
 ) -> Any:
-    """`run_stage` between the opening and the closing of its checkpoints and its log."""
-    start = 0
+    """`run_stage` between the opening and the closing of its checkpoints and, in the first process, its log."""
+    stop, start = hosts.Agreement(mesh), 0
     if (newest := checkpoints.newest()) is not None:
         abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # whoever made it still holds it, and there may be room for one state only
         start, state, data = checkpoints.restore(abstract, newest)
         stage.iterator.set_state(data["iterator"])
-    log.rewind(stage.name, start)
+    if log is not None:
+        log.rewind(stage.name, start)
     if start == stage.steps:
         return state
+    known, met = set(), set()
     for example in stage.examples:
-        stage.step.lower(state, frozen, put_batch(example, mesh)).compile()
-    known, met = {_shapes(example) for example in stage.examples}, set()
+        batch = put_batch(example, mesh)
+        stage.step.lower(state, frozen, batch).compile()
+        known.add(_shapes(batch))
     compiled_before = stage.step._cache_size()
     clock = time.perf_counter()
     pending: tuple[int, Any] | None = None
@@ -81,7 +87,8 @@ def _run(
             seconds, clock = now - clock, now
             tokens = values.pop("tokens")
             row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
-            log.append({"stage": stage.name, "step": number, **row})
+            if log is not None:
+                log.append({"stage": stage.name, "step": number, **row})
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
             pending = None
 
@@ -96,11 +103,15 @@ def _run(
             # The step before is fetched only now, while this one runs.
             flush()
             checkpoints.poll()
-            pending = (number, metrics)
-            if number % config.checkpoint.every_steps == 0 or number == stage.steps:
+            pending, stopping = (number, metrics), stop()
+            if stopping or number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()
-                log.sync()  # a checkpoint that counts has its rows
+                if log is not None:
+                    log.sync()  # a checkpoint that counts has its rows
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
+            if stopping:
+                checkpoints.finish()
+                raise hosts.Preempted
     if (times := stage.step._cache_size() - compiled_before) > (expected := max(1, len(known))):
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; {expected} are expected")
     return state
@@ -113,8 +124,3 @@ def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
 def last_checkpoint(workdir: AnyPath, stage: str, steps: int) -> AnyPath:
     """Where a stage of so many steps leaves its final state."""
     return workdir / "checkpoints" / stage / str(steps)
-
-
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch onto the mesh, its leading axis split over the devices that share a batch."""
-    return jax.device_put(batch, batch_sharding(mesh))

@@ -180,7 +180,7 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
     trained = place(trained, tree_shardings(mesh, weights))
     opt_shardings = shardings_of(abstract_role(mesh, weights, optimizer).opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
-    return RoleState(jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
+    return RoleState(place(jnp.zeros((), jnp.int32), replicated(mesh)), trained, opt_state)
 
 
 def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransformation) -> RoleState:

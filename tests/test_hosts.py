@@ -1,0 +1,368 @@
+"""Several real processes, each with its own devices, are one run; told to stop, they save; one lost, the others end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from nlae_jax import hosts
+from nlae_jax.cli import main
+from nlae_jax.config import MeshConfig
+from nlae_jax.errors import UserError
+from nlae_jax.mesh import make_mesh, share
+from nlae_jax.train.checkpoint import is_sealed
+from nlae_jax.train.metrics import MetricsLog
+from tests.test_resume import assert_same, rows_of, run_toy
+from tests.tiny_run import ROOT
+
+pytest_plugins = ["tests.tiny_run"]
+
+PATIENCE = 300  # seconds: only for what should have happened long before
+
+# How it is computed, and nothing that binds a workdir.
+SETTINGS = {"mesh__data": 2, "mesh__fsdp": 2, "checkpoint__grace_seconds": 120.0}
+
+
+def begun(tiny_run, workdir):
+    """The tiny run as one process left it after a while: all but its warm-started encoder is to be made anew."""
+    shutil.copytree(tiny_run.workdir / "checkpoints/encoder_sft/58", workdir / "checkpoints/encoder_sft/58")
+    for name in ("protocol.json", "config.json", "metrics.jsonl"):
+        shutil.copy(tiny_run.workdir / name, workdir)
+    return workdir
+
+
+# --- the flag
+
+
+def test_settings():
+    assert hosts.settings("10.0.0.1:1234,4,3") == ("10.0.0.1:1234", 4, 3)
+    assert hosts.settings("[::1]:80,1,0") == ("[::1]:80", 1, 0)
+
+
+@pytest.mark.parametrize("spec", ["", "a:1", "a:1,2", "a:1,2,2", "a:1,2,-1", "a,2,0", ":1,2,0", "a:0,2,0", "a:1,x,0"])
+def test_settings_that_make_no_sense(spec):
+    with pytest.raises(UserError, match="--distributed"):
+        hosts.settings(spec)
+
+
+def test_settings_of_the_environment(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert hosts.settings("auto") == (None, None, None)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "pod-0:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert hosts.settings("auto") == ("pod-0:1234", 2, 1)
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID"):
+        hosts.settings("auto")
+
+
+@pytest.mark.parametrize("spec", ["auto", "localhost:{free},2,1", "localhost:{taken},2,0"])
+def test_start_fails_in_one_line(spec):
+    """No cluster; nobody at the coordinator's address; its port taken."""
+    with socket.create_server(("", 0)) as server:
+        spec = spec.format(free=free_port(), taken=server.getsockname()[1])
+        code = (
+            "from nlae_jax import hosts, cli\n"
+            "hosts.CONNECT_SECONDS = 1.0\n"
+            f"raise SystemExit(cli.main(['bench', '--config', 'experiments/tiny.py', '--distributed', {spec!r}]))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("nlae")]
+    assert line.startswith("nlae: --distributed")
+    assert "Traceback" not in done.stderr
+
+
+# --- one process
+
+
+def test_one_process_is_the_first_of_one():
+    assert hosts.is_first()
+    assert hosts.count() == 1
+    assert hosts.by_first(lambda: (1, 2)) == (1, 2)
+    hosts.barrier()
+    assert hosts.end(3) == 3
+
+
+def test_a_share_of_one_process_is_all():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_array_equal(share(mesh, np.arange(8)), np.arange(8))
+
+
+def terminate():
+    """Sends SIGTERM to this process and returns when it is heeded."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert hosts._world.asked.wait(PATIENCE)
+
+
+def test_the_signal_counts_inside_only():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        with hosts.preemptible():
+            hosts.stop_if_asked()
+            terminate()
+            with pytest.raises(hosts.Preempted):
+                hosts.stop_if_asked()
+        assert not seen
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [1]
+        with hosts.preemptible():
+            hosts.stop_if_asked()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 10])
+def test_a_loop_told_to_stop_saves_its_last_step(tmp_path, stop):
+    whole, workdir = tmp_path / "whole", tmp_path / "W"
+    w = np.asarray(run_toy(whole)["w"])
+    with pytest.raises(hosts.Preempted), hosts.preemptible():
+        run_toy(workdir, lambda number: number == stop and terminate())
+    assert is_sealed(workdir / f"checkpoints/toy/{stop}")
+    assert len(rows_of(workdir)) == stop
+    np.testing.assert_array_equal(run_toy(workdir)["w"], w)
+    assert rows_of(workdir) == rows_of(whole)
+
+
+@pytest.mark.parametrize(("owner", "name"), [("activations", "write_parquet"), ("stages", "make_describer")])
+def test_nothing_is_begun_that_cannot_be_stopped(tiny_run, tmp_path, monkeypatch, owner, name):
+    """Told to stop while documents are planned, and while they are described."""
+    import nlae_jax.data.activations
+    import nlae_jax.stages
+
+    module = {"activations": nlae_jax.data.activations, "stages": nlae_jax.stages}[owner]
+    original = getattr(module, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *given: terminate() or original(*given))
+        assert main(tiny_run.arguments(tmp_path / "W", "describe")) == hosts.PREEMPTED
+    assert main(tiny_run.arguments(tmp_path / "W", "describe")) == 0
+    for file in ("rows.parquet", "descriptions.parquet", "meta.json"):
+        ours, theirs = (workdir / "activations" / file for workdir in (tmp_path / "W", tiny_run.workdir))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_told_to_stop_in_every_stage_ends_with_the_same_numbers(tiny_run, tmp_path, monkeypatch, capsys):
+    """Bit for bit."""
+    workdir = begun(tiny_run, tmp_path / "W")
+    for at in (("encoder_sft", 59), ("decoder_sft", 3), ("rl", 3)):
+        run_until(at, tiny_run.arguments(workdir), monkeypatch)
+        assert capsys.readouterr().err.splitlines()[-1] == "nlae: preempted; the same command continues"
+    assert main(tiny_run.arguments(workdir)) == 0
+    assert_same(tiny_run, workdir)
+
+
+def test_what_cannot_be_stopped_is_cut_off(tiny_run, tmp_path):
+    """A step that never ends: the process does, with the same code."""
+    code = (
+        "import os, signal, sys, threading\n"
+        "from nlae_jax import cli, stages\n"
+        "def endless(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    threading.Event().wait()\n"
+        "stages.read_documents = endless\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = tiny_run.arguments(tmp_path / "W", "extract", checkpoint__grace_seconds=0.5)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == hosts.PREEMPTED, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("nlae: preempted; nothing more was saved within")
+
+
+# --- another mesh
+
+
+def run_until(at, arguments, monkeypatch):
+    """Runs in this process until a row is written, and is told to stop then."""
+    append = MetricsLog.append
+
+    def patched(self, row):
+        append(self, row)
+        if (row["stage"], row["step"]) == at:
+            terminate()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", patched)
+        assert main(arguments) == hosts.PREEMPTED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_goes_on_on_another_mesh(tiny_run, tmp_path, monkeypatch, rank):
+    """To 1e-4 and not to the bit: sums over shards are taken in another order."""
+    settings = {"rl__activations_per_step": 8, "rl__num_steps": 4}  # eight devices divide it
+    whole, workdir = tmp_path / "whole", tmp_path / "W"
+    if rank == 0:
+        shutil.copytree(tiny_run.workdir, whole)
+        shutil.rmtree(whole / "checkpoints/rl")
+        (whole / "eval.json").unlink()
+        begun(tiny_run, workdir)
+    else:
+        settings |= {"lora__rank": rank, "sft__encoder_steps": 6}
+    assert main(tiny_run.arguments(whole, "rl", **settings)) == 0
+    for mesh, at in (((2, 2, 2), ("decoder_sft", 2)), ((1, 1, 1), ("rl", 1)), ((1, 8, 1), None)):
+        sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
+        arguments = tiny_run.arguments(workdir, "rl", **settings, **sizes)
+        if at:
+            run_until(at, arguments, monkeypatch)
+        else:
+            assert main(arguments) == 0
+    assert_close(tiny_run, workdir, whole)
+
+
+# --- several processes
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Processes:
+    """`count` processes with four devices together; a context manager that leaves none behind."""
+
+    def __init__(self, count, arguments):
+        flags = f"--xla_force_host_platform_device_count={4 // count} --xla_backend_optimization_level=0"
+        port = free_port()
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, "-m", "nlae_jax", *arguments, "--distributed", f"localhost:{port},{count},{index}"],
+                cwd=ROOT,
+                env={**os.environ, "XLA_FLAGS": flags},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.all:
+            process.kill()
+            process.communicate()
+
+    def ends(self, timeout=PATIENCE):
+        """Exit codes and what was said, of each."""
+        shown = [process.communicate(timeout=timeout)[1] for process in self.all]
+        return [process.returncode for process in self.all], shown
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.all), self.ends()
+            time.sleep(0.01)
+
+
+def run_in(count, arguments):
+    """A port that was free may be taken by another process before the run listens there: then another is tried."""
+    for _ in range(3):
+        with Processes(count, arguments) as processes:
+            codes, shown = processes.ends()
+        if not any("cannot listen" in text for text in shown):
+            break
+    assert codes == [0] * count, "\n".join(shown)
+    return shown
+
+
+def rows_in(workdir, stage):
+    path = workdir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return sum(json.loads(line)["stage"] == stage for line in text.splitlines(keepends=True) if line.endswith("\n"))
+
+
+def files_of(workdir):
+    """Names of all files, without those inside arrays and checkpoints, whose division follows the processes'."""
+    names = {path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file()}
+    return {name for name in names if not {"vectors", "next_tokens", "state"} & set(name.parts)}
+
+
+def assert_close(tiny_run, workdir, whole):
+    """Every number to 1e-4, which is what another order of sums leaves of float32 after some steps."""
+    rows, expected = tiny_run.metrics(workdir), tiny_run.metrics(whole)
+    assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in expected]
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-4) for k, v in theirs.items()}
+    if (whole / "eval.json").exists():
+        ours, theirs = (json.loads((path / "eval.json").read_text()) for path in (workdir, whole))
+        assert ours["fve"] == pytest.approx(theirs["fve"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_numbers_of_one(tiny_run, tmp_path):
+    """To 1e-4 and not to the bit: the sums between processes are taken in another order than inside one."""
+    workdir = begun(tiny_run, tmp_path / "W")
+    shown = run_in(4, tiny_run.arguments(workdir, **SETTINGS))
+    assert_close(tiny_run, workdir, tiny_run.workdir)
+    assert files_of(workdir) == files_of(tiny_run.workdir)
+    assert "rl 6/6" in shown[0]
+    for text in shown[1:]:
+        assert "rl" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_process_killed_ends_the_other_and_the_run_goes_on(tiny_run, tmp_path, lost):
+    """Whichever it is: the coordinator, or another."""
+    workdir = begun(tiny_run, tmp_path / "W")
+    arguments = tiny_run.arguments(workdir, **SETTINGS)
+    with Processes(2, arguments) as processes:
+        processes.wait_for(lambda: rows_in(workdir, "decoder_sft") >= 2)
+        processes.all[lost].kill()
+        killed = time.monotonic()
+        _, shown = processes.all[1 - lost].communicate(timeout=PATIENCE)
+        assert time.monotonic() - killed < 60
+        assert processes.all[1 - lost].returncode == hosts.LOST, shown
+    assert "is gone" in shown.splitlines()[-1]
+    assert "Traceback" not in shown
+    if lost:
+        run_in(2, arguments)
+        assert_close(tiny_run, workdir, tiny_run.workdir)
+
+
+@pytest.mark.slow
+def test_one_process_told_to_stop_stops_all_and_others_go_on(tiny_run, tmp_path):
+    """Two processes, then one, then four: the same numbers."""
+    workdir = begun(tiny_run, tmp_path / "W")
+    arguments = tiny_run.arguments(workdir, **SETTINGS)
+    for count, stage in ((2, "decoder_sft"), (1, "rl")):
+        with Processes(count, arguments) as processes:
+            processes.wait_for(lambda stage=stage: rows_in(workdir, stage) >= 1)
+            processes.all[-1].send_signal(signal.SIGTERM)
+            codes, shown = processes.ends()
+        assert codes == [hosts.PREEMPTED] * count, "\n".join(shown)
+        assert shown[0].splitlines()[-1] == "nlae: preempted; the same command continues"
+        assert is_sealed(workdir / f"checkpoints/{stage}/{rows_in(workdir, stage)}")
+    run_in(4, arguments)
+    assert_close(tiny_run, workdir, tiny_run.workdir)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_with_its_code(tiny_run, tmp_path):
+    """Found by the first alone, while the others wait for it."""
+    with Processes(2, tiny_run.arguments(tmp_path / "W", corpus__min_characters=10**6)) as processes:
+        codes, shown = processes.ends()
+    assert codes == [2, 2], shown
+    for text in shown:
+        assert "no document is left" in text.splitlines()[-1]
+
+
+def test_this_process_has_eight_devices_and_no_others():
+    """What the tests above take for granted."""
+    assert jax.process_count() == 1
+    assert jax.device_count() == 8
