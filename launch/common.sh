@@ -1,5 +1,7 @@
 # shellcheck shell=bash
 # What the scripts here share; they source it, and it takes --dry-run off their arguments.
+# Environment: ATTEMPTS to start after a failure (5), seconds of PAUSE before each (2); local.sh: NLAE, the command to run,
+# PORT where processes meet, seconds of GRACE until what was told to end is killed (60).
 
 # shellcheck disable=SC2034 # for those that source this
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

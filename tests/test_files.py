@@ -85,6 +85,9 @@ def test_what_is_written_is_read(workdir):
     assert files.read_parquet(workdir / "a/c.parquet", "make it again") == table
     assert sorted(path.name for path in children(workdir / "a")) == ["b.json", "c.parquet"]
     assert list(children(workdir / "elsewhere")) == []
+    assert sorted(str(path.relative_to(workdir)) for path in workdir.glob("*/*.json")) == ["a/b.json"]
+    (workdir / "a/b.json").unlink()
+    assert [path.name for path in children(workdir / "a")] == ["c.parquet"]
 
 
 def test_what_is_damaged_is_named(workdir):
