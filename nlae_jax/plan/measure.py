@@ -55,7 +55,7 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
 
 
 def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
-    per_chip, limit = topology.devices_per_chip, topology.chip.memory_bytes
+    per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     traced = time.perf_counter() - begin

@@ -84,10 +84,18 @@ def _header(config: Config, setting: Setting, topology: Topology) -> dict[str, A
         "mesh": dict(setting.mesh.shape),
         "shapes": {**setting.shapes._asdict(), "sft_response": sft_width(config)},
         "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
+        "recomputed": _RECOMPUTED[config.remat],
         "versions": _versions(),
         "assumed": [setting.assumed] * bool(setting.assumed) + list(ASSUMPTIONS),
     }
 
+
+# What `flops_ratio` holds beside padding and the masked half of attention that the fused kernel computes too.
+_RECOMPUTED = {
+    "none": "the backward pass computes every block's forward pass again",
+    "linear": "the backward pass computes attention's scores and what is no matrix product again",
+    "dots": "the backward pass computes what is no matrix product again",
+}
 
 _TELLING = (
     *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),
