@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.plan.cost import Cost
+from nlae_jax.plan.cost import Cost, Total
 
 GIB = 1 << 30
 
@@ -118,20 +118,12 @@ def seconds(cost: Cost, device: Chip) -> dict[str, float]:
     Within a loop's trip, and outside all loops, the three overlap perfectly: the longest counts. One loop comes after
     another. Units run at their published peaks; a collective uses the two links of one dimension of the torus.
     """
-    whole = cost.total()
-    step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in flattened(cost))
-    return {**alone_seconds(whole, device), "step": step}
+    step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in cost.flattened())
+    return {**alone_seconds(cost.total(), device), "step": step}
 
 
-def flattened(cost: Cost, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
-    """What is outside all loops, then every loop: its name, its trips times those around it, one trip's own cost."""
-    yield name, trips, cost
-    for loop in cost.loops:
-        yield from flattened(loop.body, loop.name, trips * loop.trips)
-
-
-def alone_seconds(cost: Cost, device: Chip) -> dict[str, float]:
-    """Of each of `UNITS` by itself, for a cost without its loops."""
-    links = cost.collective_bytes / device.ring_bandwidth
+def alone_seconds(cost: Cost | Total, device: Chip) -> dict[str, float]:
+    """Of each of `UNITS` by itself, outside loops."""
+    links = cost.sent / device.ring_bandwidth
     alone = cost.flops / device.flops, cost.bytes / device.memory_bandwidth, links
     return dict(zip(UNITS, alone, strict=True))
