@@ -176,6 +176,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     plan = commands.add_parser("plan", help=help_text, description=help_text)
     plan.add_argument("--config", required=True, help="experiment file with get_config()")
     plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
+    plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
     plan.add_argument("--out", type=Path, help="file that gets the plan as JSON too")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.set_defaults(run=_run_plan)
@@ -321,9 +322,9 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     import json
 
     from nlae_jax.files import write_json
-    from nlae_jax.plan.report import as_table, plan
+    from nlae_jax.plan.report import STEPS, as_table, plan
 
-    result = plan(config, options.topology)
+    result = plan(config, options.topology, options.steps.split(",") if options.steps else STEPS)
     if options.out:
         write_json(options.out, result)
     if options.json:

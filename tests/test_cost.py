@@ -175,6 +175,46 @@ def test_forms_of_groups():
     assert group_of("replica_groups=[2,4]<=[8], to_apply=%add") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert group_of("replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert group_of("replica_groups={}, to_apply=%add", 3) == [[0, 1, 2]]
+    mesh = "replica_groups=mesh['a'=2,'b'=4]"
+    assert group_of(mesh + " {'a'}, to_apply=%add") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert group_of(mesh + " {'b','a'}, to_apply=%add") == [[0, 4, 1, 5, 2, 6, 3, 7]]
+    assert group_of(mesh + " {'b':(1)2}, to_apply=%add") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert group_of(mesh + " {'b':(2)2}, to_apply=%add") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_collective_beside_a_chain_of_products_counts_once():
+    """As TPUs write it: each product of the chain hands the collective's arrays on to the next."""
+    step = """
+%NAME (s: f32[8,16], g: f32[32,16], a: f32[4,8]) -> (f32[4,16], f32[8,16], f32[32,16]) {
+  %s = f32[8,16] parameter(0)
+  %g = f32[32,16] parameter(1)
+  %a = f32[4,8] parameter(2)
+  %c = f32[32,16] all-gather(%s), channel_id=5, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  %d = f32[4,16] dot(%a, %s), lhs_contracting_dims={1}
+  ROOT %t = (f32[4,16], f32[8,16], f32[32,16]) tuple(%d, %s, %c)
+}
+"""
+    text = (
+        step.replace("NAME", "one")
+        + step.replace("NAME", "two")
+        + """
+ENTRY %e (s: f32[8,16], g: f32[32,16], a: f32[4,8]) -> f32[32,16] {
+  %s = f32[8,16] parameter(0)
+  %g = f32[32,16] parameter(1)
+  %a = f32[4,8] parameter(2)
+  %f = (f32[4,16], f32[8,16], f32[32,16]) fusion(%s, %g, %a), kind=kCustom, calls=%one
+  %h = f32[8,16] get-tuple-element(%f), index=1
+  %i = f32[32,16] get-tuple-element(%f), index=2
+  %j = (f32[4,16], f32[8,16], f32[32,16]) fusion(%h, %i, %a), kind=kCustom, calls=%two
+  ROOT %k = f32[32,16] get-tuple-element(%j), index=2
+}
+"""
+    )
+    found = cost_of(parse(text), {"data": 1, "fsdp": 4, "tensor": 1})
+    assert found.total().collectives == {("all-gather", "fsdp"): (1, 3 * 8 * 16 * 4)}
+    assert found.flops == 2 * 2 * 4 * 8 * 16
+    products = 2 * (4 * 8 + 8 * 16 + 4 * 16) * 4
+    assert found.bytes == products + (8 + 32) * 16 * 4
 
 
 def test_copies_to_the_chip_read_main_memory_once():

@@ -94,7 +94,7 @@ def test_the_split_step_is_the_sum_of_its_parts(config, result):
     topology = chips.open_topology("v5e:2x2")
     setting = make_setting(split, topology.devices)
     with report._nothing_kept():
-        step = measure("rl", dict(programs(setting))["rl"], topology, setting)
+        step = measure("rl", programs(setting, "rl"), topology, setting)
     parts = step["parts"]
     assert list(parts) == ["rollout", "train_decoder", "train_encoder"]
     assert step["peak_bytes_per_chip"] == max(part["peak_bytes_per_chip"] for part in parts.values())
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(config):
     topology = chips.open_topology("v5e:2x2")
     setting = make_setting(many, topology.devices)
     with report._nothing_kept():
-        step = measure("extract", dict(programs(setting))["extract"], topology, setting)
+        step = measure("extract", programs(setting, "extract"), topology, setting)
     assert not step["fits"]
     assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
     verdict = report._verdict(many, setting, topology, {"extract": step})

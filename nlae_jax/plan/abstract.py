@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,12 +108,9 @@ def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Ta
     return protocol, placed, assumed
 
 
-def programs(setting: Setting) -> Iterator[tuple[str, list[Program]]]:
-    """Each step's name and what it runs one after another: one program, or the three of the split RL step."""
-    yield "extract", [_reader(setting)]
-    yield "encoder_sft", [_encoder_sft(setting)]
-    yield "decoder_sft", [_decoder_sft(setting)]
-    yield "rl", _rl(setting)
+def programs(setting: Setting, step: str) -> list[Program]:
+    """What a step of `STEPS` runs one after another: one program, or the three of the split RL step."""
+    return _PROGRAMS[step](setting)
 
 
 def _like(tree: Any, sharding: NamedSharding) -> Any:
@@ -158,7 +155,7 @@ def read_shape(config: Config, parts: int) -> tuple[int, int]:
     return max(1, config.extract.batch_tokens // width // parts) * parts, width
 
 
-def _reader(setting: Setting) -> Program:
+def _reader(setting: Setting) -> list[Program]:
     config, mesh = setting.config, setting.mesh
     size, width = read_shape(config, batch_parts(mesh))
     num_next = NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
@@ -167,7 +164,7 @@ def _reader(setting: Setting) -> Program:
     )
     places = [jax.ShapeDtypeStruct((size * config.extract.positions_per_document,), jnp.int32)] * 2
     arguments = _base(setting), *documents, *_like(places, replicated(mesh))
-    return Program("read", jitted_reader(setting.arch, config, mesh, num_next), arguments, ())
+    return [Program("read", jitted_reader(setting.arch, config, mesh, num_next), arguments, ())]
 
 
 def _kept(setting: Setting) -> Params:
@@ -175,7 +172,7 @@ def _kept(setting: Setting) -> Params:
     return {} if setting.config.lora.rank else _base(setting)
 
 
-def _encoder_sft(setting: Setting) -> Program:
+def _encoder_sft(setting: Setting) -> list[Program]:
     config, size = setting.config.sft, setting.config.sft.batch_size
     optimizer = optimizers_of(setting.config)[0]
     state = abstract_role(setting.mesh, setting.roles.encoder_weights(), optimizer)
@@ -186,10 +183,10 @@ def _encoder_sft(setting: Setting) -> Program:
         response=((size, sft_width(setting.config)), jnp.int32),
         length=((size,), jnp.int32),
     )
-    return Program("step", step, (state, _frozen(setting), batch), _kept(setting))
+    return [Program("step", step, (state, _frozen(setting), batch), _kept(setting))]
 
 
-def _decoder_sft(setting: Setting) -> Program:
+def _decoder_sft(setting: Setting) -> list[Program]:
     config, size = setting.config.sft, setting.config.sft.batch_size
     optimizer = optimizers_of(setting.config)[1]
     state = abstract_role(setting.mesh, setting.roles.decoder_weights(), optimizer)
@@ -200,7 +197,7 @@ def _decoder_sft(setting: Setting) -> Program:
         ids=((size, sft_width(setting.config)), jnp.int32),
         length=((size,), jnp.int32),
     )
-    return Program("step", step, (state, _frozen(setting), batch), _kept(setting))
+    return [Program("step", step, (state, _frozen(setting), batch), _kept(setting))]
 
 
 def _rl(setting: Setting) -> list[Program]:
@@ -232,6 +229,15 @@ def _rl(setting: Setting) -> list[Program]:
         Program("train_decoder", decoder, (state.decoder, frozen, batch, samples), state.encoder),
         Program("train_encoder", encoder, (state.encoder, frozen, batch, samples, *scored), state.decoder),
     ]
+
+
+_PROGRAMS: dict[str, Callable[[Setting], list[Program]]] = {
+    "extract": _reader,
+    "encoder_sft": _encoder_sft,
+    "decoder_sft": _decoder_sft,
+    "rl": _rl,
+}
+STEPS = tuple(_PROGRAMS)
 
 
 def held_bytes(tree: Any) -> int:

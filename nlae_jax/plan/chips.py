@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.plan.cost import Cost
+from nlae_jax.plan.cost import Cost, Total
 
 GIB = 1 << 30
+
+# No device is touched: no cloud is asked for its settings, nothing is said of what it would have answered, and another
+# process may be using the library.
+_COMPILING_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 UNITS = ("compute", "memory", "links")  # what a step may have to wait for
 
@@ -27,6 +38,11 @@ class Chip:
     memory_bandwidth: float
     link_bandwidth: float
     links: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs may take: compiling for v5e fails beyond 15.75 of 16 GiB, for others at about as much."""
+        return int(self.memory_bytes * 0.98)
 
     @property
     def ring_bandwidth(self) -> float:
@@ -73,17 +89,27 @@ def open_topology(name: str) -> Topology:
     generation, _, shape = name.partition(":")
     if generation not in CHIPS or not shape:
         raise UserError(f"--topology {name}: should be GENERATION:SHAPE, as v5p:4x4x8; generations: {', '.join(CHIPS)}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for its settings
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("nlae plan: the TPU compiler is missing; pip install 'nlae_jax[plan]'")
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # the compiler's own kinds, and RuntimeError where libtpu is missing
-        reason = str(error).strip().splitlines()[0]
-        if "libtpu" in reason.lower() or isinstance(error, ModuleNotFoundError):
-            reason = "the TPU compiler is missing: pip install 'nlae_jax[plan]'"
-        raise UserError(f"--topology {name}: {reason}") from None
+        with _environment(_COMPILING_ONLY):
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of the compiler's own kinds
+        raise UserError(f"--topology {name}: {str(error).strip().splitlines()[0]}") from None
     chips = {tuple(device.coords) for device in devices}
     return Topology(name, CHIPS[generation], list(devices), len(devices) // len(chips))
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Those that are not set are, for a while: the library reads them as it is loaded."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def seconds(cost: Cost, device: Chip) -> dict[str, float]:
@@ -92,20 +118,12 @@ def seconds(cost: Cost, device: Chip) -> dict[str, float]:
     Within a loop's trip, and outside all loops, the three overlap perfectly: the longest counts. One loop comes after
     another. Units run at their published peaks; a collective uses the two links of one dimension of the torus.
     """
-    whole = cost.total()
-    step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in flattened(cost))
-    return {**alone_seconds(whole, device), "step": step}
+    step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in cost.flattened())
+    return {**alone_seconds(cost.total(), device), "step": step}
 
 
-def flattened(cost: Cost, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
-    """What is outside all loops, then every loop: its name, its trips times those around it, one trip's own cost."""
-    yield name, trips, cost
-    for loop in cost.loops:
-        yield from flattened(loop.body, loop.name, trips * loop.trips)
-
-
-def alone_seconds(cost: Cost, device: Chip) -> dict[str, float]:
-    """Of each of `UNITS` by itself, for a cost without its loops."""
-    links = cost.collective_bytes / device.ring_bandwidth
+def alone_seconds(cost: Cost | Total, device: Chip) -> dict[str, float]:
+    """Of each of `UNITS` by itself, outside loops."""
+    links = cost.sent / device.ring_bandwidth
     alone = cost.flops / device.flops, cost.bytes / device.memory_bandwidth, links
     return dict(zip(UNITS, alone, strict=True))

@@ -43,42 +43,81 @@ class Loop:
     known: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A collective: its kind, the mesh axes that it is along, bytes that a device sends over its links.
+
+    `moved`: bytes between them and main memory.
+    """
+
+    kind: str
+    axes: str
+    sent: float
+    moved: float
+
+
 @dataclasses.dataclass
 class Cost:
     """Of a computation run once, on one device. What is in loops stands in `loops` only.
 
     `flops`: of matrix products, a multiplication and an addition each; `kernel_flops`: those of them that kernels say
-    of themselves. `bytes`: read from and written to main memory. `collectives`: (kind, mesh axes) -> how many, and the
-    bytes that a device sends over its links.
+    of themselves. `moved`: bytes read from main memory and written to it, but for collectives. `exchanges`: collectives
+    by channel; one that runs beside a chain of products stands in each of them, and counts once.
     """
 
     flops: float = 0.0
     kernel_flops: float = 0.0
-    bytes: float = 0.0
-    collectives: dict[tuple[str, str], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    moved: float = 0.0
+    exchanges: dict[str, Exchange] = dataclasses.field(default_factory=dict)
     loops: list[Loop] = dataclasses.field(default_factory=list)
 
-    def add(self, other: Cost, times: float = 1.0) -> None:
-        """Adds `other`'s own amounts so many times, and its loops as they are."""
-        self.flops += times * other.flops
-        self.kernel_flops += times * other.kernel_flops
-        self.bytes += times * other.bytes
-        for key, (count, size) in other.collectives.items():
-            before = self.collectives.get(key, (0.0, 0.0))
-            self.collectives[key] = before[0] + times * count, before[1] + times * size
+    def add(self, other: Cost) -> None:
+        """Adds `other`, its loops as they are."""
+        self.flops += other.flops
+        self.kernel_flops += other.kernel_flops
+        self.moved += other.moved
+        self.exchanges = other.exchanges | self.exchanges
         self.loops += other.loops
 
-    def total(self) -> Cost:
-        """With all loops' trips; `loops` is empty."""
-        whole = dataclasses.replace(self, collectives=dict(self.collectives), loops=[])
-        for loop in self.loops:
-            whole.add(loop.body.total(), loop.trips)
-        return whole
+    @property
+    def bytes(self) -> float:
+        """Of main memory, outside loops."""
+        return self.moved + sum(one.moved for one in self.exchanges.values())
 
     @property
-    def collective_bytes(self) -> float:
-        """Of all collectives outside loops."""
-        return sum(size for _, size in self.collectives.values())
+    def sent(self) -> float:
+        """Bytes over the links, outside loops."""
+        return sum(one.sent for one in self.exchanges.values())
+
+    def flattened(self, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
+        """What is outside loops, then every loop: its name, its trips times those around it, one trip's own cost."""
+        yield name, trips, self
+        for loop in self.loops:
+            yield from loop.body.flattened(loop.name, trips * loop.trips)
+
+    def total(self) -> Total:
+        """With all loops' trips."""
+        whole = Total()
+        for _, trips, part in self.flattened():
+            whole.flops += trips * part.flops
+            whole.kernel_flops += trips * part.kernel_flops
+            whole.bytes += trips * part.bytes
+            whole.sent += trips * part.sent
+            for one in part.exchanges.values():
+                count, size = whole.collectives.get((one.kind, one.axes), (0, 0.0))
+                whole.collectives[one.kind, one.axes] = count + trips, size + trips * one.sent
+        return whole
+
+
+@dataclasses.dataclass
+class Total:
+    """Sums over a whole program; `collectives`: (kind, axes) -> how many, and the bytes that a device sends."""
+
+    flops: float = 0.0
+    kernel_flops: float = 0.0
+    bytes: float = 0.0
+    sent: float = 0.0
+    collectives: dict[tuple[str, str], tuple[int, float]] = dataclasses.field(default_factory=dict)
 
 
 def cost_of(module: Module, axes: dict[str, int], unknown_trips: int = 1) -> Cost:
@@ -110,7 +149,7 @@ class _Counter:
             return Cost(loops=[Loop(_operation(one), trips, self.computation(one.called["body"]), known)])
         if opcode == "conditional":
             branches = [self.computation(branch) for branch in one.branches]
-            return max(branches, key=lambda c: (c.total().flops, c.total().bytes), default=cost)
+            return max(branches, key=lambda branch: (branch.total().flops, branch.total().bytes), default=cost)
         if opcode in ("call", "async-start"):
             called = one.called.get("to_apply") or one.called.get("calls")
             return self.computation(called, fused) if called in self.module.computations else cost
@@ -123,9 +162,9 @@ class _Counter:
         elif opcode == "custom-call":
             cost.flops = cost.kernel_flops = float(_estimate(one).get("flops", 0))
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
-            return self._collective(inside, one, kind, fused)
+            return self._collective(inside, one, kind)
         if not fused:
-            cost.bytes = self._moved(inside, one)
+            cost.moved = self._moved(inside, one)
         return cost
 
     def _trips(self, one: Instruction) -> tuple[int, bool]:
@@ -143,24 +182,27 @@ class _Counter:
             for called in one.called.values():
                 yield from self._compared(called)
 
-    def _collective(self, inside: Computation, one: Instruction, kind: str, fused: bool) -> Cost:
+    def _collective(self, inside: Computation, one: Instruction, kind: str) -> Cost:
         operands = inside.operands(one)
-        size = sum(array.bytes for shape in operands for array in shape)
+        size = sum(map(_bytes, operands))
         groups = _groups(one, math.prod(self.axes.values()))
         count = len(groups[0])
         if count < 2:
             return Cost()
-        if kind == "all-reduce" and fused and _is_scattered(inside, one):
+        if kind == "all-reduce" and _is_scattered(inside, one):
             kind = "reduce-scatter"
-        axis = axes_of(groups, self.axes)
-        sent, moved = {
-            "all-gather": (size * (count - 1), size * (1 + count)),
-            "reduce-scatter": (size * (count - 1) / count, size * (1 + 1 / count)),
-            "all-reduce": (2 * size * (count - 1) / count, 2 * size),
-            "all-to-all": (size * (count - 1) / count, 2 * size),
-            "ragged-all-to-all": (size * (count - 1) / count, 2 * size),
-        }.get(kind, (size, 2 * size))
-        return Cost(bytes=0.0 if fused else moved, collectives={(kind, axis): (1.0, sent)})
+        sent = {
+            "all-gather": size * (count - 1),
+            "reduce-scatter": size * (count - 1) / count,
+            "all-reduce": 2 * size * (count - 1) / count,
+            "all-to-all": size * (count - 1) / count,
+            "ragged-all-to-all": size * (count - 1) / count,
+        }.get(kind, size)
+        # Begun and not waited for, it names its operands before its results.
+        results = one.outputs[len(operands) :][: len(operands)] if one.opcode.endswith("-start") else one.outputs
+        moved = float(sum(map(_main, operands)) + _main(results))
+        channel = one.attribute(r"channel_id=(\d+)") or f"{inside.name}/{one.name}"
+        return Cost(exchanges={channel: Exchange(kind, axes_of(groups, self.axes), sent, moved)})
 
     def _moved(self, inside: Computation, one: Instruction) -> float:
         """Bytes that an instruction outside fusions reads from main memory and writes to it."""
@@ -200,6 +242,8 @@ class _Counter:
                 called = self.module.computations[user.called["calls"]]
                 numbers = [number for number, operand in enumerate(user.operands) if operand == name]
                 read += sum(self._read(called, called.parameters[number].name) for number in numbers)
+            elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.root):
+                continue  # counted by itself; handed on
             elif user.opcode != "dynamic-update-slice" or not first_only:
                 return whole
         return min(read, whole)
@@ -209,7 +253,7 @@ class _Counter:
         if root.opcode == "tuple" and len(root.operands) == len(outputs):
             parts = [inside.instructions[name] for name in root.operands]
             return sum(self._written(inside, part, [array]) for part, array in zip(parts, outputs, strict=True))
-        if not _main(outputs):
+        if not _main(outputs) or root.opcode == "parameter" or root.opcode in COLLECTIVES:
             return 0.0
         if root.opcode == "bitcast":
             return self._written(inside, inside.instructions[root.operands[0]], outputs)
@@ -301,8 +345,35 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
         shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes):
+        return _mesh_groups(*found.groups())
     found = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
     return _lists(found) if found else [list(range(devices))]
+
+
+def _mesh_groups(mesh: str, along: str) -> list[list[int]]:
+    """`'a'=2,'b'=8`, `'a','b':(2)4` -> groups along a, and the part of b that has 4 after one of 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
+    dims: list[int] = []
+    chosen: list[tuple[int, int]] = []  # place in `along`, dimension
+    for axis, size in sizes.items():
+        cuts = sorted(
+            (int(before or 1), int(length or size), at)
+            for at, (name, before, length) in enumerate(parts)
+            if name == axis
+        )
+        done = 1
+        for before, length, at in cuts:
+            dims += [before // done] if before > done else []
+            chosen.append((at, len(dims)))
+            dims.append(length)
+            done = before * length
+        dims += [size // done] if size > done else []
+    inner = [dimension for _, dimension in sorted(chosen)]
+    outer = [dimension for dimension in range(len(dims)) if dimension not in inner]
+    members = math.prod(dims[dimension] for dimension in inner)
+    return np.arange(math.prod(dims)).reshape(dims).transpose(*outer, *inner).reshape(-1, members).tolist()
 
 
 def _lists(text: str) -> list[list[int]]:

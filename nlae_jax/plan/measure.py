@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax
 from nlae_jax.bench import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
 from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
-from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, flattened, seconds
+from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
 from nlae_jax.progress import say
@@ -55,13 +57,13 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
 
 
 def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
-    per_chip, limit = topology.devices_per_chip, topology.chip.memory_bytes
+    per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     traced = time.perf_counter() - begin
     held = held_bytes((program.arguments, program.kept))
     try:
-        compiled = lowered.compile()
+        compiled, text = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
         if (found := _USED.search(str(error))) is None:
             raise
@@ -69,7 +71,7 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
         say(f"plan: {step} ({program.name}): {used / 1e9:.1f} GB, more than the {available / 1e9:.1f} GB of a device")
         return {"fits": False, "peak_bytes_per_chip": int(used * per_chip), "held_bytes": held * per_chip}
     compiling = time.perf_counter() - begin
-    cost = cost_of(parse(compiled.as_text()), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
+    cost = cost_of(parse(text), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
     memory = compiled.memory_analysis()
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -94,6 +96,19 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
     }
 
 
+def _compiled(lowered: Any) -> tuple[Any, str]:
+    """A program compiled, and its module's text.
+
+    Written by the TPU compiler itself: what it hands over for `as_text` may hold instructions that jaxlib's own XLA
+    cannot read (those of several collectives in one).
+    """
+    with tempfile.TemporaryDirectory(prefix="nlae-plan-") as directory:
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        texts = [path.read_text(encoding="utf-8") for path in Path(directory).glob("*.after_codegen.txt")]
+    return compiled, max(texts, key=len)
+
+
 def work(cost: Cost, topology: Topology) -> dict[str, Any]:
     """What a chip computes and moves, and how long that takes at least."""
     per_chip, whole, device = topology.devices_per_chip, cost.total(), topology.device
@@ -109,16 +124,16 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
             "bound": max(alone, key=alone.__getitem__),
             "flops": trips * part.flops * per_chip,
             "hbm_bytes": trips * part.bytes * per_chip,
-            "collective_bytes": trips * part.collective_bytes * per_chip,
+            "collective_bytes": trips * part.sent * per_chip,
         }
-        for name, trips, part in flattened(cost)
+        for name, trips, part in cost.flattened()
         for alone in [alone_seconds(part, device)]
     ]
     return {
         "flops_per_chip": whole.flops * per_chip,
         "kernel_flops_per_chip": whole.kernel_flops * per_chip,
         "hbm_bytes_moved_per_chip": round(whole.bytes * per_chip),
-        "collective_bytes_per_chip": round(whole.collective_bytes * per_chip),
+        "collective_bytes_per_chip": round(whole.sent * per_chip),
         "collectives": collectives,
         "estimated_seconds": times.pop("step"),
         "seconds_alone": times,

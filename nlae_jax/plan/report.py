@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, write_json
 from nlae_jax.lm.families import read_hf_config
 from nlae_jax.lm.pretrained import cache_directory, resolve_model
-from nlae_jax.plan.abstract import Setting, make_setting, programs, sft_width
+from nlae_jax.plan.abstract import STEPS, Setting, make_setting, programs, sft_width
 from nlae_jax.plan.advice import advise
 from nlae_jax.plan.chips import Topology, open_topology
 from nlae_jax.plan.measure import measure
@@ -33,12 +33,14 @@ ASSUMPTIONS = (
 )
 
 
-def plan(config: Config, topology_name: str) -> dict[str, Any]:
-    """The numbers of `nlae plan`. Raises UserError for a topology, a mesh or batches that cannot be.
+def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS) -> dict[str, Any]:
+    """The numbers of `nlae plan` for some steps. Raises UserError for a topology, mesh or batches that cannot be.
 
     What was planned once with these versions and this code is read from the cache.
     """
-    path = cache_directory() / "plans" / f"{_key(config, topology_name)}.json"
+    if unknown := set(names) - set(STEPS):
+        raise UserError(f"--steps: {min(unknown)!r} should be one of {', '.join(STEPS)}")
+    path = cache_directory() / "plans" / f"{_key(config, topology_name, names)}.json"
     if path.exists():
         say(f"plan: made before, read from {path}")
         return read_json(path)
@@ -52,7 +54,7 @@ def plan(config: Config, topology_name: str) -> dict[str, Any]:
     if setting.assumed:
         say(f"plan: {setting.assumed}")
     with _nothing_kept():
-        steps = {name: measure(name, parts, topology, setting) for name, parts in programs(setting)}
+        steps = {name: measure(name, programs(setting, name), topology, setting) for name in STEPS if name in names}
     result = {**_header(config, setting, topology), **_verdict(config, setting, topology, steps)}
     write_json(path, result)
     return result
@@ -82,10 +84,18 @@ def _header(config: Config, setting: Setting, topology: Topology) -> dict[str, A
         "mesh": dict(setting.mesh.shape),
         "shapes": {**setting.shapes._asdict(), "sft_response": sft_width(config)},
         "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
+        "recomputed": _RECOMPUTED[config.remat],
         "versions": _versions(),
         "assumed": [setting.assumed] * bool(setting.assumed) + list(ASSUMPTIONS),
     }
 
+
+# What `flops_ratio` holds beside padding and the masked half of attention that the fused kernel computes too.
+_RECOMPUTED = {
+    "none": "the backward pass computes every block's forward pass again",
+    "linear": "the backward pass computes attention's scores and what is no matrix product again",
+    "dots": "the backward pass computes what is no matrix product again",
+}
 
 _TELLING = (
     *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),
@@ -109,13 +119,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _key(config: Config, topology: str) -> str:
+def _key(config: Config, topology: str, names: Sequence[str]) -> str:
     """Of everything that the plan depends on."""
     source = hashlib.sha256()
     for path in sorted(Path(nlae_jax.__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
     model = read_hf_config(resolve_model(config.subject.model, weights=False))
-    telling = [flatten(dataclasses.asdict(config)), model, topology, _versions(), source.hexdigest()]
+    telling = [flatten(dataclasses.asdict(config)), model, topology, sorted(names), _versions(), source.hexdigest()]
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:24]
 
 
