@@ -32,8 +32,9 @@ LOST = 76  # exit code: another process of the run is gone; the same command, gi
 CONNECT_SECONDS = 120.0  # for all processes to find each other
 _BEAT_SECONDS = 1.0
 _LOST_SECONDS = 25.0  # without a sign of life; longer than Python ever keeps a thread waiting
-_COORDINATOR_SECONDS = 5.0  # without an answer
 _FOREVER_MS = 7 * 24 * 3600 * 1000  # while one process works, e.g. reads the corpus; who dies meanwhile is found out
+
+_AGAIN = "start the same command again in all processes"
 
 _BEATS, _STOP, _END = "nlae/beat/", "nlae/notice/stop", "nlae/notice/end"
 
@@ -55,6 +56,7 @@ class _World:
     coordinates: bool = False
     calls: int = 0
     grace: float = 25.0
+    answered: float = 0.0  # when the coordinator last did, by this process's monotonic clock
     asked: threading.Event = dataclasses.field(default_factory=threading.Event)
     settled: threading.Event = dataclasses.field(default_factory=threading.Event)
     over: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -140,7 +142,9 @@ def start(spec: str) -> None:
     _world.index, _world.count, _world.client = index, number, distributed.global_state.client
     _world.coordinates = distributed.global_state.service is not None
     if number > 1:
+        _world.answered = time.monotonic()
         threading.Thread(target=_watch, name="watch", daemon=True).start()
+        threading.Thread(target=_guard, name="guard", daemon=True).start()
     if number > 1 and not _world.coordinates:
         _outlive_coordinator(distributed.global_state.coordinator_address)
 
@@ -179,7 +183,7 @@ def _outlive_coordinator(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError:
-            _exit(LOST, "the coordinator is gone; start the same command again in all processes")
+            _exit(LOST, f"the coordinator is gone; {_AGAIN}")
         c_signal(signal.SIGABRT, None)  # something else is wrong: abort() goes on as ever
 
     global _handler
@@ -352,25 +356,23 @@ def severed(error: BaseException) -> bool:
 
 def wait_for_verdict(error: BaseException) -> NoReturn:
     """Ends this process as soon as it is known which other one is gone, or when nothing is found out."""
-    time.sleep(_LOST_SECONDS + 5)  # `_watch` ends the process
-    _exit(LOST, f"another process of the run is gone ({_line(error)}); start the same command again in all of them")
+    time.sleep(_LOST_SECONDS + 10)  # `_watch` or `_guard` ends the process
+    _exit(LOST, f"another process of the run is gone ({_line(error)}); {_AGAIN}")
 
 
 def _watch() -> None:
     """Gives signs of life and looks for the others'. Only the first looks at all of them: that scales."""
-    world, beats, answered = _world, 0, time.monotonic()
-    seen: dict[str, tuple[str, float]] = {f"{_BEATS}{i}": ("", answered) for i in range(world.count)}
+    world, beats = _world, 0
+    seen: dict[str, tuple[str, float]] = {f"{_BEATS}{i}": ("", world.answered) for i in range(world.count)}
     while not world.over.wait(_BEAT_SECONDS):
         beats += 1
         try:
             world.client.key_value_set(f"{_BEATS}{world.index}", str(beats), allow_overwrite=True)
             notices = dict(world.client.key_value_dir_get("nlae/notice/"))
             heard = dict(world.client.key_value_dir_get(_BEATS)) if world.index == 0 else {}
-        except Exception:  # of many kinds; some others end the thread's waiting only
-            if time.monotonic() - answered > _COORDINATOR_SECONDS and not world.over.is_set():
-                _lost("the coordinator", _COORDINATOR_SECONDS)
+        except Exception:  # of many kinds; `_guard` says when there were enough
             continue
-        now = answered = time.monotonic()
+        now = world.answered = time.monotonic()
         if _END in notices:
             _follow(json.loads(notices[_END]))
         if _STOP in notices:
@@ -380,12 +382,18 @@ def _watch() -> None:
                 seen[key] = beat, now
         silent = [key for key, (_, since) in seen.items() if now - since > _LOST_SECONDS] if world.index == 0 else []
         if silent:
-            process = silent[0].removeprefix(_BEATS)
-            _lost(f"process {process} of {world.count}", _LOST_SECONDS)
+            _lost(f"process {silent[0].removeprefix(_BEATS)} of {world.count}")
 
 
-def _lost(who: str, seconds: float) -> NoReturn:
-    message = f"{who} is gone (no sign of life for {seconds:.0f} s); start the same command again in all processes"
+def _guard() -> None:
+    """Looks whether the coordinator answers `_watch`, whose calls never return from one that is cut off."""
+    while not _world.over.wait(_BEAT_SECONDS):
+        if time.monotonic() - _world.answered > _LOST_SECONDS + 5:  # after the first has said who else is gone
+            _exit(LOST, f"the coordinator does not answer for {_LOST_SECONDS + 5:.0f} s; {_AGAIN}")
+
+
+def _lost(who: str) -> NoReturn:
+    message = f"{who} is gone (no sign of life for {_LOST_SECONDS:.0f} s); {_AGAIN}"
     with contextlib.suppress(Exception):
         _world.client.key_value_set(_END, json.dumps({"code": LOST, "process": _world.index, "message": message}))
     _tell(message)

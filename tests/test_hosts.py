@@ -34,8 +34,10 @@ SETTINGS = {"mesh__data": 2, "mesh__fsdp": 2, "checkpoint__grace_seconds": 120.0
 def begun(tiny_run, workdir):
     """The tiny run as one process left it after a while: all but its warm-started encoder is to be made anew."""
     shutil.copytree(tiny_run.workdir / "checkpoints/encoder_sft/58", workdir / "checkpoints/encoder_sft/58")
-    for name in ("protocol.json", "config.json", "metrics.jsonl"):
+    for name in ("protocol.json", "config.json"):
         shutil.copy(tiny_run.workdir / name, workdir)
+    lines = (tiny_run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(line for line in lines if "encoder_sft" in line), encoding="utf-8")
     return workdir
 
 
