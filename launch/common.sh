@@ -40,17 +40,19 @@ run() {
     if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
-# Runs a command until it is done: again whenever it was preempted (75), and after other ends ATTEMPTS times in all.
+# Runs a command until it is done: again whenever it was preempted (75), and after other ends ATTEMPTS times in a row; one
+# after more than ten minutes begins a new row.
 keep_running() {
-    local attempt=1 code=0
+    local attempt=1 code=0 began
     while true; do
-        code=0
+        code=0 began=$SECONDS
         "$@" || code=$?
         # 0: done. 2: something only a person can put right. 130: stopped by hand.
         case $code in
             0 | 2 | 130) return "$code" ;;
-            75) echo "$me: preempted and saved; starting again" >&2 ;;
+            75) echo "$me: preempted; starting again" >&2 ;;
             *)
+                ((SECONDS - began < 600)) || attempt=1
                 ((attempt < ${ATTEMPTS:-5})) || return "$code"
                 echo "$me: attempt $attempt ended with code $code; starting again" >&2
                 attempt=$((attempt + 1))

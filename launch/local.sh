@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains an experiment on this machine and starts it again if it dies: a run continues where it stopped.
 #   launch/local.sh [--dry-run] [-n PROCESSES] experiments/smollm2_135m.py runs/smollm2 [--config.rl.num_steps=500 ...]
-# With -n, that many processes share the work; if one ends badly, so do the others, and all are started again.
+# With -n, that many processes share the work; if one ends badly, so do the others, and all are started again. SIGTERM and
+# control-C reach them: they save first.
 set -u
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -27,14 +28,22 @@ stop_all() {
     wait
 }
 
+free_port() {
+    local port
+    while port=$((20000 + RANDOM % 20000)) && (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+    echo "$port"
+}
+
 together() {
-    local index code=0 port=${PORT:-$((20000 + RANDOM % 20000))}
+    local index code=0 port='' place=()
+    [ "$processes" -eq 1 ] || port=${PORT:-$(free_port)}
     started=()
     for ((index = 0; index < processes; index++)); do
+        [ -z "$port" ] || place=(--distributed "127.0.0.1:$port,$processes,$index")
         if [ -n "$dry_run" ]; then
-            quoted "${train[@]}" --distributed "127.0.0.1:$port,$processes,$index"
+            quoted "${train[@]}" ${place[@]+"${place[@]}"}
         else
-            "${train[@]}" --distributed "127.0.0.1:$port,$processes,$index" &
+            "${train[@]}" ${place[@]+"${place[@]}"} &
             started+=($!)
         fi
     done
@@ -48,11 +57,7 @@ together() {
     return "$code"
 }
 
-if [ "$processes" -eq 1 ]; then
-    keep_running run "${train[@]}"
-else
-    # What a script starts in the background does not hear control-C.
-    trap 'stop_all; exit 130' INT
-    trap 'stop_all; exit 75' TERM
-    keep_running together
-fi
+# What a script starts in the background does not hear control-C.
+trap 'stop_all; exit 130' INT
+trap 'stop_all; exit 75' TERM
+keep_running together

@@ -31,16 +31,23 @@ state() {
 # A machine that is ready and has this checkout.
 prepare() {
     local now
-    now=$(state)
-    case $now in
-        "$ready") ;;
-        *)
-            [ -z "$now" ] || tpus tpu-vm delete "$name" --quiet || return
-            installed=
-            tpus tpu-vm create "$name" "--accelerator-type=$type" "--version=$version" \
-                --scopes=cloud-platform ${SPOT:+--spot} || return
-            ;;
-    esac
+    while now=$(state) && [ "$now" != "$ready" ]; do
+        installed=
+        case $now in
+            "") # not made yet: this waits for it; where there was no answer, it fails
+                tpus tpu-vm create "$name" "--accelerator-type=$type" "--version=$version" \
+                    --scopes=cloud-platform ${SPOT:+--spot} || return
+                break
+                ;;
+            PREEMPTED | TERMINATED | STOPPED) # taken away
+                tpus tpu-vm delete "$name" --quiet || return
+                ;;
+            *)
+                echo "$me: $name is $now" >&2
+                sleep "${WAIT:-30}"
+                ;;
+        esac
+    done
     [ -n "$installed" ] || install_on "$name" || return
     installed=1
 }

@@ -176,18 +176,18 @@ def test_tpu_vm_dry_run(launch):
 
 def test_tpu_vm_goes_on_until_it_is_done(launch):
     """Preempted and saved, then taken away, then lost, then done."""
-    launch.write(answers=["", "READY", "READY", "PREEMPTED", "PREEMPTED", "READY", "READY"], codes=[75, 255, 1, 0])
+    launch.write(answers=["", "READY", "READY", "PREEMPTED", "PREEMPTED", "", "READY", "READY"], codes=[75, 255, 1, 0])
     code, _, errors = launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, "--config.rl.num_steps=5", **PLACE)
     state, train = described("tpu-vm", "state"), trains(" --config.rl.num_steps=5")
     assert launch.log == [
         *[state, gcloud(CREATE), *installs(launch), train, state],  # 75
         *[state, train, state],  # taken away
-        *[state, gcloud("tpu-vm delete n --quiet"), gcloud(CREATE), *installs(launch), train, state],  # 1
+        *[state, gcloud("tpu-vm delete n --quiet"), state, gcloud(CREATE), *installs(launch), train, state],  # 1
         *[state, train],
     ]
     assert code == 0
     assert errors.splitlines() == [
-        *["launch/tpu_vm.sh: preempted and saved; starting again"] * 2,
+        *["launch/tpu_vm.sh: preempted; starting again"] * 2,
         "launch/tpu_vm.sh: attempt 1 ended with code 1; starting again",
     ]
 
@@ -331,10 +331,11 @@ def test_local_ends_together_and_starts_together(launch):
     assert "attempt 1 ended with code 1; starting again" in errors
 
 
-def test_local_stops_what_it_started(launch):
+@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+def test_local_stops_what_it_started(launch, processes):
     """The signal of a scheduler reaches every process, and the script says that it was preempted."""
-    launch.write(codes_0=["wait"], codes_1=["wait"])
-    process = launch.start("local.sh", "-n", "2", *RUN)
+    launch.write(codes=["wait"], codes_0=["wait"], codes_1=["wait"])
+    process = launch.start("local.sh", *processes, *RUN)
     deadline = time.monotonic() + 30
     while not (launch.directory / "waiting").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

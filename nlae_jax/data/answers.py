@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
@@ -102,12 +102,18 @@ class AnswerCache:
 
 
 def cached_describer(
-    config: DescribeConfig, cache: AnswerCache, ask: Ask, progress: Progress | None, together: int = 1
+    config: DescribeConfig,
+    cache: AnswerCache,
+    ask: Ask,
+    progress: Progress | None,
+    together: int = 1,
+    by_all: bool = False,
 ) -> Describer:
     """A describer that asks only what the cache lacks. Raises UserError when more than half of the answers are lost.
 
     `together` consecutive texts are asked as a whole or not at all: where an answer depends on the other prompts of
-    its batch, a killed run then continues with the batches, and so the answers, of a run that was not killed.
+    its batch, a killed run then continues with the batches, and so the answers, of a run that was not killed. With
+    `by_all` every process asks, of the same texts: those that the first has no answer to. Only it knows stored answers.
 
     The share is looked at after the first `_MIN_CHECKED` answers (or all, if there are fewer) and after each
     further `4 * concurrency`, so that a wrong model or a dead server ends the run early; what was answered is kept.
@@ -116,16 +122,17 @@ def cached_describer(
 
     def describe(contexts: Sequence[Context]) -> list[str | None]:
         texts = list(dict.fromkeys(context.text for context in contexts))
-        stored = {text: answer for text in texts if (answer := cache.get(text)) is not None}
+        stored, proven = _stored_by_first(cache, texts) if by_all else _stored(cache, texts)
         groups = [texts[start : start + together] for start in range(0, len(texts), together)]
         asked = [text for group in groups if not all(text in stored for text in group) for text in group]
-        answers = {text: stored[text] for text in stored.keys() - set(asked)}
+        again = set(asked)
+        answers = {text: answer for text, answer in stored.items() if text not in again}
         count = Counter(context.text for context in contexts)
         report = progress or (lambda _: None)
         if answers:
             report(sum(count[text] for text in answers))
         problems: Counter[str] = Counter()
-        window.begin(proven=any(map(parse_answer, answers.values())))
+        window.begin(proven)
         with closing(ask(asked)) as results:
             for index, answer in results:
                 window.add(asked[index], answer)
@@ -146,6 +153,25 @@ def cached_describer(
         return [lines.get(context.text) for context in contexts]
 
     return describe
+
+
+def _stored(cache: AnswerCache, texts: Sequence[str]) -> tuple[dict[str, str], bool]:
+    """The stored answers, and whether any of them is usable."""
+    found = {text: answer for text in texts if (answer := cache.get(text)) is not None}
+    return found, any(map(parse_answer, found.values()))
+
+
+def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> tuple[dict[str, str], bool]:
+    """The same, decided by the first process alone; in the others the answers are empty."""
+    found: dict[str, str] = {}
+
+    def look() -> list[Any]:
+        stored, proven = _stored(cache, texts)
+        found.update(stored)
+        return ["".join("01"[text in stored] for text in texts), proven]
+
+    marks, proven = hosts.by_first(look)
+    return {text: found.get(text, "") for text, mark in zip(texts, marks, strict=True) if mark == "1"}, proven
 
 
 class _Window:

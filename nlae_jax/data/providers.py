@@ -48,7 +48,8 @@ def subject_provider(
                 yield start + i, Answer(completion)
 
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
-    return cached_describer(config, AnswerCache(resources.cache_directory, *identity), ask, progress, _SUBJECT_BATCH)
+    cache = AnswerCache(resources.cache_directory, *identity)
+    return cached_describer(config, cache, ask, progress, _SUBJECT_BATCH, by_all=True)
 
 
 # --- servers

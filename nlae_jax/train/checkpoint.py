@@ -19,7 +19,8 @@ from nlae_jax.files import AnyPath, absolute, children, is_remote, object_checks
 from nlae_jax.progress import warn
 
 _MANIFEST = "manifest.json"
-_CHECKSUM = "crc32c:"
+_CHECKSUM, _SIZE = "crc32c:", "bytes:"
+_HASHED_BYTES = 16 << 30  # of a whole checkpoint: what one process reads back in seconds, while all others wait
 _MARGIN = 1 << 20  # bytes that a checkpoint takes beyond its arrays, amply
 
 
@@ -165,13 +166,16 @@ def _hashes(path: AnyPath) -> dict[str, str]:
     """What tells the content of every file of a checkpoint but its manifest, by the file's name within it.
 
     On a bucket that is the checksum which the store keeps: nothing is read back. A copy of a checkpoint made there is
-    not checked by content here, nor the other way round: `_CHECKSUM` marks what is none of ours.
+    not checked by content here, nor the other way round: `_CHECKSUM` marks what is none of ours. Of a checkpoint of
+    more than `_HASHED_BYTES` only sizes are told, which is what a full disk or a killed process gets wrong.
     """
     if is_remote(path):
         found = {name: _CHECKSUM + checksum for name, checksum in object_checksums(path).items()}
         return {name: checksum for name, checksum in found.items() if name != _MANIFEST}
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
-    return {str(file.relative_to(path)): _hash(file) for file in files}
+    sizes = {file: file.stat().st_size for file in files}
+    content = sum(sizes.values()) <= _HASHED_BYTES
+    return {str(file.relative_to(path)): _hash(file) if content else f"{_SIZE}{sizes[file]}" for file in files}
 
 
 def _hash(path: AnyPath) -> str:
