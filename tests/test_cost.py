@@ -230,6 +230,17 @@ ENTRY %e (p: f32[8,128]) -> f32[8,128] {
     assert cost_of(parse(text), ONE).bytes == (2 + 8) * 128 * 4
 
 
+def test_a_collective_that_goes_on_beside_a_loop_counts_outside():
+    def exchange(channel):
+        return {channel: cost.Exchange("all-gather", "fsdp", 10.0, 0.0)}
+
+    inner = cost.Cost(exchanges=exchange("1") | exchange("2"))
+    outer = cost.Cost(exchanges=exchange("1"), loops=[cost.Loop("inner", 4, inner)])
+    assert cost.Cost(loops=[cost.Loop("outer", 3, outer)]).total().collectives == {
+        ("all-gather", "fsdp"): (3 + 12, (3 + 12) * 10.0)
+    }
+
+
 def test_a_slice_reads_what_it_takes():
     text = """
 %slice (p: f32[10,64], i: s32[]) -> f32[1,64] {

@@ -89,11 +89,17 @@ class Cost:
         """Bytes over the links, outside loops."""
         return sum(one.sent for one in self.exchanges.values())
 
-    def flattened(self, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
-        """What is outside loops, then every loop: its name, its trips times those around it, one trip's own cost."""
-        yield name, trips, self
+    def flattened(
+        self, name: str = "", trips: int = 1, begun: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, int, Cost]]:
+        """What is outside loops, then every loop: its name, its trips times those around it, one trip's own cost.
+
+        Collectives that were `begun` outside a loop and go on beside its trips count outside.
+        """
+        own = {channel: one for channel, one in self.exchanges.items() if channel not in begun}
+        yield name, trips, dataclasses.replace(self, exchanges=own)
         for loop in self.loops:
-            yield from loop.body.flattened(loop.name, trips * loop.trips)
+            yield from loop.body.flattened(loop.name, trips * loop.trips, begun | self.exchanges.keys())
 
     def total(self) -> Total:
         """With all loops' trips."""
