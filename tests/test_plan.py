@@ -14,7 +14,7 @@ from nlae_jax.lm.families import hf_config
 from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
 from nlae_jax.plan.abstract import assumed_protocol, make_setting, programs
-from nlae_jax.plan.measure import measure
+from nlae_jax.plan.measure import measure, needed_memory
 from tests.conftest import tiny_config
 from tests.tiny_run import EXPERIMENT
 
@@ -120,6 +120,13 @@ def test_what_does_not_fit_is_told_with_what_to_change(config):
     (advice,) = verdict["advice"]
     tokens = int(advice.split("extract.batch_tokens=")[1].split()[0])
     assert 2**20 < tokens < 2**28
+
+
+def test_refusals_are_read():
+    message = "the total memory required for HLO temporaries (435.09G) exceeds available HBM (15.75G)"
+    assert needed_memory(message, 1000) == 1000 + int(435.09 * 2**30)
+    assert needed_memory("Used 20.5M of 15.75G hbm. Exceeded", 1000) == int(20.5 * 2**20)
+    assert needed_memory("INTERNAL: something else", 0) is None
 
 
 def test_the_platform_is_that_of_the_mesh():
