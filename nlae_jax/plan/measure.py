@@ -24,6 +24,8 @@ _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds availa
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LOOPS_SHOWN = 8
+# Of a program that the compiler refuses, for it is not there.
+_UNKNOWN = ("flops_per_chip", "hbm_bytes_moved_per_chip", "collective_bytes_per_chip", "estimated_seconds")
 _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
 
 
@@ -55,7 +57,7 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
     if work is not None:
         whole["flops_ratio"] = work / flops
         whole["mfu_bound"] = flops / topology.chip.flops / whole["estimated_seconds"]
-    return whole
+    return {**dict.fromkeys(_UNKNOWN), **whole}
 
 
 def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
 
 
 def needed_memory(message: str, held: int) -> int | None:
-    """Bytes that a program needs by the compiler's refusal, beside the arguments' `held`; None where it says another."""
+    """Bytes that a program needs by the compiler's refusal, the arguments' `held` among them; None for other errors."""
     if found := _TEMPORARIES.search(message):
         return held + int(float(found[1]) * _UNITS[found[2]])
     found = _USED.search(message)
