@@ -56,6 +56,34 @@ def test_a_loop_that_may_end_early_has_its_bound():
     assert found.total().flops == 11 * 2 * 8 * 24 * 24
 
 
+def test_an_unrolled_loop_has_fewer_trips():
+    text = """
+%body (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
+  %t = (f32[8,8], s32[]) parameter(0)
+  %x = f32[8,8] get-tuple-element(%t), index=0
+  %i = s32[] get-tuple-element(%t), index=1
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  %k = s32[] add(%j, %one)
+  %d = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}
+  ROOT %r = (f32[8,8], s32[]) tuple(%d, %k)
+}
+
+%condition (t: (f32[8,8], s32[])) -> pred[] {
+  %t = (f32[8,8], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=1
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %e (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
+  %t = (f32[8,8], s32[]) parameter(0)
+  ROOT %w = (f32[8,8], s32[]) while(%t), condition=%condition, body=%body
+}
+"""
+    assert cost_of(parse(text), ONE).total().flops == 4 * 2 * 8**3
+
+
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 def test_batched_products(batch, rows, inner, columns):
     text = f"""

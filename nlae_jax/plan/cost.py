@@ -178,7 +178,22 @@ class _Counter:
         if found := one.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(found), True
         constants = list(self._compared(one.called["condition"]))
-        return (max(constants), True) if constants else (self.unknown_trips, False)
+        return (-(-max(constants) // self._stride(one)), True) if constants else (self.unknown_trips, False)
+
+    def _stride(self, one: Instruction) -> int:
+        """By how much a trip advances what the condition compares: loops over parts of a product are unrolled."""
+        condition, body = (self.module.computations[one.called[role]] for role in ("condition", "body"))
+        compared = [each for each in condition.instructions.values() if each.opcode == "compare"]
+        places = [condition.instructions[name].attribute(r"index=(\d+)") for each in compared for name in each.operands]
+        place = next((int(place) for place in places if place), None)
+        if place is None or body.root.opcode != "tuple":
+            return 1
+        stride, value = 0, body.instructions[body.root.operands[place]]
+        while value.opcode in ("add", "copy"):
+            operands = [body.instructions[name] for name in value.operands]
+            stride += sum(int(each.given) for each in operands if each.opcode == "constant")
+            value = next((each for each in operands if each.opcode != "constant"), operands[0])
+        return max(1, stride)
 
     def _compared(self, name: str) -> Iterator[int]:
         """Integer constants of a computation and of those it calls."""
