@@ -84,6 +84,14 @@ ENTRY %e (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
     assert cost_of(parse(text), ONE).total().flops == 4 * 2 * 8**3
 
 
+def test_what_a_condition_reduces_does_not_bound_its_loop():
+    def run(x, w):
+        going = lambda state: (state[0] < 11) & ((state[1] * 97 + state[0] % 64).sum() < 1e6)  # noqa: E731
+        return jax.lax.while_loop(going, lambda state: (state[0] + 1, state[1] @ w), (0, x))
+
+    assert [loop.trips for loop in counted(run, array(8, 24), array(24, 24)).loops] == [11]
+
+
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 def test_batched_products(batch, rows, inner, columns):
     text = f"""

@@ -77,7 +77,7 @@ class Cost:
         self.kernel_flops += other.kernel_flops
         self.moved += other.moved
         self.exchanges = other.exchanges | self.exchanges
-        self.loops += other.loops
+        self.loops = self.loops + other.loops
 
     @property
     def bytes(self) -> float:
@@ -152,7 +152,10 @@ class _Counter:
         cost, opcode = Cost(), one.opcode
         if opcode == "while":
             trips, known = self._trips(one)
-            return Cost(loops=[Loop(_operation(one), trips, self.computation(one.called["body"]), known)])
+            trip = Cost()
+            for role in ("body", "condition"):
+                trip.add(self.computation(one.called[role]))
+            return Cost(loops=[Loop(_operation(one), trips, trip, known)])
         if opcode == "conditional":
             branches = [self.computation(branch) for branch in one.branches]
             return max(branches, key=lambda branch: (branch.total().flops, branch.total().bytes), default=cost)
@@ -195,13 +198,19 @@ class _Counter:
             value = next((each for each in operands if each.opcode != "constant"), operands[0])
         return max(1, stride)
 
-    def _compared(self, name: str) -> Iterator[int]:
-        """Integer constants of a computation and of those it calls."""
-        for one in self.module.computations[name].instructions.values():
-            if one.opcode == "constant" and one.outputs[0].dtype in ("s32", "u32", "s64") and not one.outputs[0].dims:
-                yield int(one.given)
-            for called in one.called.values():
-                yield from self._compared(called)
+    def _compared(self, name: str, given: Sequence[Instruction] = ()) -> Iterator[int]:
+        """Integers that a condition compares with, also inside fusions, whose operands are `given`."""
+        inside = self.module.computations[name]
+        stands_for = {
+            inside.parameters[number].name: one for number, one in enumerate(given) if number in inside.parameters
+        }
+        resolved = inside.instructions | stands_for
+        for one in inside.instructions.values():
+            operands = [resolved[operand] for operand in one.operands]
+            if one.opcode == "compare":
+                yield from _integers(operands)
+            elif one.opcode in ("fusion", "call"):
+                yield from self._compared(one.called.get("calls") or one.called["to_apply"], operands)
 
     def _collective(self, inside: Computation, one: Instruction, kind: str) -> Cost:
         operands = inside.operands(one)
@@ -284,6 +293,12 @@ class _Counter:
             called = self.module.computations[root.called["calls"]]
             return self._written(called, called.root, outputs)
         return float(_main(outputs))
+
+
+def _integers(instructions: Iterable[Instruction]) -> Iterator[int]:
+    for one in instructions:
+        if one.opcode == "constant" and one.outputs[0].dtype in ("s32", "u32", "s64") and not one.outputs[0].dims:
+            yield int(one.given)
 
 
 def _bytes(shape: Iterable[Array]) -> int:
