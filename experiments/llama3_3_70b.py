@@ -2,9 +2,10 @@
 
     nlae train --config experiments/llama3_3_70b.py --workdir runs/llama3_3_70b
 
-Hardware: one machine with 8 accelerators of 80 GB (8 H100): the frozen base that all roles share is 141 GB in
-bfloat16. Full fine-tuning (`--config.lora.rank=0` and the rates of `qwen2_5_7b.py`) keeps 1.7 TB in float32, more
-than one machine has, and runs over several are not supported yet.
+Hardware: a TPU slice v5p-2x2x4 (16 chips of 95 GiB) by `nlae plan`, or one machine with 8 accelerators of 80 GB (8
+H100, `--config.rl.microbatches=8 --config.sft.microbatches=8`): the frozen base that all roles share is 141 GB in
+bfloat16, and there twice while it decodes. Full fine-tuning (`--config.lora.rank=0`, the rates of `qwen2_5_7b.py`,
+`--config.mesh.tensor=2`) keeps 1.7 TB in float32: v5p-4x4x8.
 
 Expected: the PyTorch reference released a pair for this layer; its numbers are not published. This file has not been
 run to its end yet. Needs what `qwen2_5_7b.py` needs, and access to the gated weights.
@@ -25,5 +26,5 @@ def get_config() -> ConfigDict:
     config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4
     config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-4
     config.rl.num_steps = 2400
-    config.mesh.fsdp, config.mesh.tensor = -1, 2
+    config.sft.microbatches, config.rl.microbatches = 4, 4
     return config

@@ -56,6 +56,42 @@ def test_a_loop_that_may_end_early_has_its_bound():
     assert found.total().flops == 11 * 2 * 8 * 24 * 24
 
 
+def test_an_unrolled_loop_has_fewer_trips():
+    text = """
+%body (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
+  %t = (f32[8,8], s32[]) parameter(0)
+  %x = f32[8,8] get-tuple-element(%t), index=0
+  %i = s32[] get-tuple-element(%t), index=1
+  %one = s32[] constant(1)
+  %j = s32[] add(%i, %one)
+  %k = s32[] add(%j, %one)
+  %d = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}
+  ROOT %r = (f32[8,8], s32[]) tuple(%d, %k)
+}
+
+%condition (t: (f32[8,8], s32[])) -> pred[] {
+  %t = (f32[8,8], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=1
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %e (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
+  %t = (f32[8,8], s32[]) parameter(0)
+  ROOT %w = (f32[8,8], s32[]) while(%t), condition=%condition, body=%body
+}
+"""
+    assert cost_of(parse(text), ONE).total().flops == 4 * 2 * 8**3
+
+
+def test_what_a_condition_reduces_does_not_bound_its_loop():
+    def run(x, w):
+        going = lambda state: (state[0] < 11) & ((state[1] * 97 + state[0] % 64).sum() < 1e6)  # noqa: E731
+        return jax.lax.while_loop(going, lambda state: (state[0] + 1, state[1] @ w), (0, x))
+
+    assert [loop.trips for loop in counted(run, array(8, 24), array(24, 24)).loops] == [11]
+
+
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
 def test_batched_products(batch, rows, inner, columns):
     text = f"""
@@ -228,6 +264,17 @@ ENTRY %e (p: f32[8,128]) -> f32[8,128] {
 }
 """
     assert cost_of(parse(text), ONE).bytes == (2 + 8) * 128 * 4
+
+
+def test_a_collective_that_goes_on_beside_a_loop_counts_outside():
+    def exchange(channel):
+        return {channel: cost.Exchange("all-gather", "fsdp", 10.0, 0.0)}
+
+    inner = cost.Cost(exchanges=exchange("1") | exchange("2"))
+    outer = cost.Cost(exchanges=exchange("1"), loops=[cost.Loop("inner", 4, inner)])
+    assert cost.Cost(loops=[cost.Loop("outer", 3, outer)]).total().collectives == {
+        ("all-gather", "fsdp"): (3 + 12, (3 + 12) * 10.0)
+    }
 
 
 def test_a_slice_reads_what_it_takes():

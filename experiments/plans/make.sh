@@ -26,10 +26,9 @@ plan qwen2.5-7b-lora_v5e-2x4 qwen2_5_7b Qwen2.5-7B-Instruct v5e:2x4 64 "${adapte
 plan qwen2.5-7b_v5p-2x2x2 qwen2_5_7b Qwen2.5-7B-Instruct v5p:2x2x2 64 \
     --config.rl.microbatches=2 --config.sft.microbatches=2
 plan gemma3-27b_v5p-2x4x4 gemma3_27b gemma-3-27b-it v5p:2x4x4 64
-plan llama3.3-70b-lora_v5p-2x2x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:2x2x4 64 \
-    --config.mesh.tensor=1 --config.rl.microbatches=4 --config.sft.microbatches=4
+plan llama3.3-70b-lora_v5p-2x2x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:2x2x4 64
 plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --config.lora.rank=0 \
-    --config.mesh.tensor=2
+    --config.mesh.tensor=2 --config.sft.microbatches=1 --config.rl.microbatches=1
 
 # Weak scaling: 8 activations a chip, parameters split over 8 chips and copied over the rest.
 for slice in 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8; do

@@ -77,7 +77,7 @@ class Cost:
         self.kernel_flops += other.kernel_flops
         self.moved += other.moved
         self.exchanges = other.exchanges | self.exchanges
-        self.loops += other.loops
+        self.loops = self.loops + other.loops
 
     @property
     def bytes(self) -> float:
@@ -89,11 +89,17 @@ class Cost:
         """Bytes over the links, outside loops."""
         return sum(one.sent for one in self.exchanges.values())
 
-    def flattened(self, name: str = "", trips: int = 1) -> Iterator[tuple[str, int, Cost]]:
-        """What is outside loops, then every loop: its name, its trips times those around it, one trip's own cost."""
-        yield name, trips, self
+    def flattened(
+        self, name: str = "", trips: int = 1, begun: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, int, Cost]]:
+        """What is outside loops, then every loop: its name, its trips times those around it, one trip's own cost.
+
+        Collectives that were `begun` outside a loop and go on beside its trips count outside.
+        """
+        own = {channel: one for channel, one in self.exchanges.items() if channel not in begun}
+        yield name, trips, dataclasses.replace(self, exchanges=own)
         for loop in self.loops:
-            yield from loop.body.flattened(loop.name, trips * loop.trips)
+            yield from loop.body.flattened(loop.name, trips * loop.trips, begun | self.exchanges.keys())
 
     def total(self) -> Total:
         """With all loops' trips."""
@@ -146,7 +152,10 @@ class _Counter:
         cost, opcode = Cost(), one.opcode
         if opcode == "while":
             trips, known = self._trips(one)
-            return Cost(loops=[Loop(_operation(one), trips, self.computation(one.called["body"]), known)])
+            trip = Cost()
+            for role in ("body", "condition"):
+                trip.add(self.computation(one.called[role]))
+            return Cost(loops=[Loop(_operation(one), trips, trip, known)])
         if opcode == "conditional":
             branches = [self.computation(branch) for branch in one.branches]
             return max(branches, key=lambda branch: (branch.total().flops, branch.total().bytes), default=cost)
@@ -172,15 +181,36 @@ class _Counter:
         if found := one.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
             return int(found), True
         constants = list(self._compared(one.called["condition"]))
-        return (max(constants), True) if constants else (self.unknown_trips, False)
+        return (-(-max(constants) // self._stride(one)), True) if constants else (self.unknown_trips, False)
 
-    def _compared(self, name: str) -> Iterator[int]:
-        """Integer constants of a computation and of those it calls."""
-        for one in self.module.computations[name].instructions.values():
-            if one.opcode == "constant" and one.outputs[0].dtype in ("s32", "u32", "s64") and not one.outputs[0].dims:
-                yield int(one.given)
-            for called in one.called.values():
-                yield from self._compared(called)
+    def _stride(self, one: Instruction) -> int:
+        """By how much a trip advances what the condition compares: loops over parts of a product are unrolled."""
+        condition, body = (self.module.computations[one.called[role]] for role in ("condition", "body"))
+        compared = [each for each in condition.instructions.values() if each.opcode == "compare"]
+        places = [condition.instructions[name].attribute(r"index=(\d+)") for each in compared for name in each.operands]
+        place = next((int(place) for place in places if place), None)
+        if place is None or body.root.opcode != "tuple":
+            return 1
+        stride, value = 0, body.instructions[body.root.operands[place]]
+        while value.opcode in ("add", "copy"):
+            operands = [body.instructions[name] for name in value.operands]
+            stride += sum(int(each.given) for each in operands if each.opcode == "constant")
+            value = next((each for each in operands if each.opcode != "constant"), operands[0])
+        return max(1, stride)
+
+    def _compared(self, name: str, given: Sequence[Instruction] = ()) -> Iterator[int]:
+        """Integers that a condition compares with, also inside fusions, whose operands are `given`."""
+        inside = self.module.computations[name]
+        stands_for = {
+            inside.parameters[number].name: one for number, one in enumerate(given) if number in inside.parameters
+        }
+        resolved = inside.instructions | stands_for
+        for one in inside.instructions.values():
+            operands = [resolved[operand] for operand in one.operands]
+            if one.opcode == "compare":
+                yield from _integers(operands)
+            elif one.opcode in ("fusion", "call"):
+                yield from self._compared(one.called.get("calls") or one.called["to_apply"], operands)
 
     def _collective(self, inside: Computation, one: Instruction, kind: str) -> Cost:
         operands = inside.operands(one)
@@ -263,6 +293,12 @@ class _Counter:
             called = self.module.computations[root.called["calls"]]
             return self._written(called, called.root, outputs)
         return float(_main(outputs))
+
+
+def _integers(instructions: Iterable[Instruction]) -> Iterator[int]:
+    for one in instructions:
+        if one.opcode == "constant" and one.outputs[0].dtype in ("s32", "u32", "s64") and not one.outputs[0].dims:
+            yield int(one.given)
 
 
 def _bytes(shape: Iterable[Array]) -> int:

@@ -19,9 +19,13 @@ from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
 from nlae_jax.progress import say
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# What the compiler says of a program that needs more than there is: temporaries, or all that it uses.
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LOOPS_SHOWN = 8
+# Of a program that the compiler refuses, for it is not there.
+_UNKNOWN = ("flops_per_chip", "hbm_bytes_moved_per_chip", "collective_bytes_per_chip", "estimated_seconds")
 _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
 
 
@@ -53,7 +57,7 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
     if work is not None:
         whole["flops_ratio"] = work / flops
         whole["mfu_bound"] = flops / topology.chip.flops / whole["estimated_seconds"]
-    return whole
+    return {**dict.fromkeys(_UNKNOWN), **whole}
 
 
 def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
@@ -65,11 +69,10 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
     try:
         compiled, text = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
-        if (found := _USED.search(str(error))) is None:
+        if (needed := needed_memory(str(error), held)) is None:
             raise
-        used, available = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
-        say(f"plan: {step} ({program.name}): {used / 1e9:.1f} GB, more than the {available / 1e9:.1f} GB of a device")
-        return {"fits": False, "peak_bytes_per_chip": int(used * per_chip), "held_bytes": held * per_chip}
+        say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
+        return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": held * per_chip}
     compiling = time.perf_counter() - begin
     cost = cost_of(parse(text), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
     memory = compiled.memory_analysis()
@@ -94,6 +97,14 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
         **work(cost, topology),
         "compile_seconds": round(compiling, 1),
     }
+
+
+def needed_memory(message: str, held: int) -> int | None:
+    """Bytes that a program needs by the compiler's refusal, the arguments' `held` among them; None for other errors."""
+    if found := _TEMPORARIES.search(message):
+        return held + int(float(found[1]) * _UNITS[found[2]])
+    found = _USED.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def _compiled(lowered: Any) -> tuple[Any, str]:

@@ -141,7 +141,7 @@ def as_table(result: dict[str, Any]) -> Table:
         gb = lambda key, step=step: f"{step[key] / 1e9:.1f} GB" if key in step else "–"  # noqa: E731
         share = f"{100 * step['peak_bytes_per_chip'] / memory:.0f} %{'' if step['fits'] else ' !'}"
         cells = [name, gb("argument_bytes"), gb("temporary_bytes"), gb("peak_bytes_per_chip"), share]
-        if "flops_per_chip" in step:
+        if step["flops_per_chip"] is not None:
             alone = step["seconds_alone"]
             cells += [f"{step['flops_per_chip'] / 1e12:.2f}", f"{step['flops_ratio']:.2f}×"]
             cells += [gb("hbm_bytes_moved_per_chip"), gb("collective_bytes_per_chip")]
