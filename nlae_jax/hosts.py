@@ -230,6 +230,16 @@ def by_first(work: Callable[[], T]) -> T:
     return json.loads(text)["value"]
 
 
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for what it is about to be called with, and waits until all processes have.
+
+    They may take minutes more or less to compile; on CPUs, gloo waits for half a minute at a program's first exchange.
+    """
+    if _world.count > 1:
+        function.lower(*arguments).compile()
+        barrier()
+
+
 class Agreement:
     """Whether any process was asked to stop: the same answer in all of them, which all must ask for equally often.
 

@@ -357,7 +357,7 @@ def test_one_process_told_to_stop_stops_all_and_others_go_on(tiny_run, tmp_path)
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_its_code(tiny_run, tmp_path):
     """Found by the first alone, while the others wait for it."""
-    with Processes(2, tiny_run.arguments(tmp_path / "W", corpus__min_characters=10**6)) as processes:
+    with Processes(2, tiny_run.arguments(tmp_path / "W", corpus__min_characters=10**6, **SETTINGS)) as processes:
         codes, shown = processes.ends()
     assert codes == [2, 2], shown
     for text in shown:
