@@ -323,7 +323,7 @@ def _heed(reader: int) -> None:
 
 
 def _ask() -> None:
-    if not _world.asked.is_set():
+    if not (_world.asked.is_set() or _world.settled.is_set()):
         _world.asked.set()
         _tell("asked to stop (SIGTERM): saving at the next step")
         threading.Thread(target=_cut_off, name="grace", daemon=True).start()
