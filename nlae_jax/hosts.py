@@ -331,6 +331,8 @@ def _ask() -> None:
 
 def _cut_off() -> None:
     if not _world.settled.wait(_world.grace):
+        if _world.coordinates:
+            time.sleep(3 * _BEAT_SECONDS)  # the others were told later, and end by themselves
         _exit(PREEMPTED, f"preempted; nothing more was saved within {_world.grace:.0f} s; the same command continues")
 
 
@@ -426,6 +428,8 @@ def _tell(message: str) -> None:
 
 def _exit(code: int, message: str = "") -> NoReturn:
     """At once, from any thread: nothing that waits for other processes is waited for."""
+    if code == LOST and _world.asked.is_set():  # all were asked to stop, and one was faster
+        code, message = PREEMPTED, f"preempted; the same command continues ({message})"
     if message:
         _tell(message)
     sys.stdout.flush()
