@@ -31,9 +31,10 @@ PATIENCE = 300  # seconds: only for what should have happened long before
 SETTINGS = {"mesh__data": 2, "mesh__fsdp": 2, "checkpoint__grace_seconds": 120.0}
 
 
-def begun(tiny_run, workdir):
+def begun(tiny_run, workdir, step=58):
     """The tiny run as one process left it after a while: all but its warm-started encoder is to be made anew."""
-    shutil.copytree(tiny_run.workdir / "checkpoints/encoder_sft/58", workdir / "checkpoints/encoder_sft/58")
+    checkpoint = f"checkpoints/encoder_sft/{step}"
+    shutil.copytree(tiny_run.workdir / checkpoint, workdir / checkpoint)
     for name in ("protocol.json", "config.json"):
         shutil.copy(tiny_run.workdir / name, workdir)
     lines = (tiny_run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -216,7 +217,7 @@ def test_a_run_goes_on_on_another_mesh(tiny_run, tmp_path, monkeypatch, rank):
         for stage in ("decoder_sft", "rl"):
             shutil.rmtree(whole / "checkpoints" / stage)
         (whole / "eval.json").unlink()
-        begun(tiny_run, workdir)
+        begun(tiny_run, workdir, 60)  # an encoder that closes its tags; one step of it elsewhere moves a sample
     else:
         settings |= {"lora__rank": rank, "sft__encoder_steps": 6, "sft__encoder_learning_rate": 1e-4}
     assert main(tiny_run.arguments(whole, "rl", **settings)) == 0
