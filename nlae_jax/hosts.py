@@ -230,6 +230,16 @@ def by_first(work: Callable[[], T]) -> T:
     return json.loads(text)["value"]
 
 
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for what it is about to be called with, and waits until all processes have.
+
+    They may take minutes more or less to compile; on CPUs, gloo waits for half a minute at a program's first exchange.
+    """
+    if _world.count > 1:
+        function.lower(*arguments).compile()
+        barrier()
+
+
 class Agreement:
     """Whether any process was asked to stop: the same answer in all of them, which all must ask for equally often.
 
@@ -313,7 +323,7 @@ def _heed(reader: int) -> None:
 
 
 def _ask() -> None:
-    if not _world.asked.is_set():
+    if not (_world.asked.is_set() or _world.settled.is_set()):
         _world.asked.set()
         _tell("asked to stop (SIGTERM): saving at the next step")
         threading.Thread(target=_cut_off, name="grace", daemon=True).start()
@@ -321,6 +331,8 @@ def _ask() -> None:
 
 def _cut_off() -> None:
     if not _world.settled.wait(_world.grace):
+        if _world.coordinates:
+            time.sleep(3 * _BEAT_SECONDS)  # the others were told later, and end by themselves
         _exit(PREEMPTED, f"preempted; nothing more was saved within {_world.grace:.0f} s; the same command continues")
 
 
@@ -341,6 +353,7 @@ def end(code: int, message: str = "") -> int:
             wait_for_verdict(error)
         _world.over.set()
         return code
+    _world.over.set()  # what the others say from here on is no news
     with contextlib.suppress(Exception):
         notice = {"code": code, "process": _world.index, "message": message}
         _world.client.key_value_set(_END, json.dumps(notice))  # the first to fail has the word
@@ -416,6 +429,8 @@ def _tell(message: str) -> None:
 
 def _exit(code: int, message: str = "") -> NoReturn:
     """At once, from any thread: nothing that waits for other processes is waited for."""
+    if code == LOST and _world.asked.is_set():  # all were asked to stop, and one was faster
+        code, message = PREEMPTED, f"preempted; the same command continues ({message})"
     if message:
         _tell(message)
     sys.stdout.flush()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nlae_jax import hosts
 from nlae_jax.data.pipeline import pad
 from nlae_jax.lm.sampling import explanation_tokens
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
@@ -53,6 +54,7 @@ class RoundTrip:
         self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int, mesh: Mesh | None = None
     ) -> None:
         """`mesh`: that pairs are on, to split batches over; several processes then get the same results."""
+        self._met: set[tuple[Any, tuple[int, ...]]] = set()
         self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
@@ -105,7 +107,7 @@ class RoundTrip:
         key = jax.random.PRNGKey(seed)
         parts = []
         for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
-            out = self._explain(pair, h, self._put(jax.random.fold_in(key, number)), temperature)
+            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature)
             parts.append([np.asarray(x) for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
@@ -119,7 +121,7 @@ class RoundTrip:
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
         batches = self._batches(ids, length)
-        return self._collect(len(ids), (self._reconstruct(pair, *batch, self._tails) for batch in batches))
+        return self._collect(len(ids), (self._call(self._reconstruct, pair, *batch, self._tails) for batch in batches))
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
         """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt."""
@@ -128,7 +130,13 @@ class RoundTrip:
         ids, length = pad(prompts, width)
         mask = np.arange(width) < length[:, None]
         batches = self._batches(ids, mask)
-        return self._collect(len(ids), (self._reconstruct_prompts(pair, *batch) for batch in batches))
+        return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
+
+    def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
+        if (function, rows.shape) not in self._met:
+            self._met.add((function, rows.shape))
+            hosts.compile_together(function, pair, rows, *rest)
+        return function(pair, rows, *rest)
 
     def _batches(self, *arrays: np.ndarray) -> Any:
         return (self._put(batch, self._batch_size) for batch in _batches(self._batch_size, *arrays))

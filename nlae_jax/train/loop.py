@@ -74,6 +74,7 @@ def _run(
         batch = put_batch(example, mesh)
         stage.step.lower(state, frozen, batch).compile()
         known.add(_shapes(batch))
+    hosts.barrier()
     compiled_before = stage.step._cache_size()
     clock = time.perf_counter()
     pending: tuple[int, Any] | None = None
@@ -95,6 +96,8 @@ def _run(
     with progress(stage.steps, stage.name, unit="step", start=start) as bar:
         for number in range(start + 1, stage.steps + 1):
             batch = put_batch(next(stage.iterator), mesh)
+            if number == start + 1 and not known:
+                hosts.compile_together(stage.step, state, frozen, batch)
             met.add(_shapes(batch))
             if known and met - known:
                 raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")

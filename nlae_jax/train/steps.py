@@ -311,5 +311,9 @@ class SplitStep:
         encoder, metrics = train_encoder(state.encoder, frozen, batch, samples, scores, metrics)
         return RlState(encoder, decoder, state.key), metrics
 
+    def lower(self, state: RlState, frozen: Params, batch: Params) -> Any:
+        """Of the first part alone: it shows what is to be compiled for the others."""
+        return self.parts[0].lower(state, frozen, batch)
+
     def _cache_size(self) -> int:
         return max(part._cache_size() for part in self.parts)
