@@ -324,7 +324,10 @@ def _estimate(one: Instruction) -> dict[str, float]:
 def _is_scattered(inside: Computation, one: Instruction) -> bool:
     """Whether each device keeps a slice only of what is reduced: TPUs write a reduce-scatter so."""
     users = inside.users[one.name]
-    return bool(users) and all(user.opcode in ("dynamic-slice", "bitcast") for user in users)
+    sliced = (
+        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _is_scattered(inside, user)) for user in users
+    )
+    return bool(users) and all(sliced)
 
 
 def dot_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
@@ -384,6 +387,8 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes):
         return _mesh_groups(*found.groups())
     found = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+    if not found and re.search(r"replica_groups=(?!\{\})", one.attributes):
+        raise ValueError(f"{one.name}: groups of devices in a form that is not known: {one.attributes[:200]}")
     return _lists(found) if found else [list(range(devices))]
 
 
