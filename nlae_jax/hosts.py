@@ -153,12 +153,12 @@ def _reach(address: str, own: bool) -> None:
     """Waits for the coordinator, or finds out that its port here is taken: jax would end the process without a word."""
     host, _, port = address.rpartition(":")
     if own:
-        with contextlib.closing(socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with contextlib.closing(socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("", int(port)))
-            except OSError as error:
-                raise UserError(f"--distributed {address}: cannot listen there ({error.strerror})") from None
+        except OSError as error:
+            raise UserError(f"--distributed {address}: cannot listen there ({error.strerror})") from None
         return
     deadline, problem = time.monotonic() + CONNECT_SECONDS, ""
     while time.monotonic() < deadline:
@@ -388,7 +388,7 @@ def _watch() -> None:
         now = world.answered = time.monotonic()
         if _END in notices:
             _follow(json.loads(notices[_END]))
-        if _STOP in notices:
+        if _STOP in notices and not _world.settled.is_set():
             _ask()
         for key, beat in heard.items():
             if seen[key][0] != beat:
