@@ -1,5 +1,6 @@
 # Both targets do their own set-up: a virtual environment in .venv, made with $(PYTHON).
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
 
 .PHONY: quickstart test lint clean
@@ -8,7 +9,7 @@ quickstart: .venv/installed
 	.venv/bin/nlae train --config experiments/quickstart.py --workdir $(WORKDIR)
 
 test: .venv/tested
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 lint: .venv/tested
 	.venv/bin/ruff check .

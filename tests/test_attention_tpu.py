@@ -1,17 +1,15 @@
 """The fused attention kernels through the real TPU compiler, which runs without a TPU."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.attention import KeyValues, attend
 from nlae_jax.mesh import AXES, batch_sharding, replicated
+from nlae_jax.plan.chips import open_topology
 
 pytest.importorskip("libtpu")
 
@@ -37,8 +35,7 @@ def _not_kept():
 @pytest.fixture(scope="module")
 def devices():
     """Four devices of a generation."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for its settings
-    return lambda kind: topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices
+    return lambda kind: open_topology(TOPOLOGIES[kind]).devices
 
 
 def gradient(implementation, shape, dtype, sharding, rows):

@@ -20,7 +20,7 @@ from nlae_jax.train.steps import rl_step
 from tests.conftest import tiny_config
 
 ARCH = Arch(
-    vocab_size=512, d_model=128, num_layers=4, num_heads=2, num_kv_heads=2, head_dim=64, d_ff=2048, tied_head=True
+    vocab_size=512, d_model=128, num_layers=8, num_heads=2, num_kv_heads=2, head_dim=64, d_ff=1024, tied_head=True
 )
 ACTIVATIONS = 2
 
@@ -35,7 +35,7 @@ class Compiled:
     def __init__(self, protocol, roles_class=Roles, **overrides):
         config = tiny_config(
             remat="none",
-            subject__layer=2,
+            subject__layer=5,
             rl__activations_per_step=ACTIVATIONS,
             rl__max_new_tokens=8,
             lora__alpha=2.0,
