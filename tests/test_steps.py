@@ -226,9 +226,14 @@ def most_exchanged(arch, protocol, sizes) -> int:
     return max(sum(math.prod(map(int, filter(None, s.split(",")))) for s in result) for result in shapes)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_no_weight_is_moved_inside_the_decode_loop(sizes, protocol, monkeypatch):
-    """Every part of a matrix that would have to be gathered is larger than anything that rows exchange."""
+def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, protocol, monkeypatch):
+    """Every part of a matrix that would have to be gathered is larger than anything that rows exchange.
+
+    Layers are unrolled on a CPU and scanned elsewhere.
+    """
+    monkeypatch.setattr(transformer, "platform_of", lambda x: platform)
     arch = Arch(
         vocab_size=128, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=512, tied_head=True
     )
@@ -237,6 +242,29 @@ def test_no_weight_is_moved_inside_the_decode_loop(sizes, protocol, monkeypatch)
     if sizes == (1, 8, 1):  # where weights stay as training has them, they are gathered at every token
         monkeypatch.setattr(transformer, "constrained_tree", lambda tree, *_: tree)
         assert most_exchanged(arch, protocol, sizes) >= smallest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("rank", [4, 0])
+def test_warm_starts_on_eight_devices_are_one_device(rank, sizes, settings):
+    setting, rng = settings[rank], np.random.default_rng(0)
+    optimizer = make_optimizer(setting.config, 1e-3)
+    batch = {"h": vectors(BATCH, 64), "length": np.array([0, 9, 1, 3, 5, 0, 7, 2])}
+    tokens = rng.integers(3, 300, (BATCH, 9)).astype(np.int32)
+    for role, name, make_step in (("encoder", "response", encoder_sft_step), ("decoder", "ids", decoder_sft_step)):
+        metrics = []
+        for mesh_sizes in (sizes, ONE):
+            begun = start(setting, mesh_sizes)
+            state = getattr(begun.state, role)
+            step: Any = compiled(make_step(setting.roles, optimizer), state, begun.mesh)
+            rows = []
+            for _ in range(3):
+                state, row = step(state, begun.frozen, put_batch({**batch, name: tokens}, begun.mesh))
+                rows.append(jax.device_get(row))
+            metrics.append(rows)
+        assert metrics[1][2]["loss"] != metrics[1][0]["loss"]
+        assert_metrics_close(*metrics, 1e-4)
 
 
 def test_both_roles_learn(settings, alone):
