@@ -216,6 +216,11 @@ def test_forms_of_groups():
     assert group_of(mesh + " {'b','a'}, to_apply=%add") == [[0, 4, 1, 5, 2, 6, 3, 7]]
     assert group_of(mesh + " {'b':(1)2}, to_apply=%add") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert group_of(mesh + " {'b':(2)2}, to_apply=%add") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    in_order = mesh + ", device_ids=([4,2]T(1,0))"
+    assert group_of(in_order + " {'b'}, to_apply=%add") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert group_of(in_order + " {'a'}, to_apply=%add") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="not known"):
+        group_of("replica_groups=everyone, to_apply=%add")
 
 
 def test_a_collective_beside_a_chain_of_products_counts_once():

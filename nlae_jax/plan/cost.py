@@ -382,14 +382,23 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
     if found := one.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}"):
         return _lists(found)
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
-        shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes):
-        return _mesh_groups(*found.groups())
+        shape, dims, axes = found.groups()
+        return _iota(dims, axes).reshape([int(size) for size in shape.split(",")]).tolist()
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", one.attributes):
+        mesh, dims, axes, along = found.groups()
+        groups = _mesh_groups(mesh, along)
+        return groups if dims is None else _iota(dims, axes).reshape(-1)[np.array(groups)].tolist()
     found = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
     if not found and re.search(r"replica_groups=(?!\{\})", one.attributes):
         raise ValueError(f"{one.name}: groups of devices in a form that is not known: {one.attributes[:200]}")
     return _lists(found) if found else [list(range(devices))]
+
+
+def _iota(dims: str, axes: str | None) -> np.ndarray:
+    """`4,2`, `1,0` -> the numbers from 0 on in that shape, its axes in that order."""
+    sizes, order = ([int(x) for x in part.split(",")] if part else None for part in (dims, axes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
 
 
 def _mesh_groups(mesh: str, along: str) -> list[list[int]]:
