@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 2e-5, 2e-5
     config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 4000, 64, 8
     config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-5, 5e-5
+    config.sft.microbatches, config.rl.microbatches = 2, 2  # for memory
     config.mesh.fsdp = -1
     config.checkpoint.every_steps = 100
     config.eval.num_activations, config.eval.batch_size = 2048, 64

@@ -23,8 +23,7 @@ adapters=(--config.lora.rank=64 --config.lora.alpha=64)
 plan smollm2-135m_v5e-1x1 smollm2_135m SmolLM2-135M-Instruct v5e:1x1 64 --config.rl.microbatches=16
 plan qwen2.5-7b-lora_v5e-2x4 qwen2_5_7b Qwen2.5-7B-Instruct v5e:2x4 64 "${adapters[@]}" \
     --config.rl.microbatches=8 --config.sft.microbatches=8
-plan qwen2.5-7b_v5p-2x2x2 qwen2_5_7b Qwen2.5-7B-Instruct v5p:2x2x2 64 \
-    --config.rl.microbatches=2 --config.sft.microbatches=2
+plan qwen2.5-7b_v5p-2x2x2 qwen2_5_7b Qwen2.5-7B-Instruct v5p:2x2x2 64
 plan gemma3-27b_v5p-2x4x4 gemma3_27b gemma-3-27b-it v5p:2x4x4 64
 plan llama3.3-70b-lora_v5p-2x2x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:2x2x4 64
 plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --config.lora.rank=0 \
@@ -34,5 +33,5 @@ plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --c
 for slice in 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8; do
     chips=$((${slice//x/*}))
     plan "weak-scaling/qwen2.5-7b_v5p-$slice" qwen2_5_7b Qwen2.5-7B-Instruct "v5p:$slice" $((8 * chips)) --steps rl \
-        --config.mesh.data=-1 --config.mesh.fsdp=8 --config.sft.batch_size=$((32 * chips)) --config.rl.microbatches=2
+        --config.mesh.data=-1 --config.mesh.fsdp=8 --config.sft.batch_size=$((32 * chips))
 done
