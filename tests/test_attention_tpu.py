@@ -12,6 +12,7 @@ from nlae_jax.mesh import AXES, batch_sharding, replicated
 from nlae_jax.plan.chips import open_topology
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.slow
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # Activations, samples of each, lengths of prefix, activation and response, heads, key heads, head size, cap, window.
