@@ -3,7 +3,8 @@
     nlae train --config experiments/qwen2_5_7b.py --workdir runs/qwen2_5_7b
 
 Hardware: a TPU slice v5p-2x2x2 (8 chips, 62 GB used of each) by `nlae plan`, or one machine with 8 accelerators of 80
-GB (8 H100): parameters, two Adam moments and the KL reference are 187 GB in float32, gradients 52 GB. On one accelerator train adapters instead: `--config.lora.rank=64
+GB (8 H100): parameters, two Adam moments and the KL reference are 187 GB in float32, gradients 52 GB. On one
+accelerator train adapters instead: `--config.lora.rank=64
 --config.lora.alpha=64 --config.sft.encoder_learning_rate=1e-4 --config.sft.decoder_learning_rate=1e-4
 --config.rl.encoder_learning_rate=1e-4 --config.rl.decoder_learning_rate=1e-4 --config.mesh.fsdp=1`.
 
