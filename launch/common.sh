@@ -107,18 +107,49 @@ python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-e
 ~/.local/bin/uv pip install --quiet '.[gcs,hub,tpu]'"
 }
 
-# Trains until it is done on the machine `name`, which the script's `prepare` makes, and makes again when its `state` is no
-# longer `ready`. The arguments are those of `train_on` after the name.
-follow() {
+# All of a script for a kind of TPU machine, which defines `state`, `create` and `delete` of the machine `name`, and says in
+# which state it is `ready`, in which it is `gone` for good, and whether it is there when `create` returns (`made_at_once`).
+on_tpu() {
+    local usage="usage: $me [--dry-run] NAME TOPOLOGY CONFIG gs://BUCKET/RUN [--config.field=value ...]"
+    need PROJECT ZONE
+    if [ "${1:-}" = --delete ]; then
+        name=${2:?which one?}
+        delete
+        exit
+    fi
+    name=${1:?$usage}
+    : "${2:?$usage}" "${3:?$usage}" "${4:?$usage}"
+    type=$(accelerator_type "$2") || exit 2
+    version=$(runtime_version "$2")
+    installed=
+    shift 2
     keep_running train_once "$@"
+}
+
+# A machine that is ready and has this checkout.
+# shellcheck disable=SC2154 # ready, gone and made_at_once are the script's
+prepare() {
+    local now
+    while now=$(state) && [ "$now" != "$ready" ]; do
+        installed=
+        if [ -z "$now" ]; then # not made yet; where there was no answer, this fails
+            create || return
+            [ -z "$dry_run$made_at_once" ] || break
+        elif [[ "|$gone|" == *"|$now|"* ]]; then
+            delete || return
+        else
+            echo "$me: $name is $now" >&2
+            sleep "${WAIT:-30}"
+        fi
+    done
+    [ -n "$installed" ] || install_on "$name" || return
+    installed=1
 }
 
 train_once() {
     local code=0
     prepare || return 1 # gcloud's own codes mean nothing here
-    # shellcheck disable=SC2154 # of those that source this
     train_on "$name" "$@" || code=$?
-    # shellcheck disable=SC2154
     [ "$code" -eq 0 ] || [ "$(state)" = "$ready" ] || code=75
     return "$code"
 }

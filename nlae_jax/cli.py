@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nlae_jax import hosts
 from nlae_jax.errors import UserError
@@ -265,8 +266,6 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _print_result(workdir: AnyPath) -> None:
     """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
-    import json
-
     from rich.console import Console
 
     from nlae_jax.evaluate.table import held_out_table
@@ -298,20 +297,23 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--repeats: {options.repeats} should be at least 1")
     hosts.set_grace(config.checkpoint.grace_seconds)
     _start_jax(options.distributed)
-    import json
-
     from nlae_jax.bench import as_table, bench
 
     result = bench(config, options.repeats)
     if not hosts.is_first():
         return 0
-    if options.json:
+    _show(result, as_table, options.json)
+    return 0
+
+
+def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
+    """Numbers on stdout: one JSON object, or a table."""
+    if as_json:
         print(json.dumps(result))
     else:
         from rich.console import Console
 
         Console().print(as_table(result))
-    return 0
 
 
 def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -319,20 +321,13 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_experiment(options.config, overrides)
     _start_jax()
-    import json
-
     from nlae_jax.files import write_json
     from nlae_jax.plan.report import STEPS, as_table, plan
 
     result = plan(config, options.topology, options.steps.split(",") if options.steps else STEPS)
     if options.out:
         write_json(options.out, result)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        from rich.console import Console
-
-        Console().print(as_table(result))
+    _show(result, as_table, options.json)
     return 0
 
 
@@ -361,8 +356,6 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature: {options.temperature} should be 0 or more")
     _start_jax()
-    import json
-
     from nlae_jax.api import NLA
     from nlae_jax.config import MeshConfig
     from nlae_jax.mesh import make_mesh

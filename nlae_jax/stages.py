@@ -104,14 +104,8 @@ def jitted_reader(arch: Arch, config: Config, mesh: Mesh, num_next: int) -> Any:
 def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
     """The vectors as far as they are missing, then meta.json."""
     directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
-    stop = hosts.Agreement(run.mesh)
     with progress(len(plan.position), "extract", unit="activation") as bar:
-
-        def advance(rows: int) -> None:
-            bar.advance(rows)
-            if stop():
-                raise hosts.Preempted
-
+        advance = _advance_together(bar, run.mesh)
         activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, advance, parts)
     provenance = {
         "model": config.subject.model,
@@ -147,6 +141,18 @@ def _import(run: Run, files: dict[str, Path]) -> None:
         import_vectors(directory, files, len(plan.position), d_model, partial(_advance_alone, bar))
     provenance = {"model": run.config.subject.model, "layer": run.config.subject.layer, "corpus": str(files["rl"])}
     activations.write_meta(directory, plan, d_model, 0, provenance)
+
+
+def _advance_together(bar: Progress, mesh: Mesh) -> Callable[[int], None]:
+    """Counts rows that all processes pass alike, and stops all of them where one is asked to."""
+    stop = hosts.Agreement(mesh)
+
+    def advance(rows: int) -> None:
+        bar.advance(rows)
+        if stop():
+            raise hosts.Preempted
+
+    return advance
 
 
 def _advance_alone(bar: Progress, rows: int) -> None:
@@ -189,14 +195,8 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         generate=model and partial(_chat, run, model),
         cache_directory=_own_answers(run) if model else cache_directory() / "answers",
     )
-    stop = hosts.Agreement(run.mesh) if model else None
     with progress(len(rows), "describe", unit="activation") as bar:
-
-        def advance(rows: int) -> None:
-            _advance_alone(bar, rows) if stop is None else bar.advance(rows)
-            if stop is not None and stop():
-                raise hosts.Preempted
-
+        advance = _advance_together(bar, run.mesh) if model else partial(_advance_alone, bar)
         described = make_describer(config, resources, advance)(contexts)
     kept = [(row, text) for row, text in zip(rows.tolist(), described, strict=True) if text]
     if len(kept) < len(rows):

@@ -172,32 +172,24 @@ def _kept(setting: Setting) -> Params:
     return {} if setting.config.lora.rank else _base(setting)
 
 
-def _encoder_sft(setting: Setting) -> list[Program]:
+def _sft(setting: Setting, make_step: Any, weights: Params, optimizer: Any, tokens: str) -> list[Program]:
+    """A role's warm start; `tokens` is what its batches call the ids of descriptions."""
     config, size = setting.config.sft, setting.config.sft.batch_size
-    optimizer = optimizers_of(setting.config)[0]
-    state = abstract_role(setting.mesh, setting.roles.encoder_weights(), optimizer)
-    step = compiled(steps.encoder_sft_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
-    batch = _batch(
-        setting,
-        h=((size, setting.arch.d_model), jnp.float32),
-        response=((size, sft_width(setting.config)), jnp.int32),
-        length=((size,), jnp.int32),
-    )
-    return [Program("step", step, (state, _frozen(setting), batch), _kept(setting))]
+    state = abstract_role(setting.mesh, weights, optimizer)
+    step = compiled(make_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
+    ids, h = (size, sft_width(setting.config)), (size, setting.arch.d_model)
+    arrays = {"h": (h, jnp.float32), tokens: (ids, jnp.int32), "length": ((size,), jnp.int32)}
+    return [Program("step", step, (state, _frozen(setting), _batch(setting, **arrays)), _kept(setting))]
+
+
+def _encoder_sft(setting: Setting) -> list[Program]:
+    optimizer, _ = optimizers_of(setting.config)
+    return _sft(setting, steps.encoder_sft_step, setting.roles.encoder_weights(), optimizer, "response")
 
 
 def _decoder_sft(setting: Setting) -> list[Program]:
-    config, size = setting.config.sft, setting.config.sft.batch_size
-    optimizer = optimizers_of(setting.config)[1]
-    state = abstract_role(setting.mesh, setting.roles.decoder_weights(), optimizer)
-    step = compiled(steps.decoder_sft_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
-    batch = _batch(
-        setting,
-        h=((size, setting.arch.d_model), jnp.float32),
-        ids=((size, sft_width(setting.config)), jnp.int32),
-        length=((size,), jnp.int32),
-    )
-    return [Program("step", step, (state, _frozen(setting), batch), _kept(setting))]
+    _, optimizer = optimizers_of(setting.config)
+    return _sft(setting, steps.decoder_sft_step, setting.roles.decoder_weights(), optimizer, "ids")
 
 
 def _rl(setting: Setting) -> list[Program]:
