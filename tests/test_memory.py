@@ -15,7 +15,7 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, replicated
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, Roles, RoleState, abstract_params, make_optimizer, make_roles
+from nlae_jax.train.state import RlState, Roles, abstract_params, abstract_role, make_optimizer, make_roles
 from nlae_jax.train.steps import rl_step
 from tests.conftest import tiny_config
 
@@ -47,8 +47,8 @@ class Compiled:
         self.optimizer = make_optimizer(config, 1e-3)
         self.parts = rl_step(self.roles, config, self.optimizer, self.optimizer)
         self.state = RlState(
-            self._role(self.roles.encoder_weights()),
-            self._role(self.roles.decoder_weights()),
+            abstract_role(self.mesh, self.roles.encoder_weights(), self.optimizer),
+            abstract_role(self.mesh, self.roles.decoder_weights(), self.optimizer),
             self._abstract(np.zeros(2, np.uint32)),
         )
         dtype, lora = config.subject.dtype, config.lora.rank > 0
@@ -69,11 +69,6 @@ class Compiled:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract_params(self.mesh, weights)
         )
-
-    def _role(self, weights):
-        trained = self._params(weights)
-        opt_state = jax.tree.map(self._abstract, jax.eval_shape(self.optimizer.init, trained))
-        return RoleState(self._abstract(np.int32(0)), trained, opt_state)
 
     def fused(self):
         """The whole step's memory."""
