@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hosts.severed(error):
             if options.debug:
                 traceback.print_exception(error)
-            hosts.wait_for_verdict(error)
+            hosts.wait_for_verdict()  # back only where the error is this process's own
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
             place = getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)

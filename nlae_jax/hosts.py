@@ -350,7 +350,8 @@ def end(code: int, message: str = "") -> int:
         try:
             _world.client.wait_at_barrier("nlae/end", 60_000 if code else _FOREVER_MS)
         except Exception as error:
-            wait_for_verdict(error)
+            wait_for_verdict()
+            _exit(LOST, f"the other processes of the run do not end ({_line(error)}); {_AGAIN}")
         _world.over.set()
         return code
     _world.over.set()  # what the others say from here on is no news
@@ -363,14 +364,13 @@ def end(code: int, message: str = "") -> int:
 
 
 def severed(error: BaseException) -> bool:
-    """Whether an error is what a computation or a barrier ends in when another process has left it."""
+    """Whether an error may be what a computation or a barrier ends in when another process has left it."""
     return _world.count > 1 and any(word in str(error).lower() for word in _SEVERED)
 
 
-def wait_for_verdict(error: BaseException) -> NoReturn:
-    """Ends this process as soon as it is known which other one is gone, or when nothing is found out."""
-    time.sleep(_LOST_SECONDS + 10)  # `_watch` or `_guard` ends the process
-    _exit(LOST, f"another process of the run is gone ({_line(error)}); {_AGAIN}")
+def wait_for_verdict() -> None:
+    """Gives `_watch` and `_guard` the time to find out who is gone, and to end this process; returns if nobody is."""
+    time.sleep(_LOST_SECONDS + 10)
 
 
 def _watch() -> None:

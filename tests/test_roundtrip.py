@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from nlae_jax.config import load_config
+from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.evaluate.roundtrip import RoundTrip
+from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
 from nlae_jax.run import Run
 from nlae_jax.stages import trained_pair
@@ -53,6 +54,15 @@ def test_explanations_do_not_depend_on_the_batch(trip, pair, h):
         alone = trip.explain(pair, h[row : row + 1])
         assert alone.texts == [together.texts[row]]
         np.testing.assert_array_equal(alone.ids[0], together.ids[row])
+
+
+def test_devices_that_do_not_divide_the_batch_change_nothing(run, trip, pair, h, written):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    split = RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT, mesh)
+    there = place(pair, replicated(mesh))
+    same(split.explain(there, h, seed=3, temperature=1.0), written)
+    ours, theirs = (t.reconstruct_ids(p, written.ids, written.length) for t, p in ((split, there), (trip, pair)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_some_explanations_are_closed(written):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax import hosts
 from nlae_jax.data.pipeline import pad
@@ -58,6 +58,8 @@ class RoundTrip:
         self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        parts = 1 if mesh is None else batch_parts(mesh)
+        self._filled_size = -(-batch_size // parts) * parts
         self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
@@ -85,12 +87,11 @@ class RoundTrip:
         self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=whole)
 
-    def _put(self, tree: Any, rows: int = 0) -> Any:
-        """Onto the mesh, if there is one: `rows` of a batch split over the devices where these divide them."""
+    def _put(self, tree: Any, sharding: Callable[[Mesh], NamedSharding] = replicated) -> Any:
+        """Onto the mesh, if there is one."""
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        split = rows > 0 and rows % batch_parts(self._mesh) == 0
-        return place(tree, batch_sharding(self._mesh) if split else replicated(self._mesh))
+        return place(tree, sharding(self._mesh))
 
     def explain(
         self,
@@ -108,7 +109,7 @@ class RoundTrip:
         parts = []
         for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
             out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature)
-            parts.append([np.asarray(x) for x in out])
+            parts.append([np.asarray(x)[: self._batch_size] for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         opening = protocol.OPENING
@@ -139,15 +140,19 @@ class RoundTrip:
         return function(pair, rows, *rest)
 
     def _batches(self, *arrays: np.ndarray) -> Any:
-        return (self._put(batch, self._batch_size) for batch in _batches(self._batch_size, *arrays))
+        batches = _batches(self._batch_size, self._filled_size, *arrays)
+        return (self._put(batch, batch_sharding) for batch in batches)
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
-        return np.concatenate([np.asarray(part) for part in parts])[:count]
+        return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
 
 
-def _batches(size: int, *arrays: np.ndarray) -> Any:
-    """Consecutive batches of exactly `size` rows; the last is filled up with copies of its first row."""
+def _batches(size: int, filled: int, *arrays: np.ndarray) -> Any:
+    """Consecutive batches of `size` rows, each filled up with copies of its first row to what devices can divide.
+
+    A row's random draws depend on its number in the batch, so they are the same however many devices there are.
+    """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        missing = size - len(rows[0])
+        missing = filled - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]

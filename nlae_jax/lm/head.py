@@ -83,14 +83,15 @@ def _loss_with_gradient(
             of_logits = of_logits * (1 - jnp.square(capped / softcap))
         of_logits = of_logits.astype(x.dtype)
         of_x = jnp.einsum("bnv,vd->bnd", of_logits, weight)
-        of_weight = jnp.einsum("pbnv,pbnd->pvd", by_part(of_logits), by_part(x), preferred_element_type=jnp.float32)
-        of_weight = constrained(sums[1] + of_weight, ("batch", "vocab", None))
+        # [d, V]: the other way round needs a transposed copy of `of_logits`.
+        of_weight = jnp.einsum("pbnd,pbnv->pdv", by_part(x), by_part(of_logits), preferred_element_type=jnp.float32)
+        of_weight = constrained(sums[1] + of_weight, ("batch", None, "vocab"))
         return (sums[0] + added, of_weight), (of_x, chosen, entropy)
 
-    zeros = jnp.zeros(()), jnp.zeros((parts, *weight.shape), jnp.float32)
+    zeros = jnp.zeros(()), jnp.zeros((parts, *weight.shape[::-1]), jnp.float32)
     (total, of_weight), (of_x, *rows) = jax.lax.scan(one, zeros, _chunked((x, targets, *extras), targets.shape, chunk))
     (of_x,) = _joined((of_x,), targets.shape)
-    of_weight = constrained(of_weight.sum(0), ("vocab", "embed")).astype(weight.dtype)
+    of_weight = constrained(of_weight.sum(0).T, ("vocab", "embed")).astype(weight.dtype)
     return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight)
 
 
@@ -119,7 +120,8 @@ def _chunked(arrays: tuple[jax.Array, ...], batch: tuple[int, ...], chunk: int) 
     """[*batch, ...] -> [chunks, B, width, ...] each, the last chunk filled up with zeros."""
     rows = batch[0]
     count = math.prod(batch[1:])
-    width = min(count, max(1, chunk // rows))
+    chunks = -(-count // max(1, chunk // rows))
+    width = -(-count // chunks)  # as equal as can be: what fills up the last chunk is computed too
 
     def one(array: jax.Array) -> jax.Array:
         flat = array.reshape(rows, count, *array.shape[len(batch) :])

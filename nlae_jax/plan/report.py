@@ -124,7 +124,10 @@ def _key(config: Config, topology: str, names: Sequence[str]) -> str:
     source = hashlib.sha256()
     for path in sorted(Path(nlae_jax.__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
-    model = read_hf_config(resolve_model(config.subject.model, weights=False))
+    directory = resolve_model(config.subject.model, weights=False)
+    for path in sorted((*directory.glob("*token*.*"), *directory.glob("chat_template*"))):  # how long prompts are
+        source.update(path.name.encode() + path.read_bytes())
+    model = read_hf_config(directory)
     telling = [flatten(dataclasses.asdict(config)), model, topology, sorted(names), _versions(), source.hexdigest()]
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:24]
 
