@@ -26,7 +26,7 @@ from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.released import open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.run import Run
-from nlae_jax.stages import trained_pair
+from nlae_jax.stages.training import trained_pair
 from nlae_jax.train.state import Roles
 
 _BATCH = 16

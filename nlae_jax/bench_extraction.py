@@ -19,7 +19,7 @@ from nlae_jax.data.activations import Reader
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.run import Run
-from nlae_jax.stages import read_activations, reader
+from nlae_jax.stages.preparation import read_activations, reader
 
 Batch = tuple[jax.Array, ...]
 

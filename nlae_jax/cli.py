@@ -65,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command continues", None, False, code=130)
     except Exception as error:
         if hosts.severed(error):
-            if options.debug:
-                traceback.print_exception(error)
             hosts.wait_for_verdict()  # back only where the error is this process's own
         if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
             place = getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk"
@@ -337,7 +335,7 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.export import export
-    from nlae_jax.stages import trained_pair
+    from nlae_jax.stages.training import trained_pair
 
     run = open_run(options.workdir)
     export(run, trained_pair(run), options.out, options.dtype, options.datasets)

@@ -370,7 +370,7 @@ def severed(error: BaseException) -> bool:
 
 def wait_for_verdict() -> None:
     """Gives `_watch` and `_guard` the time to find out who is gone, and to end this process; returns if nobody is."""
-    time.sleep(_LOST_SECONDS + 10)
+    time.sleep(_LOST_SECONDS + 20)
 
 
 def _watch() -> None:

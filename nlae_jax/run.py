@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import fcntl
 from functools import cached_property
 from typing import Any, TextIO
@@ -64,6 +65,15 @@ _MADE_WITH = {
 
 # Rows that the FVE denominators of the training metrics are computed from.
 _BASELINE_ROWS = 4096
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers are drawn for: each has a seed of its own."""
+
+    ENCODER_SFT = 2
+    DECODER_SFT = 3
+    RL = 4
+    EVAL = 5
 
 
 class Run:

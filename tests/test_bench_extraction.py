@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax import stages
 from nlae_jax.bench_extraction import time_extraction
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.run import Run
+from nlae_jax.stages import preparation
 from tests.conftest import tiny_config
 
 pytest_plugins = ["tests.tiny_run"]
@@ -34,7 +34,7 @@ def test_devices_that_split_a_batch_read_the_same(tiny_dir, corpus_file, tmp_pat
     for name, mesh in (("one", {}), ("eight", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2})):
         sizes = {"sft__batch_size": 8, "rl__activations_per_step": 8}
         run = Run(settings(tiny_dir, corpus_file, **mesh, **sizes), tmp_path / name)
-        stages.extract(run)
+        preparation.extract(run)
         rows = np.arange(len(run.store.plan.position))
         found[name] = run.store.vectors(rows), run.store.next_tokens(rows)
     np.testing.assert_allclose(found["eight"][0], found["one"][0], atol=1e-4)
@@ -54,7 +54,7 @@ def test_documents_are_split_over_devices(tiny_dir, corpus_file, tmp_path):
 
 
 def _flops(run, batch):
-    split, whole = stages.batch_sharding(run.mesh), stages.replicated(run.mesh)
+    split, whole = preparation.batch_sharding(run.mesh), preparation.replicated(run.mesh)
     placed = jax.device_put((batch.ids, batch.mask, batch.rows, batch.columns), (split, split, whole, whole))
-    program = stages.jitted_reader(run.arch, run.config, run.mesh, 0).lower(run.base, *placed).compile()
+    program = preparation.jitted_reader(run.arch, run.config, run.mesh, 0).lower(run.base, *placed).compile()
     return program.cost_analysis()["flops"]

@@ -155,7 +155,7 @@ def test_trained_weights_are_written_as_they_are(tiny_run, tmp_path):
     """Without adapters in float32 nothing is computed: to the last bit."""
     from nlae_jax.api import open_run
     from nlae_jax.lm.weights import load_params
-    from nlae_jax.stages import trained_pair
+    from nlae_jax.stages.training import trained_pair
 
     assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path), "--dtype", "float32"]) == 0
     pair = trained_pair(open_run(tiny_run.workdir))

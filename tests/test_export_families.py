@@ -21,7 +21,8 @@ from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.protocol import make_protocol
 from nlae_jax.roles.sidecar import tokens_and_templates, write_sidecar
 from nlae_jax.run import Run
-from nlae_jax.stages import extract, trained_pair
+from nlae_jax.stages.preparation import extract
+from nlae_jax.stages.training import trained_pair
 from tests.conftest import TINY, perturbed, tiny_config, vectors
 from tests.test_families import CASES, SMALL, WIDE, assert_close, model_of, torch, transformers
 

@@ -43,6 +43,16 @@ def test_loss_and_gradients_are_those_of_the_whole(shape, softcap, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), forward, both[1][0][1])
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunk", "expected"),
+    [((3, 5), 12, (2, 3, 3)), ((3, 5), 64, (1, 3, 5)), ((3, 5), 1, (5, 3, 1)), ((16, 52), 256, (4, 16, 13))],
+)
+def test_chunks_are_as_equal_as_can_be(shape, chunk, expected):
+    (chunks,) = head._chunked((jnp.ones(shape),), shape, chunk)
+    assert chunks.shape == expected
+    assert chunks.sum() == np.prod(shape)
+
+
 def test_a_frozen_head_costs_no_gradient():
     x, weight, targets, *extras = case((4, 8))
     x = jnp.tile(x, (1, 8, 1))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from nlae_jax.config import MeshConfig
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.errors import UserError
 from nlae_jax.mesh import make_mesh, share
+from nlae_jax.stages import STAGES
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.metrics import MetricsLog
 from tests.test_resume import assert_same, rows_of, run_toy
@@ -140,13 +142,13 @@ def test_a_loop_told_to_stop_saves_its_last_step(tmp_path, stop):
     assert rows_of(workdir) == rows_of(whole)
 
 
-@pytest.mark.parametrize(("owner", "name"), [("activations", "write_parquet"), ("stages", "make_describer")])
+@pytest.mark.parametrize(("owner", "name"), [("activations", "write_parquet"), ("preparation", "make_describer")])
 def test_nothing_is_begun_that_cannot_be_stopped(tiny_run, tmp_path, monkeypatch, owner, name):
     """Told to stop while documents are planned, and while they are described."""
     import nlae_jax.data.activations
-    import nlae_jax.stages
+    import nlae_jax.stages.preparation
 
-    module = {"activations": nlae_jax.data.activations, "stages": nlae_jax.stages}[owner]
+    module = {"activations": nlae_jax.data.activations, "preparation": nlae_jax.stages.preparation}[owner]
     original = getattr(module, name)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *given: terminate() or original(*given))
@@ -171,11 +173,12 @@ def test_what_cannot_be_stopped_is_cut_off(tiny_run, tmp_path):
     """A step that never ends: the process does, with the same code."""
     code = (
         "import os, signal, sys, threading\n"
-        "from nlae_jax import cli, stages\n"
+        "from nlae_jax import cli\n"
+        "from nlae_jax.stages import preparation\n"
         "def endless(*_):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    threading.Event().wait()\n"
-        "stages.read_documents = endless\n"
+        "preparation.read_documents = endless\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     arguments = tiny_run.arguments(tmp_path / "W", "extract", checkpoint__grace_seconds=0.5)
@@ -211,7 +214,10 @@ ADAPTERS = {"lora__rank": 4, "sft__encoder_steps": 6, "sft__encoder_learning_rat
 
 
 def gentle(tiny_run, workdir, rank, mesh=(1, 1, 1)):
-    """The arguments of a run on a mesh; with full fine-tuning it begins with an encoder that closes its tags."""
+    """The arguments of a run on a mesh.
+
+    With full fine-tuning a new workdir gets an encoder that closes its tags.
+    """
     if rank == 0 and not workdir.exists():
         begun(tiny_run, workdir, 60)
     sizes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), mesh, strict=True))
@@ -226,6 +232,8 @@ def alone(tiny_run, tmp_path_factory):
     def run(rank):
         workdir = tmp_path_factory.mktemp("alone") / "W"
         assert main(gentle(tiny_run, workdir, rank)) == 0
+        if rank == 0:  # or there would be nothing to compare
+            assert json.loads((workdir / "eval.json").read_text(encoding="utf-8"))["extraction_rate"] > 0
         return workdir
 
     return run
@@ -234,7 +242,8 @@ def alone(tiny_run, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_every_stage_gives_the_numbers_of_one_device(tiny_run, tmp_path, alone, rank, mesh):
+def test_whole_runs_on_any_mesh_give_the_numbers_of_one_device(tiny_run, tmp_path, alone, rank, mesh):
+    """All but full fine-tuning's warm start of the encoder, which `test_steps` has."""
     assert main(gentle(tiny_run, tmp_path / "W", rank, mesh)) == 0
     assert_close(tiny_run, tmp_path / "W", alone(rank))
 
@@ -331,10 +340,11 @@ def assert_close(tiny_run, workdir, whole):
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_numbers_of_one(tiny_run, tmp_path):
+@pytest.mark.parametrize(("count", "fused"), [(4, True), (2, False)])
+def test_several_processes_give_the_numbers_of_one(tiny_run, tmp_path, count, fused):
     """To 1e-4 and not to the bit: the sums between processes are taken in another order than inside one."""
     workdir = begun(tiny_run, tmp_path / "W")
-    shown = run_in(4, tiny_run.arguments(workdir, **SETTINGS))
+    shown = run_in(count, tiny_run.arguments(workdir, rl__fused=fused, **SETTINGS))
     assert_close(tiny_run, workdir, tiny_run.workdir)
     assert files_of(workdir) == files_of(tiny_run.workdir)
     assert "rl 6/6" in shown[0]
@@ -386,6 +396,33 @@ def test_an_error_of_one_process_ends_all_with_its_code(tiny_run, tmp_path):
     assert codes == [2, 2], shown
     for text in shown:
         assert "no document is left" in text.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_bench_in_several_processes(tiny_run, tmp_path):
+    """To its end."""
+    arguments = tiny_run.arguments(tmp_path / "W", "bench", rl__activations_per_step=4, **SETTINGS)
+    place = arguments.index("--workdir")
+    run_in(2, [*arguments[:place], *arguments[place + 2 :], "--repeats", "1"])
+
+
+def test_an_error_that_no_loss_explains_is_the_process_s_own(tiny_run, tmp_path, monkeypatch, capsys):
+    """It reads like a lost connection, and all others are there."""
+
+    def mistake(run):
+        raise RuntimeError("the connection is a mistake")
+
+    def leave(code, message=""):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hosts, "_world", hosts._World(count=2, client=Mock()))
+    monkeypatch.setattr(hosts, "_LOST_SECONDS", -20.0)
+    monkeypatch.setattr(hosts, "_exit", leave)
+    monkeypatch.setitem(STAGES, "extract", mistake)
+    with pytest.raises(SystemExit) as ended:
+        main(tiny_run.arguments(tmp_path / "W", "extract"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.count("RuntimeError: the connection is a mistake") == 1
 
 
 def test_this_process_has_eight_devices_and_no_others():

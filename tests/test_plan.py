@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,19 @@ def test_the_assumed_prompt(config):
     protocol = assumed_protocol(config.protocol)
     assert len(protocol.encoder_prefix) + 1 + len(protocol.encoder_tail) == 125
     assert len(protocol.decoder_prefix) + len(protocol.decoder_suffix) == 12
+
+
+def test_a_plan_is_of_its_tokenizer_too(config, tmp_path):
+    keys = []
+    for text in (None, "{}", "{ }"):
+        model = tmp_path / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_bytes((Path(config.subject.model) / "config.json").read_bytes())
+        if text:
+            (model / "vocab.json").write_text(text)
+        named = dataclasses.replace(config, subject=dataclasses.replace(config.subject, model=str(model)))
+        keys.append(report._key(named, "v5e:1x1", ["rl"]))
+    assert len(set(keys)) == 3
 
 
 def test_the_command(config, capsys, tmp_path):

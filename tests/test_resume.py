@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlae_jax import stages
 from nlae_jax.cli import main
 from nlae_jax.config import Config, DescribeConfig, load_config, resolve
 from nlae_jax.data.answers import AnswerCache
@@ -23,6 +22,7 @@ from nlae_jax.data.pipeline import batches
 from nlae_jax.data.providers import subject_provider
 from nlae_jax.mesh import make_mesh
 from nlae_jax.run import Run
+from nlae_jax.stages import training
 from nlae_jax.train import loop
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
@@ -231,9 +231,9 @@ def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path):
 
 
 def test_batches_of_several_widths_resume_too(tiny_run, tmp_path, monkeypatch):
-    original, met = stages.bucketed_batches, []
+    original, met = training.bucketed_batches, []
     watched = lambda length, widths, *rest: met.append(len(widths)) or original(length, widths, *rest)  # noqa: E731
-    monkeypatch.setattr(stages, "bucketed_batches", watched)
+    monkeypatch.setattr(training, "bucketed_batches", watched)
     settings = {"lora__rank": 4, "sft__encoder_steps": 8, "sft__decoder_steps": 8, "sft__buckets": 2}
     whole, workdir = tmp_path / "whole", tmp_path / "W"
     assert main(tiny_run.arguments(whole, "sft", **settings)) == 0

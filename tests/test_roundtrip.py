@@ -8,7 +8,7 @@ from nlae_jax.evaluate.roundtrip import RoundTrip
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
 from nlae_jax.run import Run
-from nlae_jax.stages import trained_pair
+from nlae_jax.stages.training import trained_pair
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -59,6 +59,8 @@ def test_explanations_do_not_depend_on_the_batch(trip, pair, h):
 def test_devices_that_do_not_divide_the_batch_change_nothing(run, trip, pair, h, written):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     split = RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT, mesh)
+    (rows,), *_ = split._batches(h)
+    assert {part.data.shape[0] for part in rows.addressable_shards} == {1}
     there = place(pair, replicated(mesh))
     same(split.explain(there, h, seed=3, temperature=1.0), written)
     ours, theirs = (t.reconstruct_ids(p, written.ids, written.length) for t, p in ((split, there), (trip, pair)))

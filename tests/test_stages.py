@@ -173,8 +173,9 @@ def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
     def never(*arguments, **options):
         raise AssertionError("this was done in the first run")
 
-    for name in ("data.activations.extract", "stages.make_describer", "stages.read_documents", "train.loop.put_batch"):
-        monkeypatch.setattr(f"nlae_jax.{name}", never)
+    monkeypatch.setattr("nlae_jax.data.activations.extract", never)
+    for name in ("preparation.make_describer", "preparation.read_documents", "training.run_stage"):
+        monkeypatch.setattr(f"nlae_jax.stages.{name}", never)
     monkeypatch.setattr("nlae_jax.evaluate.roundtrip.RoundTrip.explain", never)
     before, report = snapshot(tiny_run.workdir), (tiny_run.workdir / "report.html").read_bytes()
     capsys.readouterr()

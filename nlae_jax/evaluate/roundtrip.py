@@ -59,7 +59,7 @@ class RoundTrip:
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         parts = 1 if mesh is None else batch_parts(mesh)
-        self._filled_size = -(-batch_size // parts) * parts
+        self._padded_size = -(-batch_size // parts) * parts
         self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
@@ -140,19 +140,20 @@ class RoundTrip:
         return function(pair, rows, *rest)
 
     def _batches(self, *arrays: np.ndarray) -> Any:
-        batches = _batches(self._batch_size, self._filled_size, *arrays)
+        batches = _batches(self._batch_size, self._padded_size, *arrays)
         return (self._put(batch, batch_sharding) for batch in batches)
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
 
 
-def _batches(size: int, filled: int, *arrays: np.ndarray) -> Any:
+def _batches(size: int, padded_size: int, *arrays: np.ndarray) -> Any:
     """Consecutive batches of `size` rows, each filled up with copies of its first row to what devices can divide.
 
-    A row's random draws depend on its number in the batch, so they are the same however many devices there are.
+    A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
+    however many devices there are.
     """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        missing = filled - len(rows[0])
+        missing = padded_size - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]

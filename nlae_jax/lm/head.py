@@ -83,7 +83,7 @@ def _loss_with_gradient(
             of_logits = of_logits * (1 - jnp.square(capped / softcap))
         of_logits = of_logits.astype(x.dtype)
         of_x = jnp.einsum("bnv,vd->bnd", of_logits, weight)
-        # [d, V]: the other way round needs a transposed copy of `of_logits`.
+        # [d, V]: the other way round, a CPU makes a transposed copy of `of_logits`.
         of_weight = jnp.einsum("pbnd,pbnv->pdv", by_part(x), by_part(of_logits), preferred_element_type=jnp.float32)
         of_weight = constrained(sums[1] + of_weight, ("batch", None, "vocab"))
         return (sums[0] + added, of_weight), (of_x, chosen, entropy)
@@ -91,7 +91,7 @@ def _loss_with_gradient(
     zeros = jnp.zeros(()), jnp.zeros((parts, *weight.shape[::-1]), jnp.float32)
     (total, of_weight), (of_x, *rows) = jax.lax.scan(one, zeros, _chunked((x, targets, *extras), targets.shape, chunk))
     (of_x,) = _joined((of_x,), targets.shape)
-    of_weight = constrained(of_weight.sum(0).T, ("vocab", "embed")).astype(weight.dtype)
+    of_weight = constrained(of_weight.sum(0), ("embed", "vocab")).T.astype(weight.dtype)
     return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight)
 
 

@@ -21,7 +21,7 @@ from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
 from nlae_jax.run import check_batches
-from nlae_jax.stages import jitted_reader
+from nlae_jax.stages.preparation import jitted_reader
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.objectives import Baselines
@@ -145,7 +145,7 @@ def _batch(setting: Setting, **arrays: tuple[tuple[int, ...], Any]) -> Params:
 
 
 def sft_width(config: Config) -> int:
-    """Columns of the longest warm-start batch (`stages._described`)."""
+    """Columns of the longest warm-start batch (`stages.training._described`)."""
     return -(-config.sft.max_response_tokens // 8) * 8
 
 

@@ -19,7 +19,7 @@ from nlae_jax.config import Config, flatten
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, write_json
 from nlae_jax.lm.families import read_hf_config
-from nlae_jax.lm.pretrained import cache_directory, resolve_model
+from nlae_jax.lm.pretrained import TOKENIZER_FILES, cache_directory, resolve_model
 from nlae_jax.plan.abstract import STEPS, Setting, make_setting, programs, sft_width
 from nlae_jax.plan.advice import advise
 from nlae_jax.plan.chips import Topology, open_topology
@@ -125,7 +125,7 @@ def _key(config: Config, topology: str, names: Sequence[str]) -> str:
     for path in sorted(Path(nlae_jax.__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
     directory = resolve_model(config.subject.model, weights=False)
-    for path in sorted((*directory.glob("*token*.*"), *directory.glob("chat_template*"))):  # how long prompts are
+    for path in filter(Path.is_file, (directory / name for name in TOKENIZER_FILES)):  # how long prompts are
         source.update(path.name.encode() + path.read_bytes())
     model = read_hf_config(directory)
     telling = [flatten(dataclasses.asdict(config)), model, topology, sorted(names), _versions(), source.hexdigest()]

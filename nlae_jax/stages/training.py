@@ -1,0 +1,233 @@
+"""The stages that train: the encoder's warm start, the decoder's, then both by reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from nlae_jax import hosts
+from nlae_jax.config import SftConfig
+from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batches, pad
+from nlae_jax.errors import UserError
+from nlae_jax.evaluate.roundtrip import Pair
+from nlae_jax.files import AnyPath
+from nlae_jax.mesh import share
+from nlae_jax.progress import say
+from nlae_jax.roles.protocol import response_ids
+from nlae_jax.run import Purpose, Run
+from nlae_jax.stages.preparation import describe
+from nlae_jax.train import steps
+from nlae_jax.train.checkpoint import is_sealed, newest_sealed, restore_part
+from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
+from nlae_jax.train.state import (
+    Params,
+    RlState,
+    RoleState,
+    abstract_params,
+    init_decoder,
+    init_encoder,
+    init_role,
+    make_optimizer,
+    sft_schedule,
+)
+
+
+def sft(run: Run) -> None:
+    """Encoder, then decoder, on descriptions."""
+    encoder_sft(run)
+    decoder_sft(run)
+
+
+def _described(
+    run: Run, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N]. Too long ones are dropped.
+
+    `frame` is how many tokens are not the description's.
+    """
+    limit = run.config.sft.max_response_tokens + frame
+    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
+    tokens = [tokenise(run.descriptions[row]) for row in rows]
+    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
+    if not rows:
+        raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
+    if not kept:
+        raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
+    if len(kept) < len(rows) and split not in run.announced:
+        run.announced.add(split)
+        say(f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens: left out")
+    width = -(-max(len(tokens[i]) for i in kept) // 8) * 8
+    ids, length = pad([tokens[i] for i in kept], width)
+    return np.array(rows)[kept], ids, length
+
+
+def _sft_batches(
+    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
+) -> tuple[Any, tuple[Batch, ...]]:
+    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width.
+
+    Every process draws the same row numbers, and loads its share of them.
+    """
+    widths, load_share = bucket_widths(length, config.buckets), lambda i, width: load(share(mesh, i), width)
+    if len(widths) == 1:
+        return batches(len(length), config.batch_size, seed, lambda i: load_share(i, None)), ()
+    some = np.arange(config.batch_size) % len(length)
+    examples = tuple(load_share(some, int(width)) for width in widths)
+    return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
+
+
+def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    return make_optimizer(run.config, sft_schedule(learning_rate, num_steps, run.config.sft.warmup_fraction))
+
+
+def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
+    base = {} if run.config.lora.rank else run.start("av")
+    trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT))
+    return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
+
+
+def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
+    base = {} if run.config.lora.rank else run.start("ar")
+    head = run.released["ar"].value_head() if "ar" in run.released else None
+    trained = init_decoder(run.roles, base, run.key(Purpose.DECODER_SFT), head)
+    return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
+
+
+_INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
+
+
+def _trained_by_sft(run: Run, role: str) -> Params | None:
+    """What SFT made of the role `encoder` or `decoder`, without its optimiser; None until it is finished."""
+    if not (num_steps := getattr(run.config.sft, f"{role}_steps")):
+        return _INITIAL[role](run, optax.identity()).trained
+    abstract = {"trained": abstract_params(run.mesh, getattr(run.roles, f"{role}_weights")())}
+    state = restore_part(last_checkpoint(run.workdir, f"{role}_sft", num_steps), abstract)
+    return state and state["trained"]
+
+
+def _trained_by_rl(run: Run, checkpoint: AnyPath) -> tuple[Params, Params] | None:
+    """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
+    if not hosts.by_first(lambda: is_sealed(checkpoint)):  # in a new workdir, roles cannot be made yet
+        return None
+    weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
+    abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
+    state = restore_part(checkpoint, abstract)
+    return state and (state["encoder"]["trained"], state["decoder"]["trained"])
+
+
+def encoder_sft(run: Run) -> Params:
+    """The encoder learns to write descriptions. Returns its trained parameters."""
+    describe(run)
+    if (trained := _trained_by_sft(run, "encoder")) is not None:
+        return trained
+    config = run.config.sft
+    rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
+    state = _initial_encoder(run, optimizer)
+    step = compiled(steps.encoder_sft_step(run.roles, optimizer, config.microbatches), state, run.mesh)
+    iterator, examples = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(Purpose.ENCODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
+        run.mesh,
+    )
+    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, examples)
+    return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
+
+
+def decoder_sft(run: Run) -> Params:
+    """The decoder learns to read descriptions. Returns its trained parameters."""
+    describe(run)
+    if (trained := _trained_by_sft(run, "decoder")) is not None:
+        return trained
+    config, roles, tokenise = run.config.sft, run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
+    frozen, frame = run.frozen("decoder_sft"), 0
+    if run.config.dataset.rl:  # its prompts are whole, and read as they are
+        roles, tokenise = roles.with_whole_prompts(), run.tokenizer.encode
+        frozen.pop("tails", None)
+        frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
+    rows, ids, length = _described(run, "decoder_sft", tokenise, frame)
+    optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
+    state = _initial_decoder(run, optimizer)
+    step = compiled(steps.decoder_sft_step(roles, optimizer, config.microbatches), state, run.mesh)
+    iterator, examples = _sft_batches(
+        run.config.sft,
+        length,
+        run.seed(Purpose.DECODER_SFT),
+        lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
+        run.mesh,
+    )
+    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, examples)
+    return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
+
+
+def rl(run: Run) -> tuple[Params, Params]:
+    """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
+    if (trained := _trained_by_rl(run, last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))) is not None:
+        return trained
+    hosts.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
+    encoder, decoder = encoder_sft(run), decoder_sft(run)
+    run.forget_base()
+    config = run.config.rl
+    if config.num_steps == 0:
+        return encoder, decoder
+    optimizers = [
+        make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
+    ]
+    frozen = {
+        **run.frozen("rl"),
+        # A copy: the state's own buffers are given away to the first step.
+        "reference": run.roles.reference(encoder),
+        "blank": run.on_mesh(run.blank),
+    }
+    state = RlState(
+        init_role(run.mesh, run.roles.encoder_weights(), encoder, optimizers[0]),
+        init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizers[1]),
+        run.on_mesh(run.key(Purpose.RL)),
+    )
+    parts = steps.rl_step(run.roles, run.config, *optimizers)
+    if config.fused:
+        step = compiled(parts.step, state, run.mesh)
+    else:
+        decoder = compiled(parts.train_decoder, state.decoder, run.mesh)
+        step = steps.SplitStep(parts, decoder, compiled(parts.train_encoder, state.encoder, run.mesh))
+    rows = run.store.plan.rows_of("rl")
+    iterator = batches(
+        len(rows),
+        config.activations_per_step,
+        run.seed(Purpose.RL),
+        lambda i: {"h": run.store.vectors(rows[share(run.mesh, i)])},
+    )
+    stage = Stage("rl", config.num_steps, step, iterator)
+    state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
+    return state.encoder.trained, state.decoder.trained
+
+
+def _forget_evaluation(path: Path) -> None:
+    if path.exists():
+        say("rl goes on: the evaluation will be made again")
+        path.unlink()
+
+
+def trained_pair(run: Run) -> Pair:
+    """The pair as trained so far: by RL up to its newest checkpoint, else by the warm start. Only reads."""
+    if (checkpoint := newest_sealed(run.workdir / "checkpoints/rl")) is not None:
+        if (trained := _trained_by_rl(run, checkpoint)) is None:
+            raise UserError(f"{checkpoint}: damaged; run `nlae train` there again, which goes back to the one before")
+    else:
+        trained = tuple(_trained_by_sft(run, role) for role in _INITIAL)
+        for role, params in zip(_INITIAL, trained, strict=True):
+            if params is None:
+                raise UserError(f"--workdir {run.workdir}: {role}_sft is not finished; run `nlae train` there first")
+    return pair_of(run, *trained)
+
+
+def pair_of(run: Run, encoder: Params, decoder: Params) -> Pair:
+    return Pair(encoder=encoder, decoder=decoder, **run.bases)
