@@ -17,9 +17,11 @@ from nlae_jax.plan import chips, report
 from nlae_jax.plan.abstract import assumed_protocol, make_setting, programs
 from nlae_jax.plan.measure import measure, needed_memory
 from tests.conftest import tiny_config
-from tests.tiny_run import EXPERIMENT
+from tests.tiny_run import EXPERIMENT, ROOT
 
 pytest.importorskip("libtpu")
+
+PLANS = ROOT / "experiments/plans"
 
 SMALL = {
     "extract__max_tokens": 64,
@@ -163,6 +165,16 @@ def test_the_assumed_prompt(config):
     protocol = assumed_protocol(config.protocol)
     assert len(protocol.encoder_prefix) + 1 + len(protocol.encoder_tail) == 125
     assert len(protocol.decoder_prefix) + len(protocol.decoder_suffix) == 12
+
+
+def test_what_is_committed_fits_and_scales():
+    """Of 7B on 8 to 256 chips with as many samples a chip, none sends over a quarter more than each of the 8."""
+    plans = [json.loads(path.read_text(encoding="utf-8")) for path in PLANS.rglob("*.json")]
+    assert all(plan["fits"] for plan in plans)
+    scaling = [json.loads(path.read_text(encoding="utf-8")) for path in PLANS.glob("weak-scaling/*.json")]
+    sent = {plan["chips"]: plan["steps"]["rl"]["collective_bytes_per_chip"] for plan in scaling}
+    assert sorted(sent) == [8, 16, 32, 64, 128, 256]
+    assert max(sent.values()) <= 1.25 * sent[8]
 
 
 def test_a_plan_is_of_its_tokenizer_too(config, tmp_path):

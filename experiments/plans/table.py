@@ -31,12 +31,11 @@ def main() -> None:
     for path in sorted(HERE.glob("*.json")):
         print(row(json.loads(path.read_text(encoding="utf-8"))))
     scaling = [json.loads(path.read_text(encoding="utf-8")) for path in HERE.glob("weak-scaling/*.json")]
-    if scaling:
-        print("\n| chips | sent by each in an RL step | |\n|---|---|---|")
     scaling.sort(key=lambda plan: plan["chips"])
-    for plan in scaling:
-        sent, first = (p["steps"]["rl"]["collective_bytes_per_chip"] for p in (plan, scaling[0]))
-        print(f"| {plan['chips']} | {sent / 1e9:.0f} GB | {100 * (sent / first - 1):+.0f} % |")
+    sent = [f"{plan['steps']['rl']['collective_bytes_per_chip'] / 1e9:.0f} GB" for plan in scaling]
+    print(f"\n| chips of v5p | {' | '.join(str(plan['chips']) for plan in scaling)} |")
+    print("|---" * (len(scaling) + 1) + "|")
+    print(f"| sent by each | {' | '.join(sent)} |")
 
 
 if __name__ == "__main__":
