@@ -331,6 +331,7 @@ def files_of(workdir):
 def assert_close(tiny_run, workdir, whole):
     """Every number to 1e-4, which is what another order of sums leaves of float32 after some steps."""
     rows, expected = tiny_run.metrics(workdir), tiny_run.metrics(whole)
+    assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in expected]
     results = [json.loads((path / "eval.json").read_text(encoding="utf-8")) for path in (workdir, whole)]
     for ours, theirs in zip([*rows, results[0]], [*expected, results[1]], strict=True):
         assert ours == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-4) for k, v in theirs.items()}

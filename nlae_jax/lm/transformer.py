@@ -182,10 +182,10 @@ class Block:
         rows, columns = self._axes[name]
         constrain = not decoding and jax.typeof(x).sharding.mesh.shape.get("data", 1) > 1
         if constrain:
-            x = _by_rows(x, rows)
+            x = _training_rows(x, rows)
         y = linear(x, weights[name], adapters.get(name), self.lora_scale)
         y = y + weights[f"{name}_bias"] if name in self.arch.biases else y
-        return checkpoint_name(_by_rows(y, columns) if constrain else y, name)
+        return checkpoint_name(_training_rows(y, columns) if constrain else y, name)
 
     def _by_row(self, y: jax.Array) -> jax.Array:
         """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
@@ -364,7 +364,7 @@ def _by_column(y: jax.Array) -> jax.Array:
     return constrained(y, ("rows", *[None] * (y.ndim - 2), "heads"), DECODE_RULES)
 
 
-def _by_rows(x: jax.Array, columns: str | None) -> jax.Array:
+def _training_rows(x: jax.Array, columns: str | None) -> jax.Array:
     """What training's matrices read or give [*batch, T, columns], split by its rows and as they are."""
     rows = "batch" if x.ndim > 2 else None  # the constant prompt has no rows
     return constrained(x, (rows, *[None] * (x.ndim - 2), columns))
@@ -372,7 +372,7 @@ def _by_rows(x: jax.Array, columns: str | None) -> jax.Array:
 
 def _residual(x: jax.Array, decoding: bool) -> jax.Array:
     """A residual stream [*batch, T, d] split over devices by its rows alone."""
-    return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _by_rows(x, None)
+    return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _training_rows(x, None)
 
 
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:

@@ -28,6 +28,7 @@ from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from nlae_jax.train.state import (
     Params,
     RlState,
+    Roles,
     RoleState,
     abstract_params,
     init_decoder,
@@ -82,10 +83,6 @@ def _sft_batches(
     return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
 
 
-def _sft_optimizer(run: Run, learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    return make_optimizer(run.config, sft_schedule(learning_rate, num_steps, run.config.sft.warmup_fraction))
-
-
 def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
     base = {} if run.config.lora.rank else run.start("av")
     trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT))
@@ -126,20 +123,8 @@ def encoder_sft(run: Run) -> Params:
     describe(run)
     if (trained := _trained_by_sft(run, "encoder")) is not None:
         return trained
-    config = run.config.sft
-    rows, ids, length = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
-    optimizer = _sft_optimizer(run, config.encoder_learning_rate, config.encoder_steps)
-    state = _initial_encoder(run, optimizer)
-    step = compiled(steps.encoder_sft_step(run.roles, optimizer, config.microbatches), state, run.mesh)
-    iterator, examples = _sft_batches(
-        run.config.sft,
-        length,
-        run.seed(Purpose.ENCODER_SFT),
-        lambda i, width: {"h": run.store.vectors(rows[i]), "response": ids[i, :width], "length": length[i]},
-        run.mesh,
-    )
-    stage = Stage("encoder_sft", config.encoder_steps, step, iterator, examples)
-    return run_stage(stage, state, run.frozen("encoder_sft"), run.mesh, run.config, run.workdir).trained
+    described = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    return _warm_start(run, "encoder", described, run.roles, run.frozen("encoder_sft"))
 
 
 def decoder_sft(run: Run) -> Params:
@@ -147,24 +132,37 @@ def decoder_sft(run: Run) -> Params:
     describe(run)
     if (trained := _trained_by_sft(run, "decoder")) is not None:
         return trained
-    config, roles, tokenise = run.config.sft, run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
+    roles, tokenise = run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
     frozen, frame = run.frozen("decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
         roles, tokenise = roles.with_whole_prompts(), run.tokenizer.encode
         frozen.pop("tails", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
-    rows, ids, length = _described(run, "decoder_sft", tokenise, frame)
-    optimizer = _sft_optimizer(run, config.decoder_learning_rate, config.decoder_steps)
-    state = _initial_decoder(run, optimizer)
-    step = compiled(steps.decoder_sft_step(roles, optimizer, config.microbatches), state, run.mesh)
-    iterator, examples = _sft_batches(
-        run.config.sft,
-        length,
-        run.seed(Purpose.DECODER_SFT),
-        lambda i, width: {"h": run.store.vectors(rows[i]), "ids": ids[i, :width], "length": length[i]},
-        run.mesh,
-    )
-    stage = Stage("decoder_sft", config.decoder_steps, step, iterator, examples)
+    return _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
+
+
+# By role: what random numbers are drawn for, the step, what its batches call the ids of descriptions.
+_SFT = {
+    "encoder": (Purpose.ENCODER_SFT, steps.encoder_sft_step, "response"),
+    "decoder": (Purpose.DECODER_SFT, steps.decoder_sft_step, "ids"),
+}
+
+
+def _warm_start(
+    run: Run, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
+) -> Params:
+    """Trains a role on what `_described` gave; `frozen` is what its step reads. Returns its trained parameters."""
+    config, (rows, ids, length), (purpose, make_step, ids_name) = run.config.sft, described, _SFT[role]
+    num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
+    optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
+    state = _INITIAL[role](run, optimizer)
+    step = compiled(make_step(roles, optimizer, config.microbatches), state, run.mesh)
+
+    def load(i: np.ndarray, width: int | None) -> Batch:
+        return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
+
+    iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
+    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples)
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
