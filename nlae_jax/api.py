@@ -23,7 +23,8 @@ from nlae_jax.mesh import make_mesh
 from nlae_jax.progress import progress
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
-from nlae_jax.roles.released import open_released, pair_sidecar, pair_tokenizer
+from nlae_jax.roles.protocol import Protocol
+from nlae_jax.roles.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.run import Run
 from nlae_jax.stages.training import trained_pair
@@ -61,18 +62,23 @@ class NLA:
 
     @staticmethod
     def from_pretrained(
-        av: str | Path, ar: str | Path, subject: str = "", dtype: str = "float32", mesh: Mesh | None = None
+        av: str | Path, ar: str | Path = "", subject: str = "", dtype: str = "float32", mesh: Mesh | None = None
     ) -> NLA:
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
-        Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is
-        the model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in
-        `dtype`, on the default device or split over a `mesh`. Raises UserError, naming file and field, where
-        something does not fit.
+        Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
+        Either may hold adapters, which need the base model that they name (`roles.adapters`).
+
+        Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
+        model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
+        the default device or split over a `mesh`. Raises UserError, naming file and field, where something does not
+        fit.
         """
-        encoder, decoder = open_released(str(av), "av"), open_released(str(ar), "ar")
+        encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
+        if encoder.adapters or decoder.adapters:
+            return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh)
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
@@ -162,6 +168,29 @@ def open_run(workdir: str | Path) -> Run:
     except UserError:
         config = dataclasses.replace(config, mesh=MeshConfig())
     return Run(config, workdir, read_only=True)
+
+
+def _with_adapters(
+    encoder: Released, decoder: Released, protocol: Protocol, tokenizer: Any, dtype: str, mesh: Mesh | None
+) -> NLA:
+    """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
+    adapters = encoder.adapters, decoder.adapters
+    if None in adapters or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+        raise UserError(
+            f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
+            f"those in {encoder.sidecar.path.parent}"
+        )
+    arch, scale = encoder.arch, encoder.adapters.alpha / encoder.adapters.rank
+    roles = Roles(
+        Encoder(arch, protocol, scale), Decoder(arch, decoder.layer, protocol, scale), rank=encoder.adapters.rank
+    )
+    base = encoder.weights(dtype, mesh)
+    trained = {
+        "adapters": decoder.adapters.read(arch.truncated(decoder.layer + 1)),
+        "value_head": decoder.value_head(mesh),
+    }
+    pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
+    return NLA(roles, pair, tokenizer, lambda: LanguageModel(arch, base, tokenizer))
 
 
 def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

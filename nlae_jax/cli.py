@@ -32,7 +32,8 @@ _STAGES = {
     "report": "write report.html from what is there so far",
 }
 
-_PAIRS = ((True, False, False), (False, True, True))  # of --workdir, --av, --ar: which are given
+# Of --workdir, --model, --av, --ar: which are given.
+_PAIRS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
 
 NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
 
@@ -141,6 +142,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         command.set_defaults(run=_run_report if name == "report" else _run_stage)
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
     explain.add_argument("--workdir", help="of a trained run")
+    explain.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
     explain.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
     explain.add_argument("--ar", help="its decoder")
     explain.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
@@ -160,6 +162,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
     )
+    export.add_argument("--adapters", action="store_true", help="the adapters alone, which need the base model")
     export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
     export.set_defaults(run=_run_export)
     help_text = "time the phases of the real steps and what of the machine's peak they use"
@@ -184,8 +187,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args(rest)
     if overrides and options.command in ("explain", "export", "report"):
         parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
-    if options.command == "explain" and (bool(options.workdir), bool(options.av), bool(options.ar)) not in _PAIRS:
-        parser.error("explain takes --workdir, or --av and --ar")
+    if options.command == "explain":
+        given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
+        if given not in _PAIRS:
+            parser.error("explain takes --workdir, or --model, or --av and --ar")
     if options.command == "explain" and options.workdir and (options.subject or options.dtype):
         parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
     return options, overrides
@@ -338,7 +343,7 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     from nlae_jax.stages.training import trained_pair
 
     run = open_run(options.workdir)
-    export(run, trained_pair(run), options.out, options.dtype, options.datasets)
+    export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
     for path in sorted(options.out.iterdir()):
         print(path)
     return 0
@@ -363,7 +368,8 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     else:
         # All devices share the weights: the larger pairs need more than one.
         mesh = make_mesh(MeshConfig(fsdp=-1))
-        nla = NLA.from_pretrained(options.av, options.ar, options.subject, options.dtype or "float32", mesh)
+        pair = (options.model, "") if options.model else (options.av, options.ar)
+        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     tokens = nla.explain_text(text, temperature=options.temperature)
     if options.json:

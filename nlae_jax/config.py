@@ -30,7 +30,7 @@ class SubjectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    path: str = ""  # glob of .txt, .jsonl, .jsonl.gz or .parquet; empty: the installed documentation
+    path: str = ""  # glob of .txt, .jsonl[.gz] or .parquet, or "warmstart"; empty: the installed documentation
     hub: str = ""  # a hub dataset to stream instead (needs the extra [hub])
     hub_split: str = "train"
     text_field: str = "text"  # field or column that holds the text
@@ -58,8 +58,13 @@ class InitConfig:
     Prompts and slot are then the sidecars', and so is the injection scale unless `protocol.injection_scale` is set.
     """
 
+    pair: str = ""  # both at once: the name of a shipped pair, or a directory with `av` and `ar`
     av: str = ""  # encoder
     ar: str = ""  # decoder
+
+    def names(self) -> dict[str, str]:
+        """Role "av" or "ar" -> where it starts from; roles that start from the subject are left out."""
+        return {role: name for role, name in (("av", self.av or self.pair), ("ar", self.ar or self.pair)) if name}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,8 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DescribeConfig:
-    provider: str = "template"  # template, subject, openai or anthropic
+    provider: str = "template"  # template, file, describer, subject, openai or anthropic
+    path: str = ""  # of the provider "file": JSONL of texts and descriptions (`data.described`), or "warmstart"
     model: str = ""  # of the provider, where it has several
     base_url: str = ""  # of an OpenAI-compatible server; empty: the provider's own
     max_new_tokens: int = 160
@@ -347,7 +353,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "linear", "dots"),
     "attention": ("auto", "xla", "pallas"),
     "subject.dtype": ("float32", "bfloat16"),
-    "describe.provider": ("template", "subject", "openai", "anthropic"),
+    "describe.provider": ("template", "file", "describer", "subject", "openai", "anthropic"),
     "rl.reward": ("neg_mse", "neg_log_mse"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
@@ -374,6 +380,8 @@ def _validate(config: Config) -> None:
     for name, choices in _CHOICES.items():
         if flat[name] not in choices:
             raise UserError(f"config.{name}: {flat[name]!r} should be one of {', '.join(choices)}")
+    if config.describe.provider == "file" and not config.describe.path:
+        raise UserError("config.describe.path: empty; the provider file should be told which JSONL file to read")
     shares = dataclasses.asdict(config.split)
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
         raise UserError(f"config.split: the shares {shares} should be positive and add up to 1")

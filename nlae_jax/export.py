@@ -23,20 +23,26 @@ from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.weights import save_model
 from nlae_jax.progress import progress
+from nlae_jax.roles.adapters import write_adapters
 from nlae_jax.roles.released import VALUE_HEAD
 from nlae_jax.roles.sidecar import model_sidecar, write_sidecar
 from nlae_jax.run import Run
 from nlae_jax.train.state import Params
 
 
-def export(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False) -> None:
+def export(
+    run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
+) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
-    With `datasets` also the run's activations, see `export_datasets`. All is made in a directory beside and moved into
-    place at the end. Raises UserError where a part is there already.
+    With `adapters` the directories hold the adapters alone, as `roles.adapters` describes. With `datasets` also the
+    run's activations, see `export_datasets`. All is made in a directory beside and moved into place at the end. Raises
+    UserError where a part is there already.
     """
     if datasets and run.config.dataset.rl:
         raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
+    if adapters and not run.config.lora.rank:
+        raise UserError(f"--adapters: {run.workdir} has none; its lora.rank is 0")
     names = ["av", "ar"]
     for name in [*names, *(f"{name}.parquet" for name in SPLIT_OF if datasets)]:
         if (out / name).exists():
@@ -48,7 +54,11 @@ def export(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: b
         bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
         with progress(2, "export", unit="model") as bar:
             for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):
-                _write_model(run, role, bases[role], trained, temporary / role, dtype)
+                if adapters:
+                    _write_adapters(run, role, trained, temporary / role, dtype)
+                else:
+                    _write_model(run, role, bases[role], trained, temporary / role, dtype)
+                _write_sidecar(run, role, temporary / role)
                 bar.advance()
         if datasets:
             export_datasets(run, temporary)
@@ -59,11 +69,10 @@ def export(run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: b
 
 
 def _write_model(run: Run, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
-    source, layer = _source(run, role), run.config.subject.layer
-    arch = run.roles.encoder.arch
+    source, arch = _source(run, role), run.roles.encoder.arch
     if role == "ar":
         # A decoder has no head; tied, transformers finds nothing missing.
-        arch = dataclasses.replace(run.roles.decoder.arch.truncated(layer + 1), tied_head=True)
+        arch = dataclasses.replace(run.roles.decoder.arch.truncated(run.config.subject.layer + 1), tied_head=True)
     directory.mkdir()
     special = _special_tokens(source, run.tokenizer)
     write_json(directory / "config.json", hf_config(arch) | special | {"torch_dtype": dtype})
@@ -71,10 +80,31 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
     save_model(directory, arch, _merged(run, base, trained), dtype)
     _copy_tokenizer(source, directory, keep_bos=role == "av")
     if role == "ar":
-        head = np.asarray(trained["value_head"]).T
-        write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
+        _write_head(directory, trained, dtype)
+
+
+def _write_adapters(run: Run, role: str, trained: Params, directory: Path, dtype: str) -> None:
+    """A role's adapters, beside the model that they sit on, and the decoder's head."""
+    if (released := run.released.get(role)) is not None:
+        base = released.adapters.base_model if released.adapters else run.config.init.names()[role]
+    else:
+        base = run.config.subject.model
+    depth = run.arch.num_layers if role == "av" else run.config.subject.layer + 1
+    directory.mkdir()
+    write_adapters(directory, run.arch.truncated(depth), trained["adapters"], run.config.lora.alpha, base, dtype)
+    if role == "ar":
+        _write_head(directory, trained, dtype)
+
+
+def _write_head(directory: Path, trained: Params, dtype: str) -> None:
+    head = np.asarray(trained["value_head"]).T
+    write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
+
+
+def _write_sidecar(run: Run, role: str, directory: Path) -> None:
     corpus, model = run.store.meta["corpus"], run.config.subject.model
-    write_sidecar(directory, model_sidecar(run.protocol, role, arch.d_model, layer, model, corpus))
+    content = model_sidecar(run.protocol, role, run.arch.d_model, run.config.subject.layer, model, corpus)
+    write_sidecar(directory, content)
 
 
 def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Run:
                 f"for {config.subject.model}"
             )
         if (path := workdir / "activations/subject.json").exists() and read_json(path) != self.identity:
-            names = ", ".join(filter(None, (config.subject.model, config.init.av, config.init.ar)))
+            names = ", ".join((config.subject.model, *config.init.names().values()))
             raise UserError(f"{path}: made with other weights than there are now in {names}; bring those back")
         if read_only:
             return
@@ -145,8 +145,7 @@ class Run:
     @cached_property
     def released(self) -> dict[str, Released]:
         """The directories that roles start from instead of the subject: "av", "ar", both or none."""
-        names = dataclasses.asdict(self.config.init)
-        released = {role: open_released(name, role) for role, name in names.items() if name}
+        released = {role: open_released(name, role) for role, name in self.config.init.names().items()}
         for role, one in released.items():
             if one.layer not in (None, self.config.subject.layer):
                 raise UserError(
@@ -157,7 +156,22 @@ class Run:
                     f"config.init.{role}: activations of width {one.arch.d_model}; the subject's have "
                     f"{self.arch.d_model}"
                 )
+            self._check_adapters(role, one)
         return released
+
+    def _check_adapters(self, role: str, released: Released) -> None:
+        """Adapters go on being trained as they are: on the same base, of the same rank and scale."""
+        if (adapters := released.adapters) is None:
+            return
+        lora = self.config.lora
+        for name, found, needed in (("rank", lora.rank, adapters.rank), ("alpha", lora.alpha, adapters.alpha)):
+            if found != needed:
+                raise UserError(f"config.lora.{name}: {found} should be {needed}, that of {adapters.directory}")
+        if fingerprint(released.directory) != fingerprint(self.directory):
+            raise UserError(
+                f"config.init.{role}: its adapters belong to {adapters.base_model}, which has other weights than "
+                f"subject.model = {self.config.subject.model}"
+            )
 
     @cached_property
     def sidecar(self) -> Sidecar | None:
@@ -175,7 +189,7 @@ class Run:
 
     def start(self, role: str) -> Params:
         """The weights that the role "av" or "ar" starts from: to be trained themselves in all their bits."""
-        if role in self.released:
+        if role in self.released and self.released[role].adapters is None:
             dtype = self.config.subject.dtype if self.config.lora.rank else "float32"
             return self.released[role].weights(dtype, self.mesh)
         return self.base
@@ -225,7 +239,7 @@ class Run:
 
     @cached_property
     def roles(self) -> Roles:
-        archs = {role: released.arch for role, released in self.released.items()}
+        archs = {role: released.arch for role, released in self.released.items() if released.adapters is None}
         return make_roles(self.config, self.arch, self.protocol, archs.get("av"), archs.get("ar"))
 
     @property

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -60,33 +61,45 @@ class Plan:
         return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
 
 
-def plan(documents: Sequence[Document], tokenizer: Any, config: Config) -> Plan:
+def plan(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    config: Config,
+    given: Mapping[str, Collection[int]] = MappingProxyType({}),
+) -> Plan:
     """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.
 
-    Documents are ordered by length, so that batches pad little. Raises UserError where a split stays empty.
+    `given` are the positions of documents that are read nowhere else, by doc_id. Documents are ordered by length, so
+    that batches pad little. Raises UserError where a split stays empty.
     """
     extract = config.extract
     special = np.array(sorted(tokenizer.all_special_ids), np.int32)
-    chosen: list[tuple[str, np.ndarray, np.ndarray]] = []
+    chosen: list[tuple[Document, np.ndarray, np.ndarray]] = []
     for document in documents:
-        ids = np.array(tokenizer.encode(document.text)[: extract.max_tokens], np.int32)
-        candidates = np.arange(extract.min_position, len(ids))
-        candidates = candidates[~np.isin(ids[candidates], special)]
-        if len(candidates):
+        whole = tokenizer.encode(document.text)
+        ids = np.array(whole[: extract.max_tokens], np.int32)
+        if document.doc_id in given:
+            positions = np.array(sorted(given[document.doc_id]), np.int32)
+        elif document.at_end:
+            positions = np.array([len(ids) - 1] if 1 < len(ids) == len(whole) else [], np.int32)
+        else:
+            candidates = np.arange(extract.min_position, len(ids))
+            candidates = candidates[~np.isin(ids[candidates], special)]
             count = min(extract.positions_per_document, len(candidates))
             positions = _rng(config.seed, document.doc_id).choice(candidates, count, replace=False)
-            chosen.append((document.doc_id, ids, np.sort(positions).astype(np.int32)))
+        if len(positions):
+            chosen.append((document, ids, np.sort(positions).astype(np.int32)))
     if len(chosen) < len(SPLITS):
         raise UserError(
             f"corpus: {len(chosen)} of {len(documents)} documents are longer than extract.min_position = "
             f"{extract.min_position} tokens; at least {len(SPLITS)} are needed, one per split"
         )
-    chosen.sort(key=lambda entry: (len(entry[1]), entry[0]))
+    chosen.sort(key=lambda entry: (len(entry[1]), entry[0].doc_id))
     counts = [len(positions) for _, _, positions in chosen]
     return Plan(
-        doc_ids=[doc_id for doc_id, _, _ in chosen],
+        doc_ids=[document.doc_id for document, _, _ in chosen],
         ids=[ids for _, ids, _ in chosen],
-        split=_split([doc_id for doc_id, _, _ in chosen], config),
+        split=_split([document.group for document, _, _ in chosen], config),
         document=np.repeat(np.arange(len(chosen), dtype=np.int32), counts),
         position=np.concatenate([positions for _, _, positions in chosen]),
     )
@@ -97,15 +110,14 @@ def _rng(seed: int, doc_id: str) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
-def _split(doc_ids: list[str], config: Config) -> np.ndarray:
-    """Each document's split: documents in the order of a keyed hash, cut at the shares; every split gets one."""
-    order = sorted(range(len(doc_ids)), key=lambda i: hashlib.sha256(f"{config.seed}:{doc_ids[i]}".encode()).digest())
+def _split(groups: list[str], config: Config) -> np.ndarray:
+    """Each document's split: groups in the order of a keyed hash, cut at the shares; every split gets one."""
+    names = sorted(set(groups), key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest())
     shares = np.array([getattr(config.split, name) for name in SPLITS])
-    counts = np.maximum(1, np.floor(shares * len(doc_ids)).astype(int))
-    counts[np.argmax(counts)] += len(doc_ids) - counts.sum()
-    split = np.empty(len(doc_ids), np.int8)
-    split[order] = np.repeat(np.arange(len(SPLITS), dtype=np.int8), counts)
-    return split
+    counts = np.maximum(1, np.floor(shares * len(names)).astype(int))
+    counts[np.argmax(counts)] += len(names) - counts.sum()
+    splits = dict(zip(names, np.repeat(np.arange(len(SPLITS), dtype=np.int8), counts).tolist(), strict=True))
+    return np.array([splits[group] for group in groups], np.int8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Documents: read from the user's files, from a hub dataset, or from the installed documentation.
 
-Whatever the source, documents come de-duplicated and ordered by the sha256 of their text, so that the first n
-are a fair sample of all and the same text has the same place and the same `doc_id` on every machine.
+The path "warmstart" is the corpus that the package carries. Whatever the source, documents come de-duplicated and
+ordered by the sha256 of their text, so that the first n are a fair sample of all and the same text has the same place
+and the same `doc_id` on every machine.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
 from nlae_jax.errors import UserError
@@ -31,11 +33,42 @@ _ROWS_PER_BATCH = 1_024
 
 
 @dataclass(frozen=True)
+class Text:
+    """What a source gives: a text, and what the source says of it.
+
+    `name` is the source's own `id`. Texts of one `passage` are never in two splits. `at_end`: the text is read at its
+    last token rather than at positions drawn at random, and may be short.
+    """
+
+    text: str
+    name: str = ""
+    passage: str = ""
+    at_end: bool = False
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text. `doc_id` is the beginning of the sha256 of its normalised text: 16 hexadecimal digits."""
+    """One text. `doc_id` is the beginning of the sha256 of its normalised text: 16 hexadecimal digits.
+
+    The other fields are those of `Text`.
+    """
 
     doc_id: str
     text: str
+    name: str = field(default="", compare=False)
+    passage: str = ""
+    at_end: bool = False
+
+    @property
+    def group(self) -> str:
+        """Documents of one group are in one split."""
+        return self.passage or self.doc_id
+
+
+def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
+    """The document that `text` is when it comes by itself."""
+    clean = _without_surrogates(text).lstrip()
+    return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end)
 
 
 def read_documents(config: CorpusConfig) -> list[Document]:
@@ -68,42 +101,56 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def _digest(text: str) -> bytes:
+    """Of the normalised text; white space at its end counts where it was kept: the text is read there."""
+    return hashlib.sha256((normalise(text) + text[len(text.rstrip()) :]).encode()).digest()
+
+
 def _source_name(config: CorpusConfig) -> str:
     if config.path:
         return f"corpus.path {config.path!r}"
     return f"corpus.hub {config.hub!r}" if config.hub else "the installed documentation"
 
 
-def _texts(config: CorpusConfig) -> Iterable[str]:
+def _texts(config: CorpusConfig) -> Iterable[Text]:
+    if config.path == "warmstart" and not Path(config.path).exists():
+        return _warm_start_texts()
     if config.path:
         return _file_texts(config)
-    return _hub_texts(config) if config.hub else documentation_texts()
+    return _hub_texts(config) if config.hub else map(Text, documentation_texts())
 
 
-def _select(texts: Iterable[str], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
+def _warm_start_texts() -> Iterator[Text]:
+    """The texts of the notes that the package carries, each read at its end."""
+    for where, row in read_json_lines(WARMSTART_NOTES):
+        yield Text(_text_of(row, where, "text"), passage=row["passage"], at_end=True)
+
+
+def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
     """Filters, de-duplicates and orders `texts`; counts in `dropped` what is left out, by reason."""
     limit = config.max_documents
     seen: set[bytes] = set()
-    kept: list[tuple[bytes, str]] = []
-    for text in texts:
-        text = _without_surrogates(text).strip()
-        if not text or len(text) < config.min_characters:
+    kept: list[tuple[bytes, Text]] = []
+    for found in texts:
+        text = _without_surrogates(found.text).lstrip()
+        text = text if found.at_end else text.rstrip()
+        if not text.strip() or (len(text) < config.min_characters and not found.at_end):
             dropped["too short"] += 1
             continue
-        digest = hashlib.sha256(normalise(text).encode()).digest()
+        digest = _digest(text)
         if digest in seen:
             dropped["duplicates"] += 1
             continue
         seen.add(digest)
-        kept.append((digest, text))
+        kept.append((digest, replace(found, text=text)))
         if limit and config.hub and len(kept) == limit:
             break
         if limit and len(kept) >= 2 * limit + 1_000:  # bounded memory however large the corpus is
             kept = _first(kept, limit, dropped)
-    return [Document(digest.hex()[:16], text) for digest, text in _first(kept, limit, dropped)]
+    return [Document(digest.hex()[:16], **vars(text)) for digest, text in _first(kept, limit, dropped)]
 
 
-def _first(kept: list[tuple[bytes, str]], limit: int, dropped: Counter[str]) -> list[tuple[bytes, str]]:
+def _first(kept: list[tuple[bytes, Text]], limit: int, dropped: Counter[str]) -> list[tuple[bytes, Text]]:
     ordered = sorted(kept, key=lambda item: item[0])
     if limit and len(ordered) > limit:
         dropped["beyond corpus.max_documents"] += len(ordered) - limit
@@ -119,7 +166,7 @@ def _without_surrogates(text: str) -> str:
 # --- files
 
 
-def _file_texts(config: CorpusConfig) -> Iterator[str]:
+def _file_texts(config: CorpusConfig) -> Iterator[Text]:
     for path in _matching_files(config.path):
         yield from _reader(path)(path, config.text_field)
 
@@ -138,7 +185,7 @@ def _matching_files(pattern: str) -> list[Path]:
     return paths
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
     for ending, reader in _READERS.items():
         if path.name.lower().endswith(ending):
             return reader
@@ -159,7 +206,7 @@ def _decode(data: bytes, path: Path, start: int) -> str:
     return text.removeprefix("\ufeff") if start == 0 else text
 
 
-def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -167,10 +214,20 @@ def _read_txt(path: Path, text_field: str) -> Iterator[str]:
     text = _decode(data, path, 0)
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
-    yield text
+    yield Text(text, name=path.name)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
+    for where, row in read_json_lines(path):
+        name, passage = (value if isinstance(value := row.get(key), str) else "" for key in ("id", "passage"))
+        yield Text(_text_of(row, where, text_field), name, passage)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz file, each with `path:line`. Raises UserError naming both where it is none.
+
+    Lines end with a line feed; other characters that end lines in Unicode stand for themselves.
+    """
     opener: Callable[..., IO[bytes]] = gzip.open if path.name.lower().endswith(".gz") else open  # type: ignore[assignment]
     empty, offset = True, 0
     try:
@@ -180,21 +237,21 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
                 offset += len(raw)
                 if line.strip():
                     empty = False
-                    yield _json_text(line, f"{path}:{number}", text_field)
+                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
     if empty:
         raise UserError(f"{path}: the file is empty")
 
 
-def _json_text(line: str, where: str, text_field: str) -> str:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, but every line must be an object")
-    return _text_of(row, where, text_field)
+    return row
 
 
 def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
@@ -208,7 +265,7 @@ def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
     import pyarrow as pa  # here because most runs read no parquet
     import pyarrow.parquet as pq
 
@@ -222,13 +279,13 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             row = 0
             for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
-                    yield _text_of({text_field: text}, f"{path}: row {row}", text_field)
+                    yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field))
                     row += 1
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Text]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
@@ -239,7 +296,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 # --- the hub
 
 
-def _hub_texts(config: CorpusConfig) -> Iterator[str]:
+def _hub_texts(config: CorpusConfig) -> Iterator[Text]:
     """Texts of the dataset `owner/name` or `owner/name:configuration`, streamed."""
     try:
         import datasets
@@ -251,7 +308,7 @@ def _hub_texts(config: CorpusConfig) -> Iterator[str]:
         if config.max_documents:
             rows = rows.shuffle(seed=0, buffer_size=_HUB_SHUFFLE_BUFFER)
         for number, row in enumerate(rows):
-            yield _text_of(row, f"corpus.hub {config.hub!r}: row {number}", config.text_field)
+            yield Text(_text_of(row, f"corpus.hub {config.hub!r}: row {number}", config.text_field))
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds: not found, no access, no network, bad data

@@ -210,8 +210,17 @@ def _ending(text: str) -> str:
     return f"The text ends{after}: {shown}" if shown else f"The text has not begun{after}"
 
 
+def file_provider(config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None) -> Describer:
+    """The file says which positions are read, so its descriptions come with them (`data.described`): never asked."""
+    raise UserError(
+        'describe.provider = "file": activations/ was made without that file; delete activations/ to extract at the '
+        "positions that it describes"
+    )
+
+
 PROVIDERS: dict[str, Provider] = {
     "template": template_provider,
+    "file": file_provider,
     "subject": providers.subject_provider,
     "openai": providers.openai_provider,
     "anthropic": providers.anthropic_provider,

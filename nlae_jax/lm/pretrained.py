@@ -43,6 +43,8 @@ _HUB_FILES = (
     "model.safetensors.index.json",
     "value_head.safetensors",
     "nla_meta.yaml",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     *TOKENIZER_FILES,
 )
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -221,7 +223,7 @@ def _from_hub(name: str, files: Sequence[str]) -> Path:
         directory = Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises its own errors, httpx's and OSErrors
         raise UserError(f"{name}: no such directory, and the hub gave no model ({_one_line(error)})") from None
-    if not (directory / "config.json").is_file():
+    if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UserError(f"{name}: the hub's repository has no config.json; it should be a model in the HF layout")
     return directory
 

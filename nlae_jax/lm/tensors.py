@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,23 @@ def check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
 
 def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> jax.Array:
     """One tensor of a file in float32. Raises UserError where the file has none of this name and shape."""
+    return read_tensors(path, {name: shape})[name]
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Tensors of a file in float32, by name. Raises UserError where the file lacks one or has another shape for it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    tensor = next((tensor for tensor in stored_tensors(path) if tensor.name == name), None)
-    if tensor is None:
-        raise UserError(f"{path}: lacks the tensor {name!r}")
-    check_tensor(tensor, shape)
+    stored = {tensor.name: tensor for tensor in stored_tensors(path)}
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise UserError(f"{path}: lacks the tensor {name!r}")
+        check_tensor(stored[name], shape)
     with path.open("rb", buffering=0) as file:
-        return load_array(shape, DTYPES["F32"], None, [Source(tensor, None, False)], {path: file})
+        return {
+            name: load_array(shape, DTYPES["F32"], None, [Source(stored[name], None, False)], {path: file})
+            for name, shape in shapes.items()
+        }
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str = "float32") -> None:

@@ -1,7 +1,8 @@
 """Encoder and decoder directories in the reference's layout: opened and checked.
 
 An encoder ("av") is an ordinary model directory; a decoder ("ar") holds the first K + 1 blocks and
-`value_head.safetensors`. Both have a sidecar, see `sidecar.py`.
+`value_head.safetensors`. Either may hold adapters instead of a model (`adapters.py`). Both have a sidecar, see
+`sidecar.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from nlae_jax.assets import pair_directory
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
@@ -21,6 +23,7 @@ from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_token
 from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
+from nlae_jax.roles.adapters import AdapterFile, has_adapters, open_adapters
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar
 
 VALUE_HEAD = "value_head.safetensors"
@@ -28,11 +31,15 @@ VALUE_HEAD = "value_head.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """One directory: its architecture (a decoder's has no head) and what its sidecar says."""
+    """One directory: its architecture (a decoder's has no head) and what its sidecar says.
+
+    Where it holds `adapters`, `directory` and `arch` are the base model's.
+    """
 
     directory: Path
     arch: Arch
     sidecar: Sidecar
+    adapters: AdapterFile | None = None
 
     @property
     def layer(self) -> int | None:
@@ -41,6 +48,8 @@ class Released:
     @property
     def identity(self) -> str:
         """What tells its weights from others."""
+        if self.adapters is not None:
+            return self.adapters.identity
         return fingerprint(self.directory, *([VALUE_HEAD] if self.sidecar.role == "ar" else []))
 
     @property
@@ -65,25 +74,34 @@ class Released:
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:
         """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
         width = self.arch.d_model
-        head = read_tensor(self.directory / VALUE_HEAD, "weight", (width, width)).T
+        head = read_tensor(self.sidecar.path.parent / VALUE_HEAD, "weight", (width, width)).T
         return place(head, replicated(mesh)) if mesh else head
 
 
 def open_released(name: str, role: str) -> Released:
-    """The directory or hub id `name`, which should be an encoder ("av") or a decoder ("ar").
+    """The encoder ("av") or decoder ("ar") `name`: a directory, a hub id, or a pair's directory or shipped name.
 
     Raises UserError, naming the file and field, where it is something else or its parts do not fit each other.
     """
-    directory = resolve_model(name)
-    arch, sidecar = read_arch(directory), read_sidecar(directory)
+    directory = _directory(name, role)
+    adapters = open_adapters(directory) if has_adapters(directory) else None
+    base = directory if adapters is None else resolve_model(adapters.base_model)
+    arch, sidecar = read_arch(base), read_sidecar(directory)
     if sidecar.role != role:
         raise UserError(f"{sidecar.path}: role is that of {sidecar.role!r}; {name} was given as {role}")
     if sidecar.d_model != arch.d_model:
         raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
+    if role == "ar" and not (directory / VALUE_HEAD).is_file():
+        raise UserError(f"{directory / VALUE_HEAD}: no such file; a decoder has one")
+    if adapters is not None:
+        if sidecar.layer is None or sidecar.layer >= arch.num_layers:
+            raise UserError(
+                f"{sidecar.path}: extraction.layer_index {sidecar.layer} should be from 0 to {arch.num_layers - 1}, a "
+                f"block of {adapters.base_model}"
+            )
+        return Released(base, arch, sidecar, adapters)
     if role == "av":
         return Released(directory, arch, sidecar)
-    if not (directory / VALUE_HEAD).is_file():
-        raise UserError(f"{directory / VALUE_HEAD}: no such file; a decoder has one")
     layer = arch.num_layers - 1
     if sidecar.layer not in (None, layer):
         raise UserError(
@@ -92,6 +110,12 @@ def open_released(name: str, role: str) -> Released:
         )
     arch = dataclasses.replace(arch, tied_head=True)
     return Released(directory, arch, dataclasses.replace(sidecar, layer=layer))
+
+
+def _directory(name: str, role: str) -> Path:
+    """Where a role's files are."""
+    pair = pair_directory(name) or Path(name).expanduser()
+    return pair / role if name and (pair / role).is_dir() else resolve_model(name)
 
 
 def pair_sidecar(av: Released, ar: Released) -> Sidecar:

@@ -20,6 +20,7 @@ from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
+from nlae_jax.data.described import Described, described_path, match, read_descriptions
 from nlae_jax.errors import UserError
 from nlae_jax.files import is_remote, read_json, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
@@ -52,11 +53,32 @@ def _plan(run: Run) -> None:
     if (directory / "rows.parquet").exists():
         return
     say("reading the corpus")
-    plan = activations.plan(read_documents(run.config.corpus), run.tokenizer, run.config)
+    config = run.config
+    documents, described = read_documents(config.corpus), None
+    if config.describe.provider == "file":
+        path = described_path(config.describe.path)
+        described = match(read_descriptions(path), documents, run.tokenizer, config.extract.max_tokens)
+        for reason, count in sorted(described.dropped.items()):
+            say(f"{path}: {count} descriptions {reason}: left out")
+        documents = described.documents
+    plan = activations.plan(documents, run.tokenizer, config, described.positions if described else {})
     _ = run.base  # a model that cannot be read is found out before anything is written
     run.claim()
     write_json(directory / "subject.json", run.identity)
+    if described is not None:
+        write_parquet(directory / "descriptions.parquet", _table(_given(plan, described)))
     activations.write_plan(directory, plan)
+
+
+def _given(plan: activations.Plan, described: Described) -> dict[int, str]:
+    """Row -> description, of the rows that the file describes."""
+    places = zip(plan.document.tolist(), plan.position.tolist(), strict=True)
+    texts = (described.positions.get(plan.doc_ids[document], {}).get(position) for document, position in places)
+    return {row: text for row, text in enumerate(texts) if text is not None}
+
+
+def _table(descriptions: dict[int, str]) -> pa.Table:
+    return pa.table({"row": pa.array(descriptions, pa.int64()), "description": pa.array(descriptions.values())})
 
 
 def reader(run: Run, num_next: int) -> activations.Reader:

@@ -85,15 +85,22 @@ def _sft_batches(
 
 def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
     base = {} if run.config.lora.rank else run.start("av")
-    trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT))
+    trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT), _adapters(run, "av", run.arch.num_layers))
     return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
 
 
 def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
     base = {} if run.config.lora.rank else run.start("ar")
     head = run.released["ar"].value_head() if "ar" in run.released else None
-    trained = init_decoder(run.roles, base, run.key(Purpose.DECODER_SFT), head)
+    adapters = _adapters(run, "ar", run.config.subject.layer + 1)
+    trained = init_decoder(run.roles, base, run.key(Purpose.DECODER_SFT), head, adapters)
     return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
+
+
+def _adapters(run: Run, role: str, depth: int) -> Params | None:
+    """The released adapters that the role "av" or "ar" goes on from, `depth` blocks of them; None without any."""
+    released = run.released.get(role)
+    return released and released.adapters and released.adapters.read(released.arch.truncated(depth))
 
 
 _INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}

@@ -119,15 +119,20 @@ def _master_copy(weight: jax.Array) -> jax.Array:
     return jnp.array(weight, jnp.float32, copy=True)
 
 
-def init_encoder(roles: Roles, base: Params, key: jax.Array) -> Params:
-    """Trained parameters that leave the encoder equal to `base`."""
+def init_encoder(roles: Roles, base: Params, key: jax.Array, adapters: Params | None = None) -> Params:
+    """Trained parameters that leave the encoder equal to `base`, or to `base` with `adapters` where they are given."""
     if roles.rank == 0:
         return {"lm": jax.tree.map(_master_copy, base)}
-    return {"adapters": init_adapters(key, roles.encoder.arch, roles.rank)}
+    return {"adapters": adapters or init_adapters(key, roles.encoder.arch, roles.rank)}
 
 
-def init_decoder(roles: Roles, base: Params, key: jax.Array, head: jax.Array | None = None) -> Params:
-    """Trained parameters that leave the decoder equal to the first blocks of `base`; without a `head`, the identity."""
+def init_decoder(
+    roles: Roles, base: Params, key: jax.Array, head: jax.Array | None = None, adapters: Params | None = None
+) -> Params:
+    """Trained parameters that leave the decoder equal to the first blocks of `base`; without a `head`, the identity.
+
+    `adapters` are those to go on from.
+    """
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
     head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else head
     if roles.rank == 0:
@@ -136,7 +141,7 @@ def init_decoder(roles: Roles, base: Params, key: jax.Array, head: jax.Array | N
             "lm": {**lm, "blocks": jax.tree.map(lambda w: _master_copy(w[:depth]), base["blocks"])},
             "value_head": head,
         }
-    return {"adapters": init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
+    return {"adapters": adapters or init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
 
 
 def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -1,0 +1,30 @@
+"""Data that the package carries, and the names it is known by: the warm-start set, trained pairs, the describer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+# Texts with notes on them, and the passages that they are the beginnings of.
+WARMSTART_NOTES = _HERE / "warmstart" / "notes.jsonl"
+WARMSTART_PASSAGES = _HERE / "warmstart" / "passages.jsonl"
+
+
+def pair_directory(name: str) -> Path | None:
+    """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""
+    return next((path for path in _shipped_pairs() if path.name == name), None)
+
+
+def pair_names() -> list[str]:
+    """The names of the shipped pairs."""
+    return [path.name for path in _shipped_pairs()]
+
+
+def describer_directory() -> Path:
+    """The adapters of the shipped describer."""
+    return _HERE / "describer"
+
+
+def _shipped_pairs() -> list[Path]:
+    return sorted(path.parent for path in (_HERE / "pairs").glob("*/av"))

@@ -1,0 +1,142 @@
+"""Descriptions made elsewhere, by annotators or a batch API: `describe.provider = "file"`.
+
+`describe.path` is a JSONL file, or "warmstart" for the notes that the package carries. A line has a `description` (or
+`note`) and says where it belongs, in one of three ways:
+
+    {"text": "The Thames rises in", "description": "…"}      the text up to the position; no other corpus is needed
+    {"id": "d7", "offset": 19, "description": "…"}           a document of the corpus, by its `id` there or by our
+                                                             doc_id, and how many of its characters have been read
+    {"id": "d7", "position": 4, "description": "…"}          the same, counted in tokens of the subject from 0
+
+`passage` names what several texts are taken from: no passage is in two splits. The positions of a described document
+are those of its descriptions; other documents of the corpus get theirs at random, as ever.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.corpus import Document, document_of, read_json_lines
+from nlae_jax.errors import UserError
+
+_MAX_CHARACTERS = 20_000  # of one description
+
+
+@dataclass(frozen=True)
+class Description:
+    """One line of the file: where in which text, and what is said there.
+
+    `place` is ("text", text), ("offset", characters) or ("position", token).
+    """
+
+    document: str
+    place: tuple[str, Any]
+    passage: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """The corpus with the file's own texts added, and doc_id -> token position -> description."""
+
+    documents: list[Document]
+    positions: Mapping[str, Mapping[int, str]]
+    dropped: Counter[str]  # reason -> number of lines that fit nowhere
+
+
+def described_path(name: str) -> Path:
+    """The file that `describe.path` names."""
+    return WARMSTART_NOTES if name == "warmstart" else Path(name).expanduser()
+
+
+def read_descriptions(path: Path) -> Iterator[Description]:
+    """The file's lines. Raises UserError naming file, line and field where one is not as it should be."""
+    for where, row in read_json_lines(path):
+        text = _string(row, where, "note" if "note" in row and "description" not in row else "description")
+        if len(text) > _MAX_CHARACTERS:
+            raise UserError(f"{where}: description has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
+        passage = _string(row, where, "passage") if row.get("passage") is not None else ""
+        if row.get("text") is not None:
+            yield Description("", ("text", _string(row, where, "text")), passage, text)
+            continue
+        document = _string(row, where, "id" if "id" in row else "doc_id")
+        for name in ("offset", "position"):
+            if row.get(name) is not None:
+                yield Description(document, (name, _whole(row, where, name)), passage, text)
+                break
+        else:
+            raise UserError(f"{where}: should have a `text`, or an `id` with an `offset` or a `position`")
+
+
+def match(
+    descriptions: Iterator[Description], documents: Sequence[Document], tokenizer: Any, max_tokens: int
+) -> Described:
+    """Finds every description's document and token; only the first `max_tokens` of a document count.
+
+    An offset belongs to the token that ends there; where none does, the description fits nowhere, and is counted.
+    """
+    texts = sorted(documents, key=lambda document: document.text)
+    keys = [document.text for document in texts]
+    named = {name: document for document in documents for name in (document.doc_id, document.name) if name}
+    added: dict[str, Document] = {}
+    positions: dict[str, dict[int, str]] = defaultdict(dict)
+    dropped: Counter[str] = Counter()
+    ends: dict[str, dict[int, int]] = {}
+    for description in descriptions:
+        kind, value = description.place
+        if kind == "text":
+            document = document_of(value, passage=description.passage or _passage_of(value, texts, keys))
+            document = added.setdefault(document.doc_id, document)
+        elif (document := named.get(description.document)) is None:
+            dropped["of documents that the corpus does not have"] += 1
+            continue
+        if document.doc_id not in ends:
+            ends[document.doc_id] = _token_ends(document.text, tokenizer, max_tokens)
+        tokens = ends[document.doc_id]
+        position = value if kind == "position" else tokens.get(len(document.text) if kind == "text" else value)
+        if position is None or position not in tokens.values():
+            dropped[f"beyond extract.max_tokens = {max_tokens}, or where no token ends"] += 1
+        elif position == 0:
+            dropped["of a first token, which is an attention sink"] += 1
+        elif position in positions[document.doc_id]:
+            dropped["of a position that has one already"] += 1
+        else:
+            positions[document.doc_id][position] = description.text
+    kept = {doc_id: dict(sorted(found.items())) for doc_id, found in positions.items() if found}
+    known = {document.doc_id for document in documents}
+    new = [document for doc_id, document in added.items() if doc_id in kept and doc_id not in known]
+    return Described([*documents, *new], kept, dropped)
+
+
+def _passage_of(text: str, texts: Sequence[Document], keys: Sequence[str]) -> str:
+    """The passage of the corpus's document that begins with `text`; '' where there is none."""
+    index = bisect.bisect_left(keys, text)
+    return texts[index].group if index < len(keys) and keys[index].startswith(text) else ""
+
+
+def _token_ends(text: str, tokenizer: Any, max_tokens: int) -> dict[int, int]:
+    """Characters read -> number of the token that ends there, of tokens that stand for characters."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    spans = enumerate(encoded["offset_mapping"][:max_tokens])
+    return {stop: token for token, (start, stop) in spans if stop > start}
+
+
+def _string(row: dict[str, Any], where: str, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {name} should be a text; it is {json.dumps(value)[:60]}")
+    return value
+
+
+def _whole(row: dict[str, Any], where: str, name: str) -> int:
+    value = row[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"{where}: {name} should be a whole number from 0; it is {json.dumps(value)[:60]}")
+    return value

@@ -1,0 +1,117 @@
+"""Descriptions made elsewhere: which token each belongs to, and what is left out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from nlae_jax.config import resolve
+from nlae_jax.data.activations import SPLITS, plan
+from nlae_jax.data.corpus import Document, document_of, read_documents
+from nlae_jax.data.described import described_path, match, read_descriptions
+from nlae_jax.errors import UserError
+from nlae_jax.lm.tiny import tiny_tokenizer
+
+TEXT = "The river rises in the hills and falls to the sea in the west of the land."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), eos_token="<|im_end|>")
+
+
+def lines(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def named(name: str, text: str) -> Document:
+    return Document(document_of(text).doc_id, text, name)
+
+
+def test_text_offset_and_position_name_the_same_token(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    document = named("d7", TEXT)
+    spans = tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    rows = [
+        {"id": "d7", "offset": spans[4][1], "description": "by characters"},
+        {"id": document.doc_id, "position": 6, "description": "by tokens"},
+        {"text": TEXT[: spans[8][1]], "note": "by text"},
+    ]
+    found = match(read_descriptions(lines(tmp_path / "d.jsonl", rows)), [document], tokenizer, 64)
+    assert found.positions[document.doc_id] == {4: "by characters", 6: "by tokens"}
+    added = found.documents[-1]
+    assert added.text == TEXT[: spans[8][1]] and found.positions[added.doc_id] == {8: "by text"}
+    assert added.group == document.group  # the beginning of a document is in its document's split
+    assert not found.dropped
+
+
+def test_what_fits_nowhere_is_counted_by_reason(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    document = named("d7", TEXT)
+    spans = tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    inside = next(stop - 1 for start, stop in spans if stop - start > 2)
+    rows = [
+        {"id": "d7", "offset": inside, "description": "inside a token"},
+        {"id": "d7", "position": 10_000, "description": "beyond the end"},
+        {"id": "d7", "position": 0, "description": "the first token"},
+        {"id": "elsewhere", "position": 3, "description": "no such document"},
+        {"id": "d7", "position": 3, "description": "kept"},
+        {"id": "d7", "position": 3, "description": "twice"},
+    ]
+    found = match(read_descriptions(lines(tmp_path / "d.jsonl", rows)), [document], tokenizer, 64)
+    assert found.positions == {document.doc_id: {3: "kept"}}
+    assert sorted(found.dropped.values()) == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"description": "nowhere"},
+        {"id": "d", "description": "nowhere"},
+        {"text": "x"},
+        {"text": "x", "description": 5},
+        {"text": ["x"], "description": "y"},
+        {"id": "d", "position": -1, "description": "y"},
+        {"id": "d", "position": True, "description": "y"},
+        {"id": "d", "offset": 2.5, "description": "y"},
+        {"text": "x", "description": "y" * 30_000},
+        ["no object"],
+    ],
+)
+def test_a_line_that_is_none_is_named(tmp_path: Path, row: object) -> None:
+    path = lines(tmp_path / "d.jsonl", [{"text": "fine", "description": "fine"}, row])
+    with pytest.raises(UserError, match=r"d\.jsonl:2"):
+        list(read_descriptions(path))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_texts_of_a_passage_are_never_in_two_splits(sizes: list[int]) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), eos_token="<|im_end|>")
+    documents = [
+        document_of(f"{TEXT} {passage} {part}", passage=f"p{passage}", at_end=True)
+        for passage, size in enumerate([*sizes, 1, 1, 1, 1])
+        for part in range(size)
+    ]
+    result = plan(documents, tokenizer, resolve({}))
+    passages = {document.doc_id: document.passage for document in documents}
+    splits: dict[str, set[int]] = {}
+    for doc_id, split in zip(result.doc_ids, result.split.tolist(), strict=True):
+        splits.setdefault(passages[doc_id], set()).add(split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert {next(iter(found)) for found in splits.values()} == set(range(len(SPLITS)))
+
+
+def test_the_carried_notes_are_read_at_the_ends_of_their_texts() -> None:
+    descriptions = list(read_descriptions(described_path("warmstart")))
+    documents = read_documents(resolve({"corpus.path": "warmstart"}).corpus)
+    assert len(descriptions) > 3000 and all(document.at_end and document.passage for document in documents)
+    assert {d.place[1].lstrip() for d in descriptions} >= {document.text for document in documents}
+
+
+def test_a_file_must_be_named_by_the_provider_that_reads_it() -> None:
+    with pytest.raises(UserError, match=r"describe\.path"):
+        resolve({"describe.provider": "file"})
