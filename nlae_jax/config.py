@@ -127,6 +127,14 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ViewsConfig:
+    """Shares of every batch, in the decoder's warm start and in RL, that the decoder sees in part (`roles.views`)."""
+
+    leading: float = 0.0  # some of the leading sentences alone
+    unquoted: float = 0.0  # without what stands in quotation marks
+
+
+@dataclasses.dataclass(frozen=True)
 class RlConfig:
     num_steps: int = 100
     activations_per_step: int = 8
@@ -138,6 +146,7 @@ class RlConfig:
     reward: str = "neg_mse"  # neg_mse or neg_log_mse
     kl_coef: float = 0.01
     length_penalty: float = 0.0  # reward lost per token
+    contrastive: float = 0.0  # share of the reward that tells the batch's activations apart (`objectives.contrast`)
     fused: bool = True  # one jitted step, or three (rollout, score, update) with equal results
 
 
@@ -187,6 +196,7 @@ class Config:
     protocol: ProtocolConfig = ProtocolConfig()
     lora: LoraConfig = LoraConfig()
     sft: SftConfig = SftConfig()
+    views: ViewsConfig = ViewsConfig()
     rl: RlConfig = RlConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -328,6 +338,9 @@ _AT_LEAST: dict[str, float] = {
     "rl.decoder_learning_rate": 0,
     "rl.kl_coef": 0,
     "rl.length_penalty": 0,
+    "rl.contrastive": 0,
+    "views.leading": 0,
+    "views.unquoted": 0,
     "optimizer.b1": 0,
     "optimizer.b2": 0,
     "optimizer.weight_decay": 0,
@@ -343,6 +356,9 @@ _AT_LEAST: dict[str, float] = {
 _AT_MOST: dict[str, float] = {
     "seed": 2**31 - 1,
     "sft.warmup_fraction": 1,
+    "rl.contrastive": 1,
+    "views.leading": 1,
+    "views.unquoted": 1,
     "optimizer.b1": 0.9999,
     "optimizer.b2": 0.9999,
 }

@@ -28,6 +28,7 @@ from nlae_jax.mesh import batch_parts, make_mesh, place, replicated, tree_shardi
 from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, kept_protocol, make_protocol, tails
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
 from nlae_jax.roles.sidecar import Sidecar, combined, protocol_of
+from nlae_jax.roles.views import marks
 from nlae_jax.train import objectives
 from nlae_jax.train.checkpoint import newest_sealed
 from nlae_jax.train.state import Params, Roles, make_roles
@@ -58,7 +59,7 @@ _MADE_WITH = {
     ),
     "protocol.json": ("protocol.",),
     "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
-    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_",),
+    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_", "views."),
     "checkpoints/rl/*/manifest.json": ("rl.",),
     "eval.json": ("eval.",),
 }
@@ -282,8 +283,10 @@ class Run:
         # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
         denominators = objectives.baselines(jnp.asarray(self.store.vectors(rows)))
-        tails = {} if self.tails is None else {"tails": self.on_mesh(self.tails)}
-        return {**self.bases, **tails, "baselines": self.on_mesh(denominators)}
+        tables: Params = {} if self.tails is None else {"tails": self.on_mesh(self.tails)}
+        if self.config.views.leading or self.config.views.unquoted:
+            tables["marks"] = self.on_mesh(marks(self.tokenizer, self.roles.encoder.arch.vocab_size))
+        return {**self.bases, **tables, "baselines": self.on_mesh(denominators)}
 
     def held_out_rows(self) -> np.ndarray:
         """The rows that evaluation uses, in random order; drawn once, by the seed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.bench import Shapes, optimizers_of
-from nlae_jax.config import Config, ProtocolConfig
+from nlae_jax.config import Config, ProtocolConfig, ViewsConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
 from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
+from nlae_jax.roles.views import Marks
 from nlae_jax.run import check_batches
 from nlae_jax.stages.preparation import jitted_reader
 from nlae_jax.train import steps
@@ -136,6 +138,9 @@ def _frozen(setting: Setting) -> Params:
         bases["decoder_base"] = base
     whole = replicated(setting.mesh)
     placed = {} if setting.tails is None else {"tails": _like(setting.tails, whole)}
+    if setting.config.views != ViewsConfig():
+        size = setting.arch.vocab_size
+        placed["marks"] = _like(Marks(np.zeros(size, np.int32), np.zeros(size, bool)), whole)
     return {**bases, **placed, "baselines": _like(Baselines(np.float32(0), np.float32(0)), whole)}
 
 
@@ -189,7 +194,8 @@ def _encoder_sft(setting: Setting) -> list[Program]:
 
 def _decoder_sft(setting: Setting) -> list[Program]:
     _, optimizer = optimizers_of(setting.config)
-    return _sft(setting, steps.decoder_sft_step, setting.roles.decoder_weights(), optimizer, "ids")
+    make_step = partial(steps.decoder_sft_step, views=setting.config.views)
+    return _sft(setting, make_step, setting.roles.decoder_weights(), optimizer, "ids")
 
 
 def _rl(setting: Setting) -> list[Program]:

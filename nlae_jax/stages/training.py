@@ -163,6 +163,8 @@ def _warm_start(
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
     state = _INITIAL[role](run, optimizer)
+    if role == "decoder":
+        make_step = partial(make_step, views=run.config.views)
     step = compiled(make_step(roles, optimizer, config.microbatches), state, run.mesh)
 
     def load(i: np.ndarray, width: int | None) -> Batch:

@@ -53,6 +53,24 @@ def rewards(mse: jax.Array, valid: jax.Array, lengths: jax.Array, kind: str, len
     return jnp.where(valid, REWARDS[kind](mse), -FAILED_MSE) - length_penalty * lengths
 
 
+# Of the contrastive reward, in units of mse: about the spread of the mse over activations of one kind of text.
+CONTRAST_TEMPERATURE = 0.1
+
+
+def contrast(reconstruction_BxGxD: jax.Array, h_BxD: jax.Array, valid_BxG: jax.Array) -> jax.Array:
+    """How well a reconstruction tells its own activation from the batch's others, [B, G] float32 in [-2 log B, 0].
+
+    InfoNCE (van den Oord et al. 2018) over the batch: log softmax of -mse / temperature at its own activation. Chance
+    is -log B; twice that is the least, and what a failed extraction earns.
+    """
+    own, other = unit_direction(reconstruction_BxGxD), unit_direction(h_BxD)
+    mse_BxGxB = 2.0 - 2.0 * jnp.einsum("bgd,cd->bgc", own, other) / h_BxD.shape[-1]
+    chosen = jax.nn.log_softmax(-mse_BxGxB / CONTRAST_TEMPERATURE, axis=-1)
+    score = jnp.einsum("bgb->bg", chosen)
+    least = -2.0 * jnp.log(jnp.float32(max(h_BxD.shape[0], 2)))
+    return jnp.where(valid_BxG, jnp.maximum(score, least), least)
+
+
 def group_advantages(reward_BxG: jax.Array) -> tuple[jax.Array, jax.Array]:
     """GRPO (Shao et al. 2024): (r - group mean) / (group std + eps), and which groups [B] have no spread at all."""
     std = reward_BxG.std(-1, keepdims=True)

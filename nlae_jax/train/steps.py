@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlae_jax.config import Config
+from nlae_jax.config import Config, ViewsConfig
 from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
 from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.roles.views import shown as parts_shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
 
@@ -102,39 +103,65 @@ def reconstruction(
     ids_BxGxT: jax.Array,
     length_BxG: jax.Array,
     microbatches: int,
-) -> tuple[tuple[jax.Array, jax.Array], Params]:
-    """Mean direction mse over the explanations that are not empty (`length` > 0), every one's [B, G], the gradient."""
+) -> tuple[tuple[jax.Array, tuple[jax.Array, jax.Array]], Params]:
+    """Mean direction mse over the explanations that are not empty (`length` > 0), and the gradient.
+
+    Between the two, every explanation's mse [B, G] and what was rebuilt from it [B, G, d].
+    """
     count = objectives.count(length_BxG > 0)
 
-    def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h, ids, length = part
         h = jnp.broadcast_to(h[:, None], (*length.shape, h.shape[-1]))
         variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
         rebuilt = roles.decoder.apply(
             variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("tails")
         )
-        mse = objectives.direction_mse(rebuilt.reshape(h.shape), h)
-        return objectives.masked_mean(mse, length > 0, count), mse
+        rebuilt = rebuilt.reshape(h.shape)
+        mse = objectives.direction_mse(rebuilt, h)
+        return objectives.masked_mean(mse, length > 0, count), (mse, rebuilt)
 
     return in_microbatches(loss_fn, trained, (h_BxD, ids_BxGxT, length_BxG), microbatches)
 
 
-def decoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Step:
+def decoder_sft_step(
+    roles: Roles,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    views: ViewsConfig = ViewsConfig(),
+) -> Step:
     """Batch: `h` [B, d], `ids` [B, T] explanations' tokens, `length` [B]."""
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
-        given = batch["h"], batch["ids"][:, None], batch["length"][:, None]
-        (loss, _), gradients = reconstruction(roles, state.trained, frozen, *given, microbatches)
+        ids, length, whole = shown(batch["ids"][:, None], batch["length"][:, None], frozen, views)
+        (loss, (mse, _)), gradients = reconstruction(
+            roles, state.trained, frozen, batch["h"], ids, length, microbatches
+        )
         state, norm, skipped = apply_update(state, gradients, optimizer)
         metrics = {"loss": loss, "grad_norm_decoder": norm, "skipped_updates": skipped}
-        return state, {**metrics, **_fve(loss, frozen), "tokens": batch["length"].sum()}
+        return state, {**metrics, **_fve(mse, whole, frozen), "tokens": batch["length"].sum()}
 
     return step
 
 
-def _fve(mse: jax.Array, frozen: Params) -> Metrics:
+def shown(
+    ids_BxGxT: jax.Array, length_BxG: jax.Array, frozen: Params, views: ViewsConfig
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What the decoder sees of explanations and which activations it sees whole (`views.shown`); None: all of them."""
+    if "marks" not in frozen:
+        return ids_BxGxT, length_BxG, None
+    return parts_shown(ids_BxGxT, length_BxG, frozen["marks"], views)
+
+
+def _fve(mse_BxG: jax.Array, whole_B: jax.Array | None, frozen: Params) -> Metrics:
+    """FVE of the activations whose explanations were seen whole, and of the others where there are any."""
     variance, mean_norm = frozen["baselines"]
-    return {"fve": objectives.fve(mse, variance), "fve_meannorm": objectives.fve(mse, mean_norm)}
+    if whole_B is None:
+        return {"fve": objectives.fve(mse_BxG, variance), "fve_meannorm": objectives.fve(mse_BxG, mean_norm)}
+    whole = jnp.broadcast_to(whole_B[:, None], mse_BxG.shape)
+    mse, part = objectives.masked_mean(mse_BxG, whole), objectives.masked_mean(mse_BxG, ~whole)
+    fve = {"fve": objectives.fve(mse, variance), "fve_meannorm": objectives.fve(mse, mean_norm)}
+    return {**fve, "fve_part": objectives.fve(part, variance)}
 
 
 def rollout(
@@ -174,10 +201,16 @@ def rollout(
 
 
 class Scores(NamedTuple):
-    """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens."""
+    """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens.
+
+    `contrast` [B, G] is `objectives.contrast`. `whole` [B] marks activations whose explanations were seen whole, where
+    not all were.
+    """
 
     mse: jax.Array
     length: jax.Array
+    contrast: jax.Array
+    whole: jax.Array | None = None
 
 
 def score(
@@ -188,11 +221,14 @@ def score(
     samples: Samples,
     blank: jax.Array,
     microbatches: int = 1,
+    views: ViewsConfig = ViewsConfig(),
 ) -> tuple[Scores, Params]:
     """One pass gives every sample's mse and the decoder's gradient (its training)."""
-    ids, length = explanation_tokens(samples, roles.encoder.protocol.closing, blank)
-    (_, mse), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, microbatches)
-    return Scores(jnp.where(length > 0, mse, objectives.FAILED_MSE), length), gradients
+    ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, blank)
+    ids, length, whole = shown(ids, written, frozen, views)
+    (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, microbatches)
+    mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
+    return Scores(mse, written, objectives.contrast(rebuilt, h_BxD, length > 0), whole), gradients
 
 
 class RlParts(NamedTuple):
@@ -233,14 +269,15 @@ def rl_step(
         )
 
     def score_part(state: RoleState, frozen: Params, batch: Params, samples: Samples) -> tuple[Scores, Params]:
-        return score(roles, state.trained, frozen, batch["h"], samples, frozen["blank"], rl.microbatches)
+        return score(roles, state.trained, frozen, batch["h"], samples, frozen["blank"], rl.microbatches, config.views)
 
     def train_decoder(
         state: RoleState, frozen: Params, batch: Params, samples: Samples
     ) -> tuple[RoleState, tuple[Scores, Metrics]]:
         scores, gradients = score_part(state, frozen, batch, samples)
         state, norm, skipped = apply_update(state, gradients, decoder_optimizer)
-        return state, (scores, {**_fve(scores.mse, frozen), "grad_norm_decoder": norm, "skipped_updates": skipped})
+        fve = _fve(scores.mse, scores.whole, frozen)
+        return state, (scores, {**fve, "grad_norm_decoder": norm, "skipped_updates": skipped})
 
     def train_encoder(
         state: RoleState, frozen: Params, batch: Params, samples: Samples, scores: Scores, metrics: Metrics
@@ -248,6 +285,8 @@ def rl_step(
         mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
         valid, count = scores.length > 0, objectives.count(mask)
         reward = objectives.rewards(scores.mse, valid, samples.lengths, rl.reward, rl.length_penalty)
+        if rl.contrastive:
+            reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
         advantage, no_spread = objectives.group_advantages(reward)
 
         def policy_loss(*per_token: jax.Array) -> jax.Array:
@@ -273,6 +312,7 @@ def rl_step(
             "loss": loss,
             "reward_mean": reward.mean(),
             "reward_std": reward.std(),
+            **({"contrast": scores.contrast.mean()} if rl.contrastive else {}),
             "kl": objectives.masked_mean(objectives.kl_k3(log_probs, reference), mask),
             "entropy": objectives.masked_mean(entropy, mask),
             "logp_gap": objectives.masked_mean(jnp.abs(log_probs - samples.log_probs), mask),

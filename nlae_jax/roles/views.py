@@ -1,0 +1,86 @@
+"""What the decoder is shown of an explanation: all of it, its first sentences, or what stands outside quotation marks.
+
+An encoder that is only ever scored on whole explanations learns to quote the last words of the context and to say
+nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
+the decoder's warm start and in RL, so that every sentence earns its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlae_jax.config import ViewsConfig
+
+_STOPS = (".", "!", "?", "。", "！", "？")
+_CLOSERS = "\"')]”’»"
+_MARKS = '"“”'
+
+
+class Marks(NamedTuple):
+    """Tables over the vocabulary [V]: how many quotation marks a token holds, and whether it can end a sentence."""
+
+    quotes: jax.Array  # int32
+    stops: jax.Array  # bool
+
+
+def marks(tokenizer: Any, vocab_size: int) -> Marks:
+    """The tables of a tokenizer; tokens beyond it hold nothing."""
+    quotes, stops = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool)
+    known = min(len(tokenizer), vocab_size)
+    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
+        quotes[token] = sum(text.count(mark) for mark in _MARKS)
+        stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
+    return Marks(quotes, stops)
+
+
+def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which sentence each token is of [N, T] int32 from 0, whether it is quoted [N, T] bool, sentences in all [N].
+
+    A token is quoted that stands between quotation marks or holds one. A sentence ends with a stop outside of them.
+    """
+    valid = jnp.arange(ids_NxT.shape[1]) < length_N[:, None]
+    held = jnp.where(valid, tables.quotes[ids_NxT], 0)
+    after = jnp.cumsum(held, axis=1) % 2 == 1
+    before = (jnp.cumsum(held, axis=1) - held) % 2 == 1
+    quoted = valid & (before | after | (held > 0))
+    ends = valid & tables.stops[ids_NxT] & ~after
+    sentence = jnp.cumsum(ends, axis=1) - ends
+    count = jnp.max(jnp.where(valid, sentence, -1), axis=1) + 1
+    return sentence.astype(jnp.int32), quoted, count
+
+
+def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tokens of `kept` moved together on the left, zeros after them, and how many there are [N]."""
+    kept = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
+    order = jnp.argsort(~kept, axis=1, stable=True)
+    length = kept.sum(1).astype(length_N.dtype)
+    moved = jnp.take_along_axis(ids_NxT, order, axis=1)
+    return jnp.where(jnp.arange(ids_NxT.shape[1]) < length[:, None], moved, 0), length
+
+
+def shown(
+    ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks, config: ViewsConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the decoder sees of a batch's explanations, its lengths, and which activations [B] it sees whole.
+
+    The first `leading` of the batch's activations lose sentences at the end: at least one is left, at least one goes
+    where there are several, and how many is spread evenly over the activations. Half of them and others, `unquoted` in
+    all, lose what is quoted. A group shares its view, so its rewards can be compared; batches are drawn at random, so
+    it does not matter that the first are chosen.
+    """
+    batch, group, width = ids_BxGxT.shape
+    cut, unquoted = round(config.leading * batch), round(config.unquoted * batch)
+    row = jnp.arange(batch)
+    is_cut = row < cut
+    is_unquoted = (row >= cut // 2) & (row < cut // 2 + unquoted)
+    ids, length = ids_BxGxT.reshape(-1, width), length_BxG.reshape(-1)
+    sentence, quoted, count = sentences(ids, length, tables)
+    per_sample = lambda x: jnp.repeat(x, group)  # noqa: E731
+    left = 1 + jnp.floor(per_sample((row + 0.5) / max(cut, 1)) * (count - 1)).astype(jnp.int32)
+    kept = ~(per_sample(is_cut)[:, None] & (sentence >= left[:, None])) & ~(per_sample(is_unquoted)[:, None] & quoted)
+    ids, length = keep(ids, length, kept)
+    return ids.reshape(ids_BxGxT.shape), length.reshape(length_BxG.shape), ~(is_cut | is_unquoted)
