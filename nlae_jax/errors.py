@@ -9,7 +9,7 @@ _LONGEST = 2000  # characters of a message: whatever it quotes, it stays one tha
 
 
 def one_line(text: object, longest: int = _LONGEST) -> str:
-    """Text from outside as part of a line that is safe to print: at most so many characters, none of which a terminal obeys.
+    """Text from outside as part of a line that is safe to print, and at most so many characters of it.
 
     Line breaks become spaces. Everything else that is not printable (control characters, marks that reorder their
     neighbours, lone surrogates) is written as an escape, such as `\\x1b`.
