@@ -105,6 +105,19 @@ def test_gguf_is_converted_once_and_again_when_it_changes(tmp_path, cache, monke
     assert resolve_model(str(path)) == calls[0] != directory
 
 
+def test_a_model_in_parts_is_converted_once_and_again_when_one_changes(tmp_path, cache):
+    write_tiny_gguf(tmp_path / "m.gguf", tensors_a_file=12)
+    first, last = sorted(tmp_path.glob("m-*.gguf"))
+    directory = resolve_model(str(first))
+    assert directory.name.startswith("m-00001-of-00002-") and read_arch(directory) == ARCH
+    assert resolve_model(str(last)) == directory
+    os.utime(last, ns=(0, 10**18))
+    assert resolve_model(str(first)) != directory
+    first.unlink()
+    with pytest.raises(UserError, match=r"m-00001-of-00002\.gguf: missing"):
+        resolve_model(str(last))
+
+
 def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
     write_tiny_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").write_text("")

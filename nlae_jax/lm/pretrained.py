@@ -18,7 +18,7 @@ from typing import Any
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.gguf import convert_gguf
+from nlae_jax.lm.gguf import convert_gguf, gguf_parts
 from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.lm.weights import weight_files
 
@@ -157,11 +157,13 @@ def _made_tiny() -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    """The converted directory of a GGUF file, keyed by its size, time of change and first mebibyte."""
-    status = path.stat()
-    with path.open("rb") as file:
-        key = hashlib.sha256(file.read(2**20) + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    directory = _made_cache() / f"{path.stem}-{key}-v{_CONVERTER_VERSION}"
+    """The converted directory of a GGUF file, keyed by its parts' sizes, times of change and first mebibytes."""
+    digest, parts = hashlib.sha256(), gguf_parts(path)
+    for part in parts:
+        status = part.stat()
+        with part.open("rb") as file:
+            digest.update(file.read(2**20) + f"{status.st_size} {status.st_mtime_ns}".encode())
+    directory = _made_cache() / f"{parts[0].stem}-{digest.hexdigest()[:16]}-v{_CONVERTER_VERSION}"
     if not directory.is_dir():
         convert_gguf(path, directory)
     return directory
