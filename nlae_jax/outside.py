@@ -186,7 +186,7 @@ def _bounded(value: Any) -> Any:
     """What YAML gave, its strings `encodable`. Raises ValueError for a number that is none or is too large."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and not abs(value) < 2**63:  # NaN is not either
+    if (isinstance(value, int) and abs(value) >= 2**63) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("a number that is not finite or takes more than 64 bits")
     if isinstance(value, str):
         return encodable(value)

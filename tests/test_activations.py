@@ -26,7 +26,7 @@ class Letters:
 
     all_special_ids = (SPECIAL,)
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return [SPECIAL if character == "|" else ord(character) for character in text]
 
 

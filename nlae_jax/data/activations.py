@@ -31,6 +31,7 @@ from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, is_remote, kvstore, read_json, read_parquet, write_json, write_parquet
+from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -60,16 +61,20 @@ class Plan:
         return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
 
 
-def plan(documents: Sequence[Document], tokenizer: Any, config: Config) -> Plan:
+def plan(
+    documents: Sequence[Document], tokenizer: Any, config: Config, vocab_size: int = np.iinfo(np.int32).max
+) -> Plan:
     """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.
 
-    Documents are ordered by length, so that batches pad little. Raises UserError where a split stays empty.
+    Documents are ordered by length, so that batches pad little. Raises UserError where a split stays empty, or a
+    document holds a token that the subject's `vocab_size` embeddings do not reach.
     """
-    extract = config.extract
+    extract, begin = config.extract, begin_ids(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids), np.int32)
     chosen: list[tuple[str, np.ndarray, np.ndarray]] = []
     for document in documents:
-        ids = np.array(tokenizer.encode(document.text)[: extract.max_tokens], np.int32)
+        ids = np.array(text_ids(tokenizer, document.text, begin)[: extract.max_tokens], np.int32)
+        check_ids(ids, vocab_size, tokenizer, f"corpus: document {document.doc_id}")
         candidates = np.arange(extract.min_position, len(ids))
         candidates = candidates[~np.isin(ids[candidates], special)]
         if len(candidates):
