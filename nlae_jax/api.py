@@ -18,12 +18,14 @@ from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
 from nlae_jax.files import workdir_path
 from nlae_jax.language_model import LanguageModel
-from nlae_jax.lm.pretrained import check_same_tokenizer
+from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
+from nlae_jax.lm.tokens import check_ids, text_ids
 from nlae_jax.mesh import make_mesh
+from nlae_jax.outside import encodable
 from nlae_jax.progress import progress
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
-from nlae_jax.roles.protocol import Protocol
+from nlae_jax.roles.protocol import Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.roles.sidecar import Sidecar, protocol_of
 from nlae_jax.run import Run
@@ -38,16 +40,29 @@ class NLA:
     """A trained encoder and decoder, and the subject they read. Make one with `from_workdir` or `from_pretrained`."""
 
     def __init__(
-        self, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel], max_new_tokens: int = 200
+        self,
+        roles: Roles,
+        pair: Pair,
+        tokenizer: Any,
+        subject: Callable[[], LanguageModel],
+        max_new_tokens: int = 200,
+        mesh: Mesh | None = None,
     ) -> None:
+        """`mesh`: that the pair's parameters are on, to split batches over."""
         self.layer, self.tokenizer, self.max_new_tokens = roles.decoder.layer, tokenizer, max_new_tokens
-        self._roles, self._pair, self._make_subject = roles, pair, subject
-        self._trips: dict[int, RoundTrip] = {}
+        self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
+        for role in (roles.encoder, roles.decoder):
+            check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
 
     @cached_property
     def subject(self) -> LanguageModel:
         """The model whose activations are explained, loaded when first asked for."""
         return self._make_subject()
+
+    @cached_property
+    def _trip(self) -> RoundTrip:
+        """The pair's compiled functions, for explanations of any length."""
+        return RoundTrip(self._roles, self.tokenizer, _BATCH, self.max_new_tokens, self._mesh)
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
@@ -57,8 +72,9 @@ class NLA:
         this machine has the devices for it, on one device otherwise.
         """
         run = open_run(workdir)
-        subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer)  # noqa: E731
-        return NLA(run.roles, trained_pair(run), run.tokenizer, subject, run.config.rl.max_new_tokens)
+        stops = stop_ids(run.directory, run.tokenizer)
+        subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops)  # noqa: E731
+        return NLA(run.roles, trained_pair(run), run.tokenizer, subject, run.config.rl.max_new_tokens, run.mesh)
 
     @staticmethod
     def from_pretrained(
@@ -82,19 +98,29 @@ class NLA:
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, tokenizer, dtype, mesh))
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, tokenizer, dtype, mesh), mesh=mesh)
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
-        """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag."""
-        vectors, trip = self._checked(vectors), self._trip(max_new_tokens)
+        """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
+
+        `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows.
+        """
+        vectors = self._checked(vectors)
+        if max_new_tokens <= (least := len(self._roles.encoder.protocol.closing)):
+            raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         with progress(len(vectors), "explain", unit="activation") as bar:
-            return trip.explain(self._pair, vectors, seed, temperature, bar.advance).texts
+            return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Explanations -> activations [B, d] float32, raw as the decoder's head gives them."""
+        if isinstance(texts, str):
+            raise UserError("texts: should be a list of explanations; it is one text")
         if not len(texts):
             return np.zeros((0, self._d_model), np.float32)
-        return self._trip(150).reconstruct_texts(self._pair, texts)
+        for number, text in enumerate(texts):
+            ids = decoder_ids(self.tokenizer, self._roles.decoder.protocol, text)
+            check_ids(ids, self._roles.decoder.arch.vocab_size, self.tokenizer, f"text {number}")
+        return self._trip.reconstruct_texts(self._pair, texts)
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
         """(mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos)."""
@@ -112,9 +138,8 @@ class NLA:
         Position 0 is an attention sink whose activation holds nothing of the text; read it with that in mind.
         """
         tokenizer = self.tokenizer
-        # A chat prompt begins with the token that the tokenizer would add once more.
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer.encode(text, add_special_tokens=not begun)
+        ids = text_ids(tokenizer, encodable(text))
+        check_ids(ids, self.subject.arch.vocab_size, tokenizer, "text")
         if len(ids) > MAX_TOKENS:
             raise UserError(f"text: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts")
         width = -(-len(ids) // 64) * 64
@@ -138,16 +163,8 @@ class NLA:
     def _d_model(self) -> int:
         return self._roles.encoder.arch.d_model
 
-    def _trip(self, max_new_tokens: int) -> RoundTrip:
-        """Compiled functions for one length limit; made once each."""
-        if max_new_tokens <= (least := len(self._roles.encoder.protocol.closing)):
-            raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
-        if max_new_tokens not in self._trips:
-            self._trips[max_new_tokens] = RoundTrip(self._roles, self.tokenizer, _BATCH, max_new_tokens)
-        return self._trips[max_new_tokens]
-
     def _checked(self, vectors: Any) -> np.ndarray:
-        vectors = np.asarray(jax.device_get(vectors), np.float32)
+        vectors = _as_float32(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self._d_model:
             raise UserError(f"vectors: shape {vectors.shape} should be [number, {self._d_model}]")
         if not len(vectors):
@@ -155,6 +172,22 @@ class NLA:
         if not np.isfinite(vectors).all():
             raise UserError("vectors: NaN or infinity among them")
         return vectors
+
+
+def _as_float32(vectors: Any) -> np.ndarray:
+    """Any library's array, or a list of them, as float32. Raises UserError where it is not one of numbers."""
+    if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype that numpy lacks
+        vectors = vectors.detach().cpu().to_dense().float()
+    elif isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
+        vectors = [_as_float32(row) for row in vectors]
+    try:
+        found = np.asarray(jax.device_get(vectors))
+        if found.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
+            raise TypeError(f"it is {found.dtype}")
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32, copy=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
 def open_run(workdir: str | Path) -> Run:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tokenizers import processors
 
+from nlae_jax import outside
 from nlae_jax.data.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.roundtrip import Pair
-from nlae_jax.files import read_json, write_json
+from nlae_jax.files import write_json
+from nlae_jax.lm.chat import chats_ids, with_its_date
 from nlae_jax.lm.families import hf_config, language_config, read_hf_config
 from nlae_jax.lm.lora import merge
-from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer
+from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer, stop_ids
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.tokens import begin_ids, text_ids
 from nlae_jax.lm.weights import save_model
-from nlae_jax.progress import progress
+from nlae_jax.progress import progress, warn
 from nlae_jax.roles.adapters import write_adapters
 from nlae_jax.roles.released import VALUE_HEAD
 from nlae_jax.roles.sidecar import model_sidecar, write_sidecar
@@ -77,8 +81,8 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
     special = _special_tokens(source, run.tokenizer)
     write_json(directory / "config.json", hf_config(arch) | special | {"torch_dtype": dtype})
     write_json(directory / "generation_config.json", {k: v for k, v in special.items() if k.endswith("token_id")})
+    _copy_tokenizer(source, directory, role)  # before what takes long: it may be refused
     save_model(directory, arch, _merged(run, base, trained), dtype)
-    _copy_tokenizer(source, directory, keep_bos=role == "av")
     if role == "ar":
         _write_head(directory, trained, dtype)
 
@@ -112,15 +116,11 @@ def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:
     config = read_hf_config(source)
     files = [config, language_config(config)]
     if (path := source / "generation_config.json").is_file():
-        files.append(read_json(path))
+        files.append(outside.read_json(path))
     kept = {"max_position_embeddings", "bos_token_id", "pad_token_id"}
     fields = {key: value for file in files for key, value in file.items() if key in kept and value is not None}
-    stops = {tokenizer.eos_token_id}
-    for file in files:
-        value = file.get("eos_token_id")
-        stops |= set(value) if isinstance(value, list) else {value}
-    stops = sorted(stops - {None})
-    return fields | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+    stops = stop_ids(source, tokenizer)
+    return fields | {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
 def _source(run: Run, role: str) -> Path:
@@ -145,24 +145,86 @@ def _merged(run: Run, base: Params, trained: Params) -> Callable[[str, int | Non
     return values
 
 
-def _copy_tokenizer(source: Path, directory: Path, keep_bos: bool) -> None:
-    """The tokenizer's files as they are.
+def _copy_tokenizer(source: Path, directory: Path, role: str) -> None:
+    """The tokenizer's files as they are, but for what would have other programs read other prompts.
 
-    Without `keep_bos`, a tokenizer that names a token for the beginning of a text but does not add it names none in
-    the copy: the reference's client takes a named one for one that is added.
+    Encoder: a chat template that prints the date prints the one of training. Decoder: nothing is put after a text, and
+    a tokenizer that names a token for the beginning of a text but does not add it names none, since the reference's
+    client takes a named one for one that is added. Raises UserError where a file lies elsewhere.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            shutil.copyfile(_own_file(source, name), directory / name)
     tokenizer = load_tokenizer(directory)
-    if keep_bos or tokenizer.bos_token_id is None or tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
+    if role == "av":
+        return _fix_date(directory, tokenizer)
+    if text_ids(tokenizer, "x") != tokenizer.encode("x"):
+        _take_end_away(directory, tokenizer)
+    if tokenizer.bos_token_id is None or tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
         return
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (path := directory / name).is_file():
-            fields = json.loads(path.read_text(encoding="utf-8")) | {"bos_token": None}
-            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _change(directory, [_SETTINGS, _SPECIAL], bos_token=None)
     if (left := load_tokenizer(directory).bos_token) is not None:
         raise RuntimeError(f"{directory}: the tokenizer still names {left!r} as the beginning of a text")
+
+
+def _own_file(source: Path, name: str) -> Path:
+    """A file of a model directory. Raises UserError where it is a link to one elsewhere: an export is given away."""
+    root, path = source.resolve(), (source / name).resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to `blobs`, by hash
+        roots.append(root.parent.parent / "blobs")
+    if not any(path.is_relative_to(one) for one in roots):
+        raise UserError(
+            f"{source / name}: a link to {path}, outside of the model; copy it there if it is to be exported"
+        )
+    return path
+
+
+_SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+
+
+def _change(directory: Path, names: Sequence[str], **fields: Any) -> None:
+    """Fields of the tokenizer's settings, in those of the files that are there."""
+    for name in names:
+        if (path := directory / name).is_file():
+            changed = outside.read_json(path) | fields
+            path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _take_end_away(directory: Path, tokenizer: Any) -> None:
+    """From a tokenizer that puts tokens after every text: the decoder is read at the last token of its prompt."""
+    ids, backend = begin_ids(tokenizer), tokenizer.backend_tokenizer
+    begin = list(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
+    single = [*(token for token, _ in begin), "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=begin)
+    backend.save(str(directory / "tokenizer.json"))
+    _change(directory, [_SETTINGS], add_eos_token=False)
+    changed = load_tokenizer(directory)
+    if changed.encode("x") != text_ids(tokenizer, "x"):
+        raise UserError(
+            f"{directory}: the tokenizer puts tokens after every text, which cannot be taken out of its files"
+        )
+
+
+def _fix_date(directory: Path, tokenizer: Any) -> None:
+    """In the chat template, wherever it is kept."""
+    expected = chats_ids(tokenizer, ["x"])
+    if (path := directory / "chat_template.jinja").is_file():
+        template = path.read_text(encoding="utf-8")
+        if (dated := with_its_date(template)) == template:
+            return
+        path.write_text(dated, encoding="utf-8")
+    elif (path := directory / _SETTINGS).is_file():
+        template = outside.read_json(path).get("chat_template")
+        if isinstance(template, list):  # of several, by name
+            dated = [one | {"template": with_its_date(one["template"])} for one in template]
+        else:
+            dated = template and with_its_date(template)
+        if dated == template:
+            return
+        _change(directory, [_SETTINGS], chat_template=dated)
+    if chats_ids(load_tokenizer(directory), ["x"]) != expected:
+        warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
 
 
 def export_datasets(run: Run, out: Path) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from nlae_jax.errors import UserError
+from nlae_jax.outside import parse_json
 
 # Where a workdir's files are. Both kinds share the methods that this project uses on them.
 AnyPath = pathlib.Path | epath.Path
@@ -138,8 +139,8 @@ def read_text(path: AnyPath) -> str:
 def read_json(path: AnyPath) -> Any:
     """What `write_json` wrote. Raises UserError where the file is damaged."""
     try:
-        return json.loads(read_text(path))
-    except ValueError:
+        return parse_json(path.read_bytes(), path, finite=False)
+    except UserError:
         raise UserError(f"{path}: not valid JSON; it should be as the run wrote it") from None
 
 

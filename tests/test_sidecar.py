@@ -127,6 +127,69 @@ def test_a_damaged_file_is_named(tmp_path, text):
         read_sidecar(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{injection_char:>20000000000}",
+        "{injection_char:{injection_char}}",
+        "{injection_char!r}",
+        "{injection_char.__class__}",
+        "{injection_char[0]}",
+        "{0}",
+        "{}",
+        "{injection_char} }",
+        "{injection_char} {",
+        "{injection_char} {injection_char:5}",
+        "{injection_char} {{injection_char}}",
+        "{{injection_char}}",
+    ],
+)
+def test_a_template_that_is_more_than_a_place_for_the_slot_is_refused(tmp_path, content, template):
+    """Nothing of it is carried out: the first would take 20 GB."""
+    content["prompt_templates"]["actor"] = template
+    with pytest.raises(UserError, match=r"nla_meta\.yaml: prompt_templates\.actor should hold"):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "kind: &a [x, x]\n"
+            + "".join(f"k{i}: &k{i} [{', '.join(['*' + ('a' if i == 0 else f'k{i - 1}')] * 9)}]\n" for i in range(9)),
+            "aliases",
+        ),
+        ("[" * 100_000, "nested too deeply"),
+        ("kind: nla_model\nd_model: 1" + "0" * 5000, "too many digits"),
+        ("kind: nla_model\nrole: av\nd_model: 1" + "0" * 50, "64 bits"),
+        ("created: 2026-13-45", "month must be in 1..12"),
+        ("kind: [[[[x]]]]", "kind should be a str"),
+        ("kind: " + "x" * 10_000, "kind 'xxx"),
+        ('kind: "\\x1b]0;\\x07"', r"kind '\x1b]0;\x07'"),
+        ("kind: nla_model\nrole: av\nd_model: -64", "d_model should be at least 1; it is -64"),
+        ("kind: nla_model\nrole: av\nd_model: 0", "d_model should be at least 1"),
+        ("kind: nla_model\nrole: av\nd_model: yes", "d_model should be a int; it is True"),
+    ],
+)
+def test_a_sidecar_that_others_made_up_is_one_line(tmp_path, text, says):
+    (tmp_path / "nla_meta.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_sidecar(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/nla_meta.yaml: ") and says in message
+    assert message.isprintable() and len(message) < 400
+
+
+@pytest.mark.parametrize("scale", [10**18, 2**63, "1e999", "nan", [], {}, "9" * 400])
+def test_scales_of_any_size(tmp_path, content, scale):
+    content["extraction"]["injection_scale"] = scale
+    if scale == 10**18:
+        assert read(tmp_path, content).injection_scale == 1e18
+    else:
+        with pytest.raises(UserError, match=r"nla_meta\.yaml: "):
+            read(tmp_path, content)
+
+
 def test_no_sidecar(tmp_path):
     with pytest.raises(UserError, match=r"nla_meta\.yaml: no such file"):
         read_sidecar(tmp_path)

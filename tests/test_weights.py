@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import arch_from_hf
-from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.tensors import TensorToWrite, is_finite, read_tensor, write_safetensors
 from nlae_jax.lm.weights import load_params, save_params
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -274,3 +274,142 @@ def test_round_trip_of_any_shape(tmp_path_factory, heads, groups, head_dim, d_mo
     params["blocks"] = {name: draw(weight) for name, weight in tree["blocks"].items()}
     save_params(directory, params, arch, dtype)
     assert_same(load_params(directory, arch, dtype), params)
+
+
+# --- config and tensors that disagree, values that are no numbers, names without the model's
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_head_that_a_tied_model_does_not_have_is_refused(trunk, sharded, tmp_path):
+    """One number of the last row is enough; a decoder, which has no head, does not mind."""
+    arch, weights = golden("tied")
+    head = weights["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 0.5
+    if sharded:
+        save_shards(tmp_path, [weights, {"lm_head.weight": head}])
+    else:
+        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    if trunk:
+        assert "head" not in load_params(tmp_path, arch, trunk=True)
+        return
+    with pytest.raises(UserError, match=r"'lm_head.weight' is not the embedding .*tie_word_embeddings"):
+        load_params(tmp_path, arch)
+
+
+def test_a_head_of_another_size_or_kind_is_refused(tmp_path):
+    arch, weights = golden("tied")
+    head = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": head[:-1].copy()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is not the embedding"):
+        load_params(tmp_path, arch)
+    save_file(weights | {"lm_head.weight": head.astype(np.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is I8"):
+        load_params(tmp_path, arch)
+
+
+def test_a_tied_head_may_be_stored_in_another_dtype(tmp_path):
+    arch, weights = golden("tied")
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        head = weights["model.embed_tokens.weight"].astype(dtype)
+        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+        assert "head" not in load_params(tmp_path, arch)
+
+
+NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_that_is_no_number_is_named(name, stored, value, tmp_path):
+    arch, weights = golden("odd_heads")
+    tensors = {key: tensor.astype(stored) for key, tensor in weights.items()}
+    tensors[name].reshape(-1)[-1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"'{name}' holds NaN or infinity"):
+        load_params(tmp_path, arch, dtype="bfloat16")
+
+
+def test_a_number_that_the_dtype_asked_for_cannot_hold_is_named(tmp_path):
+    arch, weights = golden("odd_heads")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, tmp_path / "model.safetensors")
+    load_params(tmp_path, arch, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"'model\.norm\.weight' holds numbers too large for float16"):
+        load_params(tmp_path, arch, dtype="float16")
+
+
+def test_a_value_head_of_nan_is_named(tmp_path):
+    save_file({"weight": np.full((2, 2), np.nan, np.float32)}, tmp_path / "value_head.safetensors")
+    with pytest.raises(UserError, match=r"value_head\.safetensors: the tensor 'weight' holds NaN"):
+        read_tensor(tmp_path / "value_head.safetensors", "weight", (2, 2))
+
+
+@given(st.integers(0, 2**16 - 1), st.sampled_from([np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]))
+def test_every_pattern_of_sixteen_bits_is_judged_as_numpy_does(bits, dtype):
+    values = np.array([0, bits], np.uint16).view(dtype)
+    assert is_finite(values) == np.isfinite(values.astype(np.float32)).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_pattern_of_thirty_two_bits_is_judged_as_numpy_does(bits):
+    values = np.array([[0, bits]], np.uint32).view(np.float32)
+    assert is_finite(values[:, ::-1]) == np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_weights_saved_by_the_class_without_a_head(prefix, tmp_path):
+    """As `AutoModel.save_pretrained` writes them, alone or beside a vision tower."""
+    arch, weights = golden("tied")
+    save_file(weights, tmp_path / "model.safetensors")
+    expected = load_params(tmp_path, arch)
+    items = [(prefix + name.removeprefix("model."), tensor) for name, tensor in weights.items()]
+    (tmp_path / "base").mkdir()
+    save_shards(tmp_path / "base", [dict(items[:5]), dict(items[5:])])
+    assert_same(load_params(tmp_path / "base", arch), expected)
+
+
+def test_names_with_and_without_the_model_are_the_same_tensor(tmp_path):
+    arch, weights = golden("tied")
+    save_file(weights | {"norm.weight": weights["model.norm.weight"]}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"norm\.weight' is there twice"):
+        load_params(tmp_path, arch)
+
+
+@pytest.mark.parametrize(
+    "name", ["normal.weight", "layers_of.weight", "encoder.layers.0.weight", "embed_tokens_2.weight"]
+)
+def test_names_that_only_begin_alike_are_unexpected(name, tmp_path):
+    arch, weights = golden("tied")
+    save_file(weights | {name: np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"unexpected tensor '{name}'"):
+        load_params(tmp_path, arch)
+
+
+def test_a_base_model_of_an_untied_one_lacks_its_head(tmp_path):
+    arch, weights = golden("odd_heads")
+    base = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    save_file(base, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lack the tensor 'lm_head\.weight'"):
+        load_params(tmp_path, arch)
+    assert load_params(tmp_path, arch, trunk=True).keys() == {"embed", "blocks"}
+
+
+def test_a_name_from_a_file_is_safe_to_print(tmp_path):
+    arch, weights = golden("tied")
+    name = "\x1b]0;title\x07\u202e"
+    save_file(weights | {name: np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="unexpected tensor") as caught:
+        load_params(tmp_path, arch)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "index", ["null", "[" * 100_000, '{"weight_map": {"a": 1e999}}', '{"weight_map": {"a": 1' + "0" * 6000]
+)
+def test_an_index_that_no_reader_takes_is_named(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json: ") as caught:
+        load_params(tmp_path, golden("tied")[0])
+    assert len(str(caught.value)) < 400

@@ -32,6 +32,7 @@ from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, is_remote, kvstore, read_json, read_parquet, write_json, write_parquet
+from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -66,18 +67,21 @@ def plan(
     tokenizer: Any,
     config: Config,
     given: Mapping[str, Collection[int]] = MappingProxyType({}),
+    vocab_size: int = np.iinfo(np.int32).max,
 ) -> Plan:
     """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.
 
     `given` are the positions of documents that are read nowhere else, by doc_id. Documents are ordered by length, so
-    that batches pad little. Raises UserError where a split stays empty.
+    that batches pad little. Raises UserError where a split stays empty, or a document holds a token that the subject's
+    `vocab_size` embeddings do not reach.
     """
-    extract = config.extract
+    extract, begin = config.extract, begin_ids(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids), np.int32)
     chosen: list[tuple[Document, np.ndarray, np.ndarray]] = []
     for document in documents:
-        whole = tokenizer.encode(document.text)
+        whole = text_ids(tokenizer, document.text, begin)
         ids = np.array(whole[: extract.max_tokens], np.int32)
+        check_ids(ids, vocab_size, tokenizer, f"corpus: document {document.doc_id}")
         if document.doc_id in given:
             positions = np.array(sorted(given[document.doc_id]), np.int32)
         elif document.at_end:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import providers
+from nlae_jax.data.describer import shipped_describer
 from nlae_jax.data.documentation import FUNCTION_WORDS
 from nlae_jax.errors import UserError
 
@@ -218,9 +219,19 @@ def file_provider(config: DescribeConfig, resources: DescribeResources, progress
     )
 
 
+def describer_provider(
+    config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
+) -> Describer:
+    """The language model that the package carries for this: offline, prose, for any subject."""
+    describer = shipped_describer()
+    advance = progress or (lambda texts: None)
+    return lambda contexts: describer.describe([context.text for context in contexts], advance=advance)
+
+
 PROVIDERS: dict[str, Provider] = {
     "template": template_provider,
     "file": file_provider,
+    "describer": describer_provider,
     "subject": providers.subject_provider,
     "openai": providers.openai_provider,
     "anthropic": providers.anthropic_provider,

@@ -25,6 +25,7 @@ from typing import Any
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.corpus import Document, document_of, read_json_lines
 from nlae_jax.errors import UserError
+from nlae_jax.lm.tokens import text_ids
 
 _MAX_CHARACTERS = 20_000  # of one description
 
@@ -123,9 +124,10 @@ def _passage_of(text: str, texts: Sequence[Document], keys: Sequence[str]) -> st
 
 def _token_ends(text: str, tokenizer: Any, max_tokens: int) -> dict[int, int]:
     """Characters read -> number of the token that ends there, of tokens that stand for characters."""
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    spans = enumerate(encoded["offset_mapping"][:max_tokens])
-    return {stop: token for token, (start, stop) in spans if stop > start}
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    before = len(text_ids(tokenizer, text)) - len(encoded["input_ids"])  # a beginning of sequence
+    ends = {stop: before + token for token, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start}
+    return {stop: token for stop, token in ends.items() if token < max_tokens}
 
 
 def _string(row: dict[str, Any], where: str, name: str) -> str:

@@ -53,8 +53,12 @@ class RoundTrip:
     def __init__(
         self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int, mesh: Mesh | None = None
     ) -> None:
-        """`mesh`: that pairs are on, to split batches over; several processes then get the same results."""
-        self._met: set[tuple[Any, tuple[int, ...]]] = set()
+        """`max_new_tokens`: of an explanation, unless a call says otherwise.
+
+        `mesh`: that pairs are on, to split batches over; several processes then get the same results.
+        """
+        self._vocab_size = roles.decoder.arch.vocab_size
+        self._met: set[tuple[Any, ...]] = set()
         self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
@@ -63,7 +67,7 @@ class RoundTrip:
         self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
-        def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float) -> tuple[jax.Array, ...]:
+        def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float, limit: int) -> tuple[jax.Array, ...]:
             samples = rollout(
                 roles,
                 pair.encoder,
@@ -71,7 +75,7 @@ class RoundTrip:
                 h,
                 key,
                 samples_per_activation=1,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=limit,
                 temperature=temperature,
             )
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
@@ -83,7 +87,7 @@ class RoundTrip:
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
             return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
 
-        self._explain = jax.jit(explain, static_argnums=3, out_shardings=whole)
+        self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
         self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=whole)
 
@@ -100,15 +104,16 @@ class RoundTrip:
         seed: int = 0,
         temperature: float = 0.0,
         advance: Callable[[int], None] = lambda rows: None,
+        max_new_tokens: int | None = None,
     ) -> Explanations:
         """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone.
 
         `advance` is told after every batch how many rows it had.
         """
-        key = jax.random.PRNGKey(seed)
+        key, limit = jax.random.PRNGKey(seed), max_new_tokens or self._max_new_tokens
         parts = []
         for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
-            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature)
+            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature, limit)
             parts.append([np.asarray(x)[: self._batch_size] for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
@@ -125,8 +130,12 @@ class RoundTrip:
         return self._collect(len(ids), (self._call(self._reconstruct, pair, *batch, self._tails) for batch in batches))
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
-        """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt."""
+        """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt.
+
+        Tokens that the model has no embedding for are left out: sampled pieces may spell one.
+        """
         prompts = [protocol.decoder_ids(self.tokenizer, self.protocol, text) for text in texts]
+        prompts = [[token for token in prompt if token < self._vocab_size] for prompt in prompts]
         width = -(-max(map(len, prompts)) // 32) * 32
         ids, length = pad(prompts, width)
         mask = np.arange(width) < length[:, None]
@@ -134,8 +143,9 @@ class RoundTrip:
         return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
 
     def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
-        if (function, rows.shape) not in self._met:
-            self._met.add((function, rows.shape))
+        static = tuple(argument for argument in rest if isinstance(argument, int | float))
+        if (function, rows.shape, static) not in self._met:
+            self._met.add((function, rows.shape, static))
             hosts.compile_together(function, pair, rows, *rest)
         return function(pair, rows, *rest)
 

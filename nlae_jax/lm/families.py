@@ -5,13 +5,14 @@ A family is a function from the file's fields to an `Arch`, entered in `FAMILIES
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope
+from nlae_jax.outside import quoted, read_json
 
 # Fields of any config.json that do not touch the maths of a forward pass in evaluation.
 _NO_MATHS = frozenset(
@@ -89,13 +90,44 @@ class _Fields:
         value = self.config.get(key)
         return absent if value is None else value
 
-    def require(self, key: str) -> Any:
-        return _required(self.config, key)
+    def size(self, key: str, absent: int | None = None, least: int = 1) -> int:
+        """A whole number. Raises UserError where it is missing and no default is given, ValueError if senseless."""
+        self._read.add(key)
+        value = self.config.get(key)
+        if value is None:
+            value = _required(self.config, key) if absent is None else absent
+        return _whole(key, value, least)
+
+    def number(self, key: str, absent: float | None = None) -> float:
+        """A number that is not negative, likewise."""
+        self._read.add(key)
+        value = self.config.get(key)
+        if value is None:
+            value = _required(self.config, key) if absent is None else absent
+        return _number(key, value)
+
+    def flag(self, key: str) -> bool:
+        """A switch, off where it is null or missing. Raises ValueError for "false", which would count as on."""
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} = {quoted(value)} should be true or false")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        """A list, empty where it is null or missing."""
+        value = self.get(key, [])
+        if not isinstance(value, list):
+            raise ValueError(f"{key} = {quoted(value)} should be a list")
+        return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An object, empty where it is null or missing."""
+        return _table(key, self.get(key, {}))
 
     def only(self, key: str, *allowed: Any) -> None:
         """Raises UserError where the field is there with another value; null and missing will do."""
         if (value := self.get(key)) is not None and value not in allowed:
-            raise UserError(f"config.json: {key} = {value!r} is not supported for model_type {self.family}")
+            raise UserError(f"config.json: {key} = {quoted(value)} is not supported for model_type {self.family}")
 
     def pass_over(self, key: str) -> None:
         """The field is known, and this family does not read it."""
@@ -105,7 +137,8 @@ class _Fields:
         for key, value in self.config.items():
             if key not in self._read and key not in _NO_MATHS and value not in (None, False, {}, []):
                 raise UserError(
-                    f"config.json: the field {key!r} is not known for model_type {self.family}; it may change the maths"
+                    f"config.json: the field {quoted(key)} is not known for model_type {self.family}; it may change "
+                    "the maths"
                 )
 
 
@@ -115,68 +148,95 @@ def _required(parameters: dict[str, Any], key: str) -> Any:
     return parameters[key]
 
 
+# What no model comes near to. Beyond it a size is a mistake, and lists of that length would fill the memory.
+_MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1 << 12, "intermediate_size": 1 << 24}
+
+
+def _whole(key: str, value: Any, least: int = 1) -> int:
+    most = _MOST.get(key, 1 << 20)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value != int(value):
+        raise ValueError(f"{key} = {quoted(value)} should be a whole number from {least} to {most}")
+    return int(value)
+
+
+def _number(key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ValueError(f"{key} = {quoted(value)} should be a number that is not negative")
+    return float(value)
+
+
+def _table(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} = {quoted(value)} should be an object")
+    return value
+
+
 def _rope(parameters: dict[str, Any], default_theta: float) -> tuple[float, Llama3Rope | LinearRope | None]:
     """RoPE base and scaling from one set of `rope_parameters`."""
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError("config.json: a partial_rotary_factor other than 1 is not supported")
-    theta = float(parameters.get("rope_theta") or default_theta)
+    theta = _number("rope_theta", parameters.get("rope_theta") or default_theta)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    constant = lambda key: _number(key, _required(parameters, key))  # noqa: E731
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, LinearRope(float(_required(parameters, "factor")))
+        return theta, LinearRope(constant("factor"))
     if kind == "llama3":
         return theta, Llama3Rope(
-            factor=float(_required(parameters, "factor")),
-            low_freq_factor=float(_required(parameters, "low_freq_factor")),
-            high_freq_factor=float(_required(parameters, "high_freq_factor")),
-            original_max_positions=int(_required(parameters, "original_max_position_embeddings")),
+            factor=constant("factor"),
+            low_freq_factor=constant("low_freq_factor"),
+            high_freq_factor=constant("high_freq_factor"),
+            original_max_positions=int(constant("original_max_position_embeddings")),
         )
-    raise UserError(f"config.json: rope_type {kind!r} is not supported; default, linear and llama3 are")
+    raise UserError(f"config.json: rope_type {quoted(kind)} is not supported; default, linear and llama3 are")
 
 
 def _common(fields: _Fields) -> dict[str, Any]:
     """What every family has: sizes, RoPE (transformers 5 keeps it in `rope_parameters`), a tied head or not."""
-    get, require = fields.get, fields.require
     fields.only("partial_rotary_factor", 1.0)
-    parameters = get("rope_parameters") or get("rope_scaling") or {}
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    parameters = fields.table(name)
     if "full_attention" in parameters:  # one set per kind of block
-        parameters = parameters["full_attention"]
-    theta, scaling = _rope(parameters, float(get("rope_theta", 10_000.0)))
-    heads, d_model = int(require("num_attention_heads")), int(require("hidden_size"))
+        parameters = _table(f"{name}.full_attention", parameters["full_attention"])
+    theta, scaling = _rope(parameters, fields.number("rope_theta", 10_000.0))
+    heads, d_model = fields.size("num_attention_heads"), fields.size("hidden_size")
     return {
-        "vocab_size": int(require("vocab_size")),
+        "vocab_size": fields.size("vocab_size"),
         "d_model": d_model,
-        "num_layers": int(require("num_hidden_layers")),
+        "num_layers": fields.size("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": int(get("num_key_value_heads", heads)),
-        "head_dim": int(get("head_dim") or d_model // heads),
-        "d_ff": int(require("intermediate_size")),
-        "norm_eps": float(get("rms_norm_eps", 1e-6)),
+        "num_kv_heads": fields.size("num_key_value_heads", heads, least=0),
+        "head_dim": fields.size("head_dim", 0, least=0) or d_model // heads,
+        "d_ff": fields.size("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tied_head": bool(get("tie_word_embeddings", False)),
+        "tied_head": fields.flag("tie_word_embeddings"),
         "family": fields.family,
     }
 
 
 def _biases(fields: _Fields) -> tuple[str, ...]:
     """Linear layers with a bias, by the two flags that Llama and its relatives have."""
-    attention = ("q", "k", "v", "o") if fields.get("attention_bias") else ()
-    return attention + (("gate", "up", "down") if fields.get("mlp_bias") else ())
+    attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
+    return attention + (("gate", "up", "down") if fields.flag("mlp_bias") else ())
 
 
 def _sliding(fields: _Fields, otherwise: Sequence[bool]) -> list[bool]:
     """Which blocks have a window, by `layer_types` if it is there."""
-    kinds = fields.get("layer_types") or []
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"config.json: layer_types {min(unknown)!r} is not supported")
+    kinds = fields.items("layer_types")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
     return [kind == "sliding_attention" for kind in kinds] or list(otherwise)
 
 
 def _windows(fields: _Fields, sliding: Sequence[bool]) -> tuple[int, ...]:
     """Per block its window: `sliding_window` where it slides, none where that is null."""
-    size = int(fields.get("sliding_window", 0))
+    size = fields.size("sliding_window", 0, least=0)
     return tuple(size if one else 0 for one in sliding) if size and any(sliding) else ()
 
 
@@ -185,7 +245,7 @@ def _llama(fields: _Fields) -> Arch:
     fields.only("rope_interleaved", False)
     fields.only("is_llama_config", True)
     fields.only("sliding_window")
-    fields.only("layer_types", ["full_attention"] * int(fields.require("num_hidden_layers")))
+    fields.only("layer_types", ["full_attention"] * fields.size("num_hidden_layers"))
     return Arch(**_common(fields), biases=_biases(fields))
 
 
@@ -208,24 +268,25 @@ def _qwen3(fields: _Fields) -> Arch:
 def _qwen(fields: _Fields, **differences: Any) -> Arch:
     fields.only("hidden_act", "silu")
     common = _common(fields)
-    upper = [number >= int(fields.get("max_window_layers", 28)) for number in range(common["num_layers"])]
+    first = fields.size("max_window_layers", 28, least=0)
+    upper = [number >= first for number in range(common["num_layers"])]
     windows = _windows(fields, _sliding(fields, upper))
-    return Arch(**common, **differences, windows=windows if fields.get("use_sliding_window") else ())
+    return Arch(**common, **differences, windows=windows if fields.flag("use_sliding_window") else ())
 
 
 def _smollm3(fields: _Fields) -> Arch:
     fields.only("hidden_act", "silu")
     fields.pass_over("max_window_layers")
     common = _common(fields)
-    interval = int(fields.get("no_rope_layer_interval", 4))
+    interval = fields.size("no_rope_layer_interval", 4)
     by_interval = [(number + 1) % interval != 0 for number in range(common["num_layers"])]
-    turned = [bool(on) for on in fields.get("no_rope_layers") or by_interval][: common["num_layers"]]
+    turned = [bool(on) for on in fields.items("no_rope_layers") or by_interval][: common["num_layers"]]
     windows = _windows(fields, _sliding(fields, [not on for on in turned]))
     return Arch(
         **common,
         biases=_biases(fields),
         ropes=tuple("global" if on else "none" for on in turned),
-        windows=windows if fields.get("use_sliding_window") else (),
+        windows=windows if fields.flag("use_sliding_window") else (),
     )
 
 
@@ -235,18 +296,19 @@ def _olmo2(fields: _Fields) -> Arch:
 
 
 def _gemma2(fields: _Fields) -> Arch:
-    sliding = _sliding(fields, [number % 2 == 0 for number in range(int(fields.require("num_hidden_layers")))])
-    softcap = float(fields.get("attn_logit_softcapping", 0.0))
+    sliding = _sliding(fields, [number % 2 == 0 for number in range(fields.size("num_hidden_layers"))])
+    softcap = fields.number("attn_logit_softcapping", 0.0)
     return _gemma(fields, attention_softcap=softcap, windows=_windows(fields, sliding))
 
 
 def _gemma3(fields: _Fields) -> Arch:
     fields.only("attn_logit_softcapping")
-    pattern = int(fields.get("sliding_window_pattern", 6))
-    layers = range(int(fields.require("num_hidden_layers")))
+    pattern = fields.size("sliding_window_pattern", 6)
+    layers = range(fields.size("num_hidden_layers"))
     sliding = _sliding(fields, [(number + 1) % pattern != 0 for number in layers])
-    parameters = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
-    theta, scaling = _rope(parameters, float(fields.get("rope_local_base_freq", 10_000.0)))
+    parameters = fields.table("rope_parameters").get("sliding_attention") or {}
+    parameters = _table("rope_parameters.sliding_attention", parameters)
+    theta, scaling = _rope(parameters, fields.number("rope_local_base_freq", 10_000.0))
     if scaling is not None:
         raise UserError("config.json: a scaled rope of sliding_attention is not supported")
     return _gemma(
@@ -271,8 +333,8 @@ def _gemma(fields: _Fields, **differences: Any) -> Arch:
         post_norms=True,
         norm_offset=1.0,
         embed_scale=common["d_model"] ** 0.5,
-        attention_scale=float(fields.require("query_pre_attn_scalar")) ** -0.5,
-        logit_softcap=float(fields.get("final_logit_softcapping", 0.0)),
+        attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
+        logit_softcap=fields.number("final_logit_softcapping", 0.0),
     )
 
 
@@ -303,13 +365,13 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
     """The architecture that an HF `config.json` describes. Raises UserError for one we do not run."""
     config = language_config(config)
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"config.json: model_type {quoted(family)} is not supported; supported: {', '.join(FAMILIES)}")
     try:
         fields = _Fields(config)
         arch = FAMILIES[family](fields)
         fields.finish()
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"config.json: a size or constant is not a sensible number ({error})") from None
     if arch.num_kv_heads < 1 or arch.num_heads % arch.num_kv_heads:
         raise UserError(
@@ -323,18 +385,22 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
 
 def read_arch(directory: Path) -> Arch:
     """`arch_from_hf` of the `config.json` in a model directory."""
-    return arch_from_hf(read_hf_config(directory))
+    config = read_hf_config(directory)
+    try:
+        arch = arch_from_hf(config)
+        if arch.head_dim % 2 or not arch.head_dim:
+            raise UserError(f"config.json: head_dim = {arch.head_dim} should be even and above 0: RoPE turns pairs")
+    except UserError as error:
+        raise UserError(f"{directory}/{error}") from None
+    return arch
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a model directory as a dict. Raises UserError if it is missing or not JSON."""
-    path = Path(directory) / "config.json"
+    """The `config.json` of a model directory. Raises UserError if it is missing or not a JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(Path(directory) / "config.json")
     except FileNotFoundError:
         raise UserError(f"{directory}: no config.json there; a model directory in the HF layout has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def hf_config(arch: Arch) -> dict[str, Any]:

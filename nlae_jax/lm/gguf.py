@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from nlae_jax.lm.gguf_arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf_tokenizer import write_tokenizer
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, hf_name
+from nlae_jax.outside import clean_log, quoted
 
 # Our parameter name -> GGUF tensor name; {} is the block's number. Which of them a model has, its Arch says.
 TENSOR_NAMES: dict[str, str] = {
@@ -54,17 +56,33 @@ TENSOR_NAMES: dict[str, str] = {
     "head": "output.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)  # the name of one of the files that a model is split into
 
 Metadata = dict[str, Any]
 Tensors = dict[str, gguf.ReaderTensor]
 
 
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of the model that `path` belongs to: itself, or all parts, of which it is any.
+
+    Raises UserError where a part is missing.
+    """
+    named = _PART.fullmatch(path.stem)
+    if named is None or not 1 <= int(named[2]) <= int(named[3]):
+        return [path]
+    parts = [path.with_name(f"{named[1]}-{part:05}-of-{named[3]}{path.suffix}") for part in range(1, int(named[3]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{part}: missing; {path.name} is one of {len(parts)} parts, which should lie together")
+    return parts
+
+
 def convert_gguf(gguf_path: Path, directory: Path) -> None:
     """Writes `directory` (config.json, model.safetensors in float32, tokenizer) from a GGUF file.
 
-    `directory` must not exist; it appears complete or not at all. If another process completes it first,
-    its result stands. Raises UserError if the file is not a GGUF, or its architecture, quantisation or
-    tokenizer is not one that can be converted.
+    A model split into several files is named by any of them. `directory` must not exist; it appears complete or not at
+    all. If another process completes it first, its result stands. Raises UserError if the file is not a GGUF, or its
+    architecture, quantisation or tokenizer is not one that can be converted.
     """
     gguf_path, directory = Path(gguf_path), Path(directory)
     if directory.exists():
@@ -94,9 +112,28 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Metadata, Tensors]:
-    """All metadata values, and the tensors by name (memory-mapped, still quantised)."""
+    """All metadata values, and the tensors by name (memory-mapped, still quantised), of all parts."""
+    parts = gguf_parts(path)
+    metadata, tensors = _read_file(parts[0])
+    for number, part in enumerate(parts):
+        told, found = (metadata, tensors) if number == 0 else _read_file(part)
+        if (told.get("split.count") or len(parts)) != len(parts) or told.get("split.no", number) != number:
+            raise UserError(
+                f"{part}: split.no and split.count say part {quoted(told.get('split.no'))}, counted from 0, of "
+                f"{quoted(told.get('split.count'))}; the names of parts end in -00001-of-00002.gguf and so on"
+            )
+        if number and (twice := tensors.keys() & found.keys()):
+            raise UserError(f"{part}: the tensor {min(twice)} is in another part too")
+        tensors |= found
+    if (expected := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise UserError(f"{path}: its parts hold {len(tensors)} tensors; split.tensors.count is {quoted(expected)}")
+    return metadata, tensors
+
+
+def _read_file(path: Path) -> tuple[Metadata, Tensors]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    clean_log("gguf.gguf_reader")  # it warns of doubled keys, and quotes them
     try:
         reader = gguf.GGUFReader(path)
         if reader.byte_order != "I":
@@ -169,13 +206,17 @@ def _reader(
 
 
 def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The tensor's values in float32, [out, in]."""
+    """The tensor's values in float32, [out, in]. Raises UserError where one is not finite."""
     try:
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError:
         raise UserError(
             f"{path}: the tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which cannot be read"
         ) from None
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: the tensor {tensor.name} holds NaN or infinity")
+    return values
 
 
 def split_rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:

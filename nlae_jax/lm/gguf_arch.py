@@ -7,6 +7,7 @@ to their weights and what its graphs fix without a metadata key; key names are t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import arch_from_hf
+from nlae_jax.outside import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ _NO_MATHS = (
 # config.json fields by a tensor that says so.
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _PATTERN = "attention.sliding_window_pattern"
+_MOST = 1 << 24
 
 
 class _Metadata:
@@ -96,9 +99,16 @@ class _Metadata:
         value = self.get(key, absent)
         if value is None:
             raise UserError(f"{self._path}: the GGUF metadata lack {self._family}.{key}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, f"should be one number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(key, f"should be one number, not {quoted(value)}")
         return value if isinstance(value, int) else float(str(np.float32(value)))
+
+    def size(self, key: str, absent: int | None = None) -> int:
+        """A whole number that a model may have; `families` knows more exactly which."""
+        value = self.number(key, absent)
+        if not 0 <= value <= _MOST or value != int(value):
+            raise self.fail(key, f"should be a whole number from 0 to {_MOST}, not {quoted(value)}")
+        return int(value)
 
     def refuse_unknown(self, known: Container[str]) -> None:
         """Raises UserError for a key that nobody reads: the maths may depend on it."""
@@ -106,7 +116,7 @@ class _Metadata:
         for name, value in self._metadata.items():
             key = name.removeprefix(prefix)
             if name.startswith(prefix) and key not in known and value not in (0, "", [], None):
-                raise self.fail(key, f"= {value!r} is not supported; it may change the maths")
+                raise self.fail(key, f"= {quoted(value)} is not supported; it may change the maths")
 
 
 def read_gguf_arch(
@@ -122,8 +132,8 @@ def read_gguf_arch(
     key, for an architecture or a variant that cannot be run.
     """
     name = metadata.get("general.architecture")
-    if name not in GGUF_FAMILIES:
-        raise UserError(f"{path}: GGUF architecture {name!r} is not supported; {', '.join(GGUF_FAMILIES)} are")
+    if not isinstance(name, str) or name not in GGUF_FAMILIES:
+        raise UserError(f"{path}: GGUF architecture {quoted(name)} is not supported; {', '.join(GGUF_FAMILIES)} are")
     family, keys = GGUF_FAMILIES[name], _Metadata(path, metadata, name)
     config = _common_fields(keys) | _own_fields(keys, family)
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in tensors}
@@ -140,10 +150,10 @@ def read_gguf_arch(
 
 def _common_fields(keys: _Metadata) -> dict[str, Any]:
     """What every family has: sizes and RoPE."""
-    d_model, heads = keys.number("embedding_length"), keys.number("attention.head_count")
+    d_model, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     if heads < 1:
         raise keys.fail("attention.head_count", "should be at least 1")
-    head_dim = keys.number("attention.key_length", d_model // heads)
+    head_dim = keys.size("attention.key_length", d_model // heads)
     for key in _HEAD_SIZES:
         if keys.get(key, head_dim) != head_dim:
             raise keys.fail(key, f"should be {head_dim}, the size of a head")
@@ -151,11 +161,11 @@ def _common_fields(keys: _Metadata) -> dict[str, Any]:
         raise keys.fail("attention.causal", "should be true")
     return {
         "hidden_size": d_model,
-        "num_hidden_layers": keys.number("block_count"),
+        "num_hidden_layers": keys.size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.number("attention.head_count_kv", heads) or heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads) or heads,
         "head_dim": head_dim,
-        "intermediate_size": keys.number("feed_forward_length"),
+        "intermediate_size": keys.size("feed_forward_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
         "rope_scaling": _linear_scaling(keys),
@@ -166,7 +176,7 @@ def _linear_scaling(keys: _Metadata) -> dict[str, Any] | None:
     """Linear RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
     kind = keys.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
-        raise keys.fail("rope.scaling.type", f"{kind!r} is not supported; none and linear are")
+        raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; none and linear are")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor not in (0, 1) else None
 
@@ -179,14 +189,14 @@ def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
     if family.model_type_with_window:
         fields["model_type"] = family.model_type_with_window if window else family.model_type
         fields["sliding_window"] = window or None
-    layers = int(keys.number("block_count"))
+    layers = keys.size("block_count")
     if family.window_period:
         none = "sliding_window" in fields and not window
         sliding = [False] * layers if none else _sliding(keys, family.window_period, layers)
         fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
     if family.query_scalar:
-        per_head = keys.number("embedding_length") // keys.number("attention.head_count")
-        head_dim = keys.number("attention.key_length", per_head)
+        per_head = keys.size("embedding_length") // keys.size("attention.head_count")
+        head_dim = keys.size("attention.key_length", per_head)
         fields["query_pre_attn_scalar"] = per_head if layers == family.wide_scale_layers else head_dim
     return fields
 
@@ -198,7 +208,7 @@ def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
         if len(pattern) != layers:
             raise keys.fail(_PATTERN, f"should have {layers} entries, one a block; it has {len(pattern)}")
         return [bool(one) for one in pattern]
-    period = int(keys.number(_PATTERN, period))
+    period = keys.size(_PATTERN, period)
     return [not period or layer % period < period - 1 for layer in range(layers)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -16,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.errors import UserError
-from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.gguf import convert_gguf
+from nlae_jax.errors import UserError, one_line
+from nlae_jax.lm.families import language_config, read_arch, read_hf_config
+from nlae_jax.lm.gguf import convert_gguf, gguf_parts
 from nlae_jax.lm.tiny import write_tiny_model
+from nlae_jax.lm.tokens import text_ids
 from nlae_jax.lm.weights import weight_files
+from nlae_jax.outside import clean_log, quoted, read_json
 
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
 _CONVERTER_VERSION = 2
@@ -36,9 +39,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_GENERATION = "generation_config.json"
 _HUB_FILES = (
     "config.json",
-    "generation_config.json",
+    _GENERATION,
     "model*.safetensors",
     "model.safetensors.index.json",
     "value_head.safetensors",
@@ -49,6 +53,7 @@ _HUB_FILES = (
 )
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _WHEEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+]+)?")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -116,15 +121,72 @@ def load_tokenizer(directory: Path) -> Any:
     directory = Path(directory)
     if not has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer there; one of {', '.join(_VOCABULARY_FILES)} should be")
+    _check_files(directory)
+    package = _package(directory)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{directory}: it has a tokenizer.model and no tokenizer.json; to read that takes pip install {package}, "
+            "or take a copy of the model with a tokenizer.json"
+        )
+    clean_log("transformers")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
-        raise UserError(f"{directory}: the tokenizer cannot be loaded ({_one_line(error)})") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of many kinds, bare Exception among them; a panic in Rust is not even that
+        reason = _one_line(error)
+        if package == "sentencepiece" and "tiktoken" in reason:
+            reason = "tokenizer.model is damaged, or no SentencePiece model"
+        raise UserError(f"{directory}: the tokenizer cannot be loaded ({reason})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{directory}: the tokenizer is a {type(tokenizer).__name__}; one with tokenizer.json is needed"
         )
     return tokenizer
+
+
+def _check_files(directory: Path) -> None:
+    """Raises UserError, naming the file, where transformers would wait for ever, or blame something else."""
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (path := directory / name).exists() and not path.is_file():
+            raise UserError(f"{path}: should be a file")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (path := directory / name).is_file():
+            read_json(path)
+
+
+def _package(directory: Path) -> str:
+    """What transformers needs for a tokenizer that is a tokenizer.model alone; '' for others.
+
+    Two formats have that name. transformers tries one after the other, and asks for the second one's package whichever
+    it is.
+    """
+    model = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").is_file() or not model.is_file():
+        return ""
+    with model.open("rb") as file:
+        return "tiktoken" if _TIKTOKEN_LINE.match(file.read(1 << 12)) else "sentencepiece"
+
+
+def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a reply of the model: all that its tokenizer and its files name, which may be several.
+
+    Raises UserError, naming the file, where one of those is not a number.
+    """
+    config = read_hf_config(directory)
+    named = {"config.json": [config, language_config(config)], _GENERATION: []}
+    if (path := directory / _GENERATION).is_file():
+        named[_GENERATION].append(read_json(path))
+    stops = {tokenizer.eos_token_id} - {None}
+    for name, files in named.items():
+        for value in [file.get("eos_token_id") for file in files]:
+            ids = value if isinstance(value, list) else [value] if value is not None else []
+            if any(type(one) is not int for one in ids):
+                raise UserError(
+                    f"{directory / name}: eos_token_id should be a number or several; it is {quoted(value)}"
+                )
+            stops.update(one for one in ids if 0 <= one < 2**31)  # -1 is how some say that there is none
+    return tuple(sorted(stops))
 
 
 _PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂", "</text> <summary>")
@@ -133,10 +195,8 @@ _PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂"
 def check_same_tokenizer(tokenizer: Any, other: Any, name: str) -> None:
     """Raises UserError where the tokenizer of `name` reads a sample of texts otherwise."""
     for text in _PROBES:
-        if tokenizer.encode(text) != other.encode(text):
-            raise UserError(
-                f"{name}: its tokenizer reads {text!r} as {other.encode(text)}, not {tokenizer.encode(text)}"
-            )
+        if (mine := text_ids(tokenizer, text)) != (theirs := text_ids(other, text)):
+            raise UserError(f"{name}: its tokenizer reads {text!r} as {quoted(theirs)}, not {quoted(mine)}")
 
 
 def _made_cache() -> Path:
@@ -159,11 +219,13 @@ def _made_tiny() -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    """The converted directory of a GGUF file, keyed by its size, time of change and first mebibyte."""
-    status = path.stat()
-    with path.open("rb") as file:
-        key = hashlib.sha256(file.read(2**20) + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    directory = _made_cache() / f"{path.stem}-{key}-v{_CONVERTER_VERSION}"
+    """The converted directory of a GGUF file, keyed by its parts' sizes, times of change and first mebibytes."""
+    digest, parts = hashlib.sha256(), gguf_parts(path)
+    for part in parts:
+        status = part.stat()
+        with part.open("rb") as file:
+            digest.update(file.read(2**20) + f"{status.st_size} {status.st_mtime_ns}".encode())
+    directory = _made_cache() / f"{parts[0].stem}-{digest.hexdigest()[:16]}-v{_CONVERTER_VERSION}"
     if not directory.is_dir():
         convert_gguf(path, directory)
     return directory
@@ -228,6 +290,6 @@ def _from_hub(name: str, files: Sequence[str]) -> Path:
     return directory
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 300)

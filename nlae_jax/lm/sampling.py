@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,16 +75,17 @@ def sample(
     *,
     max_new_tokens: int,
     closing: tuple[int, ...],
-    eos_id: int,
+    eos_id: int | Sequence[int],
     temperature: float = 1.0,
 ) -> Samples:
-    """Draws up to `max_new_tokens` per row; a row stops at the `closing` token sequence (if any) or at `eos_id`.
+    """Draws up to `max_new_tokens` per row; a row stops at the `closing` token sequence (if any) or at an `eos_id`.
 
     Temperature 0 takes the likeliest token. No top-k or top-p: the trainer's log-probs must be the sampler's.
     The key is folded with the step, so nothing depends on how rows are laid out over devices.
     """
     batch = first_logits.shape[:-1]
     closing_ids = jnp.asarray(closing, jnp.int32)
+    stops = jnp.asarray([eos_id] if isinstance(eos_id, int) else list(eos_id), jnp.int32)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Made where the head is split, drawn from where the row is.
@@ -113,7 +114,7 @@ def sample(
             lengths=loop.samples.lengths + ~loop.done,
             closed=loop.samples.closed | closed,
         )
-        done = loop.done | closed | (token == eos_id)
+        done = loop.done | closed | (token[..., None] == stops).any(-1)
         logits, caches = decode(token, loop.step, loop.caches)
         return _Loop(loop.step + 1, logits, caches, samples, done)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from nlae_jax.errors import UserError
@@ -22,13 +23,16 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import FAMILIES
 from nlae_jax.lm.tensors import (
     Source,
+    StoredTensor,
     TensorToWrite,
     check_tensor,
     load_array,
     numpy_dtype,
+    same_values,
     stored_tensors,
     write_safetensors,
 )
+from nlae_jax.outside import quoted, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -70,12 +74,10 @@ HF_NAMES: dict[str, dict[str, tuple[str, bool]]] = {
     family: _OTHER_NAMES.get(family, _LLAMA_NAMES) for family in FAMILIES
 }
 
-# Where the language model lies in a checkpoint that also has a vision tower (new and old spelling), and what else does.
-_NESTED = (
-    ("model.language_model.", "model."),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
+# The language model's tensors may lie beside a vision tower (new and old spelling), and those of either may have been
+# saved without the head, by a class that calls them as the model does from inside. What else a vision tower brings:
+_TRUNK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?(?=(?:embed_tokens|layers|norm)\.)")
+_HEAD = re.compile(r"language_model\.(?=lm_head\.)")
 _VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 
 # What a model without output lacks: a decoder is read before its final norm and has no vocabulary head.
@@ -100,17 +102,19 @@ def load_params(
     copied, and elsewhere this process's part of one array at a time; beside it a few MB.
 
     Raises UserError, naming the tensor or file, when a tensor or shard is missing, surplus, doubled, or of the wrong
-    shape or dtype; headers tell, before any values are read.
+    shape or dtype; headers tell, before any values are read. Then also where a value is not finite, or where a model
+    that is tied has a head that is not its embedding.
     """
     target, shapes = numpy_dtype(dtype), _shapes(arch, trunk)
-    sources = _find(Path(directory), arch, trunk, shapes)
+    sources, heads = _find(Path(directory), arch, trunk, shapes)
     given = dict.fromkeys(shapes) if shardings is None else _flat(shardings)
     with contextlib.ExitStack() as stack:
-        paths = {source.tensor.path for parts in sources.values() for source in parts}
+        paths = {source.tensor.path for parts in sources.values() for source in parts} | {head.path for head in heads}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
-        return _tree(
-            {name: load_array(shape, target, given[name], sources[name], files) for name, shape in shapes.items()}
-        )
+        arrays = {name: load_array(shape, target, given[name], sources[name], files) for name, shape in shapes.items()}
+        for head in heads:
+            _check_tied(sources["embed"][0].tensor, head, files)
+        return _tree(arrays)
 
 
 def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str = "float32") -> None:
@@ -204,21 +208,18 @@ def _places(arch: Arch, names: Container[str]) -> Iterator[tuple[str, str, int |
                 yield template.format(layer), name, layer, transposed
 
 
-def _without_tower(name: str) -> str:
-    """The name that a tensor of the language model has in a checkpoint without a vision tower."""
-    for nested, plain in _NESTED:
-        if name.startswith(nested):
-            return plain + name.removeprefix(nested)
-    return name
+def _plain_name(name: str) -> str:
+    """The name that a tensor of the language model has in a checkpoint with a head and without a vision tower."""
+    if inside := _TRUNK.match(name):
+        return "model." + name[inside.end() :]
+    return _HEAD.sub("", name, count=1)
 
 
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
-    """Whether a surplus tensor is harmless: a rotary buffer, the copy of a tied head, or a trunk's output part."""
+    """Whether a surplus tensor is harmless: a rotary buffer, or a trunk's output part."""
     if name.endswith("rotary_emb.inv_freq") or name.startswith(_VISION):
         return True
-    if name == hf_name(arch, "head"):
-        return arch.tied_head or trunk
-    return trunk and name == hf_name(arch, "final_norm")
+    return trunk and name in (hf_name(arch, "head"), hf_name(arch, "final_norm"))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -229,29 +230,53 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: should be JSON with an object `weight_map` of tensor to file names") from None
-    for shard in shards:
+        weight_map = read_json(index).get("weight_map")
+    except UserError as error:
+        raise UserError(f"{error}; it should be an object with a `weight_map` of tensor to file names") from None
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: weight_map should be an object of tensor to file names; it is {quoted(weight_map)}")
+    for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{index}: {shard!r} should be the name of a file beside it")
+            raise UserError(f"{index}: {quoted(shard)} should be the name of a file beside it")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if not (directory / shard).is_file():
             raise UserError(f"{directory / shard}: this shard of the model is missing")
     return [directory / shard for shard in shards]
 
 
-def _find(directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[Source]]:
-    """Our name -> what it is read from. Every tensor is there once and as expected, else UserError."""
+def _check_tied(embed: StoredTensor, head: StoredTensor, files: dict[Path, Any]) -> None:
+    """Raises UserError where the head of a tied model is not its embedding. Processes share the work."""
+    count, index = jax.process_count(), jax.process_index()
+    rows = embed.shape[0] * index // count, embed.shape[0] * (index + 1) // count
+    if head.shape != embed.shape or not same_values(embed, head, rows, files):
+        raise UserError(
+            f"{head.path}: the tensor {head.name!r} is not the embedding {embed.name!r}, though config.json says "
+            "tie_word_embeddings: true; false there if the model has a head of its own, or remove the tensor"
+        )
+
+
+def _find(
+    directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, list[Source]], list[StoredTensor]]:
+    """Our name -> what it is read from, and the heads that a tied model has all the same.
+
+    Every tensor is there once and as expected, else UserError.
+    """
     wanted = {
         hf: (name, shapes[name] if layer is None else shapes[name][1:], layer, transposed)
         for hf, name, layer, transposed in _places(arch, shapes)
     }
     found: dict[str, Source] = {}
+    heads: list[StoredTensor] = []
     for path in weight_files(directory):
         for tensor in stored_tensors(path):
-            plain = _without_tower(tensor.name)
+            plain = _plain_name(tensor.name)
             if plain not in wanted:
                 if _may_be_ignored(plain, arch, trunk):
+                    continue
+                if plain == hf_name(arch, "head"):  # else it would be wanted: the model is tied
+                    heads.append(tensor)
                     continue
                 raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
             if plain in found:
@@ -265,4 +290,6 @@ def _find(directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int,
     sources: dict[str, list[Source]] = {name: [] for name in shapes}
     for hf, (name, *_) in wanted.items():
         sources[name].append(found[hf])
-    return sources
+    for head in heads:
+        check_tensor(head, head.shape)
+    return sources, heads

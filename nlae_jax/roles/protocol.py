@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,21 @@ import numpy as np
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, read_text
+from nlae_jax.lm.chat import chats_ids
+from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
+from nlae_jax.outside import encodable, parse_json
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
 # Searched for a marker: enclosed CJK first, as in the reference, then symbols.
 _MARKER_RANGES = ((0x3200, 0x3400), (0x2000, 0x3000))
 
+_MARKERS_AT_ONCE = 32  # tried in one go: the first is nearly always good
+
 _EXPLANATION = re.compile(r"<explanation>\s*(.*?)\s*</explanation>", re.DOTALL)
+
+
+_KINDS = {"str": str, "int": int, "float": int | float, "tuple[int, ...]": list}  # of fields, in JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +56,15 @@ class Protocol:
 
     @staticmethod
     def from_json(text: str) -> Protocol:
-        """Raises ValueError where the text is not what `to_json` writes."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(Protocol)}:
-            raise ValueError("not the fields of a protocol")
+        """Raises UserError where the text is not what `to_json` writes."""
+        fields = parse_json(text, "a protocol", dict)
+        kinds = {field.name: _KINDS[field.type] for field in dataclasses.fields(Protocol)}
+        good = fields.keys() == kinds.keys() and True not in [isinstance(value, bool) for value in fields.values()]
+        good = good and all(isinstance(fields[name], kind) for name, kind in kinds.items())
+        if not good or any(
+            type(one) is not int for value in fields.values() if isinstance(value, list) for one in value
+        ):
+            raise UserError("a protocol: its fields are not those of one")
         return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -60,39 +74,27 @@ def find_marker(tokenizer: Any, template: str) -> str:
     Byte-level merges rank rare tokens high, so the rarest is the one with the highest id.
     """
     for low, high in _MARKER_RANGES:
-        candidates = {}
+        candidates: dict[int, str] = {}
         for code in range(low, high):
             ids = tokenizer.encode(chr(code), add_special_tokens=False)
             if len(ids) == 1 and chr(code).isprintable() and tokenizer.decode(ids) == chr(code):
                 candidates[ids[0]] = chr(code)
-        for marker_id in sorted(candidates, reverse=True):
-            if _encoder_prompt_ids(tokenizer, template, candidates[marker_id]).count(marker_id) == 1:
-                return candidates[marker_id]
+        rarest = sorted(candidates, reverse=True)
+        for start in range(0, len(rarest), _MARKERS_AT_ONCE):
+            some = rarest[start : start + _MARKERS_AT_ONCE]
+            prompts = _encoder_prompts(tokenizer, template, [candidates[marker_id] for marker_id in some])
+            for marker_id, ids in zip(some, prompts, strict=True):
+                if ids.count(marker_id) == 1:
+                    return candidates[marker_id]
     raise UserError(
         "protocol.encoder_prompt: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token in its place; "
         "put white space or a line break before {injection_char}, or take a model with another tokenizer"
     )
 
 
-def _encoder_prompt_ids(tokenizer: Any, template: str, marker: str) -> list[int]:
-    """The chat prompt with the marker in its slot."""
-    return chat_ids(tokenizer, template.replace("{injection_char}", marker))
-
-
-def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
-    """A user's message in the model's chat template, up to where the reply begins; `options` are the template's own.
-
-    Templates that print a date get a constant one: a prompt must not change from day to day.
-    """
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}],
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string="26 Jul 2024",  # what the templates of Llama 3 say where they are told nothing
-        **options,
-    )
-    # The template writes the tokens that begin a sequence itself.
-    return tokenizer.encode(prompt, add_special_tokens=False)
+def _encoder_prompts(tokenizer: Any, template: str, markers: Sequence[str]) -> list[list[int]]:
+    """The chat prompts with each of the markers in the slot."""
+    return chats_ids(tokenizer, [template.replace("{injection_char}", marker) for marker in markers])
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float, marker: str = "") -> Protocol:
@@ -106,13 +108,11 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     ):
         if template.count(placeholder) != 1:
             raise UserError(f"{field}: must contain {placeholder} exactly once")
-    if tokenizer.chat_template is None:
-        raise UserError("subject.model: its tokenizer has no chat template; the encoder needs an instruct model")
     marker = marker or find_marker(tokenizer, config.encoder_prompt)
     marker_id, *rest = tokenizer.encode(marker, add_special_tokens=False)
     if rest:
         raise UserError(f"subject.model: the slot's marker {marker!r} is not one token to its tokenizer")
-    ids = _encoder_prompt_ids(tokenizer, config.encoder_prompt, marker)
+    (ids,) = _encoder_prompts(tokenizer, config.encoder_prompt, [marker])
     if ids.count(marker_id) != 1:
         raise UserError(
             f"protocol.encoder_prompt: {marker!r} is {ids.count(marker_id)} times in it as a token, not once"
@@ -130,12 +130,19 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
         encoder_prefix=tuple(ids[:slot]),
         encoder_tail=(*ids[slot + 1 :], *opening),
         opening_length=len(opening),
-        decoder_prefix=tuple(tokenizer.encode(before)),
+        decoder_prefix=tuple(text_ids(tokenizer, before)),
         decoder_suffix=tuple(tokenizer.encode(after, add_special_tokens=False)),
         closing=tuple(tokenizer.encode(CLOSING, add_special_tokens=False)),
         eos_id=_eos_id(tokenizer),
         injection_scale=injection_scale,
     )
+
+
+def check_prompts(protocol: Protocol, tokenizer: Any, vocab_size: int) -> None:
+    """Raises UserError where a prompt holds a token that a model of `vocab_size` embeddings lacks."""
+    encoder = [*protocol.encoder_prefix, protocol.marker_id, *protocol.encoder_tail, *protocol.closing, protocol.eos_id]
+    check_ids(encoder, vocab_size, tokenizer, "protocol.encoder_prompt")
+    check_ids([*protocol.decoder_prefix, *protocol.decoder_suffix], vocab_size, tokenizer, "protocol.decoder_prompt")
 
 
 def _eos_id(tokenizer: Any) -> int:
@@ -150,13 +157,25 @@ def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[i
     The line break before the closing tag is tokenised by itself: some tokenizers would merge it with a full stop,
     and the decoder, which sees these very tokens without the break, would then read another last token than in SFT.
     """
-    body, line_break = (tokenizer.encode(text, add_special_tokens=False) for text in (explanation.strip(), "\n"))
+    texts = encodable(explanation).strip(), "\n"
+    body, line_break = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
     return [*body, *line_break, *protocol.closing, protocol.eos_id]
 
 
 def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
     """The decoder's whole prompt, tokenised as one string: what a reader of the text alone would feed it."""
-    return tokenizer.encode(protocol.decoder_template.replace("{explanation}", explanation.strip()))
+    return whole_prompt_ids(
+        tokenizer, protocol, protocol.decoder_template.replace("{explanation}", explanation.strip())
+    )
+
+
+def whole_prompt_ids(tokenizer: Any, protocol: Protocol, prompt: str) -> list[int]:
+    """The same of a prompt that is there whole: an explanation in the decoder's template."""
+    prompt = encodable(prompt)
+    if protocol.decoder_template.partition("{explanation}")[0].strip():
+        return text_ids(tokenizer, prompt)
+    # What begins the prompt is the explanation: whatever it says, the constant prefix stands before it.
+    return [*begin_ids(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
 def extract_explanation(response: str) -> str | None:
@@ -210,7 +229,7 @@ def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:
     """
     try:
         kept = Protocol.from_json(read_text(path))
-    except ValueError:
+    except (ValueError, UserError):
         raise UserError(
             f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"
         ) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import string
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
 from nlae_jax.files import write_atomically
+from nlae_jax.outside import quoted, read_yaml
 from nlae_jax.roles.protocol import Protocol, make_protocol
 
 NAME = "nla_meta.yaml"
@@ -56,18 +58,18 @@ def read_sidecar(target: Path) -> Sidecar:
     """The sidecar of a model directory or dataset file. Raises UserError naming the field that is missing or wrong."""
     path = path_of(target)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a released model or dataset has this sidecar") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:120]})") from None
     kind = _get(path, content, "kind", str)
     if kind not in ("nla_model", "nla_dataset"):
-        raise UserError(f"{path}: kind {kind!r} should be nla_model or nla_dataset")
+        raise UserError(f"{path}: kind {quoted(kind)} should be nla_model or nla_dataset")
     role = _get(path, content, "role", str) if kind == "nla_model" else ""
     if role and role not in _ROLES:
-        raise UserError(f"{path}: role {role!r} should be one of {', '.join(_ROLES)}")
-    d_model = _get(path, content, "d_model" if kind == "nla_model" else "extraction.d_model", int)
+        raise UserError(f"{path}: role {quoted(role)} should be one of {', '.join(_ROLES)}")
+    width = "d_model" if kind == "nla_model" else "extraction.d_model"
+    if (d_model := _get(path, content, width, int)) < 1:
+        raise UserError(f"{path}: {width} should be at least 1; it is {d_model}")
     templates = {role: _template(path, content, role) for role in _SLOTS}
     if templates["av"] is None:
         raise UserError(f"{path}: prompt_templates.av (or actor) is missing")
@@ -108,10 +110,11 @@ def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, inject
     path, marker = sidecar.path, sidecar.marker
     if (ids := tokenizer.encode(marker, add_special_tokens=False)) != [sidecar.marker_id]:
         raise UserError(
-            f"{path}: tokens.injection_token_id: {marker!r} is {ids} to this tokenizer, not [{sidecar.marker_id}]"
+            f"{path}: tokens.injection_token_id: {quoted(marker)} is {quoted(ids)} to this tokenizer, not "
+            f"[{sidecar.marker_id}]"
         )
     if sidecar.marker_id == tokenizer.unk_token_id:
-        raise UserError(f"{path}: tokens.injection_char: {marker!r} is unknown to this tokenizer")
+        raise UserError(f"{path}: tokens.injection_char: {quoted(marker)} is unknown to this tokenizer")
     protocol = make_protocol(tokenizer, templates, injection_scale, marker)
     found = neighbours(protocol)
     for name, live, stored in zip(("left", "right"), found, sidecar.neighbours, strict=True):
@@ -200,7 +203,7 @@ def _get(path: Path, content: Any, field: str, kind: type, optional: bool = Fals
     if value is None and optional:
         return None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError(f"{path}: {field} should be a {kind.__name__}; it is {value!r}")
+        raise UserError(f"{path}: {field} should be a {kind.__name__}; it is {quoted(value)}")
     return value
 
 
@@ -229,7 +232,7 @@ def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
         value = 0.0
     if isinstance(scale, bool) or not 0 < value < math.inf:
         raise UserError(
-            f"{path}: extraction.injection_scale {scale!r} should be a positive number, null or sqrt_d_model"
+            f"{path}: extraction.injection_scale {quoted(scale)} should be a positive number, null or sqrt_d_model"
         )
     return value
 
@@ -243,12 +246,17 @@ def _template(path: Path, content: dict[str, Any], role: str) -> str | None:
         return None
     slot = _SLOTS[role]
     try:
-        filled = template.format(**{slot[1:-1]: "\0"})
-    except (KeyError, IndexError, ValueError, AttributeError):
-        filled = ""
-    if filled.count("\0") != 1:
+        # Taken apart rather than filled in: a format string from outside may ask for a terabyte of blanks.
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        parts = []
+    fields = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
+    if fields != [(slot[1:-1], "", None)]:
         raise UserError(f"{path}: prompt_templates.{name} should hold {slot} once, and other braces doubled")
-    return filled.replace("\0", slot)
+    plain = "".join(literal + (slot if field is not None else "") for literal, field, _, _ in parts)
+    if plain.count(slot) != 1:
+        raise UserError(f"{path}: prompt_templates.{name} should hold {slot} once, and not also in doubled braces")
+    return plain
 
 
 def _format_string(template: str, slot: str) -> str:

@@ -25,7 +25,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.files import is_remote, read_json, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.pretrained import cache_directory
+from nlae_jax.lm.pretrained import cache_directory, stop_ids
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.progress import Progress, progress, say
 from nlae_jax.roles.subject import Subject
@@ -61,7 +61,8 @@ def _plan(run: Run) -> None:
         for reason, count in sorted(described.dropped.items()):
             say(f"{path}: {count} descriptions {reason}: left out")
         documents = described.documents
-    plan = activations.plan(documents, run.tokenizer, config, described.positions if described else {})
+    given = described.positions if described else {}
+    plan = activations.plan(documents, run.tokenizer, config, given, run.arch.vocab_size)
     _ = run.base  # a model that cannot be read is found out before anything is written
     run.claim()
     write_json(directory / "subject.json", run.identity)
@@ -170,7 +171,8 @@ def describe(run: Run) -> None:
     if run.config.dataset.rl:
         raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
     if run.config.describe.provider == "subject":  # it is computed by all
-        _describe(run, path, LanguageModel(run.arch, run.base, run.tokenizer, run.mesh))
+        stops = stop_ids(run.directory, run.tokenizer)
+        _describe(run, path, LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops))
         hosts.barrier()
     else:
         hosts.by_first(lambda: _describe(run, path))

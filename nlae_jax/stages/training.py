@@ -19,7 +19,7 @@ from nlae_jax.evaluate.roundtrip import Pair
 from nlae_jax.files import AnyPath
 from nlae_jax.mesh import share
 from nlae_jax.progress import say
-from nlae_jax.roles.protocol import response_ids
+from nlae_jax.roles.protocol import response_ids, whole_prompt_ids
 from nlae_jax.run import Purpose, Run
 from nlae_jax.stages.preparation import describe
 from nlae_jax.train import steps
@@ -48,21 +48,26 @@ def sft(run: Run) -> None:
 def _described(
     run: Run, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N]. Too long ones are dropped.
+    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N].
 
-    `frame` is how many tokens are not the description's.
+    Too long ones are dropped, and those with a token that the role has no embedding for. `frame` is how many tokens are
+    not the description's.
     """
     limit = run.config.sft.max_response_tokens + frame
+    known = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
     rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
     tokens = [tokenise(run.descriptions[row]) for row in rows]
-    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
+    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < known]
     if not rows:
         raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
     if not kept:
         raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
     if len(kept) < len(rows) and split not in run.announced:
         run.announced.add(split)
-        say(f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens: left out")
+        say(
+            f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "
+            "that the model does not know: left out"
+        )
     width = -(-max(len(tokens[i]) for i in kept) // 8) * 8
     ids, length = pad([tokens[i] for i in kept], width)
     return np.array(rows)[kept], ids, length
@@ -142,7 +147,7 @@ def decoder_sft(run: Run) -> Params:
     roles, tokenise = run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
     frozen, frame = run.frozen("decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
-        roles, tokenise = roles.with_whole_prompts(), run.tokenizer.encode
+        roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
         frozen.pop("tails", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     return _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)

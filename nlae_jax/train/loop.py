@@ -10,16 +10,21 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from nlae_jax import hosts
 from nlae_jax.config import Config
+from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath
 from nlae_jax.mesh import put_batch, replicated
 from nlae_jax.progress import progress
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
+
+# Updates that may be skipped from the start on: whatever begins with more has no gradient to learn from.
+_PATIENCE = 10
 
 SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
 
@@ -47,7 +52,8 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
-    Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop.
+    Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop, and UserError where every
+    update was skipped.
     """
     log = MetricsLog(workdir / "metrics.jsonl") if hosts.is_first() else contextlib.nullcontext()
     with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints, log as log:
@@ -107,6 +113,9 @@ def _run(
             flush()
             checkpoints.poll()
             pending, stopping = (number, metrics), stop()
+            if number in (_PATIENCE, stage.steps):
+                flush()
+                _check_learned(stage.name, number, state)
             if stopping or number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()
                 if log is not None:
@@ -118,6 +127,18 @@ def _run(
     if (times := stage.step._cache_size() - compiled_before) > (expected := max(1, len(known))):
         raise RuntimeError(f"{stage.name}: the step was compiled {times} times; {expected} are expected")
     return state
+
+
+def _check_learned(stage: str, steps: int, state: Any) -> None:
+    """Raises UserError where an optimiser has skipped every update: it would have learned nothing, without a word."""
+    for path, count in optax.tree_utils.tree_get_all_with_path(state, "count"):
+        if int(count) == 0:
+            role = getattr(path[0], "name", "")
+            whose = f"of the {role} " if role in ("encoder", "decoder") else ""
+            raise UserError(
+                f"{stage}: none of the first {steps} updates {whose}was made, because no gradient was finite; the "
+                "weights or activations are too large for subject.dtype, or a learning rate is too high"
+            )
 
 
 def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:

@@ -17,6 +17,7 @@ import optax
 from nlae_jax.config import Config, ViewsConfig
 from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
 from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.views import shown as parts_shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
@@ -89,6 +90,28 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, micr
         (_, log_probs), gradients = in_microbatches(loss_fn, state.trained, (batch, trained_on), microbatches)
         loss = -objectives.masked_mean(log_probs[:, -mask.shape[1] :], mask)
         state, norm, skipped = apply_update(state, gradients, optimizer)
+        tokens = batch["length"].sum()
+        return state, {"loss": loss, "grad_norm_encoder": norm, "skipped_updates": skipped, "tokens": tokens}
+
+    return step
+
+
+def describer_sft_step(describer: Describer, optimizer: optax.GradientTransformation) -> Step:
+    """Batch: `prompt` [B, P] int32 with `mask` [B, P] bool, `note` [B, R] int32, `length` [B]. Loss on notes only."""
+
+    def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
+        mask = jnp.arange(batch["note"].shape[1]) < batch["length"][:, None]
+        count = objectives.count(mask)
+
+        def loss_fn(trained: Params) -> tuple[jax.Array, jax.Array]:
+            variables = {"params": {"lm": frozen["base"]}, "lora": {"lm": {"blocks": trained["adapters"]}}}
+            given = batch["prompt"], batch["mask"], batch["note"]
+            loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
+            return describer.apply(variables, *given, loss_of, mask, method="loss")
+
+        (_, log_probs), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        state, norm, skipped = apply_update(state, gradients, optimizer)
+        loss = -objectives.masked_mean(log_probs, mask)
         tokens = batch["length"].sum()
         return state, {"loss": loss, "grad_norm_encoder": norm, "skipped_updates": skipped, "tokens": tokens}
 

@@ -1,0 +1,119 @@
+"""A model's chat template at work, within bounds: the template is a program that came with the model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nlae_jax.errors import UserError
+from nlae_jax.outside import encodable, parse_json, quoted
+
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
+
+_WORKER = Path(__file__).with_name("chat_worker.py")
+
+# Bounds of one rendering. Templates of released models take milliseconds and add a few thousand characters.
+_SECONDS = 3.0  # of computing
+_SECONDS_A_CHAT = 0.02  # and for each chat of many
+_WAIT_SECONDS = 120.0  # by the clock: other programs may keep the machine busy
+_BYTES = 1 << 30
+_CHARACTERS = 1 << 16  # beside the message
+
+
+def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
+    """`chats_ids` of one message."""
+    return chats_ids(tokenizer, [message], **options)[0]
+
+
+def chats_ids(tokenizer: Any, messages: Sequence[str], **options: Any) -> list[list[int]]:
+    """Users' messages in the model's chat template, each up to where the reply begins.
+
+    `options` are the template's own. Templates that print a date get a constant one: a prompt must not change from day
+    to day. Raises UserError, naming the tokenizer's directory if it has one, where there is no template or it does not
+    work: it raises, cannot be parsed, does not end, or writes too much.
+    """
+    name = _name(tokenizer)
+    request = {
+        "template": _template(tokenizer, name),
+        "messages": [[{"role": "user", "content": encodable(message)}] for message in messages],
+        "variables": {
+            "tools": None,
+            "documents": None,
+            **{key: _plain(value) for key, value in tokenizer.special_tokens_map.items()},
+            "add_generation_prompt": True,
+            **options,
+        },
+        "characters": _CHARACTERS + max(map(len, messages), default=0),
+        "seconds": _SECONDS + _SECONDS_A_CHAT * len(messages),
+        "bytes": _BYTES,
+    }
+    prompts, error = _rendered(json.dumps(request))
+    if error:
+        raise UserError(f"{name}: its chat template does not work ({error})")
+    # The template writes the tokens that begin a sequence itself.
+    return [tokenizer.encode(encodable(prompt), add_special_tokens=False) for prompt in prompts]
+
+
+def with_its_date(template: str) -> str:
+    """The template printing the date that `chats_ids` has it print, in transformers too, whose clock goes on."""
+    from nlae_jax.lm.chat_worker import DATE_STRING, TODAY
+
+    if "strftime_now" not in template and "date_string" not in template:
+        return template
+    dates = {form: TODAY.strftime(form) for _, form in _DATE_CALL.findall(template)}
+    # A block's own line break is no part of the prompt, so what follows begins a line as it did.
+    return (
+        f"{{% macro strftime_now(form) %}}{{{{ {json.dumps(dates)}.get(form, {json.dumps(DATE_STRING)}) }}}}"
+        f"{{% endmacro %}}\n{{% set date_string = {json.dumps(DATE_STRING)} %}}\n{template}"
+    )
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or "subject.model"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _template(tokenizer: Any, name: str) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        if "default" not in template:
+            raise UserError(f"{name}: none of its chat templates {quoted(sorted(template))} is called default")
+        template = template["default"]
+    if template is None:
+        raise UserError(f"{name}: its tokenizer has no chat template; the encoder needs an instruct model")
+    if not isinstance(template, str):
+        raise UserError(f"{name}: its chat template should be text; it is {quoted(template)}")
+    return encodable(template)
+
+
+@functools.lru_cache(maxsize=32)
+def _rendered(request: str) -> tuple[list[str], str]:
+    """The worker's prompts, and what it complains of, if anything."""
+    try:
+        # -P: files beside the worker are no modules of it. Whatever it prints is one JSON object.
+        done = subprocess.run(
+            [sys.executable, "-P", str(_WORKER)],
+            input=request.encode(),
+            capture_output=True,
+            timeout=_WAIT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [], f"it has not ended after {_WAIT_SECONDS:.0f} seconds"
+    if done.returncode == -signal.SIGPROF:
+        return [], f"it has not ended after {_SECONDS:.0f} seconds of computing"
+    if done.returncode:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        return [], lines[-1] if lines else f"its process ended with status {done.returncode}"
+    answer = parse_json(done.stdout, "chat template", dict)
+    return answer.get("prompts", []), answer.get("error", "")
