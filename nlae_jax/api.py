@@ -176,11 +176,12 @@ class NLA:
 
 def _as_float32(vectors: Any) -> np.ndarray:
     """Any library's array, or a list of them, as float32. Raises UserError where it is not one of numbers."""
-    if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype that numpy lacks
-        vectors = vectors.detach().cpu().to_dense().float()
-    elif isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
+    if isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
         vectors = [_as_float32(row) for row in vectors]
     try:
+        if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype numpy lacks
+            vectors = vectors.detach().cpu().to_dense()
+            vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
         found = np.asarray(jax.device_get(vectors))
         if found.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
             raise TypeError(f"it is {found.dtype}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nlae_jax import hosts
-from nlae_jax.errors import UserError
+from nlae_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
     from nlae_jax.files import AnyPath
@@ -109,7 +109,7 @@ def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2)
 
 
 def _line(message: str) -> str:
-    return " ".join(message.split())
+    return one_line(" ".join(message.split()))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,11 +4,21 @@ import fcntl
 import hashlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import processors
 
 import nlae_jax
+from nlae_jax import api
+from nlae_jax.config import MeshConfig, resolve
+from nlae_jax.data.activations import plan
+from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
+from nlae_jax.evaluate.roundtrip import RoundTrip
+from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.mesh import make_mesh, place, replicated
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -66,6 +76,118 @@ def test_sampling_follows_the_seed(nla, vectors):
 def test_vectors_of_a_wrong_shape(nla, shape):
     with pytest.raises(UserError, match="vectors"):
         nla.explain(np.zeros(shape, np.float32))
+
+
+def test_vectors_of_any_library_and_dtype(nla, vectors):
+    torch = pytest.importorskip("torch")
+    few = np.asarray(vectors)[:2]
+    tensor = torch.tensor(few)
+    expected = nla.explain(few.astype(jnp.bfloat16), max_new_tokens=8)
+    rows = list(tensor.to(torch.bfloat16))
+    for given in (
+        tensor.to(torch.bfloat16),
+        tensor.to(torch.bfloat16).requires_grad_(),
+        rows,
+        tuple(rows),
+        jnp.asarray(few, jnp.bfloat16),
+        few.astype(jnp.bfloat16).astype(np.float64).tolist(),
+        [jnp.asarray(row, jnp.bfloat16) for row in few],
+        tensor.to(torch.bfloat16).to_sparse(),
+    ):
+        assert nla.explain(given, max_new_tokens=8) == expected
+    mse, _ = nla.score(["the", "of"], tensor.to(torch.float16))
+    np.testing.assert_allclose(mse, nla.score(["the", "of"], few)[0], atol=1e-2)
+    for kind in (torch.float8_e4m3fn, torch.int8, torch.float64):
+        nla.explain(tensor.to(kind), max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "text",
+        None,
+        [["a"] * 64],
+        [[1.0] * 64, [1.0] * 63],
+        np.zeros((1, 64), np.complex64),
+        np.zeros((1, 64), bool),
+        np.full((1, 64), 1e300),
+        np.full((1, 64), np.nan),
+        np.array([[None] * 64]),
+    ],
+)
+def test_vectors_that_are_no_numbers(nla, wrong):
+    with pytest.raises(UserError, match="vectors: ") as caught:
+        nla.explain(wrong)
+    assert len(str(caught.value)) < 300
+
+
+def test_tensors_that_are_no_numbers(nla):
+    torch = pytest.importorskip("torch")
+    for wrong in (torch.zeros(1, 64, dtype=torch.complex64), torch.zeros(1, 64, device="meta")):
+        with pytest.raises(UserError, match="vectors: should be an array of numbers"):
+            nla.explain(wrong)
+
+
+def test_everything_is_compiled_for_one_round_trip(nla, vectors, monkeypatch):
+    """It tokenises the vocabulary; and a second explanation of another length is none."""
+    made = []
+    monkeypatch.setattr(api, "RoundTrip", lambda *given: made.append(given) or RoundTrip(*given))
+    fresh = nlae_jax.NLA(nla._roles, nla._pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
+    fresh.explain_text("the of")
+    fresh.reconstruct(["the"])
+    short, long = (fresh.explain(np.asarray(vectors)[:2], max_new_tokens=limit) for limit in (8, 48))
+    assert len(made) == 1
+    assert short == ["", ""] and long == nla.explain(np.asarray(vectors)[:2], max_new_tokens=48)
+
+
+def test_the_mesh_is_used(tiny_run, nla, vectors):
+    """The pair's parameters and its batches lie on it, and results are the same."""
+    assert nla._trip._mesh is nla._mesh is not None
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    pair = jax.tree.map(lambda leaf: place(np.asarray(leaf), replicated(mesh)), nla._pair)
+    split = nlae_jax.NLA(nla._roles, pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, mesh)
+    few = np.asarray(vectors)[:3]
+    assert split.explain(few, max_new_tokens=48) == nla.explain(few, max_new_tokens=48)
+    np.testing.assert_allclose(split.reconstruct(["the of"]), nla.reconstruct(["the of"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["$A", "<|endoftext|> $A", "<|endoftext|> $A <|im_end|>"])
+def test_a_text_is_explained_as_extraction_reads_it(nla, tiny_dir, rule):
+    """One beginning, whether the tokenizer adds it or a chat template wrote it, and no end."""
+    tokenizer = load_tokenizer(tiny_dir)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(rule, special_tokens=special)
+    reading = nlae_jax.NLA(nla._roles, nla._pair, tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
+    for text in ("of the list", "<|endoftext|>of the list"):
+        documents = [Document(f"{n}", text) for n in range(4)]
+        (ids, *_) = plan(documents, tokenizer, resolve({"extract.min_position": 1})).ids
+        tokens = [token["token"] for token in reading.explain_text(text)]
+        assert tokens == [tokenizer.decode([index]) for index in ids]
+        assert tokens.count("<|endoftext|>") == (rule != "$A" or text.startswith("<"))
+        assert "<|im_end|>" not in tokens
+
+
+def test_tokens_that_the_model_lacks_are_named(nla, tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(20)])
+    more = nlae_jax.NLA(nla._roles, nla._pair, tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
+    with pytest.raises(UserError, match="text: the token '<extra19>' has id"):
+        more.explain_text("of <extra19>")
+    with pytest.raises(UserError, match="text 1: the token '<extra19>' has id"):
+        more.reconstruct(["of", "of <extra19>"])
+    # What was sampled is not refused: a run would end with all its work done.
+    cut = more._trip.reconstruct_texts(more._pair, ["of <extra19>"])
+    np.testing.assert_allclose(cut, nla.reconstruct(["of"]), rtol=1e-4, atol=1e-4)
+
+
+def test_half_a_surrogate_pair_is_read_as_the_sign_for_it(nla):
+    np.testing.assert_array_equal(nla.reconstruct(["a \ud83d"]), nla.reconstruct(["a \ufffd"]))
+    assert nla.explain_text("the \ud83d")[0]["token"] == "the"
+
+
+def test_one_text_is_no_list_of_texts(nla):
+    with pytest.raises(UserError, match="texts: should be a list"):
+        nla.reconstruct("the of")
 
 
 def test_texts_and_vectors_of_different_numbers(nla, vectors):

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.errors import UserError
 from nlae_jax.evaluate.roundtrip import RoundTrip
+from nlae_jax.export import _copy_tokenizer
+from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.lm.tokens import text_ids
+from nlae_jax.roles.protocol import decoder_ids
 from tests.tiny_run import TinyRun
 
 pytest_plugins = ["tests.tiny_run"]
@@ -232,6 +237,148 @@ def test_a_named_but_unused_beginning_token_is_not_named_in_the_decoder(tiny_run
 
 
 # --- a released pair to start from
+
+
+DATED = "Today is {{ strftime_now('%d %B %Y') }}.\n"
+
+
+def test_a_pair_of_a_troublesome_model(tiny_run, tiny_dir, tmp_path, capsys):
+    """A link to a secret is not given away, and other programs read the prompts of training."""
+    model, secret = shutil.copytree(tiny_dir, tmp_path / "model"), tmp_path / "secret"
+    secret.write_text("#version: 0.2\nmy password\n")
+    (model / "merges.txt").symlink_to(secret)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "<|endoftext|>", "chat_template": DATED + settings["chat_template"]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    raw = Tokenizer.from_file(str(model / "tokenizer.json"))
+    special = [(token, raw.token_to_id(token)) for token in ("<|endoftext|>", "<|im_end|>")]
+    raw.post_processor = processors.TemplateProcessing("<|endoftext|> $A <|im_end|>", special_tokens=special)
+    raw.save(str(model / "tokenizer.json"))
+    changed = {"subject__model": model, "sft__encoder_steps": 2, "sft__decoder_steps": 2, "rl__num_steps": 0}
+    assert main(tiny_run.arguments(tmp_path / "W", "rl", **changed)) == 0
+    command = ["export", "--workdir", str(tmp_path / "W"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(command) == 2
+    assert f"{model}/merges.txt: a link to {secret}, outside of the model" in capsys.readouterr().err
+    assert not any("password" in path.read_text("latin-1") for path in tmp_path.glob("out/**/*") if path.is_file())
+
+    (model / "merges.txt").unlink()
+    assert main(command) == 0
+    run, transformers = nlae_jax.NLA.from_workdir(tmp_path / "W"), pytest.importorskip("transformers")
+    av, ar = (transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / role) for role in ("av", "ar"))
+    meta = yaml.safe_load((tmp_path / "out/ar/nla_meta.yaml").read_text())
+    content = meta["prompt_templates"]["actor"].format(injection_char=meta["tokens"]["injection_char"])
+    chat = av.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    protocol = run._roles.encoder.protocol
+    assert chat.startswith("Today is 26 July 2024.")
+    prompt = [*protocol.encoder_prefix, protocol.marker_id, *protocol.encoder_tail[: -protocol.opening_length]]
+    assert av.encode(chat, add_special_tokens=False) == prompt
+    critic = meta["prompt_templates"]["critic"].format(explanation="a list")
+    assert ar.encode(critic) == decoder_ids(run.tokenizer, protocol, "a list")
+    released = nlae_jax.NLA.from_pretrained(tmp_path / "out/av", tmp_path / "out/ar", str(model))
+    assert released._roles.encoder.protocol == protocol
+    assert relative_error(released.reconstruct(TEXTS), run.reconstruct(TEXTS)) < 1e-5
+
+
+@pytest.fixture
+def source(tiny_dir, tmp_path):
+    return shutil.copytree(tiny_dir, tmp_path / "models/source")
+
+
+def link(path, target):
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "chat_template.jinja", "added_tokens.json", "tokenizer.model"])
+@pytest.mark.parametrize("way", ["absolute", "relative", "twice", "through a directory"])
+def test_a_link_out_of_the_model_is_not_followed(source, tmp_path, name, way):
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    if way == "absolute":
+        link(source / name, secret)
+    elif way == "relative":
+        link(source / name, "../../secret")
+    elif way == "twice":
+        link(source / "inner", secret)
+        link(source / name, "inner")
+    else:
+        link(source / "here", tmp_path)
+        link(source / name, "here/secret")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=rf"{name}: a link to {secret}, outside of the model"):
+        _copy_tokenizer(source, tmp_path / "out", "av")
+    assert not (tmp_path / "out" / name).exists()
+
+
+def test_links_within_a_model_and_in_the_hubs_cache_are_followed(source, tmp_path):
+    """The hub's files lie in `blobs`, under their hashes."""
+    (source / "tokenizer.json").rename(source / "real.json")
+    link(source / "tokenizer.json", "real.json")
+    link(tmp_path / "alias", source)
+    hub = tmp_path / "hub/models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots/0123").mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(source / name, hub / "blobs" / name[::-1])
+        link(hub / "snapshots/0123" / name, f"../../blobs/{name[::-1]}")
+    for number, directory in enumerate((source, tmp_path / "alias", hub / "snapshots/0123")):
+        out = tmp_path / f"out{number}"
+        out.mkdir()
+        _copy_tokenizer(directory, out, "av")
+        assert not any(path.is_symlink() for path in out.iterdir())
+        assert (out / "tokenizer.json").read_bytes() == (source / "real.json").read_bytes()
+    link(hub / "snapshots/0123/merges.txt", "../../refs")
+    (hub / "refs").write_text("main")
+    with pytest.raises(UserError, match="outside of the model"):
+        _copy_tokenizer(hub / "snapshots/0123", tmp_path / "out2", "av")
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("rule", ["$A <|im_end|>", "<|endoftext|> $A <|im_end|>", "<|endoftext|> $A", "$A"])
+def test_a_decoders_tokenizer_puts_nothing_after_a_text(source, tmp_path, rule, named):
+    raw = Tokenizer.from_file(str(source / "tokenizer.json"))
+    special = [(token, raw.token_to_id(token)) for token in ("<|endoftext|>", "<|im_end|>")]
+    raw.post_processor = processors.TemplateProcessing(rule, special_tokens=special)
+    raw.save(str(source / "tokenizer.json"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    bos = {"bos_token": "<|endoftext|>"} if named else {}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | bos))
+    (tmp_path / "ar").mkdir()
+    _copy_tokenizer(source, tmp_path / "ar", "ar")
+    copied, expected = load_tokenizer(tmp_path / "ar"), text_ids(load_tokenizer(source), "of the")
+    assert copied.encode("of the") == expected
+    # The reference's client asserts that a tokenizer which names a beginning also adds it.
+    assert copied.bos_token_id is None or expected[0] == copied.bos_token_id
+
+
+@pytest.mark.parametrize("place", ["settings", "file", "several"])
+def test_an_exported_chat_template_prints_the_date_of_training(source, tmp_path, place):
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    template = DATED + settings.pop("chat_template")
+    if place == "file":
+        (source / "chat_template.jinja").write_text(template)
+    elif place == "several":
+        settings["chat_template"] = [{"name": "default", "template": template}, {"name": "rag", "template": "{{ 1 }}"}]
+    else:
+        settings["chat_template"] = template
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "av").mkdir()
+    _copy_tokenizer(source, tmp_path / "av", "av")
+    chat = [{"role": "user", "content": "the"}]
+    rendered = load_tokenizer(tmp_path / "av").apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    before = load_tokenizer(source)
+    assert rendered.startswith("Today is 26 July 2024.\n<|im_start|>user\nthe")
+    assert before.encode(rendered, add_special_tokens=False) == chat_ids(before, "the")
+    assert (tmp_path / "av/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_date_that_cannot_be_fixed_is_said(source, tmp_path, capsys):
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% set form = '%A' %}{{ strftime_now(form) }}" + settings["chat_template"]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "av").mkdir()
+    _copy_tokenizer(source, tmp_path / "av", "av")
+    assert "prints the date of the day" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 2])

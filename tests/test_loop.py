@@ -1,14 +1,20 @@
 """The loop with batches of several widths: each is compiled before the first step, and resuming changes nothing."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.pipeline import bucket_widths, bucketed_batches
+from nlae_jax.errors import UserError
 from nlae_jax.mesh import make_mesh, replicated
-from nlae_jax.train.loop import Stage, compiled, run_stage
+from nlae_jax.train.loop import Stage, _check_learned, compiled, run_stage
+from nlae_jax.train.state import RlState, RoleState
+from nlae_jax.train.steps import apply_update
 
 STEPS, SIZE = 23, 4
 LENGTH = np.random.default_rng(0).integers(1, 40, 90)
@@ -78,6 +84,75 @@ def test_stopped_run_continues_with_the_same_batches(tmp_path, caplog, stop):
     result, again = run(tmp_path / "stopped", caplog)
     assert result == whole
     assert again.seen == watched.seen[(stop - 1) // 5 * 5 :]
+
+
+class Constant:
+    """An iterator of one batch."""
+
+    def __next__(self):
+        return {"x": np.ones((2, 2), np.float32)}
+
+    def get_state(self):
+        return b"{}"
+
+    def set_state(self, state):
+        pass
+
+
+def learning(workdir, steps, finite, every=3):
+    """A stage with an optimiser whose gradient is finite in the steps that `finite` names (counted from 1)."""
+    mesh, optimizer = make_mesh(MeshConfig()), optax.adamw(lambda count: 0.1)
+
+    def update(state, frozen, batch):
+        good = (jnp.asarray(finite) == state.step + 1).any()
+        gradient = {"w": jnp.where(good, 1.0, jnp.nan)}
+        state, norm, skipped = apply_update(state, gradient, optimizer)
+        return state, {"loss": norm, "skipped_updates": skipped, "tokens": jnp.ones(())}
+
+    trained = {"w": jnp.zeros(())}
+    state = RoleState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    state = jax.device_put(state, replicated(mesh))
+    frozen = jax.device_put({}, replicated(mesh))
+    stage = Stage("toy", steps, compiled(update, state, mesh), Constant())
+    config = resolve({"checkpoint.every_steps": every})
+    return run_stage(stage, state, frozen, mesh, config, workdir)
+
+
+def logged(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 30])
+def test_a_stage_that_skips_every_update_fails_soon_and_again(tmp_path, steps):
+    """Not after days, and not with a checkpoint that passes for a finished stage."""
+    last = min(steps, 10)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"toy: none of the first {last} updates was made, because no gradient"):
+            learning(tmp_path, steps, finite=[0])
+        assert logged(tmp_path) == list(range(1, last + 1))
+    assert not (tmp_path / "checkpoints/toy" / str(steps)).exists()
+
+
+@pytest.mark.parametrize(("steps", "finite"), [(1, [1]), (4, [4]), (30, [10]), (14, [3])])
+def test_one_update_is_enough(tmp_path, steps, finite):
+    assert learning(tmp_path, steps, finite).trained["w"] != 0
+    assert logged(tmp_path) == list(range(1, steps + 1))
+
+
+def test_a_run_that_goes_on_has_learned_before(tmp_path):
+    """Skipping all that is left of it is no failure."""
+    learning(tmp_path, 3, [1, 2, 3])
+    assert int(learning(tmp_path, 6, [1]).step) == 6
+
+
+def test_the_role_that_learns_nothing_is_named():
+    optimizer, trained = optax.adamw(0.1), {"w": jnp.zeros(())}
+    still = RoleState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+    moved, _, _ = apply_update(still, {"w": jnp.ones(())}, optimizer)
+    _check_learned("rl", 10, RlState(moved, moved, jnp.zeros(2)))
+    for role, state in {"encoder": RlState(still, moved, jnp.zeros(2)), "decoder": RlState(moved, still, None)}.items():
+        with pytest.raises(UserError, match=f"rl: none of the first 10 updates of the {role} was made"):
+            _check_learned("rl", 10, state)
 
 
 def test_a_width_that_was_not_announced_is_an_error(tmp_path, caplog):
