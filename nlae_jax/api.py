@@ -137,27 +137,40 @@ class NLA:
 
         Position 0 is an attention sink whose activation holds nothing of the text; read it with that in mind.
         """
-        tokenizer = self.tokenizer
-        ids = text_ids(tokenizer, encodable(text))
-        check_ids(ids, self.subject.arch.vocab_size, tokenizer, "text")
+        return self.explain_texts([text], temperature)[0]
+
+    def explain_texts(self, texts: Sequence[str], temperature: float = 0.0) -> list[list[dict[str, Any]]]:
+        """The same for several texts, whose tokens are explained together."""
+        read = [self._read(text, f"text {number}") for number, text in enumerate(texts)]
+        vectors = np.concatenate([vectors for _, vectors in read])
+        explanations = self.explain(vectors, temperature, self.max_new_tokens)
+        mse, cos = self.score(explanations, vectors)
+        rows = iter(zip(explanations, cos.tolist(), mse.tolist(), strict=True))
+        names = ("explanation", "cos", "mse")
+        return [
+            [
+                {
+                    "position": position,
+                    "token": self.tokenizer.decode([token]),
+                    **dict(zip(names, next(rows), strict=True)),
+                }
+                for position, token in enumerate(ids)
+            ]
+            for ids, _ in read
+        ]
+
+    def _read(self, text: str, where: str) -> tuple[list[int], np.ndarray]:
+        """A text's token ids and their activations [T, d]."""
+        ids = text_ids(self.tokenizer, encodable(text))
+        check_ids(ids, self.subject.arch.vocab_size, self.tokenizer, where)
         if len(ids) > MAX_TOKENS:
-            raise UserError(f"text: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts")
+            raise UserError(
+                f"{where}: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts"
+            )
         width = -(-len(ids) // 64) * 64
         padded, mask = np.zeros((1, width), np.int32), np.arange(width)[None] < len(ids)
         padded[0, : len(ids)] = ids
-        vectors = np.asarray(self.subject.residual(padded, self.layer, mask=mask))[0, : len(ids)]
-        texts = self.explain(vectors, temperature, self.max_new_tokens)
-        mse, cos = self.score(texts, vectors)
-        return [
-            {
-                "position": position,
-                "token": tokenizer.decode([ids[position]]),
-                "explanation": texts[position],
-                "cos": float(cos[position]),
-                "mse": float(mse[position]),
-            }
-            for position in range(len(ids))
-        ]
+        return ids, np.asarray(self.subject.residual(padded, self.layer, mask=mask))[0, : len(ids)]
 
     @property
     def _d_model(self) -> int:
@@ -224,7 +237,9 @@ def _with_adapters(
         "value_head": decoder.value_head(mesh),
     }
     pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
-    return NLA(roles, pair, tokenizer, lambda: LanguageModel(arch, base, tokenizer))
+    stops = stop_ids(encoder.directory, tokenizer)
+    subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
+    return NLA(roles, pair, tokenizer, subject, mesh=mesh)
 
 
 def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

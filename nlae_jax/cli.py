@@ -150,9 +150,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     explain.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
     explain.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
     source = explain.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="the text itself")
+    source.add_argument("--text", action="append", help="the text itself; may be given several times")
     source.add_argument("--file", type=Path, help="a UTF-8 text file")
     explain.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
+    explain.add_argument("--html", type=Path, help="file that gets a page: tokens coloured by score, words on hover")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
     explain.set_defaults(run=_run_explain)
     help_text = "write the trained pair as model directories that transformers and the PyTorch reference load"
@@ -353,9 +354,10 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     if options.workdir and not (options.workdir / "config.json").exists():
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
-    text = options.text.encode("utf-8", "replace").decode() if options.text is not None else _read_text(options.file)
-    if not text.strip():
-        raise UserError(f"{'--text' if options.text is not None else options.file}: empty; there is nothing to explain")
+    given = [text.encode("utf-8", "replace").decode() for text in options.text or ()]
+    texts = given or [_read_text(options.file)]
+    if not all(text.strip() for text in texts):
+        raise UserError(f"{'--text' if given else options.file}: empty; there is nothing to explain")
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature: {options.temperature} should be 0 or more")
     _start_jax()
@@ -371,15 +373,22 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
         pair = (options.model, "") if options.model else (options.av, options.ar)
         nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
-    tokens = nla.explain_text(text, temperature=options.temperature)
+    explained = nla.explain_texts(texts, temperature=options.temperature)
     if options.json:
-        print(json.dumps({"tokens": tokens}, ensure_ascii=False))
+        results = [{"tokens": tokens} for tokens in explained]
+        print(json.dumps(results[0] if len(results) == 1 else {"texts": results}, ensure_ascii=False))
     else:
         from rich.console import Console
 
         from nlae_jax.evaluate.table import explanation_table
 
-        Console().print(explanation_table(tokens))
+        for tokens in explained:
+            Console().print(explanation_table(tokens))
+    if options.html:
+        from nlae_jax.evaluate.explanation_page import write_explanation_page
+
+        write_explanation_page(options.html, explained, options.model or str(options.workdir or options.av), nla.layer)
+        print(f"page: {options.html}", file=sys.stderr)
     return 0
 
 

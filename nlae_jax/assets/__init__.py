@@ -10,6 +10,9 @@ _HERE = Path(__file__).parent
 WARMSTART_NOTES = _HERE / "warmstart" / "notes.jsonl"
 WARMSTART_PASSAGES = _HERE / "warmstart" / "passages.jsonl"
 
+# The template of the page that `nlae explain --html` writes.
+EXPLANATION_PAGE = _HERE / "explanation.html.jinja"
+
 
 def pair_directory(name: str) -> Path | None:
     """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""

@@ -1,0 +1,138 @@
+"""Adapters as directories: written, read back equal, loaded by name, trained on, and refused where they do not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import nlae_jax
+from nlae_jax import assets
+from nlae_jax.cli import main
+from nlae_jax.errors import UserError
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.lora import init_adapters, merge
+from nlae_jax.lm.pretrained import resolve_model
+from nlae_jax.lm.weights import hf_name, load_params
+from nlae_jax.roles.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
+
+pytest_plugins = ["tests.tiny_run"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, dict]:
+    """A directory of adapters for the tiny model, and the adapters."""
+    arch = read_arch(resolve_model("random:tiny"))
+    adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(jax.random.PRNGKey(0), arch, 3))
+    write_adapters(tmp_path, arch, adapters, 6.0, "random:tiny", "float32")
+    return tmp_path, adapters
+
+
+def test_adapters_are_read_back_equal(written: tuple[Path, dict]) -> None:
+    directory, adapters = written
+    assert has_adapters(directory)
+    file = open_adapters(directory)
+    assert (file.rank, file.alpha, file.base_model) == (3, 6.0, "random:tiny")
+    back = file.read(read_arch(resolve_model("random:tiny")))
+    jax.tree.map(np.testing.assert_array_equal, adapters, back)
+
+
+def test_tensors_are_those_of_the_peft_library(written: tuple[Path, dict]) -> None:
+    """W + (alpha / r) B A on HF's [out, in] is the transpose of what `lora.merge` makes of ours."""
+    directory, adapters = written
+    model = resolve_model("random:tiny")
+    arch, tensors = read_arch(model), load_file(directory / WEIGHTS)
+    base = load_params(model, arch)
+    for name in ("q", "down"):
+        module = "base_model.model." + hf_name(arch, name, 1).removesuffix(".weight")
+        a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        weight = base["blocks"][name][1]
+        expected = np.asarray(weight).T + 2.0 * b @ a
+        layer = jax.tree.map(lambda x: x[1], adapters[name])
+        np.testing.assert_allclose(np.asarray(merge(weight, layer, 2.0)).T, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("r", 0),
+        ("r", True),
+        ("r", "3"),
+        ("r", 10**9),
+        ("lora_alpha", None),
+        ("lora_alpha", -1),
+        ("base_model_name_or_path", ""),
+        ("use_dora", True),
+    ],
+)
+def test_what_is_not_supported_is_named(written: tuple[Path, dict], field: str, value: object) -> None:
+    directory, _ = written
+    content = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(content | {field: value}))
+    with pytest.raises(UserError, match=rf"{CONFIG}: {field}"):
+        open_adapters(directory)
+
+
+def test_a_tensor_of_another_rank_is_named(written: tuple[Path, dict]) -> None:
+    directory, _ = written
+    content = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(content | {"r": 4}))
+    with pytest.raises(UserError, match="lora_A"):
+        open_adapters(directory).read(read_arch(resolve_model("random:tiny")))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A workdir whose roles have adapters, and its export of the adapters alone."""
+    workdir, out = tmp_path_factory.mktemp("lora") / "W", tmp_path_factory.mktemp("adapters") / "pair"
+    changed = {"lora__rank": 4, "lora__alpha": 8.0, "subject__layer": 0, "sft__encoder_steps": 12, "rl__num_steps": 2}
+    assert main(tiny_run.arguments(workdir, **changed)) == 0
+    assert main(["export", "--workdir", str(workdir), "--out", str(out), "--dtype", "float32", "--adapters"]) == 0
+    return workdir, out
+
+
+def test_a_pair_is_loaded_by_name_and_says_the_same(
+    lora_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, out = lora_run
+    trained, loaded = nlae_jax.NLA.from_workdir(workdir), nlae_jax.NLA.from_pretrained(out)
+    trained.max_new_tokens = loaded.max_new_tokens
+    text = "the text of the land"
+    expected = trained.explain_text(text)
+    assert loaded.explain_text(text) == expected
+    monkeypatch.setattr(assets, "_HERE", tmp_path)
+    shutil.copytree(out, tmp_path / "pairs/tiny")
+    assert assets.pair_names() == ["tiny"]
+    named = nlae_jax.NLA.from_pretrained("tiny")
+    assert named.explain_text(text) == expected
+    assert named.explain_texts([text, "of the"])[0] == expected
+
+
+def test_training_goes_on_from_adapters(lora_run: tuple[Path, Path], tiny_run: Any, tmp_path: Path) -> None:
+    workdir, out = lora_run
+    changed = {"lora__rank": 4, "lora__alpha": 8.0, "subject__layer": 0, "init__pair": str(out)}
+    changed |= {"sft__encoder_steps": 0, "sft__decoder_steps": 0, "rl__num_steps": 1}
+    assert main(tiny_run.arguments(tmp_path / "W", **changed)) == 0
+    before, after = (json.loads((path / "eval.json").read_text()) for path in (workdir, tmp_path / "W"))
+    assert after["fve_before_rl"] == pytest.approx(before["fve"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("field", "message"), [("lora__rank", "rank: 5 should be 4"), ("lora__alpha", "should be 8")])
+def test_another_rank_or_scale_is_refused(
+    lora_run: tuple[Path, Path], tiny_run: Any, tmp_path: Path, capsys: Any, field: str, message: str
+) -> None:
+    changed = {"lora__rank": 4, "lora__alpha": 8.0, "subject__layer": 0, "init__pair": str(lora_run[1])} | {field: 5}
+    assert main(tiny_run.arguments(tmp_path / "W", **changed)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_full_models_and_adapters_are_no_pair(lora_run: tuple[Path, Path], tmp_path: Path) -> None:
+    workdir, out = lora_run
+    assert main(["export", "--workdir", str(workdir), "--out", str(tmp_path / "whole")]) == 0
+    with pytest.raises(UserError, match="should hold adapters"):
+        nlae_jax.NLA.from_pretrained(out / "av", tmp_path / "whole/ar")
