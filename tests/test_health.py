@@ -70,6 +70,7 @@ def test_a_repeated_item_is_found(text):
         'a "cat, cat" in quotes',
         "data, database and databases",
         "He, however, and he said",
+        "He had had that that year",
         "a well-known, well-known-ish fact",
     ],
 )
@@ -102,7 +103,7 @@ def test_sentences_words_and_candidates():
     assert candidates(NOTE) == ["drops", "falls", "slopes"]
     assert candidates(TEMPLATE) == ["of", "to"]
     assert candidates('Next comes ".", "!" or " x". It says "no".') == [".", "!", "x"]
-    assert candidates("“a” or “b”, then") == ["a", "b"]
+    assert candidates("“a” or “b”, then") == candidates('an empty "", "a", " " or "b"') == ["a", "b"]
     assert candidates("No quote here. Then “a”.") == candidates("") == candidates('an open "quote') == []
 
 
@@ -145,6 +146,12 @@ def test_the_numbers_by_hand():
             "changed_candidates": 1 / 2,
         }
     )
+
+
+def test_both_kinds_of_repetition_count():
+    measured = health([NOTE, '"a" or "a"', "It ends. It ends.", '"a" or "a". "a" or "a".'], MARKER)
+    assert (measured["repeated_item_rate"], measured["repeated_sentence_rate"]) == (1 / 2, 1 / 2)
+    assert measured["repeated_rate"] == 3 / 4
 
 
 def test_one_template_for_all():
@@ -219,6 +226,7 @@ def test_every_measure_is_told_once_and_every_bound_has_advice():
         ({"fve_gold_gap": -0.1, "fve": -0.1}, "fve_gold_gap", None),
         ({"fve_gold_gap": -0.1}, "fve_gold_gap", None),
         ({"fve_gold_gap": -0.1, "fve": math.nan}, "fve_gold_gap", None),
+        ({"fve_gold_gap": -0.1, "fve": None}, "fve_gold_gap", None),
         ({"fve_vector_gap": 0.0}, "fve_vector_gap", False),
         ({"identical_to_zero": 0.06}, "identical_to_zero", False),
         ({"distinct_1": 0.0}, "distinct_1", None),

@@ -2,7 +2,7 @@
 
 Reinforcement learning can raise FVE while every explanation becomes one template, repeats itself or turns into another
 script. Everything here is computed from the text alone, by the same functions in training (every RL step, on its
-samples) and in evaluation (on held-out activations), and is held against the same `BOUNDS`.
+samples) and in evaluation (on held-out activations), and is held against the same bounds, those of `MEASURES`.
 
 Empty texts are explanations that could not be read. They are left out: `extraction_rate` counts them.
 """
@@ -25,8 +25,8 @@ _CJK = (
     "\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
 )
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
-_QUOTED = '"[^"\n]{1,80}"|“[^”\n]{1,80}”'
-# These scripts do not put spaces between words: each of their characters counts as a word.
+_QUOTED = '"[^"\n]{0,80}"|“[^”\n]{0,80}”'
+# Most of these scripts put no spaces between words: each of their characters counts as one.
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+(?:['’][^\\W_{_CJK}]+)*")
 _SENTENCE_END = r"[.!?](?=[\s\"”’')\]]|$)|[。！？\n]"
 _SENTENCE_PART = re.compile(f"(?:{_QUOTED})|({_SENTENCE_END})")
@@ -51,7 +51,7 @@ def candidates(text: str) -> list[str]:
 
     `Next comes "a", "b" or a new line.` and `"a" or "b", then the verb.` both give a and b.
     """
-    return [item[1:-1].strip() for item in re.findall(_QUOTED, sentences(text)[0])]
+    return [item for quoted in re.findall(_QUOTED, sentences(text)[0]) if (item := quoted[1:-1].strip())]
 
 
 def has_repeated_sentence(text: str) -> bool:
