@@ -1,4 +1,4 @@
-"""The loop with batches of several widths: each is compiled before the first step, and resuming changes nothing."""
+"""The loop: batches of several widths, each compiled before the first step; what a step shows; resuming."""
 
 import json
 
@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from nlae_jax.config import MeshConfig, resolve
-from nlae_jax.data.pipeline import bucket_widths, bucketed_batches
+from nlae_jax.data.pipeline import batches, bucket_widths, bucketed_batches
 from nlae_jax.errors import UserError
 from nlae_jax.mesh import make_mesh, replicated
 from nlae_jax.train.loop import Stage, _check_learned, compiled, run_stage
+from nlae_jax.train.metrics import read
 from nlae_jax.train.state import RlState, RoleState
-from nlae_jax.train.steps import apply_update
+from nlae_jax.train.steps import OBSERVED, apply_update
 
 STEPS, SIZE = 23, 4
 LENGTH = np.random.default_rng(0).integers(1, 40, 90)
@@ -159,3 +160,64 @@ def test_a_width_that_was_not_announced_is_an_error(tmp_path, caplog):
     for _ in range(2):  # a second try does not pass as finished
         with pytest.raises(RuntimeError, match="no example announced"):
             run(tmp_path, caplog, widths=WIDTHS[:2])
+
+
+# --- what a step shows beside scalars
+
+
+def run_observed(workdir, fail=0, every=5, observe=True):
+    """A stage whose step shows an array; the steps at which it was looked at, in the order of things."""
+    mesh, happened = make_mesh(MeshConfig()), []
+
+    def show(state, frozen, batch):
+        w = state["w"] + batch["x"].sum()
+        return {"w": w}, {"loss": w, "tokens": jnp.asarray(1), OBSERVED: {"rows": batch["x"], "sum": w}}
+
+    state, frozen = jax.device_put(({"w": jnp.zeros(())}, {}), replicated(mesh))
+    step = compiled(show, state, mesh)
+
+    class Dispatching:
+        _cache_size = step._cache_size
+
+        def __call__(self, *arguments):
+            happened.append("step")
+            if happened.count("step") == fail:
+                raise Killed
+            return step(*arguments)
+
+    def look(arrays):
+        happened.append("look")
+        assert type(arrays["rows"]) is np.ndarray and arrays["rows"].shape == (SIZE, 1)
+        return {"seen": float(arrays["sum"]) + 0.5}
+
+    iterator = batches(len(LENGTH), SIZE, 1, lambda rows: {"x": np.float32(rows[:, None])})
+    watching = {"observe": look, "at_checkpoint": lambda number: happened.append(number)} if observe else {}
+    stage = Stage("toy", 12, Dispatching(), iterator, **watching)
+    run_stage(stage, state, frozen, mesh, resolve({"checkpoint.every_steps": every}), workdir)
+    return happened, [
+        {name: row.get(name) for name in ("step", "loss", "seen")} for row in read(workdir / "metrics.jsonl")
+    ]
+
+
+def test_what_a_step_shows_is_looked_at_one_step_late_and_logged_with_it(tmp_path):
+    happened, rows = run_observed(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(row["seen"] == row["loss"] + 0.5 for row in rows)
+    assert happened[:6] == ["step", "step", "look", "step", "look", "step"]
+    after_steps = [event for event in happened if event != "step"]
+    assert after_steps == [*["look"] * 5, 5, *["look"] * 5, 10, "look", "look", 12]
+
+
+def test_looking_begins_again_at_the_checkpoint(tmp_path):
+    _, whole = run_observed(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run_observed(tmp_path / "stopped", fail=8)
+    happened, rows = run_observed(tmp_path / "stopped")
+    assert rows == whole
+    assert [event for event in happened if event != "step"] == [*["look"] * 5, 10, "look", "look", 12]
+
+
+def test_what_nobody_looks_at_is_left_out(tmp_path):
+    happened, rows = run_observed(tmp_path, observe=False)
+    assert set(happened) == {"step"}
+    assert len(rows) == 12 and all(row["seen"] is None for row in rows)

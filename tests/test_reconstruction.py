@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.evaluate.reconstruction import bootstrap, direction_mse, fve, mismatched, summarise, variances
+from nlae_jax.evaluate.reconstruction import (
+    UNINFORMED,
+    bootstrap,
+    direction_mse,
+    fve,
+    mismatched,
+    summarise,
+    uninformed,
+    variances,
+)
 from tests.conftest import vectors
 
 COUNTS = st.lists(st.integers(1, 7), min_size=1, max_size=8)
@@ -74,6 +83,28 @@ def test_mismatched_depends_on_the_seed():
     documents = rows_of([2] * 20, 0)
     assert (mismatched(documents, 0) != mismatched(documents, 1)).any()
     np.testing.assert_array_equal(mismatched(documents, 0), mismatched(documents, 0))
+
+
+# --- vectors that say nothing
+
+
+def test_uninformed_vectors():
+    h = vectors(30, 16) * np.linspace(1, 3, 30)[:, None].astype(np.float32)
+    made = uninformed(h, 0)
+    assert tuple(made) == UNINFORMED
+    assert all(vector.shape == h.shape and vector.dtype == np.float32 for vector in made.values())
+    assert (made["zero"] == 0).all()
+    length = np.median(np.linalg.norm(h, axis=1))
+    for name in ("mean_vector", "random_vector"):
+        np.testing.assert_allclose(np.linalg.norm(made[name], axis=1), length, rtol=1e-5)
+    np.testing.assert_allclose(
+        directions(made["mean_vector"]), directions(np.tile(directions(h).mean(0), (30, 1))), atol=1e-4
+    )
+    assert fve(direction_mse(made["mean_vector"], h), variances(h)) < 0
+    spread = directions(made["random_vector"])
+    assert abs((spread[:-1] * spread[1:]).mean(1)).max() < 0.9  # another one in each row
+    np.testing.assert_array_equal(made["random_vector"], uninformed(h, 0)["random_vector"])
+    assert (made["random_vector"] != uninformed(h, 1)["random_vector"]).any()
 
 
 # --- the interval
@@ -144,8 +175,28 @@ def test_gold_is_measured_on_the_rows_that_have_it():
     summary = summarise(h, documents, mse, 10, 0)
     odd = np.arange(len(h)) % 2 == 1
     assert summary["fve_gold"] == pytest.approx(fve(mse["gold"][odd], variances(h)[odd]))
+    on_same_rows = fve(mse["gold"][odd], variances(h)[odd]) - fve(mse["after"][odd], variances(h)[odd])
+    assert summary["fve_gold_gap"] == pytest.approx(on_same_rows)
+    assert summary["fve_gold_gap"] != pytest.approx(summary["fve_gold"] - summary["fve"])
     mse["gold"][:] = np.nan
-    assert summarise(h, documents, mse, 10, 0)["fve_gold"] is None
+    summary = summarise(h, documents, mse, 10, 0)
+    assert summary["fve_gold"] is None and summary["fve_gold_gap"] is None
+
+
+def test_uninformed_explanations_are_set_against_the_true_ones_on_the_same_rows():
+    h, documents, mse = case()
+    first = np.arange(len(h)) < 10
+    for name, value in zip(UNINFORMED, (1.5, 1.2, 1.9), strict=True):
+        mse[name] = np.where(first, value, np.nan)
+    summary = summarise(h, documents, mse, 10, 0)
+    variance = variances(h)[first]
+    assert summary["fve_zero"] == pytest.approx(1 - 1.5 / variance.mean())
+    assert summary["fve_random_vector"] == pytest.approx(1 - 1.9 / variance.mean())
+    best = 1 - 1.2 / variance.mean()
+    assert summary["fve_mean_vector"] == pytest.approx(best)
+    assert summary["fve_vector_gap"] == pytest.approx(fve(mse["after"][first], variance) - best)
+    without = summarise(*case(), 10, 0)
+    assert {without[f"fve_{name}"] for name in (*UNINFORMED, "vector_gap")} == {None}
 
 
 def test_gain_is_paired():

@@ -161,6 +161,49 @@ def test_before_rl_no_number_is_made_up(tmp_path):
     assert ruler == ["mean prediction", "explanations"]
 
 
+def health_table(html):
+    """Of each line of the table of health: its value, what it should be, what to do."""
+    lines = re.findall(r"<tr><td><code>(\w+)</code> (.*?)</td><td>([^<]*)</td><td>([^<]*)</td></tr>", html)
+    advice = {key: re.findall(r'<span class="flag">([^<]+)</span>', text) for key, text, _, _ in lines}
+    return {key: (value, bound, *advice[key]) for key, _, value, bound in lines}
+
+
+def test_health_is_beside_its_bounds(tmp_path):
+    measured = {
+        "repeated_rate": 0.31,
+        "distinct_explanations": 1.0,
+        "distinct_2": 0.8,
+        "changed_candidates": None,
+        "fve_gold_gap": -0.07,
+    }
+    html = render(workdir(tmp_path / "w", evaluation=EVALUATION | measured))
+    text = Page(html).text
+    lines = health_table(html)
+    assert lines.keys() == measured.keys() - {"changed_candidates"}
+    assert lines["distinct_explanations"] == ("1.000", "at least 0.95")
+    assert lines["distinct_2"] == ("0.800", "–")
+    assert lines["repeated_rate"][:2] == ("0.310", "at most 0.02") and "rl.kl_coef" in lines["repeated_rate"][2]
+    assert lines["fve_gold_gap"][:2] == ("−0.070", "above 0 where fve is above 0") and len(lines["fve_gold_gap"]) == 3
+    assert "Bounds crossed: 2." in text
+    healthy = render(workdir(tmp_path / "healthy", evaluation=EVALUATION | {"repeated_rate": 0.0}))
+    assert "No bound is crossed." in Page(healthy).text and 'class="flag"' not in healthy
+    assert "Health of the explanations" not in render(workdir(tmp_path / "old"))  # made before there were measures
+
+
+def test_health_during_training_is_drawn(tmp_path):
+    path = workdir(tmp_path / "w")
+    log = MetricsLog(path / "metrics.jsonl")
+    for step in range(61, 64):
+        log.append(
+            {"stage": "rl", "step": step, "repeated_item_rate": 0.1 * (step - 60), "cjk_rate": 0.0, "distinct_2": 0.9}
+        )
+    html = render(path)
+    Page(html)
+    assert '<span class="key k0">repeated_item_rate <b>0.3</b>' in html
+    assert '<span class="key k1">cjk_rate <b>0</b>' in html and "distinct_2 <b>0.9</b>" in html
+    assert "Repetition" not in render(workdir(tmp_path / "old"))
+
+
 def test_a_gain_that_may_be_none_is_said_to_be(tmp_path):
     html = render(workdir(tmp_path / "w", evaluation=EVALUATION | {"fve_gain_ci95": [-0.02, 0.34]}))
     assert cards(html)["Gained by RL"][1] == "95% interval −0.020 to 0.340; it contains 0, so RL may have added nothing"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig, load_config
-from nlae_jax.evaluate.roundtrip import RoundTrip
+from nlae_jax.evaluate.roundtrip import RoundTrip, read_samples
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
 from nlae_jax.run import Run
@@ -77,6 +77,17 @@ def test_texts_are_what_the_ids_say(run, written):
         assert bool(text) == (length > 0)
         assert run.tokenizer.decode(ids[:length]).strip() == text
         assert response.startswith("<explanation>\n")
+
+
+def test_samples_are_read_up_to_their_length(run):
+    """What stands after a response's end is not a part of it; without a closing tag there is no explanation."""
+    encode = lambda text: run.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    closed, opened = [*encode(" the of "), *run.protocol.closing, run.protocol.eos_id], encode("the of")
+    tokens = np.zeros((3, len(closed) + 2), np.int32)
+    tokens[0, : len(closed)], tokens[1, : len(opened)], tokens[2] = closed, opened, tokens[2]
+    responses, texts = read_samples(run.tokenizer, run.protocol, tokens, np.array([len(closed), len(opened), 0]))
+    assert texts == ["the of", "", ""]
+    assert responses == ["<explanation>\n the of </explanation>", "<explanation>\nthe of", "<explanation>\n"]
 
 
 def test_draws_depend_on_the_seed_alone(trip, pair, h, written):

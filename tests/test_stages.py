@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +12,9 @@ import pytest
 from nlae_jax.cli import main
 from nlae_jax.config import load_config
 from nlae_jax.data.activations import SPLITS, ActivationStore
+from nlae_jax.evaluate.health import MEASURES, health
+from nlae_jax.evaluate.reconstruction import UNINFORMED
+from nlae_jax.evaluate.roundtrip import RoundTrip
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.train import metrics
 
@@ -37,6 +42,11 @@ FIELDS = {
         "skipped_updates",
         "grad_norm_encoder",
         "grad_norm_decoder",
+        "repeated_rate",
+        "repeated_item_rate",
+        "repeated_sentence_rate",
+        "marker_rate",
+        "cjk_rate",
     },
 }
 EVAL_FIELDS = {
@@ -48,6 +58,11 @@ EVAL_FIELDS = {
     "fve_gold",
     "fve_before_rl",
     "fve_gain_ci95",
+    "fve_gold_gap",
+    "fve_zero",
+    "fve_mean_vector",
+    "fve_random_vector",
+    "fve_vector_gap",
     "cos",
     "num_activations",
     "num_documents",
@@ -99,6 +114,15 @@ def test_rl_has_something_to_learn_from(tiny_run):
     assert rows[0]["kl"] < 1e-10 < 1e-8 < rows[-1]["kl"]  # the reference is the encoder before RL, up to rounding
 
 
+def test_rl_says_how_different_explanations_are(tiny_run):
+    """Where a step has readable ones of several activations."""
+    rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "rl"]
+    measured = {"distinct_1", "distinct_2", "distinct_3", "distinct_explanations", "changed_words"}
+    assert sum(measured <= row.keys() for row in rows) >= len(rows) / 2
+    assert all(0 <= row[name] <= 1 for row in rows for name in measured & row.keys())
+    assert any(row["distinct_1"] < row["distinct_3"] for row in rows if "distinct_3" in row)
+
+
 def test_logp_gap_is_small(tiny_run):
     """Sampler and trainer are one program in float32."""
     rows = [row for row in metrics.read(tiny_run.workdir / "metrics.jsonl") if row["stage"] == "rl"]
@@ -117,7 +141,7 @@ def test_checkpoints_keep_the_last_two(tiny_run, stage):
 
 
 def test_eval_json(tiny_run, result):
-    assert result.keys() >= EVAL_FIELDS
+    assert result.keys() >= EVAL_FIELDS | {measure.key for measure in MEASURES}
     low, high = result["fve_ci95"]
     assert low <= result["fve"] <= high
     low, high = result["fve_gain_ci95"]
@@ -125,6 +149,42 @@ def test_eval_json(tiny_run, result):
     assert result["fve"] < result["fve_meannorm"]
     assert result["num_activations"] == tiny_run.settings["eval.num_activations"]
     assert 2 <= result["num_documents"] <= tiny_run.num_documents
+
+
+def test_health_is_of_the_samples_that_were_written(tiny_run, result):
+    lines = (tiny_run.workdir / "samples/held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["explanation"] for line in lines]
+    marker = json.loads((tiny_run.workdir / "protocol.json").read_text(encoding="utf-8"))["marker"]
+    measured = health(texts, marker)
+    assert len(measured) >= 10
+    assert {name: result[name] for name in measured} == measured
+    assert all(0 <= result[f"identical_to_{name}"] <= 1 for name in UNINFORMED)
+    assert result["fve_vector_gap"] == pytest.approx(result["fve"] - max(result[f"fve_{name}"] for name in UNINFORMED))
+    assert result["fve_gold_gap"] == pytest.approx(result["fve_gold"] - result["fve"])  # every row is described
+
+
+def test_explanations_of_other_vectors_tell_whether_the_encoder_reads_its_own(tiny_run, tmp_path, monkeypatch, capsys):
+    """An encoder that is given the same vector whatever was to be injected writes the same as for a zero vector."""
+    explain, given = RoundTrip.explain, []
+
+    def blind(self, pair, vectors, *rest):
+        given.append(vectors)
+        return explain(self, pair, np.ones_like(vectors), *rest)
+
+    monkeypatch.setattr(RoundTrip, "explain", blind)
+    workdir = tmp_path / "W"
+    shutil.copytree(tiny_run.workdir, workdir)
+    (workdir / "eval.json").unlink()
+    assert main(tiny_run.arguments(workdir, "eval")) == 0
+    result = json.loads((workdir / "eval.json").read_text())
+    assert [result[f"identical_to_{name}"] for name in UNINFORMED] == [1.0] * 3
+    assert result["fve_vector_gap"] == pytest.approx(0, abs=1e-6)
+    _, true, zero, mean, random = given
+    assert (zero == 0).all() and (mean == mean[0]).all() and (random[0] != random[1]).any()
+    assert zero.shape == mean.shape == random.shape == true.shape
+    said = re.findall(r"^warning: eval: (\w+) \S+ \(12 held-out activations\) should be", capsys.readouterr().err, re.M)
+    assert said == [measure.key for measure in MEASURES if measure.is_healthy(result) is False]
+    assert {f"identical_to_{name}" for name in UNINFORMED} < set(said)
 
 
 def test_samples_are_the_held_out_activations(tiny_run, result):

@@ -32,6 +32,7 @@ from nlae_jax.train.state import (
     sft_schedule,
 )
 from nlae_jax.train.steps import (
+    OBSERVED,
     SplitStep,
     apply_update,
     decoder_sft_step,
@@ -174,7 +175,9 @@ def alone(settings):
 def assert_metrics_close(ours, theirs, tolerance):
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        for name in other:
+        if OBSERVED in other:
+            assert_equal_trees(mine[OBSERVED], other[OBSERVED])
+        for name in other.keys() - {OBSERVED}:
             # Differences of log-probs are rounding errors themselves.
             bound = 1e-5 if name == "logp_gap" else tolerance * max(1.0, abs(other[name]))
             assert abs(mine[name] - other[name]) <= bound, name
@@ -316,6 +319,7 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     assert metrics["zero_variance_groups"] == 7
     assert metrics["extraction_rate"] == 1 / 16
     assert metrics["truncated_rate"] == 15 / 16
+    assert_equal_trees(metrics[OBSERVED], {"tokens": tokens, "lengths": lengths})  # for whoever reads the words
     gained = (np.asarray(log_probs(encoder.trained)) - before)[0]
     sign = np.sign(objectives.FAILED_MSE - mse[0, 0])
     assert sign * gained[0, :4].sum() > 1e-4  # the better response becomes likelier

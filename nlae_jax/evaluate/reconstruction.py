@@ -9,6 +9,9 @@ import numpy as np
 
 from nlae_jax.train import objectives
 
+# Vectors that `uninformed` makes.
+UNINFORMED = ("zero", "mean_vector", "random_vector")
+
 
 def direction_mse(reconstruction: np.ndarray, target: np.ndarray, readable: np.ndarray | None = None) -> np.ndarray:
     """[N] float64; `objectives.direction_mse`, with 2 where `readable` is False."""
@@ -42,6 +45,23 @@ def mismatched(documents: np.ndarray, seed: int) -> np.ndarray:
     return permutation
 
 
+def uninformed(h_NxD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Vectors [N, d] float32 that say nothing about their row, by name: what an encoder must not do as well from.
+
+    `zero`; `mean_vector`, the mean direction of `h`; `random_vector`, another isotropic direction in each row. The
+    latter two are as long as `h`'s median row.
+    """
+    directions = np.stack(
+        [
+            np.broadcast_to(np.asarray(objectives.unit_direction(h_NxD)).mean(0), h_NxD.shape),
+            np.random.default_rng(seed).standard_normal(h_NxD.shape),
+        ]
+    )
+    lengths = np.maximum(np.linalg.norm(directions, axis=-1, keepdims=True), 1e-30)
+    mean, random = (directions / lengths * np.median(np.linalg.norm(h_NxD, axis=-1))).astype(np.float32)
+    return {"zero": np.zeros_like(mean), "mean_vector": mean, "random_vector": random}
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float], documents: np.ndarray, samples: int, seed: int
 ) -> tuple[float, float]:
@@ -65,8 +85,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of `eval.json`.
 
-    `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), `shuffled`, and, where
-    descriptions exist, `gold`, NaN elsewhere.
+    `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), `shuffled`, and, NaN on
+    rows that have none, `gold` (descriptions) and those of explanations of `UNINFORMED` vectors. Gaps are between the
+    same rows. A number is None where no row has what it is of.
     """
     variance = variances(h)
     mean_norm = float(objectives.baselines(h).mean_norm)
@@ -75,14 +96,25 @@ def summarise(
     def gain(rows: np.ndarray) -> float:
         return fve(after[rows], variance[rows]) - fve(before[rows], variance[rows])
 
-    described = np.isfinite(mse["gold"])
+    def on_measured(name: str) -> tuple[float | None, float | None]:
+        """FVE of `name` on the rows that have it, and of the explanations on the same rows."""
+        if not (rows := np.isfinite(mse.get(name, np.full(len(after), np.nan)))).any():
+            return None, None
+        return fve(mse[name][rows], variance[rows]), fve(after[rows], variance[rows])
+
+    gold, beside_gold = on_measured("gold")
+    controls = {name: on_measured(name) for name in UNINFORMED}
+    gaps = [beside - control for control, beside in controls.values() if control is not None and beside is not None]
     return {
         "fve": fve(after, variance),
         "fve_ci95": bootstrap(lambda rows: fve(after[rows], variance[rows]), documents, samples, seed),
         "fve_meannorm": float(1 - after.mean() / mean_norm),
         "fve_text": fve(mse["text"], variance),
         "fve_shuffled": fve(mse["shuffled"], variance),
-        "fve_gold": fve(mse["gold"][described], variance[described]) if described.any() else None,
+        "fve_gold": gold,
+        "fve_gold_gap": None if gold is None or beside_gold is None else gold - beside_gold,
+        **{f"fve_{name}": control for name, (control, _) in controls.items()},
+        "fve_vector_gap": min(gaps, default=None),
         "fve_before_rl": fve(before, variance),
         "fve_gain": gain(np.arange(len(after))),
         "fve_gain_ci95": bootstrap(gain, documents, samples, seed),

@@ -14,7 +14,7 @@ from typing import Any
 
 from nlae_jax.config import Config
 from nlae_jax.errors import UserError
-from nlae_jax.evaluate.table import html_samples, html_text, html_values, number, significant, tidy
+from nlae_jax.evaluate.table import html_health, html_samples, html_text, html_values, number, significant, tidy
 from nlae_jax.files import AnyPath, workdir_path, write_atomically
 from nlae_jax.train.metrics import Point, curve, read, read_object, smoothed, thinned
 
@@ -46,6 +46,10 @@ PANELS = (
     Panel("Entropy", ("entropy",), "of the next token, in nats"),
     Panel("Length", ("explanation_tokens",), "tokens in an explanation"),
     Panel("Closed and cut", ("extraction_rate", "truncated_rate"), "share of the explanations"),
+    Panel("Repetition", ("repeated_item_rate", "repeated_sentence_rate"), "share of the explanations"),
+    Panel("Different from each other", ("distinct_explanations", "distinct_2"), "explanations; pairs of their words"),
+    Panel("Changed", ("changed_words", "changed_candidates"), "against the previous activation's explanation"),
+    Panel("Strange characters", ("marker_rate", "cjk_rate"), "share of the explanations"),
     Panel("Gradient norms", ("grad_norm_encoder", "grad_norm_decoder"), "before clipping", log=True),
     Panel("Log-probability gap", ("logp_gap",), "sampler against trainer"),
     Panel("Without signal", ("zero_variance_groups", "skipped_updates"), "groups of equal reward; updates not finite"),
@@ -147,6 +151,8 @@ q{quotes:none;font-size:16px;white-space:pre-line;overflow-wrap:anywhere}
 .flag{font-size:12px;color:var(--bad);border:1px solid;border-radius:9px;padding:0 7px;white-space:nowrap}
 .values{font-size:13px;table-layout:fixed} .values td{white-space:pre-wrap} .values th{color:var(--dim);width:50%}
 .values th,.values td{padding:3px 8px 3px 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere;font-weight:400}
+.health td,.health th{font-size:13px;padding:4px 16px 4px 0;border-bottom:1px solid var(--line)}
+.health td:nth-child(2){font-variant-numeric:tabular-nums} .health .flag{display:table;white-space:normal;margin:2px 0}
 .changed th,.changed td{font-weight:650;color:var(--ink)}
 @media(max-width:680px){main{padding:32px 16px 48px} h1{font-size:26px} .card{padding:12px}
   .cards{grid-template-columns:1fr 1fr;gap:10px} .card:first-child{grid-column:1/-1}
@@ -343,7 +349,8 @@ def _headline(evaluation: Mapping[str, Any] | None) -> str:
         return '<p class="absent">Not there yet: eval.json. <code>nlae eval</code> writes it.</p>'
     everything = f"<details><summary>Everything in eval.json</summary>{html_values(evaluation, {})}</details>"
     note = '<p class="note">fve on held-out activations: 0 is the mean prediction, 1 is perfect.</p>'
-    return f'{note}{_ruler(evaluation)}<div class="cards">{_cards(evaluation)}</div>{everything}'
+    cards = f'<div class="cards">{_cards(evaluation)}</div>'
+    return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
 
 
 def _config(config: Mapping[str, Any] | None) -> str:

@@ -15,6 +15,7 @@ from nlae_jax.data.pipeline import pad
 from nlae_jax.lm.sampling import explanation_tokens
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
+from nlae_jax.roles.protocol import OPENING, Protocol, extract_explanation
 from nlae_jax.train.state import Params, Roles
 from nlae_jax.train.steps import rollout
 
@@ -45,6 +46,17 @@ class Explanations(NamedTuple):
     responses: list[str]
     ids: np.ndarray
     length: np.ndarray
+
+
+def read_samples(
+    tokenizer: Any, protocol: Protocol, tokens_NxR: np.ndarray, lengths_N: np.ndarray
+) -> tuple[list[str], list[str]]:
+    """Sampled tokens as whole responses, opening tag included, and the explanations in them, '' where none is."""
+    responses = [
+        OPENING + tokenizer.decode([token for token in row[:length].tolist() if token != protocol.eos_id])
+        for row, length in zip(tokens_NxR, lengths_N, strict=True)
+    ]
+    return responses, [extract_explanation(response) or "" for response in responses]
 
 
 class RoundTrip:
@@ -117,12 +129,8 @@ class RoundTrip:
             parts.append([np.asarray(x)[: self._batch_size] for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
         tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
-        opening = protocol.OPENING
-        responses = [
-            opening + self.tokenizer.decode([token for token in row[:n].tolist() if token != self.protocol.eos_id])
-            for row, n in zip(tokens, lengths, strict=True)
-        ]
-        return Explanations([protocol.extract_explanation(r) or "" for r in responses], responses, ids, length)
+        responses, texts = read_samples(self.tokenizer, self.protocol, tokens, lengths)
+        return Explanations(texts, responses, ids, length)
 
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""

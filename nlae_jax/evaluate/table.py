@@ -1,4 +1,4 @@
-"""Held-out samples as tables, for the terminal and for the report; text made safe to show in either."""
+"""Held-out samples and health as tables, for terminal and report; text made safe to show in either."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from nlae_jax.evaluate.health import MEASURES
 
 CONTEXT_CHARACTERS = 100
 EXPLANATION_CHARACTERS = 280
@@ -173,3 +175,24 @@ def html_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
         changed = ' class="changed"' if key in defaults and defaults[key] != value else ""
         lines.append(f"<tr{changed}><th>{html_text(key)}</th><td>{html_text(shown)}</td></tr>")
     return f'<table class="values">{"".join(lines)}</table>'
+
+
+def html_health(evaluation: Mapping[str, Any]) -> str:
+    """The measures of `health.MEASURES` that an evaluation has, each beside its bound and, if crossed, what to do."""
+    measured = [measure for measure in MEASURES if number(evaluation.get(measure.key)) != "–"]
+    if not measured:
+        return ""
+    crossed, lines = 0, []
+    for measure in measured:
+        healthy = measure.is_healthy(evaluation)
+        crossed += healthy is False
+        advice = f'<span class="flag">{html_text(measure.advice)}</span>' if healthy is False else ""
+        lines.append(
+            f"<tr><td><code>{measure.key}</code> {html_text(measure.meaning)}{advice}</td>"
+            f"<td>{number(evaluation[measure.key])}</td><td>{measure.bound or '–'}</td></tr>"
+        )
+    note = f"Bounds crossed: {crossed}." if crossed else "No bound is crossed."
+    note += " FVE may rise while explanations repeat themselves or all become one: read both."
+    head = "<thead><tr><th>measure</th><th>value</th><th>should be</th></tr></thead>"
+    table = f'<table class="health">{head}<tbody>{"".join(lines)}</tbody></table>'
+    return f'<h3>Health of the explanations</h3><p class="note">{note}</p>{table}'

@@ -7,12 +7,16 @@ import json
 import numpy as np
 
 from nlae_jax import hosts
-from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, summarise
+from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
+from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, mismatched, summarise, uninformed
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import write_atomically, write_json
 from nlae_jax.progress import progress
 from nlae_jax.run import Purpose, Run
 from nlae_jax.stages.training import decoder_sft, encoder_sft, pair_of, rl
+
+# Explained from vectors that say nothing about them. Three rollouts more, for numbers that need not be exact.
+_UNINFORMED_ROWS = 64
 
 
 def evaluate(run: Run) -> None:
@@ -26,7 +30,8 @@ def evaluate(run: Run) -> None:
     documents = run.store.plan.document[rows]
     trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
     seed = run.seed(Purpose.EVAL)
-    with progress(4, "eval", unit="pass") as bar:
+    mse_uninformed: dict[str, np.ndarray] = {}
+    with progress(4 + len(UNINFORMED), "eval", unit="pass") as bar:
         mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
         bar.advance()
         mse_after, written, rebuilt = _round_trip(trip, after, h, seed, config.temperature)
@@ -38,6 +43,11 @@ def evaluate(run: Run) -> None:
         gold = np.array([described.get(row, "") for row in rows.tolist()])
         from_gold = trip.reconstruct_texts(after, gold.tolist())
         bar.advance()
+        measured: dict[str, float | None] = {**health(written.texts, run.protocol.marker)}
+        for name, vectors in uninformed(h, seed).items():
+            mse_uninformed[name], texts = _of_uninformed(trip, after, vectors, h, seed, config.temperature)
+            measured[f"identical_to_{name}"] = share_among(written.texts[: len(texts)], texts)
+            bar.advance()
     other = mismatched(documents, seed)
     mse = {
         "before": mse_before,
@@ -45,14 +55,17 @@ def evaluate(run: Run) -> None:
         "text": direction_mse(from_text, h, readable),
         "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
         "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
+        **mse_uninformed,
     }
 
     def write() -> None:
         summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
         summary["extraction_rate"] = float((written.length > 0).mean())
         summary["temperature"] = config.temperature
+        summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
         _write_samples(run, rows, written, mse_after, gold)
         write_json(run.workdir / "eval.json", summary)
+        Watch("eval").check(summary, f"{len(h)} held-out activations")
 
     hosts.by_first(write)
 
@@ -64,6 +77,22 @@ def _round_trip(
     written = trip.explain(pair, h, seed, temperature)
     rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
     return direction_mse(rebuilt, h, written.length > 0), written, rebuilt
+
+
+def _of_uninformed(
+    trip: RoundTrip, pair: Pair, vectors: np.ndarray, h: np.ndarray, seed: int, temperature: float
+) -> tuple[np.ndarray, list[str]]:
+    """What explanations of vectors [N, d] that say nothing about `h` are worth to it, of the first rows alone.
+
+    mse [N] against `h`, NaN beyond those rows, and their texts. Each row has the draws of its true explanation: an
+    encoder that does not read its vector writes the same text.
+    """
+    rows = slice(min(len(h), _UNINFORMED_ROWS))
+    mse = np.full(len(h), np.nan)
+    written = trip.explain(pair, vectors[rows], seed, temperature)
+    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
+    mse[rows] = direction_mse(rebuilt, h[rows], written.length > 0)
+    return mse, written.texts
 
 
 def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from nlae_jax import hosts
 from nlae_jax.config import SftConfig
 from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batches, pad
 from nlae_jax.errors import UserError
-from nlae_jax.evaluate.roundtrip import Pair
+from nlae_jax.evaluate.health import Watch, health
+from nlae_jax.evaluate.roundtrip import Pair, read_samples
 from nlae_jax.files import AnyPath
 from nlae_jax.mesh import share
 from nlae_jax.progress import say
@@ -217,7 +218,14 @@ def rl(run: Run) -> tuple[Params, Params]:
         run.seed(Purpose.RL),
         lambda i: {"h": run.store.vectors(rows[share(run.mesh, i)])},
     )
-    stage = Stage("rl", config.num_steps, step, iterator)
+    watch = Watch("rl")
+
+    def observe(samples: dict[str, np.ndarray]) -> Mapping[str, float]:
+        tokens, lengths = samples["tokens"], samples["lengths"].reshape(-1)
+        _, texts = read_samples(run.tokenizer, run.protocol, tokens.reshape(len(lengths), -1), lengths)
+        return watch.add(health(texts, run.protocol.marker, config.samples_per_activation))
+
+    stage = Stage("rl", config.num_steps, step, iterator, observe=observe, at_checkpoint=watch.review)
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from nlae_jax.progress import progress
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
+from nlae_jax.train.steps import OBSERVED
 
 # Updates that may be skipped from the start on: whatever begins with more has no gradient to learn from.
 _PATIENCE = 10
@@ -34,6 +35,9 @@ class Stage:
     """One training stage: `steps` times the jitted `step`, on batches of `iterator`.
 
     Where batches come in several shapes, `examples` has one of each: they are compiled before the first step.
+    The process that logs hands `observe` what the step has in its metrics under `steps.OBSERVED`, as host arrays, and
+    logs the numbers that it returns with the step's own. It calls `at_checkpoint` with the step's number after the row
+    of every step that is saved.
     """
 
     name: str
@@ -41,6 +45,8 @@ class Stage:
     step: Any
     iterator: Any
     examples: Sequence[dict[str, np.ndarray]] = ()
+    observe: Callable[[Any], Mapping[str, float]] | None = None
+    at_checkpoint: Callable[[int], None] | None = None
 
 
 def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> Any:
@@ -89,13 +95,15 @@ def _run(
         nonlocal pending, clock
         if pending is not None:
             number, metrics = pending
+            observed = metrics.pop(OBSERVED, None)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             now = time.perf_counter()
             seconds, clock = now - clock, now
             tokens = values.pop("tokens")
             row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
             if log is not None:
-                log.append({"stage": stage.name, "step": number, **row})
+                seen = {} if stage.observe is None else stage.observe(jax.device_get(observed))
+                log.append({"stage": stage.name, "step": number, **row, **seen})
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
             pending = None
 
@@ -120,6 +128,8 @@ def _run(
                 flush()
                 if log is not None:
                     log.sync()  # a checkpoint that counts has its rows
+                    if stage.at_checkpoint is not None:
+                        stage.at_checkpoint(number)
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
             if stopping:
                 checkpoints.finish()

@@ -22,7 +22,8 @@ from nlae_jax.roles.views import shown as parts_shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars, and under OBSERVED arrays that the loop hands to `Stage.observe`
+OBSERVED = "observed"
 Step = Callable[[Any, Params, Params], tuple[Any, Metrics]]
 
 
@@ -346,6 +347,9 @@ def rl_step(
             "skipped_updates": metrics["skipped_updates"] + skipped,
             "grad_norm_encoder": norm,
             "tokens": samples.lengths.sum(),
+            # More than scalars, for what scalars cannot show: that all explanations became one text, or repeat
+            # themselves, can only be read off the words. 4 bytes a token, fetched while the next step computes.
+            OBSERVED: {"tokens": samples.tokens, "lengths": samples.lengths},
         }
 
     def step(state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
