@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import answers
 from nlae_jax.data.answer_cache import AnswerCache
@@ -270,6 +271,34 @@ def test_a_server_that_never_gave_anything_usable_is_asked_again(tmp_path):
         describe(contexts(12))
     describe, asked = describer(tmp_path, lambda n: Answer(TAGGED))
     assert describe(contexts(12)) == [GOOD] * 12 and len(asked) == 12
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_all_processes_ask_what_the_first_has_no_answer_to(tmp_path, monkeypatch, usable):
+    """Those that see no stored answers too, and only the first writes."""
+    texts = [context.text for context in contexts(20)]
+    cache = AnswerCache(tmp_path / "answers", "m")
+    for n, text in enumerate(texts[:9]):
+        cache.put(text, TAGGED if usable and n % 2 else UNTAGGED)
+    decided, asked = [], {}
+
+    def process(name, directory):
+        def ask(texts, keep):
+            asked[name] = list(texts)
+            for i in range(len(texts)):
+                keep(i, TAGGED)
+                yield i, Answer(TAGGED)
+
+        return cached_describer(DescribeConfig(), AnswerCache(directory, "m"), ask, None, together=4, by_all=True)
+
+    monkeypatch.setattr(hosts, "by_first", lambda work: decided.append(work()) or decided[0])
+    expected = [GOOD if n % 2 or n > 7 or not usable else None for n in range(20)]
+    assert process("first", tmp_path / "answers")(contexts(20)) == expected
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(hosts, "by_first", lambda work: json.loads(json.dumps(decided[0])))
+    process("second", tmp_path / "nowhere")(contexts(20))
+    assert asked["first"] == asked["second"] == texts[8 if usable else 0 :]  # the third four are asked as a whole
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_why_answers_were_unusable_is_said(tmp_path):
