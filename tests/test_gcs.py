@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,7 @@ from nlae_jax.api import NLA
 from nlae_jax.cli import main
 from nlae_jax.data.activations import open_vectors
 from nlae_jax.errors import UserError
-from nlae_jax.files import children, is_remote, read_json, read_text, workdir_path
-from nlae_jax.stages.preparation import _own_answers
+from nlae_jax.files import children, read_json, read_text, workdir_path
 from nlae_jax.train import checkpoint, metrics
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed, newest_sealed, restore_part
 from nlae_jax.train.metrics import MetricsLog, read
@@ -168,13 +166,6 @@ def test_a_copy_of_a_bucket_counts_here(workdir, gcs, tmp_path, capsys):
 
 
 # --- whole runs
-
-
-def test_the_subjects_answers_stay_here(workdir):
-    """Those of one run, and of one set of weights."""
-    runs = [SimpleNamespace(workdir=workdir / name, identity={"fingerprint": f}) for name in "ab" for f in "xy"]
-    places = [_own_answers(run) for run in runs]
-    assert len(set(places)) == 4 and not any(map(is_remote, places)) and _own_answers(runs[0]) == places[0]
 
 
 def test_a_missing_bucket_ends_in_one_line(gcs, capsys):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
+from nlae_jax.data.answer_cache import AnswerCache
 from nlae_jax.errors import UserError
 
 if TYPE_CHECKING:  # describe.py imports the modules that import this one
@@ -34,24 +30,58 @@ INSTRUCTION = (
     "headings or lists, between <explanation> and </explanation>, and nothing outside these tags."
 )
 
-_TAGGED = re.compile(r"<explanation>((?:(?!<explanation>).)*?)</explanation>", re.DOTALL | re.IGNORECASE)
-_LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+", re.MULTILINE)
 _MIN_CHARACTERS = 20
 _MAX_CHARACTERS = 1_600  # about 400 tokens: three times what was asked for
+_MAX_ANSWER_CHARACTERS = 200_000  # kept of an answer, thinking included
 
+_UNUSABLE = "no usable <explanation>"
 _MIN_CHECKED = 16  # answers after which the share of lost ones is looked at
+
+
+# --- what an answer says
+
+# Names and signs that models put around what they think before they answer.
+_THINKING = "think|thinking|thought|reasoning|reflection|scratchpad|seed:think"
+_TAG = re.compile(
+    r"(?=[<\[◁])(?:"  # eight times as fast as trying every alternative at every character
+    rf"(?P<open><(?:{_THINKING})\s{{0,9}}>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|start_thinking\|>)"
+    rf"|(?P<close></(?:{_THINKING})\s{{0,9}}>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|end_thinking\|>)"
+    r"|(?P<analysis><\|channel\|>\s{0,9}(?:analysis|commentary))|(?P<final><\|channel\|>\s{0,9}final)"
+    r"|(?P<begin><explanation\s{0,9}>)|(?P<end></explanation\s{0,9}>))",
+    re.IGNORECASE,
+)
+_THOUGHT = re.compile(rf"<({_THINKING})\s{{0,9}}>[^<]*</\1\s{{0,9}}>", re.IGNORECASE)
+_LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])(?:\s+|$)")  # of one line
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Control characters that are no white space, and marks that reorder what stands beside them.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt. `text` None: nothing did, and `problem` says why in a few words."""
+    """What came back for one prompt. `text` None: nothing did, and `problem` says why in a few words.
+
+    The text is clean: valid Unicode of bounded length without control characters. With a text, `problem` is what to say
+    if there is no explanation in it.
+    """
 
     text: str | None
     problem: str = ""
 
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            object.__setattr__(self, "text", _clean(self.text))
 
-# Texts -> (index of the text, the answer about it) in any order; closing the generator stops what is under way.
-Ask = Callable[[Sequence[str]], Generator[tuple[int, Answer], None, None]]
+
+def _clean(text: str) -> str:
+    """Outside text as everything here takes it; of one that is too long only what `parse_answer` would find in it."""
+    if _SURROGATE.search(text):  # two that belong together are one character
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = _CONTROL.sub("", text)
+    if len(text) > _MAX_ANSWER_CHARACTERS:
+        body = _scan(text).explanation or ""
+        text = f"<explanation>{body}</explanation>" if 0 < len(body) < _MAX_ANSWER_CHARACTERS // 2 else ""
+    return text
 
 
 def build_prompt(text: str) -> str:
@@ -60,45 +90,72 @@ def build_prompt(text: str) -> str:
 
 
 def parse_answer(answer: str) -> str | None:
-    """The explanation inside an answer as one line of plain text; None if there is none worth keeping."""
-    found = _TAGGED.search(answer)
-    if found is None:
+    """The explanation inside an answer as one line of plain text; None if there is none worth keeping.
+
+    It is what stands between the last two tags that belong together and are no part of what the model thought before.
+    """
+    body = _scan(_clean(answer)).explanation
+    if body is None:
         return None
-    line = " ".join(_LIST_MARK.sub("", found[1]).replace("**", "").split())
+    lines = [_LIST_MARK.sub("", line) for line in _THOUGHT.sub("", body).splitlines()]
+    line = " ".join(" ".join(lines).replace("**", "").split())
     return line if _MIN_CHARACTERS <= len(line) <= _MAX_CHARACTERS and " " in line else None
 
 
-class AnswerCache:
-    """Raw answers on disk, one file each, written whole or not at all. Safe for threads and for processes."""
+def thinks_at_end(text: str) -> bool:
+    """Whether `text` ends inside of what a model thinks, as the prompts of some chat templates do."""
+    return _scan(text).thinking > 0
 
-    def __init__(self, directory: Path, *identity: object) -> None:
-        """`identity`: whatever besides the text decides what is answered (provider, model, instruction, length)."""
-        self._directory = directory
-        self._identity = json.dumps([str(part) for part in identity])
 
-    def get(self, text: str) -> str | None:
-        """The stored answer, or None; a damaged file counts as none."""
-        try:
-            answer = json.loads(self._path(text).read_text(encoding="utf-8"))["answer"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return answer if isinstance(answer, str) else None
+class _Scan(NamedTuple):
+    explanation: str | None  # the last one outside of thinking
+    thinking: int  # tags of thinking that are open at the end
 
-    def put(self, text: str, answer: str) -> None:
-        if not hosts.is_first():  # where several compute the answers, all have the same
-            return
-        path = self._path(text)
-        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"answer": answer}), encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(f"{path.parent}: an answer cannot be stored: {error.strerror}") from None
 
-    def _path(self, text: str) -> Path:
-        digest = hashlib.sha256(f"{self._identity}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
-        return self._directory / digest[:2] / f"{digest[2:]}.json"
+def _scan(text: str) -> _Scan:
+    """One pass over the tags. A tag of thinking inside of a complete explanation is a quotation.
+
+    Where thinking is closed that was never opened, the prompt had opened it: all before was thinking. Where it is never
+    closed, the answer was cut off in it. Thinking that quotes an opening tag of its own kind reads as that, too: a lost
+    answer is counted and told of, a draft taken for the answer would not be.
+    """
+    thinking, explanation = 0, None
+    start, thinking_before = -1, 0  # of the explanation that is open: where it begins, and `thinking` there
+    for tag in _TAG.finditer(text):
+        match tag.lastgroup:
+            case "begin":
+                start, thinking_before = tag.end(), thinking
+            case "end" if start >= 0:
+                thinking = thinking_before
+                explanation = explanation if thinking else text[start : tag.start()]
+                start = -1
+            case "open":
+                thinking += 1
+            case "close" if thinking:
+                thinking -= 1
+            case "analysis":
+                thinking = 1
+            case "final" if thinking:
+                thinking = 0
+            case "close" | "final":
+                thinking, explanation = 0, None
+    return _Scan(explanation, thinking)
+
+
+# --- asking
+
+
+Keep = Callable[[int, str], None]  # records the answer about the text of that index; from any thread
+
+
+class Ask(Protocol):
+    def __call__(self, texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer] | None, None, None]:
+        """Yields (index of the text, the answer about it) in any order, and None now and then where nothing comes.
+
+        An answer with a text is handed to `keep` the moment it is there, before anything can go wrong with it. Closing
+        the generator stops what is under way.
+        """
+        ...
 
 
 def cached_describer(
@@ -119,93 +176,112 @@ def cached_describer(
     further `4 * concurrency`, so that a wrong model or a dead server ends the run early; what was answered is kept.
     """
     window = _Window(config, cache)
+    report = progress or (lambda _: None)
 
     def describe(contexts: Sequence[Context]) -> list[str | None]:
-        texts = list(dict.fromkeys(context.text for context in contexts))
-        stored, proven = _stored_by_first(cache, texts) if by_all else _stored(cache, texts)
-        groups = [texts[start : start + together] for start in range(0, len(texts), together)]
-        asked = [text for group in groups if not all(text in stored for text in group) for text in group]
-        again = set(asked)
-        answers = {text: answer for text, answer in stored.items() if text not in again}
         count = Counter(context.text for context in contexts)
-        report = progress or (lambda _: None)
-        if answers:
-            report(sum(count[text] for text in answers))
-        problems: Counter[str] = Counter()
-        window.begin(proven)
-        with closing(ask(asked)) as results:
-            for index, answer in results:
-                window.add(asked[index], answer)
+        texts = list(count)
+        lines = _stored_by_first(cache, texts) if by_all else _stored(cache, texts)
+        groups = [texts[start : start + together] for start in range(0, len(texts), together)]
+        asked = [text for group in groups if not all(text in lines for text in group) for text in group]
+        for text in asked:
+            lines.pop(text, None)
+        if lines:
+            report(sum(count[text] for text in lines))
+        unanswered: Counter[str] = Counter()
+        window.begin(proven=any(lines.values()))
+        with cache, window, closing(ask(asked, lambda index, answer: window.keep(asked[index], answer))) as results:
+            for result in results:
+                cache.sync()
+                if result is None:
+                    report(0)
+                    continue
+                text, answer = asked[result[0]], result[1]
+                line = None if answer.text is None else parse_answer(answer.text)
+                window.add(text, line, answer)
                 if answer.text is not None:
-                    answers[asked[index]] = answer.text
+                    lines[text] = line
                 else:
-                    problems[answer.problem] += 1
-                report(count[asked[index]])
-        window.finish()
-        lines = {text: parse_answer(answer) for text, answer in answers.items()}
-        unusable = sum(line is None for line in lines.values())
-        if unusable:
-            problems["no usable <explanation>"] += unusable
+                    unanswered[answer.problem] += 1
+                report(count[text])
+            window.finish()
+        dropped = unanswered + Counter({_UNUSABLE: sum(line is None for line in lines.values())})
         logger.info(
             "describe: %d texts, %d answered anew, %d dropped%s",
-            len(texts), len(asked), sum(problems.values()), f" ({_counts(problems)})" if problems else "",
+            len(texts), len(asked), dropped.total(), f" ({_counts(dropped)})" if dropped else "",
         )  # fmt: skip
         return [lines.get(context.text) for context in contexts]
 
     return describe
 
 
-def _stored(cache: AnswerCache, texts: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """The stored answers, and whether any of them is usable."""
-    found = {text: answer for text in texts if (answer := cache.get(text)) is not None}
-    return found, any(map(parse_answer, found.values()))
+def _stored(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str | None]:
+    """Text -> what its stored answer says. Unusable ones count only beside usable ones: a server that never gave any
+    was set up wrong, and is asked again.
+    """
+    lines = cache.lookup(texts, parse_answer)
+    return lines if any(lines.values()) else {}
 
 
-def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """The same, decided by the first process alone; in the others the answers are empty."""
-    found: dict[str, str] = {}
+def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str | None]:
+    """The same, decided by the first process alone; the others learn which lines are usable, and not what they say."""
+    lines: dict[str, str | None] = {}
 
-    def look() -> list[Any]:
-        stored, proven = _stored(cache, texts)
-        found.update(stored)
-        return ["".join("01"[text in stored] for text in texts), proven]
+    def look() -> str:
+        lines.update(_stored(cache, texts))
+        return "".join("0" if text not in lines else "1" if lines[text] else "-" for text in texts)
 
-    marks, proven = hosts.by_first(look)
-    return {text: found.get(text, "") for text, mark in zip(texts, marks, strict=True) if mark == "1"}, proven
+    marks = hosts.by_first(look)
+    known = {"1": "known to the first process", "-": None}
+    return {text: lines.get(text, known[mark]) for text, mark in zip(texts, marks, strict=True) if mark in known}
 
 
 class _Window:
     """Stores answers, and stops the run when a window of them is mostly lost.
 
-    Unusable answers are stored when their window has passed: those of a server that was set up wrong are not kept.
-    A window of a few answers is judged only as long as nothing usable was ever answered.
+    Unusable answers are taken back when their window fails: those of a server that was set up wrong are not kept.
+    A window of a few answers is judged only as long as nothing usable was ever answered. A context manager, left when
+    no more answers come.
     """
 
     def __init__(self, config: DescribeConfig, cache: AnswerCache) -> None:
         self._config, self._cache = config, cache
-        self._proven = False
+        self._proven = self._failed = False
+        self._unjudged: set[str] = set()  # texts with an unusable answer whose window has not passed
         self._reset()
 
     def _reset(self) -> None:
         self._seen = 0
         self._size = max(_MIN_CHECKED, 4 * self._config.concurrency) if self._proven else _MIN_CHECKED
         self._problems: Counter[str] = Counter()
-        self._unusable: list[tuple[str, str]] = []
+        self._unusable: list[str] = []
 
     def begin(self, proven: bool) -> None:
         """A new call; `proven`: usable answers are in the cache already."""
         self._proven |= proven
         self._reset()
 
-    def add(self, text: str, answer: Answer) -> None:
+    def __enter__(self) -> _Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._failed:
+            self._cache.withdraw(list(self._unjudged))
+            self._failed = False
+        self._unjudged.clear()
+
+    def keep(self, text: str, answer: str) -> None:
+        """Stores an answer that has come, judged or not: it was paid for. From any thread."""
+        self._cache.put(text, answer)
+        if parse_answer(answer) is None:
+            self._unjudged.add(text)
+
+    def add(self, text: str, line: str | None, answer: Answer) -> None:
+        """Judges an answer, whose text says `line`."""
         self._seen += 1
-        if answer.text is None:
-            self._problems[answer.problem] += 1
-        elif parse_answer(answer.text) is None:
-            self._problems["no usable <explanation>"] += 1
-            self._unusable.append((text, answer.text))
-        else:
-            self._cache.put(text, answer.text)
+        if line is None:
+            self._problems[answer.problem or _UNUSABLE] += 1
+            self._unusable.append(text)
         if self._seen >= self._size:
             self._check()
 
@@ -213,22 +289,18 @@ class _Window:
         """The rest, if there is enough of it to judge."""
         if not self._proven or self._seen >= _MIN_CHECKED:
             self._check()
-        self._store()
 
     def _check(self) -> None:
-        lost = sum(self._problems.values())
+        lost = self._problems.total()
         if 2 * lost > self._seen:
+            self._failed = True
             raise UserError(
                 f"describe.provider {self._config.provider}: {lost} of {self._seen} answers were lost "
                 f"({_counts(self._problems)}); check describe.model, describe.base_url and describe.max_new_tokens"
             )
-        self._store()
+        self._unjudged.difference_update(self._unusable)
         self._proven |= self._seen > 0
         self._reset()
-
-    def _store(self) -> None:
-        for text, answer in self._unusable:
-            self._cache.put(text, answer)
 
 
 def _counts(problems: Mapping[str, int]) -> str:

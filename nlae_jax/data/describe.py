@@ -20,6 +20,7 @@ from nlae_jax.data import providers
 from nlae_jax.data.describer import shipped_describer
 from nlae_jax.data.documentation import FUNCTION_WORDS
 from nlae_jax.errors import UserError
+from nlae_jax.files import AnyPath
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class DescribeResources:
     document_frequency: Mapping[str, int]  # word -> number of the corpus's documents that hold it
     num_documents: int
     generate: Callable[[list[str]], list[str]] | None  # chat prompts -> completions of the subject itself
-    cache_directory: Path  # of answers; belongs to one subject, because the provider `subject` has no other name for it
+    cache_directory: AnyPath  # of answers, in the workdir: it belongs to one subject, which has no other name
+    shared_directory: Path | None = None  # of this machine, for answers of servers that other workdirs may ask, too
 
 
 Describer = Callable[[Sequence[Context]], list[str | None]]  # one line per context; None: dropped
-Progress = Callable[[int], None]  # called with the number of contexts done since the last call
+# Called with the number of contexts done since the last call; with 0 now and then where a provider waits.
+Progress = Callable[[int], None]
 
 
 class Provider(Protocol):

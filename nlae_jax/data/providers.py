@@ -5,14 +5,15 @@ Keys come from the environment; they are sent to the server and go nowhere else:
 
 from __future__ import annotations
 
-import email.utils
-import math
+import asyncio
+import contextlib
 import os
+import queue
 import random
+import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,33 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from nlae_jax.config import DescribeConfig
-from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, build_prompt, cached_describer
+from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, Keep, build_prompt, cached_describer
+from nlae_jax.data.replies import (
+    TryAgain,
+    anthropic_content,
+    asked_to_wait,
+    cause_of,
+    certificate_problem,
+    decoded,
+    find_answer,
+    openai_content,
+    read_body,
+    status_of,
+)
 from nlae_jax.errors import UserError
+from nlae_jax.progress import say
 
 if TYPE_CHECKING:  # describe.py imports this module
     from nlae_jax.data.describe import Describer, DescribeResources, Progress
 
 _SUBJECT_BATCH = 32  # prompts handed to the subject at once
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+_TICK_SECONDS = 0.2  # after which whoever waits for an answer may look for something else
+_DRAIN_SECONDS = 5.0  # for answers that are under way when the run is stopped: they are being paid for
+_MAX_PAUSE_SECONDS = 120.0  # before the next attempt, whatever a server asks for
+_TOLD_PAUSE_SECONDS = 5.0  # a pause from this length on is told of,
+_TOLD_EVERY_SECONDS = 30.0  # at most this often: many wait at once
 
 
 # --- the subject
@@ -41,13 +61,16 @@ def subject_provider(
     if generate is None:
         raise UserError("describe.provider subject needs a subject that can generate text; use template instead")
 
-    def ask(texts: Sequence[str]) -> Generator[tuple[int, Answer], None, None]:
+    def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:
         for start in range(0, len(texts), _SUBJECT_BATCH):
             completions = generate([build_prompt(text) for text in texts[start : start + _SUBJECT_BATCH]])
-            for i, completion in enumerate(completions):
-                yield start + i, Answer(completion)
+            answers = [(start + i, Answer(completion)) for i, completion in enumerate(completions)]
+            for index, answer in answers:
+                keep(index, answer.text or "")
+            yield from answers
 
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
+    # Not shared: the subject has no name that tells its weights.
     cache = AnswerCache(resources.cache_directory, *identity)
     return cached_describer(config, cache, ask, progress, _SUBJECT_BATCH, by_all=True)
 
@@ -63,22 +86,8 @@ class Api:
     url: str  # used if describe.base_url is empty
     path: str
     headers: Callable[[str], dict[str, str]]  # from the key, which may be empty
-    body: Callable[[DescribeConfig, str], dict[str, Any]]  # from the configuration and the prompt
-    text: Callable[[Any], Any]  # from the decoded answer; any lookup error means there is none
-
-
-def _openai_body(config: DescribeConfig, prompt: str) -> dict[str, Any]:
-    # OpenAI's own newer models reject max_tokens; other servers know nothing else.
-    limit = "max_tokens" if config.base_url else "max_completion_tokens"
-    return {"model": config.model, limit: config.max_new_tokens, "messages": [{"role": "user", "content": prompt}]}
-
-
-def _anthropic_body(config: DescribeConfig, prompt: str) -> dict[str, Any]:
-    return {
-        "model": config.model,
-        "max_tokens": config.max_new_tokens,
-        "messages": [{"role": "user", "content": prompt}],
-    }
+    limits: tuple[str, ...]  # names that the length of an answer may go by
+    content: Callable[[Any], tuple[Any, bool]]  # from the decoded reply; see `replies.find_answer`
 
 
 OPENAI = Api(
@@ -86,26 +95,32 @@ OPENAI = Api(
     url="https://api.openai.com/v1",
     path="/chat/completions",
     headers=lambda key: {"authorization": f"Bearer {key}"} if key else {},
-    body=_openai_body,
-    text=lambda answer: answer["choices"][0]["message"]["content"],
+    limits=("max_completion_tokens", "max_tokens"),
+    content=openai_content,
 )
 ANTHROPIC = Api(
     key_variable="ANTHROPIC_API_KEY",
     url="https://api.anthropic.com",
     path="/v1/messages",
     headers=lambda key: {"anthropic-version": "2023-06-01"} | ({"x-api-key": key} if key else {}),
-    body=_anthropic_body,
-    text=lambda answer: "".join(block["text"] for block in answer["content"] if block["type"] == "text"),
+    limits=("max_tokens",),
+    content=anthropic_content,
 )
 
-Pause = Callable[[threading.Event, float], object]  # waits up to so many seconds, or until the event is set
+# Waits so many seconds, or until the event is set; None: there is nothing to wait for.
+Pause = Callable[[asyncio.Event, float], Awaitable[object] | None]
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
 
 
 def openai_provider(
     config: DescribeConfig,
     resources: DescribeResources,
     progress: Progress | None = None,
-    pause: Pause = threading.Event.wait,
+    pause: Pause = _pause,
 ) -> Describer:
     """Asks `{base_url}/chat/completions` of any OpenAI-compatible server; key from OPENAI_API_KEY."""
     return _server_provider(OPENAI, config, resources, progress, pause)
@@ -115,7 +130,7 @@ def anthropic_provider(
     config: DescribeConfig,
     resources: DescribeResources,
     progress: Progress | None = None,
-    pause: Pause = threading.Event.wait,
+    pause: Pause = _pause,
 ) -> Describer:
     """Asks `{base_url}/v1/messages` of Anthropic's server or one like it; key from ANTHROPIC_API_KEY."""
     return _server_provider(ANTHROPIC, config, resources, progress, pause)
@@ -127,92 +142,215 @@ def _server_provider(
     server = Server(api, config, pause)
     # Local servers often call whatever they serve by one name: the address tells them apart.
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens, config.base_url)
-    return cached_describer(config, AnswerCache(resources.cache_directory, *identity), server.ask, progress)
+    cache = AnswerCache(resources.cache_directory, *identity, shared=resources.shared_directory)
+    return cached_describer(config, cache, server.ask, progress)
 
 
 class Server:
-    """One model on one server, asked by several threads."""
+    """One model on one server, asked several things at once."""
 
-    def __init__(self, api: Api, config: DescribeConfig, pause: Pause = threading.Event.wait) -> None:
+    def __init__(self, api: Api, config: DescribeConfig, pause: Pause = _pause) -> None:
         if not config.model:
             raise UserError(f"describe.model is empty: name the model that describe.provider {config.provider} asks")
         if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_retries < 0:
             raise UserError("describe: concurrency and timeout_seconds must be above 0, and max_retries 0 or more")
         base = (config.base_url or api.url).rstrip("/")
-        host = _checked_host(base, api)
-        self._local = host in _LOCAL_HOSTS
+        url = _checked_url(base, api)
+        self._local = url.host in _LOCAL_HOSTS
         self._api, self._config, self._pause = api, config, pause
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
+        self._certificates = _certificates() if url.scheme == "https" else True
+        # OpenAI's own newer models refuse max_tokens; most other servers know nothing else.
+        self._limits = api.limits[::-1] if config.base_url else api.limits
+        self._limit_taken = ""  # of these, the one that the server has answered to
+        self._tell_next = 0.0
 
-    def ask(self, texts: Sequence[str]) -> Generator[tuple[int, Answer], None, None]:
-        """Yields answers as they arrive. Raises UserError at once if the server refuses the key, model or address."""
-        stop = threading.Event()
-        executor = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="describe")
-        # A proxy from the environment cannot reach this machine's own servers.
-        with self._client() as client:
+    def ask(
+        self, texts: Sequence[str], keep: Keep = lambda index, answer: None
+    ) -> Generator[tuple[int, Answer] | None, None, None]:
+        """Yields and keeps answers as they arrive; see `answers.Ask`.
+
+        Raises UserError at once if the server refuses the key, model or address. Closed, or after an error, it sends
+        nothing more and waits up to `_DRAIN_SECONDS` for what is under way, which `keep` still gets.
+        """
+        if not texts:
+            return
+        results: queue.SimpleQueue[tuple[int, Answer] | Exception] = queue.SimpleQueue()
+        loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+        def converse() -> None:
             try:
-                futures: dict[Future[Answer], int] = {
-                    executor.submit(self._ask_one, client, text, stop): i for i, text in enumerate(texts)
-                }
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
+                loop.run_until_complete(self._converse(texts, keep, results, stop))
+            except Exception as error:
+                results.put(error)
             finally:
-                stop.set()
-                executor.shutdown(cancel_futures=True)
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
 
-    def _client(self) -> httpx.Client:
+        # A thread of its own: this one may be interrupted at any point, and is not while an answer is being stored.
+        thread = threading.Thread(target=converse, name="describe", daemon=True)
+        thread.start()
         try:
-            return httpx.Client(headers=self._headers, timeout=self._config.timeout_seconds, trust_env=not self._local)
-        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or no URL
-            raise UserError(f"describe.provider {self._config.provider}: the proxy set here: {error}") from None
+            for _ in range(len(texts)):
+                while (result := _next(results)) is None:
+                    yield None
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+        finally:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(stop.set)
+            thread.join(_DRAIN_SECONDS + 5)
 
-    def _ask_one(self, client: httpx.Client, text: str, stop: threading.Event) -> Answer:
-        problem, body = "", self._api.body(self._config, build_prompt(text))
+    async def _converse(
+        self,
+        texts: Sequence[str],
+        keep: Keep,
+        results: queue.SimpleQueue[tuple[int, Answer] | Exception],
+        stop: asyncio.Event,
+    ) -> None:
+        """Puts one result for each text, or an error, unless it is stopped."""
+        numbered = iter(enumerate(texts))
+
+        async def work(client: httpx.AsyncClient) -> None:
+            try:
+                for index, text in numbered:
+                    while results.qsize() > 4 * self._config.concurrency and not stop.is_set():
+                        await asyncio.sleep(_TICK_SECONDS)  # whoever takes them is busy
+                    if stop.is_set():
+                        return
+                    answer = await self._ask_one(client, text, stop)
+                    if answer.text is not None:
+                        keep(index, answer.text)
+                    results.put((index, answer))
+            except Exception as error:
+                results.put(error)
+                stop.set()
+
+        async with self._client() as client:
+            workers = [asyncio.create_task(work(client)) for _ in range(min(self._config.concurrency, len(texts)))]
+            bound = asyncio.create_task(_cancel_after_drain(workers, stop))
+            await asyncio.wait(workers)
+            bound.cancel()
+            await asyncio.wait([bound])
+
+    def _client(self) -> httpx.AsyncClient:
+        most = self._config.concurrency
+        try:
+            return httpx.AsyncClient(
+                headers={"accept-encoding": "identity"} | self._headers,
+                verify=self._certificates,
+                timeout=None,  # the whole of a request has a bound: `_exchange`
+                limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+                trust_env=not self._local,  # a proxy from the environment cannot reach this machine's own servers
+            )
+        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or no URL
+            raise self._error(f"the proxy set here: {error}") from None
+
+    async def _ask_one(self, client: httpx.AsyncClient, text: str, stop: asyncio.Event) -> Answer:
+        prompt, problem = build_prompt(text), ""
         for attempt in range(self._config.max_retries + 1):
             if stop.is_set():
                 break
-            retry_after = 0.0
             try:
-                response = client.post(self._url, json=body)
-            except httpx.RequestError as error:
-                problem = "timeouts" if isinstance(error, httpx.TimeoutException) else "failed connections"
-            else:
-                answer = self._interpret(response)
-                if answer is not None:
-                    return answer
-                problem = f"with status {response.status_code}"
-                retry_after = _retry_after(response)
+                return await self._answer(client, prompt)
+            except TryAgain as error:
+                problem, asked_for = error.problem, error.seconds
             if attempt < self._config.max_retries:
-                self._pause(stop, max(retry_after, _backoff(attempt)))
+                seconds = min(max(asked_for, _backoff(attempt)), _MAX_PAUSE_SECONDS)
+                self._tell(problem, asked_for, seconds)
+                if (waiting := self._pause(stop, seconds)) is not None:
+                    await waiting
         return Answer(None, problem)
 
-    def _interpret(self, response: httpx.Response) -> Answer | None:
-        """The answer in a response; None if asking again may help. Never quotes the server: it may echo the key."""
-        status = response.status_code
-        if status in (401, 403):
-            raise UserError(
-                f"describe.provider {self._config.provider}: the server refused the key (status {status}): "
-                f"set {self._api.key_variable} to one that may use {self._config.model!r}"
-            )
-        if status in (408, 409, 425, 429) or status >= 500:
-            return None
+    async def _answer(self, client: httpx.AsyncClient, prompt: str) -> Answer:
+        """One attempt. Raises TryAgain where another may help, UserError where nothing but a person can."""
+        limit = self._limit_taken or self._limits[0]
+        status, reply = await self._exchange(client, prompt, limit)
+        others = [name for name in self._limits if name != limit]
+        if status in (400, 422) and others and self._limit_taken != limit:
+            # The name of the limit may be at fault: the other one is tried until the server has answered to one.
+            limit = others[0]
+            status, reply = await self._exchange(client, prompt, limit)
+        if status == 200:
+            self._limit_taken = limit
+            return find_answer(self._api.content, reply)
         if status in (400, 413, 422):  # this prompt may be at fault: too long, or refused
             return Answer(None, f"with status {status}")
-        if status != 200:
-            raise UserError(
-                f"describe.provider {self._config.provider}: {self._url} answered with status {status}: "
-                f"check describe.base_url and describe.model {self._config.model!r}"
+        if status in (401, 403):
+            raise self._error(
+                f"the server refused the key (status {status}): "
+                f"set {self._api.key_variable} to one that may use {self._config.model!r}"
             )
+        if status == 402:
+            raise self._error("the server wants to be paid first (status 402): there is no credit left for this key")
+        raise self._error(
+            f"{self._url} answered with status {status}: "
+            f"check describe.base_url and describe.model {self._config.model!r}"
+        )
+
+    async def _exchange(self, client: httpx.AsyncClient, prompt: str, limit: str) -> tuple[int, Any]:
+        """(status, decoded reply) of one request, which takes `describe.timeout_seconds` at most. Raises TryAgain."""
+        body = {
+            "model": self._config.model,
+            limit: self._config.max_new_tokens,
+            "messages": [{"role": "user", "content": prompt}],
+        }
+        reply, status = None, 0
         try:
-            text = self._api.text(response.json())
-        except (ValueError, LookupError, TypeError, RecursionError):
-            text = None
-        return Answer(text) if isinstance(text, str) else Answer(None, "without text")
+            async with (
+                asyncio.timeout(self._config.timeout_seconds),
+                client.stream("POST", self._url, json=body) as response,
+            ):
+                status = response.status_code
+                if status == 200:
+                    reply = decoded(await read_body(response))
+                    status = status_of(reply)
+        except TimeoutError:
+            raise TryAgain("timeouts") from None
+        except httpx.RequestError as error:
+            if reason := certificate_problem(error):
+                raise self._error(
+                    f"the certificate of {self._url} is not trusted ({reason.rstrip('.')}); "
+                    "if it should be, name a file with it in SSL_CERT_FILE"
+                ) from None
+            raise TryAgain(f"failed connections ({cause_of(error)})") from None
+        if status in (408, 409, 425, 429) or status >= 500:
+            raise TryAgain(f"with status {status}", asked_to_wait(response.headers))
+        return status, reply
+
+    def _tell(self, problem: str, asked_for: float, seconds: float) -> None:
+        """Says that a longer pause is made, and why: without it, a run that only waits looks like one that hangs."""
+        if seconds < _TOLD_PAUSE_SECONDS or time.monotonic() < self._tell_next:
+            return
+        self._tell_next = time.monotonic() + _TOLD_EVERY_SECONDS
+        wish = f"; the server asks to wait {asked_for:.0f} s" if asked_for else ""
+        say(f"describe: requests end {problem}{wish}; asking again in {seconds:.0f} s")
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"describe.provider {self._config.provider}: {message}")
 
 
-def _checked_host(base_url: str, api: Api) -> str:
-    """The host of a base URL without credentials in it: these would be shown and stored with the configuration."""
+def _next(results: queue.SimpleQueue[tuple[int, Answer] | Exception]) -> tuple[int, Answer] | Exception | None:
+    try:
+        return results.get(timeout=_TICK_SECONDS)
+    except queue.Empty:
+        return None
+
+
+async def _cancel_after_drain(tasks: Sequence[asyncio.Task[None]], stop: asyncio.Event) -> None:
+    await stop.wait()
+    _, pending = await asyncio.wait(tasks, timeout=_TICK_SECONDS)
+    if pending:
+        say(f"describe: waiting {_DRAIN_SECONDS:.0f} s at most for answers under way")
+        _, pending = await asyncio.wait(pending, timeout=_DRAIN_SECONDS)
+    for task in pending:
+        task.cancel()
+
+
+def _checked_url(base_url: str, api: Api) -> httpx.URL:
+    """A base URL without credentials in it: these would be shown and stored with the configuration."""
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
@@ -222,7 +360,22 @@ def _checked_host(base_url: str, api: Api) -> str:
             f"describe.base_url must look like {api.url!r}, without a user name or query; "
             f"the key belongs in the environment variable {api.key_variable}"
         )
-    return url.host
+    return url
+
+
+def _certificates() -> ssl.SSLContext:
+    """The certificates that servers are believed by: SSL_CERT_FILE's and SSL_CERT_DIR's, or those that httpx brings."""
+    file, directory = (os.environ.get(name) or None for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
+    if file is None and directory is None:
+        return httpx.create_ssl_context(trust_env=False)
+    try:
+        if directory is not None:
+            os.listdir(directory)  # OpenSSL passes over one that is missing
+        return ssl.create_default_context(cafile=file, capath=directory)
+    except OSError as error:  # ssl's own errors are some, too
+        named = {"SSL_CERT_FILE": file, "SSL_CERT_DIR": directory}
+        where = " or ".join(f"{name} {value}" for name, value in named.items() if value)
+        raise UserError(f"{where}: no certificates can be read there ({cause_of(error)})") from None
 
 
 def _read_key(variable: str, required: bool) -> str:
@@ -236,21 +389,8 @@ def _read_key(variable: str, required: bool) -> str:
 
 
 def _backoff(attempt: int) -> float:
-    """Seconds before the next attempt: doubling up to a minute, half of it random so that threads spread out."""
+    """Seconds before the next attempt: doubling up to a minute, half of it random so that requests spread out."""
     return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds the server asks to wait (a number or a date), at most ten minutes; 0 if it does not say."""
-    value = response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return min(max(seconds, 0.0), 600.0) if math.isfinite(seconds) else 0.0
 
 
 # Making one checks the settings and the key and asks nothing yet.

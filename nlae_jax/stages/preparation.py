@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -17,17 +16,19 @@ from jax.sharding import Mesh
 from nlae_jax import hosts
 from nlae_jax.config import Config
 from nlae_jax.data import activations
+from nlae_jax.data.answers import thinks_at_end
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
 from nlae_jax.data.describe import Context, DescribeResources, document_frequencies, make_describer
 from nlae_jax.data.described import Described, described_path, match, read_descriptions
 from nlae_jax.errors import UserError
-from nlae_jax.files import is_remote, read_json, write_json, write_parquet
+from nlae_jax.files import read_json, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.pretrained import cache_directory, stop_ids
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.progress import Progress, progress, say
+from nlae_jax.roles.protocol import chat_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train.state import Params
@@ -158,7 +159,8 @@ def _advance_together(bar: Progress, mesh: Mesh) -> Callable[[int], None]:
 
 
 def _advance_alone(bar: Progress, rows: int) -> None:
-    bar.advance(rows)
+    if rows:
+        bar.advance(rows)
     hosts.stop_if_asked()
 
 
@@ -193,10 +195,12 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         for row, tokens in zip(rows.tolist(), expected.tolist(), strict=True)
     ]
     resources = DescribeResources(
-        document_frequency=document_frequencies(decode(ids) for ids in plan.ids),
+        # Counted over the whole corpus, for the template alone: no other provider reads it.
+        document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
         num_documents=len(plan.ids),
         generate=model and partial(_chat, run, model),
-        cache_directory=_own_answers(run) if model else cache_directory() / "answers",
+        cache_directory=run.workdir / "activations/answers",
+        shared_directory=cache_directory() / "answers",
     )
     with progress(len(rows), "describe", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh) if model else partial(_advance_alone, bar)
@@ -209,18 +213,12 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         write_parquet(path, table)
 
 
-def _own_answers(run: Run) -> Path:
-    """The subject's answers are this run's own, where a server's serve every run.
-
-    One object per answer is no use of a bucket: they stay on this machine, and another one makes the same again.
-    """
-    if not is_remote(run.workdir):
-        return run.workdir / "activations/answers"
-    name = zlib.crc32(json.dumps([str(run.workdir), run.identity], sort_keys=True).encode())
-    return cache_directory() / f"answers-{name:08x}"
-
-
 def _chat(run: Run, model: LanguageModel, prompts: list[str]) -> list[str]:
-    """The subject's replies; every group of prompts draws random numbers of its own, whichever came before."""
+    """The subject's replies; every group of prompts draws random numbers of its own, whichever came before.
+
+    Where the chat template opens the model's thinking, each reply is given the tag: it begins inside of it.
+    """
     seed = run.seed(zlib.crc32(prompts[0].encode()))
-    return model.chat(prompts, run.config.describe.max_new_tokens, seed=seed)
+    replies = model.chat(prompts, run.config.describe.max_new_tokens, seed=seed)
+    template = run.tokenizer.decode(chat_ids(run.tokenizer, "", enable_thinking=False))
+    return [f"<think>{reply}" for reply in replies] if thinks_at_end(template) else replies

@@ -1,0 +1,195 @@
+"""What the replies of language model servers mean: the text in them, the errors, how long to wait.
+
+Nothing here quotes a reply in a message: a server may echo the key.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import os
+import re
+import socket
+import ssl
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import httpx
+
+from nlae_jax.data.answers import Answer
+
+BODY_BYTES = 4_000_000  # of a reply, and of what it unpacks to: a hundred times the longest answer
+_CUT = "cut off by describe.max_new_tokens"
+
+
+class TryAgain(Exception):
+    """No answer came, and asking again may help. `seconds`: the server wants to be left alone for so long."""
+
+    def __init__(self, problem: str, seconds: float = 0.0) -> None:
+        super().__init__(problem)
+        self.problem, self.seconds = problem, seconds
+
+
+# --- the body
+
+
+async def read_body(response: httpx.Response) -> bytes:
+    """The body of a reply, unpacked. Raises TryAgain where it is longer than `BODY_BYTES` or cannot be unpacked.
+
+    httpx would unpack each piece that arrives as a whole, however large it gets.
+    """
+    raw = bytearray()
+    async for piece in response.stream:
+        raw += piece
+        if len(raw) > BODY_BYTES:
+            raise TryAgain("with too long a reply")
+    match response.headers.get("content-encoding", "").strip().lower():
+        case "" | "identity":
+            return bytes(raw)
+        case "gzip" | "x-gzip" | "deflate":  # not asked for, but some proxies pack all they pass on
+            return _unpacked(bytes(raw))
+    raise TryAgain("with a reply in an encoding that was not asked for")
+
+
+def _unpacked(raw: bytes) -> bytes:
+    either = 32 + zlib.MAX_WBITS  # gzip's header or zlib's
+    try:
+        data = zlib.decompressobj(either).decompress(raw, BODY_BYTES + 1)
+    except zlib.error:
+        raise TryAgain("with a reply that cannot be unpacked") from None
+    if len(data) > BODY_BYTES:
+        raise TryAgain("with too long a reply")
+    return data
+
+
+def decoded(body: bytes) -> Any:
+    """The JSON value in a body, or None. A byte that is no UTF-8 spoils one character and not the answer."""
+    try:
+        return json.loads(body.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- the text
+
+
+def find_answer(find: Callable[[Any], tuple[Any, bool]], reply: Any) -> Answer:
+    """The answer that `find` finds in a decoded reply; one without text where the reply has another form."""
+    try:
+        content, cut = find(reply)
+        text = _joined(content)
+    except (LookupError, TypeError, AttributeError):
+        return Answer(None, "without text")
+    return Answer(text, _CUT if cut else "")
+
+
+def openai_content(reply: Any) -> tuple[Any, bool]:
+    """(content, whether it was cut off) of a chat completion. What was thought stands in fields of other names."""
+    choice = reply["choices"][0]
+    return choice["message"].get("content"), choice.get("finish_reason") == "length"
+
+
+def anthropic_content(reply: Any) -> tuple[Any, bool]:
+    """The same of Anthropic's messages."""
+    return reply["content"], reply.get("stop_reason") == "max_tokens"
+
+
+def _joined(content: Any) -> str:
+    """Content as one text: a string, or a part or a list of parts of which those that are text count; None is empty.
+
+    Raises TypeError, LookupError or AttributeError for anything else.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [content] if isinstance(content, Mapping) else content
+    return "".join(_part_text(part) for part in parts)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    return part["text"] if part.get("type", "text") in ("text", "output_text") else ""
+
+
+# --- errors
+
+
+def status_of(reply: Any) -> int:
+    """The HTTP status that a decoded reply sent with status 200 should have had: 200, or that of the error in it."""
+    error = _error_in(reply)
+    if not error:
+        return 200
+    named = [error.get(name) for name in ("code", "status", "status_code", "type")] if isinstance(error, dict) else []
+    for value in named:
+        if type(value) in (int, str) and re.fullmatch(r"[45]\d\d", str(value).strip()):
+            return int(value)
+    words = " ".join(value for value in (*named, error) if isinstance(value, str)).lower()
+    return next((status for pattern, status in _WORDS if re.search(pattern, words)), 500)
+
+
+def _error_in(reply: Any) -> Any:
+    """The error in a reply, of any type; None or something empty where there is none."""
+    if not isinstance(reply, dict):
+        return None
+    if "error" in (reply.get("object"), reply.get("type")):
+        return reply.get("error") or reply
+    choices = reply.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    return reply.get("error") or first.get("error")
+
+
+# How errors are called where they have no number.
+_WORDS = (
+    (r"rate.?limit|quota|exhausted|too.many|overload|capacity", 429),
+    (r"auth|permission|api.key|forbidden|denied", 401),
+    (r"not.found|no.such|does.not.exist", 404),
+    (r"invalid|context|too.long|filter|bad.request|unprocess", 400),
+)
+
+
+def asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that `Retry-After` (a number or a date) asks for; 0 if it does not say."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+
+
+# --- connections that failed
+
+
+def certificate_problem(error: BaseException) -> str:
+    """Why the server's certificate is not trusted; empty where a connection failed for another reason."""
+    found = (link for link in _links(error) if isinstance(link, ssl.SSLCertVerificationError))
+    return next((link.verify_message or "it cannot be verified" for link in found), "")
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a connection failed, in a few words that hold nothing of the request."""
+    for link in _links(error):
+        if isinstance(link, ssl.SSLError) and link.reason:
+            return f"TLS: {link.reason.lower().replace('_', ' ')}"
+        if isinstance(link, OSError) and link.errno and link.strerror:
+            own = isinstance(
+                link, socket.gaierror
+            )  # numbers of its own; asyncio puts the address into the others' text
+            return (link.strerror if own else os.strerror(link.errno)).lower()
+    return type(error).__name__
+
+
+def _links(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and the members of groups."""
+    while error is not None:
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            for member in error.exceptions:
+                yield from _links(member)
+        error = error.__cause__ or error.__context__

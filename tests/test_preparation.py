@@ -1,0 +1,193 @@
+"""The stage that describes, ended in the middle and continued elsewhere: no server is asked anything twice."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+
+from nlae_jax import hosts
+from nlae_jax.cli import main
+from nlae_jax.data import providers
+from nlae_jax.stages import preparation
+from tests.servers import GOOD, chat, serving
+
+pytest_plugins = ["tests.fake_gcs", "tests.tiny_run"]
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-test-not-to-be-shown"
+CONCURRENCY = 4
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus_file, tiny_dir):
+    """Command lines of a tiny run that has not been made."""
+    from tests.tiny_run import TinyRun  # a plugin: pytest imports it first
+
+    return TinyRun(Path(), corpus_file, tiny_dir)
+
+
+@pytest.fixture
+def serve():
+    with serving() as start:
+        yield start
+
+
+def command(tiny, workdir, url="http://127.0.0.1:1", **settings):
+    asked = {
+        "describe__provider": "openai",
+        "describe__model": "m",
+        "describe__base_url": f"{url}/v1",
+        "describe__concurrency": CONCURRENCY,
+    }
+    return tiny.arguments(workdir, "describe", **asked, **settings)
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny, tmp_path_factory):
+    """A workdir whose descriptions are to come from a server."""
+    workdir = tmp_path_factory.mktemp("extracted") / "W"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        arguments = command(tiny, workdir)
+        arguments[0] = "extract"
+        assert main(arguments) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(extracted, tmp_path):
+    return shutil.copytree(extracted, tmp_path / "W")
+
+
+def other_machine(monkeypatch, tmp_path):
+    """From here on nothing is known of what this machine asked."""
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path / "other machine"))
+
+
+def descriptions(workdir):
+    return pq.read_table(workdir / "activations/descriptions.parquet")["description"].to_pylist()
+
+
+def test_killed_and_continued_on_another_machine(tiny, workdir, tmp_path, serve, monkeypatch):
+    """SIGKILL loses what was under way, and nothing that had arrived."""
+
+    def steps(n, body):
+        if n == 40:
+            process.kill()
+            process.wait()
+        return chat()
+
+    url, script = serve(steps)
+    process = subprocess.Popen([sys.executable, "-m", "nlae_jax", *command(tiny, workdir, url)], cwd=ROOT)
+    assert process.wait(300) == -signal.SIGKILL
+    moved = shutil.move(workdir, tmp_path / "elsewhere")
+    other_machine(monkeypatch, tmp_path)
+    assert main(command(tiny, moved, url)) == 0
+    assert set(descriptions(moved)) == {GOOD}
+    asked = script.asked
+    assert len(asked) > 60 and max(asked.values()) <= 2
+    assert sum(count == 2 for count in asked.values()) <= CONCURRENCY
+
+
+@pytest.mark.parametrize("end", ["terminated", "interrupted", "refused"])
+def test_ended_and_continued_on_another_machine(tiny, workdir, tmp_path, serve, monkeypatch, capsys, end):
+    """Told to stop, or its key refused, the run keeps all that it was answered: nothing is asked again."""
+
+    def steps(n, body):
+        if n == 40 and end == "refused":
+            refused.append(body["messages"][0]["content"])
+            return 401, {}, b""
+        if n == 40:
+            os.kill(os.getpid(), signal.SIGTERM if end == "terminated" else signal.SIGINT)
+        return chat()
+
+    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
+    refused = []
+    url, script = serve(steps)
+    code = {"terminated": hosts.PREEMPTED, "interrupted": 130, "refused": 2}[end]
+    assert main(command(tiny, workdir, url)) == code
+    assert "OPENAI_API_KEY" in capsys.readouterr().err or end != "refused"
+    moved = shutil.copytree(workdir, tmp_path / "elsewhere")
+    assert len(script.requests) < 60 and not (moved / "activations/descriptions.parquet").exists()
+    other_machine(monkeypatch, tmp_path)
+    assert main(command(tiny, moved, url)) == 0
+    assert set(descriptions(moved)) == {GOOD} and len(script.asked) > 60
+    assert script.asked - Counter(refused) == Counter(set(script.asked))
+
+
+def test_terminated_with_a_server_that_says_nothing(tiny, workdir, serve, monkeypatch, capsys):
+    """The run ends without waiting for an answer."""
+
+    def steps(n, body):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return script.hang
+
+    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 1.0)
+    url, script = serve(steps)
+    assert main(command(tiny, workdir, url, describe__timeout_seconds=3600.0)) == hosts.PREEMPTED
+    assert "describe: waiting 1 s at most for answers under way\n" in capsys.readouterr().err
+
+
+def test_another_workdir_of_this_machine_asks_nothing(tiny, workdir, tmp_path, serve, monkeypatch):
+    """And has the answers itself from then on."""
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path / "machine"))
+    url, script = serve(lambda n, body: chat())
+    second = shutil.copytree(workdir, tmp_path / "second")
+    assert main(command(tiny, workdir, url)) == 0
+    before = len(script.requests)
+    assert main(command(tiny, second, url)) == 0
+    other_machine(monkeypatch, tmp_path)
+    (second / "activations/descriptions.parquet").unlink()
+    assert main(command(tiny, second, url)) == 0
+    assert len(script.requests) == before and descriptions(second) == descriptions(workdir)
+
+
+def test_answers_live_in_the_bucket(tiny, gcs, tmp_path, serve, monkeypatch):
+    """A machine is told to go in the middle of describing, and another one continues with what is in the bucket."""
+
+    def steps(n, body):
+        if n == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return chat()
+
+    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)
+    url, script = serve(steps)
+    assert main(command(tiny, "gs://bucket/W", url)) == hosts.PREEMPTED
+    assert len(gcs.names("W/activations/answers/part-00000-")) == 1
+    other_machine(monkeypatch, tmp_path)
+    assert main(command(tiny, "gs://bucket/W", url)) == 0
+    assert len(gcs.names("W/activations/answers/part-00001-")) == 1 and len(script.asked) > 60
+    assert max(script.asked.values()) == 1
+
+
+def test_words_of_the_corpus_are_counted_for_the_template_alone(tiny, workdir, serve, monkeypatch):
+    def never(texts):
+        raise AssertionError("this goes over the whole corpus")
+
+    monkeypatch.setattr(preparation, "document_frequencies", never)
+    url, _ = serve(lambda n, body: chat())
+    assert main(command(tiny, workdir, url)) == 0
+    assert set(descriptions(workdir)) == {GOOD}
+
+
+@pytest.mark.parametrize(("template", "begins"), [("{{ messages[0].content }}<think>\n", "<think>"), ("", "")])
+def test_replies_begin_where_the_template_ends(tokenizer, monkeypatch, template, begins):
+    """A template that opens the thinking leaves its tag out of the reply."""
+    if template:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    describe = SimpleNamespace(max_new_tokens=9)
+    run = SimpleNamespace(seed=int, config=SimpleNamespace(describe=describe), tokenizer=tokenizer)
+    model = SimpleNamespace(chat=lambda prompts, limit, seed: [f"to {prompt}" for prompt in prompts])
+    assert preparation._chat(run, model, ["a", "b"]) == [f"{begins}to a", f"{begins}to b"]
