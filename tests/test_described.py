@@ -78,6 +78,7 @@ def test_what_fits_nowhere_is_counted_by_reason(tmp_path: Path, tokenizer: PreTr
         {"id": "d", "position": True, "description": "y"},
         {"id": "d", "offset": 2.5, "description": "y"},
         {"text": "x", "description": "y" * 30_000},
+        {"text": "x", "description": "<explanation>y</explanation>"},
         ["no object"],
     ],
 )

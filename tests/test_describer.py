@@ -98,7 +98,20 @@ def test_the_provider_is_refused_where_no_describer_is_carried(tmp_path: Path, m
         make_describer(DescribeConfig(provider="describer"), resources)
 
 
-def test_the_provider_describes_contexts(directory: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_notes_are_written_once(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is continued takes the notes that are there; the model is asked for the others alone."""
+    asked: list[str] = []
+
+    def describe(self: TextDescriber, texts: list[str]) -> list[str | None]:
+        asked.extend(texts)
+        return [f"a note on the text: {len(text)} characters" for text in texts]
+
     monkeypatch.setattr(provider, "describer_directory", lambda: directory)
-    describe = make_describer(DescribeConfig(provider="describer"), DescribeResources({}, 0, None, tmp_path))
-    assert len(describe([Context("d", text, ()) for text in TEXTS])) == len(TEXTS)
+    monkeypatch.setattr(provider, "_TOGETHER", 2)
+    monkeypatch.setattr(TextDescriber, "describe", describe)
+    resources = DescribeResources({}, 0, None, tmp_path / "answers")
+    contexts = [Context("d", text, ()) for text in TEXTS]
+    first = make_describer(DescribeConfig(provider="describer"), resources)(contexts[:2])
+    again = make_describer(DescribeConfig(provider="describer"), resources)(contexts)
+    assert again[:2] == first == [f"a note on the text: {len(text)} characters" for text in TEXTS[:2]]
+    assert asked == TEXTS

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import providers
-from nlae_jax.data.describer import shipped_describer
+from nlae_jax.data.describer import describer_provider
 from nlae_jax.data.documentation import FUNCTION_WORDS
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath
@@ -220,15 +220,6 @@ def file_provider(config: DescribeConfig, resources: DescribeResources, progress
         'describe.provider = "file": activations/ was made without that file; delete activations/ to extract at the '
         "positions that it describes"
     )
-
-
-def describer_provider(
-    config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
-) -> Describer:
-    """The language model that the package carries for this: offline, prose, for any subject."""
-    describer = shipped_describer()
-    advance = progress or (lambda texts: None)
-    return lambda contexts: describer.describe([context.text for context in contexts], advance=advance)
 
 
 PROVIDERS: dict[str, Provider] = {

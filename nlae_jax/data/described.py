@@ -26,6 +26,7 @@ from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.corpus import Document, document_of, read_json_lines
 from nlae_jax.errors import UserError
 from nlae_jax.lm.tokens import text_ids
+from nlae_jax.outside import encodable
 
 _MAX_CHARACTERS = 20_000  # of one description
 
@@ -61,6 +62,8 @@ def read_descriptions(path: Path) -> Iterator[Description]:
     """The file's lines. Raises UserError naming file, line and field where one is not as it should be."""
     for where, row in read_json_lines(path):
         text = _string(row, where, "note" if "note" in row and "description" not in row else "description")
+        if "explanation>" in text:
+            raise UserError(f"{where}: description holds an explanation tag; it should be the text inside the tags")
         if len(text) > _MAX_CHARACTERS:
             raise UserError(f"{where}: description has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
         passage = _string(row, where, "passage") if row.get("passage") is not None else ""
@@ -134,7 +137,7 @@ def _string(row: dict[str, Any], where: str, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {name} should be a text; it is {json.dumps(value)[:60]}")
-    return value
+    return encodable(value)
 
 
 def _whole(row: dict[str, Any], where: str, name: str) -> int:

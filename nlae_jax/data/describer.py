@@ -5,23 +5,29 @@ See `roles.describer` for what it is, and `experiments/smollm2/describer.py` for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from nlae_jax.assets import describer_directory
+from nlae_jax.config import DescribeConfig
+from nlae_jax.data.answers import Answer, AnswerCache, Keep, cached_describer
 from nlae_jax.errors import UserError
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
-from nlae_jax.roles.adapters import AdapterFile, open_adapters
+from nlae_jax.roles.adapters import AdapterFile, has_adapters, open_adapters
 from nlae_jax.roles.describer import prompt_ids
 
+if TYPE_CHECKING:  # describe.py imports this module
+    from nlae_jax.data.describe import Describer, DescribeResources, Progress
+
 _BATCH = 32  # texts of similar length written about at once
+_TOGETHER = 256  # texts that are sorted by length, and kept together: what a killed run does again
 _MAX_NEW_TOKENS = 96
 _TEMPERATURE = 0.5
 
@@ -63,12 +69,25 @@ class TextDescriber:
         return notes
 
 
-def shipped_describer() -> TextDescriber:
-    """The one that the package carries."""
+def describer_provider(
+    config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
+) -> Describer:
+    """The describer that the package carries describes the texts. Raises UserError where it carries none."""
     directory = describer_directory()
-    if not directory.is_dir():
+    if not has_adapters(directory):
         raise UserError("describe.provider: this installation carries no describer; use another provider")
-    return TextDescriber.from_directory(directory)
+    describer = TextDescriber.from_directory(directory)
+
+    def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:
+        for start in range(0, len(texts), _TOGETHER):
+            notes = describer.describe(texts[start : start + _TOGETHER])
+            for index, note in enumerate(notes, start=start):
+                answer = Answer(f"<explanation>{note or ''}</explanation>")
+                keep(index, answer.text or "")
+                yield index, answer
+
+    cache = AnswerCache(resources.cache_directory, config.provider, open_adapters(directory).identity)
+    return cached_describer(config, cache, ask, progress, _TOGETHER)
 
 
 def _merged(params: dict[str, Any], file: AdapterFile, adapters: dict[str, Any]) -> dict[str, Any]:
