@@ -176,13 +176,13 @@ def test_tokens_that_the_model_lacks_are_named(nla, tiny_dir):
     with pytest.raises(UserError, match="text 1: the token '<extra19>' has id"):
         more.reconstruct(["of", "of <extra19>"])
     # What was sampled is not refused: a run would end with all its work done.
-    cut = more._trip.reconstruct_texts(more._pair, ["of <extra19>"])
+    cut = more._trip.reconstruct_texts(more._pair, ["of<extra19>"])
     np.testing.assert_allclose(cut, nla.reconstruct(["of"]), rtol=1e-4, atol=1e-4)
 
 
 def test_half_a_surrogate_pair_is_read_as_the_sign_for_it(nla):
     np.testing.assert_array_equal(nla.reconstruct(["a \ud83d"]), nla.reconstruct(["a \ufffd"]))
-    assert nla.explain_text("the \ud83d")[0]["token"] == "the"
+    assert nla.explain_text("\ud83d") == nla.explain_text("\ufffd")
 
 
 def test_one_text_is_no_list_of_texts(nla):

@@ -108,6 +108,8 @@ def _rendered(request: str) -> tuple[list[str], str]:
             timeout=_WAIT_SECONDS,
             check=False,
         )
+    except OSError as error:
+        return [], f"no process can be started for it: {error}"
     except subprocess.TimeoutExpired:
         return [], f"it has not ended after {_WAIT_SECONDS:.0f} seconds"
     if done.returncode == -signal.SIGPROF:

@@ -17,6 +17,7 @@ import random
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -96,10 +97,12 @@ def rendered(request: dict[str, Any]) -> list[str]:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """From here on so much may be used, and the process ends where it is more."""
+    """From here on so much more may be used: the process ends with its time, and gets no memory beyond."""
     signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal ends a process that has nothing else in mind for it
-    with contextlib.suppress(OSError, ValueError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with contextlib.suppress(OSError, ValueError):  # not every system has these
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> None:
