@@ -76,6 +76,10 @@ def bootstrap(
     return float(low), float(high)
 
 
+# What `summarise` has of every row, and the descriptions; any other mse is of parts of the explanations.
+_OF_ALL = ("after", "before", "text", "shuffled", "gold")
+
+
 def summarise(
     h: np.ndarray,
     documents: np.ndarray,
@@ -86,8 +90,8 @@ def summarise(
     """The numbers of `eval.json`.
 
     `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), `shuffled`, and, NaN on
-    rows that have none, `gold` (descriptions) and those of explanations of `UNINFORMED` vectors. Gaps are between the
-    same rows. A number is None where no row has what it is of.
+    rows that have none, `gold` (descriptions), those of explanations of `UNINFORMED` vectors, and any others: of parts
+    of the explanations. Gaps are between the same rows. A number is None where no row has what it is of.
     """
     variance = variances(h)
     mean_norm = float(objectives.baselines(h).mean_norm)
@@ -114,6 +118,7 @@ def summarise(
         "fve_gold": gold,
         "fve_gold_gap": None if gold is None or beside_gold is None else gold - beside_gold,
         **{f"fve_{name}": control for name, (control, _) in controls.items()},
+        **{f"fve_{name}": on_measured(name)[0] for name in mse if name not in (*_OF_ALL, *UNINFORMED)},
         "fve_vector_gap": min(gaps, default=None),
         "fve_before_rl": fve(before, variance),
         "fve_gain": gain(np.arange(len(after))),

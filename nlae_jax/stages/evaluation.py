@@ -7,16 +7,21 @@ import json
 import numpy as np
 
 from nlae_jax import hosts
+from nlae_jax.evaluate.claims import claims, parts
 from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
 from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, mismatched, summarise, uninformed
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
 from nlae_jax.files import write_atomically, write_json
+from nlae_jax.language_model import LanguageModel
 from nlae_jax.progress import progress
 from nlae_jax.run import Purpose, Run
 from nlae_jax.stages.training import decoder_sft, encoder_sft, pair_of, rl
 
 # Explained from vectors that say nothing about them. Three rollouts more, for numbers that need not be exact.
 _UNINFORMED_ROWS = 64
+
+# Rebuilt from parts of their explanations too, one pass of the decoder for each part.
+_PART_ROWS = 128
 
 
 def evaluate(run: Run) -> None:
@@ -31,7 +36,7 @@ def evaluate(run: Run) -> None:
     trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
     seed = run.seed(Purpose.EVAL)
     mse_uninformed: dict[str, np.ndarray] = {}
-    with progress(4 + len(UNINFORMED), "eval", unit="pass") as bar:
+    with progress(5 + len(UNINFORMED), "eval", unit="pass") as bar:
         mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
         bar.advance()
         mse_after, written, rebuilt = _round_trip(trip, after, h, seed, config.temperature)
@@ -48,6 +53,10 @@ def evaluate(run: Run) -> None:
             mse_uninformed[name], texts = _of_uninformed(trip, after, vectors, h, seed, config.temperature)
             measured[f"identical_to_{name}"] = share_among(written.texts[: len(texts)], texts)
             bar.advance()
+        contexts = [_context(run, row)[0] for row in rows.tolist()]
+        in_parts = _of_parts(trip, after, written.texts, contexts, h)
+        bar.advance()
+        top = _likeliest_tokens(run, rows)
     other = mismatched(documents, seed)
     mse = {
         "before": mse_before,
@@ -56,12 +65,14 @@ def evaluate(run: Run) -> None:
         "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
         "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
         **mse_uninformed,
+        **in_parts,
     }
 
     def write() -> None:
         summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
         summary["extraction_rate"] = float((written.length > 0).mean())
         summary["temperature"] = config.temperature
+        summary |= claims(written.texts, contexts, top, other.tolist())
         summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
         _write_samples(run, rows, written, mse_after, gold)
         write_json(run.workdir / "eval.json", summary)
@@ -93,6 +104,36 @@ def _of_uninformed(
     rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
     mse[rows] = direction_mse(rebuilt, h[rows], written.length > 0)
     return mse, written.texts
+
+
+def _of_parts(
+    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h: np.ndarray
+) -> dict[str, np.ndarray]:
+    """By part of the explanations (`claims.parts`) its mse [N]; 2 where nothing is left, NaN beyond the first rows."""
+    count = min(len(h), _PART_ROWS)
+    rows = [parts(text, context) for text, context in zip(texts[:count], contexts, strict=False)]
+    mse = {}
+    for name in rows[0]:
+        left = [row[name] for row in rows]
+        rebuilt = trip.reconstruct_texts(pair, left)
+        mse[name] = np.full(len(h), np.nan)
+        mse[name][:count] = direction_mse(rebuilt, h[:count], np.array([bool(text) for text in left]))
+    return mse
+
+
+def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
+    """What the subject finds likeliest after each row's context; '' where that is not known.
+
+    Where extraction did not store it, the subject is asked, if it is in this process's memory anyhow.
+    """
+    stored = run.store.next_tokens(rows)
+    if stored.shape[1]:
+        return [run.tokenizer.decode([token]) for token in stored[:, 0].tolist()]
+    if run.config.dataset.rl or not run.config.lora.rank or hosts.count() > 1:
+        return [""] * len(rows)
+    subject = LanguageModel(run.arch, run.base, run.tokenizer)
+    likeliest = subject.generate([run.store.context_ids(row).tolist() for row in rows.tolist()], 1, temperature=0.0)
+    return [run.tokenizer.decode(tokens) for tokens in likeliest]
 
 
 def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
