@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, upload, write_atomically
+from nlae_jax.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
 
 Point = tuple[float, float]
 
@@ -31,7 +31,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _stored(path: AnyPath) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         return b""
 
@@ -122,7 +122,7 @@ class MetricsLog:
         Numbers are Python's or anything with `.item()` (numpy and jax scalars); floats are written so that
         reading gives the same float64. Raises ValueError without a string `stage` and an integer `step`.
         """
-        clean = {str(key): _plain(value) for key, value in row.items()}
+        clean = {str(key): plain(value) for key, value in row.items()}
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
         line = (json.dumps(clean, allow_nan=False) + "\n").encode("ascii")
@@ -167,17 +167,3 @@ class MetricsLog:
 def _pause(size: int) -> float:
     """Seconds between two writings of an object of so many bytes: at most one in ten seconds, and 100 kB a second."""
     return max(10.0, size / 100_000)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        value = float(value)  # numpy's float64 is a float whose repr is not JSON
-        return value if math.isfinite(value) else None
-    return value
