@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlae_jax.config import Config, DatasetConfig
-from nlae_jax.data.activations import SPLITS, Plan, open_vectors
+from nlae_jax.data.activations import SPLITS, Plan, counted, open_vectors
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, read_json, write_atomically, write_json
+from nlae_jax.files import AnyPath, write_atomically, write_json
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 
@@ -230,8 +230,8 @@ def import_vectors(
 ) -> None:
     """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
     progress = directory / "progress.json"
-    done = read_json(progress)["batches"] if progress.exists() else 0
-    vectors = open_vectors(directory, rows, d_model, create=done == 0)
+    done = counted(progress, "batches", rows)
+    vectors = open_vectors(directory, rows, d_model, "write" if done else "create")
     first, number = 0, 0
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
