@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,10 +42,7 @@ def local_path(name: str | os.PathLike[str], field: str) -> pathlib.Path:
     if not text.strip():
         raise UserError(f"{field}: empty; should be a path")
     try:
-        text.encode()
         path = pathlib.Path(text).expanduser()
-    except UnicodeEncodeError:
-        raise UserError(f"{field} {text!r}: should be valid UTF-8") from None
     except RuntimeError:  # pathlib's, without an entry for this user and without HOME
         raise UserError(f"{field} {text}: whose home ~ is cannot be found; write the path in full") from None
     if "\0" in text:
@@ -61,6 +59,10 @@ def workdir_path(name: str | os.PathLike[str]) -> AnyPath:
     if not text.startswith(_GS):
         if "://" in text:
             raise UserError(f"--workdir {text}: should be a directory or gs://BUCKET/NAME")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a path may be any bytes, but not to tensorstore
+            raise UserError(f"--workdir {text!r}: should be valid UTF-8") from None
         return local_path(text, "--workdir")
     bucket, _, prefix = text.removeprefix(_GS).partition("/")
     if not bucket or not prefix.strip("/"):
@@ -105,6 +107,21 @@ def absolute(path: AnyPath) -> AnyPath:
 def children(directory: AnyPath) -> Iterator[AnyPath]:
     """What is directly below; nothing where there is no such directory."""
     return directory.iterdir() if directory.exists() else iter(())
+
+
+def move(source: AnyPath, target: AnyPath) -> None:
+    """Renames a directory and all below it."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    import fsspec
+
+    fsspec.filesystem("gcs").mv(str(source), str(target), recursive=True)
+
+
+def remove(directory: AnyPath) -> None:
+    """A directory and all below it."""
+    directory.rmtree() if is_remote(directory) else shutil.rmtree(directory)
 
 
 def kvstore(path: AnyPath) -> dict[str, str]:

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from nlae_jax import cli, files
 from nlae_jax.data import activations
 from nlae_jax.evaluate import report
-from nlae_jax.stages import evaluation
 from nlae_jax.train import checkpoint, metrics
 
 _write_atomically = files.write_atomically
@@ -53,8 +52,7 @@ def half_written(file: str) -> None:
             die()
         _write_atomically(path, write)
 
-    for module in (files, evaluation):
-        module.write_atomically = patched
+    files.write_atomically = patched
 
 
 def torn_row(stage: str, step: int) -> None:

@@ -57,7 +57,13 @@ def test_a_home_that_cannot_be_found(name, monkeypatch):
         workdir_path(name)
 
 
-@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b", "\udce9"])
+def test_a_workdir_is_called_what_can_be_said():
+    assert local_path("caf\udce9", "--file") == pathlib.Path("caf\udce9")  # bytes that are not UTF-8
+    with pytest.raises(UserError, match=r"^--workdir .* should be valid UTF-8"):
+        workdir_path("caf\udce9")
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t\n", "a\0b"])
 def test_a_name_that_is_no_path(name):
     for make, field in ((workdir_path, "--workdir"), (lambda name: local_path(name, "--out"), "--out")):
         with pytest.raises(UserError, match=f"^{field}") as error:

@@ -71,6 +71,13 @@ class Plan:
         """The row numbers of a split, ascending."""
         return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
 
+    def digest(self) -> str:
+        """Tells these documents, splits and rows from others."""
+        digest = hashlib.sha256("\n".join(self.doc_ids).encode("utf-8", "surrogatepass"))
+        for array, dtype in ((self.split, np.int8), (self.document, np.int32), (self.position, np.int32)):
+            digest.update(np.ascontiguousarray(array, dtype).tobytes())
+        return digest.hexdigest()
+
 
 def plan(documents: Sequence[Document], tokenizer: Any, config: Config) -> Plan:
     """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.

@@ -162,7 +162,7 @@ def _warm_start(
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
 
     iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
-    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples)
+    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, run.made_with())
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
@@ -203,7 +203,7 @@ def rl(run: Run) -> tuple[Params, Params]:
         run.seed(Purpose.RL),
         lambda i: {"h": run.store.vectors(rows[share(run.mesh, i)])},
     )
-    stage = Stage("rl", config.num_steps, step, iterator)
+    stage = Stage("rl", config.num_steps, step, iterator, made_with=run.made_with())
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
 

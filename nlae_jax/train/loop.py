@@ -16,7 +16,7 @@ from nlae_jax import hosts
 from nlae_jax.config import Config
 from nlae_jax.files import AnyPath
 from nlae_jax.mesh import put_batch, replicated
-from nlae_jax.progress import progress
+from nlae_jax.progress import progress, warn
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
@@ -29,6 +29,7 @@ class Stage:
     """One training stage: `steps` times the jitted `step`, on batches of `iterator`.
 
     Where batches come in several shapes, `examples` has one of each: they are compiled before the first step.
+    `made_with` is saved with every checkpoint: what it was trained with, as JSON.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     step: Any
     iterator: Any
     examples: Sequence[dict[str, np.ndarray]] = ()
+    made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> Any:
@@ -67,6 +69,7 @@ def _run(
         stage.iterator.set_state(data["iterator"])
     if log is not None:
         log.rewind(stage.name, start)
+        log.sort()
     if start == stage.steps:
         return state
     known, met = set(), set()
@@ -75,8 +78,8 @@ def _run(
         stage.step.lower(state, frozen, batch).compile()
         known.add(_shapes(batch))
     hosts.barrier()
-    compiled_before = stage.step._cache_size()
-    clock = time.perf_counter()
+    compiled_before, expected = stage.step._cache_size(), max(1, len(known))
+    clock, slowed = time.perf_counter(), False
     pending: tuple[int, Any] | None = None
 
     def flush() -> None:
@@ -103,6 +106,9 @@ def _run(
                 raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step(state, frozen, batch)
+            if not slowed and stage.step._cache_size() - compiled_before > expected:
+                slowed = True
+                warn(f"{stage.name}: step {number} was compiled anew; {expected} compilations are expected in all")
             # The step before is fetched only now, while this one runs.
             flush()
             checkpoints.poll()
@@ -111,12 +117,13 @@ def _run(
                 flush()
                 if log is not None:
                     log.sync()  # a checkpoint that counts has its rows
-                checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
+                checkpoints.save(number, state, {"iterator": stage.iterator.get_state(), "made_with": stage.made_with})
             if stopping:
                 checkpoints.finish()
                 raise hosts.Preempted
-    if (times := stage.step._cache_size() - compiled_before) > (expected := max(1, len(known))):
-        raise RuntimeError(f"{stage.name}: the step was compiled {times} times; {expected} are expected")
+    if log is not None:
+        log.sort()
+    checkpoints.finish()  # before anything else can fail
     return state
 
 
