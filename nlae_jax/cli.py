@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
+import select
 import sys
 import time
 import traceback
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax import hosts
+from nlae_jax import hosts, signals
 from nlae_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
@@ -35,12 +35,31 @@ _STAGES = {
 # Of --workdir, --model, --av, --ar: which are given.
 _PAIRS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
 
-NO_SPACE = ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded")
+_MOST_TEXT_BYTES = 16 << 20  # of a text to explain; far more than its tokens may be
+_SILENT_SECONDS = 60.0  # that a pipe may take to give more of it
+
+# What an error of the system says, with or without its number: libraries hand some on as text -> what to do.
+_SYSTEM_ERRORS = (
+    (
+        (errno.ENOSPC, errno.EDQUOT),
+        ("No space left on device", "RESOURCE_EXHAUSTED: Disk", "Disk quota exceeded"),
+        "no space left; free some and run the same command again",
+    ),
+    ((errno.EFBIG,), ("File too large",), "a file there would be larger than allowed (ulimit -f); raise that limit"),
+    ((errno.EMFILE, errno.ENFILE), ("Too many open files",), "too many open files (ulimit -n); raise that limit"),
+    ((errno.EIO,), ("Input/output error",), "the disk gives input/output errors"),
+    ((errno.ESTALE,), ("Stale file handle",), "the network file system is gone (stale file handle)"),
+)
 
 
 def entry() -> int:
     """The `nlae` command."""
     _with_huge_pages()
+    for descriptor in range(3):  # a file opened where a standard stream was closed would get what is printed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     return main()
 
 
@@ -51,34 +70,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process of the run is gone. After these three the same command continues.
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # none, closed, or somebody else's
+            stream.reconfigure(errors="replace")
     try:
-        if getattr(options, "workdir", None):
-            from nlae_jax.files import workdir_path
+        with signals.interruptible(hosts.interrupt, hosts.grace, hosts.tell):
+            return _run(options, overrides)
+    except KeyboardInterrupt:  # while the end was being told
+        return hosts.INTERRUPTED
 
-            options.workdir = workdir_path(options.workdir)
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The command and its exit code."""
+    try:
+        _resolve_paths(options)
         with hosts.preemptible() if hasattr(options, "distributed") else contextlib.nullcontext():
             return hosts.end(options.run(options, overrides))
     except hosts.Preempted:
         return hosts.end(_fail("preempted; the same command continues", None, False, code=hosts.PREEMPTED))
-    except UserError as error:
-        return _fail(str(error), error, options.debug)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues", None, False, code=130)
+        return _fail("interrupted; the same command continues", None, False, code=hosts.INTERRUPTED)
     except Exception as error:
-        if hosts.severed(error):
+        if signals.interrupted():  # within a library that made another error of it
+            return _fail("interrupted; the same command continues", None, False, code=hosts.INTERRUPTED)
+        if hosts.severed(error) and not isinstance(error, UserError):
             hosts.wait_for_verdict()  # back only where the error is this process's own
-        if (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)) or any(s in str(error) for s in NO_SPACE):
-            place = getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk"
-            return _fail(f"{place}: no space left; free some and run the same command again", error, options.debug)
-        if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
-            message = "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
+        if (message := _explained(error, options)) is not None:
             return _fail(message, error, options.debug)
-        if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
-            return _fail(f"{error.filename}: {error.strerror}", error, options.debug)
         if hosts.count() > 1:
             traceback.print_exception(error)
             return hosts.end(1, _line(f"{type(error).__name__}: {error}"))
         raise
+
+
+def _explained(error: Exception, options: argparse.Namespace) -> str | None:
+    """The line for an error that a person can put right; None for a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    for numbers, texts, message in _SYSTEM_ERRORS:
+        if getattr(error, "errno", None) in numbers or any(text in str(error) for text in texts):
+            return f"{getattr(options, 'out', None) or getattr(options, 'workdir', None) or 'the disk'}: {message}"
+    if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
+        return "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
+    if isinstance(error, MemoryError):
+        return "out of memory; smaller batches or bfloat16 need less"
+    if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _resolve_paths(options: argparse.Namespace) -> None:
+    """Paths as a person writes them, `~` and all, as paths. Raises UserError naming the option."""
+    from nlae_jax.files import local_path, workdir_path
+
+    if getattr(options, "workdir", None) is not None:
+        options.workdir = workdir_path(options.workdir)
+    if str(getattr(options, "out", "") or "").startswith("gs:/"):
+        raise UserError("--out: should be a path here; `gcloud storage cp -r` takes it to a bucket")
+    for name in ("config", "out", "file", "html"):
+        if getattr(options, name, None) is not None:
+            setattr(options, name, local_path(getattr(options, name), f"--{name}"))
 
 
 def _with_huge_pages() -> None:
@@ -104,7 +155,7 @@ def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2)
             raise error
         traceback.print_exception(error)
     if code != hosts.PREEMPTED or hosts.is_first():
-        print(f"nlae: {_line(message)}", file=sys.stderr, flush=True)
+        hosts.tell(f"nlae: {_line(message)}")
     return code if code == hosts.PREEMPTED else hosts.end(code, _line(message))
 
 
@@ -151,15 +202,15 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     explain.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="the text itself; may be given several times")
-    source.add_argument("--file", type=Path, help="a UTF-8 text file")
+    source.add_argument("--file", help="a UTF-8 text file")
     explain.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
-    explain.add_argument("--html", type=Path, help="file that gets a page: tokens coloured by score, words on hover")
+    explain.add_argument("--html", help="file that gets a page: tokens coloured by score, words on hover")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
     explain.set_defaults(run=_run_explain)
     help_text = "write the trained pair as model directories that transformers and the PyTorch reference load"
     export = commands.add_parser("export", help=help_text, description=help_text)
     export.add_argument("--workdir", required=True, help="of a trained run")
-    export.add_argument("--out", required=True, type=Path, help="directory that gets av/ and ar/")
+    export.add_argument("--out", required=True, help="directory that gets av/ and ar/")
     export.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
     )
@@ -180,7 +231,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     plan.add_argument("--config", required=True, help="experiment file with get_config()")
     plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
     plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
-    plan.add_argument("--out", type=Path, help="file that gets the plan as JSON too")
+    plan.add_argument("--out", help="file that gets the plan as JSON too")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.set_defaults(run=_run_plan)
     for command in commands.choices.values():
@@ -234,18 +285,22 @@ def _start_jax(distributed: str | None = None) -> None:
 def _run_report(options: argparse.Namespace, _: list[str]) -> int:
     """Also of a run that is under way: nothing is run, nothing locked."""
     from nlae_jax.evaluate.report import write_report
+    from nlae_jax.output import afterwards, show
 
-    print(write_report(options.workdir))
+    path = write_report(options.workdir)
+    afterwards("stdout", lambda: show(str(path)))
     return 0
 
 
 def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
-    config = load_experiment(options.config, overrides)
+    config = load_experiment(str(options.config), overrides)
     hosts.set_grace(config.checkpoint.grace_seconds)
     _start_jax(options.distributed)
     from nlae_jax.evaluate.report import write_report
+    from nlae_jax.files import read_json
+    from nlae_jax.output import afterwards, show_json
     from nlae_jax.progress import say
     from nlae_jax.run import Run
     from nlae_jax.stages import STAGES
@@ -256,47 +311,48 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
         for stage in STAGES.values():
             stage(run)
         if hosts.is_first():
-            write_report(options.workdir)
-            _print_result(options.workdir)
+            afterwards("no report", lambda: write_report(options.workdir))
+            afterwards("no results shown", lambda: _print_result(options.workdir))
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
         STAGES[options.command](run)
         if getattr(options, "json", False) and hosts.is_first():
-            from nlae_jax.files import read_text
-
-            print(read_text(options.workdir / "eval.json"), end="")
+            afterwards("no results shown", lambda: show_json(read_json(options.workdir / "eval.json")))
     return 0
 
 
 def _print_result(workdir: AnyPath) -> None:
     """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
-    from rich.console import Console
-
+    from nlae_jax.evaluate.report import SAMPLES
     from nlae_jax.evaluate.table import held_out_table
-    from nlae_jax.files import read_json, read_text
+    from nlae_jax.files import read_fields
+    from nlae_jax.output import show_rich
+    from nlae_jax.train.metrics import read
 
-    rows = [json.loads(line) for line in read_text(workdir / "samples/held_out.jsonl").splitlines()]
-    result = read_json(workdir / "eval.json")
-    console = Console()
-    console.print(held_out_table(rows, 8))
-    low, high = result["fve_ci95"]
-    gain_low, gain_high = result["fve_gain_ci95"]
-    console.print(
-        f"held-out FVE after RL   {result['fve']:.3f}  [{low:.3f}, {high:.3f}]   "
+    result = read_fields(workdir / "eval.json", {})
+    numbers = {name: _decimals(value) for name, value in result.items()}
+    show_rich(
+        held_out_table(read(workdir / SAMPLES), 8),
+        f"held-out FVE after RL   {numbers['fve']}  {numbers['fve_ci95']}   "
         f"({result['num_activations']} activations of {result['num_documents']} documents)\n"
-        f"             before RL   {result['fve_before_rl']:.3f}   "
-        f"gain {result['fve_gain']:.3f} [{gain_low:.3f}, {gain_high:.3f}]\n"
-        f"             shuffled    {result['fve_shuffled']:.3f}   (explanations permuted across activations)\n"
-        f"             as text     {result['fve_text']:.3f}   (decoded and tokenised again)\n"
+        f"             before RL   {numbers['fve_before_rl']}   gain {numbers['fve_gain']} {numbers['fve_gain_ci95']}\n"
+        f"             shuffled    {numbers['fve_shuffled']}   (explanations permuted across activations)\n"
+        f"             as text     {numbers['fve_text']}   (decoded and tokenised again)\n"
         f"report: {workdir / 'report.html'}",
-        highlight=False,
     )
+
+
+def _decimals(value: Any) -> str:
+    """A number of eval.json to three decimals, or an interval of two; `unknown` for null."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_decimals, value))}]"
+    return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
 
 
 def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
-    config = load_experiment(options.config, overrides)
+    config = load_experiment(str(options.config), overrides)
     if options.repeats < 1:
         raise UserError(f"--repeats: {options.repeats} should be at least 1")
     hosts.set_grace(config.checkpoint.grace_seconds)
@@ -312,18 +368,18 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
     """Numbers on stdout: one JSON object, or a table."""
-    if as_json:
-        print(json.dumps(result))
-    else:
-        from rich.console import Console
+    from nlae_jax.output import show_json, show_rich
 
-        Console().print(as_table(result))
+    if as_json:
+        show_json(result)
+    else:
+        show_rich(as_table(result))
 
 
 def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
-    config = load_experiment(options.config, overrides)
+    config = load_experiment(str(options.config), overrides)
     _start_jax()
     from nlae_jax.files import write_json
     from nlae_jax.plan.report import STEPS, as_table, plan
@@ -336,17 +392,15 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
-    if str(options.out).startswith("gs:/"):
-        raise UserError("--out: should be a directory here; `gcloud storage cp -r` takes it to a bucket")
     _start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.export import export
+    from nlae_jax.output import afterwards, show
     from nlae_jax.stages.training import trained_pair
 
     run = open_run(options.workdir)
     export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
-    for path in sorted(options.out.iterdir()):
-        print(path)
+    afterwards("stdout", lambda: show("\n".join(str(path) for path in sorted(options.out.iterdir()))))
     return 0
 
 
@@ -355,7 +409,7 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
     given = [text.encode("utf-8", "replace").decode() for text in options.text or ()]
-    texts = given or [_read_text(options.file)]
+    texts = [text.removeprefix("\ufeff") for text in given or [_read_text(options.file)]]  # a mark, and not text
     if not all(text.strip() for text in texts):
         raise UserError(f"{'--text' if given else options.file}: empty; there is nothing to explain")
     if not 0 <= options.temperature < math.inf:
@@ -363,7 +417,9 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import NLA
     from nlae_jax.config import MeshConfig
+    from nlae_jax.evaluate.table import explanation_table
     from nlae_jax.mesh import make_mesh
+    from nlae_jax.output import show_json, show_rich
 
     if options.workdir:
         nla = NLA.from_workdir(options.workdir)
@@ -376,26 +432,41 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     explained = nla.explain_texts(texts, temperature=options.temperature)
     if options.json:
         results = [{"tokens": tokens} for tokens in explained]
-        print(json.dumps(results[0] if len(results) == 1 else {"texts": results}, ensure_ascii=False))
+        show_json(results[0] if len(results) == 1 else {"texts": results})
     else:
-        from rich.console import Console
-
-        from nlae_jax.evaluate.table import explanation_table
-
         for tokens in explained:
-            Console().print(explanation_table(tokens))
+            show_rich(explanation_table(tokens))
     if options.html:
         from nlae_jax.evaluate.explanation_page import write_explanation_page
+        from nlae_jax.progress import say
 
-        write_explanation_page(options.html, explained, options.model or str(options.workdir or options.av), nla.layer)
-        print(f"page: {options.html}", file=sys.stderr)
+        name = options.model or str(options.workdir or options.av)
+        write_explanation_page(options.html, explained, name, nla.layer)
+        say(f"page: {options.html}")
     return 0
 
 
 def _read_text(path: Path) -> str:
+    """A UTF-8 text, from a pipe too. Raises UserError where it is none, has no end, or is too long to be explained."""
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_all(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--file {path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise UserError(f"--file {path}: cannot be read ({error.strerror})") from None
+
+
+def _read_all(path: Path) -> bytes:
+    """A file, or what is written into a pipe: at most `_MOST_TEXT_BYTES` of it."""
+    data = b""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it would wait for a pipe that nobody writes into
+    try:
+        while select.select([descriptor], [], [], _SILENT_SECONDS)[0]:
+            if not (piece := os.read(descriptor, 1 << 20)):
+                return data
+            data += piece
+            if len(data) > _MOST_TEXT_BYTES:
+                raise UserError(f"--file {path}: more than {_MOST_TEXT_BYTES:,} bytes; cut it into parts")
+    finally:
+        os.close(descriptor)
+    raise UserError(f"--file {path}: nothing more came within {_SILENT_SECONDS:.0f} s")

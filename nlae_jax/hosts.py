@@ -20,13 +20,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
+from nlae_jax import signals
 from nlae_jax.errors import UserError
 
 T = TypeVar("T")
 
 PREEMPTED = 75  # exit code (EX_TEMPFAIL): told to stop; what was reached is saved, and the same command continues
+INTERRUPTED = 130  # exit code: by hand
 LOST = 76  # exit code: another process of the run is gone; the same command, given to all of them, continues
 
 CONNECT_SECONDS = 120.0  # for all processes to find each other
@@ -283,29 +285,25 @@ def stop_if_asked() -> None:
 def preemptible() -> Iterator[None]:
     """Inside, SIGTERM asks all processes to stop; `grace` seconds later a process ends in any case, with `PREEMPTED`.
 
-    What cannot be stopped in order, a compilation say, is then cut off as by SIGKILL, which every stage survives. The
-    signal is heeded by a thread: Python's own handlers wait for the main thread, which may compile for minutes.
+    What cannot be stopped in order, a compilation say, is then cut off as by SIGKILL, which every stage survives.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _world.settled.clear()
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_heed, args=(reader,), name="heed", daemon=True)
-    thread.start()
     try:
-        yield
+        with signals.heard(signal.SIGTERM, _heed, lambda *_: None):
+            try:
+                yield
+            finally:
+                _world.settled.set()
     finally:
-        _world.settled.set()
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
-        _world.asked.clear()
+        _world.asked.clear()  # no thread asks any more
+
+
+def interrupt() -> NoReturn:
+    """Ends this process as Control-C does, from any thread."""
+    _exit(INTERRUPTED, "interrupted; the same command continues")
 
 
 def set_grace(seconds: float) -> None:
@@ -313,13 +311,16 @@ def set_grace(seconds: float) -> None:
     _world.grace = seconds
 
 
-def _heed(reader: int) -> None:
-    while numbers := os.read(reader, 64):  # nothing once the other end is closed
-        if signal.SIGTERM in numbers:
-            if _world.count > 1:
-                with contextlib.suppress(Exception):  # the others will miss this process
-                    _world.client.key_value_set(_STOP, str(_world.index), allow_overwrite=True)
-            _ask()
+def grace() -> float:
+    """How many seconds a process has that was told to end."""
+    return _world.grace
+
+
+def _heed() -> None:
+    if _world.count > 1:
+        with contextlib.suppress(Exception):  # the others will miss this process
+            _world.client.key_value_set(_STOP, str(_world.index), allow_overwrite=True)
+    _ask()
 
 
 def _ask() -> None:
@@ -424,7 +425,24 @@ def _follow(notice: dict[str, Any]) -> None:
 
 def _tell(message: str) -> None:
     who = "nlae" if _world.count == 1 else f"nlae (process {_world.index})"
-    print(f"{who}: {message}", file=sys.stderr, flush=True)
+    tell(f"{who}: {message}")
+
+
+def tell(line: str) -> None:
+    """A line on stderr, if there is one that takes it: what cannot be said must not end a run."""
+    try:
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        mute(sys.stderr)
+
+
+def mute(stream: TextIO) -> None:
+    """Sends what a broken stream still holds nowhere: Python would fail on it once more at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _exit(code: int, message: str = "") -> NoReturn:
@@ -433,6 +451,7 @@ def _exit(code: int, message: str = "") -> NoReturn:
         code, message = PREEMPTED, f"preempted; the same command continues ({message})"
     if message:
         _tell(message)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)

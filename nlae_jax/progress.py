@@ -5,6 +5,7 @@ Of several processes only the first says anything.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from nlae_jax import hosts
+from nlae_jax import hosts, signals
 
 LINE_EVERY_SECONDS = 10.0  # at most this often in a log
 WINDOW = 16  # calls of `advance` that the rate is taken over
@@ -27,14 +28,21 @@ WINDOW = 16  # calls of `advance` that the rate is taken over
 def say(message: str) -> None:
     """One plain status line on stderr; a running bar stays below it."""
     if hosts.is_first():
-        print(message, file=sys.stderr, flush=True)
+        hosts.tell(message)
 
 
 def warn(message: str) -> None:
     """One line on stderr that starts with `warning:`, yellow on a terminal."""
-    label = "\x1b[33mwarning:\x1b[0m" if sys.stderr.isatty() else "warning:"
+    label = "\x1b[33mwarning:\x1b[0m" if _on_terminal() else "warning:"
     if hosts.is_first():
-        print(f"{label} {message}", file=sys.stderr, flush=True)
+        hosts.tell(f"{label} {message}")
+
+
+def _on_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
 
 
 def clock_text(seconds: float) -> str:
@@ -84,7 +92,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._began = self._clock()
         self._marks.append((self._began, self.done))
-        if sys.stderr.isatty() and hosts.is_first():
+        if _on_terminal() and hosts.is_first():
             self._bar = _terminal_bar()
             self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
             self._bar.start()
@@ -92,6 +100,7 @@ class Progress:
 
     def advance(self, n: int = 1, **shown_metrics: Any) -> None:
         """`n` more units are done. `shown_metrics` stay on display until a later call gives them again."""
+        signals.raise_if_interrupted()
         self.done += n
         self._metrics.update(shown_metrics)
         self._advances += 1
@@ -143,7 +152,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.stop()
         else:
             self._write_line(ended=True)
 

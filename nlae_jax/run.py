@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fcntl
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TextIO
 
@@ -14,55 +15,33 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax import hosts
-from nlae_jax.config import MICROBATCHES, Config, flatten, load_config
+from nlae_jax.config import MICROBATCHES, Config, flatten
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.data.providers import SERVERS
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, read_json, read_parquet, write_atomically, write_json
+from nlae_jax.files import (
+    AnyPath,
+    is_remote,
+    read_json,
+    read_parquet,
+    remove_abandoned,
+    write_json,
+    write_text,
+)
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_parts, make_mesh, place, replicated, tree_shardings
+from nlae_jax.progress import say, warn
 from nlae_jax.roles.protocol import Protocol, Tails, blank_tokens, check_prompts, kept_protocol, make_protocol, tails
 from nlae_jax.roles.released import Released, open_released, pair_sidecar
 from nlae_jax.roles.sidecar import Sidecar, combined, protocol_of
 from nlae_jax.roles.views import marks
 from nlae_jax.train import objectives
-from nlae_jax.train.checkpoint import newest_sealed
 from nlae_jax.train.state import Params, Roles, make_roles
-
-# Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
-_MAY_DIFFER = (
-    "mesh.",
-    "checkpoint.",
-    "remat",
-    "attention",
-    "rl.fused",
-    "rl.microbatches",
-    "sft.microbatches",
-    "describe.concurrency",
-    "describe.timeout_seconds",
-    "describe.max_retries",
-)
-
-# What a run makes, in order, and the fields that are first read for it: until it or anything after it is there, they
-# can be put right. The longest name that fits counts.
-_MADE_WITH = {
-    "config.json": ("",),
-    "activations/descriptions.parquet": (
-        "describe.model",
-        "describe.base_url",
-        "describe.max_new_tokens",
-        "eval.num_activations",
-    ),
-    "protocol.json": ("protocol.",),
-    "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
-    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_", "views."),
-    "checkpoints/rl/*/manifest.json": ("rl.",),
-    "eval.json": ("eval.",),
-}
+from nlae_jax.workdir import ANY_CHECKPOINT, differs, located, recorded, require
 
 # Rows that the FVE denominators of the training metrics are computed from.
 _BASELINE_ROWS = 4096
@@ -82,7 +61,8 @@ class Run:
 
     def __init__(self, config: Config, workdir: AnyPath, read_only: bool = False) -> None:
         """`read_only`: for using what was trained, beside a run that goes on training there if need be."""
-        self.config, self.workdir, self._read_only = config, workdir, read_only
+        self.config = config = located(config)
+        self.workdir, self._read_only = workdir, read_only
         self.announced: set[str] = set()  # what a person has been told once
         self.mesh: Mesh = make_mesh(config.mesh)
         self.directory = resolve_model(config.subject.model)
@@ -92,9 +72,12 @@ class Run:
                 f"config.subject.layer: {config.subject.layer} should be from 0 to {self.arch.num_layers - 1} "
                 f"for {config.subject.model}"
             )
+        require(workdir, "activations/subject.json")
         if (path := workdir / "activations/subject.json").exists() and read_json(path) != self.identity:
             names = ", ".join((config.subject.model, *config.init.names().values()))
             raise UserError(f"{path}: made with other weights than there are now in {names}; bring those back")
+        if "weights" in self._record:
+            self._check_record("weights", self.identity, "config.subject.model, config.init")
         if read_only:
             return
         check_batches(config, self.mesh)
@@ -117,7 +100,11 @@ class Run:
         """Takes the workdir, if its config is the same or may be changed to this one."""
         workdir.mkdir(parents=True, exist_ok=True)
         _lock(workdir)
-        if (workdir / "config.json").exists() and _differs(workdir, self.config):
+        remove_abandoned(workdir, "*", "checkpoints/*/*")
+        self._restore(workdir / "config.json", "config", write_json)
+        self._restore(workdir / "protocol.json", "protocol", write_text)
+        require(workdir, "config.json")
+        if (workdir / "config.json").exists() and differs(workdir, self.config):
             self.claim()
 
     def claim(self) -> None:
@@ -215,7 +202,37 @@ class Run:
     def store(self) -> ActivationStore:
         if not (self.workdir / "activations/meta.json").exists():
             raise UserError(f"{self.workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
-        return ActivationStore(self.workdir / "activations")
+        store = ActivationStore(self.workdir / "activations")
+        self._check_record("rows", store.plan.digest(), str(self.workdir / "activations/rows.parquet"))
+        return store
+
+    def made_with(self) -> dict[str, Any]:
+        """What checkpoints of this run are made with: to tell them from those of another, whatever is lost."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "weights": self.identity,
+            "rows": self.store.plan.digest(),
+            "protocol": self.protocol.to_json(),
+        }
+
+    def _restore(self, path: AnyPath, name: str, write: Callable[[AnyPath, Any], None]) -> None:
+        """Makes a file that is missing again, if the newest checkpoint says what was in it."""
+        if not path.exists() and name in self._record:
+            say(f"{path} is missing: made again, as the newest checkpoint has it")
+            write(path, self._record[name])
+
+    def _check_record(self, name: str, found: Any, where: str) -> None:
+        """Raises UserError where checkpoints were made with other `name` than are `found`."""
+        if self._record.get(name, found) != found:
+            raise UserError(
+                f"{where}: other {name} than {self.workdir / 'checkpoints'} was trained with; bring those back, or "
+                "delete it to train anew"
+            )
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """What the newest checkpoint was made with."""
+        return recorded(self.workdir)
 
     def _protocol(self, injection_scale: float) -> Protocol:
         if self.sidecar is not None:
@@ -228,16 +245,19 @@ class Run:
             return scale
         if "av" in self.released:
             return self.released["av"].injection_scale
-        return (self.sidecar and self.sidecar.injection_scale) or self.store.meta["norm_p75"]
+        if self.sidecar is not None and self.sidecar.injection_scale is not None:
+            return self.sidecar.injection_scale  # 0: vectors as they are
+        return self.store.meta["norm_p75"]
 
     @cached_property
     def protocol(self) -> Protocol:
         """As the workdir was made with it; made at first, the same by every process."""
         if (path := self.workdir / "protocol.json").exists():
             return kept_protocol(path, self.tokenizer)
+        require(self.workdir, "protocol.json", (ANY_CHECKPOINT,))
         protocol = self._protocol(self._injection_scale())
         if not self._read_only and hosts.is_first():
-            write_atomically(path, lambda temporary: temporary.write_text(protocol.to_json(), encoding="utf-8"))
+            write_text(path, protocol.to_json())
         return protocol
 
     @cached_property
@@ -257,7 +277,7 @@ class Run:
         if not path.exists():
             raise UserError(f"{self.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
         again = "delete activations/ to import again" if self.config.dataset.rl else "delete it to describe again"
-        table = read_parquet(path, again)
+        table = read_parquet(path, again, ("row", "description"))
         return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
     @cached_property
@@ -325,33 +345,6 @@ def _lock(workdir: AnyPath) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
+    except OSError as error:  # of many kinds, where a file system that is shared over a network has no locks
+        warn(f"--workdir {workdir}: cannot be locked ({error.strerror}); start no second run there")
     _LOCKS[path] = file
-
-
-def _differs(workdir: AnyPath, config: Config) -> bool:
-    """Whether the workdir's config is another. Raises UserError where that would compute something else."""
-    mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, load_config(workdir / "config.json")))
-    changed = [name for name in mine if theirs[name] != mine[name]]
-    kept = [
-        f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
-        for name in changed
-        if not name.startswith(_MAY_DIFFER) and (path := _made_with(workdir, name, config)) is not None
-    ]
-    if kept:
-        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
-    return bool(changed)
-
-
-def _made_with(workdir: AnyPath, name: str, config: Config) -> AnyPath | None:
-    """A file that a field's old value has gone into; None where the new one is as good."""
-    if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
-        path = newest_sealed(workdir / "checkpoints/rl")
-        return path if path is not None and int(path.name) > config.rl.num_steps else None
-    first = max(
-        (len(prefix), made) for made, prefixes in _MADE_WITH.items() for prefix in prefixes if name.startswith(prefix)
-    )[1]
-    order = list(_MADE_WITH)
-    for pattern in order[order.index(first) :]:
-        if (path := min(workdir.glob(pattern), default=None)) is not None:
-            return path
-    return None

@@ -1,7 +1,4 @@
-"""What tests share: eight fake devices, a cache of compiled programs, and one tiny model per session.
-
-A test marked `real_model` keeps the user's own NLAE_CACHE; every other test sees an empty one.
-"""
+"""What tests share: eight fake devices, a cache of compiled programs, and one tiny model per session."""
 
 # ruff: noqa: E402 (the environment is set before jax is imported)
 from __future__ import annotations
@@ -63,10 +60,6 @@ TINY: dict[str, Any] = {
 INJECTION_SCALE = 8.0
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "real_model: needs the pretrained model, from the user's own NLAE_CACHE")
-
-
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty cache of converted models; compiled programs in it are the ones that outlive the session."""
@@ -77,9 +70,9 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nlae_cache(request: pytest.FixtureRequest, session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "real_model" not in request.keywords:
-        monkeypatch.setenv("NLAE_CACHE", str(session_cache))
+def _nlae_cache(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the user's own."""
+    monkeypatch.setenv("NLAE_CACHE", str(session_cache))
 
 
 @pytest.fixture(scope="session")

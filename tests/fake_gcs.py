@@ -55,7 +55,7 @@ class Refused(Exception):
 
 @dataclass
 class FakeGcs:
-    """One bucket. `uploads` are the names and sizes of all that was written, in order.
+    """One bucket. `uploads` are the names and sizes of all that was written, in order; `served` the bytes of answers.
 
     `refuse` sees method and path of every request, `refuse_upload` the name of what is about to be written: what they
     return other than 0 is the status of the answer, and nothing is done. They may kill the client, too.
@@ -64,6 +64,7 @@ class FakeGcs:
     port: int = 0
     objects: dict[str, StoredObject] = field(default_factory=dict)
     uploads: list[tuple[str, int]] = field(default_factory=list)
+    served: int = 0
     refuse: Callable[[str, str], int] = _never
     refuse_upload: Callable[[str], int] = _never
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -218,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+        with self.gcs._lock:
+            self.gcs.served += len(body)
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # of a client that was killed

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from nlae_jax import cli, files
 from nlae_jax.data import activations
 from nlae_jax.evaluate import report
-from nlae_jax.stages import evaluation
 from nlae_jax.train import checkpoint, metrics
 
 _write_atomically = files.write_atomically
@@ -53,8 +52,7 @@ def half_written(file: str) -> None:
             die()
         _write_atomically(path, write)
 
-    for module in (files, evaluation):
-        module.write_atomically = patched
+    files.write_atomically = patched
 
 
 def torn_row(stage: str, step: int) -> None:
@@ -96,10 +94,22 @@ def manifest_of(stage: str, step: int) -> Callable[..., bool]:
     return lambda path, _: path.parts[-3:] == (stage, str(step), "manifest.json")
 
 
+def extract() -> None:
+    """Dies when the third batch has been written and is about to be counted."""
+    activations._UNWRITTEN_SECONDS = 0.0  # else all rows of a tiny run are written at once
+    before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2)
+
+
+def extract_writing() -> None:
+    """Dies while the third batch is being written."""
+    activations._UNWRITTEN_SECONDS = 0.0
+    before(activations._Writer, "_settle", skip=2)
+
+
 POINTS: dict[str, Callable[[], None]] = {
     "plan": lambda: half_written("rows.parquet"),
-    "extract": lambda: before(activations, "write_json", lambda path, _: path.name == "progress.json", skip=2),
-    "extract_writing": lambda: before(activations._Writer, "_settle", skip=2),
+    "extract": extract,
+    "extract_writing": extract_writing,
     "extract_meta": lambda: half_written("meta.json"),
     "describe": lambda: half_written("descriptions.parquet"),
     "encoder_sft": lambda: torn_row("encoder_sft", 5),

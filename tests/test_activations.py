@@ -5,9 +5,15 @@ the wrong place shows.
 """
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -17,8 +23,10 @@ from nlae_jax.data import activations
 from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_batches, read_plan, write_plan
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json
+from nlae_jax.files import read_json, workdir_path, write_json
 from nlae_jax.lm.pretrained import load_tokenizer
+
+pytest_plugins = ["tests.fake_gcs"]
 
 WIDTH, NUM_NEXT, SPECIAL = 5, 3, 7
 
@@ -219,6 +227,12 @@ class Killed(Exception):
     pass
 
 
+@pytest.fixture
+def written_at_once(monkeypatch):
+    """Every batch is written when it is read, as where reading one takes long: all rows here fit in one shard."""
+    monkeypatch.setattr(activations, "_UNWRITTEN_SECONDS", 0.0)
+
+
 def extract(directory, chosen, settings, reader=read):
     """Extracts what is left; returns the numbers of rows that were passed."""
     passed = []
@@ -272,7 +286,7 @@ def test_rows_whose_next_tokens_could_not_be_fetched_do_not_count(tmp_path):
     assert (store.next_tokens(np.arange(len(chosen.position))) != 0).any(-1).all()
 
 
-def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch):
+def test_batch_written_but_not_counted_is_written_again(tmp_path, monkeypatch, written_at_once):
     chosen, settings = made(batch_tokens=256)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         counted, write_json = iter([True, True]), activations.write_json
@@ -305,7 +319,7 @@ class Promise:
         return self._array
 
 
-def test_next_batch_is_asked_for_before_one_is_fetched(tmp_path):
+def test_next_batch_is_asked_for_before_one_is_fetched(tmp_path, written_at_once):
     chosen, settings = made(batch_tokens=256)
     events = []
 
@@ -322,7 +336,7 @@ def test_next_batch_is_asked_for_before_one_is_fetched(tmp_path):
     assert order == [*expected, ("fetch", NUM_BATCHES - 1)]
 
 
-def test_rows_count_when_they_are_on_disk(tmp_path):
+def test_rows_count_when_they_are_on_disk(tmp_path, written_at_once):
     """At whatever moment a run is killed: what progress.json counts can be read by another process."""
     chosen, settings = made(batch_tokens=256)
     expected, counted = expected_vectors(chosen), []
@@ -345,7 +359,7 @@ def test_rows_count_when_they_are_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("killed", range(1, NUM_BATCHES))
-def test_extraction_killed_while_writing(tmp_path, monkeypatch, killed):
+def test_extraction_killed_while_writing(tmp_path, monkeypatch, killed, written_at_once):
     """Nothing is flushed when a process is killed: what was under way is lost, and read again."""
     chosen, settings = made(batch_tokens=256)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -369,12 +383,48 @@ def test_extraction_killed_while_writing(tmp_path, monkeypatch, killed):
     np.testing.assert_array_equal(store.vectors(np.arange(len(chosen.position))), expected_vectors(chosen))
 
 
-def test_rows_that_share_a_chunk_are_written_by_several_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "_CHUNK_ROWS", 7)
+@pytest.mark.parametrize("shard_rows", [1, 8, 64])
+@pytest.mark.parametrize("killed", [False, True])
+def test_shards_are_filled_by_several_batches_and_written_once(tmp_path, monkeypatch, shard_rows, killed):
+    """Whatever was read when a run stopped: only the shard that it left unfinished is written again."""
+    monkeypatch.setattr(activations, "SHARD_ROWS", shard_rows)
     chosen, settings = made(batch_tokens=256)
+    begin, writes = activations._Writer._begin, []
+
+    def noted(self, stop):
+        writes.append((self._stop, stop))
+        begin(self, stop)
+
+    monkeypatch.setattr(activations._Writer, "_begin", noted)
+    if killed:
+        with pytest.raises(Killed):
+            extract(tmp_path, chosen, settings, killed_at(NUM_BATCHES // 2))
     extract(tmp_path, chosen, settings)
-    stored = activations.open_vectors(tmp_path, len(chosen.position), WIDTH).read().result()
-    np.testing.assert_array_equal(stored, expected_vectors(chosen))
+    expected = expected_vectors(chosen)
+    stored = activations.open_vectors(tmp_path, len(expected), WIDTH).read().result()
+    np.testing.assert_array_equal(stored, expected)
+    spans = [(start, stop) for start, stop in writes if stop > start]
+    assert [stop for _, stop in spans[:-1]] == [start for start, _ in spans[1:]]  # no row twice
+    unaligned = [stop for _, stop in spans if stop % shard_rows]
+    assert len(unaligned) <= (2 if killed else 1)  # where a run ended
+
+
+def test_a_shard_is_one_write(tmp_path, monkeypatch):
+    """Batches that fill it are written together: counted in bytes, once and no more than its checksums beyond."""
+    monkeypatch.setattr(activations, "SHARD_ROWS", 64)
+    chosen, settings = made(batch_tokens=64)
+
+    def wide(*batch):
+        return np.repeat(read(*batch)[0], 200, axis=1), None
+
+    before = _written()
+    activations.extract(tmp_path, chosen, wide, settings.extract, WIDTH * 200, 0, lambda _: None)
+    assert len(chosen.position) > 100
+    assert _written() - before < 1.2 * sum(path.stat().st_size for path in (tmp_path / "vectors").rglob("*/*"))
+
+
+def _written():
+    return ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_written")[0]["values"][0]["value"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -390,7 +440,7 @@ def test_vectors_that_are_not_finite_stop_extraction(tmp_path, value):
         extract(tmp_path, chosen, settings, broken)
 
 
-def test_rows_after_those_that_are_not_finite_do_not_count(tmp_path):
+def test_rows_after_those_that_are_not_finite_do_not_count(tmp_path, written_at_once):
     chosen, settings = made(batch_tokens=256)
     number = iter(range(NUM_BATCHES))
 
@@ -459,3 +509,324 @@ def test_store_without_next_tokens(tmp_path):
     write_plan(tmp_path, chosen)
     activations.write_meta(tmp_path, chosen, WIDTH, 0, {})
     assert ActivationStore(tmp_path).next_tokens(np.array([3, 1])).shape == (2, 0)
+
+
+# --- damage
+
+
+@pytest.fixture
+def store_of_shards(tmp_path, monkeypatch):
+    """(directory, vectors [N, WIDTH]) of a finished store of several shards."""
+    monkeypatch.setattr(activations, "SHARD_ROWS", 16)
+    chosen, settings = made()
+    extract(tmp_path, chosen, settings)
+    finish(tmp_path, chosen)
+    return tmp_path, expected_vectors(chosen)
+
+
+def shards(directory, name="vectors"):
+    return sorted(
+        (path for path in (directory / name / "c").rglob("*") if path.is_file()), key=lambda p: int(p.parts[-2])
+    )
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def a_shard_missing(directory):
+    shards(directory)[2].unlink()
+
+
+def all_shards_missing(directory):
+    shutil.rmtree(directory / "vectors/c")
+
+
+def a_shard_empty(directory):
+    shards(directory)[2].write_bytes(b"")
+
+
+def a_shard_cut(directory):
+    path = shards(directory)[2]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def a_bit_of_a_value(directory):
+    flip(shards(directory)[2], 3)
+
+
+def a_bit_of_an_index(directory):
+    flip(shards(directory)[2], -9)
+
+
+def a_shard_of_zeros(directory):
+    path = shards(directory)[2]
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def another_rows_shard_is_a_directory(directory):
+    path = shards(directory)[2]
+    path.unlink()
+    path.mkdir()
+
+
+def not_a_number(directory):
+    count = json.loads((directory / "meta.json").read_text())["num_activations"]
+    array = activations.open_vectors(directory, count, WIDTH, "write")
+    array[40].write(np.full(WIDTH, np.nan, np.float32)).result()
+
+
+DAMAGE = [
+    a_shard_missing,
+    all_shards_missing,
+    a_shard_empty,
+    a_shard_cut,
+    a_bit_of_a_value,
+    a_bit_of_an_index,
+    a_shard_of_zeros,
+    another_rows_shard_is_a_directory,
+    not_a_number,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_vectors_are_an_error(store_of_shards, damage):
+    directory, expected = store_of_shards
+    damage(directory)
+    store = ActivationStore(directory)
+    with pytest.raises(UserError) as error:
+        for row in range(len(expected)):  # in whatever order rows are read
+            np.testing.assert_array_equal(store.vectors(np.array([row]))[0], expected[row])
+    message = str(error.value)
+    assert message.startswith(f"{directory / 'vectors'}: ") and "restore it, or delete" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match="vectors: "):
+        activations.write_meta(directory, read_plan(directory), WIDTH, NUM_NEXT, {})
+
+
+@pytest.mark.parametrize("position", [3, -9])
+def test_damaged_next_tokens_are_an_error(store_of_shards, position):
+    directory, expected = store_of_shards
+    flip(shards(directory, "next_tokens")[0], position)
+    with pytest.raises(UserError, match="next_tokens: cannot be read"):
+        ActivationStore(directory).next_tokens(np.arange(len(expected)))
+
+
+@pytest.mark.parametrize("name", ["vectors", "next_tokens"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"[" * 100_000])
+def test_an_array_without_its_metadata_is_an_error(store_of_shards, name, content):
+    directory, _ = store_of_shards
+    path = directory / name / "zarr.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: missing or damaged"):
+        ActivationStore(directory)
+
+
+@pytest.mark.parametrize("name", ["documents", "rows"])
+def test_any_flipped_bit_of_the_plan_is_noticed_or_means_nothing(tmp_path, name):
+    chosen, _ = made()
+    write_plan(tmp_path, chosen)
+    path = tmp_path / f"{name}.parquet"
+    whole = path.read_bytes()
+    refused = 0
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole)
+        flip(path, position)
+        try:
+            same(chosen, read_plan(tmp_path))
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error)
+    assert refused > len(whole) / 20
+
+
+def with_columns(path, **columns):
+    table = pq.read_table(path)
+    for column, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(column), column, values)
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("documents", lambda table: {"split": pa.array(["training"] * len(table))}),
+        ("documents", lambda table: {"ids": pa.array([[1]] * len(table))}),
+        ("documents", lambda table: {"ids": pa.array(["x"] * len(table))}),
+        ("documents", lambda table: {"ids": pa.array([[1, None]] * len(table))}),
+        ("rows", lambda table: {"document": pa.array(table["document"].to_numpy() + 1)}),
+        ("rows", lambda table: {"document": pa.array(table["document"].to_numpy()[::-1])}),
+        ("rows", lambda table: {"document": pa.array([None] * len(table), pa.int32())}),
+        ("rows", lambda table: {"position": pa.array(table["position"].to_numpy() + 1000)}),
+        ("rows", lambda table: {"position": pa.array(["3"] * len(table))}),
+    ],
+)
+def test_rows_that_are_of_no_document_are_an_error(tmp_path, name, change):
+    chosen, _ = made()
+    write_plan(tmp_path, chosen)
+    path = tmp_path / f"{name}.parquet"
+    with_columns(path, **change(pq.read_table(path)))
+    with pytest.raises(UserError, match="does not fit documents"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["documents", "rows"])
+def test_a_file_of_the_plan_that_is_missing_is_named_with_the_remedy(tmp_path, name):
+    chosen, _ = made()
+    write_plan(tmp_path, chosen)
+    (tmp_path / f"{name}.parquet").unlink()
+    with pytest.raises(UserError, match=f"{name}.parquet: missing; restore it, or delete"):
+        read_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], {"rows": -1}, {"rows": 10**9}, {"rows": "many"}, {"rows": None}, {"rows": 1.5}]
+)
+def test_progress_that_cannot_be(tmp_path, content):
+    chosen, settings = made()
+    write_json(tmp_path / "progress.json", content)
+    with pytest.raises(UserError, match=r"progress\.json: "):
+        extract(tmp_path, chosen, settings)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"d_model": 5}, {"d_model": "5", "num_next_tokens": 3, "norm_p75": 1.0}])
+def test_meta_that_cannot_be(store_of_shards, content):
+    directory, _ = store_of_shards
+    write_json(directory / "meta.json", content)
+    with pytest.raises(UserError, match=r"meta\.json: "):
+        ActivationStore(directory)
+
+
+def test_progress_beyond_what_is_there_is_noticed(tmp_path):
+    """Say of a workdir that was copied while a run went on."""
+    chosen, settings = made(batch_tokens=256)
+    with pytest.raises(Killed):
+        extract(tmp_path, chosen, settings, killed_at(2))
+    write_json(tmp_path / "progress.json", {"rows": len(chosen.position)})
+    extract(tmp_path, chosen, settings)
+    with pytest.raises(UserError, match=r"vectors: cannot be read .*missing"):
+        finish(tmp_path, chosen)
+
+
+def test_activations_of_zeros_are_kept_and_said(tmp_path, capsys):
+    """They are stored as any others, not left out as what a missing chunk would read as."""
+    chosen, settings = made()
+
+    def nothing(*batch):
+        return tuple(np.zeros_like(part) for part in read(*batch))
+
+    extract(tmp_path, chosen, settings, nothing)
+    store = finish(tmp_path, chosen)
+    assert not store.vectors(np.arange(len(chosen.position))).any()
+    assert not store.next_tokens(np.arange(len(chosen.position))).any()
+    assert "every activation is zero" in capsys.readouterr().err
+
+
+# --- the layout of older runs: plain chunks
+
+
+def old_layout(directory, rows, width=WIDTH, dtype="float32", name="vectors"):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(directory / name)}}
+    layout = ts.ChunkLayout(chunk_shape=[16, width])
+    return ts.open(spec, create=True, dtype=dtype, shape=[rows, width], chunk_layout=layout).result()
+
+
+@pytest.mark.parametrize("done", [0, 1, 30, None])
+def test_stores_of_older_runs_are_read_and_finished(tmp_path, done):
+    chosen, settings = made(batch_tokens=256)
+    expected, rows = expected_vectors(chosen), len(chosen.position)
+    done = rows if done is None else done
+    vectors, following = old_layout(tmp_path, rows), old_layout(tmp_path, rows, NUM_NEXT, "int32", "next_tokens")
+    ends = np.array([chosen.ids[d][p] for d, p in zip(chosen.document, chosen.position, strict=True)])
+    if done:
+        vectors[:done].write(expected[:done]).result()
+        following[:done].write((ends[:, None] + np.arange(NUM_NEXT))[:done].astype(np.int32)).result()
+        write_json(tmp_path / "progress.json", {"rows": done})
+    extract(tmp_path, chosen, settings)
+    store = finish(tmp_path, chosen)
+    np.testing.assert_array_equal(store.vectors(np.arange(rows)), expected)
+    np.testing.assert_array_equal(store.next_tokens(np.arange(rows)), ends[:, None] + np.arange(NUM_NEXT))
+    metadata = read_json(tmp_path / "vectors/zarr.json")
+    assert (metadata["codecs"][0]["name"] == "sharding_indexed") == (done == 0)
+
+
+def test_a_chunk_of_an_older_run_that_is_missing_is_an_error(tmp_path):
+    chosen, settings = made()
+    old_layout(tmp_path, len(chosen.position)).write(expected_vectors(chosen)).result()
+    old_layout(tmp_path, len(chosen.position), NUM_NEXT, "int32", "next_tokens").write(1).result()
+    write_json(tmp_path / "progress.json", {"rows": len(chosen.position)})
+    extract(tmp_path, chosen, settings)
+    store = finish(tmp_path, chosen)
+    shards(tmp_path)[1].unlink()
+    with pytest.raises(UserError, match=r"vectors: cannot be read .*missing"):
+        store.vectors(np.arange(len(chosen.position)))
+
+
+def test_plans_of_older_runs_are_read(tmp_path):
+    """Their token ids are lists with offsets of 32 bits, their pages without checksums."""
+    chosen, _ = made()
+    write_plan(tmp_path, chosen)
+    path = tmp_path / "documents.parquet"
+    with_columns(path, ids=pa.array([ids.tolist() for ids in chosen.ids], pa.list_(pa.int32())))
+    same(chosen, read_plan(tmp_path))
+
+
+# --- what reading costs
+
+BROAD, NUM_ROWS = 3584, 4096  # of a model of 7B
+
+
+@pytest.fixture(scope="module")
+def broad(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("broad")
+    values = np.arange(NUM_ROWS, dtype=np.float32)[:, None] + np.zeros(BROAD, np.float32)
+    activations.open_vectors(directory, NUM_ROWS, BROAD, "create").write(values).result()
+    return directory
+
+
+RANDOM_ROWS = [
+    np.random.default_rng(0).permutation(NUM_ROWS)[:64],
+    np.random.default_rng(1).permutation(NUM_ROWS)[:64],
+    np.arange(8) * 512 + 77,  # each in a shard of its own, so that every row also costs an index
+]
+
+
+def useful(rows):
+    return len(rows) * BROAD * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what the kernel says a process has read")
+@pytest.mark.parametrize("rows", RANDOM_ROWS)
+def test_random_rows_cost_little_more_than_themselves(broad, rows):
+    array = activations.open_vectors(broad, NUM_ROWS, BROAD)
+    before = _read()
+    values = array[rows].read().result()
+    assert useful(rows) <= _read() - before <= 2 * useful(rows)
+    np.testing.assert_array_equal(values[:, 5], rows)
+
+
+def _read():
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar:"))
+
+
+@pytest.mark.parametrize("rows", RANDOM_ROWS)
+def test_random_rows_of_a_bucket_cost_little_more_than_themselves(broad, gcs, rows):
+    for path in (broad / "vectors").rglob("*"):
+        if path.is_file():
+            gcs.write(f"W/vectors/{path.relative_to(broad / 'vectors')}", path.read_bytes(), {})
+    array = activations.open_vectors(workdir_path("gs://bucket/W"), NUM_ROWS, BROAD)
+    gcs.served = 0
+    values = array[rows].read().result()
+    assert useful(rows) <= gcs.served <= 2 * useful(rows)
+    np.testing.assert_array_equal(values[:, 5], rows)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 576, 3584, 16384])
+def test_layout(tmp_path, width):
+    array = activations.open_vectors(tmp_path, 700, width, "create")
+    chunk, shard = array.chunk_layout.read_chunk.shape, array.chunk_layout.write_chunk.shape
+    assert shard == (activations.SHARD_ROWS, width) and chunk[1] == width and shard[0] % chunk[0] == 0
+    assert chunk[0] == 1 or chunk[0] * width * 4 <= 2048

@@ -82,7 +82,8 @@ def test_a_long_log_is_written_less_often():
 
 def test_activations_are_kept(workdir, gcs):
     values = np.random.default_rng(0).standard_normal((700, 8)).astype(np.float32)
-    array = open_vectors(workdir / "activations", 700, 8, create=True)
+    array = open_vectors(workdir / "activations", 700, 8, "create")
+    array = open_vectors(workdir / "activations", 700, 8, "write")
     for start in range(0, 700, 70):
         array[start : start + 70].write(values[start : start + 70]).result()
     np.testing.assert_array_equal(open_vectors(workdir / "activations", 700, 8)[:].read().result(), values)

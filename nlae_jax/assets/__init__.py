@@ -6,6 +6,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 
+WARMSTART = "warmstart"  # the name of the texts as a corpus, and of the notes as descriptions
+
 # Texts with notes on them, and the passages that they are the beginnings of.
 WARMSTART_NOTES = _HERE / "warmstart" / "notes.jsonl"
 WARMSTART_PASSAGES = _HERE / "warmstart" / "passages.jsonl"

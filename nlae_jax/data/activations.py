@@ -7,7 +7,7 @@ In the workdir:
     activations/subject.json        which weights were read
     activations/documents.parquet   doc_id, split, token ids
     activations/rows.parquet        document, position            (row = activation)
-    activations/vectors             zarr3 [N, d] float32, raw
+    activations/vectors             zarr3 [N, d] float32, raw, in shards: see `_array`
     activations/next_tokens         zarr3 [N, k] int32, the subject's likeliest continuations
     activations/contexts.parquet    row, text: only where the activations come from a dataset, without token ids
     activations/meta.json           provenance and statistics; its presence says that extraction is complete
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -31,16 +33,26 @@ from nlae_jax import hosts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, kvstore, read_json, read_parquet, write_json, write_parquet
+from nlae_jax.files import AnyPath, kvstore, read_fields, read_parquet, write_json, write_parquet
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
+from nlae_jax.progress import warn
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
 # Numbers of tokens that documents are padded to: one compilation each, at most a quarter more than is needed.
 _WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
 
-_CHUNK_ROWS = 512
+# A file or object of the arrays holds so many rows, and is written whole. Its index, 16 bytes a chunk, is read once.
+SHARD_ROWS = 512
+# Within it a row can be read alone, unless rows are shorter than this: then so many bytes of them together.
+_CHUNK_BYTES = 2048
+# Of shards' indexes and chunks, kept in memory while a store is read.
+_CACHE_BYTES = 64 << 20
 
+# Rows that make no whole shard yet are written after so many seconds: what a killed run has to read again.
+_UNWRITTEN_SECONDS = 10.0
+
+# How many of the subject's likeliest next tokens are stored, for describers that read them.
 NUM_NEXT_TOKENS = 3
 
 
@@ -60,6 +72,13 @@ class Plan:
     def rows_of(self, split: str) -> np.ndarray:
         """The row numbers of a split, ascending."""
         return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
+
+    def digest(self) -> str:
+        """Tells these documents, splits and rows from others."""
+        digest = hashlib.sha256("\n".join(self.doc_ids).encode("utf-8", "surrogatepass"))
+        for array, dtype in ((self.split, np.int8), (self.document, np.int32), (self.position, np.int32)):
+            digest.update(np.ascontiguousarray(array, dtype).tobytes())
+        return digest.hexdigest()
 
 
 def plan(
@@ -171,6 +190,9 @@ def _width(length: int, max_tokens: int) -> int:
     return min(next((width for width in _WIDTHS if length <= width), max_tokens), max_tokens)
 
 
+# What of meta.json is read.
+_META = {"num_next_tokens": int, "d_model": int, "norm_p75": float}
+
 # (ids, mask, rows, columns) -> activations [M, d] float32, likeliest next tokens [M, k] int32
 Reader = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[Any, Any]]
 
@@ -192,10 +214,10 @@ def extract(
     few batches again. `parts`: of `read_batches`. Each of several processes writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
-    done = hosts.by_first(lambda: _begin(directory, progress, (len(plan.position), d_model, num_next)))
-    vectors, next_tokens = _arrays(directory, len(plan.position), d_model, num_next)
+    sizes = len(plan.position), d_model, num_next
+    done = hosts.by_first(lambda: _begin(directory, progress, sizes))
     ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
-    with _Writer(progress, vectors, next_tokens) as writer:
+    with _Writer(progress, done, *_arrays(directory, *sizes, mode="write")) as writer:
         for batch in read_batches(plan, config, parts):
             if batch.start + batch.count <= done:
                 advance(batch.count)
@@ -214,9 +236,17 @@ def extract(
 
 def _begin(directory: AnyPath, progress: AnyPath, sizes: tuple[int, int, int]) -> int:
     """How many rows are on disk; makes the arrays where there are none."""
-    done = read_json(progress).get("rows", 0) if progress.exists() else 0
-    _arrays(directory, *sizes, create=done == 0)
+    done = counted(progress, "rows", sizes[0])
+    _arrays(directory, *sizes, mode="write" if done else "create")
     return done
+
+
+def counted(progress: AnyPath, name: str, most: int) -> int:
+    """What progress.json says of `name`, from 0 to `most`; 0 without the file. Raises UserError for anything else."""
+    count = read_fields(progress, {name: int})[name] if progress.exists() else 0
+    if not 0 <= count <= most:
+        raise UserError(f"{progress}: {name} is {count}; it should be from 0 to {most}. Delete it to begin anew")
+    return count
 
 
 def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -231,19 +261,22 @@ def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 class _Writer:
-    """Writes batches in order, one at a time, while the caller goes on; leaving it waits for the last one.
+    """Writes batches in order while the caller goes on; leaving it waits for the last one.
 
-    One at a time, because rows that share a chunk are merged with what is on disk. In a bucket a chunk's worth of them
-    at a time: an object takes one write a second. (Not by the clock: several processes must do the same.)
+    Rows are kept until they fill a shard, so that each file or object is written once; part of a shard is written where
+    one process goes on for `_UNWRITTEN_SECONDS` without filling it. (Several go by the number of rows alone: they must
+    all do the same.) One writing at a time, because rows that share a shard are merged with what is on disk.
     """
 
-    def __init__(self, progress: AnyPath, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None) -> None:
+    def __init__(
+        self, progress: AnyPath, done: int, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None
+    ) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
-        self._writes: list[ts.WriteFutures] = []
+        self._written: ts.Future | None = None
         self._begun = False  # whether any process is writing
-        self._stop = self._read = 0  # after the last row that is being written, and that was read
-        self._held: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # what is to be written, from which row on
-        self._least = _CHUNK_ROWS if is_remote(progress) else 1
+        self._stop = self._read = done  # after the last row that is being written, and that was read
+        self._unwritten: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # rows, and the number of the first
+        self._written_at = time.monotonic()
 
     def __enter__(self) -> _Writer:
         return self
@@ -251,38 +284,55 @@ class _Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or hosts.count() == 1:  # else the others are not here to wait for
             self._settle()
-            self._begin()
+            self._begin(self._read)
             self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
-        """Fetches what was read, waits for the batch before to be on disk and begins to write this one."""
+        """Fetches what was read and, where it fills a shard, begins to write it when the writing before is done."""
         activations = list(_held(read[0], batch.count))
         if not all(np.isfinite(values).all() for _, values in activations):
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
         likeliest = [] if self._next_tokens is None else list(_held(read[1], batch.count))
         for store, held in ((self._vectors, activations), (self._next_tokens, likeliest)):
-            self._held += [(store, batch.start + rows.start, values) for rows, values in held]
+            for rows, values in held:
+                start = batch.start + rows.start
+                begun = max(0, self._stop - start)  # rows that are on disk: an earlier run stopped within this batch
+                if begun < len(values):
+                    self._unwritten.append((store, start + begun, values[begun:]))
         self._read = batch.start + batch.count
-        if self._read - self._stop >= self._least:
+        whole = self._read // SHARD_ROWS * SHARD_ROWS
+        if hosts.count() == 1 and time.monotonic() - self._written_at >= _UNWRITTEN_SECONDS:
+            whole = self._read
+        if whole > self._stop:
             self._settle()
-            self._begin()
+            self._begin(whole)
 
-    def _begin(self) -> None:
-        """Begins to write what is held: all of it first, so that a chunk is written once."""
-        writes = [store[start : start + len(values)].write(values) for store, start, values in self._held]
-        for write in writes:
-            write.commit.force()
+    def _begin(self, stop: int) -> None:
+        """Begins to write the rows before `stop`: in one transaction, so that a shard is written once."""
+        transaction, later = ts.Transaction(), []
+        for store, start, values in self._unwritten:
+            now = min(max(0, stop - start), len(values))
+            if now:
+                store.with_transaction(transaction)[start : start + now].write(values[:now]).copy.result()
+            if now < len(values):
+                later.append((store, start + now, values[now:]))
         # Only now: what is counted has been given to be written whole.
-        self._writes, self._begun, self._stop, self._held = writes, self._read > self._stop, self._read, []
+        self._written, self._begun, self._stop, self._unwritten = (
+            transaction.commit_async(),
+            stop > self._stop,
+            stop,
+            later,
+        )
+        self._written_at = time.monotonic()
 
     def _settle(self) -> None:
         """Waits until what is being written is on disk, everywhere, and counts it."""
-        writes, begun, self._writes, self._begun = self._writes, self._begun, [], False
+        written, begun, self._written, self._begun = self._written, self._begun, None, False
         try:
-            for write in writes:
-                write.result()
+            if written is not None:
+                written.result()
         except BaseException:
-            self._held = []  # nothing may be counted that comes after rows that are not there
+            self._unwritten = []  # nothing may be counted that comes after rows that are not there
             raise
         if begun:
             hosts.barrier()
@@ -291,58 +341,123 @@ class _Writer:
 
 
 def _arrays(
-    directory: AnyPath, rows: int, d_model: int, num_next: int, create: bool = False
+    directory: AnyPath, rows: int, d_model: int, num_next: int, mode: str = "read"
 ) -> tuple[ts.TensorStore, ts.TensorStore | None]:
-    vectors = open_vectors(directory, rows, d_model, create)
-    return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, create) if num_next else None
+    vectors = open_vectors(directory, rows, d_model, mode)
+    return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, mode) if num_next else None
 
 
-def open_vectors(directory: AnyPath, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
-    """The raw activations [rows, d] float32 on disk."""
-    return _array(directory / "vectors", (rows, d_model), np.float32, create)
+def open_vectors(directory: AnyPath, rows: int, d_model: int, mode: str = "read") -> ts.TensorStore:
+    """The raw activations [rows, d] float32 on disk; `mode`: of `_array`."""
+    return _array(directory / "vectors", (rows, d_model), np.float32, mode)
 
 
-def _array(path: AnyPath, shape: tuple[int, ...], dtype: type, create: bool) -> ts.TensorStore:
-    """An array on disk. One that should be there and is not is an error: a new one would read as zeros."""
+def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.TensorStore:
+    """An array [rows, width] on disk, to "read" or "write", or new to write in the place of any other ("create").
+
+    Shards of `SHARD_ROWS` rows, one file or object each, of chunks that can be read alone. Chunks and the index of
+    them have a CRC-32C. What was never written, or is gone, is an error where it is read: it would be zeros.
+    Raises UserError where there is no such array. Arrays of older runs, in plain chunks without checksums, are opened
+    too: how an array is laid out stands in its own metadata.
+    """
+    spec: dict[str, Any] = {
+        "driver": "zarr3",
+        "kvstore": kvstore(path),
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+        # What is read does not change any more.
+        "recheck_cached_data": "open" if mode == "read" else True,
+    }
+    if mode == "create":
+        spec |= {"create": True, "delete_existing": True, "metadata": _metadata(shape, dtype)}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES if mode == "read" else 0}})
     try:
-        return ts.open(
-            {"driver": "zarr3", "kvstore": kvstore(path)},
-            open=True,
-            create=create,
-            dtype=dtype,
-            shape=list(shape),
-            chunk_layout=ts.ChunkLayout(chunk_shape=[min(_CHUNK_ROWS, shape[0]), shape[1]]) if create else None,
-        ).result()
+        return ts.open(spec, open=mode != "create", dtype=dtype, shape=list(shape), context=context).result()
     except ValueError as error:
-        if create:
+        if mode == "create":
             raise
-        raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: missing or damaged ({_reason(error)})") from None
+
+
+def _metadata(shape: tuple[int, int], dtype: type) -> dict[str, Any]:
+    """Of zarr3: the layout of a new array."""
+    rows, width = shape
+    chunk_rows = SHARD_ROWS
+    while chunk_rows > 1 and chunk_rows * width * np.dtype(dtype).itemsize > _CHUNK_BYTES:
+        chunk_rows //= 2
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [chunk_rows, width], "codecs": checked, "index_codecs": checked}
+    return {
+        "shape": [rows, width],
+        "data_type": np.dtype(dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_ROWS, width]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+def _rows_of(store: ts.TensorStore, rows: np.ndarray | slice, path: AnyPath) -> np.ndarray:
+    """The rows. Raises UserError where they are not as they were written."""
+    remedy = f"if it is damaged, restore it, or delete {path.parent} to make it again"
+    try:
+        values = store[rows].read().result()
+    except ValueError as error:  # tensorstore's, of every kind
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); {remedy}") from None
+    if values.dtype == np.float32 and not np.isfinite(values).all():
+        raise UserError(f"{path}: NaN or infinity among the rows read; {remedy}")
+    return values
 
 
 def write_plan(directory: AnyPath, plan: Plan) -> None:
     """documents.parquet and, last, rows.parquet: its presence says that the plan is complete."""
-    documents = pa.table(
-        {
-            "doc_id": plan.doc_ids,
-            "split": [SPLITS[i] for i in plan.split],
-            "ids": pa.array([ids.tolist() for ids in plan.ids], pa.list_(pa.int32())),
-        }
-    )
+    starts = np.cumsum([0, *map(len, plan.ids)])
+    ids = pa.LargeListArray.from_arrays(starts, np.concatenate([*plan.ids, np.zeros(0, np.int32)]))
+    documents = pa.table({"doc_id": plan.doc_ids, "split": [SPLITS[i] for i in plan.split], "ids": ids})
     rows = pa.table({"document": plan.document, "position": plan.position})
     for name, table in (("documents", documents), ("rows", rows)):
         write_parquet(directory / f"{name}.parquet", table)
 
 
 def read_plan(directory: AnyPath) -> Plan:
+    """What `write_plan` wrote. Raises UserError where a file is missing, damaged or not of the other."""
     remedy = f"restore it, or delete {directory} to extract again"
-    documents, rows = (read_parquet(directory / f"{name}.parquet", remedy) for name in ("documents", "rows"))
-    return Plan(
-        doc_ids=documents["doc_id"].to_pylist(),
-        ids=[np.asarray(ids.values, np.int32) for ids in documents["ids"]],
-        split=np.array([SPLITS.index(name) for name in documents["split"].to_pylist()], np.int8),
-        document=rows["document"].to_numpy(),
-        position=rows["position"].to_numpy(),
-    )
+    documents = read_parquet(directory / "documents.parquet", remedy, ("doc_id", "split", "ids"))
+    rows = read_parquet(directory / "rows.parquet", remedy, ("document", "position"))
+    try:
+        plan = Plan(
+            doc_ids=documents["doc_id"].to_pylist(),
+            ids=[ids for chunk in documents["ids"].chunks for ids in _views(chunk)],
+            split=np.array([SPLITS.index(name) for name in documents["split"].to_pylist()], np.int8),
+            document=rows["document"].to_numpy(),
+            position=rows["position"].to_numpy(),
+        )
+        sound = _is_sound(plan)
+    except (ValueError, TypeError, AttributeError):  # columns of other types than were written
+        sound = False
+    if not sound:
+        raise UserError(f"{directory / 'rows.parquet'}: does not fit documents.parquet beside it; {remedy}")
+    return plan
+
+
+def _views(lists: pa.LargeListArray | pa.ListArray) -> list[np.ndarray]:
+    """Every list as an array, without a copy."""
+    starts = lists.offsets.to_numpy()
+    values = lists.values.to_numpy().astype(np.int32, copy=False)
+    return [values[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def _is_sound(plan: Plan) -> bool:
+    """Whether every row is one of a document. Those of datasets come in any order, and without token ids."""
+    document, position = plan.document, plan.position
+    if len(document) == 0 or document.dtype.kind != "i" or position.dtype.kind != "i":
+        return False
+    if not 0 <= document.min() <= document.max() < len(plan.doc_ids) == len(plan.ids) or position.min() < 0:
+        return False
+    lengths = np.array([len(ids) for ids in plan.ids])
+    return not lengths.any() or bool((np.diff(document) >= 0).all() and (position < lengths[document]).all())
 
 
 class ActivationStore:
@@ -350,20 +465,20 @@ class ActivationStore:
 
     def __init__(self, directory: AnyPath) -> None:
         self.plan = read_plan(directory)
-        self.meta: dict[str, Any] = read_json(directory / "meta.json")
+        self.meta: dict[str, Any] = read_fields(directory / "meta.json", _META)
         rows, num_next = len(self.plan.position), self.meta["num_next_tokens"]
         self._vectors, self._next_tokens = _arrays(directory, rows, self.meta["d_model"], num_next)
-        self._contexts = directory / "contexts.parquet"
+        self._directory = directory
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Raw activations [len(rows), d] float32, in the order of `rows`."""
-        return self._vectors[rows].read().result()
+        """Raw activations [len(rows), d] float32, in the order of `rows`. Raises UserError where they are damaged."""
+        return _rows_of(self._vectors, rows, self._directory / "vectors")
 
     def next_tokens(self, rows: np.ndarray) -> np.ndarray:
         """Likeliest next tokens [len(rows), k] int32; k is 0 where the describer does not read them."""
         if self._next_tokens is None:
             return np.zeros((len(rows), 0), np.int32)
-        return self._next_tokens[rows].read().result()
+        return _rows_of(self._next_tokens, rows, self._directory / "next_tokens")
 
     def context_ids(self, row: int) -> np.ndarray:
         """The tokens up to and including the row's position; none where the activations come from a dataset."""
@@ -372,22 +487,25 @@ class ActivationStore:
     @cached_property
     def contexts(self) -> dict[int, str]:
         """Held-out row -> text up to its position, of activations that come from a dataset."""
-        if not self._contexts.exists():
+        path = self._directory / "contexts.parquet"
+        if not path.exists():
             return {}
-        table = read_parquet(self._contexts, f"restore it, or delete {self._contexts.parent} to import again")
+        table = read_parquet(path, f"restore it, or delete {path.parent} to import again", ("row", "text"))
         return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
 def write_meta(directory: AnyPath, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
-    """meta.json: provenance, counts, and statistics of the stored vectors, read chunk by chunk."""
+    """meta.json: provenance, counts, and statistics of the stored vectors, read shard by shard."""
     vectors, _ = _arrays(directory, len(plan.position), d_model, num_next)
     norms, mean_direction = np.empty(len(plan.position)), np.zeros(d_model)
-    for start in range(0, len(norms), _CHUNK_ROWS):
-        stop = min(start + _CHUNK_ROWS, len(norms))
-        chunk = vectors[start:stop].read().result().astype(np.float64)
-        norm = np.linalg.norm(chunk, axis=1)
+    for start in range(0, len(norms), SHARD_ROWS):
+        stop = min(start + SHARD_ROWS, len(norms))
+        shard = _rows_of(vectors, slice(start, stop), directory / "vectors").astype(np.float64)
+        norm = np.linalg.norm(shard, axis=1)
         norms[start:stop] = norm
-        mean_direction += (chunk / np.maximum(norm, 1e-30)[:, None]).sum(0) / len(norms)
+        mean_direction += (shard / np.maximum(norm, 1e-30)[:, None]).sum(0) / len(norms)
+    if not norms.any():
+        warn(f"{directory / 'vectors'}: every activation is zero; there is nothing to tell them apart by")
     statistics = {
         "norm_mean": float(norms.mean()),
         "norm_p75": float(np.percentile(norms, 75)),

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import re
 import unicodedata
 import zlib
@@ -19,17 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
 from nlae_jax.errors import UserError
+from nlae_jax.files import local_path, open_regular, read_bytes
 
 logger = logging.getLogger(__name__)
 
 _HUB_SHUFFLE_BUFFER = 10_000  # rows; a fair sample of a dataset that is too large to read
 _ROWS_PER_BATCH = 1_024
+_MOST_BYTES = 64 << 20  # of one document with all that stands beside it: a line without end would fill the memory
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Document:
 
 def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
     """The document that `text` is when it comes by itself."""
-    clean = _without_surrogates(text).lstrip()
+    clean = _clean(text).lstrip()
     return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end)
 
 
@@ -113,7 +116,7 @@ def _source_name(config: CorpusConfig) -> str:
 
 
 def _texts(config: CorpusConfig) -> Iterable[Text]:
-    if config.path == "warmstart" and not Path(config.path).exists():
+    if config.path == WARMSTART and not Path(config.path).exists():
         return _warm_start_texts()
     if config.path:
         return _file_texts(config)
@@ -132,7 +135,7 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
     seen: set[bytes] = set()
     kept: list[tuple[bytes, Text]] = []
     for found in texts:
-        text = _without_surrogates(found.text).lstrip()
+        text = _clean(found.text).lstrip()
         text = text if found.at_end else text.rstrip()
         if not text.strip() or (len(text) < config.min_characters and not found.at_end):
             dropped["too short"] += 1
@@ -158,9 +161,9 @@ def _first(kept: list[tuple[bytes, Text]], limit: int, dropped: Counter[str]) ->
     return ordered
 
 
-def _without_surrogates(text: str) -> str:
-    r"""`text` as valid Unicode: a lone surrogate (`"\ud800"` in JSON) becomes U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+def _clean(text: str) -> str:
+    r"""`text` as valid Unicode: a lone surrogate (`"\ud800"` in JSON) becomes U+FFFD. A byte-order mark is not text."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text.removeprefix("\ufeff"))
 
 
 # --- files
@@ -172,17 +175,45 @@ def _file_texts(config: CorpusConfig) -> Iterator[Text]:
 
 
 def _matching_files(pattern: str) -> list[Path]:
-    expanded = Path(pattern).expanduser()
+    expanded = local_path(pattern, "corpus.path")
     if expanded.is_dir():
         raise UserError(f"corpus.path {pattern!r} is a directory: write a glob such as {str(expanded / '*.jsonl')!r}")
     if expanded.is_file():  # also a name that holds the glob's own characters
         return [expanded]
-    paths = sorted(path for path in map(Path, glob.glob(str(expanded), recursive=True)) if not path.is_dir())
+    paths = sorted({path for path in map(Path, _glob(str(expanded))) if not path.is_dir()})
     if not paths:
         raise UserError(f"corpus.path {pattern!r} matches no file")
     for path in paths:
         _reader(path)  # an unknown ending is reported before anything is read
     return paths
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """`glob.glob(pattern, recursive=True)`, but below `**` no directory is entered twice: links may go in circles."""
+    if "**" not in pattern.split("/"):  # within a name it means no more than *
+        yield from glob.glob(pattern)
+        return
+    parts = pattern.split("/")
+    first = parts.index("**")
+    rest = [part for part in parts[first + 1 :] if part] or ["*"]
+    while rest[0] == "**" and len(rest) > 1:
+        rest.pop(0)
+    for start in glob.glob("/".join(parts[:first]) + "/") if first else ["."]:
+        for directory in _directories(start):
+            yield from _glob("/".join([glob.escape(directory.rstrip("/")), *rest]))
+
+
+def _directories(start: str) -> Iterator[str]:
+    """`start` and every directory below it, hidden ones aside, through links too; each once."""
+    known: set[tuple[int, int]] = set()
+    for directory, names, _ in os.walk(start, followlinks=True):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in known:
+            names.clear()
+            continue
+        known.add((status.st_dev, status.st_ino))
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield directory
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
@@ -208,7 +239,7 @@ def _decode(data: bytes, path: Path, start: int) -> str:
 
 def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, _MOST_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from None
     text = _decode(data, path, 0)
@@ -228,11 +259,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Lines end with a line feed; other characters that end lines in Unicode stand for themselves.
     """
-    opener: Callable[..., IO[bytes]] = gzip.open if path.name.lower().endswith(".gz") else open  # type: ignore[assignment]
-    empty, offset = True, 0
+    empty, offset, number = True, 0, 0
     try:
-        with opener(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
+        with open_regular(path) as stored, _unpacked(path, stored) as file:
+            while raw := file.readline(_MOST_BYTES + 1):
+                number += 1
+                if len(raw) > _MOST_BYTES:
+                    raise UserError(
+                        f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes; a document is shorter"
+                    )
                 line = _decode(raw, path, offset)
                 offset += len(raw)
                 if line.strip():
@@ -244,10 +279,14 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: the file is empty")
 
 
+def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO:
+    return gzip.open(stored) if path.name.lower().endswith(".gz") else stored
+
+
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, but every line must be an object")
@@ -266,23 +305,26 @@ def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
-    import pyarrow as pa  # here because most runs read no parquet
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # here because most runs read no parquet
 
-    try:
-        with pq.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                present = ", ".join(map(repr, file.schema_arrow.names[:10]))
-                raise UserError(f"{path}: no column {text_field!r}; corpus.text_field must be one of: {present}")
-            if file.metadata.num_rows == 0:
-                raise UserError(f"{path}: the file is empty")
-            row = 0
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field))
-                    row += 1
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
+    from nlae_jax.data.parquet import check_batch, is_text, readable
+
+    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            present = ", ".join(map(repr, names[:10]))
+            raise UserError(f"{path}: no column {text_field!r}; corpus.text_field must be one of: {present}")
+        kind = file.schema_arrow.field(text_field).type
+        if file.metadata.num_rows and not is_text(kind):
+            raise UserError(f"{path}: row 0: the field {text_field!r} is {kind}, but it must be a string")
+        if file.metadata.num_rows == 0:
+            raise UserError(f"{path}: the file is empty")
+        start = 0
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
+            check_batch(path, start, batch)
+            for row, text in enumerate(batch.column(0).to_pylist(), start):
+                yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field))
+            start += len(batch)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Text]]] = {

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlae_jax.config import Config, DatasetConfig
-from nlae_jax.data.activations import SPLITS, Plan, open_vectors
+from nlae_jax.data.activations import SPLITS, Plan, counted, open_vectors
+from nlae_jax.data.parquet import check_batch, is_text, readable
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, read_json, write_atomically, write_json
+from nlae_jax.files import AnyPath, local_path, write_atomically, write_json
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
 from nlae_jax.roles.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 
@@ -30,6 +31,7 @@ SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_
 VECTOR, INJECT = "activation_vector", "<INJECT>"
 _TEXT = "detokenized_text_truncated"
 _ROWS = 1024  # read or written at a time
+_MOST_TOKENS = 2**31 - 1  # that a position can be said of
 _CONTEXT_CHARACTERS = 2000  # of a held-out row's text, kept for the report
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -37,7 +39,9 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 
 def dataset_files(config: DatasetConfig) -> dict[str, Path]:
     """The files that are given, by the reference's names. Raises UserError where one cannot be opened."""
-    files = {name: Path(path).expanduser() for name, path in dataclasses.asdict(config).items() if path}
+    files = {
+        name: local_path(path, f"config.dataset.{name}") for name, path in dataclasses.asdict(config).items() if path
+    }
     for name, path in files.items():
         if not path.is_file():
             raise UserError(f"config.dataset.{name}: {path}: no such file")
@@ -75,6 +79,13 @@ def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar
     """What all files' sidecars say, with the prompt that the rows hold. Raises UserError where they disagree."""
     sidecars = {name: read_sidecar(path) for name, path in files.items()}
     first = sidecars["rl"]
+    scaled = [sidecar for sidecar in sidecars.values() if sidecar.injection_scale is not None]
+    for sidecar in scaled:
+        if sidecar.injection_scale != scaled[0].injection_scale:
+            raise UserError(
+                f"{sidecar.path}: extraction.injection_scale is {sidecar.injection_scale or None}; in "
+                f"{scaled[0].path} it is {scaled[0].injection_scale or None}"
+            )
     for sidecar in sidecars.values():
         if sidecar.d_model != d_model:
             raise UserError(f"{sidecar.path}: extraction.d_model {sidecar.d_model} should be the subject's {d_model}")
@@ -87,7 +98,11 @@ def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar
         ):
             raise UserError(f"{sidecar.path}: another decoder's prompt than in {first.path}")
         first = combined(first, sidecar)
-    return dataclasses.replace(first, encoder_template=_stored_prompt(files["rl"]))
+    return dataclasses.replace(
+        first,
+        encoder_template=_stored_prompt(files["rl"]),
+        injection_scale=scaled[0].injection_scale if scaled else None,
+    )
 
 
 def check_same_prompt(released: Sidecar, data: Sidecar | None) -> None:
@@ -164,18 +179,51 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
     docs: list[str] = []
     positions = []
     for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", "activation_layer"]):
-        columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
-        if None in columns["doc_id"]:
-            raise UserError(f"{path}: rows {start} and after: doc_id is null; splits are by document")
-        if wrong := set(columns.get("activation_layer", ())) - {layer, None}:
-            raise UserError(f"{path}: activation_layer is {min(wrong)}; subject.layer is {layer}")
-        docs += map(str, columns["doc_id"])
-        positions.append(
-            np.array([(count or 1) - 1 for count in columns.get("n_raw_tokens", [1] * len(batch))], np.int32)
-        )
+        docs += _doc_ids(path, start, batch.column("doc_id"))
+        counts = np.ones(len(batch), np.int64)
+        if "n_raw_tokens" in batch.schema.names:
+            counts = _whole_numbers(path, start, "n_raw_tokens", batch.column("n_raw_tokens"), missing=0)
+        if (wrong := np.flatnonzero((counts < 0) | (counts > _MOST_TOKENS))).size:
+            row = int(wrong[0])
+            raise UserError(
+                f"{path}: row {start + row}: n_raw_tokens is {counts[row]}; it counts a text's tokens from 1"
+            )
+        positions.append(np.maximum(counts - 1, 0).astype(np.int32))
+        if "activation_layer" in batch.schema.names:
+            layers = _whole_numbers(path, start, "activation_layer", batch.column("activation_layer"), missing=layer)
+            if (wrong := np.flatnonzero(layers != layer)).size:
+                row = int(wrong[0])
+                raise UserError(
+                    f"{path}: row {start + row}: activation_layer is {layers[row]}; subject.layer is {layer}"
+                )
     if not docs:
         raise UserError(f"{path}: the file has no rows")
     return docs, np.concatenate(positions)
+
+
+def _doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
+    """Names of documents: text, or numbers as text."""
+    if column.null_count:
+        row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"{path}: row {row}: doc_id is null; splits are by document")
+    if not (is_text(column.type) or pa.types.is_integer(column.type)):
+        raise UserError(f"{path}: the column doc_id should hold strings; it is {column.type}")
+    return list(map(str, column.to_pylist()))
+
+
+def _whole_numbers(path: Path, start: int, name: str, column: pa.Array, missing: int) -> np.ndarray:
+    """A column as [rows] int64, nulls as `missing`. Raises UserError naming the first row that is no whole number.
+
+    Columns of floats will do: some writers turn whole numbers into them where one is missing.
+    """
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise UserError(f"{path}: the column {name} should hold whole numbers; it is {column.type}")
+    given = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    values = np.where(column.is_null().to_numpy(zero_copy_only=False), missing, given)
+    if (wrong := np.flatnonzero(~((np.abs(values) < 2**53) & (values == np.round(values))))).size:
+        row = int(wrong[0])
+        raise UserError(f"{path}: row {start + row}: {name} is {column[row].as_py()}; it should be a whole number")
+    return values.astype(np.int64)
 
 
 def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
@@ -201,13 +249,20 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
                         f"{path}: row {number}: another prompt than that of {sidecar.path}; it should be the same"
                     )
                 if name == "av_sft":
-                    text = extract_explanation(row["response"] or "")
+                    text = extract_explanation(_text(path, number, "response", row["response"]))
                     dropped += text is None
                     described += [(first + number, text)] if text else []
-                if first + number in held_out and row.get(_TEXT):
-                    contexts.append((first + number, row[_TEXT][-_CONTEXT_CHARACTERS:]))
+                if first + number in held_out and (text := _text(path, number, _TEXT, row.get(_TEXT))):
+                    contexts.append((first + number, text[-_CONTEXT_CHARACTERS:]))
         first += _num_rows(path)
     return _texts(described, "description"), _texts(contexts, "text"), dropped
+
+
+def _text(path: Path, row: int, name: str, value: Any) -> str:
+    """A text of a row; "" for null."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}: row {row}: {name} should be a string; it is {type(value).__name__}")
+    return value or ""
 
 
 def _check_decoder_prompt(path: Path, row: int, prompt: Any, sidecar: Sidecar) -> None:
@@ -230,8 +285,8 @@ def import_vectors(
 ) -> None:
     """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
     progress = directory / "progress.json"
-    done = read_json(progress)["batches"] if progress.exists() else 0
-    vectors = open_vectors(directory, rows, d_model, create=done == 0)
+    done = counted(progress, "batches", rows)
+    vectors = open_vectors(directory, rows, d_model, "write" if done else "create")
     first, number = 0, 0
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
@@ -246,20 +301,26 @@ def import_vectors(
 
 def _vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
     """A column of lists as [rows, d] float32. Raises UserError naming the first row that is not d finite numbers."""
-    if pa.types.is_fixed_size_list(column.type):
-        lengths, flat = np.full(len(column), column.type.list_size), column.flatten()
-    elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        lengths, flat = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), column.flatten()
-    else:
-        raise UserError(f"{path}: the column {VECTOR} should hold lists of float32; it is {column.type}")
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    kind = column.type
     if column.null_count:
-        raise UserError(f"{path}: rows {start} and after: {VECTOR} is null")
+        row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"{path}: row {row}: {VECTOR} is null")
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
+        raise UserError(f"{path}: the column {VECTOR} should hold lists of float32; it is {kind}")
+    if pa.types.is_fixed_size_list(kind):
+        lengths = np.full(len(column), kind.list_size)
+    else:
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     if (wrong := np.flatnonzero(lengths != d_model)).size:
         row = int(wrong[0])
         raise UserError(
             f"{path}: row {start + row}: {VECTOR} has {lengths[row]} numbers; the subject's width is {d_model}"
         )
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, d_model)
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, d_model)
     if (wrong := np.flatnonzero(~np.isfinite(values).all(1))).size:
         raise UserError(f"{path}: row {start + int(wrong[0])}: {VECTOR} has NaN or infinity in it")
     return values
@@ -271,12 +332,9 @@ def _ordered(files: dict[str, Path]) -> list[tuple[str, Path]]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        # Buffered: else the whole of a column's row group, which may be the whole file, is read at once.
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    # Buffered: else the whole of a column's row group, which may be the whole file, is read at once.
+    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        yield file
 
 
 def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -288,6 +346,7 @@ def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> It
                 raise UserError(f"{path}: no column {column!r}; there are {', '.join(map(repr, present[:12]))}")
         start = 0
         for batch in file.iter_batches(_ROWS, columns=[*columns, *(c for c in optional if c in present)]):
+            check_batch(path, start, batch)
             yield start, batch
             start += len(batch)
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import providers
+from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.data.describer import describer_provider
 from nlae_jax.data.documentation import FUNCTION_WORDS
 from nlae_jax.errors import UserError
@@ -71,7 +72,6 @@ def document_frequencies(texts: Iterable[str]) -> dict[str, int]:
 
 # --- the template
 
-_NUM_NEXT_TOKENS = 3
 _NUM_TOPIC_WORDS = 3
 _NUM_LAST_WORDS = 4
 _MAX_TOKEN_CHARACTERS = 16
@@ -123,7 +123,7 @@ def describe_by_template(context: Context, resources: DescribeResources) -> str:
     the position, and the decoder reads its output at the end.
     """
     sentences = []
-    tokens = _unique(_name_token(token, context.text) for token in context.next_tokens)[:_NUM_NEXT_TOKENS]
+    tokens = _unique(_name_token(token, context.text) for token in context.next_tokens)[:NUM_NEXT_TOKENS]
     if tokens:
         sentences.append(f"Next comes {_enumerate(tokens, 'or')}.")
     topic = topic_words(context.text, resources.document_frequency, resources.num_documents)

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.data.corpus import Document, document_of, read_json_lines
 from nlae_jax.errors import UserError
+from nlae_jax.files import local_path
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.outside import encodable
 
@@ -55,7 +56,9 @@ class Described:
 
 def described_path(name: str) -> Path:
     """The file that `describe.path` names."""
-    return WARMSTART_NOTES if name == "warmstart" else Path(name).expanduser()
+    if name == WARMSTART and not Path(name).exists():
+        return WARMSTART_NOTES
+    return local_path(name, "config.describe.path")
 
 
 def read_descriptions(path: Path) -> Iterator[Description]:

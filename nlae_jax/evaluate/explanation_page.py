@@ -13,7 +13,7 @@ import jinja2
 
 from nlae_jax.assets import EXPLANATION_PAGE
 from nlae_jax.evaluate.table import number, printable, split_at_token
-from nlae_jax.files import write_atomically
+from nlae_jax.files import write_text
 
 _WORST = 0.6  # the mse from which a token has no colour
 
@@ -29,8 +29,7 @@ def explanation_page(texts: Sequence[Sequence[Mapping[str, Any]]], model: str, l
 
 def write_explanation_page(path: Path, texts: Sequence[Sequence[Mapping[str, Any]]], model: str, layer: int) -> None:
     """Writes the page."""
-    page = explanation_page(texts, model, layer)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, explanation_page(texts, model, layer))
 
 
 def _row(token: Mapping[str, Any]) -> dict[str, Any]:

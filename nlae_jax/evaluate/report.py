@@ -14,11 +14,20 @@ from typing import Any
 
 from nlae_jax.config import Config
 from nlae_jax.errors import UserError
-from nlae_jax.evaluate.table import html_health, html_samples, html_text, html_values, number, significant, tidy
-from nlae_jax.files import AnyPath, workdir_path, write_atomically
-from nlae_jax.train.metrics import Point, curve, read, read_object, smoothed, thinned
+from nlae_jax.evaluate.table import (
+    LARGEST,
+    html_health,
+    html_samples,
+    html_text,
+    html_values,
+    number,
+    significant,
+    tidy,
+)
+from nlae_jax.files import AnyPath, read_json, remove_abandoned, workdir_path, write_text
+from nlae_jax.train.metrics import Point, curve, read, smoothed, thinned
 
-_SAMPLES = "samples/held_out.jsonl"
+SAMPLES = "samples/held_out.jsonl"
 
 STAGES = {
     "encoder_sft": ("Encoder warm start", "The encoder learns to write the descriptions from the injected activation."),
@@ -365,6 +374,32 @@ def _config(config: Mapping[str, Any] | None) -> str:
     return f'<p class="note">Bold: not the default.</p><div class="config">{boxes}</div>'
 
 
+def _object(path: AnyPath, remedy: str) -> dict[str, Any] | None:
+    """A JSON object from a file, or None if there is no file. Raises UserError with the `remedy` for anything else."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object; {remedy}")
+    return _tame(value)
+
+
+def _tame(value: Any, depth: int = 12) -> Any:
+    """What a page can show of a value from a file: numbers that can be computed with, lists in lists up to a depth."""
+    if isinstance(value, dict | list) and depth == 0:
+        return "…"
+    if isinstance(value, dict):
+        return {key: _tame(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_tame(item, depth - 1) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float) or -(2**53) < value < 2**53:
+        return value
+    return float(value) if abs(value) < LARGEST else None
+
+
 def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
@@ -373,7 +408,8 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     workdir = workdir_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; --workdir names the directory of a run")
-    config, evaluation = read_object(workdir / "config.json"), read_object(workdir / "eval.json")
+    config = _object(workdir / "config.json", "restore it: it says what everything here was made with")
+    evaluation = _object(workdir / "eval.json", "delete it and run `nlae eval` again")
     subject = (config or {}).get("subject")
     subject = subject if isinstance(subject, dict) else {}
     page = PAGE.format(
@@ -381,10 +417,11 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
         model=html_text(subject.get("model", "unknown subject")),
         layer=html_text(subject.get("layer", "unknown")),
         headline=_headline(evaluation),
-        stages=_stages(read(workdir / "metrics.jsonl")),
-        samples=html_samples(read(workdir / _SAMPLES), _SAMPLES),
+        stages=_stages(_tame(read(workdir / "metrics.jsonl"), 14)),
+        samples=html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES),
         config=_config(config),
     )
     path = workdir / "report.html"
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    remove_abandoned(workdir)
+    write_text(path, page)
     return path

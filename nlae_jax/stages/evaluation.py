@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
 
 from nlae_jax import hosts
+from nlae_jax.errors import UserError
 from nlae_jax.evaluate.claims import claims, parts
 from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
 from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, mismatched, summarise, uninformed
+from nlae_jax.evaluate.report import SAMPLES
 from nlae_jax.evaluate.roundtrip import Explanations, Pair, RoundTrip
-from nlae_jax.files import write_atomically, write_json
+from nlae_jax.files import AnyPath, plain, read_fields, write_json, write_text
 from nlae_jax.language_model import LanguageModel
-from nlae_jax.progress import progress
+from nlae_jax.progress import progress, say, warn
 from nlae_jax.run import Purpose, Run
 from nlae_jax.stages.training import decoder_sft, encoder_sft, pair_of, rl
 
@@ -23,10 +26,13 @@ _UNINFORMED_ROWS = 64
 # Rebuilt from parts of their explanations too, one pass of the decoder for each part.
 _PART_ROWS = 128
 
+# Fields of eval.json that whoever shows it counts on.
+_NEEDED = {"fve", "fve_ci95", "fve_before_rl", "fve_gain", "fve_gain_ci95", "fve_shuffled", "fve_text", "num_documents"}
+
 
 def evaluate(run: Run) -> None:
     """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
-    if hosts.by_first((run.workdir / "eval.json").exists):
+    if hosts.by_first(lambda: _is_evaluated(run.workdir)):
         return
     after = pair_of(run, *rl(run))
     before = pair_of(run, encoder_sft(run), decoder_sft(run))
@@ -69,7 +75,10 @@ def evaluate(run: Run) -> None:
     }
 
     def write() -> None:
-        summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
+        with np.errstate(divide="ignore", invalid="ignore"):  # where all activations are alike
+            summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
+        if unknown := [name for name, value in summary.items() if value is not None and not np.isfinite(value).all()]:
+            warn(f"eval: no finite number, null in eval.json: {', '.join(unknown)}; are all activations alike?")
         summary["extraction_rate"] = float((written.length > 0).mean())
         summary["temperature"] = config.temperature
         summary |= claims(written.texts, contexts, top, other.tolist())
@@ -79,6 +88,19 @@ def evaluate(run: Run) -> None:
         Watch("eval").check(summary, f"{len(h)} held-out activations")
 
     hosts.by_first(write)
+
+
+def _is_evaluated(workdir: AnyPath) -> bool:
+    """Whether both files are there. eval.json is the last to be written; what is no result is made again."""
+    if not (workdir / "eval.json").exists():
+        return False
+    missing = not (workdir / SAMPLES).exists()
+    with contextlib.suppress(UserError):
+        missing = missing or not read_fields(workdir / "eval.json", {"num_activations": int}).keys() >= _NEEDED
+        if not missing:
+            return True
+    say(f"{SAMPLES} is missing or eval.json is not as it was written: made again")
+    return False
 
 
 def _round_trip(
@@ -152,11 +174,8 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
             "mse": float(mse[i]),
             "closed": bool(written.length[i] > 0),
         }
-        lines.append(json.dumps(sample, ensure_ascii=False))
-    text = "\n".join(lines) + "\n"
-    write_atomically(
-        run.workdir / "samples/held_out.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8")
-    )
+        lines.append(json.dumps(plain(sample), ensure_ascii=False, allow_nan=False))
+    write_text(run.workdir / SAMPLES, "\n".join(lines) + "\n")
 
 
 def _context(run: Run, row: int) -> tuple[str, str]:

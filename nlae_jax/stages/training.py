@@ -177,7 +177,7 @@ def _warm_start(
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
 
     iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
-    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples)
+    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, run.made_with())
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
@@ -225,7 +225,8 @@ def rl(run: Run) -> tuple[Params, Params]:
         _, texts = read_samples(run.tokenizer, run.protocol, tokens.reshape(len(lengths), -1), lengths)
         return watch.add(health(texts, run.protocol.marker, config.samples_per_activation))
 
-    stage = Stage("rl", config.num_steps, step, iterator, observe=observe, at_checkpoint=watch.review)
+    hooks = {"observe": observe, "at_checkpoint": watch.review}
+    stage = Stage("rl", config.num_steps, step, iterator, made_with=run.made_with(), **hooks)
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
 

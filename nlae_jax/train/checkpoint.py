@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -15,10 +16,23 @@ import orbax.checkpoint as ocp
 
 from nlae_jax import hosts
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, absolute, children, is_remote, object_checksums, read_json, write_json
+from nlae_jax.files import (
+    AnyPath,
+    absolute,
+    children,
+    is_remote,
+    move,
+    object_checksums,
+    read_fields,
+    read_json,
+    remove,
+    write_json,
+)
 from nlae_jax.progress import warn
 
 _MANIFEST = "manifest.json"
+_UNFINISHED = "its saving was not finished"
+_ITEMS = ("state/", "data/")  # what a checkpoint consists of, beside orbax's own notes
 _CHECKSUM, _SIZE = "crc32c:", "bytes:"
 _HASHED_BYTES = 16 << 30  # of a whole checkpoint: what one process reads back in seconds, while all others wait
 _MARGIN = 1 << 20  # bytes that a checkpoint takes beyond its arrays, amply
@@ -70,6 +84,8 @@ class Checkpoints:
         if step is not None and hosts.is_first():
             path = self._directory / str(step)
             write_json(path / _MANIFEST, _hashes(path))
+            for remains in self._directory.glob(f"{step}.unfinished*"):
+                remove(remains)
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, data) of the newest sound checkpoint, or of `step`; None where there is none.
@@ -88,21 +104,33 @@ class Checkpoints:
         return step, restored["state"], restored["data"]
 
     def newest(self) -> int | None:
-        """The step of the newest sound checkpoint. Newer ones that are damaged are deleted, with a warning."""
-        damaged, newest = hosts.by_first(self._damaged)
-        for step, problem in damaged:
-            warn(f"checkpoint {self._directory / str(step)} is damaged ({problem}); going back to the one before it")
-            self._manager.delete(step)  # by all together
+        """The step of the newest sound checkpoint. Newer ones that are damaged are set aside, with a warning."""
+        aside, newest = hosts.by_first(self._set_aside)
+        for step, problem, name in aside:
+            warn(
+                f"checkpoint {self._directory / str(step)} is damaged ({problem}): moved to {name} beside it; going "
+                "back to the one before it"
+            )
+        if aside:
+            self._manager.reload()
         return newest
 
-    def _damaged(self) -> tuple[list[tuple[int, str]], int | None]:
-        """The newest steps as far as they are damaged, with what is wrong, and the one after them."""
-        damaged: list[tuple[int, str]] = []
+    def _set_aside(self) -> tuple[list[tuple[int, str, str]], int | None]:
+        """Renames the newest checkpoints as far as they are damaged: (step, what is wrong, its new name) of each.
+
+        With them the step of the one after them. Nothing is deleted: a copy of a workdir may not be complete yet. What
+        was never finished goes once its step is saved anew.
+        """
+        aside: list[tuple[int, str, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             if (problem := _problem(self._directory / str(step))) is None:
-                return damaged, step
-            damaged.append((step, problem))
-        return damaged, None
+                return aside, step
+            kind = "unfinished" if problem == _UNFINISHED else "damaged"
+            names = itertools.chain([f"{step}.{kind}"], (f"{step}.{kind}-{number}" for number in itertools.count(2)))
+            name = next(name for name in names if not (self._directory / name).exists())
+            move(self._directory / str(step), self._directory / name)
+            aside.append((step, problem, name))
+        return aside, None
 
     def close(self) -> None:
         self._seal()
@@ -134,8 +162,13 @@ def is_sealed(path: AnyPath) -> bool:
 
 def newest_sealed(directory: AnyPath) -> AnyPath | None:
     """A stage's newest checkpoint that was written to its end; None where there is none."""
-    sealed = (path for path in children(directory) if path.name.isdecimal() and is_sealed(path))
-    return max(sealed, key=lambda path: int(path.name), default=None)
+    return next(iter(sealed(directory)), None)
+
+
+def sealed(directory: AnyPath) -> list[AnyPath]:
+    """A stage's checkpoints that were written to their end, the newest first."""
+    found = [path for path in children(directory) if path.name.isdecimal() and is_sealed(path)]
+    return sorted(found, key=lambda path: -int(path.name))
 
 
 def restore_part(path: AnyPath, abstract: Any) -> Any | None:
@@ -195,9 +228,18 @@ def _problem(path: AnyPath) -> str | None:
     try:
         expected = read_json(path / _MANIFEST)
     except FileNotFoundError:
-        return "its saving was not finished"
-    except UserError:
-        return f"{_MANIFEST} is not valid JSON"
+        return _UNFINISHED
+    except UserError as error:
+        return str(error).removeprefix(f"{path / _MANIFEST}: ")
+    if not isinstance(expected, dict) or not expected or not all(isinstance(value, str) for value in expected.values()):
+        return f"{_MANIFEST} names no files with their checksums"
     found = _hashes(path)
-    changed = sorted(name for name in expected if not _is_same(expected[name], found.get(name)))
-    return f"changed or missing: {changed[0]}" if changed else None
+    if changed := sorted(name for name in expected if not _is_same(expected[name], found.get(name))):
+        return f"changed or missing: {changed[0]}"
+    unchecked = sorted(name for name in found.keys() - expected.keys() if name.startswith(_ITEMS))
+    return f"not in {_MANIFEST}: {unchecked[0]}" if unchecked else None
+
+
+def read_data(path: AnyPath) -> dict[str, Any]:
+    """What `Checkpoints.save` was given as `data`. Raises UserError where it cannot be read."""
+    return read_fields(path / "data" / "metadata", {})

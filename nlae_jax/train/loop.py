@@ -18,7 +18,7 @@ from nlae_jax.config import Config
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath
 from nlae_jax.mesh import put_batch, replicated
-from nlae_jax.progress import progress
+from nlae_jax.progress import progress, warn
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
@@ -38,6 +38,7 @@ class Stage:
     The process that logs hands `observe` what the step has in its metrics under `steps.OBSERVED`, as host arrays, and
     logs the numbers that it returns with the step's own. It calls `at_checkpoint` with the step's number after the row
     of every step that is saved.
+    `made_with` is saved with every checkpoint: what it was trained with, as JSON.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     examples: Sequence[dict[str, np.ndarray]] = ()
     observe: Callable[[Any], Mapping[str, float]] | None = None
     at_checkpoint: Callable[[int], None] | None = None
+    made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> Any:
@@ -79,6 +81,7 @@ def _run(
         stage.iterator.set_state(data["iterator"])
     if log is not None:
         log.rewind(stage.name, start)
+        log.sort()
     if start == stage.steps:
         return state
     known, met = set(), set()
@@ -87,8 +90,8 @@ def _run(
         stage.step.lower(state, frozen, batch).compile()
         known.add(_shapes(batch))
     hosts.barrier()
-    compiled_before = stage.step._cache_size()
-    clock = time.perf_counter()
+    compiled_before, expected = stage.step._cache_size(), max(1, len(known))
+    clock, slowed = time.perf_counter(), False
     pending: tuple[int, Any] | None = None
 
     def flush() -> None:
@@ -117,6 +120,9 @@ def _run(
                 raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step(state, frozen, batch)
+            if not slowed and stage.step._cache_size() - compiled_before > expected:
+                slowed = True
+                warn(f"{stage.name}: step {number} was compiled anew; {expected} compilations are expected in all")
             # The step before is fetched only now, while this one runs.
             flush()
             checkpoints.poll()
@@ -130,12 +136,13 @@ def _run(
                     log.sync()  # a checkpoint that counts has its rows
                     if stage.at_checkpoint is not None:
                         stage.at_checkpoint(number)
-                checkpoints.save(number, state, {"iterator": stage.iterator.get_state()})
+                checkpoints.save(number, state, {"iterator": stage.iterator.get_state(), "made_with": stage.made_with})
             if stopping:
                 checkpoints.finish()
                 raise hosts.Preempted
-    if (times := stage.step._cache_size() - compiled_before) > (expected := max(1, len(known))):
-        raise RuntimeError(f"{stage.name}: the step was compiled {times} times; {expected} are expected")
+    if log is not None:
+        log.sort()
+    checkpoints.finish()  # before anything else can fail
     return state
 
 

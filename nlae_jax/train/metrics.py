@@ -15,23 +15,26 @@ from operator import itemgetter
 from typing import Any
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, upload, write_atomically
+from nlae_jax.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
 
 Point = tuple[float, float]
+
+# The order that stages run in, and their rows stand in.
+ORDER = ("encoder_sft", "decoder_sft", "rl")
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The object on one line, or None if the line is not a whole JSON object."""
     try:
         row = json.loads(line)
-    except ValueError:  # also UnicodeDecodeError: the cut may fall inside a character
+    except (ValueError, RecursionError, MemoryError):  # also UnicodeDecodeError: a cut may fall inside a character
         return None
     return row if isinstance(row, dict) else None
 
 
 def _stored(path: AnyPath) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         return b""
 
@@ -79,23 +82,10 @@ def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
     return [point for pair in extremes for point in sorted(set(pair))]
 
 
-def read_object(path: AnyPath) -> dict[str, Any] | None:
-    """A JSON object from a file, or None if there is no file. Raises UserError for anything else in it."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object")
-    return value
-
-
 def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
     """(step, value) in order of step; the last row of a step counts, and values that are no finite number do not."""
     values = {row["step"]: row[key] for row in rows if isinstance(row.get("step"), int) and key in row}
-    finite = {step: y for step, y in values.items() if isinstance(y, int | float) and math.isfinite(y)}
+    finite = {step: y for step, y in values.items() if isinstance(y, int | float) and abs(y) < math.inf}
     return [(float(step), float(y)) for step, y in sorted(finite.items())]
 
 
@@ -122,7 +112,7 @@ class MetricsLog:
         Numbers are Python's or anything with `.item()` (numpy and jax scalars); floats are written so that
         reading gives the same float64. Raises ValueError without a string `stage` and an integer `step`.
         """
-        clean = {str(key): _plain(value) for key, value in row.items()}
+        clean = {str(key): plain(value) for key, value in row.items()}
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
         line = (json.dumps(clean, allow_nan=False) + "\n").encode("ascii")
@@ -155,10 +145,18 @@ class MetricsLog:
         """
         self._keep(lambda row: row.get("stage") != stage or not _beyond(row, step))
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Leaves only the whole lines whose row is `wanted`; does not touch a file that is already so."""
+    def sort(self) -> None:
+        """Puts the rows in the order of stages, as far as `ORDER` has them: a stage that is done again comes late."""
+        place = {stage: number for number, stage in enumerate(ORDER)}
+        self._keep(lambda row: True, lambda row: place.get(str(row.get("stage")), len(place)))
+
+    def _keep(
+        self, wanted: Callable[[dict[str, Any]], bool], place: Callable[[dict[str, Any]], int] = lambda row: 0
+    ) -> None:
+        """Leaves only the whole lines whose row is `wanted`, sorted by `place`; does not touch a file that is so."""
         before = _stored(self.path) if self._held is None else bytes(self._held)
-        data = b"".join(line for line, row in _parse(self.path, before) if wanted(row))
+        kept = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
+        data = b"".join(line for line, _ in sorted(kept, key=lambda entry: place(entry[1])))
         if data != before:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
             self._held = None if self._held is None else bytearray(data)
@@ -167,17 +165,3 @@ class MetricsLog:
 def _pause(size: int) -> float:
     """Seconds between two writings of an object of so many bytes: at most one in ten seconds, and 100 kB a second."""
     return max(10.0, size / 100_000)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if not isinstance(value, str | int | float | None) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        value = float(value)  # numpy's float64 is a float whose repr is not JSON
-        return value if math.isfinite(value) else None
-    return value
