@@ -25,10 +25,10 @@ from nlae_jax.errors import UserError
 from nlae_jax.files import read_json, write_json, write_parquet
 from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.pretrained import cache_directory, stop_ids
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.progress import Progress, progress, say
-from nlae_jax.roles.protocol import chat_ids
 from nlae_jax.roles.subject import Subject
 from nlae_jax.run import Run
 from nlae_jax.train.state import Params
