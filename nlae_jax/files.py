@@ -128,7 +128,7 @@ def remove(directory: AnyPath) -> None:
 def kvstore(path: AnyPath) -> dict[str, str]:
     """The same place as tensorstore names it."""
     if not is_remote(path):
-        return {"driver": "file", "path": str(path)}
+        return {"driver": "file", "path": os.path.abspath(path)}  # it takes no ".." in a path
     bucket, _, prefix = str(path).removeprefix(_GS).partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": prefix}
 

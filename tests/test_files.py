@@ -366,3 +366,11 @@ def test_a_table_that_lacks_what_is_needed(workdir):
         files.read_parquet(workdir / "a.parquet", "again", ("row", "text"))
     with pytest.raises(UserError, match=r"b\.parquet: missing; again"):
         files.read_parquet(workdir / "b.parquet", "again")
+
+
+def test_tensorstore_takes_every_path_that_a_person_writes(tmp_path, monkeypatch):
+    """It refuses ".." in a path, and a relative path is another's as soon as the process changes directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("../there/vectors", "there/../../there/vectors", str(tmp_path / "there/vectors")):
+        assert kvstore(pathlib.Path(name)) == {"driver": "file", "path": str(tmp_path / "there/vectors")}
