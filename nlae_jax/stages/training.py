@@ -177,7 +177,7 @@ def _warm_start(
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
 
     iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
-    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, run.made_with())
+    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, made_with=run.made_with())
     return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
 
 
