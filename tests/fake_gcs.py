@@ -24,11 +24,12 @@ import pytest
 
 BUCKET = "bucket"
 PAGE = 50  # of a listing: small, so that clients have to ask for the next one
+REWRITTEN = 4096  # bytes that are copied in one request: few, for the same reason
 
 # What the real one takes, of the parameters that say which object or which part of it.
 _KNOWN = {"alt", "delimiter", "endOffset", "fields", "generation", "ifGenerationMatch", "ifGenerationNotMatch"}
 _KNOWN |= {"maxResults", "name", "pageToken", "prefix", "prettyPrint", "projection", "startOffset", "tensorstore"}
-_KNOWN |= {"uploadType", "upload_id", "versions"}
+_KNOWN |= {"rewriteToken", "sourceGeneration", "uploadType", "upload_id", "versions"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,14 @@ class FakeGcs:
             self.objects[name] = StoredObject(bytes(data), self._generation)
             self.uploads.append((name, len(data)))
             return self.metadata(name)
+
+    def rewrite(self, source: str, target: str, query: dict[str, str]) -> dict[str, Any]:
+        """Copies an object; a large one takes two requests, the second with the token of the first."""
+        data = self.found(source, {}).data
+        answer = {"kind": "storage#rewriteResponse", "objectSize": str(len(data))}
+        if len(data) > REWRITTEN and "rewriteToken" not in query:
+            return answer | {"done": False, "totalBytesRewritten": str(REWRITTEN), "rewriteToken": "half"}
+        return answer | {"done": True, "totalBytesRewritten": str(len(data)), "resource": self.write(target, data, {})}
 
     def delete(self, name: str, query: dict[str, str]) -> None:
         with self._lock:
@@ -256,6 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(split.query, keep_blank_values=True))
         if unknown := query.keys() - _KNOWN:
             raise Refused(501, f"parameters {sorted(unknown)}")
+        if copied := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", split.path):
+            source, target = unquote(copied[2]), unquote(copied[4])
+            return 200, {}, self.gcs.rewrite(source, target, query) if copied[1] == copied[3] == BUCKET else {}
         where = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?", split.path)
         if where is None:
             raise Refused(501, f"{self.command} {split.path}")

@@ -574,7 +574,7 @@ def another_rows_shard_is_a_directory(directory):
 
 def not_a_number(directory):
     count = json.loads((directory / "meta.json").read_text())["num_activations"]
-    array = activations.open_vectors(directory, count, WIDTH, "write")
+    array = activations.open_vectors(directory, count, WIDTH)
     array[40].write(np.full(WIDTH, np.nan, np.float32)).result()
 
 
@@ -782,7 +782,7 @@ BROAD, NUM_ROWS = 3584, 4096  # of a model of 7B
 def broad(tmp_path_factory):
     directory = tmp_path_factory.mktemp("broad")
     values = np.arange(NUM_ROWS, dtype=np.float32)[:, None] + np.zeros(BROAD, np.float32)
-    activations.open_vectors(directory, NUM_ROWS, BROAD, "create").write(values).result()
+    activations.open_vectors(directory, NUM_ROWS, BROAD, create=True).write(values).result()
     return directory
 
 
@@ -826,7 +826,7 @@ def test_random_rows_of_a_bucket_cost_little_more_than_themselves(broad, gcs, ro
 
 @pytest.mark.parametrize("width", [1, 3, 64, 576, 3584, 16384])
 def test_layout(tmp_path, width):
-    array = activations.open_vectors(tmp_path, 700, width, "create")
+    array = activations.open_vectors(tmp_path, 700, width, create=True)
     chunk, shard = array.chunk_layout.read_chunk.shape, array.chunk_layout.write_chunk.shape
     assert shard == (activations.SHARD_ROWS, width) and chunk[1] == width and shard[0] % chunk[0] == 0
     assert chunk[0] == 1 or chunk[0] * width * 4 <= 2048

@@ -1,5 +1,7 @@
 """Checkpoints: what is saved is what is restored, and damage of any kind falls back to the one before."""
 
+import json
+import os
 import shutil
 
 import jax
@@ -118,7 +120,119 @@ def test_damaged_newest_is_passed_over_with_a_warning(tmp_path, capsys, damage):
     assert warning.startswith("warning: ")
     assert warning.count("\n") == 1
     assert str(tmp_path / "4") in warning
+    (aside,) = set_aside(tmp_path)
+    assert f"moved to {aside}" in warning
     save(tmp_path, 4)  # training gets there again
+    assert_is(restore(tmp_path), 4)
+
+
+def set_aside(directory):
+    return sorted(path.name for path in directory.iterdir() if not path.name.isdecimal())
+
+
+def content(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in files(directory)}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_set_aside_as_it_is(tmp_path, damage):
+    """A workdir that is still being copied loses nothing: put back and completed, its newest state is there."""
+    save(tmp_path, 2, 4)
+    whole = shutil.copytree(tmp_path / "4", tmp_path.with_name(f"{tmp_path.name}-whole"))
+    damage(tmp_path / "4")
+    left = content(tmp_path / "4")
+    assert_is(restore(tmp_path), 2)
+    (aside,) = set_aside(tmp_path)
+    assert aside in ("4.damaged", "4.unfinished")
+    assert content(tmp_path / aside) == left
+    shutil.copytree(whole, tmp_path / aside, dirs_exist_ok=True)
+    (tmp_path / aside).rename(tmp_path / "4")
+    assert_is(restore(tmp_path), 4)
+
+
+def test_what_was_set_aside_has_names_of_its_own_and_stays(tmp_path):
+    save(tmp_path, 2, 4)
+    for count in (1, 2, 3):
+        one_bit_flipped(tmp_path / "4")
+        assert_is(restore(tmp_path), 2)
+        assert len(set_aside(tmp_path)) == count
+        save(tmp_path, 4)
+    assert set_aside(tmp_path) == ["4.damaged", "4.damaged-2", "4.damaged-3"]
+    assert checkpoint.newest_sealed(tmp_path).name == "4"
+
+
+def test_what_was_never_finished_goes_when_its_step_is_saved_again(tmp_path):
+    save(tmp_path, 2, 4)
+    unfinished(tmp_path / "4")
+    assert_is(restore(tmp_path), 2)
+    assert set_aside(tmp_path) == ["4.unfinished"]
+    save(tmp_path, 3)
+    assert set_aside(tmp_path) == ["4.unfinished"]
+    save(tmp_path, 4)
+    assert set_aside(tmp_path) == []
+
+
+def test_all_that_is_damaged_is_set_aside_with_the_state_before_it(tmp_path, capsys):
+    save(tmp_path, 2, 4, keep=3)
+    save(tmp_path, 6, keep=3)
+    for name in "46":
+        one_bit_flipped(tmp_path / name)
+    assert_is(restore(tmp_path), 2)
+    assert set_aside(tmp_path) == ["4.damaged", "6.damaged"]
+    assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def manifest_of(names):
+    return lambda manifest: {name: manifest[name] for name in manifest if name.startswith(names)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: [],
+        lambda manifest: {},
+        lambda manifest: None,
+        lambda manifest: "all is well",
+        lambda manifest: 1,
+        lambda manifest: list(manifest),
+        lambda manifest: dict.fromkeys(manifest),
+        lambda manifest: dict.fromkeys(manifest, 1),
+        lambda manifest: dict.fromkeys(manifest, ""),
+        lambda manifest: manifest | {"elsewhere": "00"},
+        manifest_of("data/"),
+        manifest_of("state/"),
+        manifest_of("_CHECKPOINT"),
+    ],
+)
+def test_a_manifest_that_says_nothing_vouches_for_nothing(tmp_path, change):
+    save(tmp_path, 2, 4)
+    path = tmp_path / "4/manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert part_of(tmp_path / "4") is None
+    assert_is(restore(tmp_path), 2)
+    assert set_aside(tmp_path) == ["4.damaged"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\0", '{"a": ' + "1" * 5000 + "}"])
+def test_a_manifest_that_is_no_json(tmp_path, text):
+    save(tmp_path, 2, 4)
+    (tmp_path / "4/manifest.json").write_text(text)
+    assert part_of(tmp_path / "4") is None
+    assert_is(restore(tmp_path), 2)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_manifest_that_is_no_file(tmp_path, make):
+    save(tmp_path, 2, 4)
+    (tmp_path / "4/manifest.json").unlink()
+    make(tmp_path / "4/manifest.json")
+    assert_is(restore(tmp_path), 2)
+
+
+def test_files_that_a_manifest_need_not_name(tmp_path):
+    """What a file browser leaves beside a checkpoint does it no harm."""
+    save(tmp_path, 2, 4)
+    (tmp_path / "4/.DS_Store").write_bytes(b"x")
     assert_is(restore(tmp_path), 4)
 
 

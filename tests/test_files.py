@@ -161,6 +161,22 @@ def test_an_object_of_many_parts(gcs):
     assert path.read_bytes() == data and gcs.uploads == [("W/large", len(data))]
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_directory_is_moved_and_removed(workdir, request, copies):
+    """Also in a store that does not copy by itself."""
+    for name, data in (("a/1", b"x"), ("a/b/2", b"y" * 10_000), ("a2", b"z"), ("ab/3", b"")):
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).write_bytes(data)
+    if is_remote(workdir) and not copies:
+        request.getfixturevalue("gcs").refuse = lambda method, path: 501 if "rewriteTo" in path else 0
+    files.move(workdir / "a", workdir / "a.damaged")
+    assert not (workdir / "a").exists()
+    assert (workdir / "a.damaged/1").read_bytes() == b"x" and (workdir / "a.damaged/b/2").read_bytes() == b"y" * 10_000
+    assert (workdir / "a2").read_bytes() == b"z" and (workdir / "ab/3").read_bytes() == b""
+    files.remove(workdir / "a.damaged")
+    assert sorted(path.name for path in children(workdir)) == ["a2", "ab"]
+
+
 def test_checksums_are_those_of_the_store(gcs):
     path = workdir_path("gs://bucket/W")
     for number in range(120):  # more than a page

@@ -82,8 +82,7 @@ def test_a_long_log_is_written_less_often():
 
 def test_activations_are_kept(workdir, gcs):
     values = np.random.default_rng(0).standard_normal((700, 8)).astype(np.float32)
-    array = open_vectors(workdir / "activations", 700, 8, "create")
-    array = open_vectors(workdir / "activations", 700, 8, "write")
+    array = open_vectors(workdir / "activations", 700, 8, create=True)
     for start in range(0, 700, 70):
         array[start : start + 70].write(values[start : start + 70]).result()
     np.testing.assert_array_equal(open_vectors(workdir / "activations", 700, 8)[:].read().result(), values)
@@ -148,10 +147,17 @@ def test_damage_falls_back_and_is_saved_again(workdir, gcs, harm, capsys):
         gcs.delete("runs/W/4/manifest.json", {})
     if harm == "unfinished":
         gcs.delete("runs/W/4/commit_success.txt", {})
+    kept = {name: gcs.read(name) for name in gcs.names("runs/W/4/")}
     assert_newest(workdir, 2)
+    if harm != "unfinished":  # it is set aside, as it is
+        aside = f"runs/W/4.{'unfinished' if harm == 'unsealed' else 'damaged'}/"
+        assert {name.replace("runs/W/4/", aside): data for name, data in kept.items()} == {
+            name: gcs.read(name) for name in gcs.names(aside)
+        }
     assert ("4 is damaged" in capsys.readouterr().err) == (harm != "unfinished")  # that one orbax passes over itself
     save(workdir, 4)
     assert_newest(workdir, 4)
+    assert bool(gcs.names("runs/W/4.")) == (harm in ("changed", "missing"))
 
 
 def test_a_copy_of_a_bucket_counts_here(workdir, gcs, tmp_path, capsys):

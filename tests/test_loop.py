@@ -12,8 +12,9 @@ from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.pipeline import batches, bucket_widths, bucketed_batches
 from nlae_jax.errors import UserError
 from nlae_jax.mesh import make_mesh, replicated
-from nlae_jax.train.loop import Stage, _check_learned, compiled, run_stage
-from nlae_jax.train.metrics import read
+from nlae_jax.train.checkpoint import Checkpoints, is_sealed
+from nlae_jax.train.loop import Stage, _check_learned, compiled, last_checkpoint, run_stage
+from nlae_jax.train.metrics import MetricsLog, read
 from nlae_jax.train.state import RlState, RoleState
 from nlae_jax.train.steps import OBSERVED, apply_update
 
@@ -160,6 +161,38 @@ def test_a_width_that_was_not_announced_is_an_error(tmp_path, caplog):
     for _ in range(2):  # a second try does not pass as finished
         with pytest.raises(RuntimeError, match="no example announced"):
             run(tmp_path, caplog, widths=WIDTHS[:2])
+
+
+def test_a_step_that_is_compiled_anew_is_said_and_loses_nothing(tmp_path, caplog, capsys, monkeypatch):
+    """Once, when it happens; the run ends as ever and its last state is sealed."""
+    whole, _ = run(tmp_path / "whole", caplog)
+    counted = Watched.__call__
+
+    def recompiled(self, *arguments):
+        if len(self.seen) >= 4:
+            self._cache_size = lambda: 100 + len(self.seen)
+        return counted(self, *arguments)
+
+    monkeypatch.setattr(Watched, "__call__", recompiled)
+    capsys.readouterr()
+    result, _ = run(tmp_path / "again", caplog)
+    assert result == whole
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: toy: step 5 was compiled anew; 3 compilations are expected in all"]
+    assert is_sealed(last_checkpoint(tmp_path / "again", "toy", STEPS))
+
+
+def test_the_last_checkpoint_is_sealed_before_anything_else(tmp_path, caplog, monkeypatch):
+    """Whatever fails when a stage is over: its result is there."""
+
+    def fail(self):
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(MetricsLog, "__exit__", lambda self, *_: fail(self))
+    monkeypatch.setattr(Checkpoints, "__exit__", lambda self, *_: None)  # as where other processes go on
+    with pytest.raises(OSError, match="the network"):
+        run(tmp_path, caplog)
+    assert is_sealed(last_checkpoint(tmp_path, "toy", STEPS))
 
 
 # --- what a step shows beside scalars

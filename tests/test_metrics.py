@@ -159,3 +159,50 @@ def test_damage_before_the_last_line_is_named(tmp_path):
 
 def test_no_file_is_no_rows(tmp_path):
     assert read(tmp_path / "absent.jsonl") == []
+
+
+def test_rows_of_a_stage_that_is_done_again_stand_in_its_place(tmp_path):
+    """Say because its checkpoints were damaged after later stages had run."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"stage": stage, "step": step} for stage in ("encoder_sft", "decoder_sft", "rl") for step in (1, 2, 3)]
+    log = write(path, rows)
+    whole = path.read_bytes()
+    for stage, step in (("encoder_sft", 0), ("decoder_sft", 1), ("encoder_sft", 2), ("rl", 0)):
+        log.rewind(stage, step)
+        for row in rows:
+            if row["stage"] == stage and row["step"] > step:
+                log.append(row)
+        log.sort()
+        assert path.read_bytes() == whole
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(["rl", "toy", "encoder_sft", "decoder_sft", "other"]), max_size=12))
+def test_sorting_keeps_every_row_and_the_order_within_a_stage(stages):
+    rows = [{"stage": stage, "step": number} for number, stage in enumerate(stages)]
+    with tempfile.TemporaryDirectory() as directory:
+        log = write(Path(directory) / "metrics.jsonl", rows)
+        log.sort()
+        found = read(log.path)
+    order = ["encoder_sft", "decoder_sft", "rl"]
+    assert [row for row in found if row["stage"] in order] == sorted(
+        (row for row in rows if row["stage"] in order), key=lambda row: (order.index(row["stage"]), row["step"])
+    )
+    assert [row for row in found if row["stage"] not in order] == [row for row in rows if row["stage"] not in order]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, '{"a": ' * 5000, "[]", "null", "\0"])
+def test_lines_that_are_no_rows(tmp_path, line):
+    """In the middle they are damage; at the end, a row that was never written."""
+    path, row = tmp_path / "metrics.jsonl", '{"stage": "rl", "step": 1}'
+    path.write_text(f"{row}\n{line}\n{row}\n")
+    with pytest.raises(UserError, match="line 2: not a JSON object"):
+        read(path)
+    path.write_text(f"{row}\n{line}")
+    assert read(path) == [{"stage": "rl", "step": 1}]
+
+
+def test_a_log_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: should be a regular file"):
+        read(tmp_path / "metrics.jsonl")

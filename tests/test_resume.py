@@ -254,6 +254,21 @@ def test_two_looks_at_one_workdir_in_one_process(tiny_run):
 # --- real processes, really killed
 
 
+def test_a_stage_that_is_lost_is_done_again_in_its_place(tiny_run, tmp_path):
+    """Its checkpoints are damaged after RL: the same rows, where they were."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    for path in workdir.glob("checkpoints/encoder_sft/*/manifest.json"):
+        path.write_text("{}")
+    (workdir / "eval.json").unlink()
+    assert main(tiny_run.arguments(workdir)) == 0
+    before, after = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (tiny_run.workdir, workdir)
+    )
+    assert [(row["stage"], row["step"]) for row in after] == [(row["stage"], row["step"]) for row in before]
+    assert_same(tiny_run, workdir)
+
+
 def start(module, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],

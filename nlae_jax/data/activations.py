@@ -343,13 +343,13 @@ class _Writer:
 def _arrays(
     directory: AnyPath, rows: int, d_model: int, num_next: int, mode: str = "read"
 ) -> tuple[ts.TensorStore, ts.TensorStore | None]:
-    vectors = open_vectors(directory, rows, d_model, mode)
+    vectors = _array(directory / "vectors", (rows, d_model), np.float32, mode)
     return vectors, _array(directory / "next_tokens", (rows, num_next), np.int32, mode) if num_next else None
 
 
-def open_vectors(directory: AnyPath, rows: int, d_model: int, mode: str = "read") -> ts.TensorStore:
-    """The raw activations [rows, d] float32 on disk; `mode`: of `_array`."""
-    return _array(directory / "vectors", (rows, d_model), np.float32, mode)
+def open_vectors(directory: AnyPath, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
+    """The raw activations [rows, d] float32 on disk; with `create` a new array, in the place of any other."""
+    return _array(directory / "vectors", (rows, d_model), np.float32, "create" if create else "read")
 
 
 def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.TensorStore:

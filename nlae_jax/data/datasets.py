@@ -286,7 +286,7 @@ def import_vectors(
     """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
     progress = directory / "progress.json"
     done = counted(progress, "batches", rows)
-    vectors = open_vectors(directory, rows, d_model, "write" if done else "create")
+    vectors = open_vectors(directory, rows, d_model, create=done == 0)
     first, number = 0, 0
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
