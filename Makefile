@@ -1,9 +1,9 @@
-# Both targets do their own set-up: a virtual environment in .venv, made with $(PYTHON).
+# Every target does its own set-up: a virtual environment in .venv, made with $(PYTHON).
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: .venv/installed
 	.venv/bin/nlae train --config experiments/quickstart.py --workdir $(WORKDIR)
@@ -15,6 +15,10 @@ lint: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+docs: .venv/documented
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@echo "documentation: build/docs/index.html"
+
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
@@ -23,6 +27,10 @@ lint: .venv/tested
 
 .venv/tested: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+.venv/documented: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""The shapes that the README's throughput table is measured with: SmolLM2-135M, 4 activations × 8 samples.
+"""The shapes that the tables of docs/performance.md are measured with: SmolLM2-135M, 4 activations × 8 samples.
 
     nlae bench --config experiments/bench.py
 

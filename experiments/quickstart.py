@@ -2,7 +2,7 @@
 
     nlae train --config experiments/quickstart.py --workdir runs/quickstart
 
-Text: the documentation that this Python installation carries. What to expect: the README's first table.
+Text: the documentation that this Python installation carries. What to expect: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     nlae train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
-Hardware: 2 CPU cores, 8 GB of memory. Expected: held-out FVE 0.50, 0.37 before RL (the README's second table).
+Hardware: 2 CPU cores, 8 GB of memory. Expected: held-out FVE 0.50, 0.37 before RL (docs/results.md).
 """
 
 import runpy

@@ -92,8 +92,8 @@ def split(mesh: Mesh | AbstractMesh, axis: str, length: int, rules: Rules = RULE
 def constrained(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES, together: int = 1) -> jax.Array:
     """`x`, inside a jitted function, with its axes split as the rules say; None is an axis that stays whole.
 
-    So many entries of the last axis stay `together`. The mesh is the one that x's type carries: nobody hands one to a
-    model. Without one, or with one device, x itself.
+    `together`: the last axis is never split inside a block of this many entries. The mesh is the one that x's type
+    carries: nobody hands one to a model. Without one, or with one device, x itself.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:

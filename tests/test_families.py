@@ -1,6 +1,6 @@
 """Every family against transformers: logits and every block's residual stream, on random models of several shapes.
 
-With `pytest -s`, each comparison prints its error; the README's table holds the largest ones.
+With `pytest -s`, each comparison prints its error; the table in docs/results.md holds the largest ones.
 """
 
 import dataclasses

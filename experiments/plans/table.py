@@ -1,4 +1,4 @@
-"""Prints the plans of this directory as the README's tables: python experiments/plans/table.py"""
+"""Prints the plans of this directory as the tables of docs/pods.md: python experiments/plans/table.py"""
 
 import json
 from pathlib import Path
