@@ -39,7 +39,7 @@ ROOMS = (
     (("plan",), "the real steps compiled for a TPU slice, without one"),
     (("bench", "bench_extraction"), "the real steps timed on this machine"),
     (("stages", "export"), "extract, describe, sft, rl, eval, in order; the pair written for others"),
-    (("run",), "one config over one workdir: its lock, what was made with what"),
+    (("run", "workdir"), "one config over one workdir: its lock, what was made with what"),
     (("evaluate",), "the pair at work, FVE with its controls, health, tables, pages"),
     (("train",), "loop, jitted steps, objectives, state, checkpoints, metrics"),
     (("data",), "text, activations, descriptions, batches, datasets"),
@@ -47,7 +47,7 @@ ROOMS = (
     (("roles",), "protocol, subject, encoder, decoder, views; sidecars and released pairs"),
     (("lm", "mesh"), "one decoder-only language model; the device axes"),
     (
-        ("config", "hosts", "progress", "files", "outside", "errors", "assets"),
+        ("config", "hosts", "signals", "progress", "output", "files", "outside", "errors", "assets"),
         "fields, processes, files, messages, shipped data",
     ),
 )
