@@ -59,6 +59,13 @@ def test_text_that_begins_already_begins_once(rule, repeats, space):
     assert text_ids(tokenizer, space + already * repeats + "of the text") == [*begin, *bare]
 
 
+@pytest.mark.parametrize("already", [BOS[0], TURN[0], BOS[0] + BOS[0] + TURN[0], TURN[0] + BOS[0]])
+def test_a_part_of_the_beginning_is_not_doubled(already):
+    tokenizer = adding(RULES["two before, two after"][0])
+    bare = tokenizer.encode("of the text", add_special_tokens=False)
+    assert text_ids(tokenizer, already + "of the text") == [0, 1, *bare]
+
+
 def test_a_beginning_inside_of_a_text_stays():
     tokenizer = adding(RULES["a beginning"][0])
     ids = text_ids(tokenizer, f"of{BOS[0]}the")

@@ -36,10 +36,9 @@ def text_ids(tokenizer: Any, text: str, begin: list[int] | None = None) -> list[
         return ids
     if text[:1].isspace():
         bare = tokenizer.encode(text.lstrip(), add_special_tokens=False)
-        ids = bare if bare[: len(begin)] == begin else ids
-    while ids[: len(begin)] == begin:
-        ids = ids[len(begin) :]
-    return [*begin, *ids]
+        ids = bare if bare[:1] and bare[0] in begin else ids
+    own = next((index for index, token in enumerate(ids) if token not in begin), len(ids))
+    return [*begin, *ids[own:]]
 
 
 def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:

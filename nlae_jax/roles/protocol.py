@@ -19,7 +19,7 @@ from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, read_text
 from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
-from nlae_jax.outside import encodable, parse_json
+from nlae_jax.outside import encodable, parse_json, quoted
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
@@ -109,13 +109,14 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
         if template.count(placeholder) != 1:
             raise UserError(f"{field}: must contain {placeholder} exactly once")
     marker = marker or find_marker(tokenizer, config.encoder_prompt)
-    marker_id, *rest = tokenizer.encode(marker, add_special_tokens=False)
-    if rest:
-        raise UserError(f"subject.model: the slot's marker {marker!r} is not one token to its tokenizer")
+    marker_ids = tokenizer.encode(marker, add_special_tokens=False)
+    if len(marker_ids) != 1:
+        raise UserError(f"subject.model: the slot's marker {quoted(marker)} is not one token to its tokenizer")
+    (marker_id,) = marker_ids
     (ids,) = _encoder_prompts(tokenizer, config.encoder_prompt, [marker])
     if ids.count(marker_id) != 1:
         raise UserError(
-            f"protocol.encoder_prompt: {marker!r} is {ids.count(marker_id)} times in it as a token, not once"
+            f"protocol.encoder_prompt: {quoted(marker)} is {ids.count(marker_id)} times in it as a token, not once"
         )
     slot = ids.index(marker_id)
     if slot == 0:  # the first position is an attention sink, whatever stands there
