@@ -140,7 +140,10 @@ class LanguageModel:
         return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
 
     def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError:  # rows of different lengths
+            raise UserError("ids: rows should be padded to one length, with a mask that says so") from None
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise UserError(f"ids: {ids.dtype} of shape {ids.shape} should be whole numbers [batch, time]")
         mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)

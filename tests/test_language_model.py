@@ -182,6 +182,8 @@ def test_what_stands_in_padding_does_not_matter(tiny_lm):
 def test_ids_that_are_none_are_refused(tiny_lm, ids):
     with pytest.raises(UserError, match=r"ids: .* should be whole numbers \[batch, time\]"):
         tiny_lm.logits(ids)
+    with pytest.raises(UserError, match="ids: rows should be padded"):
+        tiny_lm.logits([[3, 4], [3]])
     with pytest.raises(UserError, match="mask: shape"):
         tiny_lm.logits([[3, 4]], [[True]])
 

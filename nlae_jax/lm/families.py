@@ -90,21 +90,18 @@ class _Fields:
         value = self.config.get(key)
         return absent if value is None else value
 
+    def need(self, key: str, absent: Any = None) -> Any:
+        """As `get`. Raises UserError where there is no such field and nothing to take in its place."""
+        value = self.get(key, absent)
+        return _required(self.config, key) if value is None else value
+
     def size(self, key: str, absent: int | None = None, least: int = 1) -> int:
-        """A whole number. Raises UserError where it is missing and no default is given, ValueError if senseless."""
-        self._read.add(key)
-        value = self.config.get(key)
-        if value is None:
-            value = _required(self.config, key) if absent is None else absent
-        return _whole(key, value, least)
+        """A whole number that is needed. Raises ValueError for one without sense."""
+        return _whole(key, self.need(key, absent), least)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """A number that is not negative, likewise."""
-        self._read.add(key)
-        value = self.config.get(key)
-        if value is None:
-            value = _required(self.config, key) if absent is None else absent
-        return _number(key, value)
+        """A number that is needed and not negative, likewise."""
+        return _number(key, self.need(key, absent))
 
     def flag(self, key: str) -> bool:
         """A switch, off where it is null or missing. Raises ValueError for "false", which would count as on."""
@@ -149,7 +146,7 @@ def _required(parameters: dict[str, Any], key: str) -> Any:
 
 
 # What no model comes near to. Beyond it a size is a mistake, and lists of that length would fill the memory.
-_MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1 << 12, "intermediate_size": 1 << 24}
+_MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1 << 12, "intermediate_size": 1 << 24, "sliding_window": 1 << 30}
 
 
 def _whole(key: str, value: Any, least: int = 1) -> int:

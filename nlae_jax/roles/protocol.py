@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.errors import UserError
 from nlae_jax.files import AnyPath, read_text
-from nlae_jax.lm.chat import chats_ids
+from nlae_jax.lm.chat import chat_ids, chats_ids
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
 from nlae_jax.outside import encodable, parse_json, quoted
 
@@ -31,7 +31,13 @@ _MARKERS_AT_ONCE = 32  # tried in one go: the first is nearly always good
 _EXPLANATION = re.compile(r"<explanation>\s*(.*?)\s*</explanation>", re.DOTALL)
 
 
-_KINDS = {"str": str, "int": int, "float": int | float, "tuple[int, ...]": list}  # of fields, in JSON
+# By a field's type, whether a value that JSON gives is one of it.
+_IS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +64,8 @@ class Protocol:
     def from_json(text: str) -> Protocol:
         """Raises UserError where the text is not what `to_json` writes."""
         fields = parse_json(text, "a protocol", dict)
-        kinds = {field.name: _KINDS[field.type] for field in dataclasses.fields(Protocol)}
-        good = fields.keys() == kinds.keys() and True not in [isinstance(value, bool) for value in fields.values()]
-        good = good and all(isinstance(fields[name], kind) for name, kind in kinds.items())
-        if not good or any(
-            type(one) is not int for value in fields.values() if isinstance(value, list) for one in value
-        ):
+        kinds = {field.name: _IS[field.type] for field in dataclasses.fields(Protocol)}
+        if fields.keys() != kinds.keys() or not all(kinds[name](value) for name, value in fields.items()):
             raise UserError("a protocol: its fields are not those of one")
         return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
@@ -82,7 +84,7 @@ def find_marker(tokenizer: Any, template: str) -> str:
         rarest = sorted(candidates, reverse=True)
         for start in range(0, len(rarest), _MARKERS_AT_ONCE):
             some = rarest[start : start + _MARKERS_AT_ONCE]
-            prompts = _encoder_prompts(tokenizer, template, [candidates[marker_id] for marker_id in some])
+            prompts = chats_ids(tokenizer, [template.replace("{injection_char}", candidates[one]) for one in some])
             for marker_id, ids in zip(some, prompts, strict=True):
                 if ids.count(marker_id) == 1:
                     return candidates[marker_id]
@@ -90,11 +92,6 @@ def find_marker(tokenizer: Any, template: str) -> str:
         "protocol.encoder_prompt: no character of U+2000 to U+2FFF or U+3200 to U+33FF is a single token in its place; "
         "put white space or a line break before {injection_char}, or take a model with another tokenizer"
     )
-
-
-def _encoder_prompts(tokenizer: Any, template: str, markers: Sequence[str]) -> list[list[int]]:
-    """The chat prompts with each of the markers in the slot."""
-    return chats_ids(tokenizer, [template.replace("{injection_char}", marker) for marker in markers])
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float, marker: str = "") -> Protocol:
@@ -113,7 +110,7 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     if len(marker_ids) != 1:
         raise UserError(f"subject.model: the slot's marker {quoted(marker)} is not one token to its tokenizer")
     (marker_id,) = marker_ids
-    (ids,) = _encoder_prompts(tokenizer, config.encoder_prompt, [marker])
+    ids = chat_ids(tokenizer, config.encoder_prompt.replace("{injection_char}", marker))
     if ids.count(marker_id) != 1:
         raise UserError(
             f"protocol.encoder_prompt: {quoted(marker)} is {ids.count(marker_id)} times in it as a token, not once"
