@@ -70,9 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process of the run is gone. After these three the same command continues.
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # none, closed, or somebody else's
-            stream.reconfigure(errors="replace")
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
+        sys.stdout.reconfigure(errors="replace")
     try:
         with signals.interruptible(hosts.interrupt, hosts.grace, hosts.tell):
             return _run(options, overrides)
@@ -107,9 +106,12 @@ def _explained(error: Exception, options: argparse.Namespace) -> str | None:
     """The line for an error that a person can put right; None for a mistake of ours."""
     if isinstance(error, UserError):
         return str(error)
+    place = str(getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk")
+    if isinstance(error, OSError) and error.filename is not None and not str(error.filename).startswith(place):
+        place = str(error.filename)  # the cache, say
     for numbers, texts, message in _SYSTEM_ERRORS:
         if getattr(error, "errno", None) in numbers or any(text in str(error) for text in texts):
-            return f"{getattr(options, 'out', None) or getattr(options, 'workdir', None) or 'the disk'}: {message}"
+            return f"{place}: {message}"
     if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
         return "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
     if isinstance(error, MemoryError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import fcntl
+import json
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TextIO
@@ -102,7 +103,7 @@ class Run:
         _lock(workdir)
         remove_abandoned(workdir, "*", "checkpoints/*/*")
         self._restore(workdir / "config.json", "config", write_json)
-        self._restore(workdir / "protocol.json", "protocol", write_text)
+        self._restore(workdir / "protocol.json", "protocol", write_json)
         require(workdir, "config.json")
         if (workdir / "config.json").exists() and differs(workdir, self.config):
             self.claim()
@@ -212,7 +213,7 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "weights": self.identity,
             "rows": self.store.plan.digest(),
-            "protocol": self.protocol.to_json(),
+            "protocol": json.loads(self.protocol.to_json()),
         }
 
     def _restore(self, path: AnyPath, name: str, write: Callable[[AnyPath, Any], None]) -> None:
@@ -223,7 +224,7 @@ class Run:
 
     def _check_record(self, name: str, found: Any, where: str) -> None:
         """Raises UserError where checkpoints were made with other `name` than are `found`."""
-        if self._record.get(name, found) != found:
+        if name in self._record and self._record[name] != found:
             raise UserError(
                 f"{where}: other {name} than {self.workdir / 'checkpoints'} was trained with; bring those back, or "
                 "delete it to train anew"
@@ -253,7 +254,11 @@ class Run:
     def protocol(self) -> Protocol:
         """As the workdir was made with it; made at first, the same by every process."""
         if (path := self.workdir / "protocol.json").exists():
-            return kept_protocol(path, self.tokenizer)
+            protocol, recorded_then = kept_protocol(path, self.tokenizer), self._record.get("protocol", {})
+            found = json.loads(protocol.to_json())
+            # Fields may have been added since.
+            self._check_record("protocol", {name: found.get(name) for name in recorded_then}, str(path))
+            return protocol
         require(self.workdir, "protocol.json", (ANY_CHECKPOINT,))
         protocol = self._protocol(self._injection_scale())
         if not self._read_only and hosts.is_first():

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import http.server
+import io
 import json
 import os
 import shutil
@@ -740,6 +741,373 @@ def test_the_process_itself(tiny_run, workdir):
     assert plain.stderr == "nlae: config.rl.num_stepz: no such field; did you mean rl.num_steps?\n"
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
+
+
+# --- what follows when all is done
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """A workdir of its own, whose samples hold what splits lines elsewhere."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path_factory.mktemp("finished") / "W")
+    path = workdir / "samples/held_out.jsonl"
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for sample, character in zip(samples, "\u2028\u2029\x85\x1c\x1d\x1e\x0b\x0c\r", strict=False):
+        sample["explanation"] = sample["context"] = f"before{character}after é «[/b]» :smile:"
+    path.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8", newline="")
+    return workdir
+
+
+def test_lines_end_where_the_writer_ended_them(tiny_run, finished, capsys):
+    """Not at every character that Unicode calls a line break."""
+    capsys.readouterr()
+    assert main(tiny_run.arguments(finished)) == 0
+    shown = capsys.readouterr()
+    assert "held-out FVE after RL" in shown.out and "before" in shown.out and "warning" not in shown.err
+    assert main(["report", "--workdir", str(finished)]) == 0
+
+
+class Full(io.RawIOBase):
+    """As /dev/full, or a pipe that nobody reads."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(self._number, os.strerror(self._number))
+
+
+def stdout(kind):
+    """A stdout of that kind and a function that gives what arrived there."""
+    arrived = io.BytesIO()
+    if kind == "none":
+        return None, bytes
+    if kind == "closed":
+        stream = io.TextIOWrapper(arrived, encoding="utf-8")
+        stream.close()
+        return stream, bytes
+    if kind in ("full", "broken"):
+        stream = io.TextIOWrapper(io.BufferedWriter(Full({"full": 28, "broken": 32}[kind])), encoding="utf-8")
+        return stream, bytes
+    return io.TextIOWrapper(arrived, encoding=kind, errors="strict"), arrived.getvalue
+
+
+ENCODINGS = ("ascii", "latin-1", "cp1252", "utf-16")
+UNWRITABLE = ("none", "closed", "full", "broken")
+
+
+@pytest.mark.parametrize("kind", [*ENCODINGS, *UNWRITABLE])
+@pytest.mark.parametrize("command", ["train", "eval", "report"])
+def test_what_cannot_be_printed_fails_no_run(tiny_run, finished, monkeypatch, capsys, kind, command):
+    (finished / "report.html").unlink(missing_ok=True)
+    arguments = ["report", "--workdir", str(finished)] if command == "report" else tiny_run.arguments(finished, command)
+    stream, arrived = stdout(kind)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main([*arguments, "--json"] if command == "eval" else arguments) == 0
+    if kind in ENCODINGS:
+        text = arrived().decode(kind)
+        assert {"train": "held-out FVE after RL", "eval": '"fve"', "report": "report.html"}[command] in text
+    else:
+        assert "warning: " in (warned := capsys.readouterr().err) and "stdout" in warned
+        assert str(finished) not in warned.splitlines()[-1].split("stdout")[1]
+    assert command == "eval" or (finished / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_what_was_asked_for_and_cannot_be_printed_is_said(tiny_run, finished, monkeypatch, capsys, kind):
+    """And not blamed on the workdir."""
+    monkeypatch.setattr(sys, "stdout", stdout(kind)[0])
+    assert main(["explain", "--workdir", str(finished), "--text", "the of", "--json"]) == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("nlae: stdout: ") and str(finished) not in complaint
+
+
+@pytest.mark.parametrize("kind", ["ascii", "latin-1"])
+def test_json_is_whole_in_any_encoding(tiny_run, finished, monkeypatch, kind):
+    stream, arrived = stdout(kind)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["explain", "--workdir", str(finished), "--text", "the é 中", "--json"]) == 0
+    tokens = json.loads(arrived().decode("ascii"))["tokens"]
+    assert "?" not in "".join(token["token"] for token in tokens)
+
+
+@pytest.mark.parametrize(
+    "name", ["x[/b]y", "[red]", "a:smile:b", "\x1b[31m", "é" * 3, "a b", "{x}%s", "[link=file:///etc/passwd]x"]
+)
+def test_any_name_of_a_workdir_is_printed_as_it_is(tiny_run, finished, tmp_path, capsys, name):
+    workdir = shutil.copytree(finished, tmp_path / name)
+    capsys.readouterr()
+    assert main(tiny_run.arguments(workdir)) == 0
+    shown = capsys.readouterr()
+    assert "warning" not in shown.err
+    assert name.replace("\x1b", "") in "".join(shown.out.replace("\x1b", "").split("\n"))
+
+
+def lost_samples(workdir):
+    (workdir / "samples/held_out.jsonl").unlink()
+
+
+def lost_directory(workdir):
+    shutil.rmtree(workdir / "samples")
+
+
+def empty_evaluation(workdir):
+    (workdir / "eval.json").write_text("{}")
+
+
+def no_object(workdir):
+    (workdir / "eval.json").write_text("[]")
+
+
+def no_json(workdir):
+    (workdir / "eval.json").write_text("{")
+
+
+def other_fields(workdir):
+    (workdir / "eval.json").write_text('{"num_activations": "many"}')
+
+
+@pytest.mark.parametrize(
+    "lose", [lost_samples, lost_directory, empty_evaluation, no_object, no_json, other_fields], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_results_that_are_lost_are_made_again(tiny_run, tmp_path, capsys, lose, command):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    lose(workdir)
+    assert main(tiny_run.arguments(workdir, command)) == 0
+    assert "made again" in capsys.readouterr().err
+    for name in ("eval.json", "samples/held_out.jsonl"):
+        assert (workdir / name).read_bytes() == (tiny_run.workdir / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]\n" * 2, "{}\n", '{"explanation": 3, "cos": "x", "context": [1], "closed": null}\n']
+)
+def test_samples_that_cannot_be_shown_fail_no_run(tiny_run, tmp_path, text, capsys):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    (workdir / "samples/held_out.jsonl").write_text(text)
+    assert main(tiny_run.arguments(workdir)) == 0
+
+
+def test_a_report_that_cannot_be_written_fails_no_run(tiny_run, tmp_path, capsys):
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    (workdir / "report.html").unlink()
+    (workdir / "report.html").mkdir()
+    assert main(tiny_run.arguments(workdir)) == 0
+    shown = capsys.readouterr()
+    assert "warning: no report: " in shown.err and "held-out FVE" in shown.out
+    assert main(["report", "--workdir", str(workdir)]) == 2  # that was all that it was for
+
+
+def test_activations_that_are_all_alike(tiny_run, tmp_path, monkeypatch, capsys):
+    """Numbers that JSON lacks are null, and it is said."""
+    from nlae_jax.stages import preparation
+
+    def alike(arch, config, mesh, num_next):
+        read = original(arch, config, mesh, num_next)
+        return lambda *batch: tuple(part * 0 for part in read(*batch))
+
+    original = preparation.jitted_reader
+    monkeypatch.setattr(preparation, "jitted_reader", alike)
+    steps = {"sft__encoder_steps": 1, "sft__decoder_steps": 1, "rl__num_steps": 1}
+    assert main(tiny_run.arguments(tmp_path / "W", **steps)) == 0
+    shown = capsys.readouterr()
+    assert "every activation is zero" in shown.err
+    assert "warning: eval: no finite number, null in eval.json: fve, fve_ci95" in shown.err
+    assert "held-out FVE after RL   unknown" in shown.out
+    for name in ("eval.json", "activations/meta.json"):
+        result = json.loads((tmp_path / "W" / name).read_text(), parse_constant=pytest.fail)
+    for line in (tmp_path / "W/samples/held_out.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert result["norm_mean"] == 0
+
+
+STREAMS = [
+    (">&-", "stdout: it is closed"),
+    ("> /dev/full", "stdout: No space left on device"),
+    ("2>&-", ""),
+    ("2> /dev/full", ""),
+    (">&- 2>&- <&-", ""),
+    ("> /dev/full 2> /dev/full", ""),
+]
+
+
+@pytest.mark.parametrize(("redirection", "named"), STREAMS)
+def test_the_process_without_streams(finished, redirection, named):
+    """Nothing is printed into whatever file happens to be opened in the place of a closed stream."""
+    before = contents(finished)
+    command = f'exec "$0" -m nlae_jax report --workdir "$1" {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(finished)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert named in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert {path: data for path, data in contents(finished).items() if path.name != "report.html"} == {
+        path: data for path, data in before.items() if path.name != "report.html"
+    }
+
+
+# --- limits of the system
+
+
+def test_a_limit_on_the_size_of_files(tiny_run, tmp_path):
+    """`ulimit -f`, in blocks of 512 or 1024 bytes, for every stage; then without it the same command goes on."""
+    arguments = tiny_run.arguments(tmp_path / "W", sft__encoder_steps=2, rl__num_steps=2)
+    for blocks in (4, 40, 400):
+        command = f'ulimit -f {blocks}; exec "$0" -m nlae_jax "$@"'
+        done = subprocess.run(
+            ["sh", "-c", command, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1] == (
+            f"nlae: {tmp_path / 'W'}: a file there would be larger than allowed (ulimit -f); raise that limit"
+        )
+        assert "Traceback" not in done.stderr
+    assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(27, "File too large"), "larger than allowed (ulimit -f)"),
+        (ValueError("OUT_OF_RANGE: Error writing: [OS error 27: EFBIG File too large]"), "larger than allowed"),
+        (ValueError("RESOURCE_EXHAUSTED: Failed to open: [OS error 24: Too many open files]"), "too many open files"),
+        (OSError(5, "Input/output error"), "input/output errors"),
+        (OSError(116, "Stale file handle"), "stale file handle"),
+        (OSError(28, "No space left on device"), "no space left"),
+        (OSError(28, "No space left on device", "/cache/model"), "/cache/model: no space left"),
+        (MemoryError(), "out of memory"),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes"), "out of device memory"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(tiny_run, workdir, monkeypatch, refused, error, says):
+    def fail(run):
+        raise error
+
+    monkeypatch.setitem(stages.STAGES, "extract", fail)
+    assert says in refused(tiny_run.arguments(workdir))
+
+
+# --- paths and texts of the command line
+
+
+@pytest.mark.parametrize("name", ["", " ", "~nobody-of-this-name/W"])
+@pytest.mark.parametrize("command", ["train", "report", "export"])
+def test_a_workdir_that_is_none(tiny_run, tmp_path, monkeypatch, refused, name, command):
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny_run.arguments(name) if command == "train" else [command, "--workdir", name]
+    more = ["--out", "pair"] if command == "export" else []
+    assert refused([*arguments, *more]).startswith("--workdir")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["", " ", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("option", ["--out", "--config", "--file"])
+def test_a_path_that_is_none(tiny_run, tmp_path, monkeypatch, refused, name, option):
+    monkeypatch.chdir(tmp_path)
+    arguments = {
+        "--out": ["export", "--workdir", str(tiny_run.workdir)],
+        "--config": ["bench"],
+        "--file": ["explain", "--workdir", str(tiny_run.workdir)],
+    }[option]
+    assert refused([*arguments, option, name]).startswith(option)
+    assert os.listdir(tmp_path) == []
+
+
+def test_home_in_every_path(tiny_run, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    (home / "texts").mkdir(parents=True)
+    (home / "texts/t.txt").write_text("the of")
+    shutil.copy(ROOT / "experiments/tiny.py", home / "tiny.py")
+    shutil.copytree(tiny_run.workdir, home / "W")
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["explain", "--workdir=~/W", "--file=~/texts/t.txt", "--json"]) == 0
+    assert main(["export", "--workdir=~/W", "--out=~/pair"]) == 0
+    assert main(["explain", "--av=~/pair/av", "--ar=~/pair/ar", "--text=the", f"--subject={tiny_run.model}"]) == 0
+    arguments = tiny_run.arguments("~/W", "extract")
+    arguments[arguments.index("--config") + 1] = "~/tiny.py"
+    assert main(arguments) == 0
+    assert os.listdir() == [] and (home / "pair/av/config.json").exists()
+
+
+def test_a_byte_order_mark_is_not_explained(tiny_run, tmp_path, capsys):
+    text, found = "the of to", []
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "plain.txt").write_text(text)
+    for source in (
+        ["--file", str(tmp_path / "bom.txt")],
+        ["--file", str(tmp_path / "plain.txt")],
+        ["--text", "\ufeff" + text],
+    ):
+        capsys.readouterr()
+        assert main(explain(tiny_run, *source, "--json")) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+
+
+def only_a_mark(directory):
+    (directory / "t.txt").write_bytes(b"\xef\xbb\xbf")
+    return directory / "t.txt", "t.txt: empty"
+
+
+def without_end(directory):
+    return Path("/dev/zero"), "/dev/zero: more than 16,777,216 bytes"
+
+
+def nobody_writes(directory):
+    os.mkfifo(directory / "t.txt")
+    return directory / "t.txt", "t.txt: empty"
+
+
+def utf16(directory):
+    (directory / "t.txt").write_text("the", encoding="utf-16")
+    return directory / "t.txt", "t.txt: not UTF-8 at byte 0"
+
+
+@pytest.mark.parametrize("make", [only_a_mark, without_end, nobody_writes, utf16])
+def test_files_that_hold_nothing_to_explain(tiny_run, tmp_path, refused, make):
+    path, named = make(tmp_path)
+    assert named in refused(explain(tiny_run, "--file", str(path)))
+
+
+def test_a_pipe_can_be_explained(tmp_path):
+    """As `--file <(command)` is one; and one whose writer says nothing has a limit."""
+    os.mkfifo(tmp_path / "pipe")
+
+    def write(*pieces):
+        with (tmp_path / "pipe").open("wb", buffering=0) as pipe:
+            for piece in pieces:
+                time.sleep(0.01)
+                pipe.write(piece)
+            done.wait(60)
+
+    done = threading.Event()
+    holder = os.open(tmp_path / "pipe", os.O_RDWR)  # so that the writer is there before the reader
+    thread = threading.Thread(target=write, args=("thé".encode()[:3], "thé".encode()[3:], b" of"))
+    thread.start()
+    read = threading.Thread(target=lambda: texts.append(cli._read_text(tmp_path / "pipe")))
+    texts = []
+    read.start()
+    time.sleep(0.2)
+    os.close(holder)
+    done.set()
+    read.join(60)
+    thread.join(60)
+    assert texts == ["thé of"]
+
+
+def test_a_pipe_that_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_SILENT_SECONDS", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    holder = os.open(tmp_path / "pipe", os.O_RDWR)
+    with pytest.raises(UserError, match=r"pipe: nothing more came within 0 s"):
+        cli._read_text(tmp_path / "pipe")
+    os.close(holder)
 
 
 def test_interrupted(tiny_run, workdir, monkeypatch, capsys):

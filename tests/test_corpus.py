@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
 import logging
+import os
 import random
 import sys
 import types
@@ -159,6 +161,176 @@ def test_bad_parquet(tmp_path):
     assert "the field 'text' is int" in error_of(config(path))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     assert "the file is empty" in error_of(config(path))
+
+
+def not_utf8(values, kind=pa.string()):
+    """A column whose bytes are not text, which Arrow believes."""
+    stored = pa.array(values, pa.large_binary() if kind == pa.large_string() else pa.binary())
+    return pa.Array.from_buffers(kind, len(values), stored.buffers(), stored.null_count)
+
+
+BAD = [b"good", b"caf\xe9", None, b"also good"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        not_utf8(BAD),
+        not_utf8(BAD, pa.large_string()),
+    ],
+)
+@pytest.mark.parametrize("row_group", [1, 100])
+def test_parquet_that_is_not_utf8(tmp_path, column, row_group):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path, row_group_size=row_group)
+    assert "a.parquet: row 1: text: cannot be read (" in error_of(config(path, min_characters=1))
+
+
+def test_a_dictionary_of_parquet_that_is_not_utf8(tmp_path):
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, 2]), not_utf8([b"good", b"\xff\xfe", b"x"]))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read: Invalid UTF8" in error_of(config(tmp_path / "a.parquet", min_characters=1))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([b"bytes"]),
+        pa.array([["a list"]]),
+        pa.array([{"a": "struct"}]),
+        pa.array([1.5]),
+        pa.array([10**18], pa.timestamp("us")),  # a year that Python does not have
+        pa.array([None]),
+        pa.array([True]),
+    ],
+)
+def test_parquet_of_other_types(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), path)
+    assert "a.parquet: row 0: the field 'text' is " in error_of(config(path, min_characters=1))
+
+
+def test_parquet_in_every_layout_of_strings(tmp_path):
+    expected = None
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"text": pa.array(texts_of(3)).cast(kind)}), tmp_path / "a.parquet")
+        found = read_documents(config(tmp_path / "a.parquet"))
+        assert len(found) == 3 and (expected is None or found == expected)
+        expected = found
+
+
+def test_any_damage_to_parquet_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts_of(20)}), path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data))
+        try:
+            read_documents(config(path, min_characters=1))
+        except UserError as error:
+            refused += 1
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_what_may_never_end_is_no_corpus(tmp_path, name):
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        make(tmp_path / name)
+        assert f"{name}: should be a regular file" in error_of(config(tmp_path / "*"))
+        (tmp_path / name).unlink()
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    monkeypatch.setattr(corpus, "_MOST_BYTES", 10_000)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("line", [b" " * 20_000, b'{"text": "' + b"x" * 20_000, b"\0" * 20_000])
+def test_a_line_without_end(tmp_path, short_lines, zipped, line):
+    content = json.dumps({"text": LONG}).encode() + b"\n" + line
+    path = tmp_path / ("a.jsonl.gz" if zipped else "a.jsonl")
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert f"{path.name}:2: a line of more than 10,000 bytes" in error_of(config(path))
+
+
+def test_of_a_line_without_end_only_the_beginning_is_read(tmp_path, short_lines, monkeypatch):
+    """However far it goes on: here for ever."""
+    asked = []
+
+    class Endless(io.RawIOBase):
+        def readline(self, size=-1):
+            asked.append(size)
+            return b"x" * size
+
+    monkeypatch.setattr(corpus, "_unpacked", lambda path, stored: Endless())
+    (tmp_path / "a.jsonl").write_text("x")
+    assert "a line of more than 10,000 bytes" in error_of(config(tmp_path / "a.jsonl"))
+    assert asked == [10_001]
+
+
+def test_a_text_file_that_is_too_large(tmp_path, short_lines):
+    (tmp_path / "a.txt").write_text("x" * 10_001)
+    assert "a.txt: larger than the 10,000 bytes" in error_of(config(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_text("x" * 10_000)
+    assert len(read_documents(config(tmp_path / "a.txt"))) == 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*.txt", "**", "*/**/*.txt", "a/**", "**/b/**/*.txt", "**/**/*.txt", "a**/2.txt", "**.txt", "x [[]1]/**/*.txt"],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_patterns_match_as_ever(tmp_path, monkeypatch, pattern, absolute):
+    import glob
+
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "a/b/c/4.txt", "x [1]/y/5.txt", ".h/z/6.txt", "a/.7.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    pattern = str(tmp_path / pattern) if absolute else pattern
+    ours, theirs = corpus._glob(pattern), glob.glob(pattern, recursive=True)
+    ours, theirs = ({os.path.normpath(path) for path in found if os.path.isfile(path)} for found in (ours, theirs))
+    assert ours == theirs
+
+
+def test_links_in_circles(tmp_path, monkeypatch):
+    """Each directory is read once; with two such links there would be 2^40 ways into it."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts_of(1)])
+    (tmp_path / "b/c").mkdir(parents=True)
+    write_jsonl(tmp_path / "b/c/d.jsonl", [{"text": texts_of(2)[1]}])
+    for name, target in (("self", "."), ("b/up", ".."), ("b/c/top", "../.."), ("one", "two"), ("two", "one")):
+        (tmp_path / name).symlink_to(target)
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    write_jsonl(elsewhere / "e.jsonl", [{"text": texts_of(3)[2]}])
+    (tmp_path / "linked").symlink_to(elsewhere)
+    assert len(read_documents(config(tmp_path / "**/*.jsonl"))) == 3
+    assert len(list(corpus._glob(str(tmp_path / "**/*.jsonl")))) == 3
+    monkeypatch.chdir(tmp_path)
+    assert len(read_documents(config("**/**/*.jsonl"))) == 3
+
+
+def test_a_byte_order_mark_is_no_text_wherever_it_comes_from(tmp_path):
+    text = "\ufeff" + LONG
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (document,) = read_documents(config(tmp_path / name))
+        assert document.text == LONG.strip()
+
+
+def test_home_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", [{"text": LONG}])
+    assert len(read_documents(CorpusConfig(path="~/*.jsonl", min_characters=1))) == 1
+    assert "whose home ~ is cannot be found" in error_of(CorpusConfig(path="~nobody-of-this-name/*.jsonl"))
 
 
 def test_bad_paths(tmp_path):

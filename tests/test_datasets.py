@@ -253,6 +253,143 @@ def other_prompt(path, row):
     rewrite(path, prompt=pa.array(prompts))
 
 
+def count_of(files):
+    return pq.read_metadata(files["rl"]).num_rows
+
+
+def rl_with(name, make):
+    """A damage: the column of rl.parquet with `make(number of rows)` in it."""
+    return lambda files: rewrite(files["rl"], **{name: make(count_of(files))})
+
+
+def not_utf8(count):
+    stored = pa.array([b"doc"] * 4 + [b"caf\xe9"] + [b"doc"] * (count - 5))
+    return pa.Array.from_buffers(pa.string(), count, stored.buffers())
+
+
+def one_of(good, bad, kind=None):
+    """A column of `good` with `bad` in row 3."""
+    return lambda count: pa.array([good] * 3 + [bad] + [good] * (count - 4), kind)
+
+
+VECTOR_DAMAGES = {
+    "one number each": lambda count: pa.array([[[0.5]] * D] * count),
+    "strings": lambda count: pa.array([["0.5"] * D] * count),
+    "a string": lambda count: pa.array(["[0.5, 0.5]"] * count),
+    "bytes": lambda count: pa.array([b"0" * 4 * D] * count),
+    "numbers": lambda count: pa.array([0.5] * count),
+    "booleans": lambda count: pa.array([[True] * D] * count),
+    "structs": lambda count: pa.array([[{"x": 0.5}] * D] * count),
+    "decimals": lambda count: pa.array([[None] * D] * count, pa.list_(pa.decimal128(5, 2))),
+    "nothing": lambda count: pa.nulls(count),
+}
+ROW_DAMAGES = {
+    "null in a vector": (
+        "activation_vector",
+        one_of([0.5] * D, [0.5] * (D - 1) + [None]),
+        "row 3: activation_vector has NaN",
+    ),
+    "too large for float32": (
+        "activation_vector",
+        one_of([0.5] * D, [1e300] + [0.5] * (D - 1)),
+        "row 3: activation_vector has NaN",
+    ),
+    "a vector that is null": ("activation_vector", one_of([0.5] * D, None), "row 3: activation_vector is null"),
+    "an empty vector": ("activation_vector", one_of([0.5] * D, []), "row 3: activation_vector has 0 numbers"),
+    "tokens nan": (
+        "n_raw_tokens",
+        one_of(5.0, float("nan")),
+        "row 3: n_raw_tokens is nan; it should be a whole number",
+    ),
+    "tokens infinite": ("n_raw_tokens", one_of(5.0, float("inf")), "row 3: n_raw_tokens is inf"),
+    "tokens 1.5": ("n_raw_tokens", one_of(5.0, 1.5), "row 3: n_raw_tokens is 1.5"),
+    "tokens as text": (
+        "n_raw_tokens",
+        one_of("5", "3"),
+        "the column n_raw_tokens should hold whole numbers; it is string",
+    ),
+    "tokens as lists": (
+        "n_raw_tokens",
+        one_of([5], [3]),
+        "the column n_raw_tokens should hold whole numbers; it is list",
+    ),
+    "tokens as booleans": ("n_raw_tokens", one_of(True, False), "the column n_raw_tokens should hold whole numbers"),
+    "tokens 2^40": ("n_raw_tokens", one_of(5, 2**40), "row 3: n_raw_tokens is 1099511627776"),
+    "tokens 2^63": ("n_raw_tokens", one_of(5, 2**63, pa.uint64()), "row 3: n_raw_tokens is 9223372036854775808"),
+    "tokens -2^63": ("n_raw_tokens", one_of(5, -(2**63)), "row 3: n_raw_tokens is -9223372036854775808"),
+    "tokens negative": ("n_raw_tokens", one_of(5, -1), "row 3: n_raw_tokens is -1; it counts a text's tokens from 1"),
+    "layer as text": (
+        "activation_layer",
+        one_of("1", "1"),
+        "the column activation_layer should hold whole numbers; it is string",
+    ),
+    "layer nan": (
+        "activation_layer",
+        one_of(1.0, float("nan")),
+        "row 3: activation_layer is nan; it should be a whole number",
+    ),
+    "another layer in a row": ("activation_layer", one_of(1, 2), "row 3: activation_layer is 2; subject.layer is 1"),
+    "a document that is null": ("doc_id", one_of("a", None), "row 3: doc_id is null"),
+    "documents as lists": ("doc_id", one_of(["a"], ["b"]), "the column doc_id should hold strings; it is list"),
+    "documents as numbers with a part": (
+        "doc_id",
+        one_of(1.0, 1.5),
+        "the column doc_id should hold strings; it is double",
+    ),
+    "documents not utf-8": ("doc_id", not_utf8, "row 4: doc_id: cannot be read"),
+    "context not utf-8": ("detokenized_text_truncated", not_utf8, "row 4: detokenized_text_truncated: cannot be read"),
+    "prompt as text": ("prompt", one_of("<INJECT>", "<INJECT>"), "row 0: prompt should be one user message"),
+    "prompt as numbers": ("prompt", one_of(1, 2), "row 0: prompt should be one user message"),
+    "prompt not utf-8": ("prompt", not_utf8, "row 4: prompt: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", VECTOR_DAMAGES)
+def test_vectors_that_are_none(tiny_run, files, tmp_path, capsys, damage):
+    rl_with("activation_vector", VECTOR_DAMAGES[damage])(files)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert "rl.parquet: " in complaint and "activation_vector" in complaint
+
+
+@pytest.mark.parametrize("damage", ROW_DAMAGES)
+def test_values_that_cannot_be(tiny_run, files, tmp_path, capsys, damage):
+    column, make, named = ROW_DAMAGES[damage]
+    rl_with(column, make)(files)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert f"rl.parquet: {named}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("column", "value"), [("response", 3), ("response", ["a"])])
+def test_responses_that_are_no_text(tiny_run, files, tmp_path, capsys, column, value):
+    rewrite(files["av_sft"], **{column: pa.array([value] * pq.read_metadata(files["av_sft"]).num_rows)})
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert "av_sft.parquet: row 0: response should be a string" in capsys.readouterr().err
+
+
+def test_whole_numbers_may_be_written_as_floats_and_be_missing(files):
+    """As pandas writes them where one is missing."""
+    count = count_of(files)
+    rewrite(
+        files["rl"],
+        n_raw_tokens=pa.array([7.0, None] + [5.0] * (count - 2)),
+        activation_layer=pa.array([1.0, None] + [1.0] * (count - 2)),
+        doc_id=pa.array(range(count), pa.int32()),
+    )
+    plan, *_ = read(files)
+    start = sum(pq.read_metadata(files[name]).num_rows for name in ("av_sft", "ar_sft"))
+    assert plan.position[start : start + 3].tolist() == [6, 0, 4]
+    assert plan.doc_ids[plan.document[start + 2]] == "2"
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int8()])
+@pytest.mark.parametrize("make_list", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, D)])
+def test_vectors_of_any_numbers(files, tmp_path, kind, make_list):
+    column = pa.array([[1] * D] * count_of(files)).cast(make_list(kind))
+    values = datasets._vectors(files["rl"], 0, column, D)
+    assert values.dtype == np.float32 and values.shape == (len(column), D) and (values == 1).all()
+
+
 DAMAGES = {
     "nan": (lambda f: vectors_with(f["rl"], 7, np.nan), "rl.parquet: row 7: activation_vector has NaN"),
     "infinity": (lambda f: vectors_with(f["av_sft"], 2, np.inf), "av_sft.parquet: row 2: activation_vector has NaN"),
@@ -266,7 +403,7 @@ DAMAGES = {
     "no prompts": (lambda f: rewrite(f["rl"], prompt=None), "no column 'prompt'"),
     "other layer": (
         lambda f: rewrite(f["rl"], activation_layer=pa.array([5] * pq.read_metadata(f["rl"]).num_rows)),
-        "activation_layer is 5; subject.layer is 1",
+        "row 0: activation_layer is 5; subject.layer is 1",
     ),
     "other prompt": (lambda f: other_prompt(f["rl"], 3), "rl.parquet: row 3: another prompt"),
     "other decoder's prompt": (

@@ -364,3 +364,42 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
     with contextlib.suppress(UserError):
         load_tokenizer(directory)
     assert not (tmp_path / "ran").exists()
+
+
+# --- where converted models are kept
+
+
+def without_home(monkeypatch):
+    """As a container's user without an entry in passwd."""
+    for name in ("HOME", "NLAE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
+    without_home(monkeypatch)
+    for ask in (cache_directory, lambda: resolve_model("random:tiny"), lambda: resolve_model("pypi:some-wheel")):
+        with pytest.raises(UserError, match="NLAE_CACHE: not set, and this user has no home"):
+            ask()
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path))
+    assert cache_directory() == tmp_path
+
+
+@pytest.mark.parametrize("variable", ["NLAE_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_in_a_home_that_cannot_be_found(monkeypatch, variable):
+    without_home(monkeypatch)
+    monkeypatch.setenv(variable, "~/cache")
+    with pytest.raises(UserError, match=f"{variable} ~/cache: whose home ~ is cannot be found"):
+        cache_directory()
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "~nobody-of-this-name/model.gguf"])
+def test_a_model_in_a_home_that_cannot_be_found(name):
+    with pytest.raises(UserError, match=f"model {name}: whose home ~ is cannot be found"):
+        resolve_model(name)
+
+
+def test_a_model_in_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert resolve_model("~/mine") == tmp_path / "mine"

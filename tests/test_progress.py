@@ -152,3 +152,38 @@ def test_say_and_warn(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     warn("careful")
     assert sys.stderr.getvalue() == "\x1b[33mwarning:\x1b[0m careful\n"
+
+
+class Broken(io.StringIO):
+    """A stderr that takes nothing: a full disk, a terminal that is gone."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream", [None, closed(), Broken(False), Broken(True), io.TextIOWrapper(io.BytesIO(), "ascii")]
+)
+def test_what_cannot_be_said_ends_no_work(monkeypatch, capsys, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress(3, "rl") as bar:
+        say("é «»")
+        warn("é «»")
+        for _ in range(3):
+            bar.advance(note="é")
+    assert bar.done == 3
+    assert capsys.readouterr().out == ""

@@ -5,7 +5,10 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -336,3 +339,117 @@ def test_the_table_fits_and_needs_no_colour(width):
 
 def test_the_table_of_no_rows():
     assert "the first 0 of 0" in table_text([], 8, 80, terminal=True)
+
+
+# --- values that no run writes
+
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(10**399, 10**400),
+    st.floats(),
+    st.sampled_from([1e308, -1e308, 5e-324, 2.0**53, -(10**400), 1e300, True, None]),
+)
+VALUES = st.recursive(
+    st.one_of(NUMBERS, st.text(max_size=8)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    [*EVALUATION, "stage", "step", "loss", "grad_norm_decoder", "context", "token", "gold", "closed"]
+)
+OBJECTS = st.dictionaries(KEYS, VALUES, max_size=8)
+
+
+@settings(deadline=None, max_examples=150)
+@given(OBJECTS, st.lists(OBJECTS, max_size=4), st.lists(OBJECTS, max_size=3), OBJECTS)
+def test_any_values_give_a_page(tmp_path_factory, evaluation, rows, samples, config):
+    path = tmp_path_factory.mktemp("any")
+    (path / "samples").mkdir()
+    (path / "eval.json").write_text(json.dumps(evaluation))
+    (path / "config.json").write_text(json.dumps(config))
+    for name, lines in (("metrics.jsonl", rows), ("samples/held_out.jsonl", samples)):
+        (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Page(render(path))
+    Console(file=io.StringIO(), width=80).print(held_out_table(samples, 8))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=60))
+def test_any_curve_can_be_drawn(tmp_path_factory, points):
+    path = tmp_path_factory.mktemp("curve")
+    rows = [{"stage": "rl", "step": step, "grad_norm_encoder": y, "fve": z} for step, y, z in points]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = render(path)
+    Page(html)
+    coordinates = [
+        point for line in re.findall(r'class="(?:line|raw) c\d" d="M([^"]+)"', html) for point in line.split("L")
+    ]
+    for point in coordinates:
+        x, y = map(float, point.split())
+        assert 46 <= x <= 330 and 8 <= y <= 146
+
+
+def nested(depth, opening="[", closing="]"):
+    return opening * depth + "1" + closing * depth
+
+
+@pytest.mark.parametrize("depth", [50, 500, 900, 990])
+@pytest.mark.parametrize("ends", [("[", "]"), ('{"a": ', "}")])
+def test_what_is_nested_deeply_is_shown_or_named(tmp_path, depth, ends):
+    path = workdir(tmp_path / "w")
+    deep = nested(depth, *ends)
+    (path / "samples/held_out.jsonl").write_text(f'{{"gold": {deep}, "context": {deep}, "cos": {deep}}}\n')
+    (path / "eval.json").write_text(f'{{"fve": {deep}, "other": {deep}, "fve_ci95": {deep}}}')
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"stage": {deep}, "step": {deep}, "loss": {deep}}}\n')
+    try:
+        Page(render(path))
+    except UserError as error:
+        assert depth > 500 and str(path) in str(error)
+
+
+@pytest.mark.parametrize("name", ["eval.json", "config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"fve": ' + "1" * 5000 + "}", "\0", "NaN"])
+def test_what_is_no_object_is_named_with_the_remedy(tmp_path, name, text):
+    path = workdir(tmp_path / "w")
+    (path / name).write_text(text)
+    remedy = {"eval.json": "delete it and run `nlae eval` again", "config.json": "restore it"}[name]
+    with pytest.raises(UserError, match=f"{name}: .*{remedy}"):
+        write_report(path)
+
+
+@pytest.mark.parametrize("name", ["eval.json", "config.json", "metrics.jsonl", "samples/held_out.jsonl"])
+def test_what_may_never_end_is_not_read(tmp_path, name):
+    path = workdir(tmp_path / "w")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UserError, match=f"{name}: should be a regular file"):
+        write_report(path)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_workdir_without_a_name_is_none(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir: empty"):
+        write_report(name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_many_reports_at_once(tmp_path):
+    """As of a person, of a cron job and of the run's end."""
+    path = workdir(tmp_path / "w")
+    expected = render(path)
+    code = (
+        "import pathlib, sys; from nlae_jax.evaluate.report import write_report\n"
+        "for _ in range(40): write_report(pathlib.Path(sys.argv[1]))"
+    )
+    root = Path(__file__).parent.parent
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=root, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in processes:
+        _, shown = process.communicate(timeout=600)
+        assert process.returncode == 0, shown
+    assert (path / "report.html").read_text() == expected
+    assert not [name for name in os.listdir(path) if name.endswith(".tmp")]

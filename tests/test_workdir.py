@@ -154,11 +154,24 @@ def test_prompts_that_are_missing_are_those_trained_with(tiny_run, workdir, refu
     (workdir / "protocol.json").unlink()
     assert main(tiny_run.arguments(workdir, "eval")) == 0
     assert "protocol.json is missing: made again" in capsys.readouterr().err
-    assert (workdir / "protocol.json").read_bytes() == (tiny_run.workdir / "protocol.json").read_bytes()
+    assert read_json(workdir / "protocol.json") == read_json(tiny_run.workdir / "protocol.json")
     (workdir / "protocol.json").unlink()
     forget_what_checkpoints_say(workdir)
     complaint = refused(["explain", "--workdir", str(workdir), "--text", "the"])
     assert "protocol.json: missing, but checkpoints/" in complaint
+
+
+def test_prompts_that_were_changed_are_not_those_trained_with(tiny_run, workdir, refused):
+    """One token of the encoder's prompt, which no tokenizer can vouch for: templates print dates."""
+    protocol = json.loads((workdir / "protocol.json").read_text())
+    protocol["encoder_prefix"][0] += 1
+    (workdir / "protocol.json").write_text(json.dumps(protocol))
+    for arguments in (
+        tiny_run.arguments(workdir, rl__num_steps=8),
+        ["explain", "--workdir", str(workdir), "--text", "a"],
+    ):
+        complaint = refused(arguments)
+        assert "protocol.json: other protocol than" in complaint and "was trained with" in complaint
 
 
 def test_every_checkpoint_says_what_it_was_made_with(tiny_run):
