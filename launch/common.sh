@@ -1,5 +1,7 @@
 # shellcheck shell=bash
 # What the scripts here share; they source it, and it takes --dry-run off their arguments.
+# Keys that the config needs (OPENAI_API_KEY, ANTHROPIC_API_KEY, HF_TOKEN) are taken from the environment, by name: their
+# values stand in no command, no output and no file that others can read. PYTHON: one that has nlae_jax, to ask which.
 # Environment: ATTEMPTS to start after a failure (5), seconds of PAUSE before each (2); local.sh: NLAE, the command to run,
 # PORT where processes meet, seconds of GRACE until what was told to end is killed (60).
 
@@ -23,6 +25,26 @@ need() {
     for name in "$@"; do
         [ -n "${!name:-}" ] || die "$name is not set: export $name=..."
     done
+}
+
+# Names of the variables with the keys that CONFIG needs, into `keys`. Stops where one is missing.
+find_keys() {
+    local python=${PYTHON:-$root/.venv/bin/python} said code=0
+    [ -x "$(command -v "$python")" ] || python=python3
+    said=$("$python" -m nlae_jax.keys "$@" 2>&1) || code=$?
+    case $code in
+        0) mapfile -t keys < <(grep -xE '[A-Z_]+' <<<"$said") ;;
+        2) echo "${said##*$'\n'}" >&2 && exit 2 ;;
+        *) die "$python has no nlae_jax, which knows what keys $1 needs: pip install -e . or export PYTHON=..." ;;
+    esac
+}
+
+# A file of this user's alone, removed when the script ends; a dry run makes none.
+private_file() {
+    file=${TMPDIR:-/tmp}/nlae-keys.XXXXXXXX
+    [ -n "$dry_run" ] || file=$(mktemp "$file") || return
+    # shellcheck disable=SC2064 # this file
+    [ -n "$dry_run" ] || trap "rm -f '$file'" EXIT
 }
 
 # The words of a command as a shell would read them back.
@@ -123,7 +145,20 @@ on_tpu() {
     version=$(runtime_version "$2")
     installed=
     shift 2
+    find_keys "$1" "${@:3}"
     keep_running train_once "$@"
+}
+
+# Copies the keys to every worker: a shell reads them there once and removes them (`train_on`).
+send_keys() {
+    local file code=0
+    [ ${#keys[@]} -gt 0 ] || return 0
+    private_file || return
+    # shellcheck disable=SC2016 # for the shell that is started
+    run bash -c 'for name; do printf "export %s=%q\n" "$name" "${!name}"; done >"$0"' "$file" "${keys[@]}" || return
+    tpus tpu-vm scp "$file" "$1:nlae-keys" --worker=all || code=$?
+    run rm -f "$file"
+    return "$code"
 }
 
 # A machine that is ready and has this checkout.
@@ -156,10 +191,12 @@ train_once() {
 
 # Trains on every worker of a TPU VM; ends with the first code that is not 0.
 train_on() {
-    local name=$1 config=$2 workdir=$3
+    local name=$1 config=$2 workdir=$3 read_keys=''
     shift 3
+    send_keys "$name" || return
+    [ ${#keys[@]} -eq 0 ] || read_keys='. ./nlae-keys && rm nlae-keys && '
     # What a lost connection has left behind there would hold the chips: it is told to save and waited for.
     tpus tpu-vm ssh "$name" --worker=all "--command=pkill -f 'bin/[n]lae train'; \
-while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; cd nlae && exec .venv/bin/nlae train \
+while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; ${read_keys}cd nlae && exec .venv/bin/nlae train \
 $(quoted --config "$config" --workdir "$workdir" --distributed auto "$@")"
 }

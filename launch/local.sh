@@ -2,7 +2,7 @@
 # Trains an experiment on this machine and starts it again if it dies: a run continues where it stopped.
 #   launch/local.sh [--dry-run] [-n PROCESSES] experiments/smollm2_135m.py runs/smollm2 [--config.rl.num_steps=500 ...]
 # With -n, that many processes share the work; if one ends badly, so do the others, and all are started again. SIGTERM and
-# control-C reach them: they save first.
+# control-C reach them: they save first. Keys are read from the environment, and a missing one ends it at once.
 set -u
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"

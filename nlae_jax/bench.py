@@ -23,6 +23,7 @@ from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch, block_weights, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.products import einsum
 from nlae_jax.lm.transformer import Segment
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
@@ -142,9 +143,9 @@ def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int)
 
 
 def matmul_peak(dtype: Any) -> float:
-    """FLOP/s of the best of some products of square matrices on one device."""
+    """FLOP/s of the best of some products of square matrices on one device, as exact as a model's."""
     x = jax.random.normal(jax.random.PRNGKey(0), (_PEAK_SIZE, _PEAK_SIZE), dtype)
-    return 2.0 * _PEAK_SIZE**3 / _best_seconds(lambda a: a @ a, x)
+    return 2.0 * _PEAK_SIZE**3 / _best_seconds(lambda a: einsum("ij,jk->ik", a, a), x)
 
 
 def memory_bandwidth() -> float:
@@ -207,11 +208,11 @@ def make_setting(config: Config) -> Setting:
     frozen = {
         "base": base if config.lora.rank else {},
         "baselines": everywhere(objectives.baselines(jnp.asarray(h))),
-        "reference": roles.reference(
-            place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
-        ),
         "blank": everywhere(blank_tokens(tokenizer, arch.vocab_size)),
     }
+    if rl.kl_coef:
+        encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
+        frozen["reference"] = roles.reference(encoder)
     shapes = Shapes(
         prefix=len(protocol.encoder_prefix),
         act=1 + len(protocol.encoder_tail),
@@ -251,7 +252,7 @@ def unshared(setting: Setting) -> Setting:
 
 
 def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
-    """Rollout, score, reference and policy, each compiled by itself."""
+    """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
     roles, state = setting.roles, setting.rl_state()
     parts = steps.rl_step(roles, setting.config, *optimizers_of(setting.config))
     frozen, batch = setting.frozen, setting.batch
@@ -272,11 +273,17 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
         return jax.grad(loss, has_aux=True)(trained)
 
     given = (state.encoder.trained, frozen, batch["h"], tokens)
+    phases = {
+        "rollout": (rollout, (state, frozen, batch)),
+        "score": (jax.jit(parts.score), (state.decoder, frozen, batch, samples)),
+        "reference": (jax.jit(log_probs), given),
+        "policy": (jax.jit(policy), given),
+    }
+    if not setting.config.rl.kl_coef:
+        del phases["reference"]
     return {
-        "rollout": timed(rollout, lambda: (state, frozen, batch), repeats),
-        "score": timed(jax.jit(parts.score), lambda: (state.decoder, frozen, batch, samples), repeats),
-        "reference": timed(jax.jit(log_probs), lambda: given, repeats),
-        "policy": timed(jax.jit(policy), lambda: given, repeats),
+        name: timed(function, lambda arguments=arguments: arguments, repeats)
+        for name, (function, arguments) in phases.items()
     }
 
 

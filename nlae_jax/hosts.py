@@ -69,7 +69,6 @@ class _World:
 
 
 _world = _World()
-_handler: Any = None  # held here: C knows its address only
 
 
 def count() -> int:
@@ -142,13 +141,14 @@ def start(spec: str) -> None:
             f"--distributed: the processes did not come together within {CONNECT_SECONDS:.0f} s ({_line(error)})"
         ) from error
     _world.index, _world.count, _world.client = index, number, distributed.global_state.client
-    _world.coordinates = distributed.global_state.service is not None
+    _world.coordinates = index == 0  # jax has the first process start the coordinator
     if number > 1:
         _world.answered = time.monotonic()
         threading.Thread(target=_watch, name="watch", daemon=True).start()
-        threading.Thread(target=_guard, name="guard", daemon=True).start()
-    if number > 1 and not _world.coordinates:
-        _outlive_coordinator(distributed.global_state.coordinator_address)
+        coordinator = "" if _world.coordinates else distributed.global_state.coordinator_address
+        threading.Thread(target=_guard, args=(coordinator,), name="guard", daemon=True).start()
+        if coordinator:
+            _delay_abort()
 
 
 def _reach(address: str, own: bool) -> None:
@@ -173,26 +173,18 @@ def _reach(address: str, own: bool) -> None:
     raise UserError(f"--distributed {address}: no coordinator there within {CONNECT_SECONDS:.0f} s ({problem})")
 
 
-def _outlive_coordinator(address: str) -> None:
-    """Has this process end with `LOST` and a line where jax's client would abort it, because the coordinator is gone.
+def _delay_abort() -> None:
+    """Has abort() wait six seconds, once, before it ends this process: time for `_guard` to do so in its own way.
 
-    The client has a callback for that, but jaxlib 0.10 cannot hand it the reason and aborts over this too. A handler
-    of Python's would come too late: abort() does not return to Python. One in C may end the process.
+    jax's client aborts as soon as its connection to the coordinator breaks, which is how most processes learn that the
+    coordinator is gone. Nothing of Python may run in a signal's handler: the thread that aborts may hold what Python
+    waits for. So the handler is the C library's sleep(), which is allowed there and gets the signal's number, 6, as its
+    seconds. It is forgotten when it is called (System V's way): what comes after it ends the process as ever.
     """
-
-    def ended(_: int) -> None:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError:
-            _exit(LOST, f"the coordinator is gone; {_AGAIN}")
-        c_signal(signal.SIGABRT, None)  # something else is wrong: abort() goes on as ever
-
-    global _handler
-    c_signal = ctypes.CDLL(None).signal
-    c_signal.argtypes, c_signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(ended)
-    c_signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
+    library = ctypes.CDLL(None)
+    set_once = getattr(library, "sysv_signal", library.signal)  # the latter on what is not glibc
+    set_once.argtypes, set_once.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    set_once(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def _line(error: BaseException) -> str:
@@ -399,11 +391,30 @@ def _watch() -> None:
             _lost(f"process {silent[0].removeprefix(_BEATS)} of {world.count}")
 
 
-def _guard() -> None:
-    """Looks whether the coordinator answers `_watch`, whose calls never return from one that is cut off."""
+def _guard(coordinator: str) -> None:
+    """Looks whether the coordinator answers `_watch`, whose calls never return from one that is cut off.
+
+    Where it does not, and nobody listens at its address (none: this is the coordinator), it is gone. Within the time
+    that `_delay_abort` gives.
+    """
     while not _world.over.wait(_BEAT_SECONDS):
-        if time.monotonic() - _world.answered > _LOST_SECONDS + 5:  # after the first has said who else is gone
+        silent = time.monotonic() - _world.answered
+        if coordinator and silent > 1.5 * _BEAT_SECONDS and _refused(coordinator) and not _world.over.is_set():
+            _exit(LOST, f"the coordinator is gone; {_AGAIN}")
+        if silent > _LOST_SECONDS + 5:  # after the first has said who else is gone
             _exit(LOST, f"the coordinator does not answer for {_LOST_SECONDS + 5:.0f} s; {_AGAIN}")
+
+
+def _refused(address: str) -> bool:
+    """Whether a machine says that nobody listens at HOST:PORT. One that says nothing may only be slow."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_BEAT_SECONDS).close()
+    except (ConnectionRefusedError, ConnectionResetError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _lost(who: str) -> NoReturn:

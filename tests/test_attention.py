@@ -145,6 +145,31 @@ def test_a_query_without_any_key_gives_no_nan():
         assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("size", [1e30, -1e30])
+def test_the_scores_of_masked_keys_may_overflow(implementation, softcap, size):
+    """They are left out before the exponential: output and gradients are those without the keys."""
+    rng = np.random.default_rng(5)
+    kv = segment(rng, (2,), 1, 4, 0, True)
+    valid = kv.valid & (np.arange(4) != 1)
+    huge = kv._replace(valid=valid, k=np.where(valid[None, ..., None], kv.k, np.float32(size)))
+    q = (1e9 * rng.standard_normal((2, 4, 2, HEAD_DIM))).astype(np.float32)
+
+    def gradients(kv):
+        def total(q, k, v):
+            out = attention.attend(q, kv.positions, [kv._replace(k=k, v=v)], None, softcap, None, implementation)
+            return (out * jnp.arange(HEAD_DIM)).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, kv.k, kv.v)
+
+    for mine, theirs in zip(
+        jax.tree.leaves(gradients(huge)), jax.tree.leaves(gradients(kv._replace(valid=valid))), strict=True
+    ):
+        assert np.isfinite(mine).all()
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_segment_of_masked_keys_changes_nothing():
     rng = np.random.default_rng(2)
     first, second = segment(rng, (), 2, 3, 0, True), segment(rng, (2,), 2, 4, 3, True)

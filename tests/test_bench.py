@@ -72,5 +72,9 @@ def test_the_command(tiny_dir, corpus_file, capsys):
     assert result["speedup_of_sharing"] == result["rl_step_seconds_unshared"] / result["rl_step_seconds"]
     assert result["peak_memory_bytes"] > 0
     assert set(result["extraction"]) == {"tokens_per_second", "bare_tokens_per_second", "ratio"}
+    assert main([*command, "--json", "--config.rl.kl_coef=0"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert result["phases"].keys() - without["phases"].keys() == {"reference"}
+    assert without["peak_memory_bytes"] < result["peak_memory_bytes"]
     assert main([*command, "--repeats", "0"]) == 2
     assert "--repeats" in capsys.readouterr().err

@@ -37,6 +37,30 @@ def test_a_scanned_product_counts_every_trip(layers):
     assert whole.flops == 2 * layers * 16 * 32 * 32
 
 
+@pytest.mark.parametrize(("precision", "passes"), [(None, 1), ("high", 3), ("highest", 6)])
+def test_float32_products_take_several_passes(precision, passes):
+    def run(x, weights):
+        product = lambda x, w: jnp.matmul(x, w, precision=precision)  # noqa: E731
+        return jax.lax.scan(lambda x, w: (jnp.tanh(product(x, w)), None), x, weights)[0]
+
+    whole = counted(run, array(16, 32), array(7, 32, 32)).total()
+    assert whole.flops == 2 * 7 * 16 * 32 * 32
+    assert whole.repeated_flops == (passes - 1) * whole.flops
+
+
+@pytest.mark.parametrize(("left", "right", "passes"), [("bf16", "bf16", 1), ("f32", "bf16", 3), ("f32", "f32", 6)])
+def test_only_what_is_float32_takes_more_than_one_pass(left, right, passes):
+    """As the TPU compiler writes products, and kernels."""
+    given = f"(a: {left}[8,16], b: {right}[16,4]) -> f32[8,4] {{"
+    operands = f"  %a = {left}[8,16]{{1,0}} parameter(0)\n  %b = {right}[16,4]{{1,0}} parameter(1)\n"
+    precision = "dim_labels=bf_io->bf, operand_precision={highest,highest}"
+    estimate = """custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1024"}}"""
+    for operation in (f"convolution(%a, %b), {precision}", f"custom-call(%a, %b), {estimate}"):
+        text = f"HloModule m\n\nENTRY %main {given}\n{operands}  ROOT %c = f32[8,4]{{1,0}} {operation}\n}}\n"
+        found = cost_of(parse(text), ONE)
+        assert (found.flops, found.repeated_flops) == (1024, 1024 * (passes - 1))
+
+
 def test_loops_in_loops_multiply():
     def run(x, w):
         inner = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x)  # noqa: E731

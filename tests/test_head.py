@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.lm import head
+from nlae_jax.train import objectives
 
 D, V = 8, 37
 
@@ -41,6 +42,36 @@ def test_loss_and_gradients_are_those_of_the_whole(shape, softcap, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), without, both[0][0])
     forward = jax.jit(lambda x: head.log_probs(x, weight, targets, softcap, chunk))(x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), forward, both[1][0][1])
+
+
+@pytest.mark.parametrize("ruled_out", [[7], [0, 36], list(range(5, 30))])
+def test_tokens_that_are_ruled_out_give_no_nan(ruled_out):
+    """Logits of -inf: log-probs, entropy and gradients are those of a vocabulary without these tokens."""
+    rng, others = np.random.default_rng(0), np.delete(np.arange(V), ruled_out)
+    capped, targets = rng.standard_normal((6, V)).astype(np.float32), rng.integers(0, len(others), 6)
+    capped[:, ruled_out] = -np.inf
+
+    def both(capped, targets):
+        chosen, entropy, *_ = head._softmax(capped, targets)
+        return (chosen - 0.3 * entropy).sum(), (chosen, entropy)
+
+    (_, rows), gradient = jax.value_and_grad(both, has_aux=True)(jnp.asarray(capped), others[targets])
+    (_, expected), theirs = jax.value_and_grad(both, has_aux=True)(jnp.asarray(capped[:, others]), targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), rows, expected)
+    np.testing.assert_allclose(np.asarray(gradient)[:, others], theirs, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(gradient)[:, ruled_out], 0)
+
+
+def test_a_masked_token_that_is_ruled_out_adds_nothing():
+    """Its log-prob is -inf, and what the objective makes of it has no NaN."""
+    log_probs, mask = jnp.array([-jnp.inf, -1.0]), jnp.array([False, True])
+    for loss_of in (
+        lambda log_probs: -objectives.masked_mean(log_probs, mask),
+        lambda log_probs: objectives.policy_loss(log_probs, jnp.array([-3.0, -1.0]), jnp.ones(2), mask, 0.1),
+    ):
+        value, gradient = jax.value_and_grad(loss_of)(log_probs)
+        assert np.isfinite(value)
+        np.testing.assert_allclose(gradient, [0, -1])
 
 
 @pytest.mark.parametrize(

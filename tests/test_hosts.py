@@ -373,6 +373,43 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(tiny_run, tmp_pat
 
 
 @pytest.mark.slow
+def test_an_abort_while_python_stands_still_ends_the_process():
+    """A thread that Python does not know aborts while another holds Python's lock: nothing waits for that lock."""
+    code = (
+        "import ctypes\n"
+        "from nlae_jax import hosts\n"
+        "hosts._delay_abort()\n"
+        "library = ctypes.CDLL(None)\n"
+        "library.pthread_create(ctypes.byref(ctypes.c_ulong()), None, library.abort, None)\n"
+        "ctypes.PyDLL(None).sleep(600)\n"  # a PyDLL keeps the lock
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == -signal.SIGABRT, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_abort_leaves_time_to_say_that_the_coordinator_is_gone(gone):
+    """Without one the process ends with the code and the line of a loss; with one it aborts as ever."""
+    code = (
+        "import ctypes, threading, sys\n"
+        "from nlae_jax import hosts\n"
+        "hosts._world = hosts._World(index=1, count=2)\n"  # it was never answered
+        "hosts._LOST_SECONDS = float('inf')\n"
+        "hosts._delay_abort()\n"
+        "threading.Thread(target=hosts._guard, args=(sys.argv[1],), daemon=True).start()\n"
+        "ctypes.CDLL(None).abort()\n"
+    )
+    with socket.create_server(("localhost", 0)) as server:
+        place = f"localhost:{free_port() if gone else server.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, place], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert done.returncode == (hosts.LOST if gone else -signal.SIGABRT)
+    assert ("the coordinator is gone" in done.stderr) == gone
+
+
+@pytest.mark.slow
 def test_one_process_told_to_stop_stops_all_and_others_go_on(tiny_run, tmp_path):
     """Two processes, then one, then four: the same numbers."""
     workdir = begun(tiny_run, tmp_path / "W")

@@ -16,6 +16,12 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 # A process of several has a file of its own, and at the code `wait` it runs until it is told to end.
 FAKE = """#!/usr/bin/env bash
 echo "${0##*/} $*" >>"$HERE/log"
+[ -e "$HERE/secret" ] && grep -qsaf "$HERE/secret" /proc/[0-9]*/cmdline && echo "a secret is listed" >>"$HERE/log"
+env >"$HERE/env.${0##*/}"
+for word in "$@"; do
+    file=${word#--env-file=}
+    case $file in *nlae-keys.*) stat -c %a "$file" >"$HERE/mode" && cp "$file" "$HERE/keys" ;; esac
+done
 next() { [ -s "$HERE/$1" ] && head -n 1 "$HERE/$1" && sed -i 1d "$HERE/$1"; }
 all=$*
 case "$all" in
@@ -50,6 +56,7 @@ class Launch:
 
     def start(self, script, *arguments, **environment):
         settings = {"HERE": self.directory, "TMPDIR": self.directory, "PAUSE": 0, "WAIT": 0, "NLAE": "nlae"}
+        settings["PYTHON"] = sys.executable
         path = f"{self.directory / 'bin'}:{os.environ['PATH']}"
         return subprocess.Popen(
             [ROOT / "launch" / script, *arguments],
@@ -63,7 +70,7 @@ class Launch:
     def __call__(self, script, *arguments, **environment):
         """Exit code, lines of stdout, stderr."""
         process = self.start(script, *arguments, **environment)
-        shown, errors = process.communicate(timeout=60)
+        shown, errors = process.communicate(timeout=300)
         return process.returncode, shown.splitlines(), errors
 
     def write(self, **files):
@@ -119,6 +126,113 @@ def test_what_is_missing_is_named_in_one_line(launch, script, arguments, environ
 def test_without_arguments_the_usage_is_shown(launch, script):
     code, _, errors = launch(script, **PLACE)
     assert code != 0 and f"usage: launch/{script} [--dry-run]" in errors and launch.log == []
+
+
+# --- keys
+
+SECRETS = {"OPENAI_API_KEY": "sk-a'b$c\"d`e\\\\f", "HF_TOKEN": "hf_tell_nobody"}
+ASKING = ("--config.describe.provider=openai", "--config.describe.model=m", "--config.corpus.hub=someone/texts")
+FORWARDING = {
+    "tpu_vm.sh": ("n", "v5e:2x4"),
+    "queued_resource.sh": ("n", "v5e:2x4"),
+    "xpk.sh": ("n", "v5e:2x4"),
+    "slurm.sh": (),
+}
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)], ids=["", "dry"])
+@pytest.mark.parametrize("script", FORWARDING)
+def test_a_missing_key_is_named_before_anything_is_paid_for(launch, script, dry_run):
+    code, shown, errors = launch(script, *dry_run, *FORWARDING[script], *RUN, *ASKING, **PLACE)
+    says = "OPENAI_API_KEY is not set, and describe.provider is openai: export OPENAI_API_KEY=..."
+    assert (code, shown, errors, launch.log) == (2, [], f"nlae: {says}\n", [])
+
+
+@pytest.mark.parametrize("more", ["--config.describe.provder=openai", "--config.corpus.hub=someone/texts"])
+def test_so_is_what_else_a_config_lacks(launch, more):
+    code, shown, errors = launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, more, **PLACE)
+    assert (code, shown, launch.log) == (2, [], [])
+    assert errors.startswith("nlae: ") and errors.count("\n") == 1
+
+
+def test_without_nlae_here_nothing_is_begun(launch):
+    code, shown, errors = launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, PYTHON="/usr/bin/false", **PLACE)
+    assert (code, shown, launch.log) == (2, [], [])
+    assert errors.startswith("launch/tpu_vm.sh: /usr/bin/false has no nlae_jax") and errors.count("\n") == 1
+
+
+def everywhere(launch):
+    """What a script has left behind and what was said, but for what the fake tools were given in private."""
+    private = {"keys", "secret", *(path.name for path in launch.directory.glob("env.*"))}
+    files = [path for path in launch.directory.iterdir() if path.is_file() and path.name not in private]
+    return "".join(path.read_text(errors="replace") for path in files)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "queued_resource.sh"])
+def test_keys_go_to_the_workers_in_a_private_file(launch, script):
+    """Which they read once and remove; no value is in a command, an output, a process list or a file left behind."""
+    launch.write(answers=["READY" if script == "tpu_vm.sh" else "ACTIVE"] * 5, codes=[1, 0])
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    before = set(launch.directory.iterdir())
+    _, shown, errors = launch(script, "n", "v5e:2x4", *RUN, *ASKING, ATTEMPTS=2, **PLACE, **SECRETS)
+    assert (launch.directory / "mode").read_text() == "600\n"
+    read = subprocess.run(
+        ["bash", "-c", '. "$0" && env -0', launch.directory / "keys"], capture_output=True, env={}, check=True
+    )
+    assert SECRETS.items() <= dict(line.split("=", 1) for line in read.stdout.decode().split("\0") if line).items()
+    sent = [line for line in launch.log if "nlae-keys --worker=all" in line]
+    assert len(sent) == 2  # anew when it starts again
+    trained = [line for line in launch.log if "--distributed auto" in line]
+    assert all(". ./nlae-keys && rm nlae-keys && cd nlae && exec .venv/bin/nlae train" in line for line in trained)
+    assert not list(launch.directory.glob("nlae-keys.*")), set(launch.directory.iterdir()) - before
+    for text in (everywhere(launch), "\n".join(shown), errors):
+        assert "secret" not in text and not any(secret in text for secret in (*SECRETS.values(), "sk-a"))
+
+
+@pytest.mark.parametrize("script", FORWARDING)
+def test_a_dry_run_shows_no_value_and_writes_no_file(launch, script):
+    before = set(launch.directory.iterdir())
+    code, shown, errors = launch(script, "--dry-run", *FORWARDING[script], *RUN, *ASKING, **PLACE, **SECRETS)
+    assert code == 0 and launch.log == []
+    assert set(launch.directory.iterdir()) == before
+    assert not any(secret in "\n".join([*shown, errors]) for secret in (*SECRETS.values(), "sk-a"))
+    if script != "slurm.sh":
+        assert any("OPENAI_API_KEY HF_TOKEN" in line for line in shown)
+
+
+def test_xpk_is_told_the_names_of_the_keys(launch):
+    """It takes the values from its environment, and the user is told who can see them then."""
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    code, _, errors = launch("xpk.sh", "n", "v5e:4x4", *RUN, *ASKING, BUILD=0, **PLACE, **SECRETS)
+    (created,) = launch.log
+    assert code == 0 and " --env-file=" in created
+    assert (launch.directory / "keys").read_text() == "OPENAI_API_KEY\nHF_TOKEN\n"
+    assert f"HF_TOKEN={SECRETS['HF_TOKEN']}" in (launch.directory / "env.xpk").read_text()
+    assert "OPENAI_API_KEY HF_TOKEN: xpk puts the values into the JobSet" in errors
+    assert not any(secret in everywhere(launch) + errors for secret in (*SECRETS.values(), "sk-a"))
+    assert not list(launch.directory.glob("nlae-keys.*"))
+
+
+def test_slurm_s_job_has_the_keys(launch):
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    assert launch("slurm.sh", *RUN, *ASKING, SBATCH_OPTIONS="--time=1:00", **SECRETS)[0] == 0
+    (submitted,) = launch.log
+    assert " --gpus-per-node=1 --export=ALL --time=1:00 launch/slurm.sh " in submitted
+    assert f"HF_TOKEN={SECRETS['HF_TOKEN']}" in (launch.directory / "env.sbatch").read_text()
+    assert not any(secret in everywhere(launch) for secret in (*SECRETS.values(), "sk-a"))
+
+
+def test_this_machine_s_processes_have_them_too(launch):
+    assert launch("local.sh", *RUN, *ASKING, **SECRETS)[0] == 0
+    assert f"HF_TOKEN={SECRETS['HF_TOKEN']}" in (launch.directory / "env.nlae").read_text()
+
+
+def test_only_what_the_config_needs_is_taken_along(launch):
+    launch.write(answers=["READY"], codes=[0])
+    run = ("n", "v5e:2x4", *RUN, *ASKING)
+    assert launch("tpu_vm.sh", *run, **PLACE, **SECRETS | {"HF_TOKEN": ""}, ANTHROPIC_API_KEY="another")[0] == 0
+    assert (launch.directory / "keys").read_text().count("export") == 1
+    assert "OPENAI_API_KEY" in (launch.directory / "keys").read_text()
 
 
 # --- TPU VMs

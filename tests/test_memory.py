@@ -55,10 +55,12 @@ class Compiled:
         base = self._params(model_weights(ARCH), dtype) if lora else {}
         self.frozen = {
             "base": base,
-            "reference": self.state.encoder.trained if lora else self._params(self.roles.encoder_weights(), dtype),
             "baselines": objectives.Baselines(*[self._abstract(np.float32(1))] * 2),
             "blank": self._abstract(np.zeros(ARCH.vocab_size, bool)),
         }
+        if config.rl.kl_coef:
+            reference = self.state.encoder.trained if lora else self._params(self.roles.encoder_weights(), dtype)
+            self.frozen["reference"] = reference
         h = jax.ShapeDtypeStruct((ACTIVATIONS, ARCH.d_model), jnp.float32, sharding=batch_sharding(self.mesh))
         self.batch = {"h": h}
 
@@ -131,3 +133,12 @@ def test_full_fine_tuning_takes_weights_moments_and_gradients(protocol):
         assert memory.alias_size_in_bytes >= num_bytes(state)
         assert memory.argument_size_in_bytes <= copies * params + 20_000
         assert memory.temp_size_in_bytes < 2.9 * params
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_reference_takes_memory_only_where_there_is_a_kl_term(protocol, kl_coef):
+    step = Compiled(protocol, lora__rank=0, rl__kl_coef=kl_coef)
+    params = num_bytes(step.state.encoder.trained)
+    _, encoder = step.trained()
+    held = encoder.argument_size_in_bytes / params
+    assert abs(held - (3 + (kl_coef > 0))) < 0.05  # masters and two moments

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from nlae_jax.train.objectives import (
     FAILED_MSE,
+    REWARDS,
     Baselines,
     baselines,
     direction_mse,
@@ -98,6 +99,32 @@ def test_rewards():
     np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_log_mse", 0.0), [0.693147, 2.302575, -2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", REWARDS)
+@pytest.mark.parametrize("length_penalty", [0.0, 0.01, 0.5])
+@given(
+    mse=arrays.arrays(np.float32, 6, elements=st.floats(0, 4, width=32)),
+    lengths=arrays.arrays(np.int32, 6, elements=st.integers(0, 300)),
+    valid=arrays.arrays(bool, 6),
+)
+def test_no_unreadable_sample_earns_more_than_a_readable_one(kind, length_penalty, mse, lengths, valid):
+    """Whatever both cost: opposite reconstructions, long texts."""
+    reward = np.asarray(rewards(mse, valid, lengths, kind, length_penalty))
+    if valid.any() and not valid.all():
+        assert reward[~valid].max() <= reward[valid].min()
+    np.testing.assert_allclose(reward[~valid], -FAILED_MSE - length_penalty * lengths[~valid], rtol=1e-6)
+    plain = np.asarray(REWARDS[kind](mse)) - length_penalty * lengths
+    above = valid & (plain >= -FAILED_MSE)
+    np.testing.assert_allclose(reward[above], plain[above], rtol=1e-5, atol=1e-6)
+
+
+def test_a_reconstruction_worse_than_orthogonal_earns_what_an_orthogonal_one_does():
+    mse, valid, lengths = np.array([3.5, 2.0, 0.0], np.float32), np.array([True, True, False]), np.zeros(3, np.int32)
+    np.testing.assert_array_equal(rewards(mse, valid, lengths, "neg_mse", 0.0), [-2, -2, -2])
+    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_log_mse", 0.0), [-np.log(3.5), -np.log(2), -2], 1e-5)
+    long = np.array([10, 400, 3])  # a readable text of 400 tokens beside an unreadable one of 3
+    np.testing.assert_allclose(rewards(mse, valid, long, "neg_log_mse", 0.01), [-np.log(3.5) - 0.1, -2, -2.03], 1e-5)
+
+
 def test_the_logarithm_of_a_perfect_reconstruction_is_finite():
     assert np.isfinite(rewards(np.zeros(1), np.ones(1, bool), np.ones(1), "neg_log_mse", 0.0)).all()
 
@@ -144,6 +171,72 @@ def test_masked_mean():
     x = np.array([[1.0, 2.0], [3.0, 40.0]])
     assert masked_mean(x, np.array([[True, True], [True, False]])) == 2
     assert masked_mean(x, np.zeros((2, 2), bool)) == 0
+
+
+INFINITY = float("inf")
+
+
+@pytest.mark.parametrize("hidden", [INFINITY, -INFINITY, float("nan"), 3e38])
+def test_what_is_masked_does_not_matter(hidden):
+    x = jnp.array([1.0, hidden, 3.0])
+    mask = jnp.array([True, False, True])
+    value, gradient = jax.value_and_grad(masked_mean)(x, mask)
+    assert value == 2
+    np.testing.assert_array_equal(gradient, [0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "reference"),
+    [
+        (-120.0, -20.0),  # exp(100) is no float32
+        (-1e30, 0.0),
+        (-INFINITY, -1.0),
+        (-1.0, -INFINITY),
+        (-INFINITY, -INFINITY),
+        (float("nan"), INFINITY),
+    ],
+)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_masked_token_leaves_loss_and_gradient_alone(log_prob, reference, kl_coef):
+    def both(*rows):
+        log_probs, references, advantage = (jnp.array(column, jnp.float32) for column in zip(*rows, strict=True))
+        mask = jnp.array([True, False])[: len(rows)]
+        return jax.value_and_grad(policy_loss, argnums=(0, 1))(log_probs, references, advantage, mask, kl_coef)
+
+    for hidden in (1.0, INFINITY):
+        loss, gradients = both((-1, -1.1, 0.5), (log_prob, reference, hidden))
+        expected, alone = both((-1, -1.1, 0.5))
+        assert loss == expected and np.isfinite(loss)
+        for mine, theirs in zip(gradients, alone, strict=True):
+            np.testing.assert_array_equal(mine, [theirs[0], 0])
+
+
+@pytest.mark.parametrize(("log_prob", "reference"), [(-INFINITY, -2.0), (-2.0, -INFINITY), (-INFINITY, -INFINITY)])
+def test_a_token_that_a_model_rules_out_gives_no_nan(log_prob, reference):
+    """Also where it counts."""
+    given = jnp.array([-1.0, log_prob]), jnp.array([-1.1, reference]), jnp.array([0.5, 2.0]), jnp.array([True, True])
+    loss, gradients = jax.value_and_grad(policy_loss, argnums=(0, 1))(*given, 0.1)
+    assert np.isfinite(loss) and all(np.isfinite(gradient).all() for gradient in gradients)
+    np.testing.assert_allclose(gradients[0][1], 0 if np.isinf(log_prob) else -2.0 / 2)
+    assert kl_k3(given[0], given[1])[1] == 0
+
+
+def test_nan_that_counts_is_not_hidden():
+    """A step must be able to see it and to skip the update."""
+    log_probs, mask = jnp.array([-1.0, jnp.nan]), jnp.array([True, True])
+    assert np.isnan(masked_mean(log_probs, mask))
+    gradient = jax.grad(policy_loss)(log_probs, jnp.array([-1.0, -1.0]), jnp.ones(2), mask, 0.1)
+    assert np.isnan(gradient[1])
+
+
+def test_without_a_reference_there_is_no_kl_term():
+    rng = np.random.default_rng(2)
+    log_probs, reference = rng.standard_normal((2, 3, 4)).astype(np.float32)
+    advantage, mask = rng.standard_normal((3, 1)).astype(np.float32), np.arange(4) < np.array([[4], [2], [1]])
+    for gradient_of in (policy_loss, jax.grad(policy_loss)):
+        np.testing.assert_array_equal(
+            gradient_of(log_probs, None, advantage, mask, 0.0), gradient_of(log_probs, reference, advantage, mask, 0.0)
+        )
 
 
 def test_the_policy_gradient_is_the_advantage_weighted_score():

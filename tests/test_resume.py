@@ -216,6 +216,23 @@ def test_split_step_gives_the_same_numbers_after_resuming(tiny_run, tmp_path):
             assert value == (theirs[name] if name == "stage" else pytest.approx(theirs[name], rel=1e-3, abs=1e-4))
 
 
+def test_a_run_without_a_kl_term_resumes_too(tiny_run, tmp_path):
+    """In one program and in three: rows have no `kl`, and no other number is missing."""
+    settings, workdir = {"rl__kl_coef": 0.0}, tmp_path / "W"
+    shutil.copytree(tiny_run.workdir, workdir)
+    shutil.rmtree(workdir / "checkpoints/rl")
+    (workdir / "eval.json").unlink()
+    assert main(tiny_run.arguments(workdir, "rl", **settings)) == 0
+    whole = tiny_run.metrics(workdir)
+    for row, before in zip(whole, tiny_run.metrics(tiny_run.workdir), strict=True):
+        assert before.keys() - row.keys() == ({"kl"} if row["stage"] == "rl" else set())
+    shutil.rmtree(workdir / "checkpoints/rl/6")
+    assert main(tiny_run.arguments(workdir, "rl", **settings, rl__fused=False)) == 0
+    for ours, theirs in zip(tiny_run.metrics(workdir), whole, strict=True):
+        assert ours == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in theirs.items()}
+    assert main(["report", "--workdir", str(workdir)]) == 0
+
+
 def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path):
     """The other tests fine-tune fully; people mostly do not."""
     settings = {"lora__rank": 4, "sft__encoder_steps": 12}

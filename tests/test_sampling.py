@@ -124,6 +124,39 @@ def test_temperature_zero_takes_the_likeliest():
     assert scripted([[3, 4, 7, 8]]).tokens.tolist() == [[3, 4, 7, 8]]
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-37, 1e-30, 1e-3])
+def test_a_temperature_near_zero_takes_the_likeliest_too(temperature):
+    """Its quotients overflow."""
+    samples = scripted([[3, 4, 7, 8]], temperature=temperature)
+    assert samples.tokens.tolist() == [[3, 4, 7, 8]]
+    assert np.isfinite(samples.log_probs).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_token_that_is_ruled_out_is_never_drawn(temperature):
+    logits = np.where(np.isin(np.arange(VOCABULARY), [2, 9]), 0.5, -np.inf).astype(np.float32)
+    given = jnp.tile(logits, (64, 1))
+    samples = sample(
+        lambda token, step, caches: (given, caches),
+        given,
+        (),
+        jax.random.PRNGKey(2),
+        max_new_tokens=4,
+        closing=(),
+        eos_id=-1,
+        temperature=temperature,
+    )
+    assert set(np.asarray(samples.tokens).ravel().tolist()) == ({2} if temperature == 0 else {2, 9})
+    np.testing.assert_allclose(samples.log_probs, np.log(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [5, 256, 300])
+def test_where_nothing_can_be_drawn_the_token_exists(size):
+    uniform = jnp.array([0.0, 0.4, 0.99])
+    for nothing in (jnp.nan, -jnp.inf):
+        assert (np.asarray(categorical(uniform, jnp.full((3, size), nothing))) < size).all()
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_cached_decoding_gives_the_teacher_forced_log_probs(kind, request, params, protocol):
     roles = request.getfixturevalue(f"{kind}_roles")

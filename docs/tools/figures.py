@@ -47,7 +47,7 @@ ROOMS = (
     (("roles",), "protocol, subject, encoder, decoder, views; sidecars and released pairs"),
     (("lm", "mesh"), "one decoder-only language model; the device axes"),
     (
-        ("config", "hosts", "signals", "progress", "output", "files", "outside", "errors", "assets"),
+        ("config", "hosts", "keys", "signals", "progress", "output", "files", "outside", "errors", "assets"),
         "fields, processes, files, messages, shipped data",
     ),
 )

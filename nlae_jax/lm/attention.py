@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.arch import Arch, LinearRope
-from nlae_jax.mesh import platform_of
+from nlae_jax.lm.products import einsum
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
 MASKED = -1e30
@@ -98,12 +98,10 @@ def attend(
     after the query's and, with a `window`, less than so many before it. Scores are multiplied by `scale`
     (head_dim ** -0.5 unless given) and, with a `softcap`, squashed below it. Returns q's shape.
 
-    `implementation` is one of `IMPLEMENTATIONS` or "auto": "pallas" on a TPU, else "xla". Single queries (decoding) and
-    more keys than the kernel has room for take "xla" whatever is asked for.
+    `implementation` is one of `IMPLEMENTATIONS` or "auto", which is "xla" everywhere: no chip has run the other yet.
+    Single queries (decoding) and more keys than the kernel has room for take "xla" whatever is asked for.
     """
-    if implementation == "auto":
-        implementation = "pallas" if platform_of(q) == "tpu" else "xla"
-    if q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
+    if implementation == "auto" or q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
         implementation = "xla"
     return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)
 
@@ -144,7 +142,7 @@ def _scores(
     """Capped scores [K, O, I, T, R, S] float32, and where they count [1, O, I, T, 1, S] bool."""
     kv_heads, _, length, repeats, head_dim = q_KxNxTxRxD.shape
     q = q_KxNxTxRxD.reshape(kv_heads, keys.shape[1], -1, head_dim)
-    score = jnp.einsum("kond,kosd->kons", q, keys, preferred_element_type=jnp.float32) * scale
+    score = einsum("kond,kosd->kons", q, keys, jnp.float32) * scale
     score = score.reshape(*keys.shape[:2], -1, length, repeats, keys.shape[2])
     return (softcap * jnp.tanh(score / softcap) if softcap else score), seen[None, :, :, :, None, :]
 
@@ -153,7 +151,7 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     """[K, O, I, T, R, S] · [K, O, S, D] -> [K, N, T, R, D] float32."""
     kv_heads, outer, inner, length, repeats, keys = weights.shape
     flat = weights.astype(values.dtype).reshape(kv_heads, outer, -1, keys)
-    out = jnp.einsum("kons,kosd->kond", flat, values, preferred_element_type=jnp.float32)
+    out = einsum("kons,kosd->kond", flat, values, jnp.float32)
     return out.reshape(kv_heads, outer * inner, length, repeats, -1)
 
 
@@ -164,7 +162,7 @@ def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
         weights.reshape(kv_heads, outer, -1, keys),
         x_KxNxTxRxD.reshape(kv_heads, outer, -1, x_KxNxTxRxD.shape[-1]),
     )
-    return jnp.einsum("kons,kond->kosd", flat.astype(x.dtype), x, preferred_element_type=jnp.float32)
+    return einsum("kons,kond->kosd", flat.astype(x.dtype), x, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -201,9 +199,11 @@ def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> t
         exponential = jnp.exp(jnp.where(counted, score, MASKED) - top.reshape(per_query))
         weight = exponential / denominator.reshape(per_query)
         of_weight, _ = _scores(1.0, 0.0, gradient, v, m)
-        of_score = jnp.where(counted, weight * (of_weight - shift.reshape(per_query)) * scale, 0.0)
+        of_score = weight * (of_weight - shift.reshape(per_query)) * scale
         if softcap:
             of_score = of_score * (1 - jnp.square(score / softcap))
+        # Last: what is masked is left out and not multiplied by zero, for its score may be anything.
+        of_score = jnp.where(counted, of_score, 0.0)
         of_q = of_q + _weighted(of_score, k)
         of_keys.append(_summed(of_score, q).astype(k.dtype))
         of_values.append(_summed(weight, gradient).astype(v.dtype))

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from nlae_jax.lm.products import precision_of
 from nlae_jax.mesh import split
 
 if TYPE_CHECKING:
@@ -295,7 +296,8 @@ def _softmax(
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     """Sums over one axis of each, in float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+    axes = ((axis_a,), (axis_b,)), ((), ())
+    return jax.lax.dot_general(a, b, axes, precision_of(a, b), preferred_element_type=jnp.float32)
 
 
 def _within(x: jax.Array, count: jax.Array | int) -> jax.Array:

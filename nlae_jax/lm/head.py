@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nlae_jax.lm.products import einsum
 from nlae_jax.mesh import constrained, row_parts
 
 # (log-probs [...], *extras [...]) -> what these tokens add to the loss, []; nothing where the extras are zero.
@@ -23,7 +24,7 @@ LossOf = Callable[..., jax.Array]
 
 def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
     """[..., d], [V, d] -> [..., V] float32; capped where the architecture has a cap."""
-    raw = jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+    raw = einsum("...d,vd->...v", x, weight, jnp.float32)
     return softcap * jnp.tanh(raw / softcap) if softcap else raw
 
 
@@ -82,9 +83,9 @@ def _loss_with_gradient(
         if softcap:
             of_logits = of_logits * (1 - jnp.square(capped / softcap))
         of_logits = of_logits.astype(x.dtype)
-        of_x = jnp.einsum("bnv,vd->bnd", of_logits, weight)
+        of_x = einsum("bnv,vd->bnd", of_logits, weight)
         # [d, V]: the other way round, a CPU makes a transposed copy of `of_logits`.
-        of_weight = jnp.einsum("pbnd,pbnv->pdv", by_part(x), by_part(of_logits), preferred_element_type=jnp.float32)
+        of_weight = einsum("pbnd,pbnv->pdv", by_part(x), by_part(of_logits), jnp.float32)
         of_weight = constrained(sums[1] + of_weight, ("batch", None, "vocab"))
         return (sums[0] + added, of_weight), (of_x, chosen, entropy)
 
@@ -112,7 +113,9 @@ def _softmax(capped: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     denominator = exponentials.sum(-1, keepdims=True)
     log_denominator = (top + jnp.log(denominator))[..., 0]
     chosen = jnp.take_along_axis(capped, targets[..., None], -1)[..., 0] - log_denominator
-    entropy = log_denominator - (exponentials * capped).sum(-1) / denominator[..., 0]
+    # A token of probability 0 adds nothing; its logit may be -inf.
+    possible = jnp.where(exponentials > 0, capped, 0.0)
+    entropy = log_denominator - (exponentials * possible).sum(-1) / denominator[..., 0]
     return chosen, entropy, exponentials, denominator
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch, Weight, block_weights
+from nlae_jax.lm.products import einsum
 
 
 def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
@@ -46,10 +47,10 @@ def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None
     made the backward pass of a block 1.4 times slower on CPU.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = flat @ weight
+    y = einsum("ni,io->no", flat, weight)
     if adapter is not None:
-        inner = jnp.einsum("ri,ni->rn", adapter["a"].astype(x.dtype), flat)
-        y = y + jnp.einsum("rn,ro->no", inner, adapter["b"].astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+        inner = einsum("ri,ni->rn", adapter["a"].astype(x.dtype), flat)
+        y = y + einsum("rn,ro->no", inner, adapter["b"].astype(x.dtype)) * jnp.asarray(scale, x.dtype)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -58,4 +59,4 @@ def merge(weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float)
     weight = weight.astype(jnp.float32)
     if adapter is None:
         return weight
-    return weight + jnp.einsum("...ri,...ro->...io", adapter["a"], adapter["b"]) * scale
+    return weight + einsum("...ri,...ro->...io", adapter["a"], adapter["b"]) * scale

@@ -44,7 +44,8 @@ def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws a token of `softmax(logits)` per row by inverting its distribution function at `uniform` in [0, 1).
 
     [...], [..., V] float32 -> [...] int32. One random number a row instead of Gumbel's V, which took a fifth of the
-    decode loop. The search goes over sums of `_CELL` probabilities, then inside one: no sum is as long as V.
+    decode loop. The search goes over sums of `_CELL` probabilities, then inside one: no sum is as long as V. Logits may
+    be -inf: such tokens are never drawn. Where no token can be drawn (NaN), the last one is.
     """
     padded = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _CELL)], constant_values=-jnp.inf)
     weights = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(*uniform.shape, -1, _CELL)
@@ -54,7 +55,8 @@ def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
     cell = _first_beyond(ends, target, cells)
     within = jnp.take_along_axis(weights, cell[..., None], -2)[..., 0, :]
     begin = jnp.take_along_axis(ends - cells, cell, -1)
-    return (cell * _CELL + _first_beyond(jnp.cumsum(within, -1), target - begin, within))[..., 0].astype(jnp.int32)
+    token = (cell * _CELL + _first_beyond(jnp.cumsum(within, -1), target - begin, within))[..., 0]
+    return jnp.minimum(token, logits.shape[-1] - 1).astype(jnp.int32)
 
 
 def _first_beyond(ends: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
@@ -80,7 +82,8 @@ def sample(
 ) -> Samples:
     """Draws up to `max_new_tokens` per row; a row stops at the `closing` token sequence (if any) or at an `eos_id`.
 
-    Temperature 0 takes the likeliest token. No top-k or top-p: the trainer's log-probs must be the sampler's.
+    Temperature 0, and what float32 takes for 0, is the likeliest token. No top-k or top-p: the trainer's log-probs must
+    be the sampler's.
     The key is folded with the step, so nothing depends on how rows are laid out over devices.
     """
     batch = first_logits.shape[:-1]
@@ -91,10 +94,11 @@ def sample(
         # Made where the head is split, drawn from where the row is.
         logits = constrained(logits, ("rows", *[None] * (logits.ndim - 2), "vocab"), DECODE_RULES)
         logits = constrained(logits, ("batch", *[None] * (logits.ndim - 1)))
-        if temperature == 0:
+        if temperature < jnp.finfo(jnp.float32).tiny:
             token = jnp.argmax(logits, -1)
         else:
-            logits = logits / temperature
+            if temperature != 1:  # from the largest on: a quotient may overflow to -inf, and never to +inf
+                logits = (logits - logits.max(-1, keepdims=True)) / temperature
             token = categorical(jax.random.uniform(jax.random.fold_in(key, step), batch), logits)
         chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
         return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)

@@ -206,12 +206,10 @@ def _rl(setting: Setting) -> list[Program]:
         abstract_role(mesh, roles.decoder_weights(), optimizers[1]),
         _like(jax.eval_shape(lambda: jax.random.PRNGKey(0)), replicated(mesh)),
     )
-    reference = state.encoder.trained if config.lora.rank else _frozen_weights(setting, roles.encoder_weights())
-    frozen = {
-        **_frozen(setting),
-        "reference": reference,
-        "blank": _like(np.zeros(roles.encoder.arch.vocab_size, bool), replicated(mesh)),
-    }
+    frozen = {**_frozen(setting), "blank": _like(np.zeros(roles.encoder.arch.vocab_size, bool), replicated(mesh))}
+    if config.rl.kl_coef:
+        whole_copy = not config.lora.rank
+        frozen["reference"] = _frozen_weights(setting, roles.encoder_weights()) if whole_copy else state.encoder.trained
     batch = _batch(setting, h=((config.rl.activations_per_step, setting.arch.d_model), jnp.float32))
     parts = steps.rl_step(roles, config, *optimizers)
     if config.rl.fused:

@@ -128,5 +128,5 @@ def seconds(cost: Cost, device: Chip) -> dict[str, float]:
 def alone_seconds(cost: Cost | Total, device: Chip) -> dict[str, float]:
     """Of each of `UNITS` by itself, outside loops."""
     links = cost.sent / device.ring_bandwidth
-    alone = cost.flops / device.flops, cost.bytes / device.memory_bandwidth, links
+    alone = (cost.flops + cost.repeated_flops) / device.flops, cost.bytes / device.memory_bandwidth, links
     return dict(zip(UNITS, alone, strict=True))

@@ -61,12 +61,14 @@ class Cost:
     """Of a computation run once, on one device. What is in loops stands in `loops` only.
 
     `flops`: of matrix products, a multiplication and an addition each; `kernel_flops`: those of them that kernels say
-    of themselves. `moved`: bytes read from main memory and written to it, but for collectives. `exchanges`: collectives
-    by channel; one that runs beside a chain of products stands in each of them, and counts once.
+    of themselves. `repeated_flops`: what the matrix unit does beside `flops`, for it takes float32 products in several
+    passes of bfloat16 ones. `moved`: bytes read from main memory and written to it, but for collectives. `exchanges`:
+    collectives by channel; one that runs beside a chain of products stands in each of them, and counts once.
     """
 
     flops: float = 0.0
     kernel_flops: float = 0.0
+    repeated_flops: float = 0.0
     moved: float = 0.0
     exchanges: dict[str, Exchange] = dataclasses.field(default_factory=dict)
     loops: list[Loop] = dataclasses.field(default_factory=list)
@@ -75,6 +77,7 @@ class Cost:
         """Adds `other`, its loops as they are."""
         self.flops += other.flops
         self.kernel_flops += other.kernel_flops
+        self.repeated_flops += other.repeated_flops
         self.moved += other.moved
         self.exchanges = other.exchanges | self.exchanges
         self.loops = self.loops + other.loops
@@ -107,6 +110,7 @@ class Cost:
         for _, trips, part in self.flattened():
             whole.flops += trips * part.flops
             whole.kernel_flops += trips * part.kernel_flops
+            whole.repeated_flops += trips * part.repeated_flops
             whole.bytes += trips * part.bytes
             whole.sent += trips * part.sent
             for one in part.exchanges.values():
@@ -121,6 +125,7 @@ class Total:
 
     flops: float = 0.0
     kernel_flops: float = 0.0
+    repeated_flops: float = 0.0
     bytes: float = 0.0
     sent: float = 0.0
     collectives: dict[tuple[str, str], tuple[int, float]] = dataclasses.field(default_factory=dict)
@@ -172,6 +177,8 @@ class _Counter:
             cost.flops = cost.kernel_flops = float(_estimate(one).get("flops", 0))
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             return self._collective(inside, one, kind)
+        if opcode in ("dot", "convolution", "custom-call"):
+            cost.repeated_flops += cost.flops * (_passes(one, inside.operands(one)) - 1)
         if not fused:
             cost.moved = self._moved(inside, one)
         return cost
@@ -333,6 +340,17 @@ def _is_scattered(inside: Computation, one: Instruction) -> bool:
 def dot_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
     contracted = math.prod(operands[0][0].dims[axis] for axis in one.dims("lhs_contracting_dims"))
     return 2.0 * one.outputs[0].size * contracted
+
+
+def _passes(one: Instruction, operands: Sequence[Sequence[Array]]) -> int:
+    """Of bfloat16 products that a TPU makes a product of.
+
+    A float32 number is three bfloat16 ones; of the nine products of two such numbers, full precision takes the largest
+    six and "high" the largest three. Kernels do not say: theirs are full (`lm.products`).
+    """
+    wide = sum(array.dtype == "f32" for operand in operands for array in operand)
+    precision = "highest" if one.opcode == "custom-call" else one.attribute(r"operand_precision=\{(\w+)")
+    return {"highest": (1, 3, 6), "high": (1, 2, 3)}.get(precision or "", (1, 1, 1))[min(wide, 2)]
 
 
 def convolution_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:

@@ -44,7 +44,7 @@ def needed(setting: Setting) -> dict[str, float]:
         "extract": read,
         "encoder_sft": of(described)["encoder_sft"],
         "decoder_sft": of(described._replace(activations=shapes.sft_batch, group=1))["score"],
-        "rl": sum(rl[phase] for phase in ("rollout", "score", "reference", "policy")),
+        "rl": sum(rl[phase] for phase in ("rollout", "score", "policy", *["reference"] * bool(config.rl.kl_coef))),
     }
 
 
@@ -111,13 +111,14 @@ def _compiled(lowered: Any) -> tuple[Any, str]:
     """A program compiled, and its module's text.
 
     Written by the TPU compiler itself: what it hands over for `as_text` may hold instructions that jaxlib's own XLA
-    cannot read (those of several collectives in one).
+    cannot read (those of several collectives in one). How it calls its files is nowhere promised; where there is none,
+    `as_text` is tried.
     """
     with tempfile.TemporaryDirectory(prefix="nlae-plan-") as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
         texts = [path.read_text(encoding="utf-8") for path in Path(directory).glob("*.after_codegen.txt")]
-    return compiled, max(texts, key=len)
+    return compiled, max(texts, key=len, default="") or compiled.as_text()
 
 
 def work(cost: Cost, topology: Topology) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from nlae_jax.progress import say
 
 ASSUMPTIONS = (
     "published peaks of compute, main memory and links; in a loop's trip, and outside loops, the three overlap",
+    "a float32 product takes as long as six bfloat16 ones",
     "collectives run as rings on the two links of one torus dimension; latency and hosts cost nothing",
     "every response runs to rl.max_new_tokens; vector units cost nothing beside the memory that they read",
 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.products import einsum
 from nlae_jax.lm.transformer import Segment, Transformer
 from nlae_jax.roles.protocol import Protocol, Tails
 
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
 
     def read(self, x: jax.Array) -> jax.Array:
         """The head alone: [..., d] -> [..., d] float32."""
-        return x.astype(jnp.float32) @ self.value_head
+        return einsum("...i,io->...o", x.astype(jnp.float32), self.value_head)
 
 
 def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

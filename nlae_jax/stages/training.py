@@ -194,12 +194,10 @@ def rl(run: Run) -> tuple[Params, Params]:
     optimizers = [
         make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
     ]
-    frozen = {
-        **run.frozen("rl"),
+    frozen = {**run.frozen("rl"), "blank": run.on_mesh(run.blank)}
+    if config.kl_coef:
         # A copy: the state's own buffers are given away to the first step.
-        "reference": run.roles.reference(encoder),
-        "blank": run.on_mesh(run.blank),
-    }
+        frozen["reference"] = run.roles.reference(encoder)
     state = RlState(
         init_role(run.mesh, run.roles.encoder_weights(), encoder, optimizers[0]),
         init_role(run.mesh, run.roles.decoder_weights(), decoder, optimizers[1]),

@@ -49,8 +49,14 @@ REWARDS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def rewards(mse: jax.Array, valid: jax.Array, lengths: jax.Array, kind: str, length_penalty: float) -> jax.Array:
-    """Reward of each sample, [...] float32. A failed extraction earns -2, whatever the kind, and is trained on."""
-    return jnp.where(valid, REWARDS[kind](mse), -FAILED_MSE) - length_penalty * lengths
+    """Reward of each sample, [...] float32, for one of `REWARDS` and λ = `length_penalty`.
+
+    A readable sample earns max(R(mse) - λ · tokens, -2). One whose explanation could not be read earns
+    -2 - λ · tokens and is trained on. So no unreadable sample ever earns more than a readable one, whatever the kind,
+    the mse (up to 4) and the lengths: else RL would learn not to close its tags where reconstructions are poor.
+    """
+    penalty = length_penalty * lengths
+    return jnp.where(valid, jnp.maximum(REWARDS[kind](mse) - penalty, -FAILED_MSE), -FAILED_MSE - penalty)
 
 
 # Of the contrastive reward, in units of mse: about the spread of the mse over activations of one kind of text.
@@ -87,19 +93,26 @@ def count(mask: jax.Array) -> jax.Array:
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, of: jax.Array | None = None) -> jax.Array:
-    """Mean of x where mask; 0 where nothing is. A part of a batch gives the whole's `count` as `of`: parts add up."""
-    return (x * mask.astype(jnp.float32)).sum() / (count(mask) if of is None else of)
+    """Mean of x where mask; 0 where nothing is. A part of a batch gives the whole's `count` as `of`: parts add up.
+
+    What is masked may be anything, NaN and infinity too: it is left out, not multiplied by zero.
+    """
+    return jnp.where(mask, x, 0.0).sum() / (count(mask) if of is None else of)
 
 
 def kl_k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
-    """The k3 estimate of KL(policy ‖ reference) per token (Schulman 2020): exp(Δ) - Δ - 1, Δ = reference - policy."""
-    delta = reference - log_probs
+    """The k3 estimate of KL(policy ‖ reference) per token (Schulman 2020): exp(Δ) - Δ - 1, Δ = reference - policy.
+
+    0, with no gradient, for a token that either of them rules out (-inf): it has no finite estimate.
+    """
+    possible = ~(jnp.isneginf(log_probs) | jnp.isneginf(reference))
+    delta = jnp.where(possible, reference, 0.0) - jnp.where(possible, log_probs, 0.0)
     return jnp.exp(delta) - delta - 1.0
 
 
 def policy_loss(
     log_probs: jax.Array,
-    reference: jax.Array,
+    reference: jax.Array | None,
     advantage: jax.Array,
     mask: jax.Array,
     kl_coef: float,
@@ -107,8 +120,13 @@ def policy_loss(
 ) -> jax.Array:
     """On-policy GRPO loss, mean over response tokens (`masked_mean`). All per token, [...].
 
-    One update per rollout, so the importance ratio is 1 in value and carries only the gradient.
+    One update per rollout, so the importance ratio is 1 in value and carries only the gradient. Without a `reference`
+    there is no KL term. Masked tokens, and tokens of probability 0 (-inf), add nothing to the loss or its gradient.
     """
-    ratio = jnp.exp(log_probs - jax.lax.stop_gradient(log_probs))
-    per_token = -ratio * advantage + kl_coef * kl_k3(log_probs, reference)
-    return masked_mean(per_token, mask, of)
+    # Chosen before the exponential: the gradient of what overflows is NaN even where its value is dropped afterwards.
+    counted = mask.astype(bool) & ~jnp.isneginf(log_probs)
+    log_probs = jnp.where(counted, log_probs, 0.0)
+    per_token = -jnp.exp(log_probs - jax.lax.stop_gradient(log_probs)) * jnp.where(counted, advantage, 0.0)
+    if reference is not None:
+        per_token = per_token + kl_coef * kl_k3(log_probs, jnp.where(counted, reference, 0.0))
+    return masked_mean(per_token, counted, count(mask) if of is None else of)

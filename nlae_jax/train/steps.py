@@ -2,7 +2,7 @@
 
 Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
 (the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
-data), `tails` where the tokenizer needs them, and in RL `reference` (the warm-started encoder).
+data), `tails` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -276,7 +276,8 @@ def rl_step(
 ) -> RlParts:
     """Batch: `h` [B, d]. Rollout, score, update of both roles; strictly on-policy, one update per rollout.
 
-    `frozen` holds also `reference`, the encoder that the KL term compares with, and `blank` (`protocol.blank_tokens`).
+    `frozen` holds also `blank` (`protocol.blank_tokens`) and `reference`, the encoder that the KL term compares with.
+    With `rl.kl_coef` = 0 there is no reference: none is held or computed, and the metrics have no `kl`.
     """
     rl = config.rl
 
@@ -313,31 +314,36 @@ def rl_step(
             reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
         advantage, no_spread = objectives.group_advantages(reward)
 
-        def policy_loss(*per_token: jax.Array) -> jax.Array:
-            return objectives.policy_loss(*per_token, rl.kl_coef, count)
+        def policy_loss(
+            log_probs: jax.Array, advantage: jax.Array, mask: jax.Array, reference: jax.Array | None = None
+        ) -> jax.Array:
+            return objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef, count)
 
         def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             h, tokens, advantage, mask = part
-            with jax.named_scope("reference"):
-                variables = roles.encoder_variables(frozen["base"], frozen["reference"])
-                reference, _ = roles.encoder.apply(variables, h, tokens, method="log_probs")
-            per_token = reference, jnp.broadcast_to(advantage[..., None], mask.shape), mask
+            reference: tuple[jax.Array, ...] = ()
+            if rl.kl_coef:
+                with jax.named_scope("reference"):
+                    variables = roles.encoder_variables(frozen["base"], frozen["reference"])
+                    reference = roles.encoder.apply(variables, h, tokens, method="log_probs")[:1]
+            per_token = jnp.broadcast_to(advantage[..., None], mask.shape), mask, *reference
             with jax.named_scope("policy"):
                 variables = roles.encoder_variables(frozen["base"], trained)
                 loss, rows = roles.encoder.apply(variables, h, tokens, policy_loss, *per_token, method="loss")
-            return loss, (*rows, reference)
+            return loss, (*rows, *reference)
 
         given = batch["h"], samples.tokens, advantage, mask
         (loss, rows), gradients = in_microbatches(loss_fn, state.trained, given, rl.microbatches)
-        log_probs, entropy, reference = rows
+        log_probs, entropy, *reference = rows
+        kl = {"kl": objectives.masked_mean(objectives.kl_k3(log_probs, *reference), mask)} if reference else {}
         state, norm, skipped = apply_update(state, gradients, encoder_optimizer)
         return state, {
             **metrics,
+            **kl,
             "loss": loss,
             "reward_mean": reward.mean(),
             "reward_std": reward.std(),
             **({"contrast": scores.contrast.mean()} if rl.contrastive else {}),
-            "kl": objectives.masked_mean(objectives.kl_k3(log_probs, reference), mask),
             "entropy": objectives.masked_mean(entropy, mask),
             "logp_gap": objectives.masked_mean(jnp.abs(log_probs - samples.log_probs), mask),
             "explanation_tokens": objectives.masked_mean(scores.length, valid),
