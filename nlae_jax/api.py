@@ -141,18 +141,19 @@ class NLA:
 
     def explain_texts(self, texts: Sequence[str], temperature: float = 0.0) -> list[list[dict[str, Any]]]:
         """The same for several texts, whose tokens are explained together."""
-        read = [self._read(text, f"text {number}") for number, text in enumerate(texts)]
+        names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
+        read = [self._read(text, name) for text, name in zip(texts, names, strict=True)]
         vectors = np.concatenate([vectors for _, vectors in read])
         explanations = self.explain(vectors, temperature, self.max_new_tokens)
         mse, cos = self.score(explanations, vectors)
         rows = iter(zip(explanations, cos.tolist(), mse.tolist(), strict=True))
-        names = ("explanation", "cos", "mse")
+        fields = ("explanation", "cos", "mse")
         return [
             [
                 {
                     "position": position,
                     "token": self.tokenizer.decode([token]),
-                    **dict(zip(names, next(rows), strict=True)),
+                    **dict(zip(fields, next(rows), strict=True)),
                 }
                 for position, token in enumerate(ids)
             ]

@@ -463,8 +463,14 @@ def _read_all(path: Path) -> bytes:
     data = b""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it would wait for a pipe that nobody writes into
     try:
-        while select.select([descriptor], [], [], _SILENT_SECONDS)[0]:
-            if not (piece := os.read(descriptor, 1 << 20)):
+        while True:
+            try:
+                piece = os.read(descriptor, 1 << 20)
+            except BlockingIOError:  # there is a writer, who says nothing
+                if select.select([descriptor], [], [], _SILENT_SECONDS)[0]:
+                    continue
+                break
+            if not piece:
                 return data
             data += piece
             if len(data) > _MOST_TEXT_BYTES:

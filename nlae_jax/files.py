@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from nlae_jax.errors import UserError
-from nlae_jax.outside import parse_json
 
 # Where a workdir's files are. Both kinds share the methods that this project uses on them.
 AnyPath = pathlib.Path | epath.Path
@@ -276,8 +275,8 @@ def read_text(path: AnyPath) -> str:
 def read_json(path: AnyPath) -> Any:
     """What `write_json` wrote. Raises UserError where the file is damaged."""
     try:
-        return parse_json(path.read_bytes(), path, finite=False)
-    except UserError:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError, MemoryError):
         raise UserError(f"{path}: not valid JSON; it should be as the run wrote it") from None
 
 

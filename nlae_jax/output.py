@@ -43,9 +43,15 @@ def show_json(value: Any) -> None:
 
 
 def show_rich(*parts: Any) -> None:
-    """Tables and texts on stdout, as wide as the terminal. Nothing in a text is markup."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    with console.capture() as shown:
-        for part in parts:
-            console.print(part)
+    """Tables and texts on stdout, as wide as the terminal. Nothing in a text is markup.
+
+    Raises UserError where stdout does not take them.
+    """
+    try:
+        console = Console(markup=False, emoji=False, highlight=False)
+        with console.capture() as shown:
+            for part in parts:
+                console.print(part)
+    except ValueError as error:  # of a stdout that is closed, which a console looks at first
+        raise UserError(f"stdout: {error}") from None
     show(shown.get().removesuffix("\n"))

@@ -811,8 +811,10 @@ def test_what_cannot_be_printed_fails_no_run(tiny_run, finished, monkeypatch, ca
         text = arrived().decode(kind)
         assert {"train": "held-out FVE after RL", "eval": '"fve"', "report": "report.html"}[command] in text
     else:
-        assert "warning: " in (warned := capsys.readouterr().err) and "stdout" in warned
-        assert str(finished) not in warned.splitlines()[-1].split("stdout")[1]
+        warned = capsys.readouterr().err
+        assert "warning: " in warned and "stdout" in warned
+        told = next(line for line in warned.splitlines() if "stdout" in line)
+        assert str(finished) not in told.split("stdout")[1]
     assert command == "eval" or (finished / "report.html").exists()
 
 
@@ -843,7 +845,7 @@ def test_any_name_of_a_workdir_is_printed_as_it_is(tiny_run, finished, tmp_path,
     assert main(tiny_run.arguments(workdir)) == 0
     shown = capsys.readouterr()
     assert "warning" not in shown.err
-    assert name.replace("\x1b", "") in "".join(shown.out.replace("\x1b", "").split("\n"))
+    assert workdir.name.replace("\x1b", "") in "".join(shown.out.replace("\x1b", "").split("\n"))
 
 
 def lost_samples(workdir):

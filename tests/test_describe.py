@@ -106,5 +106,5 @@ def test_template_reports_progress(tmp_path):
 
 
 def test_an_unknown_provider_is_named(tmp_path):
-    with pytest.raises(UserError, match="'magic' is unknown: use one of template, subject, openai, anthropic"):
+    with pytest.raises(UserError, match="'magic' is unknown: use one of template, file, describer, subject, openai"):
         make_describer(DescribeConfig(provider="magic"), resources(tmp_path))

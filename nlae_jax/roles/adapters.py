@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_json
+from nlae_jax.files import read_bytes, write_json
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
 from nlae_jax.lm.weights import hf_name
+from nlae_jax.outside import parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -70,9 +71,7 @@ def has_adapters(directory: Path) -> bool:
 def open_adapters(directory: Path) -> AdapterFile:
     """Reads `adapter_config.json`. Raises UserError naming the field that is missing or not supported."""
     path = directory / CONFIG
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: should hold a JSON object")
+    content = parse_json(read_bytes(path), path, dict)
     rank, alpha, base_model = (content.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {content.get('peft_type')!r} should be LORA")
