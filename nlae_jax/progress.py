@@ -93,9 +93,11 @@ class Progress:
         self._began = self._clock()
         self._marks.append((self._began, self.done))
         if _on_terminal() and hosts.is_first():
-            self._bar = _terminal_bar()
-            self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
-            self._bar.start()
+            bar = _terminal_bar()
+            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
+            with contextlib.suppress(OSError):  # the terminal is gone
+                bar.start()
+                self._bar = bar
         return self
 
     def advance(self, n: int = 1, **shown_metrics: Any) -> None:
@@ -152,7 +154,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
+            with contextlib.suppress(OSError):
                 self._bar.stop()
         else:
             self._write_line(ended=True)

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from nlae_jax import cli, stages
 from nlae_jax.cli import main
+from nlae_jax.data.activations import open_vectors
 from nlae_jax.errors import UserError
 
 pytest_plugins = ["tests.tiny_run"]
@@ -455,6 +456,38 @@ def test_damaged_file_of_the_activations(tiny_run, tmp_path, refused, name, keep
     assert contents(workdir) == before
 
 
+def shard_missing(vectors):
+    next(path for path in (vectors / "c").rglob("*") if path.is_file()).unlink()
+
+
+def bit_flipped(vectors):
+    path = next(path for path in (vectors / "c").rglob("*") if path.is_file())
+    data = bytearray(path.read_bytes())
+    data[5::50] = [byte ^ 1 for byte in data[5::50]]  # in every row
+    path.write_bytes(bytes(data))
+
+
+def nan(vectors):
+    rows = json.loads((vectors.parent / "meta.json").read_text())["num_activations"]
+    open_vectors(vectors.parent, rows, 64).write(np.nan).result()
+
+
+@pytest.mark.parametrize("damage", [shard_missing, bit_flipped, nan])
+@pytest.mark.parametrize("stage", ["sft", "rl", "eval"])
+def test_damaged_activations_end_every_stage(tiny_run, tmp_path, refused, damage, stage):
+    """Wherever they are read, in threads too: nothing is trained on them."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    (workdir / "eval.json").unlink()
+    for name in {"sft": ["encoder_sft", "decoder_sft", "rl"], "rl": ["rl"], "eval": []}[stage]:
+        shutil.rmtree(workdir / "checkpoints" / name)
+    damage(workdir / "activations/vectors")
+    before = contents(workdir)
+    complaint = refused(tiny_run.arguments(workdir, stage))
+    assert complaint.startswith(f"{workdir / 'activations/vectors'}: ") and "restore it, or delete" in complaint
+    changed = {path.name for path, data in contents(workdir).items() if before.get(path) != data}
+    assert changed <= {"metrics.jsonl"}  # whose rows of the stage are taken back
+
+
 def test_workdir_in_use(tiny_run, workdir, refused):
     workdir.mkdir()
     with (workdir / ".lock").open("w") as file:
@@ -811,10 +844,8 @@ def test_what_cannot_be_printed_fails_no_run(tiny_run, finished, monkeypatch, ca
         text = arrived().decode(kind)
         assert {"train": "held-out FVE after RL", "eval": '"fve"', "report": "report.html"}[command] in text
     else:
-        warned = capsys.readouterr().err
-        assert "warning: " in warned and "stdout" in warned
-        told = next(line for line in warned.splitlines() if "stdout" in line)
-        assert str(finished) not in told.split("stdout")[1]
+        (warned,) = (line for line in capsys.readouterr().err.splitlines() if "stdout" in line)
+        assert warned.startswith("warning: ") and str(finished) not in warned
     assert command == "eval" or (finished / "report.html").exists()
 
 

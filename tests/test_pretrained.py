@@ -385,6 +385,17 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
     assert cache_directory() == tmp_path
 
 
+def test_the_hubs_cache_is_in_ours_where_there_is_no_home(monkeypatch, tmp_path):
+    """It would be a directory called ~ otherwise."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for cache in ("~/.cache/huggingface/hub", str(tmp_path)):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+        resolve_model("owner/name")
+    assert [options.get("cache_dir") for options in asked] == [cache_directory() / "hub", None]
+
+
 @pytest.mark.parametrize("variable", ["NLAE_CACHE", "XDG_CACHE_HOME"])
 def test_a_cache_in_a_home_that_cannot_be_found(monkeypatch, variable):
     without_home(monkeypatch)

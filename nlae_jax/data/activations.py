@@ -210,8 +210,9 @@ def extract(
     """Reads every batch not yet read and writes the store; `advance(rows)` is called as rows are passed.
 
     `read` may return before it has computed: the next batch is asked for before one is waited for, so devices have
-    work while the host fetches and writes. Rows count when they are on disk, so a killed run does at most the last
-    few batches again. `parts`: of `read_batches`. Each of several processes writes the rows that its devices hold.
+    work while the host fetches and writes. Rows count when they are on disk: a killed run reads again what it read in
+    the last `_UNWRITTEN_SECONDS`, or its last batch (as one of several processes: the last shard). `parts`: of
+    `read_batches`. Each of several processes writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
     sizes = len(plan.position), d_model, num_next
@@ -282,7 +283,8 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or hosts.count() == 1:  # else the others are not here to wait for
+        together = kind is None or issubclass(kind, hosts.Preempted)  # which all processes are at the same batch
+        if together or hosts.count() == 1:  # else the others are not here to wait for
             self._settle()
             self._begin(self._read)
             self._settle()
