@@ -16,7 +16,7 @@ lint: .venv/tested
 	.venv/bin/ruff format --check .
 
 docs: .venv/documented
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 	@echo "documentation: build/docs/index.html"
 
 .venv/installed: setup.cfg pyproject.toml
