@@ -4,7 +4,8 @@
 #   export PROJECT=... ZONE=us-west4-a
 #   launch/queued_resource.sh [--dry-run] NAME v5e:2x4 experiments/qwen2_5_7b.py gs://BUCKET/RUN [--config.f=value ...]
 #   launch/queued_resource.sh [--dry-run] --delete NAME
-# CONFIG is a path in this checkout. SPOT=1 takes machines that are cheaper and may be taken away.
+# CONFIG is a path in this checkout. SPOT=1 takes machines that are cheaper and may be taken away. Export the keys that the
+# config needs too: they are copied to the workers, readable by their user alone (common.sh).
 set -u
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"

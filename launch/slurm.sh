@@ -2,7 +2,8 @@
 # Trains on a Slurm cluster with GPUs, one process per GPU. Ends in time to save, and puts itself into the queue again.
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] experiments/qwen2_5_7b.py /shared/runs/qwen [--config.field=value ...]
 # Start it in the checkout, on a file system that all nodes see, with .venv made there (pip install '.[cuda]'). Further
-# options of sbatch are in SBATCH_OPTIONS ("--partition=... --time=..."). Inside an allocation it trains there.
+# options of sbatch are in SBATCH_OPTIONS ("--partition=... --time=..."). Inside an allocation it trains there. Export the
+# keys that the config needs too: the job gets this environment.
 #SBATCH --job-name=nlae
 #SBATCH --signal=TERM@300
 #SBATCH --requeue

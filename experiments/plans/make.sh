@@ -15,7 +15,7 @@ plan() { # NAME EXPERIMENT MODEL TOPOLOGY ACTIVATIONS ARGUMENTS...
     "$python" -m nlae_jax plan --config "experiments/$experiment.py" --topology "$topology" --json \
         --out "experiments/plans/$name.json" --config.subject.model="experiments/architectures/$model" \
         --config.rl.activations_per_step="$activations" --config.rl.samples_per_activation=8 \
-        --config.rl.max_new_tokens=150 "$@" >/dev/null
+        --config.rl.max_new_tokens=150 --config.attention=pallas "$@" >/dev/null
 }
 
 adapters=(--config.lora.rank=64 --config.lora.alpha=64)
