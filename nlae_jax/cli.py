@@ -60,7 +60,12 @@ def entry() -> int:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    return main()
+    code = main()
+    if code:
+        # What fails in finalizers now, as asyncio's tasks on a loop that is closed, would bury the line that says why.
+        sys.unraisablehook = lambda _: None
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import resource
 import shutil
 from typing import Any
 
@@ -191,7 +192,11 @@ def _require_space(directory: AnyPath, state: Any) -> None:
     if is_remote(directory):
         return
     shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    if shutil.disk_usage(directory).free < sum(shard.data.nbytes for shard in shards) + _MARGIN:
+    needed = sum(shard.data.nbytes for shard in shards)
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest != resource.RLIM_INFINITY and largest < needed:  # most of it may come into one file
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(directory))
+    if shutil.disk_usage(directory).free < needed + _MARGIN:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
