@@ -32,6 +32,7 @@ _SENTENCE_END = r"[.!?](?=[\s\"”’')\]]|$)|[。！？\n]"
 _SENTENCE_PART = re.compile(f"(?:{_QUOTED})|({_SENTENCE_END})")
 _LIST_UNIT = re.compile(rf"{_QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
 _SEPARATORS = frozenset((",", "、", "，", "&", "or", "and", "nor"))
+_QUOTES = '"“'
 _LIST_ENDS = frozenset(".!?。！？\n;:()[]{}—–")
 
 
@@ -76,20 +77,14 @@ def _lists(text: str) -> Iterator[list[_Item]]:
         elif unit.casefold() in _SEPARATORS:
             items.append([])
         else:
-            items[-1].append(unit if unit[0] in '"“' else unit.casefold())
+            items[-1].append(unit if unit[0] in _QUOTES else unit.casefold())
 
 
-def _is_quoted(item: _Item) -> bool:
-    return any(unit[0] in '"“' and len(unit) > 1 for unit in item)
-
-
-def _most_allowed(item: _Item) -> float:
-    """How often a list may have the item. Idioms ("again and again") repeat function words; arrays repeat numbers."""
-    if _is_quoted(item):
-        return 1
-    if not any(character.isalpha() for unit in item for character in unit):
+def _most_allowed(name: _Item) -> float:
+    """How often a list may have it. Idioms ("again and again") repeat function words, arrays repeat numbers."""
+    if not any(character.isalpha() for unit in name for character in unit):
         return math.inf
-    return 2 if all(unit in FUNCTION_WORDS for unit in item) else 1
+    return 2 if all(unit in FUNCTION_WORDS for unit in name) else 1
 
 
 def _count(name: _Item, items: list[_Item]) -> int:
@@ -104,20 +99,23 @@ def _count(name: _Item, items: list[_Item]) -> int:
     return items.count(name) + leading + following
 
 
-def _names(items: list[_Item]) -> set[_Item]:
-    """What a list may name: its items and what the first one ends in; where two clauses are joined, only a quote."""
-    ending = items[0][-1:]
-    return {*items, ending} if len(items) > 2 or _is_quoted(ending) else set(items)
+def _has_repetition(items: list[_Item]) -> bool:
+    """Whether a list has a quoted string in two of its items, or names one of its items twice."""
+    quoted = [unit for item in items for unit in set(item) if unit[0] in _QUOTES and len(unit) > 1]
+    # The first item's last word may be a name; where a comma only joins two clauses, nothing says that it is.
+    names = {*items, items[0][-1:]} if len(items) > 2 else set(items)
+    return len(set(quoted)) < len(quoted) or any(_count(name, items) > _most_allowed(name) for name in names)
 
 
 def has_repeated_item(text: str) -> bool:
     """Whether a list in the text names something twice, or the text has a word three times on end.
 
-    `"of", "of" or "of"`, `platform, platform and platform`, `about cats and cats`, `data data data`. Not `more and
-    more` or `0, 0, 1`: function words must be there three times, and bare numbers may repeat.
+    `"of", "of" or "of"`, `"of" or then "of"`, `platform, platform and platform`, `about cats and cats`,
+    `data data data`. Not `more and more` or `0, 0, 1`: function words must be there three times, and bare numbers may
+    repeat.
     """
     for items in _lists(text):
-        if len(items) > 1 and any(_count(name, items) > _most_allowed(name) for name in _names(items)):
+        if len(items) > 1 and _has_repetition(items):
             return True
         for item in items:
             for a, b, c in zip(item, item[1:], item[2:], strict=False):
