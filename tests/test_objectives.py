@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from nlae_jax.train import objectives
 from nlae_jax.train.objectives import (
     FAILED_MSE,
     REWARDS,
@@ -255,3 +256,36 @@ def test_the_policy_gradient_is_the_advantage_weighted_score():
         -(advantage[..., None] * mask).sum() / mask.sum(),
         rtol=1e-5,
     )
+
+
+# --- telling a batch's activations apart
+
+
+def test_contrast_is_the_softmax_of_the_distances_to_the_batch():
+    h = vectors(3, 16, seed=1)
+    rebuilt = np.stack([h, h[::-1]], axis=1)  # its own activation, and one from the other end of the batch
+    found = objectives.contrast(jnp.asarray(rebuilt), jnp.asarray(h), jnp.ones((3, 2), bool))
+    least = -2 * np.log(3)
+    for row in range(3):
+        for sample in range(2):
+            mse = np.array([float(objectives.direction_mse(rebuilt[row, sample], other)) for other in h])
+            logits = -mse / objectives.CONTRAST_TEMPERATURE
+            expected = logits[row] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+            np.testing.assert_allclose(found[row, sample], max(expected, least), atol=1e-4)
+    assert float(found[0, 0]) > -0.1 and float(found[0, 1]) == pytest.approx(least)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.sampled_from(sorted(objectives.REWARDS)), st.sampled_from([0.0, 0.02]))
+def test_an_unreadable_sample_never_beats_a_readable_one_with_contrast_either(seed, kind, penalty):
+    rng = np.random.default_rng(seed)
+    h = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    rebuilt, valid = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32), jnp.asarray(rng.random((4, 6)) < 0.5)
+    mse = objectives.direction_mse(rebuilt, h[:, None])
+    lengths = jnp.asarray(rng.integers(1, 100, (4, 6)))
+    reward = 0.5 * objectives.rewards(mse, valid, lengths, kind, penalty)
+    reward = np.asarray(reward + 0.5 * objectives.contrast(rebuilt, h, valid))
+    for row in range(4):
+        readable, unreadable = reward[row][np.asarray(valid[row])], reward[row][~np.asarray(valid[row])]
+        if readable.size and unreadable.size:
+            assert unreadable.max() <= readable.min() + 1e-6

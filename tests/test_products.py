@@ -68,7 +68,7 @@ def every_program(sizes: tuple[int, int, int], **settings: Any) -> Iterator[tupl
     ("platform", "sizes", "settings"),
     [
         ("cuda", (1, 1, 1), {"lora__rank": 4}),
-        ("cuda", (2, 2, 2), {"lora__rank": 0, "rl__fused": False}),
+        ("cuda", (2, 2, 2), {"lora__rank": 0, "rl__fused": False, "rl__contrastive": 0.5}),
         ("cuda", (1, 8, 1), {"lora__rank": 0, "subject__dtype": "bfloat16", "rl__kl_coef": 0.0}),
         ("cuda", (1, 1, 1), {"lora__rank": 4, "subject__dtype": "bfloat16", "remat": "dots"}),
         ("tpu", (2, 2, 2), {"lora__rank": 4}),
@@ -121,7 +121,7 @@ def test_notebooks_compute_as_exactly(platform, tiny_lm, lora_roles, tokenizer, 
         (lm._logits, (params, ids, mask)),
         (lm._residual, (params, ids, mask, 1)),
         (lm._generate, (params, ids, mask, key, 4, 1.0)),
-        (trip._explain, (pair, jnp.ones((2, lm.arch.d_model)), key, 0.0)),
+        (trip._explain, (pair, jnp.ones((2, lm.arch.d_model)), key, 0.0, 12)),
         (trip._reconstruct, (pair, ids, jnp.full(2, 8), trip._tails)),
         (trip._reconstruct_prompts, (pair, ids, mask)),
     ]

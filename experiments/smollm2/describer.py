@@ -30,7 +30,7 @@ from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.adapters import write_adapters
-from nlae_jax.roles.describer import Describer, longest, note_ids, prompt_ids
+from nlae_jax.roles.describer import Describer, note_ids, prompt_ids
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import Stage, compiled, run_stage
 from nlae_jax.train.state import Params, RoleState, init_role, make_optimizer, sft_schedule
@@ -49,11 +49,11 @@ def arrays(tokenizer: object, descriptions: list[Description]) -> Batch:
     """Prompts padded on the left and notes on the right: what `describer_sft_step` reads, of all rows."""
     prompts = [prompt_ids(tokenizer, description.place[1]) for description in descriptions]
     notes = [note_ids(tokenizer, description.text) for description in descriptions]
-    width = longest(prompts, 64)
+    width = max(map(len, prompts))
     prompt, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, ids in enumerate(prompts):
         prompt[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
-    note, length = pad(notes, longest(notes))
+    note, length = pad(notes, max(map(len, notes)))
     return {"prompt": prompt, "mask": mask, "note": note, "length": length}
 
 
@@ -65,7 +65,6 @@ def train(config: Config, arch: Arch, base: Params, rows: Batch, steps: int, rat
     step = compiled(describer_sft_step(Describer(arch, remat=config.remat), optimizer), state, mesh)
 
     def load(indices: np.ndarray) -> Batch:
-        """The batch, its prompts cut to what they need in steps of 64 tokens."""
         return {name: values[indices] for name, values in rows.items()}
 
     iterator = batches(len(rows["length"]), config.sft.batch_size, config.seed, load)

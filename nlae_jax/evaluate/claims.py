@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from nlae_jax.evaluate.health import candidates, sentences
+from nlae_jax.evaluate.health import QUOTED, candidates, sentences
 
-_QUOTED = re.compile('"[^"\n]{0,80}"|“[^”\n]{0,80}”')
 _MOST_SENTENCES = 3  # that the value of an explanation's beginnings is given for
 
 
@@ -27,7 +26,7 @@ def without_last(text: str) -> str:
 
 def without_quotes(text: str, context: str) -> str:
     """Without the quoted spans that stand in the context."""
-    cut = _QUOTED.sub(lambda quoted: "" if is_in(quoted[0][1:-1], context) else quoted[0], text)
+    cut = re.sub(QUOTED, lambda quoted: "" if is_in(quoted[0][1:-1], context) else quoted[0], text)
     return " ".join(cut.split())
 
 
@@ -49,7 +48,7 @@ def is_in(span: str, context: str) -> bool:
 
 def ending(text: str) -> str | None:
     """The last quoted span outside of the first sentence, whose quotations are expected tokens; None without one."""
-    found = _QUOTED.findall("".join(sentences(text)[1:]))
+    found = re.findall(QUOTED, "".join(sentences(text)[1:]))
     return found[-1][1:-1] if found else None
 
 

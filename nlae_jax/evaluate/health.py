@@ -25,12 +25,13 @@ _CJK = (
     "\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
 )
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
-_QUOTED = '"[^"\n]{0,80}"|“[^”\n]{0,80}”'
+# A quoted span with its marks, as a pattern.
+QUOTED = '"[^"\n]{0,80}"|“[^”\n]{0,80}”'
 # Most of these scripts put no spaces between words: each of their characters counts as one.
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+(?:['’][^\\W_{_CJK}]+)*")
 _SENTENCE_END = r"[.!?](?=[\s\"”’')\]]|$)|[。！？\n]"
-_SENTENCE_PART = re.compile(f"(?:{_QUOTED})|({_SENTENCE_END})")
-_LIST_UNIT = re.compile(rf"{_QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
+_SENTENCE_PART = re.compile(f"(?:{QUOTED})|({_SENTENCE_END})")
+_LIST_UNIT = re.compile(rf"{QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
 _SEPARATORS = frozenset((",", "、", "，", "&", "or", "and", "nor"))
 _QUOTES = '"“'
 _LIST_ENDS = frozenset(".!?。！？\n;:()[]{}—–")
@@ -52,7 +53,7 @@ def candidates(text: str) -> list[str]:
 
     `Next comes "a", "b" or a new line.` and `"a" or "b", then the verb.` both give a and b.
     """
-    return [item for quoted in re.findall(_QUOTED, sentences(text)[0]) if (item := quoted[1:-1].strip())]
+    return [item for quoted in re.findall(QUOTED, sentences(text)[0]) if (item := quoted[1:-1].strip())]
 
 
 def has_repeated_sentence(text: str) -> bool:

@@ -5,7 +5,6 @@ It reads words and never sees an activation, so one describer serves every subje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -63,8 +62,3 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
 def note_ids(tokenizer: Any, note: str) -> list[int]:
     """What the describer should write: the note and the end of sequence."""
     return [*tokenizer.encode(note.strip(), add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def longest(sequences: Sequence[Sequence[int]], multiple: int = 8) -> int:
-    """The width that holds every sequence, rounded up."""
-    return -(-max(map(len, sequences)) // multiple) * multiple

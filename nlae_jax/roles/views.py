@@ -63,15 +63,19 @@ def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[
 
 
 def shown(
-    ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks, config: ViewsConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks | None, config: ViewsConfig
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What the decoder sees of a batch's explanations, its lengths, and which activations [B] it sees whole.
+
+    Without `tables` it sees everything, and None stands for all activations.
 
     The first `leading` of the batch's activations lose sentences at the end: at least one is left, at least one goes
     where there are several, and how many is spread evenly over the activations. Half of them and others, `unquoted` in
     all, lose what is quoted. A group shares its view, so its rewards can be compared; batches are drawn at random, so
     it does not matter that the first are chosen.
     """
+    if tables is None:
+        return ids_BxGxT, length_BxG, None
     batch, group, width = ids_BxGxT.shape
     cut, unquoted = round(config.leading * batch), round(config.unquoted * batch)
     row = jnp.arange(batch)

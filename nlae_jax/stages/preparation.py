@@ -80,7 +80,8 @@ def _given(plan: activations.Plan, described: Described) -> dict[int, str]:
 
 
 def _table(descriptions: dict[int, str]) -> pa.Table:
-    return pa.table({"row": pa.array(descriptions, pa.int64()), "description": pa.array(descriptions.values())})
+    columns = {"row": pa.array(descriptions, pa.int64()), "description": pa.array(descriptions.values(), pa.string())}
+    return pa.table(columns)
 
 
 def reader(run: Run, num_next: int) -> activations.Reader:
@@ -205,12 +206,11 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
     with progress(len(rows), "describe", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh) if model else partial(_advance_alone, bar)
         described = make_describer(config, resources, advance)(contexts)
-    kept = [(row, text) for row, text in zip(rows.tolist(), described, strict=True) if text]
+    kept = {row: text for row, text in zip(rows.tolist(), described, strict=True) if text}
     if len(kept) < len(rows):
         say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
-    table = pa.table({"row": pa.array([r for r, _ in kept], pa.int64()), "description": [t for _, t in kept]})
     if hosts.is_first():
-        write_parquet(path, table)
+        write_parquet(path, _table(kept))
 
 
 def _chat(run: Run, model: LanguageModel, prompts: list[str]) -> list[str]:

@@ -223,8 +223,15 @@ def rl(run: Run) -> tuple[Params, Params]:
         _, texts = read_samples(run.tokenizer, run.protocol, tokens.reshape(len(lengths), -1), lengths)
         return watch.add(health(texts, run.protocol.marker, config.samples_per_activation))
 
-    hooks = {"observe": observe, "at_checkpoint": watch.review}
-    stage = Stage("rl", config.num_steps, step, iterator, made_with=run.made_with(), **hooks)
+    stage = Stage(
+        "rl",
+        config.num_steps,
+        step,
+        iterator,
+        observe=observe,
+        at_checkpoint=watch.review,
+        made_with=run.made_with(),
+    )
     state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
     return state.encoder.trained, state.decoder.trained
 

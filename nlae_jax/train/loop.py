@@ -140,9 +140,11 @@ def _run(
             if stopping:
                 checkpoints.finish()
                 raise hosts.Preempted
-    if log is not None:
-        log.sort()
-    checkpoints.finish()  # before anything else can fail
+    try:
+        if log is not None:
+            log.sort()
+    finally:
+        checkpoints.finish()  # whatever else fails
     return state
 
 

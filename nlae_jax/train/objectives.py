@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nlae_jax.lm.products import einsum
+
 # What a sample earns whose explanation could not be read: as much as an orthogonal reconstruction.
 FAILED_MSE = 2.0
 
@@ -70,7 +72,7 @@ def contrast(reconstruction_BxGxD: jax.Array, h_BxD: jax.Array, valid_BxG: jax.A
     is -log B; twice that is the least, and what a failed extraction earns.
     """
     own, other = unit_direction(reconstruction_BxGxD), unit_direction(h_BxD)
-    mse_BxGxB = 2.0 - 2.0 * jnp.einsum("bgd,cd->bgc", own, other) / h_BxD.shape[-1]
+    mse_BxGxB = 2.0 - 2.0 * einsum("bgd,cd->bgc", own, other) / h_BxD.shape[-1]
     chosen = jax.nn.log_softmax(-mse_BxGxB / CONTRAST_TEMPERATURE, axis=-1)
     score = jnp.einsum("bgb->bg", chosen)
     least = -2.0 * jnp.log(jnp.float32(max(h_BxD.shape[0], 2)))

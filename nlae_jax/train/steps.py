@@ -18,7 +18,7 @@ from nlae_jax.config import Config, ViewsConfig
 from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.roles.describer import Describer
-from nlae_jax.roles.views import shown as parts_shown
+from nlae_jax.roles.views import shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import Params, RlState, Roles, RoleState
 
@@ -157,7 +157,7 @@ def decoder_sft_step(
     """Batch: `h` [B, d], `ids` [B, T] explanations' tokens, `length` [B]."""
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
-        ids, length, whole = shown(batch["ids"][:, None], batch["length"][:, None], frozen, views)
+        ids, length, whole = shown(batch["ids"][:, None], batch["length"][:, None], frozen.get("marks"), views)
         (loss, (mse, _)), gradients = reconstruction(
             roles, state.trained, frozen, batch["h"], ids, length, microbatches
         )
@@ -166,15 +166,6 @@ def decoder_sft_step(
         return state, {**metrics, **_fve(mse, whole, frozen), "tokens": batch["length"].sum()}
 
     return step
-
-
-def shown(
-    ids_BxGxT: jax.Array, length_BxG: jax.Array, frozen: Params, views: ViewsConfig
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What the decoder sees of explanations and which activations it sees whole (`views.shown`); None: all of them."""
-    if "marks" not in frozen:
-        return ids_BxGxT, length_BxG, None
-    return parts_shown(ids_BxGxT, length_BxG, frozen["marks"], views)
 
 
 def _fve(mse_BxG: jax.Array, whole_B: jax.Array | None, frozen: Params) -> Metrics:
@@ -227,32 +218,26 @@ def rollout(
 class Scores(NamedTuple):
     """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens.
 
-    `contrast` [B, G] is `objectives.contrast`. `whole` [B] marks activations whose explanations were seen whole, where
-    not all were.
+    `contrast` [B, G] is `objectives.contrast`, where it is rewarded. `whole` [B] marks activations whose explanations
+    were seen whole, where not all were.
     """
 
     mse: jax.Array
     length: jax.Array
-    contrast: jax.Array
+    contrast: jax.Array | None = None
     whole: jax.Array | None = None
 
 
 def score(
-    roles: Roles,
-    trained: Params,
-    frozen: Params,
-    h_BxD: jax.Array,
-    samples: Samples,
-    blank: jax.Array,
-    microbatches: int = 1,
-    views: ViewsConfig = ViewsConfig(),
+    roles: Roles, config: Config, trained: Params, frozen: Params, h_BxD: jax.Array, samples: Samples
 ) -> tuple[Scores, Params]:
     """One pass gives every sample's mse and the decoder's gradient (its training)."""
-    ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, blank)
-    ids, length, whole = shown(ids, written, frozen, views)
-    (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, microbatches)
+    ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
+    ids, length, whole = shown(ids, written, frozen.get("marks"), config.views)
+    (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
-    return Scores(mse, written, objectives.contrast(rebuilt, h_BxD, length > 0), whole), gradients
+    contrast = objectives.contrast(rebuilt, h_BxD, length > 0) if config.rl.contrastive else None
+    return Scores(mse, written, contrast, whole), gradients
 
 
 class RlParts(NamedTuple):
@@ -294,7 +279,7 @@ def rl_step(
         )
 
     def score_part(state: RoleState, frozen: Params, batch: Params, samples: Samples) -> tuple[Scores, Params]:
-        return score(roles, state.trained, frozen, batch["h"], samples, frozen["blank"], rl.microbatches, config.views)
+        return score(roles, config, state.trained, frozen, batch["h"], samples)
 
     def train_decoder(
         state: RoleState, frozen: Params, batch: Params, samples: Samples
@@ -310,7 +295,7 @@ def rl_step(
         mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
         valid, count = scores.length > 0, objectives.count(mask)
         reward = objectives.rewards(scores.mse, valid, samples.lengths, rl.reward, rl.length_penalty)
-        if rl.contrastive:
+        if scores.contrast is not None:
             reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
         advantage, no_spread = objectives.group_advantages(reward)
 
@@ -343,7 +328,7 @@ def rl_step(
             "loss": loss,
             "reward_mean": reward.mean(),
             "reward_std": reward.std(),
-            **({"contrast": scores.contrast.mean()} if rl.contrastive else {}),
+            **({"contrast": scores.contrast.mean()} if scores.contrast is not None else {}),
             "entropy": objectives.masked_mean(entropy, mask),
             "logp_gap": objectives.masked_mean(jnp.abs(log_probs - samples.log_probs), mask),
             "explanation_tokens": objectives.masked_mean(scores.length, valid),
