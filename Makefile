@@ -14,6 +14,7 @@ test: .venv/tested
 lint: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache
 
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

@@ -31,7 +31,7 @@ need() {
 find_keys() {
     local python=${PYTHON:-$root/.venv/bin/python} said code=0
     [ -x "$(command -v "$python")" ] || python=python3
-    said=$("$python" -m nlae_jax.keys "$@" 2>&1) || code=$?
+    said=$("$python" -m nlae_jax.run.keys "$@" 2>&1) || code=$?
     case $code in
         0) mapfile -t keys < <(grep -xE '[A-Z_]+' <<<"$said") ;;
         2) echo "${said##*$'\n'}" >&2 && exit 2 ;;

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nlae_jax.api import NLA
-    from nlae_jax.language_model import LanguageModel
+    from nlae_jax.roles.language_model import LanguageModel
 
 __all__ = ["NLA", "LanguageModel"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return NLA
     if name == "LanguageModel":
-        from nlae_jax.language_model import LanguageModel
+        from nlae_jax.roles.language_model import LanguageModel
 
         return LanguageModel
     raise AttributeError(f"module 'nlae_jax' has no attribute {name!r}")

@@ -13,24 +13,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
-from nlae_jax.errors import UserError
 from nlae_jax.evaluate.reconstruction import direction_mse
-from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
-from nlae_jax.files import workdir_path
-from nlae_jax.language_model import LanguageModel
+from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
+from nlae_jax.interop.sidecar import Sidecar, protocol_of
 from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
 from nlae_jax.lm.tokens import check_ids, text_ids
 from nlae_jax.mesh import make_mesh
-from nlae_jax.outside import encodable
-from nlae_jax.progress import progress
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol, check_prompts, decoder_ids
-from nlae_jax.roles.released import Released, open_released, pair_sidecar, pair_tokenizer
-from nlae_jax.roles.sidecar import Sidecar, protocol_of
-from nlae_jax.run import Run
-from nlae_jax.stages.training import trained_pair
-from nlae_jax.train.state import Roles
+from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.run.run import Run
+from nlae_jax.run.training import trained_pair
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import workdir_path
+from nlae_jax.runtime.outside import encodable
+from nlae_jax.runtime.progress import progress
 
 _BATCH = 16
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square

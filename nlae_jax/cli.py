@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax import hosts, signals
-from nlae_jax.errors import UserError, one_line
+from nlae_jax.runtime import processes, signals, supervision, world
+from nlae_jax.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
-    from nlae_jax.files import AnyPath
+    from nlae_jax.runtime.files import AnyPath
 
 _STAGES = {
     "train": "every stage that is not finished: extract, describe, sft, rl, eval, report",
@@ -78,32 +78,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
         sys.stdout.reconfigure(errors="replace")
     try:
-        with signals.interruptible(hosts.interrupt, hosts.grace, hosts.tell):
+        with signals.interruptible(supervision.interrupt, supervision.grace, world.tell):
             return _run(options, overrides)
     except KeyboardInterrupt:  # while the end was being told
-        return hosts.INTERRUPTED
+        return supervision.INTERRUPTED
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     """The command and its exit code."""
     try:
         _resolve_paths(options)
-        with hosts.preemptible() if hasattr(options, "distributed") else contextlib.nullcontext():
-            return hosts.end(options.run(options, overrides))
-    except hosts.Preempted:
-        return hosts.end(_fail("preempted; the same command continues", None, False, code=hosts.PREEMPTED))
+        with supervision.preemptible() if hasattr(options, "distributed") else contextlib.nullcontext():
+            return supervision.end(options.run(options, overrides))
+    except supervision.Preempted:
+        return supervision.end(_fail("preempted; the same command continues", None, False, code=supervision.PREEMPTED))
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues", None, False, code=hosts.INTERRUPTED)
+        return _fail("interrupted; the same command continues", None, False, code=supervision.INTERRUPTED)
     except Exception as error:
         if signals.interrupted():  # within a library that made another error of it
-            return _fail("interrupted; the same command continues", None, False, code=hosts.INTERRUPTED)
-        if hosts.severed(error) and not isinstance(error, UserError):
-            hosts.wait_for_verdict()  # back only where the error is this process's own
+            return _fail("interrupted; the same command continues", None, False, code=supervision.INTERRUPTED)
+        if supervision.severed(error) and not isinstance(error, UserError):
+            supervision.wait_for_verdict()  # back only where the error is this process's own
         if (message := _explained(error, options)) is not None:
             return _fail(message, error, options.debug)
-        if hosts.count() > 1:
+        if world.count() > 1:
             traceback.print_exception(error)
-            return hosts.end(1, _line(f"{type(error).__name__}: {error}"))
+            return supervision.end(1, _line(f"{type(error).__name__}: {error}"))
         raise
 
 
@@ -128,7 +128,7 @@ def _explained(error: Exception, options: argparse.Namespace) -> str | None:
 
 def _resolve_paths(options: argparse.Namespace) -> None:
     """Paths as a person writes them, `~` and all, as paths. Raises UserError naming the option."""
-    from nlae_jax.files import local_path, workdir_path
+    from nlae_jax.runtime.files import local_path, workdir_path
 
     if getattr(options, "workdir", None) is not None:
         options.workdir = workdir_path(options.workdir)
@@ -158,12 +158,12 @@ def _with_huge_pages() -> None:
 def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2) -> int:
     """Says it in one line. Where other processes take part, they end likewise, and this one here."""
     if debug and error is not None:
-        if hosts.count() == 1:
+        if world.count() == 1:
             raise error
         traceback.print_exception(error)
-    if code != hosts.PREEMPTED or hosts.is_first():
-        hosts.tell(f"nlae: {_line(message)}")
-    return code if code == hosts.PREEMPTED else hosts.end(code, _line(message))
+    if code != supervision.PREEMPTED or world.is_first():
+        world.tell(f"nlae: {_line(message)}")
+    return code if code == supervision.PREEMPTED else supervision.end(code, _line(message))
 
 
 def _line(message: str) -> str:
@@ -284,15 +284,15 @@ def _start_jax(distributed: str | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if distributed is not None:
-        hosts.start(distributed)
-        if not hosts.is_first():
+        processes.start(distributed)
+        if not world.is_first():
             logger.setLevel(logging.WARNING)
 
 
 def _run_report(options: argparse.Namespace, _: list[str]) -> int:
     """Also of a run that is under way: nothing is run, nothing locked."""
-    from nlae_jax.evaluate.report import write_report
-    from nlae_jax.output import afterwards, show
+    from nlae_jax.report.page import write_report
+    from nlae_jax.runtime.output import afterwards, show
 
     path = write_report(options.workdir)
     afterwards("stdout", lambda: show(str(path)))
@@ -303,37 +303,37 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
 
     config = load_experiment(str(options.config), overrides)
-    hosts.set_grace(config.checkpoint.grace_seconds)
+    supervision.set_grace(config.checkpoint.grace_seconds)
     _start_jax(options.distributed)
-    from nlae_jax.evaluate.report import write_report
-    from nlae_jax.files import read_json
-    from nlae_jax.output import afterwards, show_json
-    from nlae_jax.progress import say
-    from nlae_jax.run import Run
-    from nlae_jax.stages import STAGES
+    from nlae_jax.report.page import write_report
+    from nlae_jax.run.run import Run
+    from nlae_jax.run.stages import STAGES
+    from nlae_jax.runtime.files import read_json
+    from nlae_jax.runtime.output import afterwards, show_json
+    from nlae_jax.runtime.progress import say
 
     clock = time.perf_counter()
     run = Run(config, options.workdir)
     if options.command == "train":
         for stage in STAGES.values():
             stage(run)
-        if hosts.is_first():
+        if world.is_first():
             afterwards("no report", lambda: write_report(options.workdir))
             afterwards("no results shown", lambda: _print_result(options.workdir))
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
         STAGES[options.command](run)
-        if getattr(options, "json", False) and hosts.is_first():
+        if getattr(options, "json", False) and world.is_first():
             afterwards("no results shown", lambda: show_json(read_json(options.workdir / "eval.json")))
     return 0
 
 
 def _print_result(workdir: AnyPath) -> None:
     """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
-    from nlae_jax.evaluate.report import SAMPLES
-    from nlae_jax.evaluate.table import held_out_table
-    from nlae_jax.files import read_fields
-    from nlae_jax.output import show_rich
+    from nlae_jax.report.page import SAMPLES
+    from nlae_jax.report.table import held_out_table
+    from nlae_jax.runtime.files import read_fields
+    from nlae_jax.runtime.output import show_rich
     from nlae_jax.train.metrics import read
 
     result = read_fields(workdir / "eval.json", {})
@@ -362,12 +362,12 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_experiment(str(options.config), overrides)
     if options.repeats < 1:
         raise UserError(f"--repeats: {options.repeats} should be at least 1")
-    hosts.set_grace(config.checkpoint.grace_seconds)
+    supervision.set_grace(config.checkpoint.grace_seconds)
     _start_jax(options.distributed)
-    from nlae_jax.bench import as_table, bench
+    from nlae_jax.bench.steps import as_table, bench
 
     result = bench(config, options.repeats)
-    if not hosts.is_first():
+    if not world.is_first():
         return 0
     _show(result, as_table, options.json)
     return 0
@@ -375,7 +375,7 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _show(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
     """Numbers on stdout: one JSON object, or a table."""
-    from nlae_jax.output import show_json, show_rich
+    from nlae_jax.runtime.output import show_json, show_rich
 
     if as_json:
         show_json(result)
@@ -388,8 +388,8 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_experiment(str(options.config), overrides)
     _start_jax()
-    from nlae_jax.files import write_json
     from nlae_jax.plan.report import STEPS, as_table, plan
+    from nlae_jax.runtime.files import write_json
 
     result = plan(config, options.topology, options.steps.split(",") if options.steps else STEPS)
     if options.out:
@@ -401,9 +401,9 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import open_run
-    from nlae_jax.export import export
-    from nlae_jax.output import afterwards, show
-    from nlae_jax.stages.training import trained_pair
+    from nlae_jax.run.export import export
+    from nlae_jax.run.training import trained_pair
+    from nlae_jax.runtime.output import afterwards, show
 
     run = open_run(options.workdir)
     export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
@@ -424,9 +424,9 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     _start_jax()
     from nlae_jax.api import NLA
     from nlae_jax.config import MeshConfig
-    from nlae_jax.evaluate.table import explanation_table
     from nlae_jax.mesh import make_mesh
-    from nlae_jax.output import show_json, show_rich
+    from nlae_jax.report.table import explanation_table
+    from nlae_jax.runtime.output import show_json, show_rich
 
     if options.workdir:
         nla = NLA.from_workdir(options.workdir)
@@ -444,8 +444,8 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
         for tokens in explained:
             show_rich(explanation_table(tokens))
     if options.html:
-        from nlae_jax.evaluate.explanation_page import write_explanation_page
-        from nlae_jax.progress import say
+        from nlae_jax.report.explanation_page import write_explanation_page
+        from nlae_jax.runtime.progress import say
 
         name = options.model or str(options.workdir or options.av)
         write_explanation_page(options.html, explained, name, nla.layer)

@@ -17,8 +17,8 @@ from typing import Any, get_type_hints
 
 import ml_collections
 
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, read_json
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The device mesh: the one place that knows device axes.
 
-Everything else names logical axes (`arch.Weight.axes`, "batch"); `RULES` maps those to mesh axes, and `DECODE_RULES`
+Everything else names logical axes (`Weight.axes`, "batch"); `RULES` maps those to mesh axes, and `DECODE_RULES`
 does while tokens are sampled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,22 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Weight
+from nlae_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter: its shape, and the logical name of each axis (`RULES` maps those to devices).
+
+    `fan_in` sets the standard deviation of a random initialisation, `fan_in ** -0.5`; 0 means all ones.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fan_in: int = 0
+
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 

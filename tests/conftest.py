@@ -29,11 +29,12 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import Config, ProtocolConfig, resolve
-from nlae_jax.language_model import LanguageModel
-from nlae_jax.lm.arch import Arch, Weight
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tiny import write_tiny_model
+from nlae_jax.mesh import Weight
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.roles.protocol import Protocol, make_protocol
-from nlae_jax.train.state import Roles, make_roles
 
 # No deadline: an example that compiles takes a second. Derandomised: the suite does the same work every time.
 hypothesis.settings.register_profile("nlae_jax", deadline=None, derandomize=True, database=None, max_examples=50)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nlae_jax import cli, files
+from nlae_jax import cli
 from nlae_jax.data import activations
-from nlae_jax.evaluate import report
+from nlae_jax.report import page as report
+from nlae_jax.runtime import files
 from nlae_jax.train import checkpoint, metrics
 
 _write_atomically = files.write_atomically

@@ -22,9 +22,9 @@ from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data import activations
 from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_batches, read_plan, write_plan
 from nlae_jax.data.corpus import Document
-from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, workdir_path, write_json
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import read_json, workdir_path, write_json
 
 pytest_plugins = ["tests.fake_gcs"]
 

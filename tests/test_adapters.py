@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 import nlae_jax
 from nlae_jax import assets
 from nlae_jax.cli import main
-from nlae_jax.errors import UserError
+from nlae_jax.lm.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import init_adapters, merge
 from nlae_jax.lm.pretrained import resolve_model
 from nlae_jax.lm.weights import hf_name, load_params
-from nlae_jax.roles.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
+from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run"]
 

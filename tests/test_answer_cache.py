@@ -11,8 +11,8 @@ import pytest
 
 from nlae_jax.data import answer_cache
 from nlae_jax.data.answer_cache import AnswerCache
-from nlae_jax.errors import UserError
-from nlae_jax.files import workdir_path
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import workdir_path
 
 pytest_plugins = ["tests.fake_gcs"]
 

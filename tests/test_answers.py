@@ -7,14 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import answers
 from nlae_jax.data.answer_cache import AnswerCache
 from nlae_jax.data.answers import Answer, cached_describer, parse_answer, thinks_at_end
-from nlae_jax.data.describe import Context
-from nlae_jax.errors import UserError
-from nlae_jax.hosts import Preempted
+from nlae_jax.data.describer import Context
+from nlae_jax.runtime import processes, world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.supervision import Preempted
 
 GOOD = "A tutorial on baking bread, whose present sentence still needs a verb after the word flour."
 TAGGED = f"<explanation>{GOOD}</explanation>"
@@ -291,11 +291,11 @@ def test_all_processes_ask_what_the_first_has_no_answer_to(tmp_path, monkeypatch
 
         return cached_describer(DescribeConfig(), AnswerCache(directory, "m"), ask, None, together=4, by_all=True)
 
-    monkeypatch.setattr(hosts, "by_first", lambda work: decided.append(work()) or decided[0])
+    monkeypatch.setattr(processes, "by_first", lambda work: decided.append(work()) or decided[0])
     expected = [GOOD if n % 2 or n > 7 or not usable else None for n in range(20)]
     assert process("first", tmp_path / "answers")(contexts(20)) == expected
-    monkeypatch.setattr(hosts, "is_first", lambda: False)
-    monkeypatch.setattr(hosts, "by_first", lambda work: json.loads(json.dumps(decided[0])))
+    monkeypatch.setattr(world, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "by_first", lambda work: json.loads(json.dumps(decided[0])))
     process("second", tmp_path / "nowhere")(contexts(20))
     assert asked["first"] == asked["second"] == texts[8 if usable else 0 :]  # the third four are asked as a whole
     assert not (tmp_path / "nowhere").exists()

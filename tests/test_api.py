@@ -15,10 +15,10 @@ from nlae_jax import api
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.activations import plan
 from nlae_jax.data.corpus import Document
-from nlae_jax.errors import UserError
-from nlae_jax.evaluate.roundtrip import RoundTrip
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.mesh import make_mesh, place, replicated
+from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run"]
 

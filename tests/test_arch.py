@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, Weight, model_weights
+from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, model_weights
 from nlae_jax.lm.attention import rope_table
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
+from nlae_jax.mesh import Weight
+from nlae_jax.runtime.errors import UserError
 
 LLAMA = {
     "model_type": "llama",

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nlae_jax.config import MeshConfig
 from nlae_jax.lm import attention, attention_kernel
 from nlae_jax.lm.arch import model_weights
-from nlae_jax.lm.attention import KeyValues, attend
+from nlae_jax.lm.attention import attend
+from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import batch_sharding, make_mesh, replicated, tree_shardings
 from nlae_jax.train.state import init_encoder
 from tests.conftest import perturbed, vectors

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nlae_jax.lm import attention_kernel
-from nlae_jax.lm.attention import KeyValues, attend
+from nlae_jax.lm.attention import attend
+from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import AXES, batch_sharding, replicated
 from nlae_jax.plan.chips import open_topology
 

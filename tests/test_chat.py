@@ -6,10 +6,10 @@ import signal
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm import chat, chat_worker
 from nlae_jax.lm.chat import chat_ids, chats_ids, with_its_date
 from nlae_jax.lm.tiny import tiny_tokenizer
+from nlae_jax.runtime.errors import UserError
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 PUBLISHED_STYLES = [

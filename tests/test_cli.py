@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nlae_jax import cli, stages
+from nlae_jax import cli
 from nlae_jax.cli import main
 from nlae_jax.data.activations import open_vectors
-from nlae_jax.errors import UserError
+from nlae_jax.run import stages
+from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -937,7 +938,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(tiny_run, tmp_path, capsys
 
 def test_activations_that_are_all_alike(tiny_run, tmp_path, monkeypatch, capsys):
     """Numbers that JSON lacks are null, and it is said."""
-    from nlae_jax.stages import preparation
+    from nlae_jax.run.stages import preparation
 
     def alike(arch, config, mesh, num_next):
         read = original(arch, config, mesh, num_next)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.config import Config, default_config, fields, flatten, load_config, load_experiment, resolve
-from nlae_jax.errors import UserError
+from nlae_jax.runtime.errors import UserError
 
 FIELDS = dict(fields(Config))
 NUMBERS = sorted(name for name, kind in FIELDS.items() if kind in (int, float))

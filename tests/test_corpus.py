@@ -17,7 +17,7 @@ import pytest
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data import corpus, documentation
 from nlae_jax.data.corpus import Document, read_documents
-from nlae_jax.errors import UserError
+from nlae_jax.runtime.errors import UserError
 
 LONG = "The quick brown fox jumps over the lazy dog near the river. "
 

@@ -12,10 +12,10 @@ import yaml
 from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import DatasetConfig
-from nlae_jax.data import datasets
-from nlae_jax.data.datasets import dataset_files, dataset_sidecar, import_plan, import_texts, import_vectors
-from nlae_jax.errors import UserError
-from nlae_jax.export import export_datasets
+from nlae_jax.interop import datasets
+from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_plan, import_texts, import_vectors
+from nlae_jax.run.export import export_datasets
+from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
 
 pytest_plugins = ["tests.tiny_run"]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.lm.arch import Weight, model_weights
+from nlae_jax.lm.arch import model_weights
 from nlae_jax.lm.lora import adapter_weights
+from nlae_jax.mesh import Weight
 from nlae_jax.roles.decoder import Decoder, place_suffix
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.roles.subject import Subject

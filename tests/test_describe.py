@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlae_jax.config import DescribeConfig
-from nlae_jax.data import describe
-from nlae_jax.data.describe import Context, DescribeResources, describe_by_template, make_describer
-from nlae_jax.errors import UserError
+from nlae_jax.data import template
+from nlae_jax.data.describe import make_describer
+from nlae_jax.data.describer import Context, DescribeResources
+from nlae_jax.data.template import describe_by_template
+from nlae_jax.runtime.errors import UserError
 
 
 def resources(tmp_path, generate=None):
@@ -75,12 +77,12 @@ def test_endings(tmp_path, text, ending):
 def test_topic_words_weigh_rarity_count_and_recency():
     frequency = {"common": 99, "first": 10, "second": 10, "twice": 10}
     text = "common common twice first twice second common"
-    assert describe.topic_words(text, frequency, 100) == ["twice", "second", "first"]
-    assert describe.topic_words("the of and", {}, 0) == []
+    assert template.topic_words(text, frequency, 100) == ["twice", "second", "first"]
+    assert template.topic_words("the of and", {}, 0) == []
 
 
 def test_document_frequencies_count_documents():
-    assert describe.document_frequencies(["Bread bread oven", "the bread"]) == {"bread": 2, "oven": 1}
+    assert template.document_frequencies(["Bread bread oven", "the bread"]) == {"bread": 2, "oven": 1}
 
 
 ANY_TEXT = st.text(st.characters(), max_size=80) | st.text("<>\"'/explanation \n\t“”\x85\u2028\ud800", max_size=80)

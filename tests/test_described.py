@@ -13,8 +13,8 @@ from nlae_jax.config import resolve
 from nlae_jax.data.activations import SPLITS, plan
 from nlae_jax.data.corpus import Document, document_of, read_documents
 from nlae_jax.data.described import described_path, match, read_descriptions
-from nlae_jax.errors import UserError
 from nlae_jax.lm.tiny import tiny_tokenizer
+from nlae_jax.runtime.errors import UserError
 
 TEXT = "The river rises in the hills and falls to the sea in the west of the land."
 

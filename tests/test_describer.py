@@ -10,16 +10,17 @@ import optax
 import pytest
 
 from nlae_jax.config import DescribeConfig, MeshConfig
-from nlae_jax.data import describer as provider
-from nlae_jax.data.describe import Context, DescribeResources, make_describer
-from nlae_jax.data.describer import TextDescriber
-from nlae_jax.errors import UserError
-from nlae_jax.language_model import LanguageModel
+from nlae_jax.data import trained_describer as provider
+from nlae_jax.data.describe import make_describer
+from nlae_jax.data.describer import Context, DescribeResources
+from nlae_jax.data.trained_describer import TextDescriber
+from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters
 from nlae_jax.mesh import make_mesh
-from nlae_jax.roles.adapters import write_adapters
 from nlae_jax.roles.describer import Describer, note_ids, prompt_ids
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.state import init_role
 from nlae_jax.train.steps import describer_sft_step
 from tests.conftest import perturbed

@@ -1,15 +1,16 @@
 """README and documentation: what they name exists, and the drawing of the rooms is what the imports are."""
 
 import ast
+import configparser
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 
-from nlae_jax import hosts
 from nlae_jax.cli import main
 from nlae_jax.config import Config, fields
+from nlae_jax.runtime import supervision
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -112,7 +113,7 @@ def test_python_in_it_is_python(page):
 
 def test_exit_codes_are_those_of_the_code():
     codes = re.findall(r"^\| (\d+) \|", (ROOT / "docs/resume.md").read_text(), re.MULTILINE)
-    assert codes == ["0", "2", str(hosts.PREEMPTED), str(hosts.LOST), "130"]
+    assert codes == ["0", "2", str(supervision.PREEMPTED), str(supervision.LOST), "130"]
 
 
 def test_figures_are_as_they_are_drawn():
@@ -120,28 +121,9 @@ def test_figures_are_as_they_are_drawn():
         assert (ROOT / "docs/assets" / name).read_text() == content, f"{name}: run python docs/tools/figures.py"
 
 
-def imports(path):
-    """Top-level modules of the package that a file imports when it runs, wherever in it."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "nlae_jax":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nlae_jax."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("nlae_jax."))
-
-
-def test_rooms_import_from_below():
-    floor = {name: number for number, (names, _) in enumerate(FIGURES["ROOMS"]) for name in names}
-    package = ROOT / "nlae_jax"
-    for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        assert room in floor, f"{room}: should be in ROOMS of docs/tools/figures.py"
-        above = {other for other in imports(path) if floor[other] < floor[room]}
-        assert not above, f"{path.relative_to(ROOT)} imports from above: {', '.join(sorted(above))}"
+def test_rooms_are_those_that_imports_are_held_to():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    floors = setup["importlinter:contract:rooms"]["layers"].split("\n")
+    layers = [room for floor in floors for room in floor.replace(":", " ").split()]
+    assert [name for names, _ in FIGURES["ROOMS"] for name in names if name != "__main__"] == layers

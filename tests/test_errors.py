@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.errors import UserError, one_line
+from nlae_jax.runtime.errors import UserError, one_line
 
 
 @given(st.text(st.characters(), max_size=60), st.integers(10, 50))

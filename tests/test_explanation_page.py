@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nlae_jax.evaluate.explanation_page import explanation_page, write_explanation_page
+from nlae_jax.report.explanation_page import explanation_page, write_explanation_page
 
 
 def token(position: int, text: str, explanation: str, mse: float) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, processors
 
 import nlae_jax
 from nlae_jax.cli import main
-from nlae_jax.errors import UserError
-from nlae_jax.evaluate.roundtrip import RoundTrip
-from nlae_jax.export import _copy_tokenizer
 from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.roles.protocol import decoder_ids
+from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.run.export import _copy_tokenizer
+from nlae_jax.runtime.errors import UserError
 from tests.tiny_run import TinyRun
 
 pytest_plugins = ["tests.tiny_run"]
@@ -160,7 +160,7 @@ def test_trained_weights_are_written_as_they_are(tiny_run, tmp_path):
     """Without adapters in float32 nothing is computed: to the last bit."""
     from nlae_jax.api import open_run
     from nlae_jax.lm.weights import load_params
-    from nlae_jax.stages.training import trained_pair
+    from nlae_jax.run.training import trained_pair
 
     assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path), "--dtype", "float32"]) == 0
     pair = trained_pair(open_run(tiny_run.workdir))

@@ -13,16 +13,16 @@ from safetensors.numpy import load_file, save_file
 
 import nlae_jax
 from nlae_jax.config import MeshConfig, resolve
-from nlae_jax.data.datasets import INJECT
-from nlae_jax.export import export
+from nlae_jax.interop.datasets import INJECT
+from nlae_jax.interop.sidecar import tokens_and_templates, write_sidecar
 from nlae_jax.lm.families import FAMILIES
 from nlae_jax.lm.pretrained import TOKENIZER_FILES
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.protocol import make_protocol
-from nlae_jax.roles.sidecar import tokens_and_templates, write_sidecar
-from nlae_jax.run import Run
-from nlae_jax.stages.preparation import extract
-from nlae_jax.stages.training import trained_pair
+from nlae_jax.run.export import export
+from nlae_jax.run.preparation import extract
+from nlae_jax.run.run import Run
+from nlae_jax.run.training import trained_pair
 from tests.conftest import TINY, perturbed, tiny_config, vectors
 from tests.test_families import CASES, SMALL, WIDE, assert_close, model_of, torch, transformers
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.transformer import Segment, Transformer
 from nlae_jax.lm.weights import load_params
 from nlae_jax.roles.subject import Subject
+from nlae_jax.runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

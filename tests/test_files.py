@@ -17,9 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from nlae_jax import files
-from nlae_jax.errors import UserError
-from nlae_jax.files import children, is_remote, kvstore, local_path, object_checksums, remove_abandoned, workdir_path
+from nlae_jax.runtime import files
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import (
+    children,
+    is_remote,
+    kvstore,
+    local_path,
+    object_checksums,
+    remove_abandoned,
+    workdir_path,
+)
 
 pytest_plugins = ["tests.fake_gcs"]
 
@@ -235,7 +243,7 @@ def test_many_at_once(tmp_path):
 
 def test_what_killed_processes_left_is_removed_when_the_next_run_starts(tmp_path):
     code = (
-        "import os, pathlib, signal; from nlae_jax.files import write_atomically\n"
+        "import os, pathlib, signal; from nlae_jax.runtime.files import write_atomically\n"
         "write_atomically(pathlib.Path('a/b.json'), lambda t: (t.write_text('half'), os.kill(os.getpid(), 9)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(files.__file__).parents[1])}

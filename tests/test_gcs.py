@@ -15,8 +15,8 @@ import pytest
 from nlae_jax.api import NLA
 from nlae_jax.cli import main
 from nlae_jax.data.activations import open_vectors
-from nlae_jax.errors import UserError
-from nlae_jax.files import children, read_json, read_text, workdir_path
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import children, read_json, read_text, workdir_path
 from nlae_jax.train import checkpoint, metrics
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed, newest_sealed, restore_part
 from nlae_jax.train.metrics import MetricsLog, read

@@ -11,12 +11,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import read_arch, read_hf_config
-from nlae_jax.lm.gguf import convert_gguf, split_rotary_pairs
+from nlae_jax.lm.gguf.convert import convert_gguf, split_rotary_pairs
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.lm.weights import load_params
+from nlae_jax.runtime.errors import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "\u010a \u010a"]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import LinearRope
-from nlae_jax.lm.gguf_arch import GGUF_FAMILIES, read_gguf_arch
+from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, read_gguf_arch
+from nlae_jax.runtime.errors import UserError
 
 SIZES = {
     "embedding_length": 96,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.gguf import convert_gguf
-from nlae_jax.lm.gguf_arch import GGUF_FAMILIES
+from nlae_jax.lm.gguf.arch import GGUF_FAMILIES
+from nlae_jax.lm.gguf.convert import convert_gguf
 from nlae_jax.lm.transformer import Transformer
 from nlae_jax.lm.weights import load_params
 from tests.test_families import LINEAR, SMALL, WIDE, assert_close, batch_of, model_of, theirs, torch, transformers

@@ -8,10 +8,10 @@ import gguf
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.gguf import convert_gguf
+from nlae_jax.lm.gguf.convert import convert_gguf
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.runtime.errors import UserError
 from tests.test_gguf import write_tiny_gguf
 
 TEXTS = [

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from nlae_jax.data.providers import ANTHROPIC, OPENAI
-from nlae_jax.errors import UserError
-from nlae_jax.keys import keys_of, main, variables
+from nlae_jax.run.keys import keys_of, main, variables
+from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent

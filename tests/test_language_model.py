@@ -10,10 +10,10 @@ import pytest
 
 import nlae_jax
 from nlae_jax.config import MeshConfig
-from nlae_jax.errors import UserError
-from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.mesh import make_mesh, replicated
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.errors import UserError
-from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm import tensors
-from nlae_jax.lm.arch import Arch, Weight, model_weights
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import AXES, make_mesh
+from nlae_jax.mesh import AXES, Weight, make_mesh
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
 from tests.checkpoints import DTYPES, MATRICES, drawn, flattened, put_together, save_shards, shardings_on
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (1, 2, 2)]

@@ -10,8 +10,8 @@ import pytest
 
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.pipeline import batches, bucket_widths, bucketed_batches
-from nlae_jax.errors import UserError
 from nlae_jax.mesh import make_mesh, replicated
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.checkpoint import Checkpoints, is_sealed
 from nlae_jax.train.loop import Stage, _check_learned, compiled, last_checkpoint, run_stage
 from nlae_jax.train.metrics import MetricsLog, read

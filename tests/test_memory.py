@@ -13,9 +13,10 @@ import pytest
 from nlae_jax.config import MeshConfig
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, replicated
-from nlae_jax.train import objectives
+from nlae_jax.roles import direction
+from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, Roles, abstract_params, abstract_role, make_optimizer, make_roles
+from nlae_jax.train.state import RlState, abstract_params, abstract_role, make_optimizer
 from nlae_jax.train.steps import rl_step
 from tests.conftest import tiny_config
 
@@ -55,7 +56,7 @@ class Compiled:
         base = self._params(model_weights(ARCH), dtype) if lora else {}
         self.frozen = {
             "base": base,
-            "baselines": objectives.Baselines(*[self._abstract(np.float32(1))] * 2),
+            "baselines": direction.Baselines(*[self._abstract(np.float32(1))] * 2),
             "blank": self._abstract(np.zeros(ARCH.vocab_size, bool)),
         }
         if config.rl.kl_coef:

@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.errors import UserError
-from nlae_jax.lm.arch import Weight, model_weights
+from nlae_jax.lm.arch import model_weights
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.mesh import (
     AXES,
+    Weight,
     batch_parts,
     batch_sharding,
     make_mesh,
@@ -19,6 +19,7 @@ from nlae_jax.mesh import (
     tree_shardings,
     weight_sharding,
 )
+from nlae_jax.runtime.errors import UserError
 
 MATRIX = Weight((2, 64, 32), ("layers", "embed", "heads"), 64)
 

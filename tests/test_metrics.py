@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlae_jax.errors import UserError
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.metrics import MetricsLog, read
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

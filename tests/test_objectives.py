@@ -8,21 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from nlae_jax.roles import direction
+from nlae_jax.roles.direction import Baselines, baselines, direction_mse, fve, unit_direction
 from nlae_jax.train import objectives
-from nlae_jax.train.objectives import (
-    FAILED_MSE,
-    REWARDS,
-    Baselines,
-    baselines,
-    direction_mse,
-    fve,
-    group_advantages,
-    kl_k3,
-    masked_mean,
-    policy_loss,
-    rewards,
-    unit_direction,
-)
+from nlae_jax.train.objectives import FAILED_MSE, REWARDS, group_advantages, kl_k3, masked_mean, policy_loss, rewards
 from tests.conftest import vectors
 
 number = st.floats(-8, 8, width=32)
@@ -268,7 +257,7 @@ def test_contrast_is_the_softmax_of_the_distances_to_the_batch():
     least = -2 * np.log(3)
     for row in range(3):
         for sample in range(2):
-            mse = np.array([float(objectives.direction_mse(rebuilt[row, sample], other)) for other in h])
+            mse = np.array([float(direction.direction_mse(rebuilt[row, sample], other)) for other in h])
             logits = -mse / objectives.CONTRAST_TEMPERATURE
             expected = logits[row] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
             np.testing.assert_allclose(found[row, sample], max(expected, least), atol=1e-4)
@@ -281,7 +270,7 @@ def test_an_unreadable_sample_never_beats_a_readable_one_with_contrast_either(se
     rng = np.random.default_rng(seed)
     h = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
     rebuilt, valid = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32), jnp.asarray(rng.random((4, 6)) < 0.5)
-    mse = objectives.direction_mse(rebuilt, h[:, None])
+    mse = direction.direction_mse(rebuilt, h[:, None])
     lengths = jnp.asarray(rng.integers(1, 100, (4, 6)))
     reward = 0.5 * objectives.rewards(mse, valid, lengths, kind, penalty)
     reward = np.asarray(reward + 0.5 * objectives.contrast(rebuilt, h, valid))

@@ -10,8 +10,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nlae_jax.errors import UserError
-from nlae_jax.outside import clean_log, encodable, parse_json, quoted, read_bytes, read_json, read_yaml
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import clean_log, encodable, parse_json, quoted, read_bytes, read_json, read_yaml
 
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n"

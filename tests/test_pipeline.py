@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlae_jax.data.pipeline import batches, bucket_widths, bucketed_batches, pad
+from nlae_jax.data.pipeline import batches, bucket_widths, bucketed_batches
+from nlae_jax.lm.tokens import pad
 
 
 def rows(number):

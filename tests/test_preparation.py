@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from nlae_jax import hosts
 from nlae_jax.cli import main
 from nlae_jax.data import providers
-from nlae_jax.stages import preparation
+from nlae_jax.run.stages import preparation
+from nlae_jax.runtime import supervision
 from tests.servers import GOOD, chat, serving
 
 pytest_plugins = ["tests.fake_gcs", "tests.tiny_run"]
@@ -116,7 +116,7 @@ def test_ended_and_continued_on_another_machine(tiny, workdir, tmp_path, serve, 
     monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
     refused = []
     url, script = serve(steps)
-    code = {"terminated": hosts.PREEMPTED, "interrupted": 130, "refused": 2}[end]
+    code = {"terminated": supervision.PREEMPTED, "interrupted": 130, "refused": 2}[end]
     assert main(command(tiny, workdir, url)) == code
     assert "OPENAI_API_KEY" in capsys.readouterr().err or end != "refused"
     moved = shutil.copytree(workdir, tmp_path / "elsewhere")
@@ -136,7 +136,7 @@ def test_terminated_with_a_server_that_says_nothing(tiny, workdir, serve, monkey
 
     monkeypatch.setattr(providers, "_DRAIN_SECONDS", 1.0)
     url, script = serve(steps)
-    assert main(command(tiny, workdir, url, describe__timeout_seconds=3600.0)) == hosts.PREEMPTED
+    assert main(command(tiny, workdir, url, describe__timeout_seconds=3600.0)) == supervision.PREEMPTED
     assert "describe: waiting 1 s at most for answers under way\n" in capsys.readouterr().err
 
 
@@ -164,7 +164,7 @@ def test_answers_live_in_the_bucket(tiny, gcs, tmp_path, serve, monkeypatch):
 
     monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)
     url, script = serve(steps)
-    assert main(command(tiny, "gs://bucket/W", url)) == hosts.PREEMPTED
+    assert main(command(tiny, "gs://bucket/W", url)) == supervision.PREEMPTED
     assert len(gcs.names("W/activations/answers/part-00000-")) == 1
     other_machine(monkeypatch, tmp_path)
     assert main(command(tiny, "gs://bucket/W", url)) == 0

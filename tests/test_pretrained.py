@@ -18,11 +18,11 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from tokenizers import processors
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm import pretrained
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import cache_directory, check_same_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
+from nlae_jax.runtime.errors import UserError
 from tests.test_gguf import ARCH, write_tiny_gguf
 
 

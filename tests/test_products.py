@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlae_jax.evaluate.roundtrip import Pair, RoundTrip
-from nlae_jax.language_model import LanguageModel
 from nlae_jax.lm import transformer
-from nlae_jax.lm.attention import KeyValues, attend
+from nlae_jax.lm.attention import attend
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.products import einsum, precision_of
+from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import AXES
 from nlae_jax.plan.abstract import STEPS, make_setting, programs
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import Pair
+from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.train.state import init_decoder, init_encoder
 from tests.conftest import tiny_config
 

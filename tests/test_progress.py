@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from nlae_jax.progress import Progress, clock_text, metric_text, progress, rate_text, say, warn
+from nlae_jax.runtime.progress import Progress, clock_text, metric_text, progress, rate_text, say, warn
 
 
 class Clock:

@@ -11,7 +11,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import ProtocolConfig
-from nlae_jax.errors import UserError
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.roles.decoder import place_tails
 from nlae_jax.roles.protocol import (
@@ -29,6 +28,7 @@ from nlae_jax.roles.protocol import (
     tails,
     whole_prompt_ids,
 )
+from nlae_jax.runtime.errors import UserError
 from tests.conftest import INJECTION_SCALE, tiny_config
 
 TEXTS = ("The text is about values.", "a\n\nb", "  spaces around \n", "Ends with a list:\n- one\n- two")

@@ -13,10 +13,11 @@ import pytest
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import answers, providers
 from nlae_jax.data.answers import Answer
-from nlae_jax.data.describe import Context, DescribeResources, make_describer
+from nlae_jax.data.describe import make_describer
+from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.providers import ANTHROPIC, OPENAI, Server
-from nlae_jax.errors import UserError
-from nlae_jax.hosts import Preempted
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.supervision import Preempted
 from tests.servers import GOOD, chat, self_signed, serving
 
 KEY = "sk-secret-0123456789"

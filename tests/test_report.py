@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nlae_jax.errors import UserError
-from nlae_jax.evaluate.report import write_report
-from nlae_jax.evaluate.table import held_out_table, html_samples, printable, split_at_token
+from nlae_jax.report.page import write_report
+from nlae_jax.report.table import held_out_table, html_samples, printable, split_at_token
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.metrics import MetricsLog, curve, smoothed, thinned
 
 VOID = {"meta", "br"}
@@ -248,7 +248,7 @@ def test_any_sample_gives_balanced_html(context, token, explanation, cos, closed
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e12, 1e12)), min_size=1, max_size=90))
 def test_any_curve_is_drawn_inside_its_chart(points):
-    from nlae_jax.evaluate.report import PANELS, _chart
+    from nlae_jax.report.page import PANELS, _chart
 
     rows = [
         {"stage": "rl", "step": step, "grad_norm_encoder": y, "grad_norm_decoder": abs(y) + 1e-9} for step, y in points
@@ -440,7 +440,7 @@ def test_many_reports_at_once(tmp_path):
     path = workdir(tmp_path / "w")
     expected = render(path)
     code = (
-        "import pathlib, sys; from nlae_jax.evaluate.report import write_report\n"
+        "import pathlib, sys; from nlae_jax.report.page import write_report\n"
         "for _ in range(40): write_report(pathlib.Path(sys.argv[1]))"
     )
     root = Path(__file__).parent.parent

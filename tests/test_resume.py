@@ -17,12 +17,12 @@ import pytest
 from nlae_jax.cli import main
 from nlae_jax.config import Config, DescribeConfig, load_config, resolve
 from nlae_jax.data.answers import AnswerCache
-from nlae_jax.data.describe import Context, DescribeResources
+from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.pipeline import batches
 from nlae_jax.data.providers import subject_provider
 from nlae_jax.mesh import make_mesh
-from nlae_jax.run import Run
-from nlae_jax.stages import training
+from nlae_jax.run.run import Run
+from nlae_jax.run.stages import training
 from nlae_jax.train import loop
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage

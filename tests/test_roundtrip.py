@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig, load_config
-from nlae_jax.evaluate.roundtrip import RoundTrip, read_samples
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
-from nlae_jax.run import Run
-from nlae_jax.stages.training import trained_pair
+from nlae_jax.roles.roundtrip import RoundTrip, read_samples
+from nlae_jax.run.run import Run
+from nlae_jax.run.training import trained_pair
 
 pytest_plugins = ["tests.tiny_run"]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.lm.sampling import Samples, categorical, explanation_tokens, sample
+from nlae_jax.roles.rollout import rollout
 from nlae_jax.train.state import init_encoder
-from nlae_jax.train.steps import rollout
 from tests.conftest import perturbed, vectors
 
 VOCABULARY, EOS, CLOSING = 12, 1, (5, 6)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.config import ProtocolConfig
-from nlae_jax.errors import UserError
+from nlae_jax.interop.sidecar import model_sidecar, neighbours, path_of, protocol_of, read_sidecar, write_sidecar
 from nlae_jax.roles.protocol import make_protocol
-from nlae_jax.roles.sidecar import model_sidecar, neighbours, path_of, protocol_of, read_sidecar, write_sidecar
+from nlae_jax.runtime.errors import UserError
 
 TEMPLATES = ProtocolConfig("Say what\n{injection_char}\nis, as {json}", "Text: {explanation} of {a}. The end:")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nlae_jax import hosts, signals
-from nlae_jax.progress import progress
+from nlae_jax.runtime import signals, supervision, world
+from nlae_jax.runtime.progress import progress
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120
@@ -99,9 +99,9 @@ def test_other_errors_that_cannot_be_raised_are_reported_as_ever(monkeypatch):
 
 
 def test_an_interrupt_and_being_told_to_stop_are_two_things():
-    with interruptible(), hosts.preemptible():
+    with interruptible(), supervision.preemptible():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert hosts._world.asked.wait(PATIENCE)
+        assert world.world.asked.wait(PATIENCE)
         assert not signals.interrupted()
         with pytest.raises(KeyboardInterrupt):
             press()
@@ -126,7 +126,7 @@ def test_other_threads_may_use_commands(capsys):
 
     def work():
         try:
-            with signals.interruptible(pytest.fail, lambda: 0, pytest.fail), hosts.preemptible():
+            with signals.interruptible(pytest.fail, lambda: 0, pytest.fail), supervision.preemptible():
                 signals.raise_if_interrupted()
         except BaseException as error:
             failures.append(error)
@@ -146,7 +146,7 @@ def command(body, tmp_path, grace=60):
         "import gc, hashlib, os, signal, sys, threading, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nlae_jax import cli\n"
-        "from nlae_jax.stages import preparation\n"
+        "from nlae_jax.run.stages import preparation\n"
         "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         f"{body}\n"
         "preparation.read_documents = read\n"

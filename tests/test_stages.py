@@ -14,8 +14,8 @@ from nlae_jax.config import load_config
 from nlae_jax.data.activations import SPLITS, ActivationStore
 from nlae_jax.evaluate.health import MEASURES, health
 from nlae_jax.evaluate.reconstruction import UNINFORMED
-from nlae_jax.evaluate.roundtrip import RoundTrip
-from nlae_jax.language_model import LanguageModel
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.train import metrics
 
 pytest_plugins = ["tests.tiny_run"]
@@ -235,8 +235,8 @@ def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
 
     monkeypatch.setattr("nlae_jax.data.activations.extract", never)
     for name in ("preparation.make_describer", "preparation.read_documents", "training.run_stage"):
-        monkeypatch.setattr(f"nlae_jax.stages.{name}", never)
-    monkeypatch.setattr("nlae_jax.evaluate.roundtrip.RoundTrip.explain", never)
+        monkeypatch.setattr(f"nlae_jax.run.stages.{name}", never)
+    monkeypatch.setattr("nlae_jax.roles.roundtrip.RoundTrip.explain", never)
     before, report = snapshot(tiny_run.workdir), (tiny_run.workdir / "report.html").read_bytes()
     capsys.readouterr()
     assert main(tiny_run.arguments(tiny_run.workdir)) == 0

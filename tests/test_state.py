@@ -8,7 +8,7 @@ import pytest
 
 from nlae_jax.config import MeshConfig
 from nlae_jax.mesh import make_mesh
-from nlae_jax.train import objectives
+from nlae_jax.roles import direction
 from nlae_jax.train.checkpoint import Checkpoints, restore_part
 from nlae_jax.train.state import (
     abstract_params,
@@ -35,7 +35,7 @@ def case(make_tiny_roles, params):
         "encoder": perturbed(init_encoder(one, params, jax.random.PRNGKey(0)), 0, 0.02),
         "decoder": perturbed(init_decoder(one, params, jax.random.PRNGKey(0)), 1, 0.02),
     }
-    frozen = {"base": {}, "baselines": objectives.baselines(jnp.asarray(vectors(32, 64, 1)))}
+    frozen = {"base": {}, "baselines": direction.baselines(jnp.asarray(vectors(32, 64, 1)))}
     batch = {"h": h, "length": np.array([8, 3, 5, 8])}
     return roles, trained, frozen, {"encoder": {**batch, "response": ids}, "decoder": {**batch, "ids": ids}}
 

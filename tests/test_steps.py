@@ -16,19 +16,20 @@ from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm import transformer
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
+from nlae_jax.roles import direction
+from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.roles.protocol import blank_tokens, response_ids
+from nlae_jax.roles.rollout import rollout
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import compiled, put_batch
 from nlae_jax.train.state import (
     RlState,
-    Roles,
     RoleState,
     abstract_params,
     init_decoder,
     init_encoder,
     init_role,
     make_optimizer,
-    make_roles,
     sft_schedule,
 )
 from nlae_jax.train.steps import (
@@ -39,7 +40,6 @@ from nlae_jax.train.steps import (
     encoder_sft_step,
     in_microbatches,
     rl_step,
-    rollout,
 )
 from tests.conftest import drawn_params, perturbed, tiny_config, vectors
 
@@ -110,7 +110,7 @@ def start(setting: Setting, sizes: tuple[int, int, int]) -> Start:
     h = vectors(BATCH, roles.encoder.arch.d_model)
     encoder = init_role(mesh, roles.encoder_weights(), host(setting.encoder), optimizer)
     decoder = init_role(mesh, roles.decoder_weights(), host(setting.decoder), optimizer)
-    constant = {"baselines": objectives.baselines(vectors(64, h.shape[1], 1)), "blank": setting.blank}
+    constant = {"baselines": direction.baselines(vectors(64, h.shape[1], 1)), "blank": setting.blank}
     frozen = {
         "base": on_mesh(mesh, roles, host(setting.params)) if roles.rank else {},
         **jax.device_put(constant, replicated(mesh)),
@@ -430,7 +430,7 @@ def test_the_decoder_learns_to_read_descriptions(lora_roles, params, tokenizer):
     h = vectors(8, 64)
     frozen = {
         "base": on_mesh(mesh, lora_roles, host(params)),
-        "baselines": jax.device_put(objectives.baselines(h), replicated(mesh)),
+        "baselines": jax.device_put(direction.baselines(h), replicated(mesh)),
     }
     step = compiled(decoder_sft_step(lora_roles, optimizer), state, mesh)
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.tiny import tiny_tokenizer
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
+from nlae_jax.runtime.errors import UserError
 
 BOS, TURN, EOS = ("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import ViewsConfig, resolve
-from nlae_jax.data.pipeline import pad
-from nlae_jax.errors import UserError
 from nlae_jax.lm.tiny import tiny_tokenizer
+from nlae_jax.lm.tokens import pad
 from nlae_jax.roles.views import Marks, keep, marks, sentences, shown
+from nlae_jax.runtime.errors import UserError
 
 NOTE = 'a or "b." or "c", the end. Of the land. It ends: "in the".'
 

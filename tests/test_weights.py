@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import arch_from_hf
 from nlae_jax.lm.tensors import TensorToWrite, is_finite, read_tensor, write_safetensors
 from nlae_jax.lm.weights import load_params, save_params
+from nlae_jax.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 

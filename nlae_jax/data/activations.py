@@ -29,13 +29,13 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from nlae_jax import hosts
 from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data.corpus import Document
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, kvstore, read_fields, read_parquet, write_json, write_parquet
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
-from nlae_jax.progress import warn
+from nlae_jax.runtime import processes, supervision, world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, kvstore, read_fields, read_parquet, write_json, write_parquet
+from nlae_jax.runtime.progress import warn
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -216,7 +216,7 @@ def extract(
     """
     progress = directory / "progress.json"
     sizes = len(plan.position), d_model, num_next
-    done = hosts.by_first(lambda: _begin(directory, progress, sizes))
+    done = processes.by_first(lambda: _begin(directory, progress, sizes))
     ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, done, *_arrays(directory, *sizes, mode="write")) as writer:
         for batch in read_batches(plan, config, parts):
@@ -283,8 +283,8 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        together = kind is None or issubclass(kind, hosts.Preempted)  # which all processes are at the same batch
-        if together or hosts.count() == 1:  # else the others are not here to wait for
+        together = kind is None or issubclass(kind, supervision.Preempted)  # which all processes are at the same batch
+        if together or world.count() == 1:  # else the others are not here to wait for
             self._settle()
             self._begin(self._read)
             self._settle()
@@ -303,7 +303,7 @@ class _Writer:
                     self._unwritten.append((store, start + begun, values[begun:]))
         self._read = batch.start + batch.count
         whole = self._read // SHARD_ROWS * SHARD_ROWS
-        if hosts.count() == 1 and time.monotonic() - self._written_at >= _UNWRITTEN_SECONDS:
+        if world.count() == 1 and time.monotonic() - self._written_at >= _UNWRITTEN_SECONDS:
             whole = self._read
         if whole > self._stop:
             self._settle()
@@ -337,8 +337,8 @@ class _Writer:
             self._unwritten = []  # nothing may be counted that comes after rows that are not there
             raise
         if begun:
-            hosts.barrier()
-            if hosts.is_first():
+            processes.barrier()
+            if world.is_first():
                 write_json(self._progress, {"rows": self._stop})
 
 

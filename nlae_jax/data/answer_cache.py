@@ -23,10 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from nlae_jax import hosts
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, children, is_remote, upload
-from nlae_jax.progress import warn
+from nlae_jax.runtime import world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, children, is_remote, upload
+from nlae_jax.runtime.progress import warn
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class AnswerCache:
             writer.sync()
 
     def _record(self, text: str, answer: str | None) -> None:
-        if not hosts.is_first():  # where several compute the answers, all have the same
+        if not world.is_first():  # where several compute the answers, all have the same
             return
         line = _line(self._key(text), answer)
         for writer in self._writers:

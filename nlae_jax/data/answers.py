@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from nlae_jax import hosts
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.answer_cache import AnswerCache
-from nlae_jax.errors import UserError
-
-if TYPE_CHECKING:  # describe.py imports the modules that import this one
-    from nlae_jax.data.describe import Context, Describer, Progress
+from nlae_jax.data.describer import Context, Describer, Progress
+from nlae_jax.runtime import processes
+from nlae_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +229,7 @@ def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str 
         lines.update(_stored(cache, texts))
         return "".join("0" if text not in lines else "1" if lines[text] else "-" for text in texts)
 
-    marks = hosts.by_first(look)
+    marks = processes.by_first(look)
     known = {"1": "known to the first process", "-": None}
     return {text: lines.get(text, known[mark]) for text, mark in zip(texts, marks, strict=True) if mark in known}
 

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
-from nlae_jax.errors import UserError
-from nlae_jax.files import local_path, open_regular, read_bytes
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import local_path, open_regular, read_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.data.corpus import Document, document_of, read_json_lines
-from nlae_jax.errors import UserError
-from nlae_jax.files import local_path
 from nlae_jax.lm.tokens import text_ids
-from nlae_jax.outside import encodable
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import local_path
+from nlae_jax.runtime.outside import encodable
 
 _MAX_CHARACTERS = 20_000  # of one description
 

@@ -1,102 +1,44 @@
-"""The provider `describer`: the describer that the package carries writes the descriptions, offline.
-
-See `roles.describer` for what it is, and `experiments/smollm2/describer.py` for how it was trained.
-"""
+"""What a provider of descriptions is: the contexts it is asked about, and what it may draw on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
-import jax
-
-from nlae_jax.assets import describer_directory
 from nlae_jax.config import DescribeConfig
-from nlae_jax.data.answers import Answer, AnswerCache, Keep, cached_describer
-from nlae_jax.errors import UserError
-from nlae_jax.language_model import LanguageModel
-from nlae_jax.lm.families import read_arch
-from nlae_jax.lm.lora import merge
-from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
-from nlae_jax.lm.weights import load_params
-from nlae_jax.roles.adapters import AdapterFile, has_adapters, open_adapters
-from nlae_jax.roles.describer import prompt_ids
-
-if TYPE_CHECKING:  # describe.py imports this module
-    from nlae_jax.data.describe import Describer, DescribeResources, Progress
-
-_BATCH = 32  # texts of similar length written about at once
-_TOGETHER = 256  # texts that are sorted by length, and kept together: what a killed run does again
-_MAX_NEW_TOKENS = 96
-_TEMPERATURE = 0.5
+from nlae_jax.runtime.files import AnyPath
 
 
-class TextDescriber:
-    """Writes one note per text. Make one with `from_directory`."""
+@dataclass(frozen=True)
+class Context:
+    """A position in a document, and what the subject expects there."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-
-    @staticmethod
-    def from_directory(directory: Path) -> TextDescriber:
-        """From adapters and the base model that they name. Raises UserError where one of them is missing."""
-        adapters = open_adapters(directory)
-        base = resolve_model(adapters.base_model)
-        arch = read_arch(base)
-        params = _merged(load_params(base, arch), adapters, adapters.read(arch))
-        return TextDescriber(LanguageModel(arch, params, load_tokenizer(base)))
-
-    def describe(
-        self, texts: Sequence[str], seed: int = 0, advance: Callable[[int], None] = lambda texts: None
-    ) -> list[str | None]:
-        """A note on each text as far as it goes, one line without angle brackets; None where nothing came.
-
-        The same texts with the same `seed` get the same notes. `advance` is told how many texts are done.
-        """
-        tokenizer, notes = self._model.tokenizer, [None] * len(texts)
-        prompts = [prompt_ids(tokenizer, text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda index: len(prompts[index]))
-        for number, start in enumerate(range(0, len(order), _BATCH)):
-            chosen = order[start : start + _BATCH]
-            replies = self._model.generate(
-                [prompts[index] for index in chosen], _MAX_NEW_TOKENS, _TEMPERATURE, seed + number
-            )
-            for index, reply in zip(chosen, replies, strict=True):
-                whole = len(reply) < _MAX_NEW_TOKENS
-                notes[index] = _clean(tokenizer.decode(reply, skip_special_tokens=True)) if whole else None
-            advance(len(chosen))
-        return notes
+    doc_id: str
+    text: str  # up to and including the position
+    next_tokens: tuple[str, ...]  # the subject's likeliest next tokens, decoded, likeliest first
 
 
-def describer_provider(
-    config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
-) -> Describer:
-    """The describer that the package carries describes the texts. Raises UserError where it carries none."""
-    directory = describer_directory()
-    if not has_adapters(directory):
-        raise UserError("describe.provider: this installation carries no describer; use another provider")
-    describer = TextDescriber.from_directory(directory)
+@dataclass(frozen=True)
+class DescribeResources:
+    """What providers may draw on besides the configuration."""
 
-    def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:
-        for start in range(0, len(texts), _TOGETHER):
-            notes = describer.describe(texts[start : start + _TOGETHER])
-            for index, note in enumerate(notes, start=start):
-                answer = Answer(f"<explanation>{note or ''}</explanation>")
-                keep(index, answer.text or "")
-                yield index, answer
-
-    cache = AnswerCache(resources.cache_directory, config.provider, open_adapters(directory).identity)
-    return cached_describer(config, cache, ask, progress, _TOGETHER)
+    document_frequency: Mapping[str, int]  # word -> number of the corpus's documents that hold it
+    num_documents: int
+    generate: Callable[[list[str]], list[str]] | None  # chat prompts -> completions of the subject itself
+    cache_directory: AnyPath  # of answers, in the workdir: it belongs to one subject, which has no other name
+    shared_directory: Path | None = None  # of this machine, for answers of servers that other workdirs may ask, too
 
 
-def _merged(params: dict[str, Any], file: AdapterFile, adapters: dict[str, Any]) -> dict[str, Any]:
-    """The base's parameters with the adapters added in."""
-    combine, scale = jax.jit(merge, static_argnums=2), file.alpha / file.rank
-    blocks = {name: combine(weight, adapters.get(name), scale) for name, weight in params["blocks"].items()}
-    return {**params, "blocks": blocks}
+Describer = Callable[[Sequence[Context]], list[str | None]]  # one line per context; None: dropped
 
 
-def _clean(note: str) -> str | None:
-    """One line without angle brackets, which mark an explanation's ends."""
-    return " ".join(note.translate({ord("<"): "(", ord(">"): ")"}).split()) or None
+# Called with the number of contexts done since the last call; with 0 now and then where a provider waits.
+Progress = Callable[[int], None]
+
+
+class Provider(Protocol):
+    def __call__(
+        self, config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
+    ) -> Describer: ...

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from nlae_jax.errors import UserError
-from nlae_jax.files import open_regular
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import open_regular
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -58,11 +58,3 @@ def bucketed_batches(
 
     dataset = grain.MapDataset.range(_EPOCHS).map(batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
-
-
-def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids padded with 0 on the right to [N, width] int32, and their lengths [N] int32."""
-    ids = np.zeros((len(sequences), width), np.int32)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-    return ids, np.array([len(sequence) for sequence in sequences], np.int32)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, Keep, build_prompt, cached_describer
+from nlae_jax.data.describer import Describer, DescribeResources, Progress
 from nlae_jax.data.replies import (
     TryAgain,
     anthropic_content,
@@ -34,11 +35,8 @@ from nlae_jax.data.replies import (
     read_body,
     status_of,
 )
-from nlae_jax.errors import UserError
-from nlae_jax.progress import say
-
-if TYPE_CHECKING:  # describe.py imports this module
-    from nlae_jax.data.describe import Describer, DescribeResources, Progress
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.progress import say
 
 _SUBJECT_BATCH = 32  # prompts handed to the subject at once
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")

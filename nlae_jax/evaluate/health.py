@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nlae_jax.data.documentation import FUNCTION_WORDS
-from nlae_jax.progress import warn
+from nlae_jax.runtime.progress import warn
 
 # --- the text in units
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from nlae_jax.mesh import Weight
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
@@ -66,18 +68,6 @@ class Arch:
         return dataclasses.replace(
             self, num_layers=num_layers, ropes=self.ropes[:num_layers], windows=windows if any(windows) else ()
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One parameter: its shape, and the logical name of each axis (`mesh.py` maps those to devices).
-
-    `fan_in` sets the standard deviation of a random initialisation, `fan_in ** -0.5`; 0 means all ones.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    fan_in: int = 0
 
 
 def block_weights(arch: Arch) -> dict[str, Weight]:

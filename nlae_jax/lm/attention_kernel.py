@@ -25,7 +25,7 @@ from nlae_jax.lm.products import precision_of
 from nlae_jax.mesh import split
 
 if TYPE_CHECKING:
-    from nlae_jax.lm.attention import KeyValues
+    from nlae_jax.lm.segments import KeyValues
 
 _ROWS, _LANES = 16, 128  # what the rows and the last axis of an array in vector memory are multiples of
 _SCORE_BYTES = 2**21  # of one float32 array of scores: the backward pass holds about six

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.errors import UserError
-from nlae_jax.outside import encodable, parse_json, quoted
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import encodable, parse_json, quoted
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.errors import UserError
 from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope
-from nlae_jax.outside import quoted, read_json
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted, read_json
 
 # Fields of any config.json that do not touch the maths of a forward pass in evaluation.
 _NO_MATHS = frozenset(

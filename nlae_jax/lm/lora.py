@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch, Weight, block_weights
+from nlae_jax.lm.arch import Arch, block_weights
 from nlae_jax.lm.products import einsum
+from nlae_jax.mesh import Weight
 
 
 def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.errors import UserError, one_line
-from nlae_jax.files import local_path
 from nlae_jax.lm.families import language_config, read_arch, read_hf_config
-from nlae_jax.lm.gguf import convert_gguf, gguf_parts
+from nlae_jax.lm.gguf.convert import convert_gguf, gguf_parts
 from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.lm.weights import weight_files
-from nlae_jax.outside import clean_log, quoted, read_json
+from nlae_jax.runtime.errors import UserError, one_line
+from nlae_jax.runtime.files import local_path
+from nlae_jax.runtime.outside import clean_log, quoted, read_json
 
 # Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
 _CONVERTER_VERSION = 2

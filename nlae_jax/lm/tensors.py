@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
-from nlae_jax.errors import UserError
+from nlae_jax.runtime.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nlae_jax.errors import UserError
-from nlae_jax.outside import quoted
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
 
 _PROBES = ("x", "the text")
 
@@ -53,3 +54,11 @@ def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:
     token = int(wrong.flat[0])
     name = f"the token {quoted(tokenizer.convert_ids_to_tokens(token))}" if 0 <= token < len(tokenizer) else "a token"
     raise UserError(f"{where}: {name} has id {token}; the model has embeddings for ids 0 to {vocab_size - 1}")
+
+
+def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids padded with 0 on the right to [N, width] int32, and their lengths [N] int32."""
+    ids = np.zeros((len(sequences), width), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+    return ids, np.array([len(sequence) for sequence in sequences], np.int32)

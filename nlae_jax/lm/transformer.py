@@ -17,10 +17,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import head
-from nlae_jax.lm.arch import Arch, Weight, block_weights, model_weights
-from nlae_jax.lm.attention import KeyValues, apply_rope, attend, rope_table
+from nlae_jax.lm.arch import Arch, block_weights, model_weights
+from nlae_jax.lm.attention import apply_rope, attend, rope_table
 from nlae_jax.lm.lora import adapter_weights, linear
-from nlae_jax.mesh import DECODE_RULES, constrained, constrained_tree, platform_of
+from nlae_jax.lm.segments import KeyValues
+from nlae_jax.mesh import DECODE_RULES, Weight, constrained, constrained_tree, platform_of
 
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,

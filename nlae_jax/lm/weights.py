@@ -17,8 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from nlae_jax.errors import UserError
-from nlae_jax.files import write_json
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import FAMILIES
 from nlae_jax.lm.tensors import (
@@ -32,7 +30,9 @@ from nlae_jax.lm.tensors import (
     stored_tensors,
     write_safetensors,
 )
-from nlae_jax.outside import quoted, read_json
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import write_json
+from nlae_jax.runtime.outside import quoted, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -13,21 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from nlae_jax.bench import Shapes, optimizers_of
+from nlae_jax.bench.steps import Shapes, optimizers_of
 from nlae_jax.config import Config, ProtocolConfig, ViewsConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
+from nlae_jax.roles.direction import Baselines
+from nlae_jax.roles.pair import Params, Roles, make_roles
 from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
 from nlae_jax.roles.views import Marks
-from nlae_jax.run import check_batches
-from nlae_jax.stages.preparation import jitted_reader
+from nlae_jax.run.preparation import jitted_reader
+from nlae_jax.run.run import check_batches
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.objectives import Baselines
-from nlae_jax.train.state import Params, RlState, Roles, abstract_params, abstract_role, make_roles
+from nlae_jax.train.state import RlState, abstract_params, abstract_role
 
 # Without a tokenizer: tokens of the encoder's prompt, which of them is the slot (from 0), and tokens of the opening
 # and closing tags and of the decoder's frame; those of experiments/bench.py with SmolLM2's tokenizer, about.

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from nlae_jax.errors import UserError
 from nlae_jax.plan.cost import Cost, Total
+from nlae_jax.runtime.errors import UserError
 
 GIB = 1 << 30
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from nlae_jax.bench import block_flops, needed_flops
+from nlae_jax.bench.steps import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
 from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
 from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
-from nlae_jax.progress import say
+from nlae_jax.runtime.progress import say
 
 # What the compiler says of a program that needs more than there is: temporaries, or all that it uses.
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")

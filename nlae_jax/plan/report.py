@@ -14,17 +14,16 @@ from typing import Any
 import jax
 from rich.table import Table
 
-import nlae_jax
 from nlae_jax.config import Config, flatten
-from nlae_jax.errors import UserError
-from nlae_jax.files import read_json, write_json
 from nlae_jax.lm.families import read_hf_config
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, cache_directory, resolve_model
 from nlae_jax.plan.abstract import STEPS, Setting, make_setting, programs, sft_width
 from nlae_jax.plan.advice import advise
 from nlae_jax.plan.chips import Topology, open_topology
 from nlae_jax.plan.measure import measure
-from nlae_jax.progress import say
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import read_json, write_json
+from nlae_jax.runtime.progress import say
 
 ASSUMPTIONS = (
     "published peaks of compute, main memory and links; in a loop's trip, and outside loops, the three overlap",
@@ -123,7 +122,7 @@ def _versions() -> dict[str, str]:
 def _key(config: Config, topology: str, names: Sequence[str]) -> str:
     """Of everything that the plan depends on."""
     source = hashlib.sha256()
-    for path in sorted(Path(nlae_jax.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
     directory = resolve_model(config.subject.model, weights=False)
     for path in filter(Path.is_file, (directory / name for name in TOKENIZER_FILES)):  # how long prompts are

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.attention import KeyValues, empty_caches
 from nlae_jax.lm.head import LossOf
+from nlae_jax.lm.segments import KeyValues, empty_caches
 from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
 from nlae_jax.roles.protocol import Protocol
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import ProtocolConfig
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, read_text
 from nlae_jax.lm.chat import chat_ids, chats_ids
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
-from nlae_jax.outside import encodable, parse_json, quoted
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, read_text
+from nlae_jax.runtime.outside import encodable, parse_json, quoted
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 

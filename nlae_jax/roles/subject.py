@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.attention import KeyValues, empty_caches
+from nlae_jax.lm.segments import KeyValues, empty_caches
 from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
 
 

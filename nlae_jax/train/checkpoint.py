@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from nlae_jax import hosts
-from nlae_jax.errors import UserError
-from nlae_jax.files import (
+from nlae_jax.runtime import processes, supervision, world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import (
     AnyPath,
     absolute,
     children,
@@ -29,7 +29,7 @@ from nlae_jax.files import (
     remove,
     write_json,
 )
-from nlae_jax.progress import warn
+from nlae_jax.runtime.progress import warn
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "its saving was not finished"
@@ -71,7 +71,7 @@ class Checkpoints:
 
         The first process does: of all of them it is the one that orbax finishes a save in.
         """
-        if hosts.is_first() and self._unsealed is not None and not self._manager.is_saving_in_progress():
+        if world.is_first() and self._unsealed is not None and not self._manager.is_saving_in_progress():
             self._seal()
 
     def finish(self) -> None:
@@ -82,7 +82,7 @@ class Checkpoints:
         # Forgotten first: a save that fails is reported once, and must never be sealed by a later call.
         step, self._unsealed = self._unsealed, None
         self._manager.wait_until_finished()
-        if step is not None and hosts.is_first():
+        if step is not None and world.is_first():
             path = self._directory / str(step)
             write_json(path / _MANIFEST, _hashes(path))
             for remains in self._directory.glob(f"{step}.unfinished*"):
@@ -106,7 +106,7 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The step of the newest sound checkpoint. Newer ones that are damaged are set aside, with a warning."""
-        aside, newest = hosts.by_first(self._set_aside)
+        aside, newest = processes.by_first(self._set_aside)
         for step, problem, name in aside:
             warn(
                 f"checkpoint {self._directory / str(step)} is damaged ({problem}): moved to {name} beside it; going "
@@ -145,7 +145,7 @@ class Checkpoints:
 
         Not where others take part: they go on, and whoever waited for them here would not be heard of.
         """
-        if error is not None and hosts.count() > 1 and not isinstance(error, hosts.Preempted):
+        if error is not None and world.count() > 1 and not isinstance(error, supervision.Preempted):
             return
         with contextlib.suppress(*([Exception] if error is not None else [])):
             self.close()
@@ -177,7 +177,7 @@ def restore_part(path: AnyPath, abstract: Any) -> Any | None:
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
     """
-    if hosts.by_first(lambda: _problem(path)) is not None:
+    if processes.by_first(lambda: _problem(path)) is not None:
         return None
     arguments = ocp.args.PyTreeRestore(
         item=abstract,

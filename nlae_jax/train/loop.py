@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nlae_jax import hosts
 from nlae_jax.config import Config
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath
 from nlae_jax.mesh import put_batch, replicated
-from nlae_jax.progress import progress, warn
+from nlae_jax.runtime import processes, supervision, world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath
+from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
@@ -63,7 +63,7 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop, and UserError where every
     update was skipped.
     """
-    log = MetricsLog(workdir / "metrics.jsonl") if hosts.is_first() else contextlib.nullcontext()
+    log = MetricsLog(workdir / "metrics.jsonl") if world.is_first() else contextlib.nullcontext()
     with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints, log as log:
         return _run(stage, state, frozen, mesh, config, checkpoints, log)
 
@@ -72,7 +72,7 @@ def _run(
     stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, checkpoints: Checkpoints, log: MetricsLog | None
 ) -> Any:
     """`run_stage` between the opening and the closing of its checkpoints and, in the first process, its log."""
-    stop, start = hosts.Agreement(mesh), 0
+    stop, start = processes.Agreement(mesh), 0
     if (newest := checkpoints.newest()) is not None:
         abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
@@ -89,7 +89,7 @@ def _run(
         batch = put_batch(example, mesh)
         stage.step.lower(state, frozen, batch).compile()
         known.add(_shapes(batch))
-    hosts.barrier()
+    processes.barrier()
     compiled_before, expected = stage.step._cache_size(), max(1, len(known))
     clock, slowed = time.perf_counter(), False
     pending: tuple[int, Any] | None = None
@@ -114,7 +114,7 @@ def _run(
         for number in range(start + 1, stage.steps + 1):
             batch = put_batch(next(stage.iterator), mesh)
             if number == start + 1 and not known:
-                hosts.compile_together(stage.step, state, frozen, batch)
+                processes.compile_together(stage.step, state, frozen, batch)
             met.add(_shapes(batch))
             if known and met - known:
                 raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
@@ -139,7 +139,7 @@ def _run(
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state(), "made_with": stage.made_with})
             if stopping:
                 checkpoints.finish()
-                raise hosts.Preempted
+                raise supervision.Preempted
     try:
         if log is not None:
             log.sort()

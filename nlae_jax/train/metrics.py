@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from nlae_jax.errors import UserError
-from nlae_jax.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
 
 Point = tuple[float, float]
 

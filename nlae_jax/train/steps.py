@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from nlae_jax.config import Config, ViewsConfig
-from nlae_jax.lm.sampling import Samples, explanation_tokens, sample
-from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.lm.sampling import Samples, explanation_tokens
+from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
+from nlae_jax.roles.pair import Params, Roles
+from nlae_jax.roles.rollout import rollout
 from nlae_jax.roles.views import shown
 from nlae_jax.train import objectives
-from nlae_jax.train.state import Params, RlState, Roles, RoleState
+from nlae_jax.train.state import RlState, RoleState
 
 Metrics = dict[str, Any]  # scalars, and under OBSERVED arrays that the loop hands to `Stage.observe`
 OBSERVED = "observed"
@@ -142,7 +144,7 @@ def reconstruction(
             variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("tails")
         )
         rebuilt = rebuilt.reshape(h.shape)
-        mse = objectives.direction_mse(rebuilt, h)
+        mse = direction.direction_mse(rebuilt, h)
         return objectives.masked_mean(mse, length > 0, count), (mse, rebuilt)
 
     return in_microbatches(loss_fn, trained, (h_BxD, ids_BxGxT, length_BxG), microbatches)
@@ -172,47 +174,11 @@ def _fve(mse_BxG: jax.Array, whole_B: jax.Array | None, frozen: Params) -> Metri
     """FVE of the activations whose explanations were seen whole, and of the others where there are any."""
     variance, mean_norm = frozen["baselines"]
     if whole_B is None:
-        return {"fve": objectives.fve(mse_BxG, variance), "fve_meannorm": objectives.fve(mse_BxG, mean_norm)}
+        return {"fve": direction.fve(mse_BxG, variance), "fve_meannorm": direction.fve(mse_BxG, mean_norm)}
     whole = jnp.broadcast_to(whole_B[:, None], mse_BxG.shape)
     mse, part = objectives.masked_mean(mse_BxG, whole), objectives.masked_mean(mse_BxG, ~whole)
-    fve = {"fve": objectives.fve(mse, variance), "fve_meannorm": objectives.fve(mse, mean_norm)}
-    return {**fve, "fve_part": objectives.fve(part, variance)}
-
-
-def rollout(
-    roles: Roles,
-    trained: Params,
-    frozen: Params,
-    h_BxD: jax.Array,
-    key: jax.Array,
-    *,
-    samples_per_activation: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-) -> Samples:
-    """Samples explanations [B, G, R]: the prompt is prefilled once per step and once per activation."""
-    variables = roles.encoder_variables(frozen["base"], trained)
-    protocol, encoder = roles.encoder.protocol, roles.encoder
-    batch = (h_BxD.shape[0], samples_per_activation)
-    with jax.named_scope("prefill"):
-        logits, contexts = encoder.apply(variables, h_BxD, method="prefill")
-    own = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
-    given = for_decoding(encoder, variables, contexts, own)
-
-    def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        return encoder.apply(given.variables, token, step, given.contexts, caches, given.weights, method="decode")
-
-    with jax.named_scope("decode"):
-        return sample(
-            decode,
-            jnp.broadcast_to(logits[:, None], (*batch, logits.shape[-1])),
-            given.own,
-            key,
-            max_new_tokens=max_new_tokens,
-            closing=protocol.closing,
-            eos_id=protocol.eos_id,
-            temperature=temperature,
-        )
+    fve = {"fve": direction.fve(mse, variance), "fve_meannorm": direction.fve(mse, mean_norm)}
+    return {**fve, "fve_part": direction.fve(part, variance)}
 
 
 class Scores(NamedTuple):

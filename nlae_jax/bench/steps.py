@@ -1,0 +1,377 @@
+"""`nlae bench`: how long the phases of the real steps take, and what of the machine's peak they use.
+
+The steps are those of training, on the configured subject's weights and random activations. Responses run to the
+length cap: no row ends early. FLOPs are those that the mathematics needs, without recomputation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from nlae_jax.bench.extraction import time_extraction
+from nlae_jax.config import Config
+from nlae_jax.lm.arch import Arch, block_weights, model_weights
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.products import einsum
+from nlae_jax.lm.transformer import Segment
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
+from nlae_jax.roles import direction
+from nlae_jax.roles.encoder import Encoder
+from nlae_jax.roles.pair import Params, Roles, make_roles
+from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
+from nlae_jax.runtime import world
+from nlae_jax.train import steps
+from nlae_jax.train.loop import compiled
+from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, make_optimizer
+
+_PEAK_SIZE = 2048  # of the matrices whose product is taken for the machine's peak
+_BANDWIDTH_BYTES = 1 << 28
+
+
+class UnsharedEncoder(Encoder):
+    """The same encoder with the constant prompt computed for every activation: what the others do, to compare with."""
+
+    def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
+        prefix, act = super().prompt_segments(h_BxD)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (h_BxD.shape[0], *x.shape)), prefix), act
+
+
+class Shapes(NamedTuple):
+    """Tokens of the constant prompt, of slot and tail, of a response, of the decoder's frame; B, G and SFT's batch."""
+
+    prefix: int
+    act: int
+    response: int
+    wrap: int
+    activations: int
+    group: int
+    sft_batch: int
+
+    @property
+    def samples(self) -> int:
+        return self.activations * self.group
+
+    def unshared(self) -> Shapes:
+        """As many samples, each with a prompt of its own."""
+        return self._replace(prefix=0, act=self.prefix + self.act, activations=self.samples, group=1)
+
+
+def block_flops(arch: Arch, tokens: int, seen: float) -> float:
+    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values."""
+    matrices = sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    return 2.0 * matrices * tokens + 4.0 * arch.num_heads * arch.head_dim * seen
+
+
+def _causal(tokens: int, before: int) -> float:
+    """Keys seen by consecutive tokens with `before` keys before them."""
+    return tokens * before + tokens * (tokens + 1) / 2
+
+
+def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str, float]:
+    """FLOPs of every phase. A backward pass takes the forward's once for inputs, and again for weights that train."""
+    s, head = shapes, 2.0 * arch.d_model * arch.vocab_size
+    prompt = block_flops(arch, s.prefix, _causal(s.prefix, 0))
+    prompt += s.activations * block_flops(arch, s.act, _causal(s.act, s.prefix))
+    response = s.samples * block_flops(arch, s.response, _causal(s.response, s.prefix + s.act))
+    forward = arch.num_layers * (prompt + response) + s.samples * s.response * head
+    decoder_tokens = s.wrap + s.response
+    decoder = (layer + 1) * s.samples * block_flops(arch, decoder_tokens, _causal(decoder_tokens, 0))
+    passes = 2 if rank else 3
+    described = s.sft_batch * block_flops(arch, s.act + s.response, _causal(s.act + s.response, s.prefix))
+    sft = arch.num_layers * (block_flops(arch, s.prefix, _causal(s.prefix, 0)) + described)
+    return {
+        "rollout": forward,
+        "score": passes * decoder,
+        "reference": forward,
+        "policy": passes * forward,
+        "encoder_sft": passes * (sft + s.sft_batch * s.response * head),
+    }
+
+
+def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
+    """Bytes that decoding has to read: every weight and every key and value, once a token."""
+    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
+    own = shapes.samples * shapes.response * (shapes.response + 1) / 2
+    shared = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
+    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (own + shared))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of a compiled function: median seconds of a call, seconds to compile, bytes that it takes while running."""
+
+    seconds: float
+    compile_seconds: float
+    bytes: int
+
+
+def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int) -> Timing:
+    """`arguments()` makes them anew for each call, outside the clock: a step may take their memory over."""
+    given = arguments()
+    begin = time.perf_counter()
+    program = function.lower(*given).compile()
+    compile_seconds = time.perf_counter() - begin
+    jax.block_until_ready(program(*given))
+    seconds = []
+    for _ in range(repeats):
+        given = jax.block_until_ready(arguments())
+        begin = time.perf_counter()
+        jax.block_until_ready(program(*given))
+        seconds.append(time.perf_counter() - begin)
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Timing(statistics.median(seconds), compile_seconds, held + memory.temp_size_in_bytes)
+
+
+def matmul_peak(dtype: Any) -> float:
+    """FLOP/s of the best of some products of square matrices on one device, as exact as a model's."""
+    x = jax.random.normal(jax.random.PRNGKey(0), (_PEAK_SIZE, _PEAK_SIZE), dtype)
+    return 2.0 * _PEAK_SIZE**3 / _best_seconds(lambda a: einsum("ij,jk->ik", a, a), x)
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second of the best of some passes that read and write a large array in place, on one device."""
+    x, add, seconds = jnp.zeros(_BANDWIDTH_BYTES // 4, jnp.float32), jax.jit(lambda a: a + 1, donate_argnums=0), []
+    for _ in range(8):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        seconds.append(time.perf_counter() - begin)
+    return 2.0 * _BANDWIDTH_BYTES / min(seconds)
+
+
+def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 5) -> float:
+    compiled_function, seconds = jax.jit(function), []
+    jax.block_until_ready(compiled_function(x))
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled_function(x))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+class Setting(NamedTuple):
+    """What is timed: the roles, makers of fresh states, what no step changes, one batch."""
+
+    roles: Roles
+    config: Config
+    frozen: Params
+    rl_state: Callable[[], RlState]
+    batch: Params
+    shapes: Shapes
+
+
+def endless(protocol: Protocol) -> Protocol:
+    """The same prompts; no token ends a response."""
+    return dataclasses.replace(protocol, closing=(), eos_id=-1)
+
+
+def make_setting(config: Config) -> Setting:
+    """The configured model and shapes, with random activations."""
+    mesh, directory = make_mesh(config.mesh), resolve_model(config.subject.model)
+    arch, tokenizer = read_arch(directory), load_tokenizer(directory)
+    protocol = endless(make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0))
+    roles = make_roles(config, arch, protocol)
+    shardings = tree_shardings(mesh, model_weights(arch))
+    base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
+    key, rl = jax.random.PRNGKey(config.seed), config.rl
+    h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
+    optimizers = optimizers_of(config)
+    everywhere = lambda tree: place(tree, replicated(mesh))  # noqa: E731
+
+    def rl_state() -> RlState:
+        encoder, decoder = init_encoder(roles, base, key), init_decoder(roles, base, key)
+        return RlState(
+            init_role(mesh, roles.encoder_weights(), encoder, optimizers[0]),
+            init_role(mesh, roles.decoder_weights(), decoder, optimizers[1]),
+            everywhere(jnp.copy(key)),  # the step takes the state's memory over
+        )
+
+    frozen = {
+        "base": base if config.lora.rank else {},
+        "baselines": everywhere(direction.baselines(jnp.asarray(h))),
+        "blank": everywhere(blank_tokens(tokenizer, arch.vocab_size)),
+    }
+    if rl.kl_coef:
+        encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
+        frozen["reference"] = roles.reference(encoder)
+    shapes = Shapes(
+        prefix=len(protocol.encoder_prefix),
+        act=1 + len(protocol.encoder_tail),
+        response=rl.max_new_tokens,
+        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
+        activations=rl.activations_per_step,
+        group=rl.samples_per_activation,
+        sft_batch=config.sft.batch_size,
+    )
+    batch = {"h": place(h, batch_sharding(mesh))}
+    return Setting(roles, config, frozen, rl_state, batch, shapes)
+
+
+def optimizers_of(config: Config) -> tuple[Any, Any]:
+    rl = config.rl
+    return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
+
+
+def unshared(setting: Setting) -> Setting:
+    """The same samples, each with a prompt of its own."""
+    encoder = UnsharedEncoder(
+        **{f: getattr(setting.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
+    )
+    group = setting.shapes.group
+    config = dataclasses.replace(
+        setting.config,
+        rl=dataclasses.replace(
+            setting.config.rl, activations_per_step=setting.shapes.samples, samples_per_activation=1
+        ),
+    )
+    return setting._replace(
+        roles=dataclasses.replace(setting.roles, encoder=encoder),
+        config=config,
+        batch={"h": jnp.repeat(setting.batch["h"], group, axis=0)},
+        shapes=setting.shapes.unshared(),
+    )
+
+
+def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
+    """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
+    roles, state = setting.roles, setting.rl_state()
+    parts = steps.rl_step(roles, setting.config, *optimizers_of(setting.config))
+    frozen, batch = setting.frozen, setting.batch
+    rollout = jax.jit(parts.rollout)
+    samples = rollout(state, frozen, batch)
+    tokens = samples.tokens
+
+    def log_probs(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> jax.Array:
+        variables = roles.encoder_variables(frozen["base"], trained)
+        return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
+
+    def policy(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> Params:
+        def loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            variables, weights = roles.encoder_variables(frozen["base"], trained), jnp.ones(tokens.shape)
+            loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
+            return roles.encoder.apply(variables, h, tokens, loss_of, weights, method="loss")
+
+        return jax.grad(loss, has_aux=True)(trained)
+
+    given = (state.encoder.trained, frozen, batch["h"], tokens)
+    phases = {
+        "rollout": (rollout, (state, frozen, batch)),
+        "score": (jax.jit(parts.score), (state.decoder, frozen, batch, samples)),
+        "reference": (jax.jit(log_probs), given),
+        "policy": (jax.jit(policy), given),
+    }
+    if not setting.config.rl.kl_coef:
+        del phases["reference"]
+    return {
+        name: timed(function, lambda arguments=arguments: arguments, repeats)
+        for name, (function, arguments) in phases.items()
+    }
+
+
+def time_rl_step(setting: Setting, repeats: int) -> Timing:
+    """The fused step, as training runs it."""
+    parts = steps.rl_step(setting.roles, setting.config, *optimizers_of(setting.config))
+    state = setting.rl_state()
+    mesh = jax.tree.leaves(state)[0].sharding.mesh
+    step = compiled(parts.step, state, mesh)
+    del state
+    return timed(step, lambda: (setting.rl_state(), setting.frozen, setting.batch), repeats)
+
+
+def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
+    """The encoder's warm-start step with one response per activation."""
+    optimizer, mesh = optimizers_of(setting.config)[0], jax.tree.leaves(setting.rl_state())[0].sharding.mesh
+    size, length = setting.shapes.sft_batch, setting.shapes.response
+    h = jax.random.normal(jax.random.PRNGKey(1), (size, setting.roles.encoder.arch.d_model))
+    batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}
+    batch = place(batch, batch_sharding(mesh))
+    state = lambda: setting.rl_state().encoder  # noqa: E731
+    sft_step = steps.encoder_sft_step(setting.roles, optimizer, setting.config.sft.microbatches)
+    step = compiled(sft_step, state(), mesh)
+    return timed(step, lambda: (state(), setting.frozen, batch), repeats)
+
+
+def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
+    """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
+    # First: it holds the weights itself. Several processes would need a directory that all of them see.
+    extraction = time_extraction(config, repeats) if world.count() == 1 else {}
+    setting = make_setting(config)
+    peaks = [matmul_peak(config.subject.dtype)]
+    flops = needed_flops(setting.roles.encoder.arch, config.subject.layer, config.lora.rank, setting.shapes)
+    timings = time_phases(setting, repeats)
+    timings["encoder_sft"] = time_encoder_sft(setting, repeats)
+    step, alone = time_rl_step(setting, repeats), time_rl_step(unshared(setting), repeats)
+    tokens = setting.shapes.samples * setting.shapes.response
+    num_devices = len(setting.batch["h"].sharding.device_set)
+    peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
+    peak, device, bandwidth = max(peaks), jax.devices()[0], memory_bandwidth()
+    read = decode_bytes(setting.roles.encoder.arch, setting.shapes, jnp.dtype(config.subject.dtype).itemsize)
+    return {
+        "device": f"{num_devices} {device.platform} {device.device_kind}",
+        "shapes": setting.shapes._asdict(),
+        "matmul_peak_flops": peak,
+        "memory_bandwidth_bytes_per_second": bandwidth,
+        "rollout_bandwidth_fraction": read / timings["rollout"].seconds / (bandwidth * num_devices),
+        "phases": {
+            name: {
+                "seconds": timing.seconds,
+                "flops": flops[name],
+                "peak_fraction": flops[name] / timing.seconds / (peak * num_devices),
+                "compile_seconds": timing.compile_seconds,
+            }
+            for name, timing in timings.items()
+        },
+        "rl_step_seconds": step.seconds,
+        "rl_step_seconds_unshared": alone.seconds,
+        "speedup_of_sharing": alone.seconds / step.seconds,
+        "samples_per_second": setting.shapes.samples / step.seconds,
+        "tokens_per_second": tokens / step.seconds,
+        "peak_memory_bytes": step.bytes,
+        "compile_seconds": step.compile_seconds,
+        **extraction,
+    }
+
+
+def as_table(result: dict[str, Any]) -> Table:
+    """The numbers of `bench` for a terminal."""
+    shapes = result["shapes"]
+    title = (
+        f"{result['device']}: {shapes['activations']} activations × {shapes['group']} samples, prompt "
+        f"{shapes['prefix'] + shapes['act']}, response {shapes['response']}"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("phase", "seconds", "GFLOP", "of peak", "compile, s"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, phase in result["phases"].items():
+        share = f"{100 * phase['peak_fraction']:.0f} %"
+        cells = f"{phase['seconds']:.3f}", f"{phase['flops'] / 1e9:.0f}", share, f"{phase['compile_seconds']:.1f}"
+        table.add_row(name, *cells)
+    table.add_section()
+    table.add_row("RL step", f"{result['rl_step_seconds']:.3f}", "", "", f"{result['compile_seconds']:.1f}")
+    table.add_row("RL step, unshared", f"{result['rl_step_seconds_unshared']:.3f}")
+    table.caption_justify = "left"
+    table.caption = (
+        f"sharing the prompt: {result['speedup_of_sharing']:.2f}×; {result['samples_per_second']:.2f} samples/s, "
+        f"{result['tokens_per_second']:.0f} tokens/s; memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB; "
+        f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
+        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, of which the rollout needs "
+        f"{100 * result['rollout_bandwidth_fraction']:.0f} %"
+    )
+    if "extraction" in result:
+        table.caption += (
+            f"; extraction {result['extraction']['tokens_per_second']:.0f} tokens/s, "
+            f"{100 * result['extraction']['ratio']:.0f} % of the bare forward pass"
+        )
+    return table

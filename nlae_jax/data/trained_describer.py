@@ -1,0 +1,100 @@
+"""The provider `describer`: the describer that the package carries writes the descriptions, offline.
+
+See `roles.describer` for what it is, and `experiments/smollm2/describer.py` for how it was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nlae_jax.assets import describer_directory
+from nlae_jax.config import DescribeConfig
+from nlae_jax.data.answers import Answer, AnswerCache, Keep, cached_describer
+from nlae_jax.data.describer import Describer, DescribeResources, Progress
+from nlae_jax.lm.adapters import AdapterFile, has_adapters, open_adapters
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.lora import merge
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.weights import load_params
+from nlae_jax.roles.describer import prompt_ids
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
+
+_BATCH = 32  # texts of similar length written about at once
+_TOGETHER = 256  # texts that are sorted by length, and kept together: what a killed run does again
+_MAX_NEW_TOKENS = 96
+_TEMPERATURE = 0.5
+
+
+class TextDescriber:
+    """Writes one note per text. Make one with `from_directory`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    @staticmethod
+    def from_directory(directory: Path) -> TextDescriber:
+        """From adapters and the base model that they name. Raises UserError where one of them is missing."""
+        adapters = open_adapters(directory)
+        base = resolve_model(adapters.base_model)
+        arch = read_arch(base)
+        params = _merged(load_params(base, arch), adapters, adapters.read(arch))
+        return TextDescriber(LanguageModel(arch, params, load_tokenizer(base)))
+
+    def describe(
+        self, texts: Sequence[str], seed: int = 0, advance: Callable[[int], None] = lambda texts: None
+    ) -> list[str | None]:
+        """A note on each text as far as it goes, one line without angle brackets; None where nothing came.
+
+        The same texts with the same `seed` get the same notes. `advance` is told how many texts are done.
+        """
+        tokenizer, notes = self._model.tokenizer, [None] * len(texts)
+        prompts = [prompt_ids(tokenizer, text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda index: len(prompts[index]))
+        for number, start in enumerate(range(0, len(order), _BATCH)):
+            chosen = order[start : start + _BATCH]
+            replies = self._model.generate(
+                [prompts[index] for index in chosen], _MAX_NEW_TOKENS, _TEMPERATURE, seed + number
+            )
+            for index, reply in zip(chosen, replies, strict=True):
+                whole = len(reply) < _MAX_NEW_TOKENS
+                notes[index] = _clean(tokenizer.decode(reply, skip_special_tokens=True)) if whole else None
+            advance(len(chosen))
+        return notes
+
+
+def describer_provider(
+    config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
+) -> Describer:
+    """The describer that the package carries describes the texts. Raises UserError where it carries none."""
+    directory = describer_directory()
+    if not has_adapters(directory):
+        raise UserError("describe.provider: this installation carries no describer; use another provider")
+    describer = TextDescriber.from_directory(directory)
+
+    def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:
+        for start in range(0, len(texts), _TOGETHER):
+            notes = describer.describe(texts[start : start + _TOGETHER])
+            for index, note in enumerate(notes, start=start):
+                answer = Answer(f"<explanation>{note or ''}</explanation>")
+                keep(index, answer.text or "")
+                yield index, answer
+
+    cache = AnswerCache(resources.cache_directory, config.provider, open_adapters(directory).identity)
+    return cached_describer(config, cache, ask, progress, _TOGETHER)
+
+
+def _merged(params: dict[str, Any], file: AdapterFile, adapters: dict[str, Any]) -> dict[str, Any]:
+    """The base's parameters with the adapters added in."""
+    combine, scale = jax.jit(merge, static_argnums=2), file.alpha / file.rank
+    blocks = {name: combine(weight, adapters.get(name), scale) for name, weight in params["blocks"].items()}
+    return {**params, "blocks": blocks}
+
+
+def _clean(note: str) -> str | None:
+    """One line without angle brackets, which mark an explanation's ends."""
+    return " ".join(note.translate({ord("<"): "(", ord(">"): ")"}).split()) or None

@@ -1,0 +1,422 @@
+"""Activations made elsewhere: parquet files in the schema of the PyTorch reference, into a workdir and out of one.
+
+Files are read and written in pieces, so they may be larger than memory. Prompts are used as they are stored: the
+encoder's must be the same in every row, and the decoder's are kept whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nlae_jax.config import Config, DatasetConfig
+from nlae_jax.data.activations import SPLITS, Plan, counted, open_vectors
+from nlae_jax.data.parquet import check_batch, is_text, readable
+from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
+from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_json
+
+# The reference's name of a file -> the split that its rows belong to.
+SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_out": "held_out"}
+
+VECTOR, INJECT = "activation_vector", "<INJECT>"
+_TEXT = "detokenized_text_truncated"
+_ROWS = 1024  # read or written at a time
+_MOST_TOKENS = 2**31 - 1  # that a position can be said of
+_CONTEXT_CHARACTERS = 2000  # of a held-out row's text, kept for the report
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def dataset_files(config: DatasetConfig) -> dict[str, Path]:
+    """The files that are given, by the reference's names. Raises UserError where one cannot be opened."""
+    files = {
+        name: local_path(path, f"config.dataset.{name}") for name, path in dataclasses.asdict(config).items() if path
+    }
+    for name, path in files.items():
+        if not path.is_file():
+            raise UserError(f"config.dataset.{name}: {path}: no such file")
+    return files
+
+
+def identities(files: dict[str, Path]) -> dict[str, str]:
+    """What tells each file from another of its name: a hash of its size and of its end, where a parquet's footer is."""
+    found = {}
+    for name, path in files.items():
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - (1 << 16)))
+            found[name] = hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
+    return found
+
+
+def check_datasets(config: Config) -> None:
+    """Raises UserError where a file that a stage needs is not named, or there is a corpus too."""
+    if not any(dataclasses.asdict(config.dataset).values()):
+        return
+    reasons = {
+        "rl": "RL and evaluation take their rows from it",
+        "av_sft": "sft.encoder_steps is above 0" if config.sft.encoder_steps else "",
+        "ar_sft": "sft.decoder_steps is above 0" if config.sft.decoder_steps else "",
+    }
+    for name, reason in reasons.items():
+        if reason and not getattr(config.dataset, name):
+            raise UserError(f"config.dataset.{name}: no file is named, but {reason}")
+    if config.corpus.path or config.corpus.hub:
+        raise UserError("config.dataset: given together with a corpus; leave out one: --config.corpus.hub= or .path=")
+
+
+def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar:
+    """What all files' sidecars say, with the prompt that the rows hold. Raises UserError where they disagree."""
+    sidecars = {name: read_sidecar(path) for name, path in files.items()}
+    first = sidecars["rl"]
+    scaled = [sidecar for sidecar in sidecars.values() if sidecar.injection_scale is not None]
+    for sidecar in scaled:
+        if sidecar.injection_scale != scaled[0].injection_scale:
+            raise UserError(
+                f"{sidecar.path}: extraction.injection_scale is {sidecar.injection_scale or None}; in "
+                f"{scaled[0].path} it is {scaled[0].injection_scale or None}"
+            )
+    for sidecar in sidecars.values():
+        if sidecar.d_model != d_model:
+            raise UserError(f"{sidecar.path}: extraction.d_model {sidecar.d_model} should be the subject's {d_model}")
+        if sidecar.layer not in (None, layer):
+            raise UserError(f"{sidecar.path}: extraction.layer_index {sidecar.layer} should be subject.layer = {layer}")
+        if (sidecar.marker_id, sidecar.encoder_template) != (first.marker_id, first.encoder_template):
+            raise UserError(f"{sidecar.path}: another prompt or injection token than in {first.path}")
+        if sidecar.decoder_template and sidecar.decoder_template != (
+            first.decoder_template or sidecar.decoder_template
+        ):
+            raise UserError(f"{sidecar.path}: another decoder's prompt than in {first.path}")
+        first = combined(first, sidecar)
+    return dataclasses.replace(
+        first,
+        encoder_template=_stored_prompt(files["rl"]),
+        injection_scale=scaled[0].injection_scale if scaled else None,
+    )
+
+
+def check_same_prompt(released: Sidecar, data: Sidecar | None) -> None:
+    """Raises UserError where a dataset's rows hold another prompt than a released encoder was trained with."""
+    if data is not None and data.encoder_template != released.encoder_template:
+        raise UserError(f"{data.path}: the dataset's prompt is not the one that {released.path} was trained with")
+
+
+def _stored_prompt(path: Path) -> str:
+    """The encoder's prompt as the first row has it, with `{injection_char}` for the slot."""
+    for _, batch in _batches(path, ["prompt"]):
+        return _encoder_template(path, 0, batch.column("prompt")[0].as_py())
+    raise UserError(f"{path}: the file has no rows")
+
+
+def _encoder_template(path: Path, row: int, messages: Any) -> str:
+    whole = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict)
+    content = messages[0].get("content") if whole and messages[0].get("role") == "user" else None
+    if not isinstance(content, str) or content.count(INJECT) != 1:
+        raise UserError(f"{path}: row {row}: prompt should be one user message that holds {INJECT} once")
+    return content.replace(INJECT, "{injection_char}")
+
+
+def import_plan(files: dict[str, Path], config: Config) -> Plan:
+    """What the rows are: those of one file after those of another, in the order of `SPLIT_OF`.
+
+    Documents have no token ids. Where there is no file `held_out`, a share (`split.held_out`) of the documents that
+    are in `rl` alone is held out. Raises UserError naming file and column or row.
+    """
+    columns = {name: _provenance(path, config.subject.layer) for name, path in _ordered(files)}
+    doc_ids: list[str] = []
+    splits: list[int] = []
+    document, position = [], []
+    elsewhere = {doc for name, (docs, _) in columns.items() if name != "rl" for doc in docs}
+    for name, (docs, positions) in columns.items():
+        numbers: dict[str, int] = {}
+        for doc in docs:
+            numbers.setdefault(doc, len(doc_ids) + len(numbers))
+        held_out = set()
+        if name == "rl" and "held_out" not in files:
+            held_out = _held_out([doc for doc in numbers if doc not in elsewhere], config)
+        doc_ids += numbers
+        splits += [SPLITS.index("held_out" if doc in held_out else SPLIT_OF[name]) for doc in numbers]
+        document.append(np.array([numbers[doc] for doc in docs], np.int32))
+        position.append(positions)
+    if "held_out" in files:
+        _refuse_overlap(files["held_out"], columns)
+    return Plan(
+        doc_ids=doc_ids,
+        ids=[np.zeros(0, np.int32)] * len(doc_ids),
+        split=np.array(splits, np.int8),
+        document=np.concatenate(document),
+        position=np.concatenate(position),
+    )
+
+
+def _refuse_overlap(path: Path, columns: dict[str, tuple[list[str], np.ndarray]]) -> None:
+    """Nothing may be trained on that is evaluated. Other files may share documents."""
+    trained = {doc for name, (docs, _) in columns.items() if name != "held_out" for doc in docs}
+    if shared := trained.intersection(columns["held_out"][0]):
+        raise UserError(f"{path}: {len(shared)} of its documents are also trained on, such as {min(shared)!r}")
+
+
+def _held_out(documents: Sequence[str], config: Config) -> set[str]:
+    """A keyed share of the documents, one at least, but not all."""
+    if len(documents) < 2:
+        raise UserError(f"config.dataset.rl: {len(documents)} documents are in it alone; to hold one out takes two")
+    ordered = sorted(documents, key=lambda doc: hashlib.sha256(f"{config.seed}:{doc}".encode()).digest())
+    return set(ordered[: min(max(1, round(config.split.held_out * len(documents))), len(documents) - 1)])
+
+
+def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
+    """Each row's document and position; 0 where the file does not say."""
+    docs: list[str] = []
+    positions = []
+    for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", "activation_layer"]):
+        docs += _doc_ids(path, start, batch.column("doc_id"))
+        counts = np.ones(len(batch), np.int64)
+        if "n_raw_tokens" in batch.schema.names:
+            counts = _whole_numbers(path, start, "n_raw_tokens", batch.column("n_raw_tokens"), missing=0)
+        if (wrong := np.flatnonzero((counts < 0) | (counts > _MOST_TOKENS))).size:
+            row = int(wrong[0])
+            raise UserError(
+                f"{path}: row {start + row}: n_raw_tokens is {counts[row]}; it counts a text's tokens from 1"
+            )
+        positions.append(np.maximum(counts - 1, 0).astype(np.int32))
+        if "activation_layer" in batch.schema.names:
+            layers = _whole_numbers(path, start, "activation_layer", batch.column("activation_layer"), missing=layer)
+            if (wrong := np.flatnonzero(layers != layer)).size:
+                row = int(wrong[0])
+                raise UserError(
+                    f"{path}: row {start + row}: activation_layer is {layers[row]}; subject.layer is {layer}"
+                )
+    if not docs:
+        raise UserError(f"{path}: the file has no rows")
+    return docs, np.concatenate(positions)
+
+
+def _doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
+    """Names of documents: text, or numbers as text."""
+    if column.null_count:
+        row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"{path}: row {row}: doc_id is null; splits are by document")
+    if not (is_text(column.type) or pa.types.is_integer(column.type)):
+        raise UserError(f"{path}: the column doc_id should hold strings; it is {column.type}")
+    return list(map(str, column.to_pylist()))
+
+
+def _whole_numbers(path: Path, start: int, name: str, column: pa.Array, missing: int) -> np.ndarray:
+    """A column as [rows] int64, nulls as `missing`. Raises UserError naming the first row that is no whole number.
+
+    Columns of floats will do: some writers turn whole numbers into them where one is missing.
+    """
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise UserError(f"{path}: the column {name} should hold whole numbers; it is {column.type}")
+    given = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    values = np.where(column.is_null().to_numpy(zero_copy_only=False), missing, given)
+    if (wrong := np.flatnonzero(~((np.abs(values) < 2**53) & (values == np.round(values))))).size:
+        row = int(wrong[0])
+        raise UserError(f"{path}: row {start + row}: {name} is {column[row].as_py()}; it should be a whole number")
+    return values.astype(np.int64)
+
+
+def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
+    """Descriptions (row, description), contexts of held-out rows (row, text), and how many responses had no tags.
+
+    An `av_sft` row's description is what stands between its tags; an `ar_sft` row's is its whole prompt. Raises
+    UserError where a prompt differs from the others.
+    """
+    described: list[tuple[int, str]] = []
+    contexts: list[tuple[int, str]] = []
+    held_out, dropped, first = set(plan.rows_of("held_out").tolist()), 0, 0
+    for name, path in _ordered(files):
+        wanted = ["prompt", *(["response"] if name == "av_sft" else [])]
+        optional = [_TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
+        for start, batch in _batches(path, wanted, optional):
+            for number, row in enumerate(batch.to_pylist(), start):
+                prompt = row["prompt"]
+                if name == "ar_sft":
+                    _check_decoder_prompt(path, number, prompt, sidecar)
+                    described.append((first + number, prompt))
+                elif _encoder_template(path, number, prompt) != sidecar.encoder_template:
+                    raise UserError(
+                        f"{path}: row {number}: another prompt than that of {sidecar.path}; it should be the same"
+                    )
+                if name == "av_sft":
+                    text = extract_explanation(_text(path, number, "response", row["response"]))
+                    dropped += text is None
+                    described += [(first + number, text)] if text else []
+                if first + number in held_out and (text := _text(path, number, _TEXT, row.get(_TEXT))):
+                    contexts.append((first + number, text[-_CONTEXT_CHARACTERS:]))
+        first += _num_rows(path)
+    return _texts(described, "description"), _texts(contexts, "text"), dropped
+
+
+def _text(path: Path, row: int, name: str, value: Any) -> str:
+    """A text of a row; "" for null."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{path}: row {row}: {name} should be a string; it is {type(value).__name__}")
+    return value or ""
+
+
+def _check_decoder_prompt(path: Path, row: int, prompt: Any, sidecar: Sidecar) -> None:
+    """It is used as it is; but later the decoder reads other explanations in the same frame."""
+    before, _, after = (sidecar.decoder_template or "{explanation}").partition("{explanation}")
+    if not (isinstance(prompt, str) and prompt.startswith(before) and prompt.endswith(after)):
+        raise UserError(
+            f"{path}: row {row}: prompt should be the text of prompt_templates.ar with an explanation in it"
+        )
+
+
+def _texts(rows: list[tuple[int, str]], name: str) -> pa.Table:
+    return pa.table(
+        {"row": pa.array([r for r, _ in rows], pa.int64()), name: pa.array([t for _, t in rows], pa.string())}
+    )
+
+
+def import_vectors(
+    directory: AnyPath, files: dict[str, Path], rows: int, d_model: int, advance: Callable[[int], None]
+) -> None:
+    """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
+    progress = directory / "progress.json"
+    done = counted(progress, "batches", rows)
+    vectors = open_vectors(directory, rows, d_model, create=done == 0)
+    first, number = 0, 0
+    for _, path in _ordered(files):
+        for start, batch in _batches(path, [VECTOR]):
+            if number >= done:
+                values = _vectors(path, start, batch.column(VECTOR), d_model)
+                vectors[first + start : first + start + len(values)].write(values).result()
+                write_json(progress, {"batches": number + 1})
+            number += 1
+            advance(len(batch))
+        first += _num_rows(path)
+
+
+def _vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
+    """A column of lists as [rows, d] float32. Raises UserError naming the first row that is not d finite numbers."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    kind = column.type
+    if column.null_count:
+        row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise UserError(f"{path}: row {row}: {VECTOR} is null")
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
+        raise UserError(f"{path}: the column {VECTOR} should hold lists of float32; it is {kind}")
+    if pa.types.is_fixed_size_list(kind):
+        lengths = np.full(len(column), kind.list_size)
+    else:
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    if (wrong := np.flatnonzero(lengths != d_model)).size:
+        row = int(wrong[0])
+        raise UserError(
+            f"{path}: row {start + row}: {VECTOR} has {lengths[row]} numbers; the subject's width is {d_model}"
+        )
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, d_model)
+    if (wrong := np.flatnonzero(~np.isfinite(values).all(1))).size:
+        raise UserError(f"{path}: row {start + int(wrong[0])}: {VECTOR} has NaN or infinity in it")
+    return values
+
+
+def _ordered(files: dict[str, Path]) -> list[tuple[str, Path]]:
+    return [(name, files[name]) for name in SPLIT_OF if name in files]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    # Buffered: else the whole of a column's row group, which may be the whole file, is read at once.
+    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        yield file
+
+
+def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of the first row, batch) through a file. Raises UserError naming a column that is missing."""
+    with _opened(path) as file:
+        present = file.schema_arrow.names
+        for column in columns:
+            if column not in present:
+                raise UserError(f"{path}: no column {column!r}; there are {', '.join(map(repr, present[:12]))}")
+        start = 0
+        for batch in file.iter_batches(_ROWS, columns=[*columns, *(c for c in optional if c in present)]):
+            check_batch(path, start, batch)
+            yield start, batch
+            start += len(batch)
+
+
+def _num_rows(path: Path) -> int:
+    with _opened(path) as file:
+        return file.metadata.num_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a workdir gives away: `rows` in order, and per row what the columns hold."""
+
+    rows: np.ndarray
+    vectors: Callable[[np.ndarray], np.ndarray]  # rows -> [n, d]
+    doc_id: Callable[[int], str]
+    position: Callable[[int], int]
+    text: Callable[[int], str]
+    description: Callable[[int], str]
+
+
+def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, extraction: dict[str, Any]) -> None:
+    """Writes the rows as a file `name` of `SPLIT_OF` in the reference's schema, with its sidecar.
+
+    `extraction` holds the sidecar's fields of that name. The file appears complete or not at all.
+    """
+    prompt = [{"role": "user", "content": protocol.encoder_template.replace("{injection_char}", INJECT)}]
+    columns: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
+        "prompt": (_MESSAGES, lambda row: prompt),
+        "response": (pa.string(), lambda row: f"{OPENING}{source.description(row)}\n{CLOSING}"),
+    }
+    if name == "ar_sft":
+        filled = lambda row: protocol.decoder_template.replace("{explanation}", source.description(row))  # noqa: E731
+        columns = {"prompt": (pa.string(), filled)}
+    elif name != "av_sft":
+        del columns["response"]
+    vector = pa.list_(pa.float32(), extraction["d_model"])
+    provenance: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
+        "n_raw_tokens": (pa.int64(), lambda row: source.position(row) + 1),
+        "activation_layer": (pa.int64(), lambda row: extraction["layer_index"]),
+        "doc_id": (pa.string(), source.doc_id),
+        _TEXT: (pa.string(), source.text),
+    }
+    schema = pa.schema(
+        [(key, kind) for key, (kind, _) in columns.items()]
+        + [(VECTOR, vector)]
+        + [(key, kind) for key, (kind, _) in provenance.items()]
+    )
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for start in range(0, len(source.rows), _ROWS):
+                rows = source.rows[start : start + _ROWS]
+                values = pa.array(np.ascontiguousarray(source.vectors(rows)).reshape(-1), pa.float32())
+                made = {
+                    key: pa.array([make(row) for row in rows.tolist()], kind)
+                    for key, (kind, make) in (columns | provenance).items()
+                }
+                made[VECTOR] = pa.FixedSizeListArray.from_arrays(values, type=vector)
+                writer.write_table(pa.table({field.name: made[field.name] for field in schema}, schema=schema))
+
+    write_atomically(path, write)
+    stage = "rl" if name == "held_out" else name
+    sidecar = {
+        "kind": "nla_dataset",
+        "schema_version": 1,
+        "dataset_id": path.stem,
+        "stage": stage,
+        "row_count": len(source.rows),
+        "extraction": extraction,
+        **tokens_and_templates(protocol),
+    }
+    write_sidecar(path, sidecar)

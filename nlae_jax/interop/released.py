@@ -1,0 +1,138 @@
+"""Encoder and decoder directories in the reference's layout: opened and checked.
+
+An encoder ("av") is an ordinary model directory; a decoder ("ar") holds the first K + 1 blocks and
+`value_head.safetensors`. Either may hold adapters instead of a model (`adapters.py`). Both have a sidecar, see
+`sidecar.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from nlae_jax.assets import pair_directory
+from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar
+from nlae_jax.lm.adapters import AdapterFile, has_adapters, open_adapters
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
+from nlae_jax.lm.tensors import read_tensor
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import place, replicated, tree_shardings
+from nlae_jax.runtime.errors import UserError
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """One directory: its architecture (a decoder's has no head) and what its sidecar says.
+
+    Where it holds `adapters`, `directory` and `arch` are the base model's.
+    """
+
+    directory: Path
+    arch: Arch
+    sidecar: Sidecar
+    adapters: AdapterFile | None = None
+
+    @property
+    def layer(self) -> int | None:
+        return self.sidecar.layer
+
+    @property
+    def identity(self) -> str:
+        """What tells its weights from others."""
+        if self.adapters is not None:
+            return self.adapters.identity
+        return fingerprint(self.directory, *([VALUE_HEAD] if self.sidecar.role == "ar" else []))
+
+    @property
+    def injection_scale(self) -> float:
+        """What an encoder was trained with; 0: vectors as they are."""
+        if self.sidecar.injection_scale is None:
+            raise UserError(
+                f"{self.sidecar.path}: extraction.injection_scale is missing; an encoder needs the one it learned"
+            )
+        return self.sidecar.injection_scale
+
+    def weights(self, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The parameters, sharded over the mesh if there is one."""
+        trunk = self.sidecar.role == "ar"
+        shardings = tree_shardings(mesh, model_weights(self.arch)) if mesh else None
+        params = load_params(self.directory, self.arch, dtype, trunk, shardings)
+        if trunk:  # never applied, but the module declares it
+            norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
+            params["final_norm"] = place(norm, shardings["final_norm"]) if mesh else norm
+        return params
+
+    def value_head(self, mesh: Mesh | None = None) -> jax.Array:
+        """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
+        width = self.arch.d_model
+        head = read_tensor(self.sidecar.path.parent / VALUE_HEAD, "weight", (width, width)).T
+        return place(head, replicated(mesh)) if mesh else head
+
+
+def open_released(name: str, role: str) -> Released:
+    """The encoder ("av") or decoder ("ar") `name`: a directory, a hub id, or a pair's directory or shipped name.
+
+    Raises UserError, naming the file and field, where it is something else or its parts do not fit each other.
+    """
+    directory = _directory(name, role)
+    adapters = open_adapters(directory) if has_adapters(directory) else None
+    base = directory if adapters is None else resolve_model(adapters.base_model)
+    arch, sidecar = read_arch(base), read_sidecar(directory)
+    if sidecar.role != role:
+        raise UserError(f"{sidecar.path}: role is that of {sidecar.role!r}; {name} was given as {role}")
+    if sidecar.d_model != arch.d_model:
+        raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
+    if role == "ar" and not (directory / VALUE_HEAD).is_file():
+        raise UserError(f"{directory / VALUE_HEAD}: no such file; a decoder has one")
+    if adapters is not None:
+        if sidecar.layer is None or sidecar.layer >= arch.num_layers:
+            raise UserError(
+                f"{sidecar.path}: extraction.layer_index {sidecar.layer} should be from 0 to {arch.num_layers - 1}, a "
+                f"block of {adapters.base_model}"
+            )
+        return Released(base, arch, sidecar, adapters)
+    if role == "av":
+        return Released(directory, arch, sidecar)
+    layer = arch.num_layers - 1
+    if sidecar.layer not in (None, layer):
+        raise UserError(
+            f"{sidecar.path}: extraction_layer_index {sidecar.layer} should be {layer}: config.json has "
+            f"{arch.num_layers} blocks, and a decoder ends with the block that is read"
+        )
+    arch = dataclasses.replace(arch, tied_head=True)
+    return Released(directory, arch, dataclasses.replace(sidecar, layer=layer))
+
+
+def _directory(name: str, role: str) -> Path:
+    """Where a role's files are."""
+    pair = pair_directory(name) or Path(name).expanduser()
+    return pair / role if name and (pair / role).is_dir() else resolve_model(name)
+
+
+def pair_sidecar(av: Released, ar: Released) -> Sidecar:
+    """What both sidecars say together; the decoder's prompt is its own. Raises UserError where they disagree."""
+    mine, other = av.sidecar, ar.sidecar
+    if mine.d_model != other.d_model:
+        raise UserError(f"{other.path}: d_model {other.d_model} should be the encoder's {mine.d_model}")
+    if mine.layer not in (None, other.layer):
+        raise UserError(f"{other.path}: reads block {other.layer}; the encoder was made for block {mine.layer}")
+    both = combined(mine, other)
+    if both.decoder_template is None:
+        raise UserError(f"{other.path}: prompt_templates.ar (or critic) is missing")
+    return both
+
+
+def pair_tokenizer(av: Released, ar: Released) -> Any:
+    """The encoder's tokenizer, which the decoder shares. Raises UserError where theirs differ."""
+    tokenizer = load_tokenizer(av.directory)
+    check_same_tokenizer(tokenizer, load_tokenizer(ar.directory), str(ar.directory))
+    return tokenizer

@@ -1,0 +1,264 @@
+"""The sidecar `nla_meta.yaml` beside released models and datasets: which prompts, which slot, which scales.
+
+The format is that of the PyTorch reference, both of its spellings of roles and templates. Its templates are Python
+format strings, in which a brace of the text is doubled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlae_jax.config import ProtocolConfig
+from nlae_jax.roles.protocol import Protocol, make_protocol
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import write_atomically
+from nlae_jax.runtime.outside import quoted, read_yaml
+
+NAME = "nla_meta.yaml"
+
+_ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
+_SLOTS = {"av": "{injection_char}", "ar": "{explanation}"}
+_SPELLINGS = {"av": ("av", "actor"), "ar": ("ar", "critic")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """What a sidecar says, under one spelling; None where it says nothing.
+
+    `role` is "av" (encoder), "ar" (decoder) or "" (a dataset). `layer` is K. `injection_scale` is a norm, or 0 for
+    vectors injected as they are. Templates hold their placeholder once and single braces otherwise.
+    """
+
+    path: Path
+    role: str
+    d_model: int
+    base_model: str | None
+    layer: int | None
+    injection_scale: float | None
+    marker: str
+    marker_id: int
+    neighbours: tuple[int, int]
+    suffix_ids: tuple[int, ...] | None
+    encoder_template: str
+    decoder_template: str | None
+
+
+def path_of(target: Path) -> Path:
+    """Where the sidecar of a model directory or of a dataset file lies."""
+    return target / NAME if target.is_dir() else target.with_name(f"{target.name}.{NAME}")
+
+
+def read_sidecar(target: Path) -> Sidecar:
+    """The sidecar of a model directory or dataset file. Raises UserError naming the field that is missing or wrong."""
+    path = path_of(target)
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a released model or dataset has this sidecar") from None
+    kind = _get(path, content, "kind", str)
+    if kind not in ("nla_model", "nla_dataset"):
+        raise UserError(f"{path}: kind {quoted(kind)} should be nla_model or nla_dataset")
+    role = _get(path, content, "role", str) if kind == "nla_model" else ""
+    if role and role not in _ROLES:
+        raise UserError(f"{path}: role {quoted(role)} should be one of {', '.join(_ROLES)}")
+    width = "d_model" if kind == "nla_model" else "extraction.d_model"
+    if (d_model := _get(path, content, width, int)) < 1:
+        raise UserError(f"{path}: {width} should be at least 1; it is {d_model}")
+    templates = {role: _template(path, content, role) for role in _SLOTS}
+    if templates["av"] is None:
+        raise UserError(f"{path}: prompt_templates.av (or actor) is missing")
+    suffix = _get(path, content, "tokens.critic_suffix_ids", list, optional=True)
+    if any(not isinstance(token, int) for token in suffix or []):
+        raise UserError(f"{path}: tokens.critic_suffix_ids should be a list of numbers")
+    return Sidecar(
+        path=path,
+        role=_ROLES.get(role, ""),
+        d_model=d_model,
+        base_model=_get(path, content, "extraction.base_model", str, optional=True)
+        or _get(path, content, "base_checkpoint", str, optional=True),
+        layer=_layer(path, content),
+        injection_scale=_scale(path, content, d_model),
+        marker=_get(path, content, "tokens.injection_char", str),
+        marker_id=_get(path, content, "tokens.injection_token_id", int),
+        neighbours=(
+            _get(path, content, "tokens.injection_left_neighbor_id", int),
+            _get(path, content, "tokens.injection_right_neighbor_id", int),
+        ),
+        suffix_ids=tuple(suffix) if suffix else None,
+        encoder_template=templates["av"],
+        decoder_template=templates["ar"],
+    )
+
+
+def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:
+    """The protocol that a sidecar describes, with the live tokenizer's ids.
+
+    `config` stands in for a decoder's template that the sidecar lacks. Raises UserError where the tokenizer is not the
+    one that the sidecar was written with.
+    """
+    templates = dataclasses.replace(
+        config,
+        encoder_prompt=sidecar.encoder_template,
+        decoder_prompt=sidecar.decoder_template or config.decoder_prompt,
+    )
+    path, marker = sidecar.path, sidecar.marker
+    if (ids := tokenizer.encode(marker, add_special_tokens=False)) != [sidecar.marker_id]:
+        raise UserError(
+            f"{path}: tokens.injection_token_id: {quoted(marker)} is {quoted(ids)} to this tokenizer, not "
+            f"[{sidecar.marker_id}]"
+        )
+    if sidecar.marker_id == tokenizer.unk_token_id:
+        raise UserError(f"{path}: tokens.injection_char: {quoted(marker)} is unknown to this tokenizer")
+    protocol = make_protocol(tokenizer, templates, injection_scale, marker)
+    found = neighbours(protocol)
+    for name, live, stored in zip(("left", "right"), found, sidecar.neighbours, strict=True):
+        if live != stored:
+            raise UserError(f"{path}: tokens.injection_{name}_neighbor_id: {stored}, but this tokenizer gives {live}")
+    suffix = sidecar.suffix_ids
+    if suffix is not None and sidecar.decoder_template and protocol.decoder_suffix[-len(suffix) :] != suffix:
+        raise UserError(
+            f"{path}: tokens.critic_suffix_ids: {list(suffix)}, but this tokenizer ends the decoder's prompt with "
+            f"{list(protocol.decoder_suffix)}"
+        )
+    return protocol
+
+
+def combined(encoder: Sidecar, decoder: Sidecar) -> Sidecar:
+    """Slot and encoder's prompt of the one; layer and decoder's prompt of the other, as far as it says."""
+    source = decoder if decoder.decoder_template else encoder
+    return dataclasses.replace(
+        encoder,
+        layer=encoder.layer if decoder.layer is None else decoder.layer,
+        decoder_template=source.decoder_template,
+        suffix_ids=source.suffix_ids,
+    )
+
+
+def neighbours(protocol: Protocol) -> tuple[int, int]:
+    """The tokens on both sides of the slot."""
+    return protocol.encoder_prefix[-1], protocol.encoder_tail[0]
+
+
+def tokens_and_templates(protocol: Protocol) -> dict[str, Any]:
+    """The part of a sidecar that every kind has."""
+    left, right = neighbours(protocol)
+    # Its first token may merge with what stands before it, so the reference leaves it out.
+    suffix = list(protocol.decoder_suffix[1:])
+    return {
+        "tokens": {
+            "injection_char": protocol.marker,
+            "injection_token_id": protocol.marker_id,
+            "injection_left_neighbor_id": left,
+            "injection_right_neighbor_id": right,
+            "critic_suffix_ids": suffix or None,
+        },
+        "prompt_templates": {
+            "actor": _format_string(protocol.encoder_template, _SLOTS["av"]),
+            "critic": _format_string(protocol.decoder_template, _SLOTS["ar"]),
+        },
+    }
+
+
+def model_sidecar(
+    protocol: Protocol, role: str, d_model: int, layer: int, base_model: str, corpus: str
+) -> dict[str, Any]:
+    """The sidecar of an exported encoder ("av") or decoder ("ar"). The reference's client wants scales as numbers."""
+    layers = {"extraction_layer_index": layer}
+    return {
+        "kind": "nla_model",
+        "schema_version": 2,
+        "role": _SPELLINGS[role][1],
+        "stage": "rl",
+        "base_checkpoint": base_model,
+        "d_model": d_model,
+        "extraction": {
+            "base_model": base_model,
+            "layer_index": layer,
+            "injection_scale": protocol.injection_scale or None,
+            "mse_scale": math.sqrt(d_model),
+            "norm": "none",
+            "corpus": corpus,
+        },
+        **tokens_and_templates(protocol),
+        **({"critic": layers} if role == "ar" else {}),
+    }
+
+
+def write_sidecar(target: Path, content: dict[str, Any]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False)
+    write_atomically(path_of(target), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _get(path: Path, content: Any, field: str, kind: type, optional: bool = False) -> Any:
+    """The value at `a.b`. Raises UserError where it is missing, unless optional, or of another type."""
+    value = content
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None and optional:
+        return None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{path}: {field} should be a {kind.__name__}; it is {quoted(value)}")
+    return value
+
+
+def _layer(path: Path, content: dict[str, Any]) -> int | None:
+    """K. A decoder's own field is authoritative; its first spelling said `num_hidden_layers` and meant K too."""
+    fields = [f"{role}.{name}" for name in ("extraction_layer_index", "num_hidden_layers") for role in _SPELLINGS["ar"]]
+    for field in (*fields, "extraction.layer_index", "extraction_layer_index"):
+        if (layer := _get(path, content, field, int, optional=True)) is not None:
+            return layer
+    return None
+
+
+def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
+    """extraction.injection_scale: None where it is not there, 0 for null, which means raw vectors."""
+    extraction = _get(path, content, "extraction", dict, optional=True) or {}
+    if "injection_scale" not in extraction:
+        return None
+    scale = extraction["injection_scale"]
+    if scale in (None, "raw", "none"):
+        return 0.0
+    if scale == "sqrt_d_model":
+        return math.sqrt(d_model)
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = 0.0
+    if isinstance(scale, bool) or not 0 < value < math.inf:
+        raise UserError(
+            f"{path}: extraction.injection_scale {quoted(scale)} should be a positive number, null or sqrt_d_model"
+        )
+    return value
+
+
+def _template(path: Path, content: dict[str, Any], role: str) -> str | None:
+    """A prompt template as our protocols hold it; None where the sidecar has none."""
+    for name in _SPELLINGS[role]:
+        if template := _get(path, content, f"prompt_templates.{name}", str, optional=True):
+            break
+    else:
+        return None
+    slot = _SLOTS[role]
+    try:
+        # Taken apart rather than filled in: a format string from outside may ask for a terabyte of blanks.
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        parts = []
+    fields = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
+    if fields != [(slot[1:-1], "", None)]:
+        raise UserError(f"{path}: prompt_templates.{name} should hold {slot} once, and other braces doubled")
+    plain = "".join(literal + (slot if field is not None else "") for literal, field, _, _ in parts)
+    if plain.count(slot) != 1:
+        raise UserError(f"{path}: prompt_templates.{name} should hold {slot} once, and not also in doubled braces")
+    return plain
+
+
+def _format_string(template: str, slot: str) -> str:
+    """The inverse: a template as a Python format string."""
+    return slot.join(part.replace("{", "{{").replace("}", "}}") for part in template.split(slot))

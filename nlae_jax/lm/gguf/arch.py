@@ -1,0 +1,236 @@
+"""A GGUF file's metadata read as an `Arch`: the fields of an HF `config.json`, then `families.arch_from_hf`.
+
+What sets the GGUF architectures apart is the table `GGUF_FAMILIES`. It holds what llama.cpp's converter does
+to their weights and what its graphs fix without a metadata key; key names are those of the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.lm.arch import Arch, Llama3Rope
+from nlae_jax.lm.families import arch_from_hf
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFamily:
+    """One GGUF architecture; the defaults are those of Qwen2."""
+
+    model_type: str  # HF's
+    rotary_pairs: bool = False  # rows of queries and keys lie with rotary pairs side by side
+    rope_factors: bool = False  # there may be a tensor of factors by which RoPE wavelengths are stretched
+    fields: tuple[tuple[str, str], ...] = ()  # metadata key -> config.json field, where the file has the key
+    fixed: tuple[tuple[str, Any], ...] = ()  # config.json fields that no key holds, or that hold where it is missing
+    window_period: int = 0  # all but the last of so many blocks have a window; 0: the family has no such pattern
+    model_type_with_window: str = ""  # of files that name a window
+    query_scalar: bool = False  # scores are scaled by a constant of the release
+    wide_scale_layers: int = 0  # the release with so many blocks scales by d_model / num_heads, others by head_dim
+
+
+_SLIDING_WINDOW = ("attention.sliding_window", "sliding_window")
+_LOGIT_SOFTCAP = ("final_logit_softcapping", "final_logit_softcapping")
+
+GGUF_FAMILIES: dict[str, GgufFamily] = {
+    # Mistral is stored as llama too; its window, where a file names one, is all that sets it apart.
+    "llama": GgufFamily(
+        "llama", rotary_pairs=True, rope_factors=True, fields=(_SLIDING_WINDOW,), model_type_with_window="mistral"
+    ),
+    "qwen2": GgufFamily("qwen2"),
+    "qwen3": GgufFamily("qwen3"),
+    "gemma2": GgufFamily(
+        "gemma2",
+        fields=(_SLIDING_WINDOW, _LOGIT_SOFTCAP, ("attn_logit_softcapping", "attn_logit_softcapping")),
+        window_period=2,
+        query_scalar=True,
+        wide_scale_layers=46,
+    ),
+    "gemma3": GgufFamily(
+        "gemma3_text",
+        fields=(_SLIDING_WINDOW, _LOGIT_SOFTCAP, ("rope.freq_base_swa", "rope_local_base_freq")),
+        fixed=(("sliding_window", None),),
+        window_period=6,
+        query_scalar=True,
+        wide_scale_layers=62,
+    ),
+    "smollm3": GgufFamily("smollm3", rotary_pairs=True, fixed=(("no_rope_layer_interval", 4),)),
+    "olmo2": GgufFamily("olmo2"),
+}
+
+_READ = (
+    *("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
+    *("attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+)
+# Keys with one value that can be run, where they are there: the size of a head, or as given.
+_HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
+_NO_MATHS = (
+    *("context_length", "vocab_size", "pooling_type", "tensor_data_layout"),
+    *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+)
+# config.json fields by a tensor that says so.
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_PATTERN = "attention.sliding_window_pattern"
+_MOST = 1 << 24
+
+
+class _Metadata:
+    """The metadata of one architecture, by keys without its name; errors name the file and the whole key."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any], family: str) -> None:
+        self._path, self._metadata, self._family = path, metadata, family
+
+    def fail(self, key: str, complaint: str) -> UserError:
+        return UserError(f"{self._path}: {self._family}.{key} {complaint}")
+
+    def get(self, key: str, absent: Any = None) -> Any:
+        value = self._metadata.get(f"{self._family}.{key}")
+        return absent if value is None else value
+
+    def number(self, key: str, absent: float | None = None) -> float:
+        """A number; a float as the shortest decimal that is the same float32, for 1e-5 is stored as 9.99…e-06."""
+        value = self.get(key, absent)
+        if value is None:
+            raise UserError(f"{self._path}: the GGUF metadata lack {self._family}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(key, f"should be one number, not {quoted(value)}")
+        return value if isinstance(value, int) else float(str(np.float32(value)))
+
+    def size(self, key: str, absent: int | None = None) -> int:
+        """A whole number that a model may have; `families` knows more exactly which."""
+        value = self.number(key, absent)
+        if not 0 <= value <= _MOST or value != int(value):
+            raise self.fail(key, f"should be a whole number from 0 to {_MOST}, not {quoted(value)}")
+        return int(value)
+
+    def refuse_unknown(self, known: Container[str]) -> None:
+        """Raises UserError for a key that nobody reads: the maths may depend on it."""
+        prefix = f"{self._family}."
+        for name, value in self._metadata.items():
+            key = name.removeprefix(prefix)
+            if name.startswith(prefix) and key not in known and value not in (0, "", [], None):
+                raise self.fail(key, f"= {quoted(value)} is not supported; it may change the maths")
+
+
+def read_gguf_arch(
+    path: Path,
+    metadata: dict[str, Any],
+    tensors: Container[str],
+    vocab_size: int,
+    rope_factors: np.ndarray | None = None,
+) -> Arch:
+    """The architecture that GGUF `metadata` describe, with those biases and that head that are among `tensors`.
+
+    `rope_factors` [head_dim / 2] are the values of rope_freqs.weight. Raises UserError, naming `path` and the
+    key, for an architecture or a variant that cannot be run.
+    """
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in GGUF_FAMILIES:
+        raise UserError(f"{path}: GGUF architecture {quoted(name)} is not supported; {', '.join(GGUF_FAMILIES)} are")
+    family, keys = GGUF_FAMILIES[name], _Metadata(path, metadata, name)
+    config = _common_fields(keys) | _own_fields(keys, family)
+    config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in tensors}
+    config |= {field: True for field, tensor in _BIASES.items() if tensor in tensors}
+    if rope_factors is not None and not np.all(rope_factors == 1):
+        config["rope_scaling"] = _llama3_scaling(path, rope_factors, config["head_dim"], config["rope_theta"])
+    known = {*_READ, *_HEAD_SIZES, *_NO_MATHS, "attention.causal", *(key for key, _ in family.fields)}
+    keys.refuse_unknown(known | ({_PATTERN} if family.window_period else set()))
+    try:
+        return arch_from_hf(config)
+    except UserError as error:
+        raise UserError(f"{path}: its {name} metadata describe no model that can be run ({error})") from None
+
+
+def _common_fields(keys: _Metadata) -> dict[str, Any]:
+    """What every family has: sizes and RoPE."""
+    d_model, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    if heads < 1:
+        raise keys.fail("attention.head_count", "should be at least 1")
+    head_dim = keys.size("attention.key_length", d_model // heads)
+    for key in _HEAD_SIZES:
+        if keys.get(key, head_dim) != head_dim:
+            raise keys.fail(key, f"should be {head_dim}, the size of a head")
+    if keys.get("attention.causal", True) is not True:
+        raise keys.fail("attention.causal", "should be true")
+    return {
+        "hidden_size": d_model,
+        "num_hidden_layers": keys.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads) or heads,
+        "head_dim": head_dim,
+        "intermediate_size": keys.size("feed_forward_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.number("rope.freq_base", 10_000.0),
+        "rope_scaling": _linear_scaling(keys),
+    }
+
+
+def _linear_scaling(keys: _Metadata) -> dict[str, Any] | None:
+    """Linear RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
+    kind = keys.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; none and linear are")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor not in (0, 1) else None
+
+
+def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
+    """What only some families have."""
+    fields = dict(family.fixed) | {field: keys.number(key) for key, field in family.fields if keys.get(key) is not None}
+    fields["model_type"] = family.model_type
+    window = fields.get("sliding_window")
+    if family.model_type_with_window:
+        fields["model_type"] = family.model_type_with_window if window else family.model_type
+        fields["sliding_window"] = window or None
+    layers = keys.size("block_count")
+    if family.window_period:
+        none = "sliding_window" in fields and not window
+        sliding = [False] * layers if none else _sliding(keys, family.window_period, layers)
+        fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+    if family.query_scalar:
+        per_head = keys.size("embedding_length") // keys.size("attention.head_count")
+        head_dim = keys.size("attention.key_length", per_head)
+        fields["query_pre_attn_scalar"] = per_head if layers == family.wide_scale_layers else head_dim
+    return fields
+
+
+def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
+    """Which blocks have a window: listed in the file, or all but the last of every `period`."""
+    pattern = keys.get(_PATTERN, period)
+    if isinstance(pattern, list):
+        if len(pattern) != layers:
+            raise keys.fail(_PATTERN, f"should have {layers} entries, one a block; it has {len(pattern)}")
+        return [bool(one) for one in pattern]
+    period = keys.size(_PATTERN, period)
+    return [not period or layer % period < period - 1 for layer in range(layers)]
+
+
+def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any]:
+    """Llama 3's RoPE scaling, which a GGUF holds only as the factors that follow from it.
+
+    All its releases share three of the four constants; the fourth is the largest factor. Factors that
+    these do not reproduce are refused, because the model would silently compute something else.
+    """
+    scaling = Llama3Rope(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    kept = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept = np.clip(kept, 0, 1)
+    expected = 1 / ((1 - kept) / scaling.factor + kept)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+        raise UserError(f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; none else can be run")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }

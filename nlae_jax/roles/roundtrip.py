@@ -1,0 +1,161 @@
+"""The trained pair at work: activations to text, text to activations, in batches of one compiled shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from nlae_jax.lm.sampling import explanation_tokens
+from nlae_jax.lm.tokens import pad
+from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
+from nlae_jax.roles import protocol
+from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.protocol import OPENING, Protocol, extract_explanation
+from nlae_jax.roles.rollout import rollout
+from nlae_jax.runtime import processes
+
+
+class Explanations(NamedTuple):
+    """N sampled explanations. `texts` are stripped; '' where the closing tag is missing.
+
+    `responses` are the whole sampled texts. `ids` [N, T], `length` [N]: the explanation's tokens as sampled.
+    """
+
+    texts: list[str]
+    responses: list[str]
+    ids: np.ndarray
+    length: np.ndarray
+
+
+def read_samples(
+    tokenizer: Any, protocol: Protocol, tokens_NxR: np.ndarray, lengths_N: np.ndarray
+) -> tuple[list[str], list[str]]:
+    """Sampled tokens as whole responses, opening tag included, and the explanations in them, '' where none is."""
+    responses = [
+        OPENING + tokenizer.decode([token for token in row[:length].tolist() if token != protocol.eos_id])
+        for row, length in zip(tokens_NxR, lengths_N, strict=True)
+    ]
+    return responses, [extract_explanation(response) or "" for response in responses]
+
+
+class RoundTrip:
+    """Compiled once per shape; parameters are arguments, so pairs of one architecture share the compilations."""
+
+    def __init__(
+        self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int, mesh: Mesh | None = None
+    ) -> None:
+        """`max_new_tokens`: of an explanation, unless a call says otherwise.
+
+        `mesh`: that pairs are on, to split batches over; several processes then get the same results.
+        """
+        self._vocab_size = roles.decoder.arch.vocab_size
+        self._met: set[tuple[Any, ...]] = set()
+        self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
+        self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        parts = 1 if mesh is None else batch_parts(mesh)
+        self._padded_size = -(-batch_size // parts) * parts
+        self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
+        blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
+
+        def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float, limit: int) -> tuple[jax.Array, ...]:
+            samples = rollout(
+                roles,
+                pair.encoder,
+                {"base": pair.base},
+                h,
+                key,
+                samples_per_activation=1,
+                max_new_tokens=limit,
+                temperature=temperature,
+            )
+            ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
+            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
+
+        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, length, tails)
+
+        def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+
+        self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
+        self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
+        self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=whole)
+
+    def _put(self, tree: Any, sharding: Callable[[Mesh], NamedSharding] = replicated) -> Any:
+        """Onto the mesh, if there is one."""
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return place(tree, sharding(self._mesh))
+
+    def explain(
+        self,
+        pair: Pair,
+        vectors: np.ndarray,
+        seed: int = 0,
+        temperature: float = 0.0,
+        advance: Callable[[int], None] = lambda rows: None,
+        max_new_tokens: int | None = None,
+    ) -> Explanations:
+        """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone.
+
+        `advance` is told after every batch how many rows it had.
+        """
+        key, limit = jax.random.PRNGKey(seed), max_new_tokens or self._max_new_tokens
+        parts = []
+        for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
+            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature, limit)
+            parts.append([np.asarray(x)[: self._batch_size] for x in out])
+            advance(min(self._batch_size, len(vectors) - number * self._batch_size))
+        tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
+        responses, texts = read_samples(self.tokenizer, self.protocol, tokens, lengths)
+        return Explanations(texts, responses, ids, length)
+
+    def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
+        batches = self._batches(ids, length)
+        return self._collect(len(ids), (self._call(self._reconstruct, pair, *batch, self._tails) for batch in batches))
+
+    def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
+        """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt.
+
+        Tokens that the model has no embedding for are left out: sampled pieces may spell one.
+        """
+        prompts = [protocol.decoder_ids(self.tokenizer, self.protocol, text) for text in texts]
+        prompts = [[token for token in prompt if token < self._vocab_size] for prompt in prompts]
+        width = -(-max(map(len, prompts)) // 32) * 32
+        ids, length = pad(prompts, width)
+        mask = np.arange(width) < length[:, None]
+        batches = self._batches(ids, mask)
+        return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
+
+    def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
+        static = tuple(argument for argument in rest if isinstance(argument, int | float))
+        if (function, rows.shape, static) not in self._met:
+            self._met.add((function, rows.shape, static))
+            processes.compile_together(function, pair, rows, *rest)
+        return function(pair, rows, *rest)
+
+    def _batches(self, *arrays: np.ndarray) -> Any:
+        batches = _batches(self._batch_size, self._padded_size, *arrays)
+        return (self._put(batch, batch_sharding) for batch in batches)
+
+    def _collect(self, count: int, parts: Any) -> np.ndarray:
+        return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
+
+
+def _batches(size: int, padded_size: int, *arrays: np.ndarray) -> Any:
+    """Consecutive batches of `size` rows, each filled up with copies of its first row to what devices can divide.
+
+    A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
+    however many devices there are.
+    """
+    for start in range(0, len(arrays[0]), size):
+        rows = [array[start : start + size] for array in arrays]
+        missing = padded_size - len(rows[0])
+        yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]

@@ -1,0 +1,188 @@
+"""The last stage: how well explanations of held-out activations rebuild them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import numpy as np
+
+from nlae_jax.evaluate.claims import claims, parts
+from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
+from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, mismatched, summarise, uninformed
+from nlae_jax.report.page import SAMPLES
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import Pair
+from nlae_jax.roles.roundtrip import Explanations, RoundTrip
+from nlae_jax.run.run import Purpose, Run
+from nlae_jax.run.training import decoder_sft, encoder_sft, pair_of, rl
+from nlae_jax.runtime import processes, world
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, plain, read_fields, write_json, write_text
+from nlae_jax.runtime.progress import progress, say, warn
+
+# Explained from vectors that say nothing about them. Three rollouts more, for numbers that need not be exact.
+_UNINFORMED_ROWS = 64
+
+# Rebuilt from parts of their explanations too, one pass of the decoder for each part.
+_PART_ROWS = 128
+
+# Fields of eval.json that whoever shows it counts on.
+_NEEDED = {"fve", "fve_ci95", "fve_before_rl", "fve_gain", "fve_gain_ci95", "fve_shuffled", "fve_text", "num_documents"}
+
+
+def evaluate(run: Run) -> None:
+    """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
+    if processes.by_first(lambda: _is_evaluated(run.workdir)):
+        return
+    after = pair_of(run, *rl(run))
+    before = pair_of(run, encoder_sft(run), decoder_sft(run))
+    config, rows = run.config.eval, run.held_out_rows()
+    h = run.store.vectors(rows)
+    documents = run.store.plan.document[rows]
+    trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
+    seed = run.seed(Purpose.EVAL)
+    mse_uninformed: dict[str, np.ndarray] = {}
+    with progress(5 + len(UNINFORMED), "eval", unit="pass") as bar:
+        mse_before, _, _ = _round_trip(trip, before, h, seed, config.temperature)
+        bar.advance()
+        mse_after, written, rebuilt = _round_trip(trip, after, h, seed, config.temperature)
+        bar.advance()
+        readable = np.array([bool(text) for text in written.texts])
+        from_text = trip.reconstruct_texts(after, written.texts)
+        bar.advance()
+        described = run.descriptions if run.warm_start else {}
+        gold = np.array([described.get(row, "") for row in rows.tolist()])
+        from_gold = trip.reconstruct_texts(after, gold.tolist())
+        bar.advance()
+        measured: dict[str, float | None] = {**health(written.texts, run.protocol.marker)}
+        for name, vectors in uninformed(h, seed).items():
+            mse_uninformed[name], texts = _of_uninformed(trip, after, vectors, h, seed, config.temperature)
+            measured[f"identical_to_{name}"] = share_among(written.texts[: len(texts)], texts)
+            bar.advance()
+        contexts = [_context(run, row)[0] for row in rows.tolist()]
+        in_parts = _of_parts(trip, after, written.texts, contexts, h)
+        bar.advance()
+        top = _likeliest_tokens(run, rows)
+    other = mismatched(documents, seed)
+    mse = {
+        "before": mse_before,
+        "after": mse_after,
+        "text": direction_mse(from_text, h, readable),
+        "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
+        "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
+        **mse_uninformed,
+        **in_parts,
+    }
+
+    def write() -> None:
+        with np.errstate(divide="ignore", invalid="ignore"):  # where all activations are alike
+            summary = summarise(h, documents, mse, config.bootstrap_samples, seed)
+        if unknown := [name for name, value in summary.items() if value is not None and not np.isfinite(value).all()]:
+            warn(f"eval: no finite number, null in eval.json: {', '.join(unknown)}; are all activations alike?")
+        summary["extraction_rate"] = float((written.length > 0).mean())
+        summary["temperature"] = config.temperature
+        summary |= claims(written.texts, contexts, top, other.tolist())
+        summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
+        _write_samples(run, rows, written, mse_after, gold)
+        write_json(run.workdir / "eval.json", summary)
+        Watch("eval").check(summary, f"{len(h)} held-out activations")
+
+    processes.by_first(write)
+
+
+def _is_evaluated(workdir: AnyPath) -> bool:
+    """Whether both files are there. eval.json is the last to be written; what is no result is made again."""
+    if not (workdir / "eval.json").exists():
+        return False
+    missing = not (workdir / SAMPLES).exists()
+    with contextlib.suppress(UserError):
+        missing = missing or not read_fields(workdir / "eval.json", {"num_activations": int}).keys() >= _NEEDED
+        if not missing:
+            return True
+    say(f"{SAMPLES} is missing or eval.json is not as it was written: made again")
+    return False
+
+
+def _round_trip(
+    trip: RoundTrip, pair: Pair, h: np.ndarray, seed: int, temperature: float
+) -> tuple[np.ndarray, Explanations, np.ndarray]:
+    """Per activation its mse (2 where nothing was readable), its explanation and its reconstruction [N, d]."""
+    written = trip.explain(pair, h, seed, temperature)
+    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
+    return direction_mse(rebuilt, h, written.length > 0), written, rebuilt
+
+
+def _of_uninformed(
+    trip: RoundTrip, pair: Pair, vectors: np.ndarray, h: np.ndarray, seed: int, temperature: float
+) -> tuple[np.ndarray, list[str]]:
+    """What explanations of vectors [N, d] that say nothing about `h` are worth to it, of the first rows alone.
+
+    mse [N] against `h`, NaN beyond those rows, and their texts. Each row has the draws of its true explanation: an
+    encoder that does not read its vector writes the same text.
+    """
+    rows = slice(min(len(h), _UNINFORMED_ROWS))
+    mse = np.full(len(h), np.nan)
+    written = trip.explain(pair, vectors[rows], seed, temperature)
+    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
+    mse[rows] = direction_mse(rebuilt, h[rows], written.length > 0)
+    return mse, written.texts
+
+
+def _of_parts(
+    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h: np.ndarray
+) -> dict[str, np.ndarray]:
+    """By part of the explanations (`claims.parts`) its mse [N]; 2 where nothing is left, NaN beyond the first rows."""
+    count = min(len(h), _PART_ROWS)
+    rows = [parts(text, context) for text, context in zip(texts[:count], contexts, strict=False)]
+    mse = {}
+    for name in rows[0]:
+        left = [row[name] for row in rows]
+        rebuilt = trip.reconstruct_texts(pair, left)
+        mse[name] = np.full(len(h), np.nan)
+        mse[name][:count] = direction_mse(rebuilt, h[:count], np.array([bool(text) for text in left]))
+    return mse
+
+
+def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
+    """What the subject finds likeliest after each row's context; '' where that is not known.
+
+    Where extraction did not store it, the subject is asked, if it is in this process's memory anyhow.
+    """
+    stored = run.store.next_tokens(rows)
+    if stored.shape[1]:
+        return [run.tokenizer.decode([token]) for token in stored[:, 0].tolist()]
+    if run.config.dataset.rl or not run.config.lora.rank or world.count() > 1:
+        return [""] * len(rows)
+    subject = LanguageModel(run.arch, run.base, run.tokenizer)
+    likeliest = subject.generate([run.store.context_ids(row).tolist() for row in rows.tolist()], 1, temperature=0.0)
+    return [run.tokenizer.decode(tokens) for tokens in likeliest]
+
+
+def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
+    plan = run.store.plan
+    lines = []
+    for i, row in enumerate(rows.tolist()):
+        context, token = _context(run, row)
+        sample = {
+            "doc_id": plan.doc_ids[plan.document[row]],
+            "position": int(plan.position[row]),
+            "context": context,
+            "token": token,
+            "explanation": written.texts[i],
+            "gold": str(gold[i]),
+            "cos": float(1 - mse[i] / 2),
+            "mse": float(mse[i]),
+            "closed": bool(written.length[i] > 0),
+        }
+        lines.append(json.dumps(plain(sample), ensure_ascii=False, allow_nan=False))
+    write_text(run.workdir / SAMPLES, "\n".join(lines) + "\n")
+
+
+def _context(run: Run, row: int) -> tuple[str, str]:
+    """The text up to the row's position and its last token; '' where a dataset does not say."""
+    if run.config.dataset.rl:
+        text = run.store.contexts.get(row, "")
+        return text, run.tokenizer.decode(run.tokenizer.encode(text, add_special_tokens=False)[-1:])
+    ids = run.store.context_ids(row)
+    return run.tokenizer.decode(ids, skip_special_tokens=True), run.tokenizer.decode(ids[-1:])

@@ -1,0 +1,85 @@
+"""Which keys a config needs from the environment: what the launch scripts take along to other machines.
+
+    python -m nlae_jax.run.keys CONFIG [--config.field=value ...]
+
+prints the names of the variables, one a line, and never what is in them. Where one is missing it ends with code 2 and
+one line: before a machine is paid for that would only find this out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from nlae_jax.config import Config, load_experiment
+from nlae_jax.runtime.errors import UserError
+
+_PROVIDERS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+class Key(NamedTuple):
+    """A variable, what asks for it, and the least that it must be: a "value", "set" (to anything), or "nothing"."""
+
+    variable: str
+    reason: str
+    least: Literal["value", "set", "nothing"]
+
+
+def keys_of(config: Config) -> Iterator[Key]:
+    """Every key that a run of this config may read on a machine of its own."""
+    describe, learns = config.describe, config.sft.encoder_steps + config.sft.decoder_steps > 0
+    if describe.provider in _PROVIDERS and learns and not config.dataset.rl:
+        local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server there may ask for none
+        reason = f"describe.provider is {describe.provider}"
+        yield Key(_PROVIDERS[describe.provider], reason, "nothing" if local else "value")
+    models = {"subject.model": config.subject.model, "init.av": config.init.av, "init.ar": config.init.ar}
+    hub = [f"{field} is {name}" for field, name in models.items() if _on_hub(name)]
+    if config.corpus.hub and not config.dataset.rl:
+        hub.append(f"corpus.hub is {config.corpus.hub}")
+    if hub:  # no name tells whether it is public
+        yield Key("HF_TOKEN", hub[0], "set")
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model's name can only be a hub id: none of this machine's directories or files."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
+
+
+def variables(keys: Iterable[Key], environment: Mapping[str, str]) -> list[str]:
+    """The names of those that hold something. Raises UserError where one is missing or holds no key."""
+    names = []
+    for key in keys:
+        value = environment.get(key.variable)
+        if (key.least == "value" and not value) or (key.least == "set" and value is None):
+            public = f", or {key.variable}= if that is public" if key.least == "set" else ""
+            raise UserError(f"{key.variable} is not set, and {key.reason}: export {key.variable}=...{public}")
+        if value and not all("!" <= character <= "~" for character in value):
+            raise UserError(f"{key.variable} holds white space or characters outside ASCII: copy the key again")
+        if value:
+            names.append(key.variable)
+    return names
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        if not arguments:
+            raise UserError("usage: python -m nlae_jax.run.keys CONFIG [--config.field=value ...]")
+        config, *rest = arguments
+        overrides = [each.removeprefix("--config.") for each in rest if each.startswith("--config.")]
+        for name in variables(keys_of(load_experiment(config, overrides)), os.environ):
+            print(name)
+    except UserError as error:
+        print(f"nlae: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

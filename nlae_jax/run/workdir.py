@@ -1,0 +1,142 @@
+"""What a workdir says of how it was made: which config fits it, and what must not be missing from it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nlae_jax.assets import WARMSTART
+from nlae_jax.config import Config, DatasetConfig, flatten, load_config, resolve
+from nlae_jax.interop.datasets import dataset_files, identities
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath, local_path, read_json
+from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
+from nlae_jax.train.metrics import ORDER
+
+# Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
+_MAY_DIFFER = (
+    "mesh.",
+    "checkpoint.",
+    "remat",
+    "attention",
+    "rl.fused",
+    "rl.microbatches",
+    "sft.microbatches",
+    "describe.concurrency",
+    "describe.timeout_seconds",
+    "describe.max_retries",
+)
+
+# What a run makes, in order, and the fields that are first read for it: until it or anything after it is there, they
+# can be put right. The longest name that fits counts.
+_MADE_WITH = {
+    "config.json": ("",),
+    "activations/descriptions.parquet": (
+        "describe.model",
+        "describe.base_url",
+        "describe.max_new_tokens",
+        "eval.num_activations",
+    ),
+    "protocol.json": ("protocol.",),
+    "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
+    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_", "views."),
+    "checkpoints/rl/*/manifest.json": ("rl.",),
+    "eval.json": ("eval.",),
+}
+
+# Fields that name a model. What matters is the weights there, which activations/subject.json tells from others.
+_MODELS = ("subject.model", "init.pair", "init.av", "init.ar")
+
+# Fields that name files, where they do not name what the package carries.
+_FILES = ("corpus.path", "describe.path")
+
+_DATASETS = tuple(f"dataset.{field.name}" for field in dataclasses.fields(DatasetConfig))
+
+ANY_CHECKPOINT = "checkpoints/*/*/manifest.json"
+
+# What says how other files were made -> those files: they are not used without it.
+_RECORDS = {
+    "config.json": (
+        "activations/subject.json",
+        "activations/rows.parquet",
+        "activations/meta.json",
+        "protocol.json",
+        ANY_CHECKPOINT,
+        "eval.json",
+    ),
+    "activations/subject.json": ("activations/rows.parquet", "activations/meta.json"),
+}
+
+
+def located(config: Config) -> Config:
+    """The config with every path in full: what it is used from may be another directory the next time."""
+    flat = flatten(dataclasses.asdict(config))
+    paths = {name: flat[name] for name in _MODELS if not flat[name].startswith(("random:", "pypi:"))}
+    paths = {name: text for name, text in paths.items() if text and local_path(text, f"config.{name}").exists()}
+    names = [name for name in (*_FILES, *_DATASETS) if flat[name] and "://" not in flat[name]]
+    paths |= {name: flat[name] for name in names if flat[name] != WARMSTART or os.path.exists(WARMSTART)}
+    return resolve(flat | {name: os.path.abspath(local_path(text, f"config.{name}")) for name, text in paths.items()})
+
+
+def recorded(workdir: AnyPath) -> dict[str, Any]:
+    """What the newest readable checkpoint says that it was made with; {} where none says."""
+    for stage in reversed(ORDER):
+        for path in sealed(workdir / "checkpoints" / stage):
+            with contextlib.suppress(UserError, OSError):
+                if isinstance(record := read_data(path).get("made_with"), dict):
+                    return record
+    return {}
+
+
+def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
+    """Raises UserError where the file is missing and there is something that was made with it."""
+    if (workdir / name).exists():
+        return
+    for pattern in others or _RECORDS[name]:
+        if (path := min(workdir.glob(pattern), default=None)) is not None:
+            raise UserError(f"{workdir / name}: missing, but {path.relative_to(workdir)} was made with it; restore it")
+
+
+def differs(workdir: AnyPath, config: Config) -> bool:
+    """Whether the workdir's config is another. Raises UserError where that would compute something else."""
+    theirs = located(load_config(workdir / "config.json"))
+    mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, theirs))
+    changed = [name for name in mine if theirs[name] != mine[name]]
+    same = _same_content(workdir, config)
+    kept = [
+        f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
+        for name in changed
+        if not name.startswith((*_MAY_DIFFER, *same)) and (path := _made_with(workdir, name, config)) is not None
+    ]
+    if kept:
+        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
+    return bool(changed)
+
+
+def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:
+    """Fields that may name another place, because what lies there is known to be what was read."""
+    same: tuple[str, ...] = ()
+    if (workdir / "activations/subject.json").exists():  # compared before
+        same += _MODELS
+    path = workdir / "activations/dataset.json"
+    if path.exists() and read_json(path) == identities(dataset_files(config.dataset)):
+        same += _DATASETS
+    return same
+
+
+def _made_with(workdir: AnyPath, name: str, config: Config) -> AnyPath | None:
+    """A file that a field's old value has gone into; None where the new one is as good."""
+    if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
+        path = newest_sealed(workdir / "checkpoints/rl")
+        return path if path is not None and int(path.name) > config.rl.num_steps else None
+    first = max(
+        (len(prefix), made) for made, prefixes in _MADE_WITH.items() for prefix in prefixes if name.startswith(prefix)
+    )[1]
+    order = list(_MADE_WITH)
+    for pattern in order[order.index(first) :]:
+        if (path := min(workdir.glob(pattern), default=None)) is not None:
+            return path
+    return None

@@ -1,0 +1,197 @@
+"""Small files that others wrote (JSON, YAML), read so that whatever is wrong with one is a UserError that names it.
+
+Sizes, depths and numbers are bounded, and strings can be encoded as UTF-8 afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlae_jax.runtime.errors import UserError, one_line
+
+_LONGEST_FILE = 64 << 20  # bytes: an index of a large model's tensors has some MB
+_LONGEST_YAML = 256 << 10  # PyYAML takes seconds for more
+_YAML_NODES = 100_000  # with every alias written out
+_DIGITS = 300  # of a whole number: all of them are a float64 too
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_QUOTED = 120  # characters of a value that a message quotes
+_KINDS = {dict: "an object", list: "a list"}
+
+
+def quoted(value: object) -> str:
+    """A value from outside as a message quotes it: short, whatever it is."""
+    try:
+        return one_line(repr(value), _QUOTED)
+    except (ValueError, RecursionError, MemoryError):  # a number of 5,000 digits, a list 100,000 deep
+        return f"a {type(value).__name__} too large to show"
+
+
+def read_bytes(path: Path, longest: int = _LONGEST_FILE) -> bytes:
+    """A file of at most so many bytes. Raises FileNotFoundError, and UserError for one that cannot be read.
+
+    A pipe or a device, which might never end, is not read at all.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: should be a file")
+        with path.open("rb") as file:
+            content = file.read(longest + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > longest:
+        raise UserError(f"{path}: larger than {longest >> 10} kB; files of this kind are not")
+    return content
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file that holds a `kind` (dict, list or object for anything). Raises as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path), path, kind)
+
+
+def parse_json(content: bytes | str, name: object, kind: type = object, finite: bool = True) -> Any:
+    """JSON whose outermost value is a `kind`. Raises UserError naming `name` for anything that is not.
+
+    With `finite`, NaN, infinities and numbers beyond float64 are refused: no JSON has them, but Python's reader takes
+    them. Unpaired surrogates, which "\\ud83d" stands for, become U+FFFD.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        hooks = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        value = json.loads(text, parse_int=_whole, **hooks)
+        # Nothing else is a surrogate: a str may hold it as it is, bytes cannot.
+        if isinstance(content, str) or "\\ud" in text or "\\uD" in text:
+            value = _encodable(value)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not valid JSON ({error.msg.removesuffix(' at')} at line {error.lineno})") from None
+    except RecursionError:
+        raise UserError(f"{name}: not valid JSON (nested too deeply)") from None
+    except MemoryError:
+        raise UserError(f"{name}: too large for this machine's memory") from None
+    except ValueError as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{name}: should hold {_KINDS.get(kind, kind.__name__)}; it holds {quoted(value)}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML file that holds a mapping. Raises as `read_bytes`, and UserError naming the file.
+
+    Tags that make Python objects are refused. Aliases are followed as far as what they stand for, written out, stays
+    small. Numbers are finite and of 64 bits.
+    """
+    content = read_bytes(path, _LONGEST_YAML)
+    try:
+        loader = yaml.SafeLoader(content.decode("utf-8"))
+        if (node := loader.get_single_node()) is not None:
+            _written_out(node, {})
+        value = None if node is None else _bounded(loader.construct_document(node))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.MarkedYAMLError as error:  # its own text would quote the file
+        mark = error.problem_mark or error.context_mark
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: not valid YAML ({error.problem or error.context}{where})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
+    except MemoryError:
+        raise UserError(f"{path}: too large for this machine's memory") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number of 5,000 digits, a control character
+        problem = "a number of too many digits" if "digits" in str(error) else one_line(error, _QUOTED)
+        raise UserError(f"{path}: not valid YAML ({problem})") from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError):  # PyYAML takes a tag at its word
+        raise UserError(f"{path}: not valid YAML (a value that does not fit its tag)") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold fields with values; it holds {quoted(value)}")
+    return value
+
+
+def encodable(text: str) -> str:
+    """The text with unpaired surrogates, which no tokenizer and no file takes, as U+FFFD."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def clean_log(name: str) -> None:
+    """What the library of this logger logs, file names and tokens of models among it, is made safe to print."""
+    logger = logging.getLogger(name)
+    for filters in (logger, *logger.handlers):
+        if _clean_record not in filters.filters:
+            filters.addFilter(_clean_record)
+
+
+def _clean_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _encodable(value: Any) -> Any:
+    """The same with every string `encodable`, those that name fields too."""
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return value
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes this is with its aliases written out. Raises ValueError where those are too many, or endless.
+
+    `sizes` has the nodes met; 0 for one that is not finished, and meets itself.
+    """
+    if (known := sizes.get(id(node))) is not None:
+        if known == 0:
+            raise ValueError("an alias inside what it stands for")
+        return known
+    sizes[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    else:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else []
+    size = 1
+    for part in parts:
+        size += _written_out(part, sizes)
+        if size > _YAML_NODES:
+            raise ValueError(f"its aliases stand for more than {_YAML_NODES} values")
+    sizes[id(node)] = size
+    return size
+
+
+def _bounded(value: Any) -> Any:
+    """What YAML gave, its strings `encodable`. Raises ValueError for a number that is none or is too large."""
+    if isinstance(value, bool):
+        return value
+    if (isinstance(value, int) and abs(value) >= 2**63) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("a number that is not finite or takes more than 64 bits")
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, list):
+        return [_bounded(item) for item in value]
+    if isinstance(value, dict):
+        return {_bounded(key): _bounded(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,192 @@
+"""What a person sees while a stage runs: a bar on a terminal, a line now and then in a log. All of it on stderr.
+
+Of several processes only the first says anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from nlae_jax.runtime import signals, world
+
+LINE_EVERY_SECONDS = 10.0  # at most this often in a log
+WINDOW = 16  # calls of `advance` that the rate is taken over
+
+
+def say(message: str) -> None:
+    """One plain status line on stderr; a running bar stays below it."""
+    if world.is_first():
+        world.tell(message)
+
+
+def warn(message: str) -> None:
+    """One line on stderr that starts with `warning:`, yellow on a terminal."""
+    label = "\x1b[33mwarning:\x1b[0m" if _on_terminal() else "warning:"
+    if world.is_first():
+        world.tell(f"{label} {message}")
+
+
+def _on_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
+def clock_text(seconds: float) -> str:
+    """A duration as `m:ss` or `h:mm:ss`, rounded to the second."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rate_text(seconds_per_unit: float, unit: str) -> str:
+    """A pace as `3.1 s/step`, or as `12.4 step/s` where a unit takes less than a second."""
+    if seconds_per_unit >= 1.0:
+        return f"{seconds_per_unit:.1f} s/{unit}"
+    per_second = 1.0 / max(seconds_per_unit, 1e-9)
+    return f"{per_second:,.0f} {unit}/s" if per_second >= 100 else f"{per_second:.1f} {unit}/s"
+
+
+def metric_text(metrics: dict[str, Any]) -> str:
+    """`name value` pairs, two spaces apart; floats to three digits, None as a dash."""
+    return "  ".join(f"{name} {_value_text(value)}" for name, value in metrics.items())
+
+
+def _value_text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if hasattr(value, "item"):  # a scalar of numpy or jax
+        value = value.item()
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+class Progress:
+    """Counts the units of one stage and shows them; a context manager. Made by `progress`."""
+
+    def __init__(
+        self, total: int | None, name: str, unit: str, start: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.name, self.unit, self.done = total, name, unit, start
+        self._clock = clock
+        self._metrics: dict[str, Any] = {}
+        self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # (time, done) after recent advances
+        self._advances = 0
+        self._bar: RichProgress | None = None
+        self._next_line_at = -float("inf")
+
+    def __enter__(self) -> Progress:
+        self._began = self._clock()
+        self._marks.append((self._began, self.done))
+        if _on_terminal() and world.is_first():
+            bar = _terminal_bar()
+            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
+            with contextlib.suppress(OSError):  # the terminal is gone
+                bar.start()
+                self._bar = bar
+        return self
+
+    def advance(self, n: int = 1, **shown_metrics: Any) -> None:
+        """`n` more units are done. `shown_metrics` stay on display until a later call gives them again."""
+        signals.raise_if_interrupted()
+        self.done += n
+        self._metrics.update(shown_metrics)
+        self._advances += 1
+        if self._advances == 2:
+            self._marks.popleft()  # the first unit carries the compilation: it says nothing about the pace
+        self._marks.append((self._clock(), self.done))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, text=self._shown())
+        elif self._clock() >= self._next_line_at and self.done != self.total:  # the end has a line of its own
+            self._write_line()
+
+    def seconds_per_unit(self) -> float | None:
+        """The recent pace, or None before it can be told from the first call's compilation."""
+        (since, done_then), (now, done_now) = self._marks[0], self._marks[-1]
+        if self._advances < 2 or done_now <= done_then:
+            return None
+        return (now - since) / (done_now - done_then)
+
+    def line(self, ended: bool = False) -> str:
+        """The state as one line: `rl 12/40  3.1 s/step  1:27 left  fve 0.12`."""
+        count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done} {self.unit}"
+        parts = (f"{self.name} {count}", self._pace(ended), metric_text(self._metrics))
+        return "  ".join(part for part in parts if part)
+
+    def _pace(self, ended: bool) -> str:
+        pace = self.seconds_per_unit()
+        parts = [] if pace is None else [rate_text(pace, self.unit)]
+        if pace is None or ended or self.total is None:
+            parts.append(f"{clock_text(self._clock() - self._began)} elapsed")
+        else:
+            parts.append(f"{clock_text(pace * max(0, self.total - self.done))} left")
+        return "  ".join(parts)
+
+    def _shown(self) -> str:
+        """The part right of the bar; the elapsed time has a column of its own there, so that it ticks."""
+        pace = self.seconds_per_unit()
+        if pace is None:
+            return metric_text(self._metrics)
+        parts = [rate_text(pace, self.unit)]
+        if self.total is not None:
+            parts.append(f"{clock_text(pace * max(0, self.total - self.done))} left")
+        return "  ".join([*parts, metric_text(self._metrics)]).rstrip()
+
+    def _write_line(self, ended: bool = False) -> None:
+        say(self.line(ended))
+        self._next_line_at = self._clock() + LINE_EVERY_SECONDS
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+        else:
+            self._write_line(ended=True)
+
+
+class _Elapsed(ProgressColumn):
+    """Time since the bar started, as `clock_text` writes it."""
+
+    def render(self, task: Any) -> Text:
+        return Text(clock_text(task.finished_time or task.elapsed or 0.0), style="dim")
+
+
+def _terminal_bar() -> RichProgress:
+    """A bar on stderr whose right side is text that `Progress` writes, so bar and log agree on the numbers."""
+    console = Console(stderr=True)
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # in a narrow window this column gives way, alone
+    return RichProgress(
+        TextColumn("{task.description}", markup=False, style="bold"),
+        BarColumn(bar_width=20 if console.width >= 100 else 10),
+        MofNCompleteColumn(),
+        _Elapsed(),
+        TextColumn("{task.fields[text]}", markup=False, table_column=rest),
+        console=console,
+        expand=True,
+    )
+
+
+def progress(total: int | None, name: str, unit: str = "step", start: int = 0) -> Progress:
+    """`with progress(40, "rl", start=12) as bar: bar.advance(fve=0.12)`.
+
+    `total` counts from 0 and includes the `start` units that an earlier run has done; None if it is not known.
+    On a terminal stderr shows a live bar; otherwise it gets a line at the first call, one every ten seconds at most,
+    and one at the end.
+    """
+    return Progress(total, name, unit, start)
