@@ -1,4 +1,4 @@
-"""A loaded language model with its tokenizer: logits, residual streams, and sampling, for notebooks and describers."""
+"""A loaded language model with its tokenizer: logits, residual streams, splicing and sampling."""
 
 from __future__ import annotations
 
@@ -56,6 +56,15 @@ class LanguageModel:
         def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
             return subject.apply(variables(params), ids, mask, layer, method="residual")
 
+        def run_with(params: Any, ids: jax.Array, mask: jax.Array, h: jax.Array, at: jax.Array, layer: int) -> Any:
+            return subject.apply(variables(params), ids, mask, h, at, layer, method="run_with")
+
+        def splice(params: Any, *given: jax.Array, layer: int) -> Any:
+            return subject.apply(variables(params), *given, layer, method="splice")
+
+        def continuations(params: Any, *given: jax.Array) -> jax.Array:
+            return subject.apply(variables(params), *given, method="continuations")
+
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
             first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
@@ -79,6 +88,9 @@ class LanguageModel:
 
         self._logits = jax.jit(logits)
         self._residual = jax.jit(residual, static_argnums=3)
+        self._run_with = jax.jit(run_with, static_argnums=5)
+        self._splice = jax.jit(splice, static_argnames="layer")
+        self._continuations = jax.jit(continuations)
         self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
 
     @staticmethod
@@ -106,9 +118,51 @@ class LanguageModel:
 
         Raises UserError for a block that is not there, or a token that the model has no embedding for.
         """
+        self._check_layer(layer)
+        return self._residual(self.params, *self._with_mask(ids, mask), layer)
+
+    def run_with(self, ids: Any, h: Any, position: Any, layer: int, mask: Any = None) -> jax.Array:
+        """Logits [B, T, V] float32 of the model with another activation in one place of each row.
+
+        The output of block `layer` at `position` is replaced by `h` [B, d] and later blocks go on from there. `position`
+        is a number or [B] int, and counts a row's real tokens from 0. With the true activation nothing changes.
+        Raises UserError for a block or a position that is not there, and for vectors of another width.
+        """
+        self._check_layer(layer)
+        ids, mask = self._with_mask(ids, mask)
+        h, real = np.asarray(h, np.float32), np.asarray(mask)
+        if h.shape != (len(real), self.arch.d_model):
+            raise UserError(f"h: shape {h.shape} should be {(len(real), self.arch.d_model)}, one vector a row")
+        position = np.asarray(position)
+        if position.dtype.kind not in "iu" or position.shape not in ((), (len(real),)):
+            raise UserError("position: should be a whole number, or one for each row")
+        position, lengths = np.broadcast_to(position, len(real)), real.sum(-1)
+        if (wrong := np.flatnonzero((position < 0) | (position >= lengths))).size:
+            row = int(wrong[0])
+            raise UserError(f"position: {position[row]} of row {row} should be from 0 to {lengths[row] - 1}")
+        column = np.argmax(np.cumsum(real, -1) > position[:, None], axis=-1)
+        return self._run_with(self.params, ids, mask, jnp.asarray(h), jnp.asarray(column, jnp.int32), layer)
+
+    def splice(
+        self, context: Any, context_mask: Any, read: Any, read_mask: Any, h: Any, layer: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`Subject.splice` on arrays of numpy: several vectors in the place of one activation, and what they change."""
+        self._check_layer(layer)
+        (context, context_mask), (read, read_mask) = (
+            self._with_mask(*of) for of in ((context, context_mask), (read, read_mask))
+        )
+        return self._splice(self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer=layer)
+
+    def continuations(self, notes: Any, notes_mask: Any, after: Any, after_mask: Any) -> jax.Array:
+        """`Subject.continuations` on arrays of numpy: log p [B, C] of continuations [B, C, S] after notes [B, T]."""
+        notes, notes_mask = self._with_mask(notes, notes_mask)
+        after, after_mask = np.asarray(after, np.int32), np.asarray(after_mask, bool)
+        check_ids(after[after_mask], self.arch.vocab_size, self.tokenizer, "ids")
+        return self._continuations(self.params, notes, notes_mask, jnp.asarray(after), jnp.asarray(after_mask))
+
+    def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.arch.num_layers:
             raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
-        return self._residual(self.params, *self._with_mask(ids, mask), layer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0

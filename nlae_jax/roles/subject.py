@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,6 +11,19 @@ import jax.numpy as jnp
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.segments import KeyValues, empty_caches
 from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
+
+
+class Spliced(NamedTuple):
+    """What `Subject.splice` gives for C vectors and the S tokens read, all float32.
+
+    `h` [B, d]: the true activation. `kl` [B, C, S]: divergence, in nats, of the next-token distribution with a vector
+    from the one without. `log_p` [B, 1 + C, S]: of the true next token, first without any splicing; of the last column
+    it has no meaning.
+    """
+
+    h: jax.Array
+    kl: jax.Array
+    log_p: jax.Array
 
 
 class Subject(nn.Module):
@@ -46,6 +59,72 @@ class Subject(nn.Module):
         (final,), _ = self.lm.run((segment._replace(x=hidden),), start=layer + 1)
         _, likeliest = jax.lax.top_k(self.lm.logits(final[rows, columns]), num_next)
         return activations, likeliest.astype(jnp.int32)
+
+    def run_with(
+        self, ids_BxT: jax.Array, mask_BxT: jax.Array, h_BxD: jax.Array, column_B: jax.Array, layer: int
+    ) -> jax.Array:
+        """Logits [B, T, V] float32 with the output of block `layer` replaced by `h` in one column of each row."""
+        segment = self.lm.padded(ids_BxT, mask_BxT)
+        (hidden,), _ = self.lm.run((segment,), stop=layer + 1)
+        hidden = hidden.at[jnp.arange(hidden.shape[0]), column_B].set(h_BxD.astype(hidden.dtype))
+        (final,), _ = self.lm.run((segment._replace(x=hidden),), start=layer + 1)
+        return self.lm.logits(final)
+
+    def splice(
+        self,
+        context_BxT: jax.Array,
+        context_mask_BxT: jax.Array,
+        read_BxS: jax.Array,
+        read_mask_BxS: jax.Array,
+        h_BxCxD: jax.Array,
+        layer: int,
+    ) -> Spliced:
+        """What C vectors do to the model in the place of the activation of `read`'s first token.
+
+        `context` holds the tokens before that one, padded on the right; `read` the token itself and those after it.
+        The context is computed once for all vectors: they share its keys, as samples share a prompt's.
+        """
+        start = context_mask_BxT.sum(-1).astype(jnp.int32)
+        context = self.lm.padded(context_BxT, context_mask_BxT)
+        positions = start[:, None] + jnp.arange(read_BxS.shape[1], dtype=jnp.int32)
+        read = Segment(self.lm.embed(read_BxS), positions, read_mask_BxS.astype(bool))
+        (before, own), _ = self.lm.run((context, read), stop=layer + 1)
+        ways = 1 + h_BxCxD.shape[1]
+        x = jnp.broadcast_to(own[:, None], (own.shape[0], ways, *own.shape[1:]))
+        x = x.at[:, 1:, 0].set(h_BxCxD.astype(x.dtype))  # the first way is the model as it is
+        spread = lambda of: jnp.broadcast_to(of[:, None], (of.shape[0], ways, *of.shape[1:]))  # noqa: E731
+        spliced = Segment(x, spread(positions), spread(read.valid))
+        (_, final), _ = self.lm.run((context._replace(x=before), spliced), start=layer + 1)
+        targets = jnp.pad(read_BxS[:, 1:], ((0, 0), (0, 1)))
+
+        def at(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            """One column at a time: the logits of all of them would be the largest array by far."""
+            x_BxCxD, target_B = column
+            log_p = jax.nn.log_softmax(self.lm.logits(x_BxCxD))
+            kl = (jnp.exp(log_p[:, :1]) * (log_p[:, :1] - log_p[:, 1:])).sum(-1)
+            return kl, jnp.take_along_axis(log_p, target_B[:, None, None], -1)[..., 0]
+
+        kl, log_p = jax.lax.map(at, (jnp.moveaxis(final, 2, 0), targets.T))
+        return Spliced(own[:, 0].astype(jnp.float32), jnp.moveaxis(kl, 0, -1), jnp.moveaxis(log_p, 0, -1))
+
+    def continuations(
+        self, notes_BxT: jax.Array, notes_mask_BxT: jax.Array, after_BxCxS: jax.Array, after_mask_BxCxS: jax.Array
+    ) -> jax.Array:
+        """log p of each of C continuations after a row's notes, summed over its tokens: [B, C] float32.
+
+        Notes are padded on the right and computed once for all their continuations.
+        """
+        notes = self.lm.padded(notes_BxT, notes_mask_BxT)
+        start = notes_mask_BxT.sum(-1).astype(jnp.int32)
+        positions = start[:, None, None] + jnp.arange(after_BxCxS.shape[-1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, after_BxCxS.shape)
+        after = Segment(self.lm.embed(after_BxCxS), positions, after_mask_BxCxS.astype(bool))
+        (first, hidden), _ = self.lm.run((notes, after))
+        last = jnp.take_along_axis(first, jnp.maximum(start - 1, 0)[:, None, None], axis=1)[:, None]
+        last = jnp.broadcast_to(last, (*after_BxCxS.shape[:2], 1, last.shape[-1]))
+        predicting = jnp.concatenate([last, hidden[:, :, :-1]], axis=2)
+        log_p, _ = self.lm.token_log_probs(predicting, after_BxCxS)
+        return jnp.where(after_mask_BxCxS, log_p, 0.0).sum(-1)
 
     def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
         """Logits [B, V] after each row's last real token, and the prompts' keys and values, stacked over blocks."""
