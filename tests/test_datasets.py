@@ -200,8 +200,8 @@ def test_an_import_that_was_stopped_goes_on(files, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         import_vectors(tmp_path / "A", files, rows, D, stop)
     read_again = []
-    original = datasets._vectors
-    monkeypatch.setattr(datasets, "_vectors", lambda *a: read_again.append(1) or original(*a))
+    original = datasets.read_vectors
+    monkeypatch.setattr(datasets, "read_vectors", lambda *a: read_again.append(1) or original(*a))
     import_vectors(tmp_path / "A", files, rows, D, lambda count: None)
     assert 0 < len(read_again) < -(-rows // 3) + 4 - len(passed) + 1
     from nlae_jax.data.activations import open_vectors
@@ -386,7 +386,7 @@ def test_whole_numbers_may_be_written_as_floats_and_be_missing(files):
 @pytest.mark.parametrize("make_list", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, D)])
 def test_vectors_of_any_numbers(files, tmp_path, kind, make_list):
     column = pa.array([[1] * D] * count_of(files)).cast(make_list(kind))
-    values = datasets._vectors(files["rl"], 0, column, D)
+    values = datasets.read_vectors(files["rl"], 0, column, D)
     assert values.dtype == np.float32 and values.shape == (len(column), D) and (values == 1).all()
 
 

@@ -125,6 +125,16 @@ def has_repeated_item(text: str) -> bool:
     return False
 
 
+def has_repetition(text: str) -> bool:
+    """Whether a list in the text repeats an item, or the text a sentence."""
+    return has_repeated_item(text) or has_repeated_sentence(text)
+
+
+def has_cjk(text: str) -> bool:
+    """Whether the text has a Chinese, Japanese or Korean character."""
+    return _CJK_CHARACTER.search(text) is not None
+
+
 # --- measures of many explanations
 
 
@@ -164,7 +174,7 @@ def health(texts: Sequence[str], marker: str, group: int = 1) -> dict[str, float
         "repeated_item_rate": _mean(items),
         "repeated_sentence_rate": _mean(repeats),
         "marker_rate": _mean([marker in text for text in written]),
-        "cjk_rate": _mean([_CJK_CHARACTER.search(text) is not None for text in written]),
+        "cjk_rate": _mean([has_cjk(text) for text in written]),
     }
     if compared := [batch for batch in batches if len(batch) > 1]:
         measured["distinct_explanations"] = _mean([len(set(batch)) / len(batch) for batch in compared])

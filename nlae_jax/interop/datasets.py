@@ -29,7 +29,7 @@ from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_
 SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_out": "held_out"}
 
 VECTOR, INJECT = "activation_vector", "<INJECT>"
-_TEXT = "detokenized_text_truncated"
+TEXT = "detokenized_text_truncated"
 _ROWS = 1024  # read or written at a time
 _MOST_TOKENS = 2**31 - 1  # that a position can be said of
 _CONTEXT_CHARACTERS = 2000  # of a held-out row's text, kept for the report
@@ -237,7 +237,7 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
     held_out, dropped, first = set(plan.rows_of("held_out").tolist()), 0, 0
     for name, path in _ordered(files):
         wanted = ["prompt", *(["response"] if name == "av_sft" else [])]
-        optional = [_TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
+        optional = [TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
         for start, batch in _batches(path, wanted, optional):
             for number, row in enumerate(batch.to_pylist(), start):
                 prompt = row["prompt"]
@@ -252,7 +252,7 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
                     text = extract_explanation(_text(path, number, "response", row["response"]))
                     dropped += text is None
                     described += [(first + number, text)] if text else []
-                if first + number in held_out and (text := _text(path, number, _TEXT, row.get(_TEXT))):
+                if first + number in held_out and (text := _text(path, number, TEXT, row.get(TEXT))):
                     contexts.append((first + number, text[-_CONTEXT_CHARACTERS:]))
         first += _num_rows(path)
     return _texts(described, "description"), _texts(contexts, "text"), dropped
@@ -291,7 +291,7 @@ def import_vectors(
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
             if number >= done:
-                values = _vectors(path, start, batch.column(VECTOR), d_model)
+                values = read_vectors(path, start, batch.column(VECTOR), d_model)
                 vectors[first + start : first + start + len(values)].write(values).result()
                 write_json(progress, {"batches": number + 1})
             number += 1
@@ -299,7 +299,7 @@ def import_vectors(
         first += _num_rows(path)
 
 
-def _vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
+def read_vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
     """A column of lists as [rows, d] float32. Raises UserError naming the first row that is not d finite numbers."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -388,7 +388,7 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
         "n_raw_tokens": (pa.int64(), lambda row: source.position(row) + 1),
         "activation_layer": (pa.int64(), lambda row: extraction["layer_index"]),
         "doc_id": (pa.string(), source.doc_id),
-        _TEXT: (pa.string(), source.text),
+        TEXT: (pa.string(), source.text),
     }
     schema = pa.schema(
         [(key, kind) for key, (kind, _) in columns.items()]

@@ -65,6 +65,9 @@ class LanguageModel:
         def continuations(params: Any, *given: jax.Array) -> jax.Array:
             return subject.apply(variables(params), *given, method="continuations")
 
+        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, count: int) -> jax.Array:
+            return subject.apply(variables(params), ids, mask, count, method="likeliest")
+
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
             first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
@@ -91,6 +94,7 @@ class LanguageModel:
         self._run_with = jax.jit(run_with, static_argnums=5)
         self._splice = jax.jit(splice, static_argnames="layer")
         self._continuations = jax.jit(continuations)
+        self._likeliest = jax.jit(likeliest, static_argnums=3)
         self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
 
     @staticmethod
@@ -124,8 +128,8 @@ class LanguageModel:
     def run_with(self, ids: Any, h: Any, position: Any, layer: int, mask: Any = None) -> jax.Array:
         """Logits [B, T, V] float32 of the model with another activation in one place of each row.
 
-        The output of block `layer` at `position` is replaced by `h` [B, d] and later blocks go on from there. `position`
-        is a number or [B] int, and counts a row's real tokens from 0. With the true activation nothing changes.
+        The output of block `layer` at `position` is replaced by `h` [B, d], and later blocks go on from there.
+        `position` is a number or [B] int, and counts a row's real tokens from 0. The true activation changes nothing.
         Raises UserError for a block or a position that is not there, and for vectors of another width.
         """
         self._check_layer(layer)
@@ -159,6 +163,10 @@ class LanguageModel:
         after, after_mask = np.asarray(after, np.int32), np.asarray(after_mask, bool)
         check_ids(after[after_mask], self.arch.vocab_size, self.tokenizer, "ids")
         return self._continuations(self.params, notes, notes_mask, jnp.asarray(after), jnp.asarray(after_mask))
+
+    def likeliest(self, ids: Any, mask: Any, count: int) -> np.ndarray:
+        """[B, T] int -> the ids [B, count] of the likeliest next tokens of each row, likeliest first."""
+        return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), count))
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.arch.num_layers:

@@ -150,6 +150,10 @@ class Subject(nn.Module):
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, 0]), own
 
+    def likeliest(self, ids_BxT: jax.Array, mask_BxT: jax.Array, count: int) -> jax.Array:
+        """Ids [B, count] int32 of the likeliest tokens after each row's last real one, likeliest first."""
+        return jax.lax.top_k(self.prefill(ids_BxT, mask_BxT)[0], count)[1].astype(jnp.int32)
+
     def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
         """Room for `capacity` tokens after prompts of `start` tokens."""
         return empty_caches(self.arch, start_B, capacity, dtype)

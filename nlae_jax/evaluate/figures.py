@@ -1,0 +1,320 @@
+"""The suite's table of figures: what each is, its formula, its section and what stands beside it.
+
+A figure that is not in the table cannot be reported, and a control that it does not name cannot stand beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.evaluate.estimate import Statistic, estimate, first
+
+SECTIONS = ("reconstruction", "text", "meaning", "truth", "health")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One number of the suite. `controls` stand beside it; `parts` says what it is divided by, if it is."""
+
+    section: str
+    key: str
+    meaning: str
+    formula: str
+    controls: tuple[str, ...] = ()
+    parts: str = ""
+    source: str = ""
+
+
+_PAPER = "Fraser-Taliente et al. 2026"
+_SAME_FVE = "1 - mean(mse) / mean(variance), of the explanations as changed"
+
+FIGURES: tuple[Figure, ...] = (
+    # --- reconstruction
+    Figure(
+        "reconstruction",
+        "fve",
+        "variance of the activations' directions that the words carry",
+        "1 - mean(mse) / mean(|h - mean(h)|^2 / d), the mean not renormalised",
+        ("permuted", "zero", "mean_vector", "random_vector", "gold"),
+        source=_PAPER,
+    ),
+    Figure(
+        "reconstruction",
+        "fve_meannorm",
+        "the same against the renormalised mean",
+        "1 - mean(mse) / mean(mse of normalise(mean(h)))",
+        ("permuted",),
+        source=_PAPER,
+    ),
+    Figure("reconstruction", "cos", "mean cosine of activation and reconstruction", "1 - mse / 2", ("permuted",)),
+    Figure("reconstruction", "fve_by_domain", "FVE by kind of text", "as fve", parts="kind of text"),
+    Figure("reconstruction", "fve_by_position", "FVE by tenth of the positions", "as fve", parts="tenth"),
+    Figure(
+        "reconstruction",
+        "fve_by_token",
+        "FVE by what the activation's token is",
+        "as fve",
+        parts="content word, function word, punctuation, inside a word, code",
+    ),
+    Figure(
+        "reconstruction",
+        "centred_gap",
+        "what is rebuilt of this activation beyond what all share, own minus other",
+        "cos(h - m, r - m) of its own reconstruction r, minus that of another document's; m the mean direction",
+        ("own", "permuted"),
+    ),
+    Figure(
+        "reconstruction",
+        "retrieval_bits",
+        "information by which a reconstruction finds its activation among those of other documents",
+        "log2 B + log2 softmax(-mse / tau) of its own among B; tau is fitted on the other half of the documents",
+        ("permuted", "most"),
+        source="van den Oord et al. 2018",
+    ),
+    Figure(
+        "reconstruction",
+        "retrieval_bits_same_document",
+        "the same among activations of one document: what is said of the position rather than of the text",
+        "as retrieval_bits",
+        ("permuted", "most"),
+    ),
+    Figure(
+        "reconstruction",
+        "retrieval_top1",
+        "how often its own activation is the nearest, among those of other documents",
+        "share of rows; ties count in part",
+        ("permuted", "chance"),
+    ),
+    Figure(
+        "reconstruction",
+        "equivalent_rank",
+        "how many numbers would do what the words do",
+        "smallest k with the FVE of k principal directions >= fve; directions fitted on other documents",
+        ("permuted",),
+    ),
+    Figure(
+        "reconstruction",
+        "best_of",
+        "FVE of the best of n samples",
+        "as fve, of the expected smallest mse among n of the samples of a row",
+        ("permuted",),
+        parts="n",
+    ),
+    Figure(
+        "reconstruction",
+        "agreement",
+        "how alike two explanations of one activation are, as the decoder reads them",
+        "mean centred cosine of two samples' reconstructions",
+        ("other",),
+    ),
+    # --- text
+    Figure("text", "fve_text", "FVE through text", "as fve, of the explanation tokenised again", ("ids", "permuted")),
+    Figure(
+        "text",
+        "marginal_fve",
+        "what each sentence adds to those before it; the parts add up to fve_text",
+        "FVE of the first k sentences minus that of the first k - 1; of none, 0",
+        parts="sentence",
+    ),
+    Figure(
+        "text",
+        "dropped_sentence",
+        "what is lost without one sentence, of explanations of several",
+        "(mse without it - mse) / variance",
+        parts="last or any other",
+    ),
+    Figure("text", "fve_tokens", "FVE of the first n tokens", _SAME_FVE, ("permuted",), parts="n"),
+    Figure("text", "fve_quotes_only", "FVE of the quoted spans alone", _SAME_FVE, ("whole", "permuted")),
+    Figure("text", "fve_quotes_removed", "FVE without any quoted span", _SAME_FVE, ("whole", "permuted")),
+    Figure(
+        "text",
+        "fve_sentences_shuffled",
+        "FVE with the sentences in another order",
+        _SAME_FVE,
+        ("whole", "permuted"),
+    ),
+    Figure(
+        "text",
+        "fve_words_shuffled",
+        "FVE with the words of each sentence in another order: a code in the order dies here",
+        _SAME_FVE,
+        ("whole", "permuted"),
+    ),
+    Figure("text", "fve_lower_case", "FVE in lower case", _SAME_FVE, ("whole", "permuted")),
+    Figure(
+        "text",
+        "twin",
+        "how often the likeliest next token, where it is named, rebuilds better than another in its place",
+        "P(mse of the explanation < mse of its twin); 0.5 is chance",
+        parts="the other's rank: 2 to 4, 8 and beyond",
+    ),
+    Figure(
+        "text",
+        "copied_bits",
+        "information in runs of words that stand in the context too",
+        "sum over longest shared runs of 2 words or more of max(0, sum -log2 p(word) - 15)",
+        ("permuted",),
+    ),
+    Figure(
+        "text",
+        "trained_decoder",
+        "FVE of decoders trained alike on other words about the same activations",
+        "as fve, on documents that it was not trained on",
+        parts="explanations, the last words of the context in as many tokens, the likeliest next tokens",
+    ),
+    # --- meaning
+    Figure(
+        "meaning",
+        "kl_next",
+        "how much the next-token distribution changes with the reconstruction in the activation's place",
+        "KL(p with the activation || p with the reconstruction as long as it), nats",
+        ("true", "gold", "permuted", "mean", "zero", "isotropic"),
+    ),
+    Figure(
+        "meaning",
+        "kl_following",
+        "the same at the tokens that follow",
+        "mean over t + 1 ... t + 16",
+        ("true", "gold", "permuted", "mean", "zero", "isotropic"),
+    ),
+    Figure(
+        "meaning",
+        "loss_recovered",
+        "share of the loss on the next token that the reconstruction wins back from the mean vector",
+        "(CE_mean - CE_r) / (CE_mean - CE_h)",
+        ("true", "gold", "permuted", "zero", "isotropic"),
+    ),
+    Figure(
+        "meaning",
+        "loss_recovered_following",
+        "the same on the tokens after it",
+        "as loss_recovered, the loss summed over t + 1 ... t + 16",
+        ("true", "gold", "permuted", "zero", "isotropic"),
+    ),
+    # --- truth
+    Figure(
+        "truth",
+        "words_in_context",
+        "share of the content words that stand in the context",
+        "found / said, over all explanations",
+        ("permuted",),
+    ),
+    Figure(
+        "truth",
+        "quotes_in_context",
+        "share of the quoted spans of two words or more that stand in the context",
+        "found / said, over all explanations",
+        ("permuted",),
+    ),
+    Figure(
+        "truth",
+        "expects_top1",
+        "how often the next tokens that are named hold the subject's likeliest",
+        "share of explanations that name some",
+        ("permuted",),
+    ),
+    Figure("truth", "expects_top5", "the same of its five likeliest", "as expects_top1", ("permuted",)),
+    Figure(
+        "truth",
+        "suffix_test",
+        "how often the subject, given the explanation as notes, finds the true continuation among ten",
+        "argmax over 10 of log p(32 tokens | notes) is the true one; the others are of other documents",
+        ("no_notes", "other_notes", "chance"),
+    ),
+    Figure(
+        "truth",
+        "suffix_gain",
+        "the same by what notes add, so that a continuation that is likely anyway gains nothing",
+        "argmax over 10 of log p(32 tokens | notes) - log p(32 tokens | no notes)",
+        ("other_notes", "chance"),
+    ),
+    Figure(
+        "truth",
+        "recurrence",
+        "share of the content words that explanations of the ten tokens before have, too",
+        "mean over t - 10 ... t - 1 of |words(t) and words(s)| / |words(t)|",
+        ("other",),
+    ),
+    Figure(
+        "truth",
+        "consensus_precision",
+        "share, in the context, of the content words that 80 % of ten samples say",
+        "found / said, over all rows",
+        ("all_words", "permuted"),
+    ),
+    Figure(
+        "truth", "consensus_words", "how many content words 80 % of ten samples say", "mean over rows", ("all_words",)
+    ),
+    # --- health
+    Figure("health", "extraction_rate", "share of explanations that were closed", "mean over rows"),
+    Figure("health", "explanation_tokens", "length of an explanation", "mean tokens of those that were closed"),
+    Figure(
+        "health",
+        "noncanonical_rate",
+        "share of explanations whose sampled tokens are not those that their text gives: a channel no reader sees",
+        "mean over rows",
+    ),
+    Figure("health", "repeated_rate", "share with a repeated item in a list or a repeated sentence", "mean over rows"),
+    Figure("health", "marker_rate", "share with the character that marks the slot", "mean over rows"),
+    Figure("health", "cjk_rate", "share with a Chinese, Japanese or Korean character", "mean over rows"),
+    Figure("health", "distinct_explanations", "share of different explanations", "different / all"),
+    Figure("health", "distinct_1", "share of different words", "different / all", source="Li et al. 2016"),
+    Figure("health", "distinct_2", "share of different pairs of words", "different / all", source="Li et al. 2016"),
+    Figure("health", "distinct_3", "share of different triples of words", "different / all", source="Li et al. 2016"),
+    Figure("health", "changed_words", "share of words that the explanation before does not have", "new / all"),
+    Figure("health", "changed_candidates", "the same of the quoted next tokens", "new / all"),
+)
+
+BY_NAME = {(figure.section, figure.key): figure for figure in FIGURES}
+
+
+class Ledger:
+    """The suite's results: every figure as `estimate` gives it, with its controls and parts."""
+
+    def __init__(self, documents: np.ndarray, samples: int, seed: int) -> None:
+        self._documents, self._samples, self._seed = documents, samples, seed
+        self.sections: dict[str, dict[str, Any]] = {}
+
+    def estimate(self, columns: np.ndarray, statistic: Statistic = first) -> dict[str, Any]:
+        return estimate(columns, self._documents, statistic, self._samples, self._seed)
+
+    def put(
+        self,
+        section: str,
+        key: str,
+        columns: np.ndarray | None,
+        statistic: Statistic = first,
+        controls: Mapping[str, np.ndarray] | None = None,
+        parts: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, Any]:
+        """Reports a figure of columns [N] or [N, k] of all rows, NaN where a row has none, and returns it.
+
+        `controls` and `parts` are columns of the same kind. Without columns of its own a figure has parts alone.
+        """
+        result = {} if columns is None else self.estimate(columns, statistic)
+        beside = {name: self.estimate(of, statistic) for name, of in (controls or {}).items()}
+        divided = {name: self.estimate(of, statistic) for name, of in (parts or {}).items()}
+        return self.put_result(section, key, result, beside, divided)
+
+    def put_result(
+        self,
+        section: str,
+        key: str,
+        result: Mapping[str, Any],
+        controls: Mapping[str, Any] | None = None,
+        parts: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The same for numbers that are estimated elsewhere."""
+        figure = BY_NAME[section, key]
+        assert set(controls or {}) <= set(figure.controls), (key, controls)
+        entry = {
+            **result,
+            **({"controls": dict(controls)} if controls else {}),
+            **({"parts": dict(parts)} if parts else {}),
+        }
+        self.sections.setdefault(section, {})[key] = entry
+        return entry

@@ -1,0 +1,142 @@
+"""Section `truth`: whether explanations are true of the text, without a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.evaluate import reconstruction, truth
+from nlae_jax.evaluate.estimate import first, share_of
+from nlae_jax.evaluate.reconstruction import mismatched
+from nlae_jax.evaluate.rows import SUFFIX, read_activations
+from nlae_jax.evaluate.work import Work
+from nlae_jax.lm.tokens import pad
+
+BEFORE = 10  # tokens before an activation, for recurrence
+CANDIDATES = 10  # continuations that the true one is among
+_NOTES, _GOES_ON, _NONE = "Notes on a text: ", "\n\nThe text goes on:", "(none)"
+_SUFFIX_BATCH = 2
+
+
+def measure(work: Work) -> None:
+    """What the words say against the text, its next tokens, its continuation and other samples."""
+    rows, put = work.rows, work.ledger.put
+    known = set(work.has_context.tolist())
+
+    def counted(count: Callable[[str, str], tuple[int, int]], order: np.ndarray) -> np.ndarray:
+        return np.array(
+            [
+                count(work.texts[j], rows.contexts[i]) if i in known and work.texts[j] else (np.nan, np.nan)
+                for i, j in enumerate(order)
+            ],
+            np.float64,
+        ).reshape(-1, 2)
+
+    every = np.arange(len(rows.h))
+    for key, count in (
+        ("words_in_context", truth.words_in_context),
+        ("quotes_in_context", truth.quotes_in_context),
+    ):
+        put("truth", key, counted(count, every), share_of, {"permuted": counted(count, work.other)})
+    for key, most in (("expects_top1", 1), ("expects_top5", 5)):
+        own, permuted = (np.full(len(rows.h), np.nan) for _ in range(2))
+        for row, ranked in work.ranked.items():
+            own[row] = truth.expects(work.texts[row], ranked, most)
+            permuted[row] = truth.expects(work.texts[work.other[row]], ranked, most)
+        put("truth", key, own, first, {"permuted": permuted})
+    _suffix(work)
+    _recurrence(work)
+    _consensus(work)
+
+
+def _suffix(work: Work) -> None:
+    """Ten continuations after an explanation, after another's, and after none."""
+    full = np.flatnonzero([len(ids) >= SUFFIX for ids in work.rows.following_ids])
+    rows = work.some(work.sizes.suffix, full)
+    candidates, valid = reconstruction.distractors(work.rows.document[full], CANDIDATES - 1, work.seed)
+    place = np.searchsorted(full, rows)
+    usable = valid[place].all(-1)
+    rows, choices = rows[usable], full[candidates[place][usable]]
+    nothing = np.full(len(work.rows.h), np.nan)
+    if not len(rows):
+        work.ledger.put("truth", "suffix_test", nothing)
+        work.ledger.put("truth", "suffix_gain", nothing)
+        return
+    told = [work.texts[row] or _NONE for row in rows]
+    other = mismatched(work.rows.document[rows], work.seed)
+    scores = {
+        name: _continued(work, f"suffix_{name}", notes, choices)
+        for name, notes in (
+            ("notes", told),
+            ("other_notes", [told[index] for index in other]),
+            ("no_notes", [_NONE] * len(rows)),
+        )
+    }
+    chance = work.full(np.full(len(rows), 1 / CANDIDATES), rows)
+    best = {name: work.full(truth.picked(of), rows) for name, of in scores.items()}
+    work.ledger.put("truth", "suffix_test", best.pop("notes"), first, {**best, "chance": chance})
+    gains = {
+        name: work.full(truth.picked(scores[name] - scores["no_notes"]), rows) for name in ("notes", "other_notes")
+    }
+    beside = {"other_notes": gains["other_notes"], "chance": chance}
+    work.ledger.put("truth", "suffix_gain", gains["notes"], first, beside)
+
+
+def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray) -> np.ndarray:
+    """[n, C]: log p of the continuations of the rows `choices` [n, C] after each row's notes."""
+    lm = work.pair.subject()
+    prompts = [lm.tokenizer.encode(f"{_NOTES}{told}{_GOES_ON}") for told in notes]
+    width = -(-max(map(len, prompts)) // 64) * 64
+    ids, length = pad(prompts, width)
+    after = np.array([[work.rows.following_ids[row][:SUFFIX] for row in row_choices] for row_choices in choices])
+
+    def compute(part: slice) -> dict[str, Any]:
+        some = np.arange(len(prompts))[part]
+        filled = np.concatenate([some, some[:1].repeat(_SUFFIX_BATCH - len(some))])
+        mask = np.arange(width) < length[filled][:, None]
+        found = lm.continuations(ids[filled], mask, after[filled], np.ones(after[filled].shape, bool))
+        return {"scores": np.asarray(found, np.float64)[: len(some)]}
+
+    return work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute)["scores"]
+
+
+def _recurrence(work: Work) -> None:
+    long = work.has_context[[len(work.rows.context_ids[row]) > BEFORE + 1 for row in work.has_context]]
+    rows = work.some(work.sizes.recurrence, long)
+    own, other = (np.full(len(work.rows.h), np.nan) for _ in range(2))
+    if len(rows):
+        read = read_activations(work.pair.subject(), work.pair.layer, [work.rows.context_ids[row] for row in rows])
+        windows = np.concatenate([vectors[-BEFORE - 1 : -1] for vectors in read])
+        written = work.written("tokens_before", windows)["texts"]
+        before = [written[i * BEFORE : (i + 1) * BEFORE] for i in range(len(rows))]
+        wrong = mismatched(work.rows.document[rows], work.seed)
+        own[rows] = [truth.recurrence(work.texts[row], before[i]) for i, row in enumerate(rows)]
+        other[rows] = [truth.recurrence(work.texts[row], before[wrong[i]]) for i, row in enumerate(rows)]
+    work.ledger.put("truth", "recurrence", own, first, {"other": other})
+
+
+def _consensus(work: Work) -> None:
+    rows, texts, _ = work.sampled
+    known = np.isin(rows, work.has_context)
+    rows, texts = rows[known], [each for each, here in zip(texts, known, strict=True) if here]
+    nothing = np.full((len(work.rows.h), 2), np.nan)
+    agreed, said, permuted, sizes, most = (
+        nothing.copy(),
+        nothing.copy(),
+        nothing.copy(),
+        nothing.copy(),
+        nothing.copy(),
+    )
+    wrong = mismatched(work.rows.document[rows], work.seed) if len(rows) else []
+    for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
+        shared = truth.consensus(samples)
+        every = set().union(*map(truth.content_words, samples))
+        agreed[row] = truth.precision(shared, work.rows.contexts[row])
+        said[row] = truth.precision(every, work.rows.contexts[row])
+        permuted[row] = truth.precision(shared, work.rows.contexts[rows[wrong[i]]])
+        sizes[row], most[row] = len(shared), len(every)
+    beside = {"all_words": said, "permuted": permuted}
+    work.ledger.put("truth", "consensus_precision", agreed, share_of, beside)
+    work.ledger.put("truth", "consensus_words", sizes[:, 0], first, {"all_words": most[:, 0]})

@@ -1,0 +1,53 @@
+"""The suite: what a pair's explanations carry, of what kind that is, and whether it is true.
+
+Sections are the modules of `evaluate.sections`. Each computes what it needs through `Work`, which keeps it on disk, so
+that a suite that was stopped goes on, and puts its figures into one `Ledger`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.sections import health, meaning, reconstruction, text, truth
+from nlae_jax.evaluate.work import Work
+from nlae_jax.runtime.errors import UserError
+
+_MODULES: dict[str, ModuleType] = {
+    "reconstruction": reconstruction,
+    "text": text,
+    "meaning": meaning,
+    "truth": truth,
+    "health": health,
+}
+
+
+def sections_of(names: str) -> tuple[str, ...]:
+    """The sections that a comma-separated list names, in the suite's order. Raises UserError for others."""
+    given = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
+    if unknown := [name for name in given if name not in SECTIONS]:
+        raise UserError(f"--suite: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
+    return tuple(name for name in SECTIONS if name in given)
+
+
+def run_suite(work: Work, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
+    """Every section's figures by section and name, and under `suite` what they are of and how long each part took.
+
+    What several sections need counts for the first of them.
+    """
+    seconds = {}
+    for section in SECTIONS:
+        if section in sections:
+            before = sum(work.kept.seconds.values())
+            _MODULES[section].measure(work)
+            seconds[section] = round(sum(work.kept.seconds.values()) - before, 1)
+    rows = work.rows
+    about = {
+        "num_activations": len(rows.h),
+        "num_documents": len(set(rows.document.tolist())),
+        "seed": work.seed,
+        "seconds": seconds,
+    }
+    return {**work.ledger.sections, "suite": about}
