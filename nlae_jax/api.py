@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
+from nlae_jax.config import CorpusConfig, MeshConfig, ProtocolConfig, load_config
+from nlae_jax.evaluate.cost import cost_text
+from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.reconstruction import direction_mse
+from nlae_jax.evaluate.rows import Rows, rows_of
+from nlae_jax.evaluate.suite import run_suite
+from nlae_jax.evaluate.trained_controls import trained_controls
+from nlae_jax.evaluate.work import Work, pairing_of
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
 from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
@@ -30,7 +36,7 @@ from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
 from nlae_jax.runtime.outside import encodable
-from nlae_jax.runtime.progress import progress
+from nlae_jax.runtime.progress import progress, say
 
 _BATCH = 16
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
@@ -159,6 +165,35 @@ class NLA:
             ]
             for ids, _ in read
         ]
+
+    def evaluate(
+        self,
+        out: str | Path,
+        texts: Sequence[str] = (),
+        files: Sequence[str | Path] = (),
+        rows: Rows | None = None,
+        sections: Sequence[str] = SECTIONS,
+        num_activations: int = 256,
+        temperature: float = 1.0,
+        seed: int = 0,
+        bootstrap_samples: int = 2000,
+        control_steps: int = 0,
+        corpus: CorpusConfig | None = None,
+    ) -> dict[str, Any]:
+        """The suite (docs/evaluation.md) on activations of texts and files: every figure by section and name.
+
+        Files are texts (.txt, .jsonl, .parquet), or one parquet of activations in the reference's layout; a `corpus` is
+        read, too; or `rows` are given. What is done is kept in `out`/evaluation: the same call goes on from there.
+        `control_steps` trains decoders on other words for so many steps each.
+        """
+        subject = lambda: self.subject  # noqa: E731
+        if rows is None:
+            arch = self._roles.encoder.arch
+            rows = rows_of(subject, self.layer, self.tokenizer, arch, texts, files, corpus, num_activations, seed)
+        pairing = pairing_of(self._roles, self._pair, self._trip, subject, temperature, _BATCH, self.max_new_tokens)
+        work = Work(pairing, rows, workdir_path(out), seed, bootstrap_samples)
+        say(cost_text(work, sections))
+        return run_suite(work, sections, partial(trained_controls, work, self._roles, self._pair, control_steps))
 
     def _read(self, text: str, where: str) -> tuple[list[int], np.ndarray]:
         """A text's token ids and their activations [T, d]."""

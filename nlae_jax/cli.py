@@ -188,16 +188,16 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in _STAGES.items():
         command = commands.add_parser(name, help=help_text, description=help_text)
+        needed = name != "eval"  # of any pair
         if name != "report":
-            command.add_argument("--config", required=True, help="experiment file with get_config()")
-        command.add_argument(
-            "--workdir", required=True, help="directory or gs://BUCKET/NAME that keeps everything; run again to resume"
-        )
+            command.add_argument("--config", required=needed, help="experiment file with get_config()")
+        help_text = "directory or gs://BUCKET/NAME that keeps everything; run again to resume"
+        command.add_argument("--workdir", required=needed, help=help_text)
         if name != "report":
             _add_distributed(command)
         if name == "eval":
-            command.add_argument("--json", action="store_true", help="print eval.json on stdout")
-        command.set_defaults(run=_run_report if name == "report" else _run_stage)
+            _add_suite(command)
+        command.set_defaults(run={"report": _run_report, "eval": _run_eval}.get(name, _run_stage))
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
     explain.add_argument("--workdir", help="of a trained run")
     explain.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
@@ -250,9 +250,47 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
         if given not in _PAIRS:
             parser.error("explain takes --workdir, or --model, or --av and --ar")
+    if options.command == "eval":
+        _check_eval(parser, options, overrides)
     if options.command == "explain" and options.workdir and (options.subject or options.dtype):
         parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
     return options, overrides
+
+
+def _check_eval(parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: list[str]) -> None:
+    given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
+    if given not in _PAIRS:
+        parser.error("eval takes --workdir, or --model, or --av and --ar")
+    if options.workdir and (options.subject or options.dtype):
+        parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
+    if not options.workdir and not options.out:
+        parser.error("eval of a released pair takes --out, the directory that gets eval.json")
+    if overrides and not options.config:
+        parser.error("--config overrides change what --config gives")
+    if not options.workdir and not (options.text or options.input or options.config):
+        parser.error("eval of a released pair takes --text, --input or --config: what is read")
+
+
+def _add_suite(command: argparse.ArgumentParser) -> None:
+    """What the evaluation of any pair takes."""
+    command.add_argument("--suite", metavar="A,B", help="sections: reconstruction, text, meaning, truth, health")
+    command.add_argument("--model", help="instead of a workdir: a shipped pair, or a directory with av/ and ar/")
+    command.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
+    command.add_argument("--ar", help="its decoder")
+    command.add_argument("--subject", default="", help="of a released pair: the model whose activations it explains")
+    help_text = "of a released pair's weights and the subject's (default float32)"
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
+    command.add_argument("--text", action="append", default=[], help="a text to read; may be given several times")
+    help_text = "file of texts (.txt, .jsonl, .parquet) or of activations (.parquet); may be given several times"
+    command.add_argument("--input", action="append", default=[], metavar="FILE", help=help_text)
+    command.add_argument("--out", help="directory that gets eval.json and what is done (default: the workdir)")
+    command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
+    command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
+    help_text = "length of an explanation (default: the run's, or 200)"
+    command.add_argument("--max-new-tokens", type=int, help=help_text)
+    help_text = "also train decoders on other words for so many steps each (default 0: none)"
+    command.add_argument("--control-steps", type=int, default=0, help=help_text)
+    command.add_argument("--json", action="store_true", help="print eval.json on stdout")
 
 
 def _add_distributed(command: argparse.ArgumentParser) -> None:
@@ -325,6 +363,59 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
         STAGES[options.command](run)
         if getattr(options, "json", False) and world.is_first():
             afterwards("no results shown", lambda: show_json(read_json(options.workdir / "eval.json")))
+    return 0
+
+
+def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The stage, where a config and a workdir are given; and the suite, where it is asked for or no config is."""
+    from nlae_jax.evaluate.suite import sections_of
+
+    sections = sections_of(options.suite or "")
+    if options.config and options.workdir:
+        code = _run_stage(options, overrides)
+        if not options.suite:
+            return code
+    else:
+        _start_jax(options.distributed)
+    if world.count() > 1:
+        raise UserError("--suite: runs in one process; leave --distributed out")
+    from nlae_jax.api import NLA, open_run
+    from nlae_jax.config import Config, MeshConfig, load_experiment
+    from nlae_jax.mesh import make_mesh
+    from nlae_jax.report.suite import suite_table
+    from nlae_jax.run.suite import rows_of_run, write_figures
+    from nlae_jax.runtime.files import read_json
+    from nlae_jax.runtime.output import afterwards, show_json, show_rich
+
+    config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
+    out = options.out or options.workdir
+    if options.workdir:
+        nla, run = NLA.from_workdir(options.workdir), open_run(options.workdir)
+        config = run.config
+        if not (options.text or options.input):
+            rows = rows_of_run(run, options.num_activations or config.eval.num_activations)
+    else:
+        pair = (options.model, "") if options.model else (options.av, options.ar)
+        mesh = make_mesh(MeshConfig(fsdp=-1))
+        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+    nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
+    figures = nla.evaluate(
+        out,
+        options.text,
+        options.input,
+        rows,
+        sections,
+        options.num_activations or config.eval.num_activations,
+        config.eval.temperature if options.temperature is None else options.temperature,
+        config.seed,
+        config.eval.bootstrap_samples,
+        options.control_steps,
+        config.corpus if options.config and not options.workdir else None,
+    )
+    path = write_figures(out, figures)
+    afterwards(
+        "no results shown", lambda: show_json(read_json(path)) if options.json else show_rich(suite_table(figures))
+    )
     return 0
 
 

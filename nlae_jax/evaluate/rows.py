@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from nlae_jax.config import CorpusConfig
 from nlae_jax.data.corpus import Document, document_of, read_documents
 from nlae_jax.data.parquet import check_batch, is_text, readable
 from nlae_jax.interop.datasets import TEXT, VECTOR, read_vectors
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
@@ -53,14 +54,39 @@ class Rows(NamedTuple):
         return digest.hexdigest()
 
 
+def rows_of(
+    subject: Callable[[], LanguageModel],
+    layer: int,
+    tokenizer: Any,
+    arch: Arch,
+    texts: Sequence[str],
+    files: Sequence[str | Path],
+    corpus: CorpusConfig | None,
+    count: int,
+    seed: int,
+) -> Rows:
+    """At most `count` activations of texts, files of texts and a corpus, or of one parquet of activations.
+
+    `arch` is the encoder's. Raises UserError where nothing can be read.
+    """
+    if count < 2:
+        raise UserError(f"--num-activations: {count} should be at least 2")
+    if not any(has_vectors(path) for path in files):
+        return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed)
+    if len(files) > 1 or texts or corpus:
+        raise UserError(f"--input {files[0]}: a file of activations should be given alone")
+    return rows_of_parquet(Path(files[0]), tokenizer, arch.d_model, arch.vocab_size, count, seed)
+
+
 def documents_of(
-    texts: Sequence[str], paths: Sequence[str | Path], text_field: str = "text"
+    texts: Sequence[str], paths: Sequence[str | Path], corpus: CorpusConfig | None = None
 ) -> list[tuple[str, Document]]:
-    """(kind of text, document) of texts as they are and of files; a file's name is the kind of its texts."""
+    """(kind of text, document) of texts, of files, whose names are their kinds, and of a corpus."""
     found = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
-        config = CorpusConfig(path=str(path), text_field=text_field, max_documents=0)
+        config = CorpusConfig(path=str(path))
         found += [(Path(path).name.partition(".")[0], document) for document in read_documents(config)]
+    found += [("corpus", document) for document in read_documents(corpus)] if corpus else []
     unique: dict[str, tuple[str, Document]] = {}
     for domain, document in found:
         unique.setdefault(document.doc_id, (domain, document))
@@ -207,7 +233,7 @@ def likeliest(lm: LanguageModel, context_ids: Sequence[Sequence[int]], count: in
     return [[lm.tokenizer.decode([token]) for token in row] for row in found.tolist()]
 
 
-def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+def by_part(values: np.ndarray, names: Sequence[Any]) -> Mapping[Any, np.ndarray]:
     """The rows [N, ...] of each name, NaN elsewhere: what `Ledger.put` takes as parts."""
     parts = {}
     for name in dict.fromkeys(names):

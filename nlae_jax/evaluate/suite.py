@@ -6,7 +6,7 @@ that a suite that was stopped goes on, and puts its figures into one `Ledger`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,16 +32,21 @@ def sections_of(names: str) -> tuple[str, ...]:
     return tuple(name for name in SECTIONS if name in given)
 
 
-def run_suite(work: Work, sections: Sequence[str] = SECTIONS) -> dict[str, Any]:
+def run_suite(
+    work: Work, sections: Sequence[str] = SECTIONS, trained_controls: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Every section's figures by section and name, and under `suite` what they are of and how long each part took.
 
-    What several sections need counts for the first of them.
+    What several sections need counts for the first of them. `trained_controls` adds the figure that takes training to
+    the section `text`.
     """
     seconds = {}
     for section in SECTIONS:
         if section in sections:
             before = sum(work.kept.seconds.values())
             _MODULES[section].measure(work)
+            if section == "text":
+                trained_controls()
             seconds[section] = round(sum(work.kept.seconds.values()) - before, 1)
     rows = work.rows
     about = {

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.evaluate.figures import Ledger
@@ -16,7 +18,8 @@ from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, variance
 from nlae_jax.evaluate.rows import Rows, likeliest
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.roundtrip import Explanations
+from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.roundtrip import Explanations, RoundTrip
 from nlae_jax.runtime.files import AnyPath
 
 RANKS = 12  # of the subject's next tokens that are looked at
@@ -35,6 +38,32 @@ class Pairing(NamedTuple):
     marker: str
     batch_size: int
     identity: str
+
+
+def pairing_of(
+    roles: Roles,
+    pair: Pair,
+    trip: RoundTrip,
+    subject: Callable[[], LanguageModel],
+    temperature: float,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Pairing:
+    """A trained pair as the suite uses it; its identity is that of its parameters and of how it is sampled."""
+    trained = jax.tree.leaves((pair.encoder, pair.decoder))
+    sums = [float(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in trained]
+    protocol = roles.encoder.protocol
+    return Pairing(
+        explain=lambda vectors, seed: trip.explain(pair, vectors, seed, temperature),
+        reconstruct_ids=lambda ids, length: trip.reconstruct_ids(pair, ids, length),
+        reconstruct_texts=lambda texts: trip.reconstruct_texts(pair, texts),
+        subject=subject,
+        layer=roles.decoder.layer,
+        tokenizer=trip.tokenizer,
+        marker=protocol.marker,
+        batch_size=batch_size,
+        identity=repr((sums, protocol.to_json(), temperature, max_new_tokens)),
+    )
 
 
 class Sizes(NamedTuple):

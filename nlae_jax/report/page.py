@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nlae_jax.config import Config
+from nlae_jax.report.ruler import Mark, interval_of, ruler, tick_text, ticks
+from nlae_jax.report.suite import html_suite, without_suite
 from nlae_jax.report.table import (
     LARGEST,
     html_health,
@@ -21,7 +23,6 @@ from nlae_jax.report.table import (
     html_values,
     number,
     significant,
-    tidy,
 )
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, remove_abandoned, workdir_path, write_text
@@ -90,7 +91,7 @@ PAGE = """<!doctype html>
 <p class="lede">The encoder reads one activation from the output of block {layer} and writes what it holds. The decoder
 rebuilds the activation from those words alone. What it gets right, the words have carried.</p></header>
 <section><h2>How much the words carry</h2>{headline}</section>
-<section><h2>Explanations of held-out activations</h2>{samples}</section>
+{suite}<section><h2>Explanations of held-out activations</h2>{samples}</section>
 <section><h2>Training</h2>{stages}</section>
 <section><h2>Configuration</h2>{config}</section>
 <footer><h2>Definitions</h2>
@@ -172,22 +173,6 @@ q{quotes:none;font-size:16px;white-space:pre-line;overflow-wrap:anywhere}
 """
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers in [low, high], `count` or a few more or less."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _tick_text(value: float, ticks: Sequence[float]) -> str:
-    """A tick's label with as many decimals as tell the ticks apart."""
-    for decimals in range(5):
-        if all(abs(round(tick, decimals) - tick) <= 1e-6 * abs(tick) for tick in ticks):
-            return tidy(f"{value:,.{decimals}f}")
-    return tidy(f"{value:.3g}")
-
-
 def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> str:
     """The chart as a figure, or nothing if the rows hold none of its metrics."""
     series = {key: curve(rows, key) for key in panel.keys}
@@ -207,8 +192,8 @@ def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> str:
         y = HEIGHT - BOTTOM - (scale(point[1]) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
-    marks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] if log else _ticks(low, high)
-    parts = [_axes(marks, [x for x in _ticks(first, last) if abs(x - round(x)) < 1e-6], place, log)]
+    marks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] if log else ticks(low, high)
+    parts = [_axes(marks, [x for x in ticks(first, last) if abs(x - round(x)) < 1e-6], place, log)]
     for index, line in enumerate(series.values()):
         parts.append(_curve(line, place, index, log))
     parts.append(_readout(series, place))
@@ -232,11 +217,11 @@ def _axes(y_ticks: Sequence[float], x_ticks: Sequence[float], place: Callable[[P
         y = place((x_ticks[0] if x_ticks else 0.0, tick))[1]
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-        label = _tick_text(tick, [tick] if log else y_ticks)
+        label = tick_text(tick, [tick] if log else y_ticks)
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
     for tick in x_ticks:
         x = place((tick, y_ticks[0] if y_ticks else 1.0))[0]
-        label = _tick_text(tick, x_ticks)
+        label = tick_text(tick, x_ticks)
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     return "".join(parts) + f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
@@ -297,9 +282,7 @@ def _stage(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _interval(evaluation: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    pair = evaluation.get(key)
-    good = isinstance(pair, list) and len(pair) == 2 and all(number(end) != "–" for end in pair)
-    return (float(pair[0]), float(pair[1])) if good else None
+    return interval_of(evaluation.get(key))
 
 
 def _interval_text(interval: tuple[float, float] | None) -> str:
@@ -330,33 +313,21 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
     )  # fmt: skip
     values = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
     values = {name: float(value) for name, value in values.items() if number(value) != "–"}
+    kinds = {"explanations": "main", "mean prediction": "zero"}
     interval = _interval(evaluation, "fve_ci95")
-    ends = [*values.values(), *(interval or ())]
-    low, high = min([0.0, *ends]) - 0.03, max([1.0, *ends]) + 0.03
-
-    def at(value: float) -> float:
-        return round((value - low) / (high - low) * 100, 2)
-
-    lines = []
-    for name, value in values.items():
-        kind = "main" if name == "explanations" else "zero" if name == "mean prediction" else ""
-        whisker = ""
-        if kind == "main" and interval is not None:
-            whisker = f'<s style="left:{at(interval[0])}%;width:{round(at(interval[1]) - at(interval[0]), 2)}%"></s>'
-        lines.append(
-            f'<div class="{kind}"><span>{name}</span><span class="track"><u style="left:{at(0)}%"></u>{whisker}'
-            f'<i style="left:{at(value)}%"></i></span><span>{number(value, 2)}</span></div>'
-        )
-    ticks = _ticks(low, high)
-    scale = "".join(f'<em style="left:{at(tick)}%">{_tick_text(tick, ticks)}</em>' for tick in ticks)
-    lines.append(f'<div class="scale"><span></span><span class="track">{scale}</span><span></span></div>')
-    return f'<div class="ruler">{"".join(lines)}</div>'
+    points = [
+        Mark(name, value, interval if name == "explanations" else None, kinds.get(name, ""))
+        for name, value in values.items()
+    ]
+    return ruler(points, 0.0, 1.0)
 
 
 def _headline(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return '<p class="absent">Not there yet: eval.json. <code>nlae eval</code> writes it.</p>'
-    everything = f"<details><summary>Everything in eval.json</summary>{html_values(evaluation, {})}</details>"
+    everything = (
+        f"<details><summary>Everything in eval.json</summary>{html_values(without_suite(evaluation), {})}</details>"
+    )
     note = '<p class="note">fve on held-out activations: 0 is the mean prediction, 1 is perfect.</p>'
     cards = f'<div class="cards">{_cards(evaluation)}</div>'
     return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
@@ -417,6 +388,7 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
         model=html_text(subject.get("model", "unknown subject")),
         layer=html_text(subject.get("layer", "unknown")),
         headline=_headline(evaluation),
+        suite=html_suite(evaluation or {}),
         stages=_stages(_tame(read(workdir / "metrics.jsonl"), 14)),
         samples=html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES),
         config=_config(config),

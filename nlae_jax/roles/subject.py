@@ -101,7 +101,9 @@ class Subject(nn.Module):
             """One column at a time: the logits of all of them would be the largest array by far."""
             x_BxCxD, target_B = column
             log_p = jax.nn.log_softmax(self.lm.logits(x_BxCxD))
-            kl = (jnp.exp(log_p[:, :1]) * (log_p[:, :1] - log_p[:, 1:])).sum(-1)
+            # As p and q both sum to 1, Σ p (q/p - 1 - log q/p): no term is negative, and none is lost to rounding.
+            ratio = log_p[:, 1:] - log_p[:, :1]
+            kl = (jnp.exp(log_p[:, :1]) * (jnp.expm1(ratio) - ratio)).sum(-1)
             return kl, jnp.take_along_axis(log_p, target_B[:, None, None], -1)[..., 0]
 
         kl, log_p = jax.lax.map(at, (jnp.moveaxis(final, 2, 0), targets.T))

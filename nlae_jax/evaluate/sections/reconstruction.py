@@ -27,13 +27,8 @@ def measure(work: Work) -> None:
         beside["gold"] = work.with_variance(np.where(known, direction_mse(np.nan_to_num(work.gold), rows.h), np.nan))
     fve = put("reconstruction", "fve", own, fve_of, beside)
     baseline = np.full(len(work.mse), float(direction.baselines(rows.h).mean_norm))
-    put(
-        "reconstruction",
-        "fve_meannorm",
-        np.stack([work.mse, baseline], -1),
-        fve_of,
-        {"permuted": np.stack([work.mse_permuted, baseline], -1)},
-    )
+    against = lambda mse: np.stack([mse, baseline], -1)  # noqa: E731
+    put("reconstruction", "fve_meannorm", against(work.mse), fve_of, {"permuted": against(work.mse_permuted)})
     put("reconstruction", "cos", 1 - work.mse / 2, first, {"permuted": 1 - work.mse_permuted / 2})
     _by_part(work, own)
     near, far = (_centred(work, index) for index in (np.arange(len(rows.h)), work.other))
@@ -60,15 +55,9 @@ def _by_part(work: Work, own: np.ndarray) -> None:
     if len(set(rows.domain)) > 1:
         put("reconstruction", "fve_by_domain", None, fve_of, parts=by_part(own, rows.domain))
     if rows.position.any():
-        tenths = [str(tenth + 1) for tenth in reconstruction.deciles(rows.position)]
-        parts = by_part(own, tenths)
-        put(
-            "reconstruction",
-            "fve_by_position",
-            None,
-            fve_of,
-            parts=dict(sorted(parts.items(), key=lambda x: int(x[0]))),
-        )
+        tenths = reconstruction.deciles(rows.position) + 1
+        parts = by_part(own, tenths.tolist())
+        put("reconstruction", "fve_by_position", None, fve_of, parts={str(k): parts[k] for k in sorted(parts)})
     decode = work.pair.tokenizer.decode
     classes = [
         reconstruction.token_class(context, decode(ids[-1:]), decode(after[:4])) if ids else ""
@@ -91,11 +80,12 @@ def _retrieval(work: Work) -> None:
         candidates, valid = reconstruction.distractors(work.rows.document, _DISTRACTORS, work.seed, same)
         distance = reconstruction.mse_to(rebuilt, work.rows.h, candidates)
         tau = reconstruction.cross_fitted_tau(distance, valid, work.rows.document)
-        # An explanation of another document: it should find nothing, with the temperature of the true ones.
         wrong = reconstruction.mse_to(rebuilt[work.other], work.rows.h, candidates)
+        # Each with the temperature that is best for it: what finds nothing has no bits then, rather than very few.
+        tau_wrong = reconstruction.cross_fitted_tau(wrong, valid, work.rows.document)
         count = valid.sum(-1)
         most = np.where(count > 1, np.log2(np.maximum(count, 1)), np.nan)
-        beside = {"permuted": reconstruction.retrieval_bits(wrong, valid, tau), "most": most}
+        beside = {"permuted": reconstruction.retrieval_bits(wrong, valid, tau_wrong), "most": most}
         work.ledger.put("reconstruction", key, reconstruction.retrieval_bits(distance, valid, tau), first, beside)
         if not same:
             chance = np.where(count > 1, 1 / count, np.nan)

@@ -59,10 +59,9 @@ def _suffix(work: Work) -> None:
     place = np.searchsorted(full, rows)
     usable = valid[place].all(-1)
     rows, choices = rows[usable], full[candidates[place][usable]]
-    nothing = np.full(len(work.rows.h), np.nan)
     if not len(rows):
-        work.ledger.put("truth", "suffix_test", nothing)
-        work.ledger.put("truth", "suffix_gain", nothing)
+        for key in ("suffix_test", "suffix_gain"):
+            work.ledger.put("truth", key, np.full(len(work.rows.h), np.nan))
         return
     told = [work.texts[row] or _NONE for row in rows]
     other = mismatched(work.rows.document[rows], work.seed)
@@ -121,22 +120,14 @@ def _consensus(work: Work) -> None:
     rows, texts, _ = work.sampled
     known = np.isin(rows, work.has_context)
     rows, texts = rows[known], [each for each, here in zip(texts, known, strict=True) if here]
-    nothing = np.full((len(work.rows.h), 2), np.nan)
-    agreed, said, permuted, sizes, most = (
-        nothing.copy(),
-        nothing.copy(),
-        nothing.copy(),
-        nothing.copy(),
-        nothing.copy(),
-    )
+    agreed, said, permuted, sizes = (np.full((len(work.rows.h), 2), np.nan) for _ in range(4))
     wrong = mismatched(work.rows.document[rows], work.seed) if len(rows) else []
     for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
-        shared = truth.consensus(samples)
-        every = set().union(*map(truth.content_words, samples))
+        shared, every = truth.consensus(samples), set().union(*map(truth.content_words, samples))
         agreed[row] = truth.precision(shared, work.rows.contexts[row])
         said[row] = truth.precision(every, work.rows.contexts[row])
         permuted[row] = truth.precision(shared, work.rows.contexts[rows[wrong[i]]])
-        sizes[row], most[row] = len(shared), len(every)
+        sizes[row] = len(shared), len(every)
     beside = {"all_words": said, "permuted": permuted}
     work.ledger.put("truth", "consensus_precision", agreed, share_of, beside)
-    work.ledger.put("truth", "consensus_words", sizes[:, 0], first, {"all_words": most[:, 0]})
+    work.ledger.put("truth", "consensus_words", sizes[:, 0], first, {"all_words": sizes[:, 1]})

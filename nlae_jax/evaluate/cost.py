@@ -1,0 +1,82 @@
+"""What the suite is going to cost, said before it begins."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.evaluate import splice, text
+from nlae_jax.evaluate.rows import SUFFIX
+from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES
+from nlae_jax.evaluate.work import Work
+from nlae_jax.lm.arch import model_weights
+from nlae_jax.lm.transformer import is_weight
+from nlae_jax.runtime.progress import clock_text
+
+_EXPLANATION = 80  # tokens that an explanation is taken to have, prompt and tail of its reader included
+# Shares of a plain product's speed that reading and writing tokens reach on a CPU.
+_READING, _WRITING = 0.6, 0.2
+
+
+class Cost(NamedTuple):
+    """Tokens that a section has written by the encoder, and read by decoder and subject."""
+
+    written: int = 0
+    read: int = 0
+
+
+def costs(work: Work, sections: Sequence[str]) -> dict[str, Cost]:
+    """By section; what several need is the first one's. About right: lengths are not known yet."""
+    rows, sizes = len(work.rows.h), work.sizes
+    some = lambda count: min(count, rows)  # noqa: E731
+    context = sum(map(len, work.rows.context_ids))
+    ways = 8 * (splice.FOLLOWING + 2) // 3  # of blocks after the activation's
+    found = {
+        "reconstruction": Cost(3 * some(sizes.uninformed) * _EXPLANATION, 3 * some(sizes.uninformed) * _EXPLANATION),
+        "text": Cost(0, (rows + some(sizes.text) * (len(text.TOKEN_COUNTS) // 2 + 10)) * _EXPLANATION),
+        "meaning": Cost(0, context + rows * ways),
+        "truth": Cost(
+            some(sizes.recurrence) * BEFORE * _EXPLANATION,
+            some(sizes.recurrence) * BEFORE * _EXPLANATION + some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96),
+        ),
+        "health": Cost(),
+    }
+    chosen = {name: found[name] for name in found if name in sections}
+    shared = {"explanations": rows, "samples": some(sizes.sampled) * sizes.samples, "next tokens": some(sizes.text)}
+    if not chosen:
+        return chosen
+    own = next(iter(chosen))
+    count = shared["explanations"]
+    if {"reconstruction", "truth"} & chosen.keys():
+        count += shared["samples"]
+    read = context * shared["next tokens"] // max(rows, 1) if {"text", "truth"} & chosen.keys() else 0
+    first = chosen[own]
+    chosen[own] = Cost(first.written + count * _EXPLANATION, first.read + count * _EXPLANATION + read)
+    return chosen
+
+
+def cost_text(work: Work, sections: Sequence[str]) -> str:
+    """One line: minutes in all and by section, from the speed of one product on this machine."""
+    weights = jax.tree.leaves(model_weights(work.pair.subject().arch)["blocks"], is_leaf=is_weight)
+    flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
+    parts, total = [], 0.0
+    for section, cost in costs(work, sections).items():
+        seconds = flops_per_token * (cost.read / _READING + cost.written / _WRITING) / speed
+        total += seconds
+        parts.append(f"{section} {clock_text(seconds)}")
+    return f"eval: {len(work.rows.h)} activations, about {clock_text(total)} in all: {', '.join(parts)}"
+
+
+def _product_speed(width: int = 1024, times: int = 8) -> float:
+    """Operations a second of a float32 product."""
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
+    x = jnp.full((width, width), 1e-3)
+    product(x).block_until_ready()
+    clock = time.perf_counter()
+    product(x).block_until_ready()
+    return 2 * width**3 * times / (time.perf_counter() - clock)

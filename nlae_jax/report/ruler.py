@@ -1,0 +1,66 @@
+"""Numbers as dots on one scale, with their intervals: the page's chart for a few figures side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from nlae_jax.report.table import html_text, number, tidy
+
+
+class Mark(NamedTuple):
+    """One line: a name, its value and interval. `kind` is "main", "zero" or nothing."""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    kind: str = ""
+
+
+def interval_of(pair: Any) -> tuple[float, float] | None:
+    """An interval from a file; None for what is not two numbers."""
+    good = isinstance(pair, list) and len(pair) == 2 and all(number(end) != "–" for end in pair)
+    return (float(pair[0]), float(pair[1])) if good else None
+
+
+def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
+    """The marks on a scale that reaches from `low` to `high` at least."""
+    ends = [end for mark in marks for end in (mark.value, *(mark.interval or ()))]
+    low, high = min([low, *ends]), max([high, *ends])
+    low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+
+    def at(value: float) -> float:
+        return round((value - low) / (high - low) * 100, 2)
+
+    lines = []
+    for mark in marks:
+        whisker = ""
+        if mark.interval is not None:
+            width = round(at(mark.interval[1]) - at(mark.interval[0]), 2)
+            whisker = f'<s style="left:{at(mark.interval[0])}%;width:{width}%"></s>'
+        lines.append(
+            f'<div class="{mark.kind}"><span>{html_text(mark.name)}</span><span class="track">'
+            f'<u style="left:{at(0)}%"></u>{whisker}<i style="left:{at(mark.value)}%"></i></span>'
+            f"<span>{number(mark.value, 2)}</span></div>"
+        )
+    shown = ticks(low, high)
+    scale = "".join(f'<em style="left:{at(tick)}%">{tick_text(tick, shown)}</em>' for tick in shown)
+    lines.append(f'<div class="scale"><span></span><span class="track">{scale}</span><span></span></div>')
+    return f'<div class="ruler">{"".join(lines)}</div>'
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers in [low, high], `count` or a few more or less."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """A tick's label with as many decimals as tell the ticks apart."""
+    for decimals in range(5):
+        if all(abs(round(tick, decimals) - tick) <= 1e-6 * abs(tick) for tick in ticks):
+            return tidy(f"{value:,.{decimals}f}")
+    return tidy(f"{value:.3g}")

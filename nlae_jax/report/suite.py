@@ -1,0 +1,155 @@
+"""The suite's figures as a table for the terminal and as charts for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from nlae_jax.evaluate.figures import FIGURES, SECTIONS, Figure
+from nlae_jax.report.ruler import Mark, interval_of, ruler
+from nlae_jax.report.table import html_text, number, printable
+
+
+def without_suite(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The other numbers of eval.json."""
+    return {name: value for name, value in evaluation.items() if name not in (*SECTIONS, "suite")}
+
+
+def _entry(evaluation: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
+    """A figure of eval.json, or {} for what is none."""
+    section = evaluation.get(figure.section)
+    entry = section.get(figure.key) if isinstance(section, dict) else None
+    return entry if isinstance(entry, dict) else {}
+
+
+def _named(entry: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """A figure's `controls` or `parts`, those that are numbers."""
+    found = entry.get(kind)
+    found = found if isinstance(found, dict) else {}
+    return {name: of for name, of in found.items() if isinstance(of, dict) and number(of.get("value")) != "–"}
+
+
+def _with_interval(of: Mapping[str, Any], digits: int = 3) -> str:
+    interval = interval_of(of.get("ci95"))
+    ends = f" [{number(interval[0], digits)}, {number(interval[1], digits)}]" if interval else ""
+    return number(of.get("value"), digits) + ends
+
+
+def suite_table(evaluation: Mapping[str, Any]) -> Table:
+    """Every figure with its interval and its controls, one line each and one for each part."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
+    table.add_column("figure", overflow="fold", ratio=3)
+    table.add_column("value and 95 % interval", overflow="fold", ratio=3)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("beside it", overflow="fold", ratio=4)
+    for figure in FIGURES:
+        if not (entry := _entry(evaluation, figure)):
+            continue
+        beside = ", ".join(f"{name} {number(of['value'])}" for name, of in _named(entry, "controls").items())
+        value, count = _with_interval(entry) if "value" in entry else "", number(entry.get("n"))
+        table.add_row(Text(f"{figure.section}: {figure.key}"), value, count if value else "", beside)
+        for name, of in _named(entry, "parts").items():
+            table.add_row(Text(f"    {printable(name)}"), _with_interval(of), number(of.get("n")), "")
+    return table
+
+
+class _Chart(NamedTuple):
+    """A chart of one figure: what it shows and, in one sentence, what it does not."""
+
+    title: str
+    section: str
+    key: str
+    marks: Callable[[Mapping[str, Any]], list[Mark]]
+    says: str
+    ends: tuple[float, float] = (0.0, 1.0)
+
+
+def _mark(name: str, of: Mapping[str, Any], kind: str = "") -> Mark:
+    return Mark(name, float(of["value"]), interval_of(of.get("ci95")), kind)
+
+
+def _beside(entry: Mapping[str, Any]) -> list[Mark]:
+    """The figure and its controls."""
+    own = [_mark("explanations", entry, "main")] if number(entry.get("value")) != "–" else []
+    return own + [_mark(name.replace("_", " "), of) for name, of in _named(entry, "controls").items()]
+
+
+def _divided(entry: Mapping[str, Any]) -> list[Mark]:
+    return [_mark(name, of) for name, of in _named(entry, "parts").items()]
+
+
+_CHARTS = (
+    _Chart(
+        "Against controls",
+        "reconstruction",
+        "fve",
+        _beside,
+        "Explanations of the right activation should stand far above all others; how they carry it, as words or as a "
+        "code, this does not show.",
+    ),
+    _Chart(
+        "By sentence",
+        "text",
+        "marginal_fve",
+        _divided,
+        "What each sentence adds to those before it; a sentence that adds nothing may still be true.",
+    ),
+    _Chart(
+        "By length",
+        "text",
+        "fve_tokens",
+        _divided,
+        "FVE of the first tokens alone; the decoder was trained on whole explanations, so a cut one may be worth less "
+        "than its words.",
+    ),
+    _Chart(
+        "In the model's place",
+        "meaning",
+        "loss_recovered",
+        _beside,
+        "Share of the loss on the next token that is won back where the reconstruction stands for the activation: 0 is "
+        "the mean vector, 1 the activation; what matters only later it does not show.",
+    ),
+    _Chart(
+        "By kind of text",
+        "reconstruction",
+        "fve_by_domain",
+        _divided,
+        "FVE by kind of text, against the variance of that kind; kinds that were not read it says nothing about.",
+    ),
+)
+
+
+def html_suite(evaluation: Mapping[str, Any]) -> str:
+    """The report's section: charts of the figures that are read most, and a table of all; nothing without any."""
+    if not any(_entry(evaluation, figure) for figure in FIGURES):
+        return ""
+    charts = []
+    for chart in _CHARTS:
+        section = evaluation.get(chart.section)
+        entry = section.get(chart.key) if isinstance(section, dict) else None
+        if isinstance(entry, dict) and (marks := chart.marks(entry)):
+            says = f'<p class="note">{html_text(chart.says)}</p>'
+            charts.append(f"<h3>{chart.title} <code>{chart.key}</code></h3>{says}{ruler(marks, *chart.ends)}")
+    rows = []
+    for figure in FIGURES:
+        if entry := _entry(evaluation, figure):
+            rows.append(_html_row(figure, entry))
+    head = "<thead><tr><th>figure</th><th>value and 95 % interval</th><th>beside it</th></tr></thead>"
+    table = f'<table class="health">{head}<tbody>{"".join(rows)}</tbody></table>'
+    every = f"<details><summary>Every figure, with what it is</summary>{table}</details>"
+    return f"<section><h2>Is it true?</h2>{''.join(charts)}{every}</section>"
+
+
+def _html_row(figure: Figure, entry: Mapping[str, Any]) -> str:
+    parts = "".join(f"<br>{html_text(name)}: {_with_interval(of)}" for name, of in _named(entry, "parts").items())
+    controls = "<br>".join(f"{html_text(n)}: {_with_interval(of)}" for n, of in _named(entry, "controls").items())
+    value = _with_interval(entry) if "value" in entry else ""
+    return (
+        f"<tr><td><code>{figure.key}</code> {html_text(figure.meaning)}</td><td>{value}{parts}</td>"
+        f"<td>{controls or '–'}</td></tr>"
+    )
