@@ -9,11 +9,23 @@ from hypothesis import strategies as st
 
 from nlae_jax.evaluate.reconstruction import (
     UNINFORMED,
+    agreement,
+    best_of,
     bootstrap,
+    centred_cos,
+    cross_fitted_tau,
+    deciles,
     direction_mse,
+    distractors,
+    equivalent_rank,
     fve,
     mismatched,
+    mse_to,
+    principal_fve,
+    retrieval_bits,
     summarise,
+    token_class,
+    top1,
     uninformed,
     variances,
 )
@@ -214,3 +226,105 @@ def test_gain_is_paired():
 def test_summary_is_json_and_the_same_every_time():
     first, second = (json.dumps(summarise(*case(), 50, 3), sort_keys=True, allow_nan=False) for _ in range(2))
     assert first == second
+
+
+# --- what FVE alone does not show
+
+
+def test_a_shared_direction_is_no_centred_cosine():
+    h = vectors(60, 16)
+    mean = directions(h).mean(0)
+    np.testing.assert_allclose(centred_cos(h, h, mean), 1, atol=1e-5)
+    assert centred_cos(np.tile(mean, (60, 1)), h, mean).mean() < 0.2
+    other = np.roll(np.arange(60), 1)
+    assert abs(centred_cos(h[other], h, mean).mean()) < 0.15 < np.mean(1 - direction_mse(h[other], h) / 2)
+
+
+def test_distractors_are_of_other_documents_or_of_the_same():
+    documents = np.repeat(np.arange(6), 3)
+    for same in (False, True):
+        candidates, valid = distractors(documents, 4, 0, same)
+        assert (candidates[:, 0] == np.arange(18)).all() and valid[:, 0].all()
+        for row in range(18):
+            drawn = candidates[row, 1:][valid[row, 1:]]
+            assert len(set(drawn)) == len(drawn) == (2 if same else 4) and row not in drawn
+            assert ((documents[drawn] == documents[row]) == same).all()
+
+
+def test_bits_of_what_finds_its_own_and_of_what_finds_nothing():
+    h = vectors(40, 64)
+    candidates, valid = distractors(np.arange(40), 15, 0)
+    own, constant = mse_to(h, h, candidates), mse_to(np.tile(h.mean(0), (40, 1)), h, candidates)
+    np.testing.assert_allclose(retrieval_bits(own, valid, 0.01), 4, atol=1e-6)  # log2 of 16
+    np.testing.assert_allclose(retrieval_bits(own, valid, 1e6), 0, atol=1e-4)
+    tau = cross_fitted_tau(constant, valid, np.arange(40))
+    assert abs(retrieval_bits(constant, valid, tau).mean()) < 0.1
+    assert top1(own, valid).mean() == 1
+    np.testing.assert_allclose(top1(np.ones_like(own), valid), 1 / 16)
+    alone = np.zeros_like(valid)
+    alone[:, 0] = True
+    assert np.isnan(retrieval_bits(own, alone, 1.0)).all() and np.isnan(top1(own, alone)).all()
+
+
+@given(st.integers(0, 20), st.floats(0.01, 100))
+def test_bits_never_exceed_those_of_the_number_of_candidates(seed, tau):
+    mse = np.random.default_rng(seed).uniform(0, 4, (5, 8))
+    assert (retrieval_bits(mse, np.ones(mse.shape, bool), tau) <= 3 + 1e-9).all()
+
+
+def test_principal_directions_of_a_plane():
+    """Activations in a plane through their mean: two directions carry all of it, none carries nothing."""
+    rng = np.random.default_rng(0)
+    first, second, offset = np.linalg.qr(rng.standard_normal((16, 3)))[0].T
+    plane, offset = np.stack([first, second]), 20 * offset
+    draw = lambda count: (rng.standard_normal((count, 2)) @ plane + offset).astype(np.float32)  # noqa: E731
+    h, reference = draw(60), draw(400)
+    ranks = principal_fve(h, np.arange(60), reference, np.arange(400) + 1000)
+    assert abs(ranks[0]) < 0.05
+    assert 0.3 < ranks[1] < 0.8 and ranks[2] > 0.98
+    assert (np.diff(ranks) >= -1e-9).all()
+    assert [equivalent_rank(ranks, value) for value in (-0.3, 0.0, ranks[1], 0.9, 2.0)] == [0, 0, 1, 2, None]
+
+
+def test_principal_directions_are_not_fitted_on_what_they_are_measured_on():
+    """With as many directions as numbers, activations of the same documents would be rebuilt whole."""
+    h = vectors(40, 64)
+    ranks = principal_fve(h, np.arange(40), h, np.arange(40))
+    assert ranks[-1] < 0.9
+
+
+def test_best_of_is_the_mean_over_all_choices():
+    mse = np.array([[3.0, 1.0, 2.0], [0.5, 0.5, 0.5]])
+    np.testing.assert_allclose(best_of(mse, 1), mse.mean(1))
+    np.testing.assert_allclose(best_of(mse, 2), [(1 + 2 + 1) / 3, 0.5])
+    np.testing.assert_allclose(best_of(mse, 3), [1, 0.5])
+
+
+def test_agreement_of_equal_samples_is_1_and_of_other_activations_about_0():
+    h = vectors(80, 32)
+    mean, other = directions(h).mean(0), np.roll(np.arange(80), 1)
+    own, others = agreement(np.repeat(h[:, None], 4, axis=1), mean, other)
+    np.testing.assert_allclose(own, 1, atol=1e-5)
+    assert abs(others.mean()) < 0.1
+    assert np.isnan(agreement(h[:, None], mean, other)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("context", "token", "following", "expected"),
+    [
+        ("He saw the horse", " horse", " run", "content"),
+        ("He saw the", " the", " horse", "function"),
+        ("He saw th", " th", "e horse", "function"),
+        ("He saw unhappi", "happi", "ness", "inside"),
+        ("He saw it.", ".", " Then", "punctuation"),
+        ("x\nreturn foo(bar_baz, n", " n", ");", "code"),
+        ("A normal line; it goes on", " on", "", "function"),
+    ],
+)
+def test_token_classes(context, token, following, expected):
+    assert token_class(context, token, following) == expected
+
+
+def test_tenths_of_positions():
+    assert deciles(np.arange(20)).tolist() == [i // 2 for i in range(20)]
+    assert deciles(np.zeros(5)).tolist() == [0] * 5

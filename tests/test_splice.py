@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 
 LAYER, WIDTH = 0, 32
@@ -126,3 +127,45 @@ def test_what_cannot_be_spliced_is_refused(tiny_lm, batch, true, change, message
     given = {"h": true[:1], "position": 3, "layer": LAYER, **change}
     with pytest.raises(UserError, match=message):
         tiny_lm.run_with(batch[0][:1], **given)
+
+
+FAMILIES = [
+    "llama-biases-llama3",
+    "mistral-window",
+    "qwen2-window",
+    "qwen3",
+    "gemma2",
+    "gemma3-ropes",
+    "smollm3",
+    "olmo2",
+]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_splices(tmp_path, tokenizer, case):
+    """The true activation changes nothing, and sharing the context's keys changes nothing either."""
+    pytest.importorskip("torch")
+    from tests.test_families import batch_of, loaded
+
+    arch, params = loaded(tmp_path, case)
+    lm = LanguageModel(arch, params, tokenizer)
+    (ids, _), layer, position = batch_of(), 1, np.array([9, 7])
+    ids = ids[:2]
+    true = np.asarray(lm.residual(ids, layer))[np.arange(2), position]
+    plain = np.asarray(lm.logits(ids), np.float64)
+    spliced = np.asarray(lm.run_with(ids, true, position, layer), np.float64)
+    np.testing.assert_allclose(spliced, plain, atol=1e-5 * np.abs(plain).max())
+    other = np.roll(true, 1, axis=-1)
+    changed = np.asarray(lm.run_with(ids, other, position, layer), np.float64)
+    assert np.abs(changed - plain).max() > 1e-2 * np.abs(plain).max()
+    columns = position[:, None] + np.arange(6)
+    context_mask = np.arange(9) < position[:, None]
+    read = np.take_along_axis(ids, columns, axis=1)
+    *_, log_p = lm.splice(
+        ids[:, :9] * context_mask, context_mask, read, np.ones(read.shape, bool), other[:, None], layer
+    )
+    for row in range(2):
+        at = position[row] + np.arange(5)
+        for way, logits in enumerate((plain, changed)):
+            expected = logits[row, at] - np.log(np.exp(logits[row, at]).sum(-1, keepdims=True))
+            np.testing.assert_allclose(log_p[row, way, :5], expected[np.arange(5), ids[row, at + 1]], atol=1e-3)

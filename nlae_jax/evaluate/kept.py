@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ class Kept:
         if path.exists():
             try:
                 return _unpacked(read_bytes(path, _MOST_BYTES))
-            except (ValueError, OSError, KeyError, EOFError):
+            except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
                 say(f"{path}: damaged; made again")
         clock = time.perf_counter()
         part = compute(rows)
