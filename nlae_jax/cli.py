@@ -265,6 +265,10 @@ def _check_eval(parser: argparse.ArgumentParser, options: argparse.Namespace, ov
         parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
     if not options.workdir and not options.out:
         parser.error("eval of a released pair takes --out, the directory that gets eval.json")
+    for name, least in (("num_activations", 2), ("temperature", 0), ("control_steps", 0), ("max_new_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: {value} should be at least {least}")
     if overrides and not options.config:
         parser.error("--config overrides change what --config gives")
     if not options.workdir and not (options.text or options.input or options.config):

@@ -10,6 +10,7 @@ import pytest
 
 from nlae_jax.cli import main
 from nlae_jax.config import Config, fields
+from nlae_jax.evaluate.figures import FIGURES as FIGURES_OF_SUITE
 from nlae_jax.runtime import supervision
 
 ROOT = Path(__file__).parent.parent
@@ -127,3 +128,13 @@ def test_rooms_are_those_that_imports_are_held_to():
     floors = setup["importlinter:contract:rooms"]["layers"].split("\n")
     layers = [room for floor in floors for room in floor.replace(":", " ").split()]
     assert [name for names, _ in FIGURES["ROOMS"] for name in names if name != "__main__"] == layers
+
+
+def test_every_figure_of_the_suite_is_in_the_documentation_with_its_formula():
+    page = (ROOT / "docs/evaluation.md").read_text()
+    for figure in FIGURES_OF_SUITE:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{figure.key}` |"))
+        escaped = [text.replace("|", "\\|") for text in (figure.meaning, figure.formula)]
+        assert all(text in page for text in escaped), figure.key
+        assert all(f"`{control}`" in page for control in figure.controls), figure.key
+        assert row.count(" | ") == 4

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nlae_jax.report.page import write_report
+from nlae_jax.report.suite import suite_table
 from nlae_jax.report.table import held_out_table, html_samples, printable, split_at_token
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.metrics import MetricsLog, curve, smoothed, thinned
@@ -453,3 +454,52 @@ def test_many_reports_at_once(tmp_path):
         assert process.returncode == 0, shown
     assert (path / "report.html").read_text() == expected
     assert not [name for name in os.listdir(path) if name.endswith(".tmp")]
+
+
+# --- the suite
+
+
+def figure(value=0.4, **more):
+    return {"value": value, "ci95": [value - 0.1, value + 0.1], "n": 32, "documents": 16, **more}
+
+
+SUITE = {
+    "reconstruction": {
+        "fve": figure(controls={"permuted": figure(-0.5)}),
+        "fve_by_domain": {"parts": {"<b>novels": figure(0.6), "code": figure(0.2)}},
+    },
+    "text": {
+        "marginal_fve": {"parts": {"1": figure(0.1), "2": figure(0.3)}},
+        "fve_tokens": {"parts": {"4": figure(-1)}},
+    },
+    "meaning": {"loss_recovered": figure(0.7, controls={"zero": figure(-2.0)})},
+}
+
+
+def test_the_suite_is_shown_as_charts_and_as_a_table(tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(EVALUATION | SUITE))
+    page = Page(write_report(tmp_path).read_text())
+    for shown in (
+        "Is it true?",
+        "Against controls",
+        "By sentence",
+        "In the model's place",
+        "By kind of text",
+        "<b>novels",
+    ):
+        assert shown in page.text
+    assert "0.700 [0.600, 0.800]" in page.text
+    table = Console(width=160, file=io.StringIO())
+    table.print(suite_table(SUITE))
+    assert "meaning: loss_recovered" in table.file.getvalue() and "−2.000" in table.file.getvalue()
+
+
+def test_without_the_suite_nothing_is_said_of_it(tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(EVALUATION))
+    assert "Is it true?" not in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("damaged", [3, "x", None, {"fve": 3}, {"fve": {"value": "x", "controls": 3, "parts": [1]}}])
+def test_a_damaged_section_is_no_error(tmp_path, damaged):
+    (tmp_path / "eval.json").write_text(json.dumps(EVALUATION | {name: damaged for name in SUITE}))
+    Page(write_report(tmp_path).read_text())

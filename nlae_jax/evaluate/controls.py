@@ -28,6 +28,7 @@ def isotropic_error(h: np.ndarray, rebuilt: np.ndarray, seed: int) -> np.ndarray
 
     [N, d] float32 as long as `h`. What reconstructions would do if their errors were of no particular kind.
     """
+    h = np.asarray(h, np.float64)  # of a small angle, float32 would leave the sine alone
     unit = h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), 1e-30)
     other = rebuilt / np.maximum(np.linalg.norm(rebuilt, axis=-1, keepdims=True), 1e-30)
     cos = np.clip((unit * other).sum(-1, keepdims=True), -1, 1)

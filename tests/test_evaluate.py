@@ -1,0 +1,135 @@
+"""`nlae eval` on a run, an exported pair, texts and parquet files: what a user calls, and what a user gets wrong."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from nlae_jax.api import NLA
+from nlae_jax.cli import main
+from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.rows import documents_of, rows_of_documents
+from nlae_jax.runtime.errors import UserError
+from tests.planted import documents
+
+pytest_plugins = ["tests.tiny_run"]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "pair"
+    command = ["export", "--workdir", str(tiny_run.workdir), "--out", str(out), "--dtype", "float32", "--datasets"]
+    assert main(command) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_workdir(tiny_run, tmp_path_factory):
+    """The whole suite on a copy of the run: (workdir, eval.json before, eval.json after)."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path_factory.mktemp("suite") / "W")
+    before = json.loads((workdir / "eval.json").read_text())
+    assert main(["eval", "--workdir", str(workdir), "--suite", ",".join(SECTIONS)]) == 0
+    return workdir, before, json.loads((workdir / "eval.json").read_text())
+
+
+def test_a_runs_own_numbers_stay_and_sections_are_added(on_workdir):
+    _, before, after = on_workdir
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {*SECTIONS, "suite"}
+    assert after["suite"]["num_activations"] == before["num_activations"]
+    # Both measure the same pair on the same activations; the draws are others.
+    assert after["reconstruction"]["fve"]["controls"]["gold"]["value"] == pytest.approx(before["fve_gold"], abs=1e-4)
+    assert 0 <= after["meaning"]["kl_next"]["controls"]["true"]["value"] < 1e-6
+    assert after["meaning"]["kl_next"]["controls"]["zero"]["value"] > 1e-4
+
+
+def test_the_report_shows_it(on_workdir):
+    workdir, *_ = on_workdir
+    assert main(["report", "--workdir", str(workdir)]) == 0
+    page = (workdir / "report.html").read_text()
+    assert "Is it true?" in page and "loss_recovered" in page and "marginal_fve" in page
+
+
+def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, capsys):
+    texts = [text.text for _, text in documents(6, 40)]
+    path = tmp_path / "rivers.jsonl"
+    path.write_text("".join(json.dumps({"text": text * 3}) + "\n" for text in texts[3:]))
+    command = ["eval", "--av", str(exported / "av"), "--ar", str(exported / "ar"), "--out", str(tmp_path / "out")]
+    command += ["--input", str(path), "--num-activations", "24", "--suite", "health,reconstruction", "--json"]
+    command += ["--max-new-tokens", "48"]
+    command += [part for text in texts[:3] for part in ("--text", text)]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert "about" in shown.err and "activations" in shown.err  # what it will cost
+    assert result.keys() == {
+        *("reconstruction", "health", "suite", "fve", "fve_ci95", "fve_meannorm", "cos", "fve_shuffled", "fve_gold"),
+        *("num_activations", "num_documents"),
+    }
+    assert result["fve"] == result["reconstruction"]["fve"]["value"] and result["num_activations"] == 24
+    assert set(result["reconstruction"]["fve_by_domain"]["parts"]) == {"text", "rivers"}
+    parts = sorted(tmp_path.rglob("*.npz"))
+    times = [part.stat().st_mtime_ns for part in parts]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["reconstruction"] == result["reconstruction"]
+    assert [part.stat().st_mtime_ns for part in parts] == times
+
+
+def test_a_parquet_of_activations(exported, tmp_path):
+    held_out = exported / "held_out.parquet"
+    nla = NLA.from_pretrained(exported / "av", exported / "ar")
+    found = nla.evaluate(tmp_path, files=[held_out], sections=("reconstruction",), num_activations=6)
+    assert found["suite"]["num_activations"] == min(6, pq.read_metadata(held_out).num_rows)
+    assert "fve_by_token" in found["reconstruction"]  # the file has the texts
+    with pytest.raises(UserError, match="should be given alone"):
+        nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
+
+
+def test_positions_leave_room_and_depend_on_the_seed(tiny_lm):
+    rows, again, other = (rows_of_documents(tiny_lm, 0, documents(8), 16, seed) for seed in (0, 0, 1))
+    assert rows.digest() == again.digest() != other.digest()
+    assert all(len(ids) == 32 for ids in rows.following_ids)
+    assert len(rows.h) == 16 and (rows.position >= 16).all()
+    for row in range(16):
+        assert tiny_lm.tokenizer.decode(rows.context_ids[row]) == rows.contexts[row]
+
+
+def test_a_text_that_comes_twice_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("moon " * 100)
+    assert len(documents_of(["moon " * 100], [path])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "smollm2-135m", "--text", "x"], "--out"),
+        (["--model", "smollm2-135m", "--out", "o"], "--text, --input or --config"),
+        ([], "--workdir, or --model, or --av and --ar"),
+        (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
+        (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config overrides"),
+        (["--model", "m", "--out", "o", "--text", "x", "--num-activations", "1"], "--num-activations: 1 should be at"),
+        (
+            ["--model", "m", "--out", "o", "--text", "x", "--temperature", "nan"],
+            "--temperature: nan should be at least 0",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
+        (["--workdir", "nowhere"], "nowhere: no config.json there"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
