@@ -1,0 +1,43 @@
+"""Decoders trained alike on explanations, last words and next tokens, for adapters and for whole models."""
+
+import numpy as np
+import pytest
+
+from nlae_jax.evaluate.trained_controls import trained_controls
+from nlae_jax.evaluate.work import Work
+from nlae_jax.roles.pair import Pair
+from tests.planted import SIZES, planted, planted_rows
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_lm):
+    return planted_rows(tiny_lm, 32)
+
+
+@pytest.fixture
+def work(tiny_lm, rows, tmp_path):
+    said = lambda row, number: " ".join(rows.contexts[row].split()[-4:])  # noqa: E731
+    pair = planted(tiny_lm, rows, said, lambda text: rows.h[len(text) % len(rows.h)], "words")
+    return Work(pair, rows, tmp_path, 0, 50, SIZES)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_decoder_is_trained_for_each_kind_of_words(work, rows, params, make_tiny_roles, rank):
+    roles = make_tiny_roles(lora__rank=rank)
+    before = np.asarray(params["final_norm"]).copy()
+    trained_controls(work, roles, Pair(params if rank else {}, {}, {}), 3)
+    parts = work.ledger.sections["text"]["trained_decoder"]["parts"]
+    assert set(parts) == {"explanations", "last_words", "next_tokens"}
+    held_out = sum(int(document) in np.unique(rows.document)[::4] for document in rows.document)
+    assert {part["n"] for part in parts.values()} == {held_out}
+    assert all(np.isfinite(part["value"]) for part in parts.values())
+    assert len({part["value"] for part in parts.values()}) > 1
+    np.testing.assert_array_equal(params["final_norm"], before)  # the subject's own weights are not given away
+
+
+def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path):
+    roles = make_tiny_roles(lora__rank=4)
+    trained_controls(work, roles, Pair({}, {}, {}), 0)
+    bare = Work(work.pair, rows._replace(context_ids=[[]] * 32), tmp_path, 0, 50, SIZES)
+    trained_controls(bare, roles, Pair({}, {}, {}), 3)
+    assert not work.ledger.sections and not bare.ledger.sections
