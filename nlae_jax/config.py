@@ -127,6 +127,11 @@ class SftConfig:
     max_response_tokens: int = 150  # longer descriptions are dropped and counted
     buckets: int = 1  # widths that batches are padded to, rows of similar length together; 1: all to the longest
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns from descriptions."""
+        return self.encoder_steps > 0 or self.decoder_steps > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class ViewsConfig:

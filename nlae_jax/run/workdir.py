@@ -1,18 +1,20 @@
-"""What a workdir says of how it was made: which config fits it, and what must not be missing from it."""
+"""What a workdir says of how it was made, which config fits it, what must not be missing from it; and its lock."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from nlae_jax.assets import WARMSTART
 from nlae_jax.config import Config, DatasetConfig, flatten, load_config, resolve
 from nlae_jax.interop.datasets import dataset_files, identities
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, local_path, read_json
+from nlae_jax.runtime.files import AnyPath, is_remote, local_path, read_json, remove_abandoned, write_json
+from nlae_jax.runtime.progress import say, warn
 from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
 from nlae_jax.train.metrics import ORDER
 
@@ -79,6 +81,64 @@ def located(config: Config) -> Config:
     names = [name for name in (*_FILES, *_DATASETS) if flat[name] and "://" not in flat[name]]
     paths |= {name: flat[name] for name in names if flat[name] != WARMSTART or os.path.exists(WARMSTART)}
     return resolve(flat | {name: os.path.abspath(local_path(text, f"config.{name}")) for name, text in paths.items()})
+
+
+def take(workdir: AnyPath, config: Config, record: dict[str, Any]) -> None:
+    """Locks a workdir, and gives it a config that is the same as its own or that it may be changed to.
+
+    What is missing of config.json and protocol.json is made again from `record`, see `recorded`. Raises UserError where
+    another process has the workdir, or something in it was made with a config that computes something else.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    _lock(workdir)
+    remove_abandoned(workdir, "*", "checkpoints/*/*")
+    _restore(workdir / "config.json", record, "config", write_json)
+    _restore(workdir / "protocol.json", record, "protocol", write_json)
+    require(workdir, "config.json")
+    if (workdir / "config.json").exists() and differs(workdir, config):
+        claim(workdir, config)
+
+
+def claim(workdir: AnyPath, config: Config) -> None:
+    """Writes config.json: from here on the workdir belongs to this config."""
+    write_json(workdir / "config.json", dataclasses.asdict(config))
+
+
+def check_record(record: dict[str, Any], name: str, found: Any, where: str, workdir: AnyPath) -> None:
+    """Raises UserError where checkpoints were made with other `name` than are `found`; `record` as of `recorded`."""
+    if name in record and record[name] != found:
+        raise UserError(
+            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; bring those back, or "
+            "delete it to train anew"
+        )
+
+
+def _restore(path: AnyPath, record: dict[str, Any], name: str, write: Callable[[AnyPath, Any], None]) -> None:
+    """Makes a file that is missing again, if the newest checkpoint says what was in it."""
+    if not path.exists() and name in record:
+        say(f"{path} is missing: made again, as the newest checkpoint has it")
+        write(path, record[name])
+
+
+# Held while the process lives; a notebook may open one workdir several times.
+_LOCKS: dict[AnyPath, TextIO] = {}
+
+
+def _lock(workdir: AnyPath) -> None:
+    """Two runs in one workdir would overwrite each other. A bucket has no lock that ends with its process: no lock."""
+    if is_remote(workdir):
+        return
+    path = workdir.resolve() / ".lock"
+    if path in _LOCKS:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
+    except OSError as error:  # of many kinds, where a file system that is shared over a network has no locks
+        warn(f"--workdir {workdir}: cannot be locked ({error.strerror}); start no second run there")
+    _LOCKS[path] = file
 
 
 def recorded(workdir: AnyPath) -> dict[str, Any]:
