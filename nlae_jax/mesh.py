@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nlae_jax.config import MICROBATCHES, Config, MeshConfig, flatten
+from nlae_jax.config import Config, MeshConfig, flatten, microbatches
 from nlae_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -84,7 +84,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises UserError where the devices do not divide a batch or a part of it."""
     flat, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
-    for whole, parts in MICROBATCHES.items():
+    for whole, parts in microbatches().items():
         if flat[whole] % devices:
             raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
         if flat[whole] // flat[parts] % devices:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from nlae_jax.assets import WARMSTART
-from nlae_jax.config import Config, DatasetConfig, flatten, load_config, resolve
+from nlae_jax.config import Binds, Config, Leaf, flatten, leaves, load_config, resolve
 from nlae_jax.interop.datasets import dataset_files, identities
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, is_remote, local_path, read_json, remove_abandoned, write_json
@@ -18,44 +18,16 @@ from nlae_jax.runtime.progress import say, warn
 from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
 from nlae_jax.train.metrics import ORDER
 
-# Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
-_MAY_DIFFER = (
-    "mesh.",
-    "checkpoint.",
-    "remat",
-    "attention",
-    "rl.fused",
-    "rl.microbatches",
-    "sft.microbatches",
-    "describe.concurrency",
-    "describe.timeout_seconds",
-    "describe.max_retries",
-)
 
-# What a run makes, in order, and the fields that are first read for it: until it or anything after it is there, they
-# can be put right. The longest name that fits counts.
-_MADE_WITH = {
-    "config.json": ("",),
-    "activations/descriptions.parquet": (
-        "describe.model",
-        "describe.base_url",
-        "describe.max_new_tokens",
-        "eval.num_activations",
-    ),
-    "protocol.json": ("protocol.",),
-    "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
-    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_", "views."),
-    "checkpoints/rl/*/manifest.json": ("rl.",),
-    "eval.json": ("eval.",),
-}
+def _fields_that_name(what: str) -> tuple[str, ...]:
+    return tuple(leaf.name for leaf in leaves() if leaf.option.names == what)
 
-# Fields that name a model. What matters is the weights there, which activations/subject.json tells from others.
-_MODELS = ("subject.model", "init.pair", "init.av", "init.ar")
 
-# Fields that name files, where they do not name what the package carries.
-_FILES = ("corpus.path", "describe.path")
-
-_DATASETS = tuple(f"dataset.{field.name}" for field in dataclasses.fields(DatasetConfig))
+# What matters of a model is its weights, which activations/subject.json tells from others.
+_MODELS = _fields_that_name("model")
+# These may name what the package carries instead.
+_FILES = _fields_that_name("file")
+_DATASETS = _fields_that_name("dataset")
 
 ANY_CHECKPOINT = "checkpoints/*/*/manifest.json"
 
@@ -162,14 +134,14 @@ def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
 
 def differs(workdir: AnyPath, config: Config) -> bool:
     """Whether the workdir's config is another. Raises UserError where that would compute something else."""
-    theirs = located(load_config(workdir / "config.json"))
-    mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, theirs))
-    changed = [name for name in mine if theirs[name] != mine[name]]
+    now = flatten(dataclasses.asdict(config))
+    before = flatten(dataclasses.asdict(located(load_config(workdir / "config.json"))))
+    changed = [leaf for leaf in leaves() if before[leaf.name] != now[leaf.name]]
     same = _same_content(workdir, config)
     kept = [
-        f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
-        for name in changed
-        if not name.startswith((*_MAY_DIFFER, *same)) and (path := _made_with(workdir, name, config)) is not None
+        f"{leaf.name} {before[leaf.name]!r} -> {now[leaf.name]!r} ({path.relative_to(workdir)} was made with it)"
+        for leaf in changed
+        if leaf.name not in same and (path := _made_with(workdir, leaf, config)) is not None
     ]
     if kept:
         raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
@@ -187,16 +159,13 @@ def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:
     return same
 
 
-def _made_with(workdir: AnyPath, name: str, config: Config) -> AnyPath | None:
-    """A file that a field's old value has gone into; None where the new one is as good."""
-    if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
+def _made_with(workdir: AnyPath, leaf: Leaf, config: Config) -> AnyPath | None:
+    """The first file already made with the old value of a field; None if the field may still change."""
+    if leaf.name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
         path = newest_sealed(workdir / "checkpoints/rl")
         return path if path is not None and int(path.name) > config.rl.num_steps else None
-    first = max(
-        (len(prefix), made) for made, prefixes in _MADE_WITH.items() for prefix in prefixes if name.startswith(prefix)
-    )[1]
-    order = list(_MADE_WITH)
-    for pattern in order[order.index(first) :]:
-        if (path := min(workdir.glob(pattern), default=None)) is not None:
+    order = list(Binds)
+    for made in order[order.index(leaf.binds) : order.index(Binds.NEVER)]:
+        if (path := min(workdir.glob(made.value), default=None)) is not None:
             return path
     return None
