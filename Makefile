@@ -3,7 +3,7 @@ PYTHON ?= python3
 TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test lint types docs clean
 
 quickstart: .venv/installed
 	.venv/bin/nlae train --config experiments/quickstart.py --workdir $(WORKDIR)
@@ -15,6 +15,9 @@ lint: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
+
+types: .venv/tested
+	.venv/bin/mypy
 
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

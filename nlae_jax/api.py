@@ -96,10 +96,11 @@ class NLA:
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         if encoder.adapters or decoder.adapters:
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh)
-        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
+        layer = decoder.decoder_layer
+        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, tokenizer, dtype, mesh), mesh=mesh)
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh), mesh=mesh)
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
@@ -223,36 +224,35 @@ def _with_adapters(
     encoder: Released, decoder: Released, protocol: Protocol, tokenizer: Any, dtype: str, mesh: Mesh | None
 ) -> NLA:
     """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
-    adapters = encoder.adapters, decoder.adapters
-    if None in adapters or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+    adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
+    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
         raise UserError(
             f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
             f"those in {encoder.sidecar.path.parent}"
         )
-    arch, scale = encoder.arch, encoder.adapters.alpha / encoder.adapters.rank
-    roles = Roles(
-        Encoder(arch, protocol, scale), Decoder(arch, decoder.layer, protocol, scale), rank=encoder.adapters.rank
-    )
+    of_encoder, of_decoder = adapters
+    arch, layer, scale = encoder.arch, decoder.decoder_layer, of_encoder.alpha / of_encoder.rank
+    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=of_encoder.rank)
     base = encoder.weights(dtype, mesh)
     trained = {
-        "adapters": decoder.adapters.read(arch.truncated(decoder.layer + 1)),
+        "adapters": of_decoder.read(arch.truncated(layer + 1)),
         "value_head": decoder.value_head(mesh),
     }
-    pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
+    pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(roles, pair, tokenizer, subject, mesh=mesh)
 
 
-def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
-    if not (name or sidecar.base_model):
+    if not (name := name or sidecar.base_model or ""):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
-    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype, mesh)
-    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
+    model = LanguageModel.from_pretrained(name, dtype, mesh)
+    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(
-            f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
-            f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
+            f"subject {name}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
+            f"pair reads block {layer} of width {sidecar.d_model}"
         )
-    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name or sidecar.base_model}")
+    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name}")
     return model

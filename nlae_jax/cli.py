@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
-        sys.stdout.reconfigure(errors="replace")
+        getattr(sys.stdout, "reconfigure")(errors="replace")  # noqa: B009 (a stream of another kind has none)
     try:
         with signals.interruptible(supervision.interrupt, supervision.grace, world.tell):
             return _run(options, overrides)
@@ -280,7 +280,7 @@ def _start_jax(distributed: str | None = None) -> None:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if distributed is not None:
@@ -432,8 +432,8 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     else:
         # All devices share the weights: the larger pairs need more than one.
         mesh = make_mesh(MeshConfig(fsdp=-1))
-        pair = (options.model, "") if options.model else (options.av, options.ar)
-        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+        av, ar = (options.model, "") if options.model else (options.av, options.ar)
+        nla = NLA.from_pretrained(av, ar, options.subject, options.dtype or "float32", mesh)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     explained = nla.explain_texts(texts, temperature=options.temperature)
     if options.json:

@@ -193,7 +193,7 @@ def held_parts(mesh: Mesh) -> list[int]:
     """Which of a batch's `batch_parts` are on this process's devices, ascending."""
     parts = batch_parts(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    return sorted({index.indices(parts)[0] for (index,) in held})
+    return sorted({index[0].indices(parts)[0] for index in held if index is not None})
 
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
@@ -214,7 +214,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     def put(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(held)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as for a scalar, which no batch is
             place = held.index((index[0].start or 0) // size)
             return rows[place * size : (place + 1) * size]
 

@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from nlae_jax.bench.extraction import time_extraction
 from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch, block_weights, model_weights
 from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.products import einsum
 from nlae_jax.lm.transformer import Segment
@@ -255,13 +257,13 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
 
     def log_probs(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> jax.Array:
         variables = roles.encoder_variables(frozen["base"], trained)
-        return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
+        return apply(roles.encoder, variables, h, tokens, method="log_probs")[0]
 
     def policy(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> Params:
         def loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             variables, weights = roles.encoder_variables(frozen["base"], trained), jnp.ones(tokens.shape)
             loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
-            return roles.encoder.apply(variables, h, tokens, loss_of, weights, method="loss")
+            return apply(roles.encoder, variables, h, tokens, loss_of, weights, method="loss")
 
         return jax.grad(loss, has_aux=True)(trained)
 
@@ -274,10 +276,7 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
     }
     if not setting.config.rl.kl_coef:
         del phases["reference"]
-    return {
-        name: timed(function, lambda arguments=arguments: arguments, repeats)
-        for name, (function, arguments) in phases.items()
-    }
+    return {name: timed(function, partial(tuple, arguments), repeats) for name, (function, arguments) in phases.items()}
 
 
 def time_rl_step(setting: Setting, repeats: int) -> Timing:

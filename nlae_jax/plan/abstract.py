@@ -20,7 +20,7 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.mesh import batch_parts, batch_sharding, check_batches, make_mesh, replicated
-from nlae_jax.roles.direction import Baselines
+from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Params, Roles, make_roles
 from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
 from nlae_jax.roles.subject import jitted_reader
@@ -137,11 +137,12 @@ def _frozen(setting: Setting) -> Params:
     if config.lora.rank and (config.init.av or config.init.ar):
         bases["decoder_base"] = base
     whole = replicated(setting.mesh)
+    baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, setting.arch.d_model), jnp.float32))
     placed = {} if setting.tails is None else {"tails": _like(setting.tails, whole)}
     if setting.config.views != ViewsConfig():
         size = setting.arch.vocab_size
         placed["marks"] = _like(Marks(np.zeros(size, np.int32), np.zeros(size, bool)), whole)
-    return {**bases, **placed, "baselines": _like(Baselines(np.float32(0), np.float32(0)), whole)}
+    return {**bases, **placed, "baselines": _like(baselines, whole)}
 
 
 def _batch(setting: Setting, **arrays: tuple[tuple[int, ...], Any]) -> Params:

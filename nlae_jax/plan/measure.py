@@ -128,7 +128,7 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
     collectives: dict[str, dict[str, Any]] = {}
     for (kind, axes), (count, size) in sorted(whole.collectives.items()):
         collectives.setdefault(kind, {})[axes] = {"count": round(count), "bytes": round(size * per_chip)}
-    loops = [
+    loops: list[dict[str, Any]] = [
         {
             "name": name or "outside loops",
             "trips": trips,

@@ -63,7 +63,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS) -> di
 @contextlib.contextmanager
 def _nothing_kept() -> Iterator[None]:
     """jax's own cache is off: programs of devices that are not here cannot be read back from it."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

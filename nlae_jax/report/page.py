@@ -297,7 +297,7 @@ def _stage(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _interval(evaluation: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    pair = evaluation.get(key)
+    pair: Any = evaluation.get(key)
     good = isinstance(pair, list) and len(pair) == 2 and all(number(end) != "–" for end in pair)
     return (float(pair[0]), float(pair[1])) if good else None
 
@@ -328,8 +328,8 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
         ("shuffled", "fve_shuffled"), ("mean prediction", ""), ("before RL", "fve_before_rl"),
         ("explanations", "fve"), ("through text", "fve_text"), ("gold text", "fve_gold"),
     )  # fmt: skip
-    values = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
-    values = {name: float(value) for name, value in values.items() if number(value) != "–"}
+    found: dict[str, Any] = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
+    values = {name: float(value) for name, value in found.items() if number(value) != "–"}
     interval = _interval(evaluation, "fve_ci95")
     ends = [*values.values(), *(interval or ())]
     low, high = min([0.0, *ends]) - 0.03, max([1.0, *ends]) + 0.03

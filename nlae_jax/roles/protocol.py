@@ -64,10 +64,11 @@ class Protocol:
     def from_json(text: str) -> Protocol:
         """Raises UserError where the text is not what `to_json` writes."""
         fields = parse_json(text, "a protocol", dict)
-        kinds = {field.name: _IS[field.type] for field in dataclasses.fields(Protocol)}
+        kinds = {field.name: _IS[str(field.type)] for field in dataclasses.fields(Protocol)}
         if fields.keys() != kinds.keys() or not all(kinds[name](value) for name, value in fields.items()):
             raise UserError("a protocol: its fields are not those of one")
-        return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return Protocol(**values)
 
 
 def find_marker(tokenizer: Any, template: str) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import explanation_tokens
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
@@ -78,10 +79,13 @@ class RoundTrip:
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, length, tails)
+            rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, tails)
+            return rebuilt_NxD
 
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            variables = pair.decoder_variables(roles)
+            rebuilt_NxD: jax.Array = apply(roles.decoder, variables, ids, mask, method="from_prompts")
+            return rebuilt_NxD
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
         self._reconstruct = jax.jit(reconstruct, out_shardings=whole)

@@ -115,8 +115,9 @@ def _import(run: Run, files: dict[str, Path]) -> None:
             )
     else:
         say("reading the dataset")
-        plan = import_plan(files, run.config)
-        descriptions, contexts, dropped = import_texts(files, plan, sidecar_of(run))
+        plan, sidecar = import_plan(files, run.config), sidecar_of(run)
+        assert sidecar is not None  # a dataset has one
+        descriptions, contexts, dropped = import_texts(files, plan, sidecar)
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
         claim(run.workdir, run.config)
@@ -182,7 +183,7 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         # Counted over the whole corpus, for the template alone: no other provider reads it.
         document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
         num_documents=len(plan.ids),
-        generate=model and partial(_chat, run, model),
+        generate=None if model is None else partial(_chat, run, model),
         cache_directory=run.workdir / "activations/answers",
         shared_directory=cache_directory() / "answers",
     )

@@ -126,7 +126,9 @@ def _initial_decoder(run: PreparedRun, optimizer: optax.GradientTransformation) 
 def _adapters(run: PreparedRun, role: str, depth: int) -> Params | None:
     """The released adapters that the role "av" or "ar" goes on from, `depth` blocks of them; None without any."""
     released = run.released.get(role)
-    return released and released.adapters and released.adapters.read(released.arch.truncated(depth))
+    if released is None or released.adapters is None:
+        return None
+    return released.adapters.read(released.arch.truncated(depth))
 
 
 _INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
@@ -168,10 +170,10 @@ def _decoder_sft(run: PreparedRun) -> None:
     _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
 
 
-# By role: what random numbers are drawn for, the step, what its batches call the ids of descriptions.
+# By role: what random numbers are drawn for, what its batches call the ids of descriptions.
 _SFT = {
-    "encoder": (Purpose.ENCODER_SFT, steps.encoder_sft_step, "response"),
-    "decoder": (Purpose.DECODER_SFT, steps.decoder_sft_step, "ids"),
+    "encoder": (Purpose.ENCODER_SFT, "response"),
+    "decoder": (Purpose.DECODER_SFT, "ids"),
 }
 
 
@@ -179,13 +181,15 @@ def _warm_start(
     run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
 ) -> None:
     """Trains a role on what `_described` gave; `frozen` is what its step reads."""
-    config, (rows, ids, length), (purpose, make_step, ids_name) = run.config.sft, described, _SFT[role]
+    config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
     state = _INITIAL[role](run, optimizer)
-    if role == "decoder":
-        make_step = partial(make_step, views=run.config.views)
-    step = compiled(make_step(roles, optimizer, config.microbatches), state, run.mesh)
+    if role == "encoder":
+        update = steps.encoder_sft_step(roles, optimizer, config.microbatches)
+    else:
+        update = steps.decoder_sft_step(roles, optimizer, config.microbatches, run.config.views)
+    step = compiled(update, state, run.mesh)
 
     def load(i: np.ndarray, width: int | None) -> Batch:
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}

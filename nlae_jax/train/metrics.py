@@ -127,7 +127,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
-        if self._unwritten:
+        if self._held is not None and self._unwritten:
             upload(self.path, bytes(self._held))
             self._unwritten, self._due = False, time.monotonic() + _pause(len(self._held))
 

@@ -116,17 +116,19 @@ def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransfor
         tree_shardings(mesh, weights),
         transform_non_params=lambda x: of(x, whole),
     )
-    return RoleState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return RoleState(step, trained, opt_state)
 
 
 def abstract_params(mesh: Mesh, weights: Params) -> Params:
     """Shapes and shardings of a role's trained parameters, for restoring them."""
-    return jax.tree.map(
+    abstract: Params = jax.tree.map(
         lambda weight, sharding: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding),
         weights,
         tree_shardings(mesh, weights),
         is_leaf=lambda node: isinstance(node, Weight),
     )
+    return abstract
 
 
 def shardings_of(tree: Any) -> Any:
