@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax.bench import steps
+from nlae_jax.bench import flops, steps
 from nlae_jax.cli import main
 from nlae_jax.lm.transformer import Transformer
 from tests.conftest import tiny_config, vectors
@@ -27,7 +27,7 @@ def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
     forward = jax.jit(lambda p: Transformer(arch).apply({"params": p}, ids, mask))
     counted = forward.lower(params).compile().cost_analysis()["flops"]
     # A scanned block is counted once.
-    mine = 2 * steps.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
+    mine = 2 * flops.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
     assert counted == pytest.approx(mine, rel=0.15)
 
 
@@ -48,9 +48,9 @@ def test_the_unshared_step_computes_the_same(setting):
 
 
 def test_sharing_needs_fewer_flops(arch):
-    shapes = steps.Shapes(prefix=95, act=30, response=48, wrap=12, activations=4, group=8, sft_batch=16)
+    shapes = flops.Shapes(prefix=95, act=30, response=48, wrap=12, activations=4, group=8, sft_batch=16)
     for rank, passes in ((0, 3), (16, 2)):
-        shared, alone = (steps.needed_flops(arch, 1, rank, s) for s in (shapes, shapes.unshared()))
+        shared, alone = (flops.needed_flops(arch, 1, rank, s) for s in (shapes, shapes.unshared()))
         assert shared["policy"] == passes * shared["reference"]
         assert shared["score"] == alone["score"]
         assert 1.2 < alone["policy"] / shared["policy"] < 3.5

@@ -19,8 +19,9 @@ import numpy as np
 from rich.table import Table
 
 from nlae_jax.bench.extraction import time_extraction
+from nlae_jax.bench.flops import Shapes, decode_bytes, needed_flops, shapes_of
 from nlae_jax.config import Config
-from nlae_jax.lm.arch import Arch, block_weights, model_weights
+from nlae_jax.lm.arch import model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
@@ -35,7 +36,7 @@ from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
 from nlae_jax.runtime import world
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, make_optimizer
+from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, rl_optimizers
 
 _PEAK_SIZE = 2048  # of the matrices whose product is taken for the machine's peak
 _BANDWIDTH_BYTES = 1 << 28
@@ -47,67 +48,6 @@ class UnsharedEncoder(Encoder):
     def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
         prefix, act = super().prompt_segments(h_BxD)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (h_BxD.shape[0], *x.shape)), prefix), act
-
-
-class Shapes(NamedTuple):
-    """Tokens of the constant prompt, of slot and tail, of a response, of the decoder's frame; B, G and SFT's batch."""
-
-    prefix: int
-    act: int
-    response: int
-    wrap: int
-    activations: int
-    group: int
-    sft_batch: int
-
-    @property
-    def samples(self) -> int:
-        return self.activations * self.group
-
-    def unshared(self) -> Shapes:
-        """As many samples, each with a prompt of its own."""
-        return self._replace(prefix=0, act=self.prefix + self.act, activations=self.samples, group=1)
-
-
-def block_flops(arch: Arch, tokens: int, seen: float) -> float:
-    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values."""
-    matrices = sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
-    return 2.0 * matrices * tokens + 4.0 * arch.num_heads * arch.head_dim * seen
-
-
-def _causal(tokens: int, before: int) -> float:
-    """Keys seen by consecutive tokens with `before` keys before them."""
-    return tokens * before + tokens * (tokens + 1) / 2
-
-
-def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str, float]:
-    """FLOPs of every phase. A backward pass takes the forward's once for inputs, and again for weights that train."""
-    s, head = shapes, 2.0 * arch.d_model * arch.vocab_size
-    prompt = block_flops(arch, s.prefix, _causal(s.prefix, 0))
-    prompt += s.activations * block_flops(arch, s.act, _causal(s.act, s.prefix))
-    response = s.samples * block_flops(arch, s.response, _causal(s.response, s.prefix + s.act))
-    forward = arch.num_layers * (prompt + response) + s.samples * s.response * head
-    decoder_tokens = s.wrap + s.response
-    decoder = (layer + 1) * s.samples * block_flops(arch, decoder_tokens, _causal(decoder_tokens, 0))
-    passes = 2 if rank else 3
-    described = s.sft_batch * block_flops(arch, s.act + s.response, _causal(s.act + s.response, s.prefix))
-    sft = arch.num_layers * (block_flops(arch, s.prefix, _causal(s.prefix, 0)) + described)
-    return {
-        "rollout": forward,
-        "score": passes * decoder,
-        "reference": forward,
-        "policy": passes * forward,
-        "encoder_sft": passes * (sft + s.sft_batch * s.response * head),
-    }
-
-
-def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
-    """Bytes that decoding has to read: every weight and every key and value, once a token."""
-    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
-    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
-    own = shapes.samples * shapes.response * (shapes.response + 1) / 2
-    shared = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
-    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (own + shared))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +129,7 @@ def make_setting(config: Config) -> Setting:
     base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
     key, rl = jax.random.PRNGKey(config.seed), config.rl
     h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
-    optimizers = optimizers_of(config)
+    optimizers = rl_optimizers(config)
     everywhere = lambda tree: place(tree, replicated(mesh))  # noqa: E731
 
     def rl_state() -> RlState:
@@ -208,22 +148,8 @@ def make_setting(config: Config) -> Setting:
     if rl.kl_coef:
         encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
         frozen["reference"] = roles.reference(encoder)
-    shapes = Shapes(
-        prefix=len(protocol.encoder_prefix),
-        act=1 + len(protocol.encoder_tail),
-        response=rl.max_new_tokens,
-        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
-        activations=rl.activations_per_step,
-        group=rl.samples_per_activation,
-        sft_batch=config.sft.batch_size,
-    )
     batch = {"h": place(h, batch_sharding(mesh))}
-    return Setting(roles, config, frozen, rl_state, batch, shapes)
-
-
-def optimizers_of(config: Config) -> tuple[Any, Any]:
-    rl = config.rl
-    return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
+    return Setting(roles, config, frozen, rl_state, batch, shapes_of(config, protocol))
 
 
 def unshared(setting: Setting) -> Setting:
@@ -249,7 +175,7 @@ def unshared(setting: Setting) -> Setting:
 def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
     """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
     roles, state = setting.roles, setting.rl_state()
-    parts = steps.rl_step(roles, setting.config, *optimizers_of(setting.config))
+    parts = steps.rl_step(roles, setting.config, *rl_optimizers(setting.config))
     frozen, batch = setting.frozen, setting.batch
     rollout = jax.jit(parts.rollout)
     samples = rollout(state, frozen, batch)
@@ -281,7 +207,7 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
 
 def time_rl_step(setting: Setting, repeats: int) -> Timing:
     """The fused step, as training runs it."""
-    parts = steps.rl_step(setting.roles, setting.config, *optimizers_of(setting.config))
+    parts = steps.rl_step(setting.roles, setting.config, *rl_optimizers(setting.config))
     state = setting.rl_state()
     mesh = jax.tree.leaves(state)[0].sharding.mesh
     step = compiled(parts.step, state, mesh)
@@ -291,7 +217,7 @@ def time_rl_step(setting: Setting, repeats: int) -> Timing:
 
 def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
     """The encoder's warm-start step with one response per activation."""
-    optimizer, mesh = optimizers_of(setting.config)[0], jax.tree.leaves(setting.rl_state())[0].sharding.mesh
+    optimizer, mesh = rl_optimizers(setting.config)[0], jax.tree.leaves(setting.rl_state())[0].sharding.mesh
     size, length = setting.shapes.sft_batch, setting.shapes.response
     h = jax.random.normal(jax.random.PRNGKey(1), (size, setting.roles.encoder.arch.d_model))
     batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nlae_jax.data.documentation import FUNCTION_WORDS
+from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.runtime.progress import warn
 
 # --- the text in units

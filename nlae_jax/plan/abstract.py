@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from nlae_jax.bench.steps import Shapes, optimizers_of
+from nlae_jax.bench.flops import Shapes, shapes_of
 from nlae_jax.config import Config, ProtocolConfig, ViewsConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
@@ -27,7 +27,7 @@ from nlae_jax.roles.subject import jitted_reader
 from nlae_jax.roles.views import Marks
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, abstract_params, abstract_role
+from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_optimizers
 
 # Without a tokenizer: tokens of the encoder's prompt, which of them is the slot (from 0), and tokens of the opening
 # and closing tags and of the decoder's frame; those of experiments/bench.py with SmolLM2's tokenizer, about.
@@ -82,16 +82,7 @@ def make_setting(config: Config, devices: list[Any]) -> Setting:
     directory = resolve_model(config.subject.model, weights=False)
     arch = read_arch(directory)
     protocol, placed, assumed = _protocol(config, arch, directory)
-    shapes = Shapes(
-        prefix=len(protocol.encoder_prefix),
-        act=1 + len(protocol.encoder_tail),
-        response=config.rl.max_new_tokens,
-        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
-        activations=config.rl.activations_per_step,
-        group=config.rl.samples_per_activation,
-        sft_batch=config.sft.batch_size,
-    )
-    return Setting(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes, assumed)
+    return Setting(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes_of(config, protocol), assumed)
 
 
 def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Tails | None, str]:
@@ -189,19 +180,19 @@ def _sft(setting: Setting, make_step: Any, weights: Params, optimizer: Any, toke
 
 
 def _encoder_sft(setting: Setting) -> list[Program]:
-    optimizer, _ = optimizers_of(setting.config)
+    optimizer, _ = rl_optimizers(setting.config)
     return _sft(setting, steps.encoder_sft_step, setting.roles.encoder_weights(), optimizer, "response")
 
 
 def _decoder_sft(setting: Setting) -> list[Program]:
-    _, optimizer = optimizers_of(setting.config)
+    _, optimizer = rl_optimizers(setting.config)
     make_step = partial(steps.decoder_sft_step, views=setting.config.views)
     return _sft(setting, make_step, setting.roles.decoder_weights(), optimizer, "ids")
 
 
 def _rl(setting: Setting) -> list[Program]:
     config, mesh, roles = setting.config, setting.mesh, setting.roles
-    optimizers = optimizers_of(config)
+    optimizers = rl_optimizers(config)
     state = RlState(
         abstract_role(mesh, roles.encoder_weights(), optimizers[0]),
         abstract_role(mesh, roles.decoder_weights(), optimizers[1]),

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from nlae_jax.bench.steps import block_flops, needed_flops
+from nlae_jax.bench.flops import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
 from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
 from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
@@ -30,7 +30,7 @@ _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_se
 
 
 def needed(setting: Setting) -> dict[str, float]:
-    """FLOPs that the mathematics of each step needs on all devices together (`bench.needed_flops`)."""
+    """FLOPs that the mathematics of each step needs on all devices together (`bench.flops.needed_flops`)."""
     config, arch, shapes, layer = setting.config, setting.arch, setting.shapes, setting.config.subject.layer
     of = lambda shapes: needed_flops(arch, layer, config.lora.rank, shapes)  # noqa: E731
     described = shapes._replace(response=sft_width(config))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nlae_jax.config import Config
+from nlae_jax.report.curves import Point, curve, smoothed, thinned
 from nlae_jax.report.table import (
     LARGEST,
     html_health,
@@ -25,7 +26,7 @@ from nlae_jax.report.table import (
 )
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, remove_abandoned, workdir_path, write_text
-from nlae_jax.train.metrics import Point, curve, read, smoothed, thinned
+from nlae_jax.train.metrics import read
 
 SAMPLES = "samples/held_out.jsonl"
 

@@ -38,6 +38,7 @@ from nlae_jax.train.state import (
     init_encoder,
     init_role,
     make_optimizer,
+    rl_optimizers,
     sft_schedule,
 )
 
@@ -207,9 +208,7 @@ def rl(run: PreparedRun) -> None:
     processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
     encoder, decoder = _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder")
     run.weights.forget_base()
-    optimizers = [
-        make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
-    ]
+    optimizers = rl_optimizers(run.config)
     blank = blank_tokens(run.tokenizer, run.roles.encoder.arch.vocab_size)
     frozen = {**_frozen(run, "rl"), "blank": run.on_mesh(blank)}
     if config.kl_coef:

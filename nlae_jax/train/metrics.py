@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
-
-Point = tuple[float, float]
 
 # The order that stages run in, and their rows stand in.
 ORDER = ("encoder_sft", "decoder_sft", "rl")
@@ -63,30 +59,6 @@ def read(path: AnyPath) -> list[dict[str, Any]]:
     Raises UserError for any other line that is not a JSON object: that is damage, not an interrupted write.
     """
     return [row for _, row in _parse(path, _stored(path))]
-
-
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """A centred moving average over a twentieth of the points; the raw ones where there are fewer than 40."""
-    half = len(points) // 40
-    windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
-    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
-
-
-def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most about `most` points, the extremes of every stretch among them."""
-    size = max(1, math.ceil(2 * len(points) / most))
-    if size <= 2:
-        return list(points)
-    stretches = (points[start : start + size] for start in range(0, len(points), size))
-    extremes = ((min(part, key=itemgetter(1)), max(part, key=itemgetter(1))) for part in stretches)
-    return [point for pair in extremes for point in sorted(set(pair))]
-
-
-def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """(step, value) in order of step; the last row of a step counts, and values that are no finite number do not."""
-    values = {row["step"]: row[key] for row in rows if isinstance(row.get("step"), int) and key in row}
-    finite = {step: y for step, y in values.items() if isinstance(y, int | float) and abs(y) < math.inf}
-    return [(float(step), float(y)) for step, y in sorted(finite.items())]
 
 
 class MetricsLog:

@@ -97,6 +97,12 @@ def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> op
     return lambda count: schedule(count + 1)
 
 
+def rl_optimizers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """The encoder's in RL, and the decoder's."""
+    rl = config.rl
+    return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
+
+
 def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
     """A role at step 0, on the mesh."""
     trained = place(trained, tree_shardings(mesh, weights))
