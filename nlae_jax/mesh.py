@@ -189,7 +189,7 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def held_parts(mesh: Mesh) -> list[int]:
+def local_parts(mesh: Mesh) -> list[int]:
     """Which of a batch's `batch_parts` are on this process's devices, ascending."""
     parts = batch_parts(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
@@ -198,7 +198,7 @@ def held_parts(mesh: Mesh) -> list[int]:
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
     """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
-    return rows.reshape(batch_parts(mesh), -1)[held_parts(mesh)].reshape(-1)
+    return rows.reshape(batch_parts(mesh), -1)[local_parts(mesh)].reshape(-1)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -209,7 +209,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    held, parts = held_parts(mesh), batch_parts(mesh)
+    held, parts = local_parts(mesh), batch_parts(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(held)

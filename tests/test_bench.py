@@ -16,8 +16,8 @@ pytest_plugins = ["tests.tiny_run"]
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_dir):
-    return steps.make_setting(tiny_config(subject__model=str(tiny_dir), lora__rank=0, rl__activations_per_step=3))
+def workload(tiny_dir):
+    return steps.make_workload(tiny_config(subject__model=str(tiny_dir), lora__rank=0, rl__activations_per_step=3))
 
 
 def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
@@ -31,18 +31,18 @@ def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
     assert counted == pytest.approx(mine, rel=0.15)
 
 
-def test_the_unshared_step_computes_the_same(setting):
-    alone, rng = steps.unshared(setting), np.random.default_rng(0)
-    group, length = setting.shapes.group, 6
-    tokens = rng.integers(3, 300, (setting.shapes.activations, group, length)).astype(np.int32)
-    h = vectors(setting.shapes.activations, setting.roles.encoder.arch.d_model)
-    trained = setting.rl_state().encoder.trained
+def test_the_unshared_step_computes_the_same(workload):
+    alone, rng = steps.unshared(workload), np.random.default_rng(0)
+    group, length = workload.shapes.group, 6
+    tokens = rng.integers(3, 300, (workload.shapes.activations, group, length)).astype(np.int32)
+    h = vectors(workload.shapes.activations, workload.roles.encoder.arch.d_model)
+    trained = workload.rl_state().encoder.trained
 
     def log_probs(roles, h, tokens):
-        variables = roles.encoder_variables(setting.frozen["base"], trained)
+        variables = roles.encoder_variables(workload.frozen["base"], trained)
         return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
 
-    shared = log_probs(setting.roles, h, tokens)
+    shared = log_probs(workload.roles, h, tokens)
     each = log_probs(alone.roles, np.repeat(h, group, axis=0), tokens.reshape(-1, 1, length))
     np.testing.assert_allclose(np.asarray(each).reshape(shared.shape), shared, atol=1e-4)
 

@@ -103,7 +103,7 @@ def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repe
     return min(seconds)
 
 
-class Setting(NamedTuple):
+class Workload(NamedTuple):
     """What is timed: the roles, makers of fresh states, what no step changes, one batch."""
 
     roles: Roles
@@ -119,7 +119,7 @@ def endless(protocol: Protocol) -> Protocol:
     return dataclasses.replace(protocol, closing=(), eos_id=-1)
 
 
-def make_setting(config: Config) -> Setting:
+def make_workload(config: Config) -> Workload:
     """The configured model and shapes, with random activations."""
     mesh, directory = make_mesh(config.mesh), resolve_model(config.subject.model)
     arch, tokenizer = read_arch(directory), load_tokenizer(directory)
@@ -149,34 +149,34 @@ def make_setting(config: Config) -> Setting:
         encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
         frozen["reference"] = roles.reference(encoder)
     batch = {"h": place(h, batch_sharding(mesh))}
-    return Setting(roles, config, frozen, rl_state, batch, shapes_of(config, protocol))
+    return Workload(roles, config, frozen, rl_state, batch, shapes_of(config, protocol))
 
 
-def unshared(setting: Setting) -> Setting:
+def unshared(workload: Workload) -> Workload:
     """The same samples, each with a prompt of its own."""
     encoder = UnsharedEncoder(
-        **{f: getattr(setting.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
+        **{f: getattr(workload.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
     )
-    group = setting.shapes.group
+    group = workload.shapes.group
     config = dataclasses.replace(
-        setting.config,
+        workload.config,
         rl=dataclasses.replace(
-            setting.config.rl, activations_per_step=setting.shapes.samples, samples_per_activation=1
+            workload.config.rl, activations_per_step=workload.shapes.samples, samples_per_activation=1
         ),
     )
-    return setting._replace(
-        roles=dataclasses.replace(setting.roles, encoder=encoder),
+    return workload._replace(
+        roles=dataclasses.replace(workload.roles, encoder=encoder),
         config=config,
-        batch={"h": jnp.repeat(setting.batch["h"], group, axis=0)},
-        shapes=setting.shapes.unshared(),
+        batch={"h": jnp.repeat(workload.batch["h"], group, axis=0)},
+        shapes=workload.shapes.unshared(),
     )
 
 
-def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
+def time_phases(workload: Workload, repeats: int) -> dict[str, Timing]:
     """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
-    roles, state = setting.roles, setting.rl_state()
-    parts = steps.rl_step(roles, setting.config, *rl_optimizers(setting.config))
-    frozen, batch = setting.frozen, setting.batch
+    roles, state = workload.roles, workload.rl_state()
+    parts = steps.rl_step(roles, workload.config, *rl_optimizers(workload.config))
+    frozen, batch = workload.frozen, workload.batch
     rollout = jax.jit(parts.rollout)
     samples = rollout(state, frozen, batch)
     tokens = samples.tokens
@@ -200,52 +200,52 @@ def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
         "reference": (jax.jit(log_probs), given),
         "policy": (jax.jit(policy), given),
     }
-    if not setting.config.rl.kl_coef:
+    if not workload.config.rl.kl_coef:
         del phases["reference"]
     return {name: timed(function, partial(tuple, arguments), repeats) for name, (function, arguments) in phases.items()}
 
 
-def time_rl_step(setting: Setting, repeats: int) -> Timing:
+def time_rl_step(workload: Workload, repeats: int) -> Timing:
     """The fused step, as training runs it."""
-    parts = steps.rl_step(setting.roles, setting.config, *rl_optimizers(setting.config))
-    state = setting.rl_state()
+    parts = steps.rl_step(workload.roles, workload.config, *rl_optimizers(workload.config))
+    state = workload.rl_state()
     mesh = jax.tree.leaves(state)[0].sharding.mesh
     step = compiled(parts.step, state, mesh)
     del state
-    return timed(step, lambda: (setting.rl_state(), setting.frozen, setting.batch), repeats)
+    return timed(step, lambda: (workload.rl_state(), workload.frozen, workload.batch), repeats)
 
 
-def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
+def time_encoder_sft(workload: Workload, repeats: int) -> Timing:
     """The encoder's warm-start step with one response per activation."""
-    optimizer, mesh = rl_optimizers(setting.config)[0], jax.tree.leaves(setting.rl_state())[0].sharding.mesh
-    size, length = setting.shapes.sft_batch, setting.shapes.response
-    h = jax.random.normal(jax.random.PRNGKey(1), (size, setting.roles.encoder.arch.d_model))
+    optimizer, mesh = rl_optimizers(workload.config)[0], jax.tree.leaves(workload.rl_state())[0].sharding.mesh
+    size, length = workload.shapes.sft_batch, workload.shapes.response
+    h = jax.random.normal(jax.random.PRNGKey(1), (size, workload.roles.encoder.arch.d_model))
     batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}
     batch = place(batch, batch_sharding(mesh))
-    state = lambda: setting.rl_state().encoder  # noqa: E731
-    sft_step = steps.encoder_sft_step(setting.roles, optimizer, setting.config.sft.microbatches)
+    state = lambda: workload.rl_state().encoder  # noqa: E731
+    sft_step = steps.encoder_sft_step(workload.roles, optimizer, workload.config.sft.microbatches)
     step = compiled(sft_step, state(), mesh)
-    return timed(step, lambda: (state(), setting.frozen, batch), repeats)
+    return timed(step, lambda: (state(), workload.frozen, batch), repeats)
 
 
 def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
     # First: it holds the weights itself. Several processes would need a directory that all of them see.
     extraction = time_extraction(config, repeats) if world.count() == 1 else {}
-    setting = make_setting(config)
+    workload = make_workload(config)
     peaks = [matmul_peak(config.subject.dtype)]
-    flops = needed_flops(setting.roles.encoder.arch, config.subject.layer, config.lora.rank, setting.shapes)
-    timings = time_phases(setting, repeats)
-    timings["encoder_sft"] = time_encoder_sft(setting, repeats)
-    step, alone = time_rl_step(setting, repeats), time_rl_step(unshared(setting), repeats)
-    tokens = setting.shapes.samples * setting.shapes.response
-    num_devices = len(setting.batch["h"].sharding.device_set)
+    flops = needed_flops(workload.roles.encoder.arch, config.subject.layer, config.lora.rank, workload.shapes)
+    timings = time_phases(workload, repeats)
+    timings["encoder_sft"] = time_encoder_sft(workload, repeats)
+    step, alone = time_rl_step(workload, repeats), time_rl_step(unshared(workload), repeats)
+    tokens = workload.shapes.samples * workload.shapes.response
+    num_devices = len(workload.batch["h"].sharding.device_set)
     peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
     peak, device, bandwidth = max(peaks), jax.devices()[0], memory_bandwidth()
-    read = decode_bytes(setting.roles.encoder.arch, setting.shapes, jnp.dtype(config.subject.dtype).itemsize)
+    read = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
     return {
         "device": f"{num_devices} {device.platform} {device.device_kind}",
-        "shapes": setting.shapes._asdict(),
+        "shapes": workload.shapes._asdict(),
         "matmul_peak_flops": peak,
         "memory_bandwidth_bytes_per_second": bandwidth,
         "rollout_bandwidth_fraction": read / timings["rollout"].seconds / (bandwidth * num_devices),
@@ -261,7 +261,7 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
         "rl_step_seconds": step.seconds,
         "rl_step_seconds_unshared": alone.seconds,
         "speedup_of_sharing": alone.seconds / step.seconds,
-        "samples_per_second": setting.shapes.samples / step.seconds,
+        "samples_per_second": workload.shapes.samples / step.seconds,
         "tokens_per_second": tokens / step.seconds,
         "peak_memory_bytes": step.bytes,
         "compile_seconds": step.compile_seconds,

@@ -250,7 +250,7 @@ def counted(progress: AnyPath, name: str, most: int) -> int:
     return count
 
 
-def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _local_rows(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Of the first `count` rows of what was read those that this process writes, each of them one process's."""
     if not isinstance(values, jax.Array) or values.is_fully_addressable:
         yield slice(0, count), np.asarray(values)[:count]
@@ -291,12 +291,12 @@ class _Writer:
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
         """Fetches what was read and, where it fills a shard, begins to write it when the writing before is done."""
-        activations = list(_held(read[0], batch.count))
+        activations = list(_local_rows(read[0], batch.count))
         if not all(np.isfinite(values).all() for _, values in activations):
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
         parts = [(self._vectors, activations)]
         if self._next_tokens is not None:
-            parts.append((self._next_tokens, list(_held(read[1], batch.count))))
+            parts.append((self._next_tokens, list(_local_rows(read[1], batch.count))))
         for store, held in parts:
             for rows, values in held:
                 start = batch.start + rows.start

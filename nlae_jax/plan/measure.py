@@ -13,7 +13,7 @@ import jax
 
 from nlae_jax.bench.flops import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
-from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
+from nlae_jax.plan.abstract import Planned, Program, read_shape, resident_bytes, sft_width
 from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
@@ -29,13 +29,13 @@ _UNKNOWN = ("flops_per_chip", "hbm_bytes_moved_per_chip", "collective_bytes_per_
 _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
 
 
-def needed(setting: Setting) -> dict[str, float]:
+def needed(planned: Planned) -> dict[str, float]:
     """FLOPs that the mathematics of each step needs on all devices together (`bench.flops.needed_flops`)."""
-    config, arch, shapes, layer = setting.config, setting.arch, setting.shapes, setting.config.subject.layer
+    config, arch, shapes, layer = planned.config, planned.arch, planned.shapes, planned.config.subject.layer
     of = lambda shapes: needed_flops(arch, layer, config.lora.rank, shapes)  # noqa: E731
     described = shapes._replace(response=sft_width(config))
     rl = of(shapes)
-    size, width = read_shape(config, batch_parts(setting.mesh))
+    size, width = read_shape(config, batch_parts(planned.mesh))
     read = (layer + 1) * size * block_flops(arch, width, width * (width + 1) / 2)
     if config.describe.provider == "template":
         rows = size * config.extract.positions_per_document
@@ -48,11 +48,11 @@ def needed(setting: Setting) -> dict[str, float]:
     }
 
 
-def measure(name: str, programs: Sequence[Program], topology: Topology, setting: Setting) -> dict[str, Any]:
+def measure(name: str, programs: Sequence[Program], topology: Topology, planned: Planned) -> dict[str, Any]:
     """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak."""
-    parts = [_program(name, program, topology, setting) for program in programs]
+    parts = [_program(name, program, topology, planned) for program in programs]
     whole = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
-    flops, work = needed(setting)[name] / topology.chips, whole.get("flops_per_chip")
+    flops, work = needed(planned)[name] / topology.chips, whole.get("flops_per_chip")
     whole["needed_flops_per_chip"] = flops
     if work is not None:
         whole["flops_ratio"] = work / flops
@@ -60,12 +60,12 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
     return {**dict.fromkeys(_UNKNOWN), **whole}
 
 
-def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
+def _program(step: str, program: Program, topology: Topology, planned: Planned) -> dict[str, Any]:
     per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     traced = time.perf_counter() - begin
-    held = held_bytes((program.arguments, program.kept))
+    held = resident_bytes((program.arguments, program.kept))
     try:
         compiled, text = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -74,7 +74,7 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
         say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
         return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": held * per_chip}
     compiling = time.perf_counter() - begin
-    cost = cost_of(parse(text), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
+    cost = cost_of(parse(text), dict(planned.mesh.shape), planned.config.rl.max_new_tokens)
     memory = compiled.memory_analysis()
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,

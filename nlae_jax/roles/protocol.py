@@ -192,7 +192,7 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return blank
 
 
-class Tails(NamedTuple):
+class Endings(NamedTuple):
     """What stands in the decoder's prompt in the place of an explanation's last token, the suffix included.
 
     `ids` [V, W] int32, `length` [V] int32. A tokenizer that merges across the explanation's end ("." and "</" into
@@ -203,8 +203,8 @@ class Tails(NamedTuple):
     length: np.ndarray
 
 
-def tails(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Tails | None:
-    """The tail of every token; None where each is followed by the plain suffix."""
+def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | None:
+    """Of every token; None where each is followed by the plain suffix."""
     suffix = protocol.decoder_template.partition("{explanation}")[2]
     width, known = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
     ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))
@@ -213,11 +213,11 @@ def tails(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Tails | None:
     texts = tokenizer.batch_decode([[token] for token in range(known)])
     alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
     followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
-    for token, (text, own, tail) in enumerate(zip(texts, alone, followed, strict=True)):
+    for token, (text, by_itself, ending) in enumerate(zip(texts, alone, followed, strict=True)):
         # A piece of a character, or of a word that begins otherwise, tells nothing by itself.
-        if own == [token] and text.strip() and len(tail) <= width and tail != ids[token].tolist():
-            ids[token, : len(tail)], length[token], changed = tail, len(tail), True
-    return Tails(ids, length) if changed else None
+        if by_itself == [token] and text.strip() and len(ending) <= width and ending != ids[token].tolist():
+            ids[token, : len(ending)], length[token], changed = ending, len(ending), True
+    return Endings(ids, length) if changed else None
 
 
 def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:

@@ -19,7 +19,7 @@ from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import share
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
-from nlae_jax.roles.protocol import blank_tokens, response_ids, tails, whole_prompt_ids
+from nlae_jax.roles.protocol import blank_tokens, endings, response_ids, whole_prompt_ids
 from nlae_jax.roles.roundtrip import read_samples
 from nlae_jax.roles.views import marks
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
@@ -61,8 +61,8 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
     tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
     vocab_size = run.roles.encoder.arch.vocab_size
-    if (merged := tails(run.tokenizer, run.protocol, vocab_size)) is not None:
-        tables["tails"] = merged
+    if (merged := endings(run.tokenizer, run.protocol, vocab_size)) is not None:
+        tables["endings"] = merged
     if config.views.leading or config.views.unquoted:
         tables["marks"] = marks(run.tokenizer, vocab_size)
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
@@ -166,7 +166,7 @@ def _decoder_sft(run: PreparedRun) -> None:
     frozen, frame = _frozen(run, "decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
-        frozen.pop("tails", None)
+        frozen.pop("endings", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
 

@@ -74,7 +74,7 @@ class MetricsLog:
         """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = bytearray(_stored(path)) if is_remote(path) else None
+        self._buffer = bytearray(_stored(path)) if is_remote(path) else None
         self._unwritten, self._due = False, 0.0
         self._keep(lambda row: True)
 
@@ -88,20 +88,20 @@ class MetricsLog:
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
         line = (json.dumps(clean, allow_nan=False) + "\n").encode("ascii")
-        if self._held is None:
+        if self._buffer is None:
             with self.path.open("ab") as file:
                 file.write(line)
             return
-        self._held += line
+        self._buffer += line
         self._unwritten = True
         if time.monotonic() >= self._due:
             self.sync()
 
     def sync(self) -> None:
         """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
-        if self._held is not None and self._unwritten:
-            upload(self.path, bytes(self._held))
-            self._unwritten, self._due = False, time.monotonic() + _pause(len(self._held))
+        if self._buffer is not None and self._unwritten:
+            upload(self.path, bytes(self._buffer))
+            self._unwritten, self._due = False, time.monotonic() + _pause(len(self._buffer))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -126,12 +126,12 @@ class MetricsLog:
         self, wanted: Callable[[dict[str, Any]], bool], place: Callable[[dict[str, Any]], int] = lambda row: 0
     ) -> None:
         """Leaves only the whole lines whose row is `wanted`, sorted by `place`; does not touch a file that is so."""
-        before = _stored(self.path) if self._held is None else bytes(self._held)
+        before = _stored(self.path) if self._buffer is None else bytes(self._buffer)
         kept = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
         data = b"".join(line for line, _ in sorted(kept, key=lambda entry: place(entry[1])))
         if data != before:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
-            self._held = None if self._held is None else bytearray(data)
+            self._buffer = None if self._buffer is None else bytearray(data)
 
 
 def _pause(size: int) -> float:

@@ -2,7 +2,7 @@
 
 Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
 (the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
-data), `tails` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
+data), `endings` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def reconstruction(
         base: Params = frozen["decoder_base"] if "decoder_base" in frozen else frozen["base"]
         variables = roles.decoder_variables(base, trained)
         rebuilt = apply(
-            roles.decoder, variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("tails")
+            roles.decoder, variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("endings")
         )
         rebuilt = rebuilt.reshape(h.shape)
         mse = direction.direction_mse(rebuilt, h)
