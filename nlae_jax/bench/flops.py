@@ -78,6 +78,6 @@ def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
     """Bytes that decoding has to read: every weight and every key and value, once a token."""
     matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
     weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
-    own = shapes.samples * shapes.response * (shapes.response + 1) / 2
-    shared = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
-    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (own + shared))
+    of_responses = shapes.samples * shapes.response * (shapes.response + 1) / 2
+    of_prompts = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
+    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (of_responses + of_prompts))

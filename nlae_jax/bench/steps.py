@@ -61,16 +61,16 @@ class Timing:
 
 def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int) -> Timing:
     """`arguments()` makes them anew for each call, outside the clock: a step may take their memory over."""
-    given = arguments()
+    operands = arguments()
     begin = time.perf_counter()
-    program = function.lower(*given).compile()
+    program = function.lower(*operands).compile()
     compile_seconds = time.perf_counter() - begin
-    jax.block_until_ready(program(*given))
+    jax.block_until_ready(program(*operands))
     seconds = []
     for _ in range(repeats):
-        given = jax.block_until_ready(arguments())
+        operands = jax.block_until_ready(arguments())
         begin = time.perf_counter()
-        jax.block_until_ready(program(*given))
+        jax.block_until_ready(program(*operands))
         seconds.append(time.perf_counter() - begin)
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -193,12 +193,12 @@ def time_phases(workload: Workload, repeats: int) -> dict[str, Timing]:
 
         return jax.grad(loss, has_aux=True)(trained)
 
-    given = (state.encoder.trained, frozen, batch["h"], tokens)
+    of_encoder = (state.encoder.trained, frozen, batch["h"], tokens)
     phases = {
         "rollout": (rollout, (state, frozen, batch)),
         "score": (jax.jit(parts.score), (state.decoder, frozen, batch, samples)),
-        "reference": (jax.jit(log_probs), given),
-        "policy": (jax.jit(policy), given),
+        "reference": (jax.jit(log_probs), of_encoder),
+        "policy": (jax.jit(policy), of_encoder),
     }
     if not workload.config.rl.kl_coef:
         del phases["reference"]
@@ -237,7 +237,7 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     flops = needed_flops(workload.roles.encoder.arch, config.subject.layer, config.lora.rank, workload.shapes)
     timings = time_phases(workload, repeats)
     timings["encoder_sft"] = time_encoder_sft(workload, repeats)
-    step, alone = time_rl_step(workload, repeats), time_rl_step(unshared(workload), repeats)
+    shared, by_itself = time_rl_step(workload, repeats), time_rl_step(unshared(workload), repeats)
     tokens = workload.shapes.samples * workload.shapes.response
     num_devices = len(workload.batch["h"].sharding.device_set)
     peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
@@ -258,13 +258,13 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
             }
             for name, timing in timings.items()
         },
-        "rl_step_seconds": step.seconds,
-        "rl_step_seconds_unshared": alone.seconds,
-        "speedup_of_sharing": alone.seconds / step.seconds,
-        "samples_per_second": workload.shapes.samples / step.seconds,
-        "tokens_per_second": tokens / step.seconds,
-        "peak_memory_bytes": step.bytes,
-        "compile_seconds": step.compile_seconds,
+        "rl_step_seconds": shared.seconds,
+        "rl_step_seconds_unshared": by_itself.seconds,
+        "speedup_of_sharing": by_itself.seconds / shared.seconds,
+        "samples_per_second": workload.shapes.samples / shared.seconds,
+        "tokens_per_second": tokens / shared.seconds,
+        "peak_memory_bytes": shared.bytes,
+        "compile_seconds": shared.compile_seconds,
         **extraction,
     }
 

@@ -113,8 +113,11 @@ def _like(tree: Any, sharding: NamedSharding) -> Any:
 
 def _frozen_weights(planned: Planned, weights: Params) -> Params:
     """Declared weights in the dtype that models compute in."""
-    of = lambda x: jax.ShapeDtypeStruct(x.shape, planned.config.subject.dtype, sharding=x.sharding)  # noqa: E731
-    return jax.tree.map(of, abstract_params(planned.mesh, weights))
+
+    def computed_with(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, planned.config.subject.dtype, sharding=x.sharding)
+
+    return jax.tree.map(computed_with, abstract_params(planned.mesh, weights))
 
 
 def _base(planned: Planned) -> Params:

@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_se
 def needed(planned: Planned) -> dict[str, float]:
     """FLOPs that the mathematics of each step needs on all devices together (`bench.flops.needed_flops`)."""
     config, arch, shapes, layer = planned.config, planned.arch, planned.shapes, planned.config.subject.layer
-    of = lambda shapes: needed_flops(arch, layer, config.lora.rank, shapes)  # noqa: E731
+    flops_of = partial(needed_flops, arch, layer, config.lora.rank)
     described = shapes._replace(response=sft_width(config))
-    rl = of(shapes)
+    rl = flops_of(shapes)
     size, width = read_shape(config, batch_parts(planned.mesh))
     read = (layer + 1) * size * block_flops(arch, width, width * (width + 1) / 2)
     if config.describe.provider == "template":
@@ -42,8 +43,8 @@ def needed(planned: Planned) -> dict[str, float]:
         read = read / (layer + 1) * arch.num_layers + 2.0 * rows * arch.d_model * arch.vocab_size
     return {
         "extract": read,
-        "encoder_sft": of(described)["encoder_sft"],
-        "decoder_sft": of(described._replace(activations=shapes.sft_batch, group=1))["score"],
+        "encoder_sft": flops_of(described)["encoder_sft"],
+        "decoder_sft": flops_of(described._replace(activations=shapes.sft_batch, group=1))["score"],
         "rl": sum(rl[phase] for phase in ("rollout", "score", "policy", *["reference"] * bool(config.rl.kl_coef))),
     }
 
@@ -101,10 +102,10 @@ def _program(step: str, program: Program, topology: Topology, planned: Planned) 
 
 def needed_memory(message: str, held: int) -> int | None:
     """Bytes that a program needs by the compiler's refusal, the arguments' `held` among them; None for other errors."""
-    if found := _TEMPORARIES.search(message):
-        return held + int(float(found[1]) * _UNITS[found[2]])
-    found = _USED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    if temporaries := _TEMPORARIES.search(message):
+        return held + int(float(temporaries[1]) * _UNITS[temporaries[2]])
+    used = _USED.search(message)
+    return int(float(used[1]) * _UNITS[used[2]]) if used else None
 
 
 def _compiled(lowered: Any) -> tuple[Any, str]:
@@ -132,14 +133,14 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
         {
             "name": name or "outside loops",
             "trips": trips,
-            "seconds": trips * max(alone.values()),
-            "bound": max(alone, key=alone.__getitem__),
+            "seconds": trips * max(by_unit.values()),
+            "bound": max(by_unit, key=by_unit.__getitem__),
             "flops": trips * part.flops * per_chip,
             "hbm_bytes": trips * part.bytes * per_chip,
             "collective_bytes": trips * part.sent * per_chip,
         }
         for name, trips, part in cost.flattened()
-        for alone in [alone_seconds(part, device)]
+        for by_unit in [alone_seconds(part, device)]
     ]
     return {
         "flops_per_chip": whole.flops * per_chip,

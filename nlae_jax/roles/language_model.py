@@ -62,17 +62,17 @@ class LanguageModel:
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
             first, contexts = apply(subject, variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
-            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
-            given = for_decoding(subject, variables(params), contexts, own)
+            grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            decoding = for_decoding(subject, variables(params), contexts, grown)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                held = given.contexts, caches, given.weights
-                return apply(subject, given.variables, token, step, start, *held, method="decode")
+                read = decoding.contexts, caches, decoding.weights
+                return apply(subject, decoding.variables, token, step, start, *read, method="decode")
 
             return sample(
                 decode,
                 first,
-                given.own,
+                decoding.own,
                 key,
                 max_new_tokens=limit,
                 closing=(),

@@ -36,7 +36,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
     "float": lambda value: type(value) in (int, float),
-    "tuple[int, ...]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
 }
 
 
@@ -85,7 +85,7 @@ def find_marker(tokenizer: Any, template: str) -> str:
         rarest = sorted(candidates, reverse=True)
         for start in range(0, len(rarest), _MARKERS_AT_ONCE):
             some = rarest[start : start + _MARKERS_AT_ONCE]
-            prompts = chats_ids(tokenizer, [template.replace("{injection_char}", candidates[one]) for one in some])
+            prompts = chats_ids(tokenizer, [template.replace("{injection_char}", candidates[token]) for token in some])
             for marker_id, ids in zip(some, prompts, strict=True):
                 if ids.count(marker_id) == 1:
                     return candidates[marker_id]
@@ -211,9 +211,9 @@ def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | No
     ids[:, 0] = np.arange(vocab_size)
     length, changed = np.full(vocab_size, width, np.int32), False
     texts = tokenizer.batch_decode([[token] for token in range(known)])
-    alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    by_themselves = tokenizer(texts, add_special_tokens=False)["input_ids"]
     followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
-    for token, (text, by_itself, ending) in enumerate(zip(texts, alone, followed, strict=True)):
+    for token, (text, by_itself, ending) in enumerate(zip(texts, by_themselves, followed, strict=True)):
         # A piece of a character, or of a word that begins otherwise, tells nothing by itself.
         if by_itself == [token] and text.strip() and len(ending) <= width and ending != ids[token].tolist():
             ids[token, : len(ending)], length[token], changed = ending, len(ending), True

@@ -30,19 +30,21 @@ def rollout(
     batch = (h_BxD.shape[0], samples_per_activation)
     with jax.named_scope("prefill"):
         logits, contexts = apply(encoder, variables, h_BxD, method="prefill")
-    own = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
-    given = for_decoding(encoder, variables, contexts, own)
+    grown = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
+    decoding = for_decoding(encoder, variables, contexts, grown)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        read = given.contexts, caches, given.weights
-        logits_and_caches: tuple[jax.Array, Any] = apply(encoder, given.variables, token, step, *read, method="decode")
+        read = decoding.contexts, caches, decoding.weights
+        logits_and_caches: tuple[jax.Array, Any] = apply(
+            encoder, decoding.variables, token, step, *read, method="decode"
+        )
         return logits_and_caches
 
     with jax.named_scope("decode"):
         return sample(
             decode,
             jnp.broadcast_to(logits[:, None], (*batch, logits.shape[-1])),
-            given.own,
+            decoding.own,
             key,
             max_new_tokens=max_new_tokens,
             closing=protocol.closing,

@@ -38,7 +38,7 @@ def export(
 ) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
-    With `adapters` the directories hold the adapters alone, as `roles.adapters` describes. With `datasets` also the
+    With `adapters` the directories hold the adapters alone, as `lm.adapters` describes. With `datasets` also the
     run's activations, see `export_datasets`. All is made in a directory beside and moved into place at the end. Raises
     UserError where a part is there already.
     """
@@ -172,7 +172,7 @@ def _own_file(source: Path, name: str) -> Path:
     roots = [root]
     if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to `blobs`, by hash
         roots.append(root.parent.parent / "blobs")
-    if not any(path.is_relative_to(one) for one in roots):
+    if not any(path.is_relative_to(root) for root in roots):
         raise UserError(
             f"{source / name}: a link to {path}, outside of the model; copy it there if it is to be exported"
         )

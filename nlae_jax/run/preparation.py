@@ -60,8 +60,8 @@ def _plan(run: Run) -> None:
         for reason, count in sorted(described.dropped.items()):
             say(f"{path}: {count} descriptions {reason}: left out")
         documents = described.documents
-    given = described.positions if described else {}
-    plan = activations.plan(documents, run.tokenizer, config, given, run.arch.vocab_size)
+    positions = described.positions if described else {}
+    plan = activations.plan(documents, run.tokenizer, config, positions, run.arch.vocab_size)
     _ = run.base  # a model that cannot be read is found out before anything is written
     claim(run.workdir, run.config)
     write_json(directory / "subject.json", run.identity)

@@ -180,8 +180,8 @@ def newest_sealed(directory: AnyPath) -> AnyPath | None:
 
 def sealed(directory: AnyPath) -> list[AnyPath]:
     """A stage's checkpoints that were written to their end, the newest first."""
-    found = [path for path in children(directory) if path.name.isdecimal() and is_sealed(path)]
-    return sorted(found, key=lambda path: -int(path.name))
+    complete = [path for path in children(directory) if path.name.isdecimal() and is_sealed(path)]
+    return sorted(complete, key=lambda path: -int(path.name))
 
 
 def restore_part(path: AnyPath, abstract: Any) -> Any | None:

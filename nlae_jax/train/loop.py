@@ -60,8 +60,8 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
-    Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop, and UserError where every
-    update was skipped.
+    Raises `supervision.Preempted`, with the last step saved, once any process is asked to stop, and UserError where
+    every update was skipped.
     """
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep))

@@ -114,13 +114,16 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
 def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransformation) -> RoleState:
     """Shapes and shardings of what `init_role` makes."""
     trained, whole = abstract_params(mesh, weights), replicated(mesh)
-    of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+
+    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        of,
+        placed,
         jax.eval_shape(optimizer.init, trained),
         tree_shardings(mesh, weights),
-        transform_non_params=lambda x: of(x, whole),
+        transform_non_params=lambda x: placed(x, whole),
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return RoleState(step, trained, opt_state)

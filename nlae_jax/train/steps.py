@@ -88,9 +88,9 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, micr
         def loss_fn(trained: Params, part: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
             batch, mask = part
             loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
-            variables, given = roles.encoder_variables(frozen["base"], trained), (batch["h"], batch["response"])
+            variables, inputs = roles.encoder_variables(frozen["base"], trained), (batch["h"], batch["response"])
             loss_and_log_probs: tuple[jax.Array, jax.Array] = apply(
-                roles.encoder, variables, *given, loss_of, mask, method="sft_loss"
+                roles.encoder, variables, *inputs, loss_of, mask, method="sft_loss"
             )
             return loss_and_log_probs
 
@@ -112,10 +112,10 @@ def describer_sft_step(describer: Describer, optimizer: optax.GradientTransforma
 
         def loss_fn(trained: Params) -> tuple[jax.Array, jax.Array]:
             variables = {"params": {"lm": frozen["base"]}, "lora": {"lm": {"blocks": trained["adapters"]}}}
-            given = batch["prompt"], batch["mask"], batch["note"]
+            inputs = batch["prompt"], batch["mask"], batch["note"]
             loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
             loss_and_log_probs: tuple[jax.Array, jax.Array] = apply(
-                describer, variables, *given, loss_of, mask, method="loss"
+                describer, variables, *inputs, loss_of, mask, method="loss"
             )
             return loss_and_log_probs
 
@@ -291,8 +291,8 @@ def rl_step(
                 loss, rows = apply(roles.encoder, variables, h, tokens, policy_loss, *per_token, method="loss")
             return loss, (*rows, *reference)
 
-        given = batch["h"], samples.tokens, advantage, mask
-        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, given, rl.microbatches)
+        per_sample = batch["h"], samples.tokens, advantage, mask
+        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, per_sample, rl.microbatches)
         log_probs, entropy, *reference = rows
         kl = {"kl": objectives.masked_mean(objectives.kl_k3(log_probs, *reference), mask)} if reference else {}
         state, norm, skipped = apply_update(state, gradients, encoder_optimizer)
