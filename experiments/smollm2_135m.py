@@ -1,4 +1,4 @@
-"""The quickstart's recipe for SmolLM2-135M-Instruct with three hours instead of half an hour.
+"""The recipe of scratch.py for SmolLM2-135M-Instruct with three hours instead of half an hour.
 
     nlae train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-_QUICKSTART = Path(__file__).with_name("quickstart.py")
+_SCRATCH = Path(__file__).with_name("scratch.py")
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_QUICKSTART))["get_config"]()
+    config = runpy.run_path(str(_SCRATCH))["get_config"]()
     config.corpus.max_documents = 3000
     config.extract.positions_per_document = 12
     config.sft.encoder_steps, config.sft.encoder_learning_rate = 1000, 4e-3

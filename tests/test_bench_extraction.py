@@ -7,8 +7,8 @@ import pytest
 from nlae_jax.bench.extraction import time_extraction
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
+from nlae_jax.run import preparation
 from nlae_jax.run.run import Run
-from nlae_jax.run.stages import preparation
 from tests.conftest import tiny_config
 
 pytest_plugins = ["tests.tiny_run"]

@@ -938,7 +938,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(tiny_run, tmp_path, capsys
 
 def test_activations_that_are_all_alike(tiny_run, tmp_path, monkeypatch, capsys):
     """Numbers that JSON lacks are null, and it is said."""
-    from nlae_jax.run.stages import preparation
+    from nlae_jax.run import preparation
 
     def alike(arch, config, mesh, num_next):
         read = original(arch, config, mesh, num_next)

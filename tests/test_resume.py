@@ -21,8 +21,8 @@ from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.pipeline import batches
 from nlae_jax.data.providers import subject_provider
 from nlae_jax.mesh import make_mesh
+from nlae_jax.run import training
 from nlae_jax.run.run import Run
-from nlae_jax.run.stages import training
 from nlae_jax.train import loop
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
