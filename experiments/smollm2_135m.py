@@ -5,16 +5,13 @@
 Hardware: 2 CPU cores, 8 GB of memory. Expected: held-out FVE 0.50, 0.37 before RL (docs/results.md).
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_SCRATCH = Path(__file__).with_name("scratch.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_SCRATCH))["get_config"]()
+    config = inherit("scratch.py", beside=__file__)
     config.corpus.max_documents = 3000
     config.extract.positions_per_document = 12
     config.sft.encoder_steps, config.sft.encoder_learning_rate = 1000, 4e-3

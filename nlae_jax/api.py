@@ -25,7 +25,8 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
-from nlae_jax.run.run import Run
+from nlae_jax.run import resources
+from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
@@ -205,7 +206,7 @@ def _as_float32(vectors: Any) -> np.ndarray:
         raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
-def open_run(workdir: str | Path) -> Run:
+def open_run(workdir: str | Path) -> PreparedRun:
     """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
@@ -215,7 +216,7 @@ def open_run(workdir: str | Path) -> Run:
         make_mesh(config.mesh)
     except UserError:
         config = dataclasses.replace(config, mesh=MeshConfig())
-    return Run(config, workdir, read_only=True)
+    return resources.prepare(resources.open_run(config, workdir, read_only=True))
 
 
 def _with_adapters(

@@ -197,8 +197,10 @@ BEFORE_WEIGHTS = [
     no_config,
     no_tokenizer,
     no_chat_template,
+    no_weights,
+    missing_shard,
 ]
-IN_WEIGHTS = [no_weights, missing_shard, wrong_shape, missing_tensor, truncated_weights]
+IN_WEIGHTS = [wrong_shape, missing_tensor, truncated_weights]
 
 
 @pytest.mark.parametrize("damage", [*BEFORE_WEIGHTS, *IN_WEIGHTS])
