@@ -1,4 +1,4 @@
-"""The quickstart's recipe for SmolLM2-135M-Instruct with three hours instead of half an hour.
+"""The recipe of scratch.py for SmolLM2-135M-Instruct with three hours instead of half an hour.
 
     nlae train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
@@ -11,7 +11,7 @@ from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = inherit("quickstart.py", beside=__file__)
+    config = inherit("scratch.py", beside=__file__)
     config.corpus.max_documents = 3000
     config.extract.positions_per_document = 12
     config.sft.encoder_steps, config.sft.encoder_learning_rate = 1000, 4e-3

@@ -33,7 +33,7 @@ from nlae_jax.runtime.files import workdir_path
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 
-_BATCH = 16
+_SMALLEST_BATCH, _LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
 
 
@@ -63,7 +63,7 @@ class NLA:
     @cached_property
     def _trip(self) -> RoundTrip:
         """The pair's compiled functions, for explanations of any length."""
-        return RoundTrip(self._roles, self.tokenizer, _BATCH, self.max_new_tokens, self._mesh)
+        return RoundTrip(self._roles, self.tokenizer, _LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH)
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:

@@ -339,4 +339,4 @@ def test_experiments_say_what_they_are(name):
 
 
 def test_every_experiment_is_known():
-    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "tiny"}
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "scratch", "tiny"}
