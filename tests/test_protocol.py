@@ -329,7 +329,7 @@ def merging():
 FRAME = ProtocolConfig("What is {injection_char} then", "Summary of <text>{explanation}</text> <summary>")
 
 
-def test_tails_make_spliced_tokens_those_of_the_whole_text(merging):
+def test_endings_make_spliced_tokens_those_of_the_whole_text(merging):
     protocol = make_protocol(merging, FRAME, 1.0)
     found = endings(merging, protocol, len(merging) + 5)
     assert found.ids.shape == (len(merging) + 5, len(protocol.decoder_suffix) + 1)
@@ -344,7 +344,7 @@ def test_tails_make_spliced_tokens_those_of_the_whole_text(merging):
     assert [*protocol.decoder_prefix, *merged] != whole  # else the table would not be needed here
 
 
-def test_most_tails_are_plain(merging, tokenizer, protocol):
+def test_most_endings_are_plain(merging, tokenizer, protocol):
     made = make_protocol(merging, FRAME, 1.0)
     found = endings(merging, made, len(merging))
     plain = [
