@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nlae_jax.data.documentation import FUNCTION_WORDS
+from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.claims import holds, is_in
 from nlae_jax.evaluate.health import QUOTED, candidates, words
 

@@ -90,7 +90,7 @@ class Work:
         sizes: Sizes = Sizes(),
     ) -> None:
         self.pair, self.rows, self.seed, self.sizes = pair, rows, seed, sizes
-        settings = [pair.identity, rows.digest(), seed, list(sizes)]
+        settings = [pair.identity, pair.batch_size, rows.digest(), seed, list(sizes)]
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.kept = Kept(directory / "evaluation" / name)
         self.ledger = Ledger(rows.document, bootstrap_samples, seed)

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.tokens import check_ids
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
-from nlae_jax.roles.subject import Subject
+from nlae_jax.roles.subject import Spliced, Subject
 from nlae_jax.runtime.errors import UserError
 
 _GENERATE_BATCH = 16
@@ -51,37 +52,39 @@ class LanguageModel:
             return {"params": {"lm": params}}
 
         def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, method="logits")
+            logits_BxTxV: jax.Array = apply(subject, variables(params), ids, mask, method="logits")
+            return logits_BxTxV
 
         def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, layer, method="residual")
+            hidden_BxTxD: jax.Array = apply(subject, variables(params), ids, mask, layer, method="residual")
+            return hidden_BxTxD
 
         def run_with(params: Any, ids: jax.Array, mask: jax.Array, h: jax.Array, at: jax.Array, layer: int) -> Any:
-            return subject.apply(variables(params), ids, mask, h, at, layer, method="run_with")
+            return apply(subject, variables(params), ids, mask, h, at, layer, method="run_with")
 
         def splice(params: Any, *given: jax.Array, layer: int) -> Any:
-            return subject.apply(variables(params), *given, layer, method="splice")
+            return apply(subject, variables(params), *given, layer, method="splice")
 
-        def continuations(params: Any, *given: jax.Array) -> jax.Array:
-            return subject.apply(variables(params), *given, method="continuations")
+        def continuations(params: Any, *given: jax.Array) -> Any:
+            return apply(subject, variables(params), *given, method="continuations")
 
-        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, count: int) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, count, method="likeliest")
+        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, count: int) -> Any:
+            return apply(subject, variables(params), ids, mask, count, method="likeliest")
 
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
+            first, contexts = apply(subject, variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
-            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
-            given = for_decoding(subject, variables(params), contexts, own)
+            grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            decoding = for_decoding(subject, variables(params), contexts, grown)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                held = given.contexts, caches, given.weights
-                return subject.apply(given.variables, token, step, start, *held, method="decode")
+                read = decoding.contexts, caches, decoding.weights
+                return apply(subject, decoding.variables, token, step, start, *read, method="decode")
 
             return sample(
                 decode,
                 first,
-                given.own,
+                decoding.own,
                 key,
                 max_new_tokens=limit,
                 closing=(),
@@ -115,7 +118,8 @@ class LanguageModel:
 
         Raises UserError for a token that the model has no embedding for.
         """
-        return self._logits(self.params, *self._with_mask(ids, mask))
+        logits: jax.Array = self._logits(self.params, *self._with_mask(ids, mask))
+        return logits
 
     def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run.
@@ -123,7 +127,8 @@ class LanguageModel:
         Raises UserError for a block that is not there, or a token that the model has no embedding for.
         """
         self._check_layer(layer)
-        return self._residual(self.params, *self._with_mask(ids, mask), layer)
+        hidden: jax.Array = self._residual(self.params, *self._with_mask(ids, mask), layer)
+        return hidden
 
     def run_with(self, ids: Any, h: Any, position: Any, layer: int, mask: Any = None) -> jax.Array:
         """Logits [B, T, V] float32 of the model with another activation in one place of each row.
@@ -145,24 +150,31 @@ class LanguageModel:
             row = int(wrong[0])
             raise UserError(f"position: {position[row]} of row {row} should be from 0 to {lengths[row] - 1}")
         column = np.argmax(np.cumsum(real, -1) > position[:, None], axis=-1)
-        return self._run_with(self.params, ids, mask, jnp.asarray(h), jnp.asarray(column, jnp.int32), layer)
+        logits: jax.Array = self._run_with(
+            self.params, ids, mask, jnp.asarray(h), jnp.asarray(column, jnp.int32), layer
+        )
+        return logits
 
-    def splice(
-        self, context: Any, context_mask: Any, read: Any, read_mask: Any, h: Any, layer: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def splice(self, context: Any, context_mask: Any, read: Any, read_mask: Any, h: Any, layer: int) -> Spliced:
         """`Subject.splice` on arrays of numpy: several vectors in the place of one activation, and what they change."""
         self._check_layer(layer)
         (context, context_mask), (read, read_mask) = (
             self._with_mask(*of) for of in ((context, context_mask), (read, read_mask))
         )
-        return self._splice(self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer=layer)
+        spliced: Spliced = self._splice(
+            self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer=layer
+        )
+        return spliced
 
     def continuations(self, notes: Any, notes_mask: Any, after: Any, after_mask: Any) -> jax.Array:
         """`Subject.continuations` on arrays of numpy: log p [B, C] of continuations [B, C, S] after notes [B, T]."""
         notes, notes_mask = self._with_mask(notes, notes_mask)
         after, after_mask = np.asarray(after, np.int32), np.asarray(after_mask, bool)
         check_ids(after[after_mask], self.arch.vocab_size, self.tokenizer, "ids")
-        return self._continuations(self.params, notes, notes_mask, jnp.asarray(after), jnp.asarray(after_mask))
+        log_p: jax.Array = self._continuations(
+            self.params, notes, notes_mask, jnp.asarray(after), jnp.asarray(after_mask)
+        )
+        return log_p
 
     def likeliest(self, ids: Any, mask: Any, count: int) -> np.ndarray:
         """[B, T] int -> the ids [B, count] of the likeliest next tokens of each row, likeliest first."""

@@ -11,7 +11,7 @@ import numpy as np
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import SUFFIX, Rows, without_following
 from nlae_jax.lm.tokens import text_ids
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import Run, descriptions_of
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, write_json
 
@@ -56,7 +56,7 @@ def rows_of_run(run: Run, count: int) -> Rows:
 
 def _descriptions(run: Run) -> Mapping[int, str]:
     with contextlib.suppress(UserError):  # a run that starts from a pair has none
-        return run.descriptions
+        return descriptions_of(run)
     return {}
 
 
