@@ -189,14 +189,14 @@ class NLA:
         `control_steps` trains decoders on other words for so many steps each.
         """
         subject = lambda: self.subject  # noqa: E731
+        arch = self._roles.encoder.arch
         if rows is None:
-            arch = self._roles.encoder.arch
             rows = rows_of(subject, self.layer, self.tokenizer, arch, texts, files, corpus, num_activations, seed)
         pairing = pairing_of(
             self._roles, self._pair, self._trip, subject, temperature, _LARGEST_BATCH, self.max_new_tokens
         )
         work = Work(pairing, rows, workdir_path(out), seed, bootstrap_samples)
-        say(cost_text(work, sections))
+        say(cost_text(work, sections, arch))
         return run_suite(work, sections, partial(trained_controls, work, self._roles, self._pair, control_steps))
 
     def _read(self, text: str, where: str) -> tuple[list[int], np.ndarray]:

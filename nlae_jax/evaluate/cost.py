@@ -14,7 +14,7 @@ from nlae_jax.evaluate import splice, text
 from nlae_jax.evaluate.rows import SUFFIX
 from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES
 from nlae_jax.evaluate.work import Work
-from nlae_jax.lm.arch import model_weights
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.transformer import is_weight
 from nlae_jax.runtime.progress import clock_text
 
@@ -60,9 +60,9 @@ def costs(work: Work, sections: Sequence[str]) -> dict[str, Cost]:
     return chosen
 
 
-def cost_text(work: Work, sections: Sequence[str]) -> str:
-    """One line: minutes in all and by section, from the speed of one product on this machine."""
-    weights = jax.tree.leaves(model_weights(work.pair.subject().arch)["blocks"], is_leaf=is_weight)
+def cost_text(work: Work, sections: Sequence[str], arch: Arch) -> str:
+    """One line: minutes in all and by section, from the speed of one product on this machine. `arch`: the encoder's."""
+    weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
     parts, total = [], 0.0
     for section, cost in costs(work, sections).items():
