@@ -14,7 +14,7 @@ def scaled(v: np.ndarray, h: np.ndarray) -> np.ndarray:
     """Vectors as long as the activations in whose place they are put: [N, d] x [N, d] -> [N, d] float32."""
     length = np.linalg.norm(h, axis=-1, keepdims=True)
     own = np.linalg.norm(v, axis=-1, keepdims=True)
-    return (v * (length / np.maximum(own, 1e-30))).astype(np.float32)
+    return np.asarray(v * (length / np.maximum(own, 1e-30)), np.float32)
 
 
 def mean_vector(h: np.ndarray) -> np.ndarray:

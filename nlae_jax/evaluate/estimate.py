@@ -13,22 +13,22 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 def first(means: np.ndarray) -> np.ndarray:
     """The mean of the first column."""
-    return means[..., 0]
+    return np.asarray(means[..., 0])
 
 
 def fve_of(means: np.ndarray) -> np.ndarray:
     """Columns mse and variance: 1 - mean(mse) / mean(variance)."""
-    return 1 - means[..., 0] / means[..., 1]
+    return np.asarray(1 - means[..., 0] / means[..., 1])
 
 
 def share_of(means: np.ndarray) -> np.ndarray:
     """Columns of counts: how many there are, of how many."""
-    return means[..., 0] / means[..., 1]
+    return np.asarray(means[..., 0] / means[..., 1])
 
 
 def recovered(means: np.ndarray) -> np.ndarray:
     """Columns of losses with the mean vector, with another and with the true one: (mean - other) / (mean - true)."""
-    return (means[..., 0] - means[..., 1]) / (means[..., 0] - means[..., 2])
+    return np.asarray((means[..., 0] - means[..., 1]) / (means[..., 0] - means[..., 2]))
 
 
 def estimate(

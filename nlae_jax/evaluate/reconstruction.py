@@ -145,7 +145,7 @@ def centred_cos(rebuilt: np.ndarray, h: np.ndarray, mean: np.ndarray) -> np.ndar
     """
     a, b = (np.asarray(direction.unit_direction(v), np.float64) - mean for v in (rebuilt, h))
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return (a * b).sum(-1) / np.maximum(norms, 1e-12)
+    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
 
 
 def distractors(documents: np.ndarray, count: int, seed: int, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +169,7 @@ def distractors(documents: np.ndarray, count: int, seed: int, same: bool = False
 def mse_to(rebuilt: np.ndarray, h: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """[N, B] float64: the direction mse between row n's reconstruction and the activation of each of its candidates."""
     a, b = (np.asarray(direction.unit_direction(v), np.float64) for v in (rebuilt, h))
-    return 2 - 2 * np.einsum("nd,nbd->nb", a, b[candidates]) / a.shape[-1]
+    return np.asarray(2 - 2 * np.einsum("nd,nbd->nb", a, b[candidates]) / a.shape[-1])
 
 
 def retrieval_bits(mse_NxB: np.ndarray, valid_NxB: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ def principal_fve(
     directions = np.asarray(direction.unit_direction(h), np.float64)
     others = np.asarray(direction.unit_direction(reference), np.float64)
     names, index = np.unique(documents, return_inverse=True)
-    left = None
+    left: np.ndarray | None = None
     for fold in (0, 1):
         rows = index % 2 == fold
         fitted = others[~np.isin(reference_documents, names[np.arange(len(names)) % 2 == fold])]
@@ -232,7 +232,7 @@ def principal_fve(
         left = remaining if left is None else left[: len(remaining)] + remaining[: len(left)]
     if left is None:
         return np.zeros(1)
-    return 1 - left / np.square(directions - directions.mean(0)).sum()
+    return np.asarray(1 - left / np.square(directions - directions.mean(0)).sum())
 
 
 def equivalent_rank(fve_of_rank: np.ndarray, value: float) -> int | None:
@@ -245,7 +245,8 @@ def best_of(mse_NxS: np.ndarray, count: int) -> np.ndarray:
     """[N]: the expected smallest mse among `count` of the S samples of each row, over all choices of them."""
     samples = mse_NxS.shape[1]
     choices = [math.comb(samples - 1 - rank, count - 1) for rank in range(samples)]
-    return np.sort(mse_NxS, axis=1) @ np.array(choices, np.float64) / math.comb(samples, count)
+    chosen = np.sort(mse_NxS, axis=1) @ np.array(choices, np.float64)
+    return np.asarray(chosen / math.comb(samples, count))
 
 
 def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -285,4 +286,4 @@ def token_class(context: str, token: str, following: str = "") -> str:
 def deciles(position: np.ndarray) -> np.ndarray:
     """[N] int from 0 to 9: which tenth of the positions each is in; equal positions are in one."""
     order = np.sort(position)
-    return np.minimum(np.searchsorted(order, position, side="left") * 10 // max(len(position), 1), 9)
+    return np.asarray(np.minimum(np.searchsorted(order, position, side="left") * 10 // max(len(position), 1), 9))

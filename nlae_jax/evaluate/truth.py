@@ -52,7 +52,7 @@ def expects(text: str, ranked: Sequence[str], most: int) -> float:
 def picked(scores_NxC: np.ndarray) -> np.ndarray:
     """[N]: 1 where the first candidate has the highest score, a share of 1 where others have it too."""
     best = scores_NxC == scores_NxC.max(-1, keepdims=True)
-    return best[:, 0] / best.sum(-1)
+    return np.asarray(best[:, 0] / best.sum(-1))
 
 
 def recurrence(text: str, before: Sequence[str]) -> float:
