@@ -8,6 +8,7 @@ the same start, on the same activations, for each of the three.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,23 +67,25 @@ def _all_ranked(work: Work) -> list[list[str]]:
     """The subject's likeliest next tokens of every row."""
     ids, size = work.rows.context_ids, 8
 
-    def compute(part: slice) -> dict[str, list[list[str]]]:
+    def compute(part: slice) -> dict[str, Any]:
         some = ids[part]
         return {"ranked": likeliest(work.pair.subject(), [*some, *some[:1] * (size - len(some))], 5)[: len(some)]}
 
-    return work.kept.run("all_next_tokens", len(ids), size, compute)["ranked"]
+    ranked: list[list[str]] = work.kept.run("all_next_tokens", len(ids), size, compute)["ranked"]
+    return ranked
 
 
 def _rebuilt_by_training(
     work: Work, roles: Roles, pair: Pair, name: str, texts: Sequence[str], test: np.ndarray, num_steps: int
 ) -> np.ndarray:
     """[N, d]: what a decoder trained on the rows not in `test` makes of every text; kept on disk as one part."""
-    return work.kept.run(
+    found = work.kept.run(
         f"trained_{name}_{num_steps}",
         len(texts),
         len(texts),
         lambda _: {"rebuilt": _train(work, roles, pair, name, texts, ~test, num_steps)},
-    )["rebuilt"]
+    )
+    return np.asarray(found["rebuilt"])
 
 
 def _train(

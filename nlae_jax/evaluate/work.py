@@ -121,7 +121,8 @@ class Work:
     def _is_canonical(self, ids: np.ndarray, length: int) -> bool:
         """Whether the tokens are those that their own text is tokenised into."""
         tokens = np.asarray(ids)[:length].tolist()
-        return self.pair.tokenizer.encode(self.pair.tokenizer.decode(tokens), add_special_tokens=False) == tokens
+        text = self.pair.tokenizer.decode(tokens)
+        return bool(self.pair.tokenizer.encode(text, add_special_tokens=False) == tokens)
 
     def rebuilt(self, name: str, texts: Sequence[str]) -> np.ndarray:
         """[M, d] float32 of texts; equal ones are rebuilt once. Rows of blank texts are zero."""
@@ -176,11 +177,12 @@ class Work:
 
     @cached_property
     def texts(self) -> list[str]:
-        return self.main["texts"]
+        texts: list[str] = self.main["texts"]
+        return texts
 
     @cached_property
     def readable(self) -> np.ndarray:
-        return self.main["length"] > 0
+        return np.asarray(self.main["length"] > 0)
 
     @cached_property
     def mse(self) -> np.ndarray:

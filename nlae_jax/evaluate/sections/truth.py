@@ -98,7 +98,7 @@ def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray)
         found = lm.continuations(ids[filled], mask, after[filled], np.ones(after[filled].shape, bool))
         return {"scores": np.asarray(found, np.float64)[: len(some)]}
 
-    return work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute)["scores"]
+    return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute)["scores"])
 
 
 def _recurrence(work: Work) -> None:
