@@ -60,7 +60,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _packed(columns: dict[str, Any]) -> bytes:
-    arrays = {
+    arrays: dict[str, Any] = {
         (f"{_TEXT}{name}" if isinstance(value, list) else name): (
             np.frombuffer(json.dumps(value).encode(), np.uint8) if isinstance(value, list) else value
         )
