@@ -96,9 +96,9 @@ def test_positions_leave_room_and_depend_on_the_seed(tiny_lm):
 
 
 def test_a_text_that_comes_twice_is_one_document(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("moon " * 100)
-    assert len(documents_of(["moon " * 100], [path])) == 1
+    text, path = " ".join(["moon"] * 100), tmp_path / "a.txt"
+    path.write_text(text)
+    assert len(documents_of([text], [path])) == 1
 
 
 @pytest.mark.parametrize(
