@@ -144,6 +144,18 @@ class Explainer:
             return package_statistics(self)
         return self._make_statistics(self)
 
+    def description(self) -> dict[str, Any]:
+        """What scores of this pair are held against, as JSON has it."""
+        known = self.statistics
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "variance": known.variance,
+            "usual_norms": [known.norm_low, known.norm_high],
+            "statistics_of": known.source,
+            "relative_mse_is": "mse / variance: 0 is perfect, 1 no better than predicting the data's mean direction",
+        }
+
     @property
     def d_model(self) -> int:
         return self._roles.encoder.arch.d_model
