@@ -689,7 +689,10 @@ def test_explain_json(tiny_run, capsys, tokenizer):
     assert [token["position"] for token in tokens] == list(range(len(tokenizer.encode(text))))
     assert "".join(token["token"] for token in tokens) == text
     for token in tokens:
-        assert token.keys() == {"position", "token", "explanation", "cos", "mse"}
+        assert token.keys() == {
+            *("position", "token", "explanation", "cos", "mse", "relative_mse", "norm", "outside", "cut", "repeated")
+        }
+        assert (token["outside"] == "position 0") == (token["position"] == 0) or token["outside"] == "norm"
         assert token["mse"] == pytest.approx(2 * (1 - token["cos"]))
         assert np.isfinite(token["mse"])
     assert any(token["explanation"] for token in tokens)

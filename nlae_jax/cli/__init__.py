@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nlae_jax.cli import explain, measures, stages
+from nlae_jax.cli import directions, explain, measures, stages
 from nlae_jax.cli.command import PATHS, Command
 from nlae_jax.runtime import signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
@@ -21,6 +21,7 @@ from nlae_jax.runtime.errors import UserError, one_line
 COMMANDS: tuple[Command, ...] = (
     *stages.COMMANDS,
     *explain.COMMANDS,
+    *directions.COMMANDS,
     *measures.COMMANDS,
 )
 
