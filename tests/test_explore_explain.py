@@ -198,4 +198,4 @@ def test_the_class(tiny_run):
     rows = nla.explain_chat([{"role": "user", "content": "the of"}], positions="-3:")
     assert len(rows) == 3 and all(row["role"] == "user" for row in rows)
     assert "of the run's activations" in nla.description()["statistics_of"]
-    assert [row["position"] for row in nla.explain_text("the of to", match="of")] == [1]
+    assert [row["position"] for row in nla.explain_text("the of to", match="of")] == [2]

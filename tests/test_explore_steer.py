@@ -47,13 +47,13 @@ def test_what_is_added_is_as_long_as_asked_for_and_nowhere_else(planted, passage
         return plain(self, prompts, added, *more)
 
     monkeypatch.setattr(type(planted.subject), "steer", watched)
-    steer(planted, passage, [2, 3], "it is about list", None, None, FEW)
+    steer(planted, passage, [2, 5], "it is about list", None, None, FEW)
     (h,) = planted.read([passage])
     assert len(pushes) == 1 + 4 * 2 and not pushes[0].any()
     for push, alpha in zip(pushes[1:], [0.5, 1.0] * 4, strict=True):
         lengths = np.linalg.norm(push, axis=1)
-        assert np.flatnonzero(lengths).tolist() == [2, 3]
-        np.testing.assert_allclose(lengths[[2, 3]], alpha * np.linalg.norm(h[[2, 3]], axis=1), rtol=0.2)
+        assert np.flatnonzero(lengths).tolist() == [2, 5]
+        np.testing.assert_allclose(lengths[[2, 5]], alpha * np.linalg.norm(h[[2, 5]], axis=1), rtol=0.2)
 
 
 def test_an_edit_that_misses_its_word_does_not_beat_them(planted, passage):
