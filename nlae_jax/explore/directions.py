@@ -26,6 +26,7 @@ _UNRELATED = (
     "Somebody wrote this down a while ago, and nobody has changed it since.",
 )
 _BINS = 24
+_LEAST_CHANGE = 1e-5  # of a unit vector: float32 rounds to less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +150,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def change(directions: np.ndarray, origin_D: np.ndarray) -> np.ndarray:
-    """Directions minus the one they start from, without their part along it: [..., d] float64."""
+    """Directions minus the one they start from, without their part along it: [..., d] float64, zero where equal."""
     origin_D = unit(origin_D)
-    across = unit(directions)
-    return across - (across @ origin_D)[..., None] * origin_D
+    whole = unit(directions)
+    across = whole - (whole @ origin_D)[..., None] * origin_D
+    # What rounding leaves of equal directions would be a direction like any other.
+    return np.where(np.linalg.norm(across, axis=-1, keepdims=True) > _LEAST_CHANGE, across, 0.0)
 
 
 def control_directions(u_D: np.ndarray, count: int, seed: int) -> list[tuple[str, np.ndarray]]:
