@@ -32,7 +32,8 @@ from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol
-from nlae_jax.run.run import Run
+from nlae_jax.run import resources
+from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
@@ -203,14 +204,14 @@ def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
     return (lambda _: load_statistics(path)) if path.is_file() else None
 
 
-def _run_statistics(run: Run) -> Statistics:
+def _run_statistics(run: PreparedRun) -> Statistics:
     """Of the activations that a run has extracted: of a part of them taken from everywhere, where there are many."""
     count = len(run.store.plan.position)
     rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
     return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 
 
-def open_run(workdir: str | Path) -> Run:
+def open_run(workdir: str | Path) -> PreparedRun:
     """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
@@ -220,7 +221,7 @@ def open_run(workdir: str | Path) -> Run:
         make_mesh(config.mesh)
     except UserError:
         config = dataclasses.replace(config, mesh=MeshConfig())
-    return Run(config, workdir, read_only=True)
+    return resources.prepare(resources.open_run(config, workdir, read_only=True))
 
 
 def _with_adapters(
