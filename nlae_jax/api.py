@@ -16,7 +16,7 @@ from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
-from nlae_jax.explore.explain import Options, explain_passages
+from nlae_jax.explore.explain import Options, Rows, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_text
@@ -100,7 +100,7 @@ class NLA(Explainer):
         match: str | None = None,
         span: str | None = None,
         **options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """Every token's explanation, or that of the selected ones: dicts of position, token, explanation, cos, mse, ….
 
         See `explore.explain.Explained` for the fields, `explore.select` for what can be selected and
@@ -110,16 +110,16 @@ class NLA(Explainer):
         passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
         picks = picks_of(passage, positions, match, span)
         (found,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
-        return [explained.row() for explained in found]
+        return Rows(found, self.name, self.layer)
 
-    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[list[dict[str, Any]]]:
+    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[Rows]:
         """The same for several texts, whose tokens are explained together."""
         names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
         vocab_size = self.subject.arch.vocab_size
         read = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
         selected = [(passage, picks_of(passage)) for passage in read]
         found = explain_passages(self, selected, Options(temperature=temperature))
-        return [[explained.row() for explained in rows] for rows in found]
+        return [Rows(explained, self.name, self.layer) for explained in found]
 
     def explain_chat(
         self,
@@ -129,7 +129,7 @@ class NLA(Explainer):
         span: str | None = None,
         add_generation_prompt: bool = False,
         **options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """The same of a chat, a list of messages with `role` and `content`, in the model's own template.
 
         Rows say in addition whose token it is: `role`, `section` (header, content, footer) and `message_index`.
@@ -137,7 +137,7 @@ class NLA(Explainer):
         vocab_size = self.subject.arch.vocab_size
         passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
         (found,) = explain_passages(self, [(passage, picks_of(passage, positions, match, span))], Options(**options))
-        return [explained.row() for explained in found]
+        return Rows(found, self.name, self.layer)
 
     def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
         """Contexts to look for examples in: of a file, else of the run's corpus, else texts of the package."""
