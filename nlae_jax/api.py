@@ -73,7 +73,7 @@ class NLA(Explainer):
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`roles.adapters`).
+        Either may hold adapters, which need the base model that they name (`lm.adapters`).
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
         model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
@@ -86,10 +86,11 @@ class NLA(Explainer):
         known = _known_statistics(str(av))
         if encoder.adapters or decoder.adapters:
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
-        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
+        layer = decoder.decoder_layer
+        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        read = lambda: _subject(subject, sidecar, tokenizer, dtype, mesh)  # noqa: E731
+        read = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
         return NLA(roles, pair, tokenizer, read, mesh=mesh, statistics=known, name=str(av))
 
     def explain_text(
@@ -235,36 +236,35 @@ def _with_adapters(
     name: str,
 ) -> NLA:
     """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
-    adapters = encoder.adapters, decoder.adapters
-    if None in adapters or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+    adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
+    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
         raise UserError(
             f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
             f"those in {encoder.sidecar.path.parent}"
         )
-    arch, scale = encoder.arch, encoder.adapters.alpha / encoder.adapters.rank
-    roles = Roles(
-        Encoder(arch, protocol, scale), Decoder(arch, decoder.layer, protocol, scale), rank=encoder.adapters.rank
-    )
+    of_encoder, of_decoder = adapters
+    arch, layer, scale = encoder.arch, decoder.decoder_layer, of_encoder.alpha / of_encoder.rank
+    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=of_encoder.rank)
     base = encoder.weights(dtype, mesh)
     trained = {
-        "adapters": decoder.adapters.read(arch.truncated(decoder.layer + 1)),
+        "adapters": of_decoder.read(arch.truncated(layer + 1)),
         "value_head": decoder.value_head(mesh),
     }
-    pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
+    pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name)
 
 
-def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
-    if not (name or sidecar.base_model):
+    if not (name := name or sidecar.base_model or ""):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
-    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype, mesh)
-    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
+    model = LanguageModel.from_pretrained(name, dtype, mesh)
+    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(
-            f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
-            f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
+            f"subject {name}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
+            f"pair reads block {layer} of width {sidecar.d_model}"
         )
-    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name or sidecar.base_model}")
+    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name}")
     return model
