@@ -19,7 +19,7 @@ from nlae_jax.explore.directions import DirectionReport, Settings, explain_direc
 from nlae_jax.explore.explain import Options, Rows, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
-from nlae_jax.explore.passage import read_chat, read_text
+from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
@@ -63,7 +63,7 @@ class NLA(Explainer):
             run.mesh,
             lambda _: _run_statistics(run),
             str(workdir),
-            lambda count: [ids for ids in run.store.plan.ids[:count] if len(ids)],
+            lambda count: [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)],
         )
 
     @staticmethod
@@ -175,8 +175,7 @@ class NLA(Explainer):
 
         `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
         """
-        read, more = (read_text, {}) if isinstance(source, str) else (read_chat, {"add_generation_prompt": True})
-        passage = read(self.tokenizer, self.subject.arch.vocab_size, source, **more)
+        passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)
         wanted = steering.compile_pattern(word, pattern)
         return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)
 
@@ -190,10 +189,7 @@ class NLA(Explainer):
     ) -> AuditReport:
         """What the explanations of texts or chats, by their names, say that they do not, held against a permutation."""
         vocab_size = self.subject.arch.vocab_size
-        passages = [
-            (read_text if isinstance(source, str) else read_chat)(self.tokenizer, vocab_size, source, name)
-            for name, source in texts.items()
-        ]
+        passages = [read_passage(self.tokenizer, vocab_size, source, name) for name, source in texts.items()]
         found = explained_passages(self, passages, every)
         placebos = {"permuted": permuted(found, seed)} if placebo else {}
         return audit(found, {term: term_pattern(term) for term in terms}, placebos)
