@@ -1,0 +1,120 @@
+"""What the server reads and scores with: the subject's activations of a text, the decoder on descriptions."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from nlae_jax.lm.tokens import pad
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.protocol import decoder_ids
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.serve.programs import encoder_program, subject_program
+from nlae_jax.serve.tables import SIZES, Compiled, Entry, Table, bucket
+
+MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
+_WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
+_SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
+_READ_BYTES = 256 << 20  # of activations that are kept
+
+
+class Reader:
+    """A pair and its subject, with everything compiled for a few sizes. Used from one thread."""
+
+    def __init__(
+        self, name: str, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel]
+    ) -> None:
+        self.name, self.layer, self.tokenizer = name, roles.decoder.layer, tokenizer
+        self.d_model, self.scale = roles.encoder.arch.d_model, roles.encoder.protocol.injection_scale
+        self._roles, self._pair, self.subject = roles, pair, subject()
+        self.encoder = encoder_program(roles, pair).compiled()
+        self._read: collections.OrderedDict[tuple[int, ...], np.ndarray] = collections.OrderedDict()
+
+        def reconstruct(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+
+        self._reconstruct = jax.jit(reconstruct)
+
+    @cached_property
+    def completer(self) -> Compiled:
+        """The subject, where it writes."""
+        shared = self.encoder.weights if self._pair.base is self.subject.params else None
+        return subject_program(self.subject).compiled(shared)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.subject.arch.vocab_size
+
+    def warm(self) -> None:
+        """Compiles what a first click needs, so that nobody waits for it."""
+        vector = self.activations(self.tokenizer.encode("the text"))[-1]
+        table = Table(self.encoder, 256)
+        table.add([Entry(vector, 4, 0.0, 0)], [0])
+        table.advance(4)
+        self.score(["the text"], vector[None])
+
+    def decoded(self, tokens: np.ndarray) -> str:
+        """What was written, without the end of sequence."""
+        end = self._roles.encoder.protocol.eos_id
+        return self.tokenizer.decode([token for token in tokens.tolist() if token != end])
+
+    def padded(self, ids: Sequence[int], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask [T] of a text, of one of few widths."""
+        width = bucket(len(ids), _WIDTHS)
+        padded, mask = np.zeros(width, np.int32), np.zeros(width, bool)
+        where = slice(width - len(ids), width) if left else slice(0, len(ids))
+        padded[where], mask[where] = ids, True
+        return padded, mask
+
+    def activations(self, ids: Sequence[int]) -> np.ndarray:
+        """The residual stream [T, d] float32 of a text after block `layer`."""
+        key = tuple(ids)
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
+        padded, mask = self.padded(ids)
+        residual = self.subject.residual(padded[None], self.layer, mask=mask[None])
+        found = np.asarray(residual, np.float32)[0, : len(ids)]
+        self._read[key] = found
+        while sum(kept.nbytes for kept in self._read.values()) > _READ_BYTES and len(self._read) > 1:
+            self._read.popitem(last=False)
+        return found
+
+    def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
+        """Descriptions, empty ones too, -> activations [N, d] float32, raw as the decoder's head gives them."""
+        protocol, vocab_size = self._roles.decoder.protocol, self._roles.decoder.arch.vocab_size
+        prompts = [decoder_ids(self.tokenizer, protocol, text) for text in texts]
+        # Tokens that the model has no embedding for are left out: sampled pieces may spell one.
+        prompts = [[token for token in prompt if token < vocab_size] for prompt in prompts]
+        width = bucket(max(map(len, prompts)), _WIDTHS)
+        if width < max(map(len, prompts)):
+            raise UserError(f"description: more than {width} tokens")
+        most = max(1, _SCORED[-1] * 256 // width) if width > 256 else _SCORED[-1]
+        parts = []
+        for start in range(0, len(prompts), most):
+            some = prompts[start : start + most]
+            ids, length = pad([*some, *[some[0]] * (bucket(len(some), _SCORED) - len(some))], width)
+            mask = np.arange(width) < length[:, None]
+            parts.append(np.asarray(self._reconstruct(self._pair, ids, mask))[: len(some)])
+        return np.concatenate(parts)
+
+    def score(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mse, cos), each [N], of what descriptions rebuild against activations [N, d]; mse = 2 (1 - cos).
+
+        A vector of zeros has no direction: its mse is 1, its cos NaN.
+        """
+        rebuilt, target = self.reconstruct(texts).astype(np.float64), np.asarray(vectors, np.float64)
+        norms = np.linalg.norm(rebuilt, axis=1) * np.linalg.norm(target, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cos = np.where(norms > 0, (rebuilt * target).sum(1) / norms, np.nan)
+        cos = np.clip(cos, -1.0, 1.0)
+        return np.where(np.isnan(cos), 1.0, 2 * (1 - cos)), cos
+
+
+__all__ = ["MAX_TOKENS", "SIZES", "Reader"]
