@@ -20,6 +20,7 @@ from nlae_jax.runtime import processes, signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
+    from nlae_jax.api import NLA
     from nlae_jax.runtime.files import AnyPath
 
 _STAGES = {
@@ -199,13 +200,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             command.add_argument("--json", action="store_true", help="print eval.json on stdout")
         command.set_defaults(run=_run_report if name == "report" else _run_stage)
     explain = commands.add_parser("explain", help="say what a text's activations hold, token by token")
-    explain.add_argument("--workdir", help="of a trained run")
-    explain.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
-    explain.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
-    explain.add_argument("--ar", help="its decoder")
-    explain.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
-    help_text = "of a released pair's weights and the subject's (default float32)"
-    explain.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
+    _add_pair(explain)
     explain.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="the text itself; may be given several times")
@@ -214,6 +209,16 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     explain.add_argument("--html", help="file that gets a page: tokens coloured by score, words on hover")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
     explain.set_defaults(run=_run_explain)
+    help_text = "offer a pair over HTTP, as Neuronpedia's NLA server does, with a page to look at explanations"
+    serve = commands.add_parser("serve", help=help_text, description=help_text)
+    _add_pair(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)")
+    serve.add_argument("--port", type=int, default=5009, help="port to serve on; 0: any that is free (default 5009)")
+    help_text = "secret that requests must bring as X-SECRET-KEY (default: the environment variable SECRET)"
+    serve.add_argument("--token", default="", help=help_text)
+    help_text = "explain requests worked on at once; what is beyond is refused with 429 (default 16)"
+    serve.add_argument("--max-concurrent", type=int, default=16, help=help_text)
+    serve.set_defaults(run=_run_serve)
     help_text = "write the trained pair as model directories that transformers and the PyTorch reference load"
     export = commands.add_parser("export", help=help_text, description=help_text)
     export.add_argument("--workdir", required=True, help="of a trained run")
@@ -244,15 +249,26 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
-    if overrides and options.command in ("explain", "export", "report"):
+    if overrides and options.command in ("explain", "export", "report", "serve"):
         parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
-    if options.command == "explain":
+    if options.command in ("explain", "serve"):
         given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
         if given not in _PAIRS:
-            parser.error("explain takes --workdir, or --model, or --av and --ar")
-    if options.command == "explain" and options.workdir and (options.subject or options.dtype):
-        parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
+            parser.error(f"{options.command} takes --workdir, or --model, or --av and --ar")
+        if options.workdir and (options.subject or options.dtype):
+            parser.error("--subject and --dtype belong to a released pair; the workdir has its own")
     return options, overrides
+
+
+def _add_pair(command: argparse.ArgumentParser) -> None:
+    """Which pair it is: a run's, a shipped or a released one."""
+    command.add_argument("--workdir", help="of a trained run")
+    command.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
+    command.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
+    command.add_argument("--ar", help="its decoder")
+    command.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
+    help_text = "of a released pair's weights and the subject's (default float32)"
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
 
 
 def _add_distributed(command: argparse.ArgumentParser) -> None:
@@ -411,9 +427,45 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
+def _load_pair(options: argparse.Namespace) -> NLA:
+    """The pair that `_add_pair`'s options name."""
+    from nlae_jax.api import NLA
+    from nlae_jax.config import MeshConfig
+    from nlae_jax.mesh import make_mesh
+
+    if options.workdir:
+        return NLA.from_workdir(options.workdir)
+    # All devices share the weights: the larger pairs need more than one.
+    mesh = make_mesh(MeshConfig(fsdp=-1))
+    pair = (options.model, "") if options.model else (options.av, options.ar)
+    return NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+
+
+def _check_workdir(options: argparse.Namespace) -> None:
+    """Before anything slow is imported."""
     if options.workdir and not (options.workdir / "config.json").exists():
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
+
+
+def _run_serve(options: argparse.Namespace, _: list[str]) -> int:
+    _check_workdir(options)
+    if options.max_concurrent < 1:
+        raise UserError(f"--max-concurrent: {options.max_concurrent} should be at least 1")
+    try:
+        from nlae_jax.serve.command import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn", "pydantic"):
+            raise
+        raise UserError(f"nlae serve needs {error.name}: pip install 'nlae_jax[serve]'") from None
+    _start_jax()
+    from nlae_jax.serve.reading import Reader
+
+    serve(lambda: Reader(_load_pair(options)), options.host, options.port, options.token, options.max_concurrent)
+    return 0
+
+
+def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
+    _check_workdir(options)
     # Bytes of an argument that are not UTF-8 arrive as lone surrogates.
     given = [text.encode("utf-8", "replace").decode() for text in options.text or ()]
     texts = [text.removeprefix("\ufeff") for text in given or [_read_text(options.file)]]  # a mark, and not text
@@ -422,19 +474,10 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     if not 0 <= options.temperature < math.inf:
         raise UserError(f"--temperature: {options.temperature} should be 0 or more")
     _start_jax()
-    from nlae_jax.api import NLA
-    from nlae_jax.config import MeshConfig
-    from nlae_jax.mesh import make_mesh
     from nlae_jax.report.table import explanation_table
     from nlae_jax.runtime.output import show_json, show_rich
 
-    if options.workdir:
-        nla = NLA.from_workdir(options.workdir)
-    else:
-        # All devices share the weights: the larger pairs need more than one.
-        mesh = make_mesh(MeshConfig(fsdp=-1))
-        pair = (options.model, "") if options.model else (options.av, options.ar)
-        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+    nla = _load_pair(options)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     explained = nla.explain_texts(texts, temperature=options.temperature)
     if options.json:

@@ -15,6 +15,9 @@ WARMSTART_PASSAGES = _HERE / "warmstart" / "passages.jsonl"
 # The template of the page that `nlae explain --html` writes.
 EXPLANATION_PAGE = _HERE / "explanation.html.jinja"
 
+# The page that `nlae serve` shows: one file, with nothing to load.
+VIEWER = _HERE / "viewer.html"
+
 
 def pair_directory(name: str) -> Path | None:
     """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""

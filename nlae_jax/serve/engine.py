@@ -93,7 +93,8 @@ class Engine:
     def __init__(self, load: Callable[[], Reader], warm: bool = True) -> None:
         self.reader: Reader | None = None
         self.failure: BaseException | None = None
-        self.device_seconds = 0.0
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], None] = lambda: None
         self._load, self._warm = load, warm
         self._wake = threading.Condition()
         self._calls: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
@@ -187,11 +188,12 @@ class Engine:
             if self._warm:
                 reader.warm()
             self.reader = reader
-        except BaseException as error:
+        except BaseException as error:  # also an exit that a library asks for: this thread is not the one to do it
             self.failure = error
+            self.on_failure()
             return
+        self.on_ready()
         while self._wait():
-            began = time.perf_counter()
             self._do_calls()
             for step in (self._write, self._score, self._go_on):
                 try:
@@ -199,7 +201,6 @@ class Engine:
                 except Exception as error:
                     log.exception("the device's work failed")
                     self._give_up(f"{type(error).__name__}: {first_line(error)}")
-            self.device_seconds += time.perf_counter() - began
 
     def _wait(self) -> bool:
         with self._wake:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
+from nlae_jax.explore.explainer import MAX_TOKENS, Explainer
+from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.tokens import pad
-from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.programs import encoder_program, subject_program
-from nlae_jax.serve.tables import SIZES, Compiled, Entry, Table, bucket
+from nlae_jax.serve.tables import Compiled, Entry, Table, bucket
 
-MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
 _WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
 _SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
 _READ_BYTES = 256 << 20  # of activations that are kept
@@ -27,12 +28,12 @@ _READ_BYTES = 256 << 20  # of activations that are kept
 class Reader:
     """A pair and its subject, with everything compiled for a few sizes. Used from one thread."""
 
-    def __init__(
-        self, name: str, roles: Roles, pair: Pair, tokenizer: Any, subject: Callable[[], LanguageModel]
-    ) -> None:
-        self.name, self.layer, self.tokenizer = name, roles.decoder.layer, tokenizer
-        self.d_model, self.scale = roles.encoder.arch.d_model, roles.encoder.protocol.injection_scale
-        self._roles, self._pair, self.subject = roles, pair, subject()
+    def __init__(self, explainer: Explainer) -> None:
+        roles, pair = explainer.roles, explainer.pair
+        self.name, self.subject_name, self.loaded_at = explainer.name, explainer.subject_name, time.time()
+        self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
+        self.explainer, self.subject = explainer, explainer.subject
+        self._roles, self._pair = roles, pair
         self.encoder = encoder_program(roles, pair).compiled()
         self._read: collections.OrderedDict[tuple[int, ...], np.ndarray] = collections.OrderedDict()
 
@@ -48,6 +49,11 @@ class Reader:
         return subject_program(self.subject).compiled(shared)
 
     @property
+    def statistics(self) -> Statistics:
+        """What the pair's activations are like as a whole; made when first asked for."""
+        return self.explainer.statistics
+
+    @property
     def vocab_size(self) -> int:
         return self.subject.arch.vocab_size
 
@@ -58,6 +64,7 @@ class Reader:
         table.add([Entry(vector, 4, 0.0, 0)], [0])
         table.advance(4)
         self.score(["the text"], vector[None])
+        _ = self.statistics
 
     def decoded(self, tokens: np.ndarray) -> str:
         """What was written, without the end of sequence."""
@@ -115,6 +122,3 @@ class Reader:
             cos = np.where(norms > 0, (rebuilt * target).sum(1) / norms, np.nan)
         cos = np.clip(cos, -1.0, 1.0)
         return np.where(np.isnan(cos), 1.0, 2 * (1 - cos)), cos
-
-
-__all__ = ["MAX_TOKENS", "SIZES", "Reader"]

@@ -1,0 +1,78 @@
+"""The page that the server shows to people, and what only the page asks for."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from nlae_jax.assets import VIEWER
+from nlae_jax.serve.service import Service
+from nlae_jax.serve.wire import LIMITS
+
+PATH = "/viewer"
+
+_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+def wants_page(request: Request) -> bool:
+    """A browser's navigation: it asks for HTML, which programs do not."""
+    path, accepted = request.url.path, request.headers.get("accept", "")
+    return request.method in ("GET", "HEAD") and (path == PATH or (path == "/" and "text/html" in accepted))
+
+
+@functools.cache
+def _page() -> tuple[str, str]:
+    """The page, and the policy that lets it run its own script, whatever a text or an explanation holds."""
+    page = VIEWER.read_text(encoding="utf-8")
+    digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page)]
+    scripts = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return page, (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {scripts}; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def page_response() -> Response:
+    page, policy = _page()
+    return HTMLResponse(page, headers={**_HEADERS, "content-security-policy": policy})
+
+
+def add_page(app: FastAPI, service: Service) -> None:
+    @app.get(PATH)
+    async def viewer() -> Response:
+        return page_response()
+
+    @app.get("/api/page")
+    async def info() -> JSONResponse:
+        """What the page says of the pair. 503 while it loads."""
+        return JSONResponse(await _info(service))
+
+
+async def _info(service: Service) -> dict[str, Any]:
+    reader = service.reader
+    known = await service.on_device(lambda: reader.statistics)
+    return {
+        "name": reader.name,
+        "subject": reader.subject_name,
+        "layer": reader.layer,
+        "d_model": reader.d_model,
+        "chat": service.has_chat_template,
+        "variance": known.variance,
+        "norm_low": known.norm_low,
+        "norm_high": known.norm_high,
+        "statistics": known.source,
+        "rates": reader.rates,
+        "limits": LIMITS,
+    }
