@@ -31,7 +31,7 @@ from nlae_jax.serve.frames import (
 from nlae_jax.serve.page import add_page, page_response, wants_page
 from nlae_jax.serve.public import public_app
 from nlae_jax.serve.service import Service, prefix_key
-from nlae_jax.serve.tables import SIZES
+from nlae_jax.serve.tables import CAPACITIES
 from nlae_jax.serve.transport import BoundedBody, Events, Gate, Gone, invalid, unless_gone
 from nlae_jax.serve.wire import (
     LIMITS,
@@ -162,7 +162,7 @@ def _add_health(app: FastAPI, service: Service, settings: Settings) -> None:
                 "source_device": device,
                 "completion_available": True,
                 "num_cuda_devices": cuda,
-                "max_concurrent": SIZES[-1],
+                "max_concurrent": reader.encoder.most_rows(CAPACITIES[1]),
                 "max_concurrent_explains": settings.explains,
                 "source_max_concurrent": settings.sources,
                 "reconstructor_max_concurrent": settings.scores,

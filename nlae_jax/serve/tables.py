@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.rows import Rows, advance, put, resized
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.mesh import platform_of
 
-SIZES = (1, 4, 16, 64)
-CAPACITIES = (64, 256, 1024, 4096)
-_TOKENS = SIZES[-1] * 256  # of room that a table has at most
+SIZES = (1, 4, 16, 32, 64, 128, 256)
+CAPACITIES = (128, 256, 1024, 4096)
+_ROOM_BYTES = 3 << 29  # of keys and values that a table has at most, where the device does not say how much it has
+_ROOM_PART = 0.15  # of its memory, where it does
 _PREFILL = 16  # rows that begin in one go: the others' next words wait for it
 
 
@@ -31,9 +33,12 @@ def bucket(number: int, sizes: Sequence[int]) -> int:
     return next((size for size in sizes if size >= number), sizes[-1])
 
 
-def most_rows(capacity: int) -> int:
-    """Of a table whose rows may become `capacity` tokens long."""
-    return min(SIZES[-1], max(1, _TOKENS // capacity))
+def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
+    """Of a table whose rows may become `capacity` tokens long: one of `SIZES`."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    room = _ROOM_BYTES if memory is None else int(memory * _ROOM_PART)
+    row = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize * capacity
+    return max((size for size in SIZES if size * row <= room), default=1)
 
 
 class Entry(NamedTuple):
@@ -70,7 +75,8 @@ class Compiled:
     """A program's jitted functions, one compilation for each size of a table."""
 
     def __init__(self, program: Program, weights: Any = None) -> None:
-        self.variables = program.variables
+        self.variables, self.arch = program.variables, program.role.arch
+        self._itemsize = program.variables["params"]["lm"]["embed"].dtype.itemsize
         role = program.role
         on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
         apart = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
@@ -110,11 +116,15 @@ class Compiled:
         self.resized = jax.jit(resized, static_argnums=2)
 
 
+    def most_rows(self, capacity: int) -> int:
+        return most_rows(self.arch, capacity, self._itemsize)
+
+
 class Table:
     """Rows of one program. `longest` is how many tokens a row may become long at most, one of `CAPACITIES`."""
 
     def __init__(self, compiled: Compiled, longest: int) -> None:
-        self._compiled, self._longest = compiled, longest
+        self._compiled, self._longest, self._most = compiled, longest, compiled.most_rows(longest)
         self._rows: Rows | None = None
         self._holders: list[Any] = []  # who is in each place; None: nobody
         self._steps = np.zeros(0, np.int32)
@@ -136,7 +146,7 @@ class Table:
     @property
     def room(self) -> int:
         """How many may come now."""
-        return min(_PREFILL, most_rows(self._longest) - len(self))
+        return min(_PREFILL, self._most - len(self))
 
     def add(self, entries: Sequence[Entry], holders: Sequence[Any]) -> None:
         """Begins rows, at most `room` of them; `holders` say whose they are when they are read."""
