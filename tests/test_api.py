@@ -11,10 +11,10 @@ import pytest
 from tokenizers import processors
 
 import nlae_jax
-from nlae_jax import api
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.activations import plan
 from nlae_jax.data.corpus import Document
+from nlae_jax.explore import explainer
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.roundtrip import RoundTrip
@@ -131,7 +131,7 @@ def test_tensors_that_are_no_numbers(nla):
 def test_everything_is_compiled_for_one_round_trip(nla, vectors, monkeypatch):
     """It tokenises the vocabulary; and a second explanation of another length is none."""
     made = []
-    monkeypatch.setattr(api, "RoundTrip", lambda *given: made.append(given) or RoundTrip(*given))
+    monkeypatch.setattr(explainer, "RoundTrip", lambda *given: made.append(given) or RoundTrip(*given))
     fresh = nlae_jax.NLA(nla._roles, nla._pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
     fresh.explain_text("the of")
     fresh.reconstruct(["the"])
