@@ -56,6 +56,7 @@ class NLA(Explainer):
             run.mesh,
             lambda _: _run_statistics(run),
             str(workdir),
+            run.config.subject.model,
         )
 
     @staticmethod
@@ -82,7 +83,16 @@ class NLA(Explainer):
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
         read = lambda: _subject(subject, sidecar, tokenizer, dtype, mesh)  # noqa: E731
-        return NLA(roles, pair, tokenizer, read, mesh=mesh, statistics=known, name=str(av))
+        return NLA(
+            roles,
+            pair,
+            tokenizer,
+            read,
+            mesh=mesh,
+            statistics=known,
+            name=str(av),
+            subject_name=subject or sidecar.base_model,
+        )
 
     def explain_text(
         self,
@@ -187,7 +197,8 @@ def _with_adapters(
     pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
-    return NLA(roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name)
+    base_name = encoder.adapters.base_model
+    return NLA(roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=base_name)
 
 
 def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

@@ -212,7 +212,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help_text = "offer a pair over HTTP, as Neuronpedia's NLA server does, with a page to look at explanations"
     serve = commands.add_parser("serve", help=help_text, description=help_text)
     _add_pair(serve)
-    serve.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)"
+    )
     serve.add_argument("--port", type=int, default=5009, help="port to serve on; 0: any that is free (default 5009)")
     help_text = "secret that requests must bring as X-SECRET-KEY (default: the environment variable SECRET)"
     serve.add_argument("--token", default="", help=help_text)

@@ -52,11 +52,13 @@ class Explainer:
         mesh: Mesh | None = None,
         statistics: Callable[[Explainer], Statistics] | None = None,
         name: str = "pair",
+        subject_name: str = "subject",
     ) -> None:
         """`mesh`: that the pair's parameters are on, to split batches over.
 
         `statistics`: makes those of the pair's training data when they are first asked for; where there is no such
-        function, they are made from the texts that come with the package. `name`: what pages and reports call the pair.
+        function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
+        reports call the pair and its subject.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
             roles.decoder.layer,
@@ -65,7 +67,7 @@ class Explainer:
             name,
         )
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
-        self._make_statistics = statistics
+        self._make_statistics, self.subject_name = statistics, subject_name
         for role in (roles.encoder, roles.decoder):
             check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
 
@@ -143,6 +145,14 @@ class Explainer:
         if self._make_statistics is None:
             return package_statistics(self)
         return self._make_statistics(self)
+
+    @property
+    def roles(self) -> Roles:
+        return self._roles
+
+    @property
+    def pair(self) -> Pair:
+        return self._pair
 
     @property
     def d_model(self) -> int:

@@ -24,8 +24,8 @@ class Rows(NamedTuple):
     """A table of R rows with room for C tokens each.
 
     `logits` [R, V] float32 are of each row's next token. `tokens` [R, C] int32 are what it has drawn, `steps` [R] int32
-    how many. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are its own. `done` [R] bool rows are not
-    advanced: they ended with the closing tag, an end of sequence or their limit, or nobody is in them.
+    how many. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are its own. Rows that are `done` [R]
+    bool are not advanced: they ended with the closing tag, an end of sequence or their limit, or nobody is in them.
     `contexts` and `own` are keys and values as `transformer.Decoding` has them.
     """
 
@@ -78,7 +78,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
 
 
 def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
-    """The rows at `kept` [R'] int32 as a table of their own, with room for `capacity` tokens; negative: a free place."""
+    """The rows at `kept` [R'] int32 as a table of their own, with room for `capacity` tokens; -1: a free place."""
     index = jnp.maximum(kept, 0)
 
     def room(x: jax.Array, axis: int) -> jax.Array:
@@ -114,9 +114,7 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
     )
 
 
-def advance(
-    decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int], stops: Sequence[int]
-) -> Rows:
+def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int], stops: Sequence[int]) -> Rows:
     """Draws up to `count` more tokens in each row that is not done.
 
     A row is done after the `closing` tokens (if there are any), after one of `stops`, or at its limit. Temperature 0,
@@ -144,9 +142,7 @@ def advance(
         ended = (token[:, None] == stop_ids).any(-1) | (steps >= rows.limit)
         if len(closing):
             start = steps - len(closing)
-            window = jnp.take_along_axis(
-                tokens, jnp.maximum(start, 0)[:, None] + jnp.arange(len(closing)), axis=1
-            )
+            window = jnp.take_along_axis(tokens, jnp.maximum(start, 0)[:, None] + jnp.arange(len(closing)), axis=1)
             ended = ended | ((window == closing_ids).all(-1) & (start >= 0))
         logits, own = decode(token, jnp.minimum(rows.steps, tokens.shape[1] - 1), rows.contexts, rows.own)
         rows = rows._replace(

@@ -259,9 +259,7 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
 
     @app.post("/compare")
     async def compare(body: Compare, request: Request) -> JSONResponse:
-        a, b = (
-            service.vector(getattr(body, name), name, f"{name}") for name in ("activation_a", "activation_b")
-        )
+        a, b = (service.vector(getattr(body, name), name, f"{name}") for name in ("activation_a", "activation_b"))
         difference = a - b
         if not difference.any():
             raise HTTPException(400, "activation_a and activation_b are equal: there is no difference to describe")
@@ -285,5 +283,3 @@ def _add_completion(app: FastAPI, service: Service, places: asyncio.Semaphore) -
         if body.stream:
             return Events(frames)
         return JSONResponse(await unless_gone(request, completed(frames)))
-
-

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -25,6 +25,7 @@ from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.tables import CAPACITIES, Entry, Table, bucket
 
 _ROUND_SECONDS = 0.25  # that a round of decoding should take: words are to come as if somebody wrote them
+_QUIET_SECONDS = 2.0  # after which the device prepares for what was not asked for yet
 _MOST_TOKENS = 16  # a round's
 _SCORED_AT_ONCE = 16
 _CACHED = 20_000  # explanations that are kept
@@ -193,7 +194,8 @@ class Engine:
             self.on_failure()
             return
         self.on_ready()
-        while self._wait():
+        more = reader.warm_more() if self._warm else iter(())
+        while self._wait(more):
             self._do_calls()
             for step in (self._write, self._score, self._go_on):
                 try:
@@ -202,19 +204,20 @@ class Engine:
                     log.exception("the device's work failed")
                     self._give_up(f"{type(error).__name__}: {first_line(error)}")
 
-    def _wait(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(
-                lambda: (
-                    self._stopped
-                    or self._calls
-                    or self._queues
-                    or self._tables
-                    or self._unscored
-                    or self._completions
-                )
-            )
-            return not self._stopped
+    def _wait(self, idle: Iterator[None]) -> bool:
+        """Until there is something to do; False when it is time to stop. What `idle` yields between is done first."""
+        asked = lambda: (  # noqa: E731
+            self._calls or self._queues or self._tables or self._unscored or self._completions
+        )
+        while True:
+            with self._wake:
+                # A moment of quiet first: whoever has just asked for something often asks for more.
+                if self._wake.wait_for(lambda: self._stopped or asked(), _QUIET_SECONDS):
+                    return not self._stopped
+            if next(idle, idle) is idle:  # nothing left
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopped or asked())
+                    return not self._stopped
 
     def _do_calls(self) -> None:
         while True:
@@ -252,7 +255,7 @@ class Engine:
                     work.tell(Explained(text, description_of(text) if done else None))
             if rows:
                 self._learn_pace(size, time.perf_counter() - began, table.drawn)
-            table.remove(lambda work: work in ended)
+            table.remove(lambda work, ended=ended: work in ended)
             if not len(table):
                 del self._tables[longest]
 
@@ -339,7 +342,9 @@ class Engine:
             longest = bucket(max(completion.limit, CAPACITIES[1]), CAPACITIES)
             completion.table = Table(self.reader.completer, longest)
             source = self.reader.padded(completion.ids, left=True)
-            completion.table.add([Entry(source, completion.limit, completion.temperature, completion.seed)], [completion])
+            completion.table.add(
+                [Entry(source, completion.limit, completion.temperature, completion.seed)], [completion]
+            )
         began, size = time.perf_counter(), ("completion", *completion.table.size)
         ((_, tokens, done),) = completion.table.advance(self._count(size))
         self._learn_pace(size, time.perf_counter() - began, completion.table.drawn)

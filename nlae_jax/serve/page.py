@@ -6,14 +6,17 @@ import base64
 import functools
 import hashlib
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from nlae_jax.assets import VIEWER
+from nlae_jax.explore.explain import agreement, consensus
 from nlae_jax.serve.service import Service
-from nlae_jax.serve.wire import LIMITS
+from nlae_jax.serve.transport import unless_gone
+from nlae_jax.serve.wire import LIMITS, Input
 
 PATH = "/viewer"
 
@@ -24,6 +27,15 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+
+
+class Texts(BaseModel):
+    texts: Annotated[list[Annotated[str, Field(max_length=LIMITS["max_description_chars"])]], Field(max_length=16)]
+
+
+class OwnWords(Input):
+    position: int
+    description: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
 
 
 def wants_page(request: Request) -> bool:
@@ -59,6 +71,20 @@ def add_page(app: FastAPI, service: Service) -> None:
         """What the page says of the pair. 503 while it loads."""
         return JSONResponse(await _info(service))
 
+    @app.post("/api/page/agreement")
+    async def agree(body: Texts) -> JSONResponse:
+        """How much several explanations of one token have in common."""
+        return JSONResponse({"agreement": agreement(body.texts), "consensus": consensus(body.texts)})
+
+    @app.post("/api/page/score")
+    async def score(body: OwnWords, request: Request) -> JSONResponse:
+        """A reader's own words scored against a token's activation."""
+        passage = await service.passage(body)
+        (position,) = service.positions(passage, [body.position])
+        vectors = await unless_gone(request, service.activations(passage))
+        (one,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
+        return JSONResponse(one.fields())
+
 
 async def _info(service: Service) -> dict[str, Any]:
     reader = service.reader
@@ -74,5 +100,6 @@ async def _info(service: Service) -> dict[str, Any]:
         "norm_high": known.norm_high,
         "statistics": known.source,
         "rates": reader.rates,
+        "steer": False,
         "limits": LIMITS,
     }

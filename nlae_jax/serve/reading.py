@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from nlae_jax.explore.explainer import MAX_TOKENS, Explainer
+from nlae_jax.assets import pair_directory
+from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.tokens import pad
+from nlae_jax.report.table import number
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import read_json
 from nlae_jax.serve.programs import encoder_program, subject_program
-from nlae_jax.serve.tables import Compiled, Entry, Table, bucket
+from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket
 
 _WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
 _SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
+_PREPARED = 64  # rows of the largest table that is compiled before anybody needs it
 _READ_BYTES = 256 << 20  # of activations that are kept
+
+
+def error_rates(name: str) -> dict[str, str]:
+    """What is known of how often a pair is wrong, in words: of the `eval.json` in its directory. {} without one."""
+    path = (pair_directory(name) or Path(name)) / "eval.json"
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, UserError):
+        return {}
+    decimals = lambda value: number(value, 2)  # noqa: E731
+    rates = {}
+    if "fve" in found:
+        low, high = found.get("fve_ci95") or (None, None)
+        rates["FVE (1 is perfect, 0 the mean of the data)"] = (
+            f"{decimals(found['fve'])} [{decimals(low)}, {decimals(high)}]"
+        )
+    if "fve_shuffled" in found:
+        rates["with another token's explanation"] = decimals(found["fve_shuffled"])
+    if "repeated_rate" in found:
+        rates["explanations that repeat themselves"] = f"{100 * found['repeated_rate']:.0f} %"
+    return rates
 
 
 class Reader:
@@ -31,6 +56,7 @@ class Reader:
     def __init__(self, explainer: Explainer) -> None:
         roles, pair = explainer.roles, explainer.pair
         self.name, self.subject_name, self.loaded_at = explainer.name, explainer.subject_name, time.time()
+        self.rates = error_rates(explainer.name)
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
         self.explainer, self.subject = explainer, explainer.subject
         self._roles, self._pair = roles, pair
@@ -60,11 +86,26 @@ class Reader:
     def warm(self) -> None:
         """Compiles what a first click needs, so that nobody waits for it."""
         vector = self.activations(self.tokenizer.encode("the text"))[-1]
-        table = Table(self.encoder, 256)
+        table = Table(self.encoder, CAPACITIES[1])
         table.add([Entry(vector, 4, 0.0, 0)], [0])
         table.advance(4)
         self.score(["the text"], vector[None])
         _ = self.statistics
+        self._example = vector
+
+    def warm_more(self) -> Iterator[None]:
+        """The same for longer texts, a step at a time: for when nobody asks for anything."""
+        for size in (size for size in SIZES[1:] if size <= min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))):
+            table, entry = Table(self.encoder, CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
+            for left in range(size, 0, -16):
+                some = min(left, 16)
+                table.add([entry] * some, list(range(some)))
+            yield
+            table.advance(1)
+            yield
+        for count in _SCORED[1:]:
+            self.score(["the text"] * count, np.stack([self._example] * count))
+            yield
 
     def decoded(self, tokens: np.ndarray) -> str:
         """What was written, without the end of sequence."""

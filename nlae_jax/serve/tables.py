@@ -115,7 +115,6 @@ class Compiled:
         self.advanced = jax.jit(advanced, donate_argnums=2)
         self.resized = jax.jit(resized, static_argnums=2)
 
-
     def most_rows(self, capacity: int) -> int:
         return most_rows(self.arch, capacity, self._itemsize)
 
@@ -155,7 +154,10 @@ class Table:
         filled = [*entries, *[entries[0]] * (batch - len(entries))]
         arrays = Entry(
             jax.tree.map(lambda *rows: np.stack(rows), *(entry.source for entry in filled)),
-            *(np.array([entry[n] for entry in filled], kind) for n, kind in ((1, np.int32), (2, np.float32), (3, np.uint32))),
+            *(
+                np.array([entry[n] for entry in filled], kind)
+                for n, kind in ((1, np.int32), (2, np.float32), (3, np.uint32))
+            ),
         )
         used = np.arange(batch) < len(entries)
         if self._rows is None:
@@ -183,7 +185,9 @@ class Table:
             self._resize(len(self._holders), bucket(longest + 1, CAPACITIES))
             capacity = self._rows.tokens.shape[1]
         count = min(count, capacity - longest)
-        self._rows = self._compiled.advanced(self._compiled.variables, self._compiled.weights, self._rows, np.int32(count))
+        self._rows = self._compiled.advanced(
+            self._compiled.variables, self._compiled.weights, self._rows, np.int32(count)
+        )
         before = self._steps
         tokens, self._steps, done = (
             np.array(x) for x in jax.device_get((self._rows.tokens, self._rows.steps, self._rows.done))

@@ -88,8 +88,8 @@ class Complete(Input):
 class PublicInput(BaseModel):
     """What the public site's endpoints take."""
 
-    modelId: str | None = None  # noqa: N815 (its own names)
-    nlaSourceId: str | None = None  # noqa: N815
+    modelId: str | None = None
+    nlaSourceId: str | None = None
     text: str | None = None
     messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
     temperature: Temperature = 0.7
@@ -142,7 +142,10 @@ def explain_result(token: Token, l2_norm: float, scored: Scored) -> dict[str, An
         "l2_norm": l2_norm,
         **scored.fields(),
         "generated": False,
-        **{key: info[key] for key in ("fragment_index", "fragment_count", "role", "section", "channel", "message_index")},
+        **{
+            key: info[key]
+            for key in ("fragment_index", "fragment_count", "role", "section", "channel", "message_index")
+        },
     }
 
 
