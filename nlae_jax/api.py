@@ -12,11 +12,15 @@ from jax.sharding import Mesh
 
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
+from nlae_jax.explore.corpus import Corpus, read_corpus
+from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
 from nlae_jax.explore.explain import Options, explain_passages
 from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_text
 from nlae_jax.explore.select import picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
+from nlae_jax.explore.vector_files import Direction, read_direction
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
 from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
@@ -56,6 +60,7 @@ class NLA(Explainer):
             run.mesh,
             lambda _: _run_statistics(run),
             str(workdir),
+            lambda count: [ids for ids in run.store.plan.ids[:count] if len(ids)],
             run.config.subject.model,
         )
 
@@ -140,6 +145,27 @@ class NLA(Explainer):
         passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
         (found,) = explain_passages(self, [(passage, picks_of(passage, positions, match, span))], Options(**options))
         return [explained.row() for explained in found]
+
+    def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
+        """Contexts to look for examples in: of a file, else of the run's corpus, else texts of the package."""
+        return read_corpus(self, None if path is None else Path(path), texts)
+
+    def neuron(
+        self, spec: str, corpus: Corpus | None = None, settings: Settings | None = None, side: str = "write"
+    ) -> DirectionReport:
+        """MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads, with controls."""
+        layer, index = parse_neuron(spec, self.subject.arch)
+        return explain_neuron(self, layer, index, corpus or self.corpus(), settings, side=side)
+
+    def direction(
+        self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: Settings | None = None
+    ) -> DirectionReport:
+        """A direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls."""
+        if isinstance(direction, str):
+            named = read_direction(direction, self.d_model)
+        else:
+            named = Direction("direction", self._checked([direction])[0])
+        return explain_direction(self, named.name, named.vector, corpus or self.corpus(), settings)
 
 
 def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:

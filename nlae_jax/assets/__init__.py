@@ -18,6 +18,9 @@ EXPLANATION_PAGE = _HERE / "explanation.html.jinja"
 # The page that `nlae serve` shows: one file, with nothing to load.
 VIEWER = _HERE / "viewer.html"
 
+# Of the page that `nlae neuron --html` and `nlae direction --html` write.
+DIRECTION_PAGE = _HERE / "direction.html.jinja"
+
 
 def pair_directory(name: str) -> Path | None:
     """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""

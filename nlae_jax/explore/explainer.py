@@ -52,13 +52,15 @@ class Explainer:
         mesh: Mesh | None = None,
         statistics: Callable[[Explainer], Statistics] | None = None,
         name: str = "pair",
+        run_texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: (),
         subject_name: str = "subject",
     ) -> None:
         """`mesh`: that the pair's parameters are on, to split batches over.
 
         `statistics`: makes those of the pair's training data when they are first asked for; where there is no such
         function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
-        reports call the pair and its subject.
+        reports call the pair and its subject. `run_texts(count)`: token ids of so many texts that the pair was trained
+        on, where those are at hand.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
             roles.decoder.layer,
@@ -67,7 +69,7 @@ class Explainer:
             name,
         )
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
-        self._make_statistics, self.subject_name = statistics, subject_name
+        self._make_statistics, self.run_texts, self.subject_name = statistics, run_texts, subject_name
         for role in (roles.encoder, roles.decoder):
             check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
 
@@ -102,6 +104,10 @@ class Explainer:
             check_ids(ids, self._roles.decoder.arch.vocab_size, self.tokenizer, f"text {number}")
         return self._trip.reconstruct_texts(self._pair, texts)
 
+    def rebuild(self, texts: Sequence[str]) -> np.ndarray:
+        """`reconstruct` of what the encoder wrote: pieces that spell a token without an embedding are left out."""
+        return self._trip.reconstruct_texts(self._pair, texts)
+
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
         """(mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos)."""
         if not len(texts):
@@ -112,8 +118,8 @@ class Explainer:
         return _scores(self.reconstruct(texts), vectors, texts)
 
     def score_written(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of texts that the encoder wrote: pieces that spell a token without an embedding are left out."""
-        return _scores(self._trip.reconstruct_texts(self._pair, texts), vectors, texts)
+        """The same of texts that the encoder wrote."""
+        return _scores(self.rebuild(texts), vectors, texts)
 
     def write(
         self, vectors: Any, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0
@@ -145,6 +151,18 @@ class Explainer:
         if self._make_statistics is None:
             return package_statistics(self)
         return self._make_statistics(self)
+
+    def description(self) -> dict[str, Any]:
+        """What scores of this pair are held against, as JSON has it."""
+        known = self.statistics
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "variance": known.variance,
+            "usual_norms": [known.norm_low, known.norm_high],
+            "statistics_of": known.source,
+            "relative_mse_is": "mse / variance: 0 is perfect, 1 no better than predicting the data's mean direction",
+        }
 
     @property
     def roles(self) -> Roles:

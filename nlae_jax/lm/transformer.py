@@ -158,13 +158,19 @@ class Block:
                 mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
-                normed = self._norm(x, weights, "mlp_norm")
-                gate, up = (self._linear(normed, weights, adapters, name, decoding) for name in ("gate", "up"))
-                mixed = ACTIVATIONS[self.arch.activation](gate) * up
+                mixed = self.neurons(x, weights, adapters, decoding)
                 mixed = self._linear(mixed, weights, adapters, "down", decoding)
                 x = x + self._norm(_residual(mixed, decoding), weights, "mlp_post_norm")
             outs.append(x)
         return tuple(outs), tuple(caches)
+
+    def neurons(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
+    ) -> jax.Array:
+        """What the MLP's neurons make of the residual stream after attention, [*batch, T, d_ff]."""
+        normed = self._norm(x, weights, "mlp_norm")
+        gate, up = (self._linear(normed, weights, adapters, name, decoding) for name in ("gate", "up"))
+        return ACTIVATIONS[self.arch.activation](gate) * up
 
     def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
         """x itself where the architecture has no such norm."""
@@ -285,6 +291,20 @@ class Transformer(nn.Module):
         body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
         return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters, layers))
+
+    def neurons(self, segment: Segment, layer: int) -> jax.Array:
+        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff]."""
+        (hidden,), _ = self.run((segment,), stop=layer)
+        block = Block(self.arch, self.lora_scale, [segment], self.attention)
+        weights, adapters = _layer(self.blocks, layer), _layer(self._adapters(), layer)
+        # Without its MLP's output, what leaves the block is what its MLP reads.
+        silent = {**weights, "down": jnp.zeros_like(weights["down"])}
+        if "down_bias" in weights:
+            silent["down_bias"] = jnp.zeros_like(weights["down_bias"])
+        own = {name: adapter for name, adapter in adapters.items() if name != "down"}
+        kind = jax.tree.map(lambda a: int(a[layer]), layers_of(self.arch))
+        (middle,), _ = block(silent, own, (hidden,), layer=kind)
+        return block.neurons(middle, weights, adapters)
 
     def block_weights(self) -> list[BlockWeights]:
         """Each block's weights and adapters by themselves."""
