@@ -14,7 +14,7 @@ _EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")  # what the extra `serv
 def _add_arguments(command: argparse.ArgumentParser) -> None:
     add_pair(command)
     command.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)"
+        "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
     )
     command.add_argument("--port", type=int, default=5009, help="port to serve on; 0: any that is free (default 5009)")
     help_text = "secret that requests must bring as X-SECRET-KEY (default: the environment variable SECRET)"

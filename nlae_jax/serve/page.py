@@ -100,6 +100,7 @@ async def _info(service: Service) -> dict[str, Any]:
         "norm_high": known.norm_high,
         "statistics": known.source,
         "rates": reader.rates,
+        "max_new_tokens": reader.explainer.max_new_tokens,
         "steer": False,
         "limits": LIMITS,
     }
