@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
+from nlae_jax.explore import steer as steering
+from nlae_jax.explore.audit import AuditReport, audit, gathered, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
 from nlae_jax.explore.explain import Options, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_text
-from nlae_jax.explore.select import picks_of
+from nlae_jax.explore.select import Pick, parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
@@ -166,6 +168,45 @@ class NLA(Explainer):
         else:
             named = Direction("direction", self._checked([direction])[0])
         return explain_direction(self, named.name, named.vector, corpus or self.corpus(), settings)
+
+    def steer(
+        self,
+        source: str | Sequence[Mapping[str, str]],
+        edit: str,
+        at: str | None = None,
+        original: str | None = None,
+        word: str | None = None,
+        pattern: str | None = None,
+        settings: steering.Settings | None = None,
+    ) -> steering.SteerReport:
+        """What the subject writes after a text or chat when an explanation `at` some tokens is edited, with controls.
+
+        `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
+        """
+        read, more = (read_text, {}) if isinstance(source, str) else (read_chat, {"add_generation_prompt": True})
+        passage = read(self.tokenizer, self.subject.arch.vocab_size, source, **more)
+        wanted = steering.compile_pattern(word, pattern)
+        return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)
+
+    def audit(
+        self,
+        texts: Mapping[str, str | Sequence[Mapping[str, str]]],
+        terms: Sequence[str] = (),
+        placebo: bool = True,
+        every: int = 1,
+        seed: int = 0,
+    ) -> AuditReport:
+        """What the explanations of texts or chats, by their names, say that they do not, held against a permutation."""
+        vocab_size = self.subject.arch.vocab_size
+        passages = [
+            (read_text if isinstance(source, str) else read_chat)(self.tokenizer, vocab_size, source, name)
+            for name, source in texts.items()
+        ]
+        picks = [[Pick((at,)) for at in range(1, len(passage.tokens), every)] for passage in passages]
+        explained = explain_passages(self, list(zip(passages, picks, strict=True)), Options())
+        found = gathered(passages, explained)
+        placebos = {"permuted": permuted(found, seed)} if placebo else {}
+        return audit(found, {term: term_pattern(term) for term in terms}, placebos)
 
 
 def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:

@@ -21,6 +21,9 @@ VIEWER = _HERE / "viewer.html"
 # Of the page that `nlae neuron --html` and `nlae direction --html` write.
 DIRECTION_PAGE = _HERE / "direction.html.jinja"
 
+# Of the pages of `nlae steer`, `nlae audit` and `nlae compare`.
+AUDIT_PAGE = _HERE / "audit.html.jinja"
+
 
 def pair_directory(name: str) -> Path | None:
     """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nlae_jax.cli import directions, explain, measures, serve, stages
+from nlae_jax.cli import audit, directions, explain, measures, serve, stages, steer
 from nlae_jax.cli.command import PATHS, Command
 from nlae_jax.runtime import signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
@@ -22,6 +22,8 @@ COMMANDS: tuple[Command, ...] = (
     *stages.COMMANDS,
     *explain.COMMANDS,
     *directions.COMMANDS,
+    *steer.COMMANDS,
+    *audit.COMMANDS,
     *serve.COMMANDS,
     *measures.COMMANDS,
 )
@@ -119,7 +121,8 @@ def _resolve_paths(options: argparse.Namespace) -> None:
     from nlae_jax.runtime.files import local_path, workdir_path
 
     if getattr(options, "workdir", None) is not None:
-        options.workdir = workdir_path(options.workdir)
+        given = options.workdir
+        options.workdir = [workdir_path(one) for one in given] if isinstance(given, list) else workdir_path(given)
     if str(getattr(options, "out", "") or "").startswith("gs:/"):
         raise UserError("--out: should be a path here; `gcloud storage cp -r` takes it to a bucket")
     for name in PATHS:

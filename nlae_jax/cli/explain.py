@@ -25,14 +25,16 @@ _CSV = (
 )  # fmt: skip
 
 
-def add_source(command: argparse.ArgumentParser, many: bool = False) -> None:
-    """The options that say what is read."""
+def add_source(command: argparse.ArgumentParser, many: bool = False, prompts: bool = False) -> None:
+    """The options that say what is read: one text or chat, `many` of them, or `prompts` with what to do to each."""
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text", action="append", help="the text itself" + ("; may be given several times" if many else "")
     )
     source.add_argument("--file", help="a UTF-8 text file")
     source.add_argument("--chat", help="a JSON file with a list of messages (role, content), read in the chat template")
+    if prompts:
+        source.add_argument("--input", help="many prompts: .jsonl with text or messages, edit, and perhaps at and word")
     if many:
         source.add_argument("--input", help="many texts or chats: .jsonl or .csv with text or messages, and perhaps id")
         source.add_argument("--vectors", help="raw activations: .npy [N, d], or .parquet with activation_vector")
@@ -113,15 +115,20 @@ def _named(texts: Sequence[str], messages: Any) -> list[tuple[str, Any]]:
     return [("text" if len(texts) == 1 else f"text {number}", text) for number, text in enumerate(texts)]
 
 
-def read_source(nla: NLA, name: str, source: Any, generate: int = 0, seed: int = 0) -> Passage:
-    """A text, or the messages of a chat, as the subject reads it, and as it goes on with up to `generate` tokens."""
+def read_source(
+    nla: NLA, name: str, source: Any, generate: int = 0, seed: int = 0, chat_goes_on: bool = False
+) -> Passage:
+    """A text, or the messages of a chat, as the subject reads it, and as it goes on with up to `generate` tokens.
+
+    With `chat_goes_on`, a chat ends where the model's answer begins, even if none is generated here.
+    """
     from nlae_jax.explore.passage import extended, read_chat, read_text
 
     vocab_size = nla.subject.arch.vocab_size
     if isinstance(source, str):
         passage = read_text(nla.tokenizer, vocab_size, source, name)
     else:
-        asked = generate > 0 and source[-1]["role"] != "assistant"
+        asked = (generate > 0 or chat_goes_on) and source[-1]["role"] != "assistant"
         passage = read_chat(nla.tokenizer, vocab_size, source, name, add_generation_prompt=asked)
     if generate:
         (answer,) = nla.subject.generate([passage.ids], generate, temperature=0.0, seed=seed)

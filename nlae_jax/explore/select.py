@@ -13,6 +13,9 @@ from nlae_jax.runtime.outside import quoted
 _PART = re.compile(r"\s*(?:(-?\d{1,9})|(-?\d{1,9})?:(-?\d{1,9})?)\s*")
 
 
+_LAST = 8  # tokens that are pushed where nobody says which: single ones are rarely enough
+
+
 @dataclasses.dataclass(frozen=True)
 class Pick:
     """The positions whose activations are explained as one vector: a single one, or a span that is averaged."""
@@ -85,6 +88,15 @@ def parse_span(passage: Passage, text: str, field: str = "--span") -> range:
         return match_spans(passage, text, field)[0]
     found = parse_positions(text, len(passage.tokens), field)
     return range(found[0], found[-1] + 1)
+
+
+def parse_at(passage: Passage, text: str | None, field: str = "--at") -> list[int]:
+    """Positions as `parse_positions` takes them, or the tokens of a phrase; the last `_LAST` if nothing is said."""
+    if text is None:
+        return list(range(max(1, len(passage.tokens) - _LAST), len(passage.tokens))) or [0]
+    if all(_PART.fullmatch(part) for part in text.split(",")):
+        return parse_positions(text, len(passage.tokens), field)
+    return list(match_spans(passage, text, field)[0])
 
 
 def picks_of(

@@ -16,15 +16,24 @@ _BETWEEN = "\n\n"
 
 def mean_nll(subject: LanguageModel, pairs: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
     """Mean −log p per token of each text's ids after its preface, in nats: [N] float64."""
-    prefaces = [text_ids(subject.tokenizer, preface + _BETWEEN) for preface, _ in pairs]
-    whole = [[*preface, *ids] for preface, (_, ids) in zip(prefaces, pairs, strict=True)]
+    prefaces = {preface: text_ids(subject.tokenizer, preface + _BETWEEN) for preface, _ in pairs}
+    return mean_nll_after(subject, [(prefaces[preface], ids) for preface, ids in pairs])
+
+
+def mean_nll_after(subject: LanguageModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
+    """The same after the ids of a preface, of one token at least; NaN for a text without tokens."""
 
     def read(ids: Any, mask: Any) -> np.ndarray:
         log_probs = np.asarray(subject.log_probs(ids, mask))
         return np.pad(log_probs, ((0, 0), (1, 0)))  # of each token, the first one's unknown
 
-    found = read_batches(whole, read)
-    return np.array([-row[len(preface) :].mean(dtype=np.float64) for row, preface in zip(found, prefaces, strict=True)])
+    found = read_batches([[*preface, *ids] for preface, ids in pairs], read)
+    return np.array(
+        [
+            -row[len(preface) :].mean(dtype=np.float64) if len(ids) else np.nan
+            for row, (preface, ids) in zip(found, pairs, strict=True)
+        ]
+    )
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
