@@ -477,3 +477,12 @@ def test_nothing_is_known_of_a_pair_without_an_evaluation(tmp_path):
     assert error_rates(str(tmp_path)) == {}
     (tmp_path / "eval.json").write_text("[]")
     assert error_rates(str(tmp_path)) == {}
+
+
+def test_an_edit_is_held_against_random_directions(http):
+    body = {"text": TEXT, "positions": [-1, -2], "original": "the of to", "edited": "it for that is"}
+    kinds = [one["kind"] for one in ok(http, "/api/page/steer", body)["outcomes"]]
+    assert kinds == ["none", "edit", "random", "random", "random"]
+    same = http.post("/api/page/steer", json={**body, "edited": body["original"]})
+    assert same.status_code == 400
+    assert "same" in same.json()["detail"]

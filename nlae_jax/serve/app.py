@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nlae_jax.explore.passage import Passage
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.engine import Engine
 from nlae_jax.serve.frames import (
     completed,
@@ -77,6 +78,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="nlae_jax", docs_url=None, redoc_url=None, lifespan=life, dependencies=[Depends(secret)])
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Gone, _gone)
+    app.add_exception_handler(UserError, _refused)
     gates = {
         name: Gate(most, _too_many(name))
         for name, most in (("explain", settings.explains), ("describe", settings.describes), ("score", settings.scores))
@@ -115,6 +117,10 @@ def _too_many(name: str) -> Callable[[int], HTTPException]:
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, 400)
 
 
 class _KnownHosts:

@@ -8,17 +8,20 @@ import hashlib
 import re
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from nlae_jax.assets import VIEWER
 from nlae_jax.explore.explain import agreement, consensus
+from nlae_jax.explore.steer import Outcome, Settings, steer
 from nlae_jax.serve.service import Service
-from nlae_jax.serve.transport import unless_gone
+from nlae_jax.serve.transport import Gate, unless_gone
 from nlae_jax.serve.wire import LIMITS, Input
 
 PATH = "/viewer"
+
+_STEERED_TOKENS = 24  # of a continuation: the device does nothing else meanwhile
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -31,6 +34,15 @@ _HEADERS = {
 
 class Texts(BaseModel):
     texts: Annotated[list[Annotated[str, Field(max_length=LIMITS["max_description_chars"])]], Field(max_length=16)]
+
+
+class Edit(Input):
+    """An edit of an explanation, for the subject to go on with; `alpha`: how far it is pushed, in units of ‖h‖."""
+
+    positions: Annotated[list[int], Field(min_length=1, max_length=LIMITS["max_positions_per_request"])]
+    original: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    edited: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
 
 
 class OwnWords(Input):
@@ -85,6 +97,29 @@ def add_page(app: FastAPI, service: Service) -> None:
         (one,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
         return JSONResponse(one.fields())
 
+    one_at_a_time = Gate(1, lambda _: HTTPException(429, "Somebody is steering already; try again in a moment"))
+
+    @app.post("/api/page/steer")
+    async def steer_(body: Edit, request: Request) -> JSONResponse:
+        """What the subject writes next: as it is, pushed by the edit, and pushed as far in random directions.
+
+        The device does nothing else meanwhile.
+        """
+        passage = await service.passage(body)
+        service.check_length(passage)
+        positions, reader = service.positions(passage, body.positions), service.reader
+        settings = Settings((body.alpha,), controls=3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0)
+        with one_at_a_time.enter():
+            asked = reader.explainer, passage, positions, body.edited, body.original, None, settings
+            found = await unless_gone(request, service.on_device(lambda: steer(*asked)))
+        outcomes = (found.before, *found.edits, *found.controls)
+        return JSONResponse({"outcomes": [_outcome(one) for one in outcomes]})
+
+
+def _outcome(one: Outcome) -> dict[str, Any]:
+    """`nll`: how strange the subject as it is finds what it wrote, in nats a token."""
+    return {"kind": one.kind, "alpha": one.alpha, "text": one.continuations[0], "nll": one.nll}
+
 
 async def _info(service: Service) -> dict[str, Any]:
     reader = service.reader
@@ -101,6 +136,6 @@ async def _info(service: Service) -> dict[str, Any]:
         "statistics": known.source,
         "rates": reader.rates,
         "max_new_tokens": reader.explainer.max_new_tokens,
-        "steer": False,
+        "steer": True,
         "limits": LIMITS,
     }
