@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from nlae_jax.serve.app import Settings, make_app
 from nlae_jax.serve.engine import Engine, description_of
 from nlae_jax.serve.reading import Reader, error_rates
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket
+from nlae_jax.serve.transport import BoundedBody
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -291,10 +293,23 @@ def test_equal_vectors_have_nothing_to_compare(http):
     assert "equal" in response.json()["detail"]
 
 
-def test_a_body_without_end_is_cut_off(http, monkeypatch):
-    pieces = (b" " * (1 << 20) for _ in range(200))
-    response = http.post("/tokenize", content=pieces, headers={"Content-Type": "application/json"})
-    assert response.status_code == 413
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_without_end_is_cut_off(announced):
+    async def app(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 6, "more_body": True}
+
+    async def send(message):
+        answered.append(message)
+
+    answered = []
+    scope = {"type": "http", "headers": [(b"content-length", b"20")] if announced else []}
+    asyncio.run(BoundedBody(app, 10)(scope, receive, send))
+    assert [message.get("status") for message in answered] == [413, None]
+    assert b"larger" in answered[1]["body"]
 
 
 # Many at once
@@ -330,6 +345,13 @@ def test_clients_that_hang_up_give_their_place_back(served, http):
     assert codes <= {200, 429}
     while served.engine._tables:  # their rows are given up, long before their 4096 tokens
         pass
+
+
+def test_nobody_joins_an_explanation_that_was_given_up(served, http):
+    body = {"text": "is that it", "positions": [-1], "temperature": 0, "max_new_tokens": 4000}
+    with http.stream("POST", "/explain", json={**body, "stream": True}) as response:
+        assert next(response.iter_raw())
+    assert ok(http, "/explain", body)["results"][0]["description"] is not None
 
 
 def test_beyond_its_places_the_server_refuses_at_once(reader):

@@ -25,7 +25,6 @@ from nlae_jax.serve.frames import (
     completion_frames,
     describe_frames,
     explain_frames,
-    holding,
     l2_norm,
     tokenized,
 )
@@ -224,7 +223,7 @@ def _add_explain(app: FastAPI, service: Service, gate: Gate) -> None:
                 frames = explain_frames(
                     service, passage, read, positions, keys, body.max_new_tokens, body.temperature, body.seed
                 )
-                return Events(holding(held.pop_all(), frames))
+                return Events(frames, held.pop_all())
 
             async def results() -> list[dict[str, Any]]:
                 vectors = await read
@@ -248,7 +247,7 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
             keys = [None if body.temperature else vector.tobytes() for vector in vectors]
             asked = vectors, keys, body.max_new_tokens, body.temperature, body.seed
             if body.stream:
-                return Events(holding(held.pop_all(), describe_frames(service, *asked)))
+                return Events(describe_frames(service, *asked), held.pop_all())
             done = await unless_gone(request, service.all_explained(*asked))
             return JSONResponse({"results": [one.fields() for one in done]})
 

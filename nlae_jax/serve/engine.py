@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -202,7 +202,7 @@ class Engine:
                     step()
                 except Exception as error:
                     log.exception("the device's work failed")
-                    self._give_up(f"{type(error).__name__}: {first_line(error)}")
+                    self._give_up(error)
 
     def _wait(self, idle: Iterator[None]) -> bool:
         """Until there is something to do; False when it is time to stop. What `idle` yields between is done first."""
@@ -214,7 +214,12 @@ class Engine:
                 # A moment of quiet first: whoever has just asked for something often asks for more.
                 if self._wake.wait_for(lambda: self._stopped or asked(), _QUIET_SECONDS):
                     return not self._stopped
-            if next(idle, idle) is idle:  # nothing left
+            try:
+                left = next(idle, self) is not self
+            except Exception:  # it was only a preparation
+                log.exception("the device cannot prepare for more")
+                left = False
+            if not left:
                 with self._wake:
                     self._wake.wait_for(lambda: self._stopped or asked())
                     return not self._stopped
@@ -238,7 +243,8 @@ class Engine:
         """A round of every table: who is gone leaves, who waits comes, all write some tokens."""
         self._admit()
         for longest, table in list(self._tables.items()):
-            table.remove(lambda work: not work.watchers)
+            gone = self._without_watchers(table.holders)
+            table.remove(lambda work, gone=gone: work in gone)
             began, size = time.perf_counter(), table.size
             ended: list[Work] = []
             rows = table.advance(self._count(size))
@@ -292,24 +298,35 @@ class Engine:
             if works:
                 table = self._tables.setdefault(longest, Table(self.reader.encoder, longest))
                 entries = [Entry(work.vector, work.limit, work.temperature, work.seed) for work in works]
-                table.add(entries, works)
+                try:
+                    table.add(entries, works)
+                except Exception as error:
+                    self._fail(works, error)
+                    raise
+
+    def _without_watchers(self, works: Iterable[Work]) -> set[Work]:
+        """Those that nobody waits for: nobody will from here on, since they cannot be found any more."""
+        with self._wake:
+            gone = {work for work in works if not work.watchers}
+            for work in gone:
+                self._forget(work)
+        return gone
 
     def _forget(self, work: Work) -> None:
         if work.key is not None and self._flying.get(work.key) is work:
             del self._flying[work.key]
 
     def _score(self) -> None:
-        works = []
-        while self._unscored and len(works) < _SCORED_AT_ONCE:
-            work = self._unscored.popleft()
-            if work.watchers:
-                works.append(work)
-            else:
-                with self._wake:
-                    self._forget(work)
+        works = [self._unscored.popleft() for _ in range(min(_SCORED_AT_ONCE, len(self._unscored)))]
+        gone = self._without_watchers(works)
+        works = [work for work in works if work not in gone]
         if not works:
             return
-        scores = self.reader.score([w.state.description for w in works], np.stack([w.vector for w in works]))
+        try:
+            scores = self.reader.score([w.state.description for w in works], np.stack([w.vector for w in works]))
+        except Exception as error:
+            self._fail(works, error)
+            raise
         for work, mse, cos in zip(works, *scores, strict=True):
             state = dataclasses.replace(work.state, mse=float(mse), cos=float(cos))
             with self._wake:
@@ -330,7 +347,7 @@ class Engine:
                         continue
                 except Exception as failure:
                     log.exception("a completion failed")
-                    error = f"{type(failure).__name__}: {first_line(failure)}"
+                    error = _said(failure)
             with self._wake:
                 self._completions.remove(completion)
             if error:
@@ -351,12 +368,19 @@ class Engine:
         completion.watcher(tokens.tolist(), done, None)
         return not done
 
-    def _give_up(self, error: str) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Whatever is being written is lost: those who wait are told so, and the next ones begin afresh."""
+        works = [work for table in self._tables.values() for work in table.holders] + list(self._unscored)
+        self._tables, self._unscored = {}, collections.deque()
+        self._fail(works, error)
+
+    def _fail(self, works: Sequence[Work], error: Exception) -> None:
         with self._wake:
-            works = [work for table in self._tables.values() for work in table.holders] + list(self._unscored)
-            self._tables, self._unscored = {}, collections.deque()
             for work in works:
                 self._forget(work)
         for work in works:
-            work.tell(dataclasses.replace(work.state, error=error))
+            work.tell(dataclasses.replace(work.state, error=_said(error)))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

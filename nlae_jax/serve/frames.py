@@ -50,14 +50,6 @@ async def explain_frames(
                 yield explain_result(passage.tokens[position], l2_norm(chosen[number]), scored(state))
 
 
-async def holding(held: contextlib.ExitStack, frames: Frames) -> Frames:
-    """The same frames; the place is given back when they end or nobody reads them any more."""
-    with held:
-        async with contextlib.aclosing(frames):
-            async for frame in frames:
-                yield frame
-
-
 async def describe_frames(service: Service, *asked: Any) -> Frames:
     told: dict[int, str] = {}
     async with contextlib.aclosing(service.explained(*asked)) as states:

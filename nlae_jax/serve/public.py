@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nlae_jax.explore.passage import Passage
-from nlae_jax.serve.frames import completed, completion_frames, explain_frames, holding, l2_norm, tokenized
+from nlae_jax.serve.frames import completed, completion_frames, explain_frames, l2_norm, tokenized
 from nlae_jax.serve.service import Service, prefix_key
 from nlae_jax.serve.transport import Events, Gate, Gone, invalid_text, unless_gone
 from nlae_jax.serve.wire import LIMITS, Input, PublicComplete, PublicExplain, PublicInput, explain_result
@@ -60,7 +60,7 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
             asked = keys, _NEW_TOKENS, body.temperature, None
             if body.stream:
                 frames = explain_frames(service, passage, vectors, positions, *asked)
-                return Events(holding(held.pop_all(), frames))
+                return Events(frames, held.pop_all())
             chosen = [vectors[position] for position in positions]
             done = await unless_gone(request, service.all_explained(chosen, *asked))
             results = [

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from fastapi import HTTPException
 
+from nlae_jax.explore.explainer import MAX_TOKENS
 from nlae_jax.explore.passage import Passage, Token, extended, read_chat, read_text
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.engine import Completion, Engine, Explained
-from nlae_jax.serve.reading import MAX_TOKENS, Reader
+from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.wire import LIMITS, Input, Message, Scored
 
 

@@ -52,18 +52,23 @@ async def _hung_up(receive: Receive) -> None:
 class Events(Response):
     """Frames as server-sent events: one line of JSON each, `data: [DONE]` at the end.
 
-    What goes wrong on the way is a frame with `error`, not silence. The frames' generator is closed when the client
-    hangs up, whatever it waits for.
+    What goes wrong on the way is a frame with `error`, not silence. The frames' generator is closed, and what is `held`
+    given back, when the client hangs up, whatever it waits for.
     """
 
-    def __init__(self, frames: AsyncIterator[dict[str, Any]], headers: dict[str, str] | None = None) -> None:
+    def __init__(self, frames: AsyncIterator[dict[str, Any]], held: contextlib.ExitStack | None = None) -> None:
         self.status_code, self.background, self._frames = 200, None, frames
+        self._held = held or contextlib.ExitStack()
         self.media_type = "text/event-stream"
         # No proxy may keep words back.
-        self.init_headers({"cache-control": "no-cache, no-transform", "x-accel-buffering": "no", **(headers or {})})
+        self.init_headers({"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await self._answer(receive, send)
+
+    async def _answer(self, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         pump, watcher = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_hung_up(receive))
         try:
