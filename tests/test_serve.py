@@ -508,3 +508,14 @@ def test_an_edit_is_held_against_random_directions(http):
     same = http.post("/api/page/steer", json={**body, "edited": body["original"]})
     assert same.status_code == 400
     assert "same" in same.json()["detail"]
+
+
+def test_a_neuron_is_held_against_controls(http):
+    found = ok(http, "/api/page/direction", {"neuron": "0:3"})
+    assert [sweep["kind"] for sweep in found["sweeps"]] == ["direction", "random", "shuffled"]
+    assert all(-1 <= point["heard"] <= 1 for sweep in found["sweeps"] for point in sweep["points"])
+    assert len(found["promoted"]) == len(found["suppressed"]) > 0
+    refused = http.post("/api/page/direction", json={"neuron": "99:3"})
+    assert (refused.status_code, "block 99" in refused.json()["detail"]) == (400, True)
+    assert http.post("/api/page/direction", json={"vector": [0.0] * 64}).status_code == 400
+    assert http.post("/api/page/direction", json={"vector": [1.0] * 64}).status_code == 200

@@ -6,7 +6,7 @@ import base64
 import functools
 import hashlib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
@@ -15,9 +15,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from nlae_jax.assets import VIEWER
 from nlae_jax.explore.explain import agreement, consensus
 from nlae_jax.explore.steer import Outcome, Settings, steer
+from nlae_jax.serve.looking import look_at
 from nlae_jax.serve.service import Service
 from nlae_jax.serve.transport import Gate, unless_gone
-from nlae_jax.serve.wire import LIMITS, Input
+from nlae_jax.serve.wire import LIMITS, Input, Vector
 
 PATH = "/viewer"
 
@@ -43,6 +44,14 @@ class Edit(Input):
     original: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
     edited: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
     alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+
+
+class Look(BaseModel):
+    """A neuron as `BLOCK:NEURON`, or a vector of the residual stream, which wins."""
+
+    neuron: Annotated[str, Field(max_length=40)] = ""
+    side: Literal["write", "gate", "up"] = "write"
+    vector: Vector | None = None
 
 
 class OwnWords(Input):
@@ -97,6 +106,14 @@ def add_page(app: FastAPI, service: Service) -> None:
         (one,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
         return JSONResponse(one.fields())
 
+    @app.post("/api/page/direction")
+    async def direction(body: Look, request: Request) -> JSONResponse:
+        """What the pair says along a neuron or direction, beside controls."""
+        vector = None if body.vector is None else service.vector(body.vector, "vector")
+        if vector is not None and not vector.any():
+            raise HTTPException(400, "vector: all zeros; it has no direction")
+        return JSONResponse(await unless_gone(request, look_at(service, vector, body.neuron, body.side)))
+
     one_at_a_time = Gate(1, lambda _: HTTPException(429, "Somebody is steering already; try again in a moment"))
 
     @app.post("/api/page/steer")
@@ -130,6 +147,8 @@ async def _info(service: Service) -> dict[str, Any]:
         "layer": reader.layer,
         "d_model": reader.d_model,
         "chat": service.has_chat_template,
+        "blocks": reader.subject.arch.num_layers,
+        "neurons": reader.subject.arch.d_ff,
         "variance": known.variance,
         "norm_low": known.norm_low,
         "norm_high": known.norm_high,
