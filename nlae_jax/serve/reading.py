@@ -29,6 +29,11 @@ _PREPARED = 64  # rows of the largest table that is compiled before anybody need
 _READ_BYTES = 256 << 20  # of activations that are kept
 
 
+def _shown(name: str) -> str:
+    """A name, or the last part of a path here: where somebody's files are is nobody else's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def error_rates(name: str) -> dict[str, str]:
     """What is known of how often a pair is wrong, in words: of the `eval.json` in its directory. {} without one."""
     path = (pair_directory(name) or Path(name)) / "eval.json"
@@ -55,8 +60,8 @@ class Reader:
 
     def __init__(self, explainer: Explainer) -> None:
         roles, pair = explainer.roles, explainer.pair
-        self.name, self.subject_name, self.loaded_at = explainer.name, explainer.subject_name, time.time()
-        self.rates = error_rates(explainer.name)
+        self.name, self.subject_name = _shown(explainer.name), _shown(explainer.subject_name)
+        self.rates, self.loaded_at = error_rates(explainer.name), time.time()
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
         self.explainer, self.subject = explainer, explainer.subject
         self._roles, self._pair = roles, pair
