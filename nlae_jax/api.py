@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
 from nlae_jax.explore import steer as steering
-from nlae_jax.explore.audit import AuditReport, audit, gathered, permuted, term_pattern
+from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
 from nlae_jax.explore.explain import Options, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_text
-from nlae_jax.explore.select import Pick, parse_at, picks_of
+from nlae_jax.explore.select import parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
@@ -202,9 +202,7 @@ class NLA(Explainer):
             (read_text if isinstance(source, str) else read_chat)(self.tokenizer, vocab_size, source, name)
             for name, source in texts.items()
         ]
-        picks = [[Pick((at,)) for at in range(1, len(passage.tokens), every)] for passage in passages]
-        explained = explain_passages(self, list(zip(passages, picks, strict=True)), Options())
-        found = gathered(passages, explained)
+        found = explained_passages(self, passages, every)
         placebos = {"permuted": permuted(found, seed)} if placebo else {}
         return audit(found, {term: term_pattern(term) for term in terms}, placebos)
 

@@ -26,6 +26,13 @@ class Reader:
     def __getattr__(self, name):
         return getattr(self._lm, name)
 
+    def steer(self, prompts, added, layer, max_new_tokens, temperature=1.0, seed=0):
+        """Whoever pushes along a planted direction hears its word."""
+        pushes = [push.sum(0) for push in added]
+        cos = [self.planted @ push / max(np.linalg.norm(push), 1e-9) for push in pushes]
+        said = [[word for word, c in zip(WORDS, row, strict=True) if c > 0.5] for row in cos]
+        return [self.tokenizer.encode(" ".join(["the of the", *words])) for words in said]
+
     def log_probs(self, ids, mask=None):
         seen = [[-1.0 if row[t] in row[:t] else -5.0 for t in range(1, len(row))] for row in np.asarray(ids).tolist()]
         return np.array(seen)
@@ -40,6 +47,7 @@ class Planted(Explainer):
         self._lm, self.run_texts = Reader(lm), lambda count: ()
         width = lm.arch.d_model
         self.words = np.linalg.qr(rng.standard_normal((width, len(WORDS))))[0].T
+        self._lm.planted = self.words
         self._mean = 6 * rng.standard_normal(width) / np.sqrt(width)
         self._rng = rng
         noise = self._mean + 0.3 * rng.standard_normal((500, width)) + LENGTH * self.words[rng.integers(6, size=500)]

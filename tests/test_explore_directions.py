@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nlae_jax.cli import main
 from nlae_jax.explore.corpus import read_corpus
-from nlae_jax.explore.directions import Settings, control_directions, explain_direction, token_effects
+from nlae_jax.explore.directions import Settings, change, control_directions, cosine, explain_direction, token_effects
 from nlae_jax.explore.neurons import neuron_directions, parse_neuron
 from nlae_jax.explore.surprisal import auc, mean_nll
 from nlae_jax.explore.vector_files import read_direction, read_vectors
@@ -54,6 +54,16 @@ def test_a_neuron_that_writes_something_else_than_it_answers_to_does_not_look_ex
     other = (corpus.h_NxD - planted.statistics.mean) @ planted.direction("string")
     report = explain_direction(planted, "mixed", planted.direction("list"), corpus, values_N=other)
     assert report.beats["heard"] and not report.beats["agreement"] and not report.explained
+
+
+def test_equal_directions_have_not_changed_and_others_across():
+    rng = np.random.default_rng(0)
+    origin = rng.standard_normal(32).astype(np.float32)
+    others = np.stack([origin, 3 * origin, origin + rng.standard_normal(32).astype(np.float32)])
+    found = change(others, origin)
+    assert not found[:2].any() and found[2].any()
+    np.testing.assert_allclose(found @ origin, 0, atol=1e-5)
+    assert cosine(found[0], found[2]) == 0
 
 
 def test_a_page_and_tables_of_a_hostile_report(report):

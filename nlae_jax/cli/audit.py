@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import re
 
     from nlae_jax.api import NLA
-    from nlae_jax.explore.audit import Explanations
     from nlae_jax.explore.explain import Options
     from nlae_jax.explore.passage import Passage
 
@@ -41,26 +40,24 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     if options.every < 1:
         raise UserError(f"--every: {options.every} should be at least 1")
     start_jax()
-    from nlae_jax.explore.audit import audit, permuted
+    from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms
     from nlae_jax.explore.items import read_items
     from nlae_jax.explore.steer import compile_pattern
 
     terms: dict[str, re.Pattern[str]] = {}
     if options.terms:
-        from nlae_jax.explore.audit import read_terms
-
         terms = read_terms(read_text(options.terms), str(options.terms))
     if (pattern := compile_pattern(None, options.pattern)) is not None:
         terms = {options.pattern: pattern}
     items = read_items(options.input)
     nla = load_pair(options)
     passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
-    found = _explained(nla, passages, options.every)
+    found = explained_passages(nla, passages, options.every)
     placebos = {}
     if options.placebo:
         placebos["permuted"] = permuted(found, options.seed)
     for other in _others(options):
-        said = _explained(other, [_reread(other, passage) for passage in passages], options.every)
+        said = explained_passages(other, [_reread(other, passage) for passage in passages], options.every)
         placebos[other.name] = [row.explanation for row in said.rows]
     report = audit(found, terms, placebos)
     _show_audit(nla, report, options)
@@ -83,16 +80,6 @@ def _reread(other: NLA, passage: Passage) -> Passage:
     if [token.text for token in again.tokens] != [token.text for token in passage.tokens]:
         raise UserError(f"{other.name}: its tokenizer reads {passage.name} differently; a placebo needs the same one")
     return again
-
-
-def _explained(nla: NLA, passages: list[Passage], every: int) -> Explanations:
-    """Every Nth token but the first, which is an attention sink."""
-    from nlae_jax.explore.audit import gathered
-    from nlae_jax.explore.explain import Options, explain_passages
-    from nlae_jax.explore.select import Pick
-
-    picks = [[Pick((at,)) for at in range(min(every, len(one.tokens) - 1), len(one.tokens), every)] for one in passages]
-    return gathered(passages, explain_passages(nla, list(zip(passages, picks, strict=True)), Options()))
 
 
 def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:

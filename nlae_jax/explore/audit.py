@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.evaluate.reconstruction import mismatched
-from nlae_jax.explore.explain import Explained, content_words
+from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
+from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.passage import Passage
+from nlae_jax.explore.select import Pick
 from nlae_jax.explore.steer import wilson
 from nlae_jax.runtime.errors import UserError
 
@@ -126,6 +128,13 @@ class Explanations:
     @property
     def words(self) -> list[set[str]]:
         return [content_words(row.explanation) for row in self.rows]
+
+
+def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int = 1) -> Explanations:
+    """Every Nth token of passages explained, but the first one, which is an attention sink."""
+    picks = [[Pick((at,)) for at in range(min(every, len(one.tokens) - 1), len(one.tokens), every)] for one in passages]
+    explained = explain_passages(nla, list(zip(passages, picks, strict=True)), Options())
+    return gathered(passages, explained)
 
 
 def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained]]) -> Explanations:

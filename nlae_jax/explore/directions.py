@@ -8,6 +8,7 @@ the push from it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _UNRELATED = (
     "Somebody wrote this down a while ago, and nobody has changed it since.",
 )
 _BINS = 24
+_LEAST_CHANGE = 1e-5  # of a unit vector: float32 rounds to less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Point:
     """One r of a sweep: what the encoder says there.
 
     `heard`: the cosine of the push (what r·u changes in the direction of the activation) and of what the explanation
-    changes in the reconstruction, both against r = 0. 0 where the explanation is that of the mean.
+    changes in the direction of the reconstruction, both against r = 0. 0 where the explanation is that of the mean.
+    Changes are taken across the direction that they start from: any change at all leads away from it.
     """
 
     r: float
@@ -90,8 +93,9 @@ class Context:
 class DirectionReport:
     """What a direction says, and whether to believe it.
 
-    `explained` is True only where the direction beats every control in all three measures: `heard`, `agreement` and
-    `auc` (which must also be above a half). `beats` says in which of them it does. `heard_at` are the r at which it is
+    `explained` is True only where the direction beats every control, and chance, in all three measures: `heard`,
+    `agreement` and `auc`. Chance is 3/√d for a cosine, which two random directions seldom reach, and a half for the
+    AUC. `beats` says in which of them it does. `heard_at` are the r at which it is
     heard better than every control at that r.
     """
 
@@ -145,6 +149,15 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (unit(a) * unit(b)).sum(-1)
 
 
+def change(directions: np.ndarray, origin_D: np.ndarray) -> np.ndarray:
+    """Directions minus the one they start from, without their part along it: [..., d] float64, zero where equal."""
+    origin_D = unit(origin_D)
+    whole = unit(directions)
+    across = whole - (whole @ origin_D)[..., None] * origin_D
+    # What rounding leaves of equal directions would be a direction like any other.
+    return np.where(np.linalg.norm(across, axis=-1, keepdims=True) > _LEAST_CHANGE, across, 0.0)
+
+
 def control_directions(u_D: np.ndarray, count: int, seed: int) -> list[tuple[str, np.ndarray]]:
     """Directions of the same length that nobody looked for: `count` isotropic ones, and `count` shuffles of u's own."""
     rng = np.random.default_rng(seed)
@@ -191,11 +204,11 @@ def explain_direction(
     pushed = _pushed(nla, [direction for _, direction in directions], settings.steps)
     limit = settings.max_new_tokens
     written = nla.write(np.concatenate([pushed, corpus.h_NxD[top]]), 0.0, limit)
-    texts, said = [text for text, _ in written], np.asarray(nla.rebuild([text for text, _ in written]))
-    origin, said = unit(said[0]), unit(said)
-    count = len(pushed)
-    contexts_change = (said[count:] - origin).mean(0)
-    heard = cosine(said[1:count] - origin, unit(pushed[1:]) - unit(pushed[0]))
+    texts, count = [text for text, _ in written], len(pushed)
+    rebuilt = np.asarray(nla.rebuild(texts))
+    said = change(rebuilt, rebuilt[0])
+    contexts_change = said[count:].mean(0)
+    heard = cosine(said[1:count], change(pushed[1:], pushed[0]))
     surprisal = _surprisal(nla, corpus, values_N, top, settings)
     sweeps = []
     for number, (kind, _) in enumerate(directions):
@@ -205,7 +218,7 @@ def explain_direction(
             for r, row in zip(settings.steps, rows, strict=True)
         )
         best = rows[int(np.argmax([point.heard for point in points]))]
-        agreement = float(cosine(said[best] - origin, contexts_change))
+        agreement = float(cosine(said[best], contexts_change))
         sweeps.append(Sweep(kind, points, agreement, surprisal.auc([texts[best]])[0]))
     promoted, suppressed = token_effects(nla, u_D)
     return _report(
@@ -228,15 +241,16 @@ def explain_direction(
 def _report(nla: Explainer, name: str, sweeps: Sequence[Sweep], **found: Any) -> DirectionReport:
     """The verdict: what is better than every control."""
     own, controls = sweeps[0], sweeps[1:]
+    chance = 3 / math.sqrt(nla.d_model)
     beats = {
-        "heard": own.best.heard > max([0.0, *(control.best.heard for control in controls)]),
-        "agreement": own.agreement > max([0.0, *(control.agreement for control in controls)]),
+        "heard": own.best.heard > max([chance, *(control.best.heard for control in controls)]),
+        "agreement": own.agreement > max([chance, *(control.agreement for control in controls)]),
         "auc": own.auc > max([0.5, *(control.auc for control in controls)]),
     }
     heard_at = tuple(
         point.r
         for index, point in enumerate(own.points)
-        if point.heard > max([0.0, *(control.points[index].heard for control in controls)])
+        if point.heard > max([chance, *(control.points[index].heard for control in controls)])
     )
     return DirectionReport(
         name=name,

@@ -126,9 +126,8 @@ def steer_tables(report: Mapping[str, Any]) -> list[Any]:
 def audit_lead(report: Mapping[str, Any]) -> list[str]:
     """The differences from the placebos, in sentences."""
     placebos = report["unsaid_placebos"]
-    share = (
-        f"{100 * report['unsaid_share']:.0f} % of an explanation's content words are not in the text up to its token"
-    )
+    unsaid = 100 * report["unsaid_share"]
+    share = f"{unsaid:.0f} % of an explanation's content words are not in the text up to its token"
     if not placebos:
         return [f"{share}. Without a placebo that says little: run it with one."]
     beside = ", ".join(f"{name} {100 * value:.0f} %" for name, value in placebos.items())
