@@ -203,9 +203,10 @@ def test_activations_keep_their_precision(http, reader):
     np.testing.assert_array_equal(sent.astype(np.float32), reader.activations(ids))
 
 
-def test_streams_tell_all_text_so_far_and_end_with_the_plain_answer(http):
+def test_streams_tell_all_text_so_far_and_end_with_the_plain_answer(http, reader):
     frames = events(http, "/explain", {"text": TEXT, "positions": [1, 2, 1], **GREEDY})
-    assert frames[0] == {"layer_index": 0, "total": 3, "prompt_length": len(frames[0]) and frames[0]["prompt_length"]}
+    length = ok(http, "/tokenize", {"text": TEXT})["prompt_length"]
+    assert frames[0] == {"layer_index": reader.layer, "total": 3, "prompt_length": length}
     finals = [frame for frame in frames if "description" in frame]
     assert sorted(frame["position"] for frame in finals) == [1, 1, 2]
     for position in (1, 2):
