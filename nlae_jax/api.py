@@ -16,7 +16,7 @@ from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
-from nlae_jax.explore.explain import Options, explain_passages
+from nlae_jax.explore.explain import Options, Rows, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_text
@@ -32,7 +32,8 @@ from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol
-from nlae_jax.run.run import Run
+from nlae_jax.run import resources
+from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
@@ -109,7 +110,7 @@ class NLA(Explainer):
         match: str | None = None,
         span: str | None = None,
         **options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """Every token's explanation, or that of the selected ones: dicts of position, token, explanation, cos, mse, ….
 
         See `explore.explain.Explained` for the fields, `explore.select` for what can be selected and
@@ -119,16 +120,16 @@ class NLA(Explainer):
         passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
         picks = picks_of(passage, positions, match, span)
         (found,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
-        return [explained.row() for explained in found]
+        return Rows(found, self.name, self.layer)
 
-    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[list[dict[str, Any]]]:
+    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[Rows]:
         """The same for several texts, whose tokens are explained together."""
         names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
         vocab_size = self.subject.arch.vocab_size
         read = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
         selected = [(passage, picks_of(passage)) for passage in read]
         found = explain_passages(self, selected, Options(temperature=temperature))
-        return [[explained.row() for explained in rows] for rows in found]
+        return [Rows(explained, self.name, self.layer) for explained in found]
 
     def explain_chat(
         self,
@@ -138,7 +139,7 @@ class NLA(Explainer):
         span: str | None = None,
         add_generation_prompt: bool = False,
         **options: Any,
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         """The same of a chat, a list of messages with `role` and `content`, in the model's own template.
 
         Rows say in addition whose token it is: `role`, `section` (header, content, footer) and `message_index`.
@@ -146,7 +147,7 @@ class NLA(Explainer):
         vocab_size = self.subject.arch.vocab_size
         passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
         (found,) = explain_passages(self, [(passage, picks_of(passage, positions, match, span))], Options(**options))
-        return [explained.row() for explained in found]
+        return Rows(found, self.name, self.layer)
 
     def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
         """Contexts to look for examples in: of a file, else of the run's corpus, else texts of the package."""
@@ -213,14 +214,14 @@ def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
     return (lambda _: load_statistics(path)) if path.is_file() else None
 
 
-def _run_statistics(run: Run) -> Statistics:
+def _run_statistics(run: PreparedRun) -> Statistics:
     """Of the activations that a run has extracted: of a part of them taken from everywhere, where there are many."""
     count = len(run.store.plan.position)
     rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
     return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 
 
-def open_run(workdir: str | Path) -> Run:
+def open_run(workdir: str | Path) -> PreparedRun:
     """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
@@ -230,7 +231,7 @@ def open_run(workdir: str | Path) -> Run:
         make_mesh(config.mesh)
     except UserError:
         config = dataclasses.replace(config, mesh=MeshConfig())
-    return Run(config, workdir, read_only=True)
+    return resources.prepare(resources.open_run(config, workdir, read_only=True))
 
 
 def _with_adapters(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nlae_jax.config import MeshConfig
+from nlae_jax.config import Config, MeshConfig, flatten, microbatches
 from nlae_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -79,6 +79,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if needed < available and jax.process_count() > 1:
         raise UserError(f"mesh: {wanted}: {needed} of {available} devices; several processes must use all of theirs")
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the devices do not divide a batch or a part of it."""
+    flat, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
+    for whole, parts in microbatches().items():
+        if flat[whole] % devices:
+            raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
+        if flat[whole] // flat[parts] % devices:
+            raise UserError(
+                f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
+                f"should be divisible by mesh data×fsdp = {devices}"
+            )
 
 
 def weight_sharding(mesh: Mesh | AbstractMesh, weight: Weight, rules: Rules = RULES) -> NamedSharding:

@@ -49,7 +49,6 @@ class Planted(Explainer):
         self.words = np.linalg.qr(rng.standard_normal((width, len(WORDS))))[0].T
         self._lm.planted = self.words
         self._mean = 6 * rng.standard_normal(width) / np.sqrt(width)
-        self._rng = rng
         noise = self._mean + 0.3 * rng.standard_normal((500, width)) + LENGTH * self.words[rng.integers(6, size=500)]
         self._known = statistics_of(noise.astype(np.float32), "planted")
 
@@ -79,9 +78,11 @@ class Planted(Explainer):
         return np.stack([self._known.mean + LENGTH * part for part in parts]).astype(np.float32)
 
     def read(self, passages):
+        rng = np.random.default_rng(1)  # the same whatever was read before
+
         def h(token):
             planted = [self.direction(word) for word in WORDS if token.text.strip() == word]
-            noise = 0.3 * self._rng.standard_normal(self.d_model)
+            noise = 0.3 * rng.standard_normal(self.d_model)
             return (self._mean + noise + LENGTH * sum(planted, np.zeros(1))).astype(np.float32)
 
         return [np.stack([h(token) for token in passage.tokens]) for passage in passages]

@@ -196,6 +196,7 @@ def test_the_class(tiny_run):
     nla = nlae_jax.NLA.from_workdir(tiny_run.workdir)
     nla.max_new_tokens = 24
     rows = nla.explain_chat([{"role": "user", "content": "the of"}], positions="-3:")
+    assert "<iframe sandbox" in rows._repr_html_() and "<script" not in rows._repr_html_()
     assert len(rows) == 3 and all(row["role"] == "user" for row in rows)
     assert "of the run's activations" in nla.description()["statistics_of"]
     assert [row["position"] for row in nla.explain_text("the of to", match="of")] == [2]

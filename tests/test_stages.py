@@ -235,7 +235,7 @@ def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
 
     monkeypatch.setattr("nlae_jax.data.activations.extract", never)
     for name in ("preparation.make_describer", "preparation.read_documents", "training.run_stage"):
-        monkeypatch.setattr(f"nlae_jax.run.stages.{name}", never)
+        monkeypatch.setattr(f"nlae_jax.run.{name}", never)
     monkeypatch.setattr("nlae_jax.roles.roundtrip.RoundTrip.explain", never)
     before, report = snapshot(tiny_run.workdir), (tiny_run.workdir / "report.html").read_bytes()
     capsys.readouterr()

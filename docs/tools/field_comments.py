@@ -31,7 +31,10 @@ class FieldComments(griffe.Extension):
 
 
 def _default(field: griffe.Attribute) -> str:
-    text = str(field.value)
+    value = field.value
+    if isinstance(value, griffe.ExprCall) and str(value.function) == "option":
+        value = value.arguments[0]
+    text = str(value)
     return f"`{text}`" if len(text) <= _LONGEST else "a text, see the source"
 
 

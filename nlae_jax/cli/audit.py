@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax.cli.command import Command, start_jax
+from nlae_jax.cli.command import Command, seed, start_jax
 from nlae_jax.cli.explain import add_source, check_temperature, given_texts, read_source
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.cli.texts import read_text
@@ -30,7 +30,7 @@ def _add_audit(audit: argparse.ArgumentParser) -> None:
     audit.add_argument("--placebo", action="store_true", help="hold all of it against explanations of other texts")
     audit.add_argument("--placebo-model", help="and against another pair's: a name or directory as of --model")
     audit.add_argument("--placebo-workdir", help="the same of another run")
-    audit.add_argument("--seed", type=int, default=0, help="of the permutation")
+    audit.add_argument("--seed", type=seed, default=0, help="of the permutation")
     audit.add_argument("--html", help="file that gets a page, with a timeline of every term")
     audit.add_argument("--json", action="store_true", help="one JSON object on stdout")
 

@@ -30,6 +30,13 @@ class Command:
     check: Callable[[argparse.Namespace], str] = lambda options: ""
 
 
+def seed(text: str) -> int:
+    """The value of a --seed: what every random number generator here takes."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} should be a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def add_distributed(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--distributed",

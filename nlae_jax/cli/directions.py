@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax.cli.command import Command, start_jax
+from nlae_jax.cli.command import Command, seed, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.runtime.errors import UserError
 
@@ -26,7 +26,7 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     command.add_argument("--contexts", type=int, default=8, help="top activating contexts (default 8)")
     command.add_argument("--corpus", help="texts to look in: .txt, .jsonl or .parquet (default: the run's corpus)")
     command.add_argument("--texts", type=int, default=128, help="of the corpus (default 128)")
-    command.add_argument("--seed", type=int, default=0, help="of controls and drawn contexts")
+    command.add_argument("--seed", type=seed, default=0, help="of controls and drawn contexts")
     command.add_argument("--html", help="file that gets a page")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -125,8 +125,9 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     if options.out.suffix != ".jsonl":
         raise UserError(f"--out {options.out}: should be a .jsonl file; a page goes beside it")
     explanations = 1 + (1 + 2 * settings.controls) * len(settings.steps) + settings.contexts
+    count = min(options.top, nla.subject.arch.d_ff)
     say(
-        f"{options.top} neurons, each {explanations} explanations of up to {nla.max_new_tokens} tokens and "
+        f"{count} neurons, each {explanations} explanations of up to {nla.max_new_tokens} tokens and "
         f"{2 * settings.contexts * (3 + 2 * settings.controls)} short texts to score"
     )
     corpus = _corpus(nla, options)

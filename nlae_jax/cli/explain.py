@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax.cli.command import Command, start_jax
+from nlae_jax.cli.command import Command, seed, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.cli.texts import argument_text, read_text
 from nlae_jax.runtime.errors import UserError
@@ -51,7 +51,7 @@ def _add(explain: argparse.ArgumentParser) -> None:
     explain.add_argument(
         "--temperature", type=float, help="0: the likeliest explanation (default; 1 with several samples)"
     )
-    explain.add_argument("--seed", type=int, default=0, help="of the sampled explanations")
+    explain.add_argument("--seed", type=seed, default=0, help="of the sampled explanations")
     explain.add_argument("--html", help="file that gets a page: tokens coloured by score, words on hover")
     explain.add_argument("--out", help="file for what --input gives: .jsonl or .csv; run again, it goes on")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -128,8 +128,15 @@ def read_source(
     if isinstance(source, str):
         passage = read_text(nla.tokenizer, vocab_size, source, name)
     else:
-        asked = (generate > 0 or chat_goes_on) and source[-1]["role"] != "assistant"
-        passage = read_chat(nla.tokenizer, vocab_size, source, name, add_generation_prompt=asked)
+        goes_on, answered = generate > 0 or chat_goes_on, source[-1]["role"] == "assistant"
+        passage = read_chat(
+            nla.tokenizer,
+            vocab_size,
+            source,
+            name,
+            add_generation_prompt=goes_on and not answered,
+            continue_final_message=goes_on and answered,
+        )
     if generate:
         (answer,) = nla.subject.generate([passage.ids], generate, temperature=0.0, seed=seed)
         passage = extended(nla.tokenizer, passage, answer)

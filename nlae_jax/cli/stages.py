@@ -46,23 +46,22 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     supervision.set_grace(config.checkpoint.grace_seconds)
     start_jax(options.distributed)
     from nlae_jax.report.page import write_report
-    from nlae_jax.run.run import Run
-    from nlae_jax.run.stages import STAGES
+    from nlae_jax.run.resources import open_run
+    from nlae_jax.run.stages import run_stage, run_stages
     from nlae_jax.runtime.files import read_json
     from nlae_jax.runtime.output import afterwards, show_json
     from nlae_jax.runtime.progress import say
 
     clock = time.perf_counter()
-    run = Run(config, options.workdir)
+    run = open_run(config, options.workdir)
     if options.command == "train":
-        for stage in STAGES.values():
-            stage(run)
+        run_stages(run)
         if world.is_first():
             afterwards("no report", lambda: write_report(options.workdir))
             afterwards("no results shown", lambda: _print_result(options.workdir))
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
-        STAGES[options.command](run)
+        run_stage(run, options.command)
         if getattr(options, "json", False) and world.is_first():
             afterwards("no results shown", lambda: show_json(read_json(options.workdir / "eval.json")))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nlae_jax.cli.command import Command, start_jax
+from nlae_jax.cli.command import Command, seed, start_jax
 from nlae_jax.cli.explain import add_source, check_temperature, given_texts, read_source
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.cli.texts import argument_text
@@ -32,7 +32,7 @@ def _add(steer: argparse.ArgumentParser) -> None:
     steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
     steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
     steer.add_argument("--temperature", type=float, default=1.0, help="of continuations (default 1)")
-    steer.add_argument("--seed", type=int, default=0, help="of continuations and random directions")
+    steer.add_argument("--seed", type=seed, default=0, help="of continuations and random directions")
     steer.add_argument("--html", help="file that gets a page")
     steer.add_argument("--json", action="store_true", help="one JSON object on stdout")
 

@@ -69,6 +69,28 @@ class Explained:
         return {name: value for name, value in row.items() if name not in left_out}
 
 
+class Rows(list[dict[str, Any]]):
+    """The rows of one explained passage, a list of dicts that a notebook shows as a page."""
+
+    def __init__(self, explained: Sequence[Explained], name: str, layer: int) -> None:
+        super().__init__(one.row() for one in explained)
+        self._name, self._layer = name, layer
+
+    def to_frame(self) -> Any:
+        """One row a token as a pandas data frame, which must be installed."""
+        import pandas as pd
+
+        return pd.DataFrame(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from nlae_jax.report.explanation_page import explanation_page
+
+        page = escape(explanation_page([self], self._name, self._layer), quote=True)
+        return f'<iframe sandbox srcdoc="{page}" style="width:100%;height:480px;border:0"></iframe>'
+
+
 _OPTIONAL = {
     "samples": (),
     "agreement": None,

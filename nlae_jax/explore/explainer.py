@@ -25,7 +25,7 @@ from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.progress import progress
 
-_BATCH = 16
+_SMALLEST_BATCH, _LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
 _BATCH_TOKENS = 1024  # that the subject reads at once
 _WIDTH = 64  # passages are padded to multiples of it: one compilation each
 _TEXTS, _TEXT_TOKENS = 64, 64  # that the statistics of a pair are made from, where it brings none
@@ -81,7 +81,7 @@ class Explainer:
     @cached_property
     def _trip(self) -> RoundTrip:
         """The pair's compiled functions, for explanations of any length."""
-        return RoundTrip(self._roles, self.tokenizer, _BATCH, self.max_new_tokens, self._mesh)
+        return RoundTrip(self._roles, self.tokenizer, _LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH)
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.

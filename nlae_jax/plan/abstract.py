@@ -19,13 +19,12 @@ from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
-from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
+from nlae_jax.mesh import batch_parts, batch_sharding, check_batches, make_mesh, replicated
 from nlae_jax.roles.direction import Baselines
 from nlae_jax.roles.pair import Params, Roles, make_roles
 from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
+from nlae_jax.roles.subject import jitted_reader
 from nlae_jax.roles.views import Marks
-from nlae_jax.run.preparation import jitted_reader
-from nlae_jax.run.run import check_batches
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.state import RlState, abstract_params, abstract_role
@@ -132,7 +131,7 @@ def _base(setting: Setting) -> Params:
 
 
 def _frozen(setting: Setting) -> Params:
-    """As `Run.frozen`."""
+    """As `run.training` has it (`_frozen`)."""
     config, base = setting.config, _base(setting)
     bases: Params = {"base": base if config.lora.rank else {}}
     if config.lora.rank and (config.init.av or config.init.ar):
@@ -151,7 +150,7 @@ def _batch(setting: Setting, **arrays: tuple[tuple[int, ...], Any]) -> Params:
 
 
 def sft_width(config: Config) -> int:
-    """Columns of the longest warm-start batch (`stages.training._described`)."""
+    """Columns of the longest warm-start batch (`run.training`)."""
     return -(-config.sft.max_response_tokens // 8) * 8
 
 

@@ -26,7 +26,7 @@ from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.tokens import begin_ids, text_ids
 from nlae_jax.lm.weights import save_model
 from nlae_jax.roles.pair import Pair, Params
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import PreparedRun, descriptions_of
 from nlae_jax.runtime import outside
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
@@ -34,7 +34,7 @@ from nlae_jax.runtime.progress import progress, warn
 
 
 def export(
-    run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
+    run: PreparedRun, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
 ) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
@@ -71,7 +71,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(run: Run, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
+def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
     source, arch = _source(run, role), run.roles.encoder.arch
     if role == "ar":
         # A decoder has no head; tied, transformers finds nothing missing.
@@ -86,7 +86,7 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
         _write_head(directory, trained, dtype)
 
 
-def _write_adapters(run: Run, role: str, trained: Params, directory: Path, dtype: str) -> None:
+def _write_adapters(run: PreparedRun, role: str, trained: Params, directory: Path, dtype: str) -> None:
     """A role's adapters, beside the model that they sit on, and the decoder's head."""
     if (released := run.released.get(role)) is not None:
         base = released.adapters.base_model if released.adapters else run.config.init.names()[role]
@@ -104,7 +104,7 @@ def _write_head(directory: Path, trained: Params, dtype: str) -> None:
     write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
 
 
-def _write_sidecar(run: Run, role: str, directory: Path) -> None:
+def _write_sidecar(run: PreparedRun, role: str, directory: Path) -> None:
     corpus, model = run.store.meta["corpus"], run.config.subject.model
     content = model_sidecar(run.protocol, role, run.arch.d_model, run.config.subject.layer, model, corpus)
     write_sidecar(directory, content)
@@ -122,12 +122,12 @@ def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:
     return fields | {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
-def _source(run: Run, role: str) -> Path:
+def _source(run: PreparedRun, role: str) -> Path:
     """The model directory that the role started from."""
     return run.released[role].directory if role in run.released else run.directory
 
 
-def _merged(run: Run, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
+def _merged(run: PreparedRun, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
     """(our name, layer) -> the trained parameter, its adapter added in."""
     if run.config.lora.rank == 0:
         lm, adapters = trained["lm"], {}
@@ -226,12 +226,12 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
         warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
 
 
-def export_datasets(run: Run, out: Path) -> None:
+def export_datasets(run: PreparedRun, out: Path) -> None:
     """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars, rows in random order.
 
     A row of the warm start without a description is left out.
     """
-    plan, described = run.store.plan, run.descriptions if run.warm_start else {}
+    plan, described = run.store.plan, descriptions_of(run) if run.config.sft.learns else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     extraction = {
         "base_model": run.config.subject.model,

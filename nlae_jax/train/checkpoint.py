@@ -161,6 +161,14 @@ def is_sealed(path: AnyPath) -> bool:
     return (path / _MANIFEST).exists()
 
 
+def is_whole(path: AnyPath) -> bool:
+    """Whether the checkpoint directory was written to its end, and its files are as they were written.
+
+    Several processes ask together: the first looks.
+    """
+    return processes.by_first(lambda: _problem(path)) is None
+
+
 def newest_sealed(directory: AnyPath) -> AnyPath | None:
     """A stage's newest checkpoint that was written to its end; None where there is none."""
     return next(iter(sealed(directory)), None)
@@ -177,7 +185,7 @@ def restore_part(path: AnyPath, abstract: Any) -> Any | None:
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
     """
-    if processes.by_first(lambda: _problem(path)) is not None:
+    if not is_whole(path):
         return None
     arguments = ocp.args.PyTreeRestore(
         item=abstract,
