@@ -142,6 +142,14 @@ def test_a_table_grows_with_its_rows(monkeypatch, reader, vectors):
     assert max(map(len, short.values())) > 8
 
 
+def test_a_loop_over_layers_writes_the_same(monkeypatch, nla, reader, vectors):
+    for module in ("lm.transformer", "serve.tables"):  # as on accelerators
+        monkeypatch.setattr(f"nlae_jax.{module}.platform_of", lambda _: "gpu")
+    looped = Reader(nla)
+    assert looped.encoder.weights is None
+    assert written(looped, vectors[1:4], [0, 2, 0]) == written(reader, vectors[1:4], [0, 2, 0])
+
+
 def test_a_limit_ends_a_row(reader, vectors):
     table = Table(reader.encoder, CAPACITIES[1])
     table.add([Entry(vectors[1], 2, 0.0, 0), Entry(vectors[1], 5, 0.0, 0)], ["two", "five"])

@@ -17,6 +17,7 @@ from nlae_jax.serve.page import PATH
 from nlae_jax.serve.reading import Reader
 
 SECRET = "SECRET"  # the environment variable that Neuronpedia's server reads, too
+_MOST_CONNECTIONS = 1024  # beyond which everything is answered 503
 _SHUTDOWN_SECONDS = 5  # that answers under way have when the server is told to stop
 
 
@@ -39,7 +40,12 @@ def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains
     engine = Engine(load)
     app = make_app(engine, Settings(secret=token, hosts=tuple(dict.fromkeys(hosts)), explains=explains))
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     server = uvicorn.Server(config)
 
