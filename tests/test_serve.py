@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -443,6 +445,16 @@ def test_a_port_in_use_is_one_line(tiny_run, served, capsys):
     port = served.client.base_url.port
     assert main(["serve", "--workdir", str(tiny_run.workdir), "--port", str(port)]) == 2
     assert f"--port {port}" in capsys.readouterr().err
+
+
+def test_without_the_extra_one_line_says_which(tiny_run):
+    program = "import sys; sys.modules['uvicorn'] = None; from nlae_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "serve", "--workdir", str(tiny_run.workdir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "nlae: nlae serve: uvicorn is not installed; pip install 'nlae_jax[serve]'"
+    )
 
 
 # The public site's interface
