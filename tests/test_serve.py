@@ -9,22 +9,20 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import numpy as np
 import pytest
 
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.lm.rows import Rows, advance
-from nlae_jax.serve.app import Settings, make_app
-from nlae_jax.serve.engine import Engine, description_of
+from nlae_jax.serve.app import Settings
+from nlae_jax.serve.engine import description_of
 from nlae_jax.serve.reading import Reader, error_rates
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket
 from nlae_jax.serve.transport import BoundedBody
+from tests.serving import Served
 
 pytest_plugins = ["tests.tiny_run"]
-
-uvicorn = pytest.importorskip("uvicorn")
 
 TEXT = "the of to in is that it for"
 CHAT = [{"role": "user", "content": "the of to"}]
@@ -45,35 +43,6 @@ def reader(nla):
 @pytest.fixture(scope="module")
 def vectors(reader):
     return reader.activations(reader.tokenizer.encode(TEXT))
-
-
-class Served:
-    """A server in a thread, on a port of its own."""
-
-    def __init__(self, load, settings):
-        self.engine = Engine(load, warm=False)
-        self.server = uvicorn.Server(
-            uvicorn.Config(make_app(self.engine, settings), port=0, log_level="warning", timeout_graceful_shutdown=1)
-        )
-        self._thread = threading.Thread(target=self.server.run, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        while not self.server.started:
-            assert self._thread.is_alive()
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False)
-        return self
-
-    def __exit__(self, *_):
-        self.client.close()
-        self.server.should_exit = True
-        self._thread.join(30)
-
-    def wait_ready(self):
-        while self.client.get("/").status_code == 503:
-            assert self.engine.failure is None
-        return self
 
 
 @pytest.fixture(scope="module")
