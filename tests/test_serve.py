@@ -14,7 +14,9 @@ import pytest
 
 import nlae_jax
 from nlae_jax.cli import main
+from nlae_jax.config import MeshConfig
 from nlae_jax.lm.rows import Rows, advance
+from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.engine import description_of
 from nlae_jax.serve.reading import Reader, error_rates
@@ -119,6 +121,13 @@ def test_a_loop_over_layers_writes_the_same(monkeypatch, nla, reader, vectors):
     looped = Reader(nla)
     assert looped.encoder.weights is None
     assert written(looped, vectors[1:4], [0, 2, 0]) == written(reader, vectors[1:4], [0, 2, 0])
+
+
+def test_a_pair_on_several_devices_writes_the_same(nla, reader, vectors):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    pair = jax.tree.map(lambda leaf: place(np.asarray(leaf), replicated(mesh)), nla.pair)
+    split = Reader(nlae_jax.NLA(nla.roles, pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, mesh))
+    assert written(split, vectors[1:6], [0, 0, 2, 0, 1]) == written(reader, vectors[1:6], [0, 0, 2, 0, 1])
 
 
 def test_a_limit_ends_a_row(reader, vectors):
