@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -434,6 +435,14 @@ def test_without_the_extra_one_line_says_which(tiny_run):
     assert done.stderr.strip().splitlines()[-1] == (
         "nlae: nlae serve: uvicorn is not installed; pip install 'nlae_jax[serve]'"
     )
+
+
+def test_a_pair_that_does_not_load_ends_the_server_in_one_line(tiny_run, tmp_path, capsys):
+    shutil.copy(tiny_run.workdir / "config.json", tmp_path)
+    assert main(["serve", "--workdir", str(tmp_path), "--port", "0"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("nlae: ")
+    assert not any("Traceback" in line for line in said)
 
 
 # The public site's interface

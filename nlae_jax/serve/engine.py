@@ -25,6 +25,7 @@ from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.tables import CAPACITIES, Entry, Table, bucket
 
 _ROUND_SECONDS = 0.25  # that a round of decoding should take: words are to come as if somebody wrote them
+_STOP_SECONDS = 10  # that a round, or loading, may take to come to its end
 _QUIET_SECONDS = 2.0  # after which the device prepares for what was not asked for yet
 _MOST_TOKENS = 16  # a round's
 _SCORED_AT_ONCE = 16
@@ -117,7 +118,7 @@ class Engine:
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=_STOP_SECONDS)
 
     # What other threads ask for.
 
