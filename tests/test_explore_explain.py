@@ -9,6 +9,7 @@ import pytest
 
 import nlae_jax
 from nlae_jax.cli import main
+from nlae_jax.explore import explainer
 from nlae_jax.explore.explain import (
     Options,
     agreement,
@@ -66,6 +67,20 @@ def test_several_samples(planted):
     with pytest.raises(UserError, match="several samples need more than 0"):
         Options(samples=2, temperature=0.0)
     assert (Options().heat, Options(samples=2).heat, Options(temperature=0.5).heat) == (0.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("response", "text", "closed"),
+    [
+        ("<explanation>\na cat\n</explanation>", "a cat", True),
+        ("<explanation>\na cat and", "a cat and", False),
+        ("<explanation>\na cat\n</expl", "a cat", False),
+        ("<explanation>\na cat <", "a cat", False),
+        ("<explanation>\n</explanation>", "", True),
+    ],
+)
+def test_an_explanation_as_far_as_it_goes(response, text, closed):
+    assert explainer._written(response) == (text, closed)
 
 
 def test_repetition_is_told():

@@ -43,7 +43,7 @@ def test_what_is_added_is_as_long_as_asked_for_and_nowhere_else(planted, passage
     plain = type(planted.subject).steer
 
     def watched(self, prompts, added, *more):
-        pushes.append(added[0])
+        pushes.extend(added[::3])
         return plain(self, prompts, added, *more)
 
     monkeypatch.setattr(type(planted.subject), "steer", watched)

@@ -223,6 +223,9 @@ def _scores(rebuilt: np.ndarray, vectors: np.ndarray, texts: Sequence[str]) -> t
 def _written(response: str) -> Written:
     """The explanation in a sampled response, opening tag included."""
     text, closing, _ = response.removeprefix(OPENING).partition(CLOSING)
+    if not closing:  # cut within the tag, it may be
+        begun = next((n for n in range(len(CLOSING) - 1, 0, -1) if text.endswith(CLOSING[:n])), 0)
+        text = text[: len(text) - begun]
     return Written(text.strip(), bool(closing))
 
 

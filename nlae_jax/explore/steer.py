@@ -25,6 +25,7 @@ from nlae_jax.runtime.progress import progress
 
 _LEAST_CONTROLS = 3
 _LONGEST_PATTERN = 200
+_ROWS = 16  # that the subject continues together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     share, spread = hits / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding must not leave the share itself outside.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | None:
@@ -240,17 +242,19 @@ def _outcomes(
     subject, count = nla.subject, settings.samples
     written: list[list[int]] = []
     with progress(len(conditions), "steer", unit="condition") as bar:
-        for _, _, push in conditions:
-            # The same seed for all: what differs between them is what was added.
+        together = max(1, _ROWS // count)
+        for start in range(0, len(conditions), together):
+            pushes = [push for _, _, push in conditions[start : start + together] for _ in range(count)]
+            # The same seed for all calls: what differs between them is what was added.
             written += subject.steer(
-                [passage.ids] * count,
-                [push] * count,
+                [passage.ids] * len(pushes),
+                pushes,
                 nla.layer,
                 settings.max_new_tokens,
                 settings.temperature,
                 settings.seed,
             )
-            bar.advance()
+            bar.advance(len(pushes) // count)
     nll = mean_nll_after(subject, [(passage.ids, ids) for ids in written])
     outcomes = []
     for number, (kind, alpha, _) in enumerate(conditions):
