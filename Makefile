@@ -3,7 +3,7 @@ PYTHON ?= python3
 TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart train test lint docs clean
+.PHONY: quickstart train test lint types docs clean
 
 # Three texts explained by the shipped pair, which is then trained on for a few minutes.
 quickstart: .venv/installed
@@ -25,6 +25,9 @@ lint: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
+
+types: .venv/tested
+	.venv/bin/mypy
 
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

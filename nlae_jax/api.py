@@ -19,7 +19,7 @@ from nlae_jax.explore.directions import DirectionReport, Settings, explain_direc
 from nlae_jax.explore.explain import Options, Rows, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
-from nlae_jax.explore.passage import read_chat, read_text
+from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
@@ -63,7 +63,7 @@ class NLA(Explainer):
             run.mesh,
             lambda _: _run_statistics(run),
             str(workdir),
-            lambda count: [ids for ids in run.store.plan.ids[:count] if len(ids)],
+            lambda count: [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)],
             run.config.subject.model,
         )
 
@@ -74,7 +74,7 @@ class NLA(Explainer):
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`roles.adapters`).
+        Either may hold adapters, which need the base model that they name (`lm.adapters`).
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
         model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
@@ -87,10 +87,11 @@ class NLA(Explainer):
         known = _known_statistics(str(av))
         if encoder.adapters or decoder.adapters:
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
-        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
+        layer = decoder.decoder_layer
+        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        read = lambda: _subject(subject, sidecar, tokenizer, dtype, mesh)  # noqa: E731
+        read = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
         return NLA(
             roles,
             pair,
@@ -99,7 +100,7 @@ class NLA(Explainer):
             mesh=mesh,
             statistics=known,
             name=str(av),
-            subject_name=subject or sidecar.base_model,
+            subject_name=subject or sidecar.base_model or "subject",
         )
 
     def explain_text(
@@ -184,8 +185,7 @@ class NLA(Explainer):
 
         `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
         """
-        read, more = (read_text, {}) if isinstance(source, str) else (read_chat, {"add_generation_prompt": True})
-        passage = read(self.tokenizer, self.subject.arch.vocab_size, source, **more)
+        passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)
         wanted = steering.compile_pattern(word, pattern)
         return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)
 
@@ -199,10 +199,7 @@ class NLA(Explainer):
     ) -> AuditReport:
         """What the explanations of texts or chats, by their names, say that they do not, held against a permutation."""
         vocab_size = self.subject.arch.vocab_size
-        passages = [
-            (read_text if isinstance(source, str) else read_chat)(self.tokenizer, vocab_size, source, name)
-            for name, source in texts.items()
-        ]
+        passages = [read_passage(self.tokenizer, vocab_size, source, name) for name, source in texts.items()]
         found = explained_passages(self, passages, every)
         placebos = {"permuted": permuted(found, seed)} if placebo else {}
         return audit(found, {term: term_pattern(term) for term in terms}, placebos)
@@ -245,37 +242,37 @@ def _with_adapters(
     name: str,
 ) -> NLA:
     """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
-    adapters = encoder.adapters, decoder.adapters
-    if None in adapters or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+    adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
+    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
         raise UserError(
             f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
             f"those in {encoder.sidecar.path.parent}"
         )
-    arch, scale = encoder.arch, encoder.adapters.alpha / encoder.adapters.rank
-    roles = Roles(
-        Encoder(arch, protocol, scale), Decoder(arch, decoder.layer, protocol, scale), rank=encoder.adapters.rank
-    )
+    of_encoder, of_decoder = adapters
+    arch, layer, scale = encoder.arch, decoder.decoder_layer, of_encoder.alpha / of_encoder.rank
+    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=of_encoder.rank)
     base = encoder.weights(dtype, mesh)
     trained = {
-        "adapters": decoder.adapters.read(arch.truncated(decoder.layer + 1)),
+        "adapters": of_decoder.read(arch.truncated(layer + 1)),
         "value_head": decoder.value_head(mesh),
     }
-    pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
+    pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
-    base_name = encoder.adapters.base_model
-    return NLA(roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=base_name)
+    return NLA(
+        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=of_encoder.base_model
+    )
 
 
-def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
-    if not (name or sidecar.base_model):
+    if not (name := name or sidecar.base_model or ""):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
-    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype, mesh)
-    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
+    model = LanguageModel.from_pretrained(name, dtype, mesh)
+    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(
-            f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
-            f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
+            f"subject {name}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
+            f"pair reads block {layer} of width {sidecar.d_model}"
         )
-    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name or sidecar.base_model}")
+    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name}")
     return model

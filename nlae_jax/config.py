@@ -335,9 +335,9 @@ def resolve(values: dict[str, Any]) -> Config:
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[leaf] = _typed(known[name], value)
-    for section, section_type in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(section_type):
-            tree[section] = section_type(**tree.get(section, {}))
+    for section, kind in get_type_hints(Config).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            tree[section] = kind(**tree.get(section, {}))
     config = Config(**tree)
     _validate(config)
     return config

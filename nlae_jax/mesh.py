@@ -189,16 +189,16 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def held_parts(mesh: Mesh) -> list[int]:
+def local_parts(mesh: Mesh) -> list[int]:
     """Which of a batch's `batch_parts` are on this process's devices, ascending."""
     parts = batch_parts(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    return sorted({index.indices(parts)[0] for (index,) in held})
+    return sorted({index[0].indices(parts)[0] for index in held if index is not None})
 
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
     """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
-    return rows.reshape(batch_parts(mesh), -1)[held_parts(mesh)].reshape(-1)
+    return rows.reshape(batch_parts(mesh), -1)[local_parts(mesh)].reshape(-1)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -209,12 +209,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    held, parts = held_parts(mesh), batch_parts(mesh)
+    held, parts = local_parts(mesh), batch_parts(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(held)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as for a scalar, which no batch is
             place = held.index((index[0].start or 0) // size)
             return rows[place * size : (place + 1) * size]
 

@@ -61,12 +61,12 @@ def entry() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done. 2: something the user can put right, said in one line. 130: interrupted by hand.
 
-    `hosts.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved if there was time. `hosts.LOST`: another
-    process of the run is gone. After these three the same command continues.
+    `supervision.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved if there was time.
+    `supervision.LOST`: another process of the run is gone. After these three the same command continues.
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
-        sys.stdout.reconfigure(errors="replace")
+        getattr(sys.stdout, "reconfigure")(errors="replace")  # noqa: B009 (a stream of another kind has none)
     try:
         with signals.interruptible(supervision.interrupt, supervision.grace, world.tell):
             return _run(options, overrides)

@@ -62,7 +62,7 @@ def start_jax(distributed: str | None = None) -> None:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if distributed is not None:

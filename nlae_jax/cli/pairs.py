@@ -52,7 +52,7 @@ def load_pair(options: argparse.Namespace) -> NLA:
     else:
         # All devices share the weights: the larger pairs need more than one.
         mesh = make_mesh(MeshConfig(fsdp=-1))
-        pair = (options.model, "") if options.model else (options.av, options.ar)
-        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+        av, ar = (options.model, "") if options.model else (options.av, options.ar)
+        nla = NLA.from_pretrained(av, ar, options.subject, options.dtype or "float32", mesh)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     return nla

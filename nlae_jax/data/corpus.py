@@ -279,7 +279,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: the file is empty")
 
 
-def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO:
+def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO | gzip.GzipFile:
     return gzip.open(stored) if path.name.lower().endswith(".gz") else stored
 
 

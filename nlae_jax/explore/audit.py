@@ -17,6 +17,7 @@ import numpy as np
 from nlae_jax.evaluate.reconstruction import mismatched
 from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
 from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.select import Pick
 from nlae_jax.explore.steer import wilson
@@ -92,10 +93,8 @@ class AuditReport:
         return [place for place in self.explanations if wanted in place.explanation.casefold()]
 
     def to_frame(self) -> Any:
-        """One row an explanation as a pandas data frame, which must be installed."""
-        import pandas as pd
-
-        return pd.DataFrame([dataclasses.asdict(place) for place in self.explanations])
+        """One row an explanation as a pandas data frame."""
+        return frame([dataclasses.asdict(place) for place in self.explanations])
 
     def _repr_html_(self) -> str:
         from nlae_jax.report.audit_page import audit_card
@@ -171,7 +170,7 @@ def audit(
         name: Counter(word for text, known in zip(some, seen, strict=True) for word in content_words(text) - known)
         for name, some in placebos.items()
     }
-    lists = [
+    lists: list[dict[str, Any]] = [
         {"word": word, "explanations": count, "placebos": {name: counts[word] for name, counts in fake.items()}}
         for word, count in recurring.items()
     ]

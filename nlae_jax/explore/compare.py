@@ -11,7 +11,8 @@ import numpy as np
 from nlae_jax.explore.directions import cosine
 from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
 from nlae_jax.explore.explainer import Explainer
-from nlae_jax.explore.passage import read_chat, read_text
+from nlae_jax.explore.frames import frame
+from nlae_jax.explore.passage import read_passage
 from nlae_jax.explore.select import picks_of
 from nlae_jax.runtime.errors import UserError
 
@@ -53,15 +54,13 @@ class Comparison:
         return {**dataclasses.asdict(self), "tokens": tokens}
 
     def to_frame(self) -> Any:
-        """One row a token as a pandas data frame, which must be installed."""
-        import pandas as pd
-
+        """One row a token as a pandas data frame."""
         rows = [
             {"position": one.a.position, "token": one.a.token, "overlap": one.overlap}
             | {f"{name}_{side}": value for side in "ab" for name, value in getattr(one, side).row().items()}
             for one in self.tokens
         ]
-        return pd.DataFrame(rows)
+        return frame(rows)
 
     def _repr_html_(self) -> str:
         from nlae_jax.report.audit_page import comparison_card
@@ -81,8 +80,7 @@ def compare(
     """A text, or a chat's messages, explained by both. Raises UserError where they read it as different tokens."""
     found, ids = [], []
     for nla in (first, second):
-        read = read_text if isinstance(source, str) else read_chat
-        passage = read(nla.tokenizer, nla.subject.arch.vocab_size, source)
+        passage = read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source)
         ids.append([token.text for token in passage.tokens])
         (rows,) = explain_passages(nla, [(passage, picks_of(passage, positions, match, span))], options or Options())
         found.append(rows)
@@ -98,15 +96,18 @@ def compare(
     notes = [LAYERS_DIFFER] if first.layer != second.layer else []
     if first.subject.arch != second.subject.arch:
         notes.append(SUBJECTS_DIFFER)
-    mean = lambda name: tuple(float(np.mean([getattr(row, name) for row in rows])) for rows in found)  # noqa: E731
     return Comparison(
         (first.name, second.name),
         (first.layer, second.layer),
         tokens,
-        mean("mse"),
-        mean("relative_mse"),
+        (_mean(found[0], "mse"), _mean(found[1], "mse")),
+        (_mean(found[0], "relative_mse"), _mean(found[1], "relative_mse")),
         tuple(notes),
     )
+
+
+def _mean(rows: Sequence[Explained], name: str) -> float:
+    return float(np.mean([getattr(row, name) for row in rows]))
 
 
 def _overlap(a: Explained, b: Explained) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Corpus:
         ids, position = self.passages[self.passage[row]].ids, int(self.position[row])
         return ids[max(0, position - _AROUND) : position + 1]
 
-    def apart(self, order: Sequence[int], count: int, passages: int = 2) -> list[int]:
+    def apart(self, order: Iterable[int], count: int, passages: int = 2) -> list[int]:
         """The first `count` rows in this order, at most so many of one passage and none next to another."""
         chosen: list[int] = []
         for row in order:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nlae_jax.explore.corpus import Corpus
 from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
 from nlae_jax.explore.surprisal import Surprisal
 
 STEPS = (0.25, 0.5, 1.0, 2.0)  # r of the sweep
@@ -122,15 +123,13 @@ class DirectionReport:
         return row
 
     def to_frame(self) -> Any:
-        """Every point of every sweep as a pandas data frame, which must be installed."""
-        import pandas as pd
-
+        """Every point of every sweep as a pandas data frame."""
         rows = [
             {"kind": sweep.kind, "number": number, **dataclasses.asdict(point)}
             for number, sweep in enumerate((self.sweep, *self.controls))
             for point in sweep.points
         ]
-        return pd.DataFrame(rows)
+        return frame(rows)
 
     def _repr_html_(self) -> str:
         from nlae_jax.report.direction_page import direction_card
@@ -278,8 +277,8 @@ def _surprisal(
     low = np.flatnonzero(values_N <= np.median(values_N))
     drawn = np.random.default_rng([settings.seed, 1]).permutation(low)
     inactive = corpus.apart(drawn, len(top))
-    windows = [[corpus.window(row) for row in rows] for rows in (top, inactive)]
-    return Surprisal(nla.subject, *windows, _UNRELATED)
+    active, others = ([corpus.window(row) for row in rows] for rows in (top, inactive))
+    return Surprisal(nla.subject, active, others, _UNRELATED)
 
 
 def _histogram(values: np.ndarray) -> dict[str, list[float]]:

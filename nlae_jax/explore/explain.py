@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from nlae_jax.data.documentation import FUNCTION_WORDS
+from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.health import has_repeated_item, has_repeated_sentence, words
 from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage, Token
 from nlae_jax.explore.select import Pick
 from nlae_jax.runtime.errors import UserError
@@ -77,10 +78,8 @@ class Rows(list[dict[str, Any]]):
         self._name, self._layer = name, layer
 
     def to_frame(self) -> Any:
-        """One row a token as a pandas data frame, which must be installed."""
-        import pandas as pd
-
-        return pd.DataFrame(self)
+        """One row a token as a pandas data frame."""
+        return frame(self)
 
     def _repr_html_(self) -> str:
         from html import escape

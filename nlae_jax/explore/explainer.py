@@ -205,11 +205,11 @@ def _as_float32(vectors: Any) -> np.ndarray:
         if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype numpy lacks
             vectors = vectors.detach().cpu().to_dense()
             vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
-        found = np.asarray(jax.device_get(vectors))
-        if found.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
-            raise TypeError(f"it is {found.dtype}")
+        host = np.asarray(jax.device_get(vectors))
+        if host.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
+            raise TypeError(f"it is {host.dtype}")
         with np.errstate(over="ignore"):
-            return found.astype(np.float32, copy=False)
+            return host.astype(np.float32, copy=False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"vectors: should be an array of numbers ({error})") from None
 

@@ -80,26 +80,26 @@ class Results:
         self._path, self._columns = path, tuple(columns) if path.suffix.lower() == ".csv" else ()
         self._marks = path.with_name(f"{path.name}.progress.json")
         digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
-        self._state = {"made_with": digest, "items": 0, "bytes": 0}
+        self._digest, self._items, self._bytes = digest, 0, 0
         if self._marks.exists():
             found = read_json(self._marks)
             if not isinstance(found, dict) or found.get("made_with") != digest:
                 raise UserError(f"{path}: begun with another input or other options; give another --out, or delete it")
             whole = path.stat().st_size if path.exists() else 0
             if whole >= found["bytes"]:
-                self._state = found
+                self._items, self._bytes = found["items"], found["bytes"]
         elif path.exists() and path.stat().st_size:
             raise UserError(f"{path}: exists, and was not begun by this command; give another --out, or delete it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.truncate(self._state["bytes"])
-        if self._columns and not self._state["bytes"]:
+            file.truncate(self._bytes)
+        if self._columns and not self._bytes:
             self._append(_csv_lines([self._columns]), 0)
 
     @property
     def done(self) -> int:
         """Items that are in the file already."""
-        return self._state["items"]
+        return self._items
 
     def add(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
         """One item: a line of JSON (`record`), or a line per row of CSV."""
@@ -114,9 +114,9 @@ class Results:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self._state["items"] += items
-        self._state["bytes"] += len(data)
-        write_json(self._marks, self._state)
+        self._items += items
+        self._bytes += len(data)
+        write_json(self._marks, {"made_with": self._digest, "items": self._items, "bytes": self._bytes})
 
 
 def _csv_lines(rows: Sequence[Sequence[Any]]) -> str:

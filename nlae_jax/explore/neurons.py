@@ -43,7 +43,9 @@ def neuron_directions(nla: Explainer, layer: int, index: int) -> dict[str, np.nd
     blocks, arch = subject.params["blocks"], subject.arch
 
     def norm(name: str) -> np.ndarray:
-        return np.asarray(blocks[name][layer], np.float32) + arch.norm_offset if name in blocks else np.float32(1)
+        weight = blocks.get(name)
+        offset = np.float32(arch.norm_offset)
+        return np.ones(1, np.float32) if weight is None else np.asarray(np.float32(weight[layer]) + offset)
 
     return {
         "write": np.asarray(blocks["down"][layer, index], np.float32) * norm("mlp_post_norm"),

@@ -170,6 +170,19 @@ def read_chat(
     return passage_of_ids(tokenizer, ids, text, name, _spans(ids, messages, render))
 
 
+def read_passage(
+    tokenizer: Any,
+    vocab_size: int,
+    source: str | Sequence[Mapping[str, str]],
+    name: str = "text",
+    add_generation_prompt: bool = False,
+) -> Passage:
+    """A text, or the messages of a chat; `add_generation_prompt` is for chats."""
+    if isinstance(source, str):
+        return read_text(tokenizer, vocab_size, source, name)
+    return read_chat(tokenizer, vocab_size, source, name, add_generation_prompt)
+
+
 def extended(tokenizer: Any, passage: Passage, ids: Sequence[int], stops: Sequence[int] = ()) -> Passage:
     """The passage with generated tokens after it. In a chat they are the assistant's; `stops` end its turn."""
     chat = passage.tokens[-1].section is not None if passage.tokens else False
@@ -200,7 +213,7 @@ def _opened(text: str, content: str, name: str) -> str:
     return text[: end + len(content)]
 
 
-_Render = Callable[[list[list[dict[str, str]]]], list[str | None]]
+_Render = Callable[[list[list[dict[str, str]]]], list[list[int] | None]]
 
 
 def _rendered_or_none(tokenizer: Any, chats: list[list[dict[str, str]]], options: Mapping[str, Any]) -> Any:
@@ -228,13 +241,15 @@ def _spans(ids: Sequence[int], messages: Sequence[Mapping[str, str]], render: _R
     emptied = render([[*given[:k], {**given[k], "content": ""}] for k in range(count)])
     ends = [0]
     for k in range(count):
-        ends.append(max(ends[-1], ends[-1] if closed[k] is None else _common(ids, closed[k])))
+        rendered = closed[k]
+        ends.append(ends[-1] if rendered is None else max(ends[-1], _common(ids, rendered)))
     if all(found is None for found in closed):  # it renders whole chats only, if those
         ends[-1] = len(ids)
     spans: list[dict[str, Any]] = []
     for k, (start, end) in enumerate(itertools.pairwise(ends)):
         block = list(ids[start:end])
-        header, footer = _frame(block, None if emptied[k] is None else list(emptied[k][start:]))
+        empty = emptied[k]
+        header, footer = _frame(block, None if empty is None else empty[start:])
         sections = [HEADER] * header + [CONTENT] * (len(block) - header - footer) + [FOOTER] * footer
         owner = {"role": given[k]["role"], "channel": given[k].get("channel"), "message_index": k}
         spans += [{**owner, "section": section} for section in sections]

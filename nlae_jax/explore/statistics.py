@@ -47,7 +47,10 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         numbers = [self.variance, self.norm_low, self.norm_median, self.norm_high]
-        tensors = {"mean": self.mean.astype(np.float32), "numbers": np.array(numbers, np.float64)}
+        tensors: dict[str, np.ndarray] = {
+            "mean": self.mean.astype(np.float32),
+            "numbers": np.array(numbers, np.float64),
+        }
         save_file(tensors, path, {"source": self.source, "count": str(self.count)})
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from nlae_jax.evaluate.health import words
 from nlae_jax.explore.directions import unit
 from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.surprisal import mean_nll_after
 from nlae_jax.runtime.errors import UserError
@@ -96,10 +97,8 @@ class SteerReport:
         return dataclasses.asdict(self)
 
     def to_frame(self) -> Any:
-        """One row a condition as a pandas data frame, which must be installed."""
-        import pandas as pd
-
-        return pd.DataFrame([dataclasses.asdict(one) for one in (self.before, *self.edits, *self.controls)])
+        """One row a condition as a pandas data frame."""
+        return frame([dataclasses.asdict(one) for one in (self.before, *self.edits, *self.controls)])
 
     def _repr_html_(self) -> str:
         from nlae_jax.report.audit_page import steer_card
@@ -186,8 +185,8 @@ def steer(
     outcomes = _outcomes(nla, passage, conditions, pattern, settings)
     edits = [outcome for outcome in outcomes if outcome.kind == "edit"]
     controls = [outcome for outcome in outcomes if outcome.kind == "random"]
-    best = max(edits, key=lambda outcome: outcome.hits) if pattern is not None else None
-    rivals = [control.hits for control in controls if best is not None and control.alpha == best.alpha]
+    best = max(edits, key=_hits) if pattern is not None else None
+    rivals = [_hits(control) for control in controls if best is not None and control.alpha == best.alpha]
     return SteerReport(
         text=passage.shown(),
         at=tuple(at),
@@ -198,9 +197,14 @@ def steer(
         before=outcomes[0],
         edits=tuple(edits),
         controls=tuple(controls),
-        beats_controls=None if best is None else best.hits > max(rivals),
+        beats_controls=None if best is None else _hits(best) > max(rivals),
         best_alpha=None if best is None else best.alpha,
     )
+
+
+def _hits(outcome: Outcome) -> int:
+    """0 too where nothing was looked for."""
+    return outcome.hits or 0
 
 
 def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
@@ -209,25 +213,25 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
     `hit_rate` and `control_hit_rate` are means over prompts at each one's best α, the latter of the best control.
     """
     judged = [report for report in reports if report.beats_controls is not None]
-    rates = []
+    rates: list[tuple[float, float, float]] = []
     for report in judged:
-        at_best = [
-            [one.hit_rate for one in outcomes if one.alpha == report.best_alpha]
+        edit, control = (
+            max(_hits(one) / len(one.continuations) for one in outcomes if one.alpha == report.best_alpha)
             for outcomes in (report.edits, report.controls)
-        ]
-        rates.append((report.before.hit_rate, *map(max, at_best)))
+        )
+        rates.append((_hits(report.before) / len(report.before.continuations), edit, control))
     count = len(judged)
     beaten = sum(edit > control for _, edit, control in rates)
-    before, edit, control = np.mean(rates, axis=0).tolist() if rates else (None, None, None)
+    means = np.mean(rates, axis=0).tolist() if rates else [None] * 3
     return {
         "prompts": count,
         "beaten": beaten,
         "lost": sum(edit < control for _, edit, control in rates),
         "equal": sum(edit == control for _, edit, control in rates),
         "beaten_share_ci95": wilson(beaten, count) if count else None,
-        "hit_rate_before": before,
-        "hit_rate": edit,
-        "control_hit_rate": control,
+        "hit_rate_before": means[0],
+        "hit_rate": means[1],
+        "control_hit_rate": means[2],
     }
 
 

@@ -95,19 +95,20 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as file:
                 shapes = {name: file[name].shape for name in file.files}
                 key = key if key is not None else _chosen(shapes, width, path)
-                return key, _known(key, shapes, path) and file[key]
+                _check_key(key, shapes, path)
+                return key, file[key]
         with safe_open(path, "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             key = key if key is not None else _chosen(shapes, width, path)
-            return key, _known(key, shapes, path) and file.get_tensor(key)
+            _check_key(key, shapes, path)
+            return key, file.get_tensor(key)
     except (SafetensorError, ValueError, OSError, zipfile.BadZipFile, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _known(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> bool:
+def _check_key(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     if key not in shapes:
         raise UserError(f"{path}: no key {quoted(key)}; it has {', '.join(sorted(shapes)[:12])}")
-    return True
 
 
 def _chosen(shapes: dict[str, tuple[int, ...]], width: int, path: Path) -> str:

@@ -46,6 +46,12 @@ class Released:
         return self.sidecar.layer
 
     @property
+    def decoder_layer(self) -> int:
+        """The block whose output a decoder rebuilds: `open_released` takes none that does not know it."""
+        assert self.sidecar.layer is not None
+        return self.sidecar.layer
+
+    @property
     def identity(self) -> str:
         """What tells its weights from others."""
         if self.adapters is not None:
@@ -68,7 +74,7 @@ class Released:
         params = load_params(self.directory, self.arch, dtype, trunk, shardings)
         if trunk:  # never applied, but the module declares it
             norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
-            params["final_norm"] = place(norm, shardings["final_norm"]) if mesh else norm
+            params["final_norm"] = norm if shardings is None else place(norm, shardings["final_norm"])
         return params
 
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:

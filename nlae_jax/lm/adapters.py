@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def write_adapters(
             for part in ("a", "b"):
                 values = np.asarray(pair[part][layer])
                 values = values if part == "a" else values.T
-                tensors.append(TensorToWrite(_tensor_name(arch, name, layer, part), values.shape, lambda v=values: v))
+                tensors.append(
+                    TensorToWrite(_tensor_name(arch, name, layer, part), values.shape, partial(np.asarray, values))
+                )
     write_safetensors(directory / WEIGHTS, tensors, dtype)
     modules = sorted({hf_name(arch, name).removesuffix(".weight").rpartition(".")[2] for name in adapters})
     write_json(

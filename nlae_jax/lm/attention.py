@@ -159,8 +159,8 @@ def _forward(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any,
     ]
     top = functools.reduce(jnp.maximum, [score.max(-1).reshape(q.shape[:-1]) for score in scores])
     weights = [jnp.exp(score - top.reshape(*score.shape[:-1], 1)) for score in scores]
-    denominator = sum(weight.sum(-1).reshape(top.shape) for weight in weights)
-    numerator = sum(_weighted(weight, v) for weight, v in zip(weights, values, strict=True))
+    denominator = functools.reduce(jnp.add, [weight.sum(-1).reshape(top.shape) for weight in weights])
+    numerator = functools.reduce(jnp.add, [_weighted(weight, v) for weight, v in zip(weights, values, strict=True)])
     out = (numerator / denominator[..., None]).astype(q.dtype)
     out, top, denominator = (checkpoint_name(x, "attention") for x in (out, top, denominator))
     return out, (q, keys, values, seen, out, top, denominator)

@@ -80,7 +80,7 @@ class _Fields:
     """A config.json that is read field by field: one that nobody has asked for, and that may matter, is refused."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.family = config.get("model_type")
+        self.family = str(config.get("model_type"))
         self.config = _DEFAULTS.get(self.family, {}) | config
         self._read = {*_COMMON, *_DEFAULTS.get(self.family, {})}
 

@@ -7,7 +7,7 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, block_weights, model_weights
 from nlae_jax.lm.attention import apply_rope, attend, rope_table
 from nlae_jax.lm.lora import adapter_weights, linear
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import DECODE_RULES, Weight, constrained, constrained_tree, platform_of
 
@@ -53,11 +54,14 @@ BlockWeights = tuple[dict[str, jax.Array], dict[str, Any]]
 class Layer(NamedTuple):
     """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
 
-    window: jax.Array | int | None = None
-    rope: jax.Array | int = 0
+    window: Any = None
+    rope: Any = 0
 
 
-ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 _NO_WINDOW = 2**30  # further back than any position
 
@@ -267,7 +271,7 @@ class Transformer(nn.Module):
 
     def run(
         self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
-    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...] | None]:
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
         """Blocks `start` to `stop` (exclusive) on all segments at once, scanned over layers.
 
         Returns the residual streams after the last of them, [*batch, T, d] each, and, with `keep_caches`, each
@@ -280,7 +284,7 @@ class Transformer(nn.Module):
             weights, adapters, layer = inputs
             weights = weights if not partial else _layer(self.blocks, weights)
             xs, caches = block(weights, adapters, xs, layer=layer)
-            return xs, jax.tree.map(_cache, caches) if keep_caches else None
+            return xs, jax.tree.map(_cache, caches) if keep_caches else ()
 
         # A part of the stack is read in place, block by block: slicing it first would copy it.
         partial = (start, stop) != (0, self.arch.num_layers)
@@ -328,7 +332,8 @@ class Transformer(nn.Module):
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
         if weights is None:
             return self._scanned_decode(block, segment.x, contexts, own, offset)
-        xs, grown = (segment.x,), []
+        xs: tuple[jax.Array, ...] = (segment.x,)
+        grown = []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
@@ -466,7 +471,7 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
     apart = lambda kv, index: kv._replace(k=kv.k[index], v=kv.v[index])  # noqa: E731
     return Decoding(
         variables,
-        role.apply(variables, method=lambda role: role.lm.block_weights()),
+        apply(role, variables, method=lambda role: role.lm.block_weights()),
         [tuple(apart(kv, index) for kv in contexts) for index in range(role.arch.num_layers)],
         [apart(own, index) for index in range(role.arch.num_layers)],
     )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.tokens import check_ids
@@ -51,19 +52,24 @@ class LanguageModel:
             return {"params": {"lm": params}}
 
         def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, method="logits")
+            logits_BxTxV: jax.Array = apply(subject, variables(params), ids, mask, method="logits")
+            return logits_BxTxV
 
         def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, layer, method="residual")
+            hidden_BxTxD: jax.Array = apply(subject, variables(params), ids, mask, layer, method="residual")
+            return hidden_BxTxD
 
         def neurons(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, layer, method="neurons")
+            neurons_BxTxF: jax.Array = apply(subject, variables(params), ids, mask, layer, method="neurons")
+            return neurons_BxTxF
 
         def log_probs(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, method="log_probs")
+            log_probs_BxT: jax.Array = apply(subject, variables(params), ids, mask, method="log_probs")
+            return log_probs_BxT
 
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            return go_on(params, mask, key, limit, heat, subject.apply(variables(params), ids, mask, method="prefill"))
+            read = apply(subject, variables(params), ids, mask, method="prefill")
+            return go_on(params, mask, key, limit, heat, read)
 
         def steer(
             params: Any,
@@ -75,23 +81,23 @@ class LanguageModel:
             limit: int,
             heat: float,
         ) -> Any:
-            read = subject.apply(variables(params), ids, mask, added, layer, method="steered_prefill")
+            read = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
             return go_on(params, mask, key, limit, heat, read)
 
-        def go_on(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, read: Any) -> Any:
-            first, contexts = read
+        def go_on(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, prefilled: Any) -> Any:
+            first, contexts = prefilled
             start = mask.sum(-1).astype(jnp.int32)
-            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
-            given = for_decoding(subject, variables(params), contexts, own)
+            grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            decoding = for_decoding(subject, variables(params), contexts, grown)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                held = given.contexts, caches, given.weights
-                return subject.apply(given.variables, token, step, start, *held, method="decode")
+                read = decoding.contexts, caches, decoding.weights
+                return apply(subject, decoding.variables, token, step, start, *read, method="decode")
 
             return sample(
                 decode,
                 first,
-                given.own,
+                decoding.own,
                 key,
                 max_new_tokens=limit,
                 closing=(),
@@ -124,7 +130,8 @@ class LanguageModel:
 
         Raises UserError for a token that the model has no embedding for.
         """
-        return self._logits(self.params, *self._with_mask(ids, mask))
+        logits: jax.Array = self._logits(self.params, *self._with_mask(ids, mask))
+        return logits
 
     def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run.
@@ -132,7 +139,8 @@ class LanguageModel:
         Raises UserError for a block that is not there, or a token that the model has no embedding for.
         """
         self._check_layer(layer)
-        return self._residual(self.params, *self._with_mask(ids, mask), layer)
+        hidden: jax.Array = self._residual(self.params, *self._with_mask(ids, mask), layer)
+        return hidden
 
     def neurons(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """[B, T] int -> [B, T, d_ff]: activations of the MLP's neurons in block `layer`, gate times up.
@@ -140,11 +148,13 @@ class LanguageModel:
         Raises as `residual`.
         """
         self._check_layer(layer)
-        return self._neurons(self.params, *self._with_mask(ids, mask), layer)
+        activations: jax.Array = self._neurons(self.params, *self._with_mask(ids, mask), layer)
+        return activations
 
     def log_probs(self, ids: Any, mask: Any = None) -> jax.Array:
         """[B, T] int -> [B, T - 1] float32: log p of every token after the first. Padding on the right."""
-        return self._log_probs(self.params, *self._with_mask(ids, mask))
+        log_probs: jax.Array = self._log_probs(self.params, *self._with_mask(ids, mask))
+        return log_probs
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import explanation_tokens
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
@@ -67,7 +68,7 @@ class RoundTrip:
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._smallest_batch = smallest_batch or batch_size
         self._parts = 1 if mesh is None else batch_parts(mesh)
-        self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
+        self._endings = self._put(protocol.endings(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
         def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float, limit: int) -> tuple[jax.Array, ...]:
@@ -84,11 +85,14 @@ class RoundTrip:
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
-        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, length, tails)
+        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, endings: Any) -> jax.Array:
+            rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, endings)
+            return rebuilt_NxD
 
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            variables = pair.decoder_variables(roles)
+            rebuilt_NxD: jax.Array = apply(roles.decoder, variables, ids, mask, method="from_prompts")
+            return rebuilt_NxD
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
         self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
@@ -126,7 +130,9 @@ class RoundTrip:
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
         batches = self._batches(ids, length)
-        return self._collect(len(ids), (self._call(self._reconstruct, pair, *batch, self._tails) for batch in batches))
+        return self._collect(
+            len(ids), (self._call(self._reconstruct, pair, *batch, self._endings) for batch in batches)
+        )
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
         """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt.

@@ -38,7 +38,7 @@ def export(
 ) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
-    With `adapters` the directories hold the adapters alone, as `roles.adapters` describes. With `datasets` also the
+    With `adapters` the directories hold the adapters alone, as `lm.adapters` describes. With `datasets` also the
     run's activations, see `export_datasets`. All is made in a directory beside and moved into place at the end. Raises
     UserError where a part is there already.
     """
@@ -172,7 +172,7 @@ def _own_file(source: Path, name: str) -> Path:
     roots = [root]
     if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to `blobs`, by hash
         roots.append(root.parent.parent / "blobs")
-    if not any(path.is_relative_to(one) for one in roots):
+    if not any(path.is_relative_to(root) for root in roots):
         raise UserError(
             f"{source / name}: a link to {path}, outside of the model; copy it there if it is to be exported"
         )
@@ -215,13 +215,17 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
         path.write_text(dated, encoding="utf-8")
     elif (path := directory / _SETTINGS).is_file():
         template = outside.read_json(path).get("chat_template")
-        if isinstance(template, list):  # of several, by name
-            dated = [one | {"template": with_its_date(one["template"])} for one in template]
-        else:
-            dated = template and with_its_date(template)
-        if dated == template:
+        changed: Any = (
+            template and with_its_date(template)
+            if not isinstance(template, list)
+            else [
+                named | {"template": with_its_date(named["template"])}
+                for named in template  # of several, by name
+            ]
+        )
+        if changed == template:
             return
-        _change(directory, [_SETTINGS], chat_template=dated)
+        _change(directory, [_SETTINGS], chat_template=changed)
     if chats_ids(load_tokenizer(directory), ["x"]) != expected:
         warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
 
@@ -254,7 +258,7 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
                 doc_id=lambda row: plan.doc_ids[plan.document[row]],
                 position=lambda row: int(plan.position[row]),
                 text=lambda row: decode(run.store.context_ids(row)),
-                description=described.get,
+                description=lambda row: described.get(row, ""),
             )
             export_dataset(out / f"{name}.parquet", name, source, run.protocol, extraction)
             bar.advance()

@@ -60,8 +60,8 @@ def _plan(run: Run) -> None:
         for reason, count in sorted(described.dropped.items()):
             say(f"{path}: {count} descriptions {reason}: left out")
         documents = described.documents
-    given = described.positions if described else {}
-    plan = activations.plan(documents, run.tokenizer, config, given, run.arch.vocab_size)
+    positions = described.positions if described else {}
+    plan = activations.plan(documents, run.tokenizer, config, positions, run.arch.vocab_size)
     _ = run.base  # a model that cannot be read is found out before anything is written
     claim(run.workdir, run.config)
     write_json(directory / "subject.json", run.identity)
@@ -115,8 +115,9 @@ def _import(run: Run, files: dict[str, Path]) -> None:
             )
     else:
         say("reading the dataset")
-        plan = import_plan(files, run.config)
-        descriptions, contexts, dropped = import_texts(files, plan, sidecar_of(run))
+        plan, sidecar = import_plan(files, run.config), sidecar_of(run)
+        assert sidecar is not None  # a dataset has one
+        descriptions, contexts, dropped = import_texts(files, plan, sidecar)
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
         claim(run.workdir, run.config)
@@ -182,7 +183,7 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         # Counted over the whole corpus, for the template alone: no other provider reads it.
         document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
         num_documents=len(plan.ids),
-        generate=model and partial(_chat, run, model),
+        generate=None if model is None else partial(_chat, run, model),
         cache_directory=run.workdir / "activations/answers",
         shared_directory=cache_directory() / "answers",
     )

@@ -253,9 +253,9 @@ def _check_adapters(config: Config, directory: Path, role: str, released: Releas
     if (adapters := released.adapters) is None:
         return
     lora = config.lora
-    for name, found, needed in (("rank", lora.rank, adapters.rank), ("alpha", lora.alpha, adapters.alpha)):
-        if found != needed:
-            raise UserError(f"config.lora.{name}: {found} should be {needed}, that of {adapters.directory}")
+    for name, configured, trained in (("rank", lora.rank, adapters.rank), ("alpha", lora.alpha, adapters.alpha)):
+        if configured != trained:
+            raise UserError(f"config.lora.{name}: {configured} should be {trained}, that of {adapters.directory}")
     if fingerprint(released.directory) != fingerprint(directory):
         raise UserError(
             f"config.init.{role}: its adapters belong to {adapters.base_model}, which has other weights than "

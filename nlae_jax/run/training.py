@@ -19,7 +19,7 @@ from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import share
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
-from nlae_jax.roles.protocol import blank_tokens, response_ids, tails, whole_prompt_ids
+from nlae_jax.roles.protocol import blank_tokens, endings, response_ids, whole_prompt_ids
 from nlae_jax.roles.roundtrip import read_samples
 from nlae_jax.roles.views import marks
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
@@ -38,6 +38,7 @@ from nlae_jax.train.state import (
     init_encoder,
     init_role,
     make_optimizer,
+    rl_optimizers,
     sft_schedule,
 )
 
@@ -60,8 +61,8 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
     tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
     vocab_size = run.roles.encoder.arch.vocab_size
-    if (merged := tails(run.tokenizer, run.protocol, vocab_size)) is not None:
-        tables["tails"] = merged
+    if (merged := endings(run.tokenizer, run.protocol, vocab_size)) is not None:
+        tables["endings"] = merged
     if config.views.leading or config.views.unquoted:
         tables["marks"] = marks(run.tokenizer, vocab_size)
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
@@ -126,7 +127,9 @@ def _initial_decoder(run: PreparedRun, optimizer: optax.GradientTransformation) 
 def _adapters(run: PreparedRun, role: str, depth: int) -> Params | None:
     """The released adapters that the role "av" or "ar" goes on from, `depth` blocks of them; None without any."""
     released = run.released.get(role)
-    return released and released.adapters and released.adapters.read(released.arch.truncated(depth))
+    if released is None or released.adapters is None:
+        return None
+    return released.adapters.read(released.arch.truncated(depth))
 
 
 _INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
@@ -163,15 +166,15 @@ def _decoder_sft(run: PreparedRun) -> None:
     frozen, frame = _frozen(run, "decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
-        frozen.pop("tails", None)
+        frozen.pop("endings", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
 
 
-# By role: what random numbers are drawn for, the step, what its batches call the ids of descriptions.
+# By role: what random numbers are drawn for, what its batches call the ids of descriptions.
 _SFT = {
-    "encoder": (Purpose.ENCODER_SFT, steps.encoder_sft_step, "response"),
-    "decoder": (Purpose.DECODER_SFT, steps.decoder_sft_step, "ids"),
+    "encoder": (Purpose.ENCODER_SFT, "response"),
+    "decoder": (Purpose.DECODER_SFT, "ids"),
 }
 
 
@@ -179,13 +182,15 @@ def _warm_start(
     run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
 ) -> None:
     """Trains a role on what `_described` gave; `frozen` is what its step reads."""
-    config, (rows, ids, length), (purpose, make_step, ids_name) = run.config.sft, described, _SFT[role]
+    config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
     state = _INITIAL[role](run, optimizer)
-    if role == "decoder":
-        make_step = partial(make_step, views=run.config.views)
-    step = compiled(make_step(roles, optimizer, config.microbatches), state, run.mesh)
+    if role == "encoder":
+        update = steps.encoder_sft_step(roles, optimizer, config.microbatches)
+    else:
+        update = steps.decoder_sft_step(roles, optimizer, config.microbatches, run.config.views)
+    step = compiled(update, state, run.mesh)
 
     def load(i: np.ndarray, width: int | None) -> Batch:
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
@@ -203,9 +208,7 @@ def rl(run: PreparedRun) -> None:
     processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
     encoder, decoder = _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder")
     run.weights.forget_base()
-    optimizers = [
-        make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
-    ]
+    optimizers = rl_optimizers(run.config)
     blank = blank_tokens(run.tokenizer, run.roles.encoder.arch.vocab_size)
     frozen = {**_frozen(run, "rl"), "blank": run.on_mesh(blank)}
     if config.kl_coef:
