@@ -217,16 +217,15 @@ def _add_explain(app: FastAPI, service: Service, gate: Gate) -> None:
                 positions.reverse()
             # Explanations at temperature 0 are the same whoever asks.
             keys = [None if body.temperature else prefix_key(passage.ids, position) for position in positions]
-            read = service.activations(passage)
             if body.stream:
-                read = await unless_gone(request, read)
+                read = await unless_gone(request, service.activations(passage))
                 frames = explain_frames(
                     service, passage, read, positions, keys, body.max_new_tokens, body.temperature, body.seed
                 )
                 return Events(frames, held.pop_all())
 
             async def results() -> list[dict[str, Any]]:
-                vectors = await read
+                vectors = await service.activations(passage)
                 chosen = [vectors[position] for position in positions]
                 done = await service.all_explained(chosen, keys, body.max_new_tokens, body.temperature, body.seed)
                 return [

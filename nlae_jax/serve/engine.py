@@ -225,6 +225,11 @@ class Engine:
                     self._wake.wait_for(lambda: self._stopped or asked())
                     return not self._stopped
 
+    @property
+    def _ready(self) -> Reader:
+        assert self.reader is not None
+        return self.reader
+
     def _do_calls(self) -> None:
         while True:
             with self._wake:
@@ -245,12 +250,12 @@ class Engine:
         self._admit()
         for longest, table in list(self._tables.items()):
             gone = self._without_watchers(table.holders)
-            table.remove(lambda work, gone=gone: work in gone)
+            table.remove(gone.__contains__)
             began, size = time.perf_counter(), table.size
             ended: list[Work] = []
             rows = table.advance(self._count(size))
             for work, tokens, done in rows:
-                text = OPENING + self.reader.decoded(tokens)
+                text = OPENING + self._ready.decoded(tokens)
                 done = done or CLOSING in text
                 if done:
                     text = text.partition(CLOSING)[0] + (CLOSING if CLOSING in text else "")
@@ -262,16 +267,16 @@ class Engine:
                     work.tell(Explained(text, description_of(text) if done else None))
             if rows:
                 self._learn_pace(size, time.perf_counter() - began, table.drawn)
-            table.remove(lambda work, ended=ended: work in ended)
+            table.remove(set(ended).__contains__)
             if not len(table):
                 del self._tables[longest]
 
-    def _count(self, size: tuple[int, int]) -> int:
+    def _count(self, size: tuple[object, ...]) -> int:
         """Tokens of the next round."""
         seconds = self._pace.get(size)
         return 4 if seconds is None else max(1, min(_MOST_TOKENS, round(_ROUND_SECONDS / seconds)))
 
-    def _learn_pace(self, size: tuple[int, int], seconds: float, tokens: int) -> None:
+    def _learn_pace(self, size: tuple[object, ...], seconds: float, tokens: int) -> None:
         if tokens and size != (0, 0):
             self._pace[size] = seconds / tokens
 
@@ -287,7 +292,7 @@ class Engine:
                     waiting = len(self._queues)
                     continue
                 longest = bucket(max(queue[0].limit, CAPACITIES[1]), CAPACITIES)
-                table = self._tables.get(longest) or Table(self.reader.encoder, longest)
+                table = self._tables.get(longest) or Table(self._ready.encoder, longest)
                 if table.room > len(taken[longest]):
                     taken[longest].append(queue.popleft())
                     waiting = len(self._queues) + 1
@@ -297,7 +302,7 @@ class Engine:
                     self._queues.append(queue)
         for longest, works in taken.items():
             if works:
-                table = self._tables.setdefault(longest, Table(self.reader.encoder, longest))
+                table = self._tables.setdefault(longest, Table(self._ready.encoder, longest))
                 entries = [Entry(work.vector, work.limit, work.temperature, work.seed) for work in works]
                 try:
                     table.add(entries, works)
@@ -324,7 +329,7 @@ class Engine:
         if not works:
             return
         try:
-            scores = self.reader.score([w.state.description for w in works], np.stack([w.vector for w in works]))
+            scores = self._ready.score([w.state.description or "" for w in works], np.stack([w.vector for w in works]))
         except Exception as error:
             self._fail(works, error)
             raise
@@ -358,8 +363,8 @@ class Engine:
         """Whether there is more to come."""
         if completion.table is None:
             longest = bucket(max(completion.limit, CAPACITIES[1]), CAPACITIES)
-            completion.table = Table(self.reader.completer, longest)
-            source = self.reader.padded(completion.ids, left=True)
+            completion.table = Table(self._ready.completer, longest)
+            source = self._ready.padded(completion.ids, left=True)
             completion.table.add(
                 [Entry(source, completion.limit, completion.temperature, completion.seed)], [completion]
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from nlae_jax.explore.passage import Passage
 from nlae_jax.serve.service import Service, scored
 from nlae_jax.serve.wire import explain_result, token_info
 
-Frames = AsyncIterator[dict[str, Any]]
+Frames = AsyncGenerator[dict[str, Any], None]
 
 
 def tokenized(passage: Passage) -> dict[str, Any]:

@@ -112,9 +112,11 @@ def _key_check(secret: str) -> Callable[..., None]:
         x_secret_key: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
     ) -> None:
         given = x_secret_key or x_api_key
-        if secret and given is None:
+        if not secret:
+            return
+        if given is None:
             raise HTTPException(401, "X-SECRET-KEY or x-api-key header required")
-        if secret and not secrets.compare_digest(given.encode(), secret.encode()):
+        if not secrets.compare_digest(given.encode(), secret.encode()):
             raise HTTPException(403, "Invalid secret key")
 
     return check

@@ -14,6 +14,7 @@ import numpy as np
 from nlae_jax.assets import pair_directory
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.tokens import pad
 from nlae_jax.report.table import number
 from nlae_jax.roles.pair import Pair
@@ -69,7 +70,8 @@ class Reader:
         self._read: collections.OrderedDict[tuple[int, ...], np.ndarray] = collections.OrderedDict()
 
         def reconstruct(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            rebuilt: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            return rebuilt
 
         self._reconstruct = jax.jit(reconstruct)
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,7 @@ class Service:
         limit: int,
         temperature: float,
         seed: int | None,
-    ) -> AsyncIterator[tuple[int, Explained]]:
+    ) -> AsyncGenerator[tuple[int, Explained], None]:
         """(number, what is written so far), the last of each final. What is not waited for any more is given up.
 
         Raises RuntimeError where the device failed.
@@ -166,7 +166,7 @@ class Service:
 
     async def completed(
         self, passage: Passage, limit: int, temperature: float, seed: int | None
-    ) -> AsyncIterator[list[Token]]:
+    ) -> AsyncGenerator[list[Token], None]:
         """The tokens that the subject writes after a passage, as they come, whole characters together."""
         reader = self.reader
         rounds: asyncio.Queue[tuple[list[int], bool, str | None]] = asyncio.Queue()

@@ -81,29 +81,31 @@ class Compiled:
         on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
         apart = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
         # On a CPU a block's weights are read where they lie together; see `for_decoding`.
+        self.weights: Any = None
         if on_cpu and weights is not None:
             self.weights = [(base, {}) for base, _ in weights]
-        else:
-            self.weights = apart(program.variables) if on_cpu else None
+        elif on_cpu:
+            self.weights = apart(program.variables)
 
-        def begun(variables: Any, entries: Entry, used: jax.Array, capacity: int) -> Rows:
-            logits, contexts = program.prefill(variables, entries.source)
-            own = program.caches(entries.source, capacity, contexts[0].k.dtype)
+        def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> Rows:
+            source, limit, temperature, seed = entries
+            logits, contexts = program.prefill(variables, source)
+            own = program.caches(source, capacity, contexts[0].k.dtype)
             given = for_decoding(role, variables, contexts, own)
             count = logits.shape[0]
             return Rows(
                 logits=logits,
                 tokens=jnp.zeros((count, capacity), jnp.int32),
                 steps=jnp.zeros(count, jnp.int32),
-                limit=entries.limit,
-                temperature=entries.temperature,
-                seed=entries.seed,
+                limit=limit,
+                temperature=temperature,
+                seed=seed,
                 done=~used,
                 contexts=given.contexts,
                 own=given.own,
             )
 
-        def joined(variables: Any, rows: Rows, entries: Entry, used: jax.Array, places: jax.Array) -> Rows:
+        def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:
             return put(rows, begun(variables, entries, used, rows.tokens.shape[1]), places)
 
         def advanced(variables: Any, weights: Any, rows: Rows, count: jax.Array) -> Rows:
@@ -135,7 +137,10 @@ class Table:
     @property
     def size(self) -> tuple[int, int]:
         """Rows and tokens of room; zeros while nobody is in it."""
-        return (0, 0) if self._rows is None else self._rows.tokens.shape
+        if self._rows is None:
+            return 0, 0
+        rows, capacity = self._rows.tokens.shape
+        return rows, capacity
 
     @property
     def holders(self) -> list[Any]:
@@ -152,13 +157,10 @@ class Table:
         wanted = bucket(len(self) + len(entries), SIZES)
         batch = bucket(len(entries), SIZES)
         filled = [*entries, *[entries[0]] * (batch - len(entries))]
-        arrays = Entry(
-            jax.tree.map(lambda *rows: np.stack(rows), *(entry.source for entry in filled)),
-            *(
-                np.array([entry[n] for entry in filled], kind)
-                for n, kind in ((1, np.int32), (2, np.float32), (3, np.uint32))
-            ),
-        )
+        source = jax.tree.map(lambda *rows: np.stack(rows), *(entry.source for entry in filled))
+        limit = np.array([entry.limit for entry in filled], np.int32)
+        temperature = np.array([entry.temperature for entry in filled], np.float32)
+        arrays = source, limit, temperature, np.array([entry.seed for entry in filled], np.uint32)
         used = np.arange(batch) < len(entries)
         if self._rows is None:
             self._rows = self._compiled.begun(self._compiled.variables, arrays, used, self._first_capacity)
@@ -213,8 +215,10 @@ class Table:
         return CAPACITIES[max(0, CAPACITIES.index(self._longest) - 1)]
 
     def _resize(self, size: int, capacity: int | None = None) -> None:
-        capacity = capacity or self._rows.tokens.shape[1]
-        if (size, capacity) == self._rows.tokens.shape and len(self._holders) == size:
+        if self._rows is None:
+            return
+        capacity = capacity or self.size[1]
+        if (size, capacity) == self.size and len(self._holders) == size:
             return
         kept = [place for place, holder in enumerate(self._holders) if holder is not None]
         kept += [-1] * (size - len(kept))

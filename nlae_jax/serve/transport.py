@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
@@ -56,7 +56,7 @@ class Events(Response):
     given back, when the client hangs up, whatever it waits for.
     """
 
-    def __init__(self, frames: AsyncIterator[dict[str, Any]], held: contextlib.ExitStack | None = None) -> None:
+    def __init__(self, frames: AsyncGenerator[dict[str, Any], None], held: contextlib.ExitStack | None = None) -> None:
         self.status_code, self.background, self._frames = 200, None, frames
         self._held = held or contextlib.ExitStack()
         self.media_type = "text/event-stream"
@@ -150,8 +150,8 @@ def invalid_text(error: RequestValidationError) -> str:
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def _plain(error: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: error[key] for key in ("type", "loc", "msg") if key in error}
+def _plain(error: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {key: error[key] for key in ("type", "loc", "msg") if key in error}
     plain["loc"] = [part if isinstance(part, int) else encodable(str(part)) for part in error.get("loc", ())]
     plain["msg"] = encodable(str(error.get("msg", "")))
     given = error.get("input")
