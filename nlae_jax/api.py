@@ -64,6 +64,7 @@ class NLA(Explainer):
             lambda pair: _run_statistics(run) if _has_activations(run) else package_statistics(pair),
             str(workdir),
             lambda count: _run_texts(run, count) if _has_activations(run) else (),
+            run.config.subject.model,
         )
 
     @staticmethod
@@ -91,7 +92,16 @@ class NLA(Explainer):
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
         read = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
-        return NLA(roles, pair, tokenizer, read, mesh=mesh, statistics=known, name=str(av))
+        return NLA(
+            roles,
+            pair,
+            tokenizer,
+            read,
+            mesh=mesh,
+            statistics=known,
+            name=str(av),
+            subject_name=subject or sidecar.base_model or "subject",
+        )
 
     def explain_text(
         self,
@@ -259,7 +269,9 @@ def _with_adapters(
     pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
-    return NLA(roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name)
+    return NLA(
+        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=of_encoder.base_model
+    )
 
 
 def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

@@ -53,12 +53,14 @@ class Explainer:
         statistics: Callable[[Explainer], Statistics] | None = None,
         name: str = "pair",
         run_texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: (),
+        subject_name: str = "subject",
     ) -> None:
         """`mesh`: that the pair's parameters are on, to split batches over.
 
         `statistics`: makes those of the pair's training data when they are first asked for; where there is no such
-        function, they are made from the texts that come with the package. `name`: what pages and reports call the pair.
-        `run_texts(count)`: token ids of so many texts that the pair was trained on, where those are at hand.
+        function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
+        reports call the pair and its subject. `run_texts(count)`: token ids of so many texts that the pair was trained
+        on, where those are at hand.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
             roles.decoder.layer,
@@ -67,7 +69,7 @@ class Explainer:
             name,
         )
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
-        self._make_statistics, self.run_texts = statistics, run_texts
+        self._make_statistics, self.run_texts, self.subject_name = statistics, run_texts, subject_name
         for role in (roles.encoder, roles.decoder):
             check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
 
@@ -161,6 +163,14 @@ class Explainer:
             "statistics_of": known.source,
             "relative_mse_is": "mse / variance: 0 is perfect, 1 no better than predicting the data's mean direction",
         }
+
+    @property
+    def roles(self) -> Roles:
+        return self._roles
+
+    @property
+    def pair(self) -> Pair:
+        return self._pair
 
     @property
     def d_model(self) -> int:

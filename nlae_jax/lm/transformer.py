@@ -323,7 +323,7 @@ class Transformer(nn.Module):
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """One token for every row; keys and values are written into `own` at `offset`.
+        """One token for every row; keys and values are written into `own` at `offset`, a scalar or one for each row.
 
         With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
         `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all
@@ -404,10 +404,14 @@ def _residual(x: jax.Array, decoding: bool) -> jax.Array:
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
     """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
 
-    With a `place`, the cache has all blocks' on a leading axis.
+    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
     """
     before = () if place is None else (place,)
     kv_heads, rows = cache.shape[len(before) : len(before) + 2]
+    if jnp.ndim(offset):
+        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
+        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
+        return _cache(written, len(before))
     new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
     return _cache(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
 

@@ -91,7 +91,10 @@ class Subject(nn.Module):
         own: Any,
         weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits."""
+        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits.
+
+        `step` is a scalar, or [B] where rows are at different tokens.
+        """
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)
