@@ -11,7 +11,7 @@ from nlae_jax.cli import main
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
 from nlae_jax.runtime.errors import UserError
-from tests.planted import documents
+from tests.planted_pairs import documents
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -108,7 +108,6 @@ def test_a_text_that_comes_twice_is_one_document(tmp_path):
         (["--model", "smollm2-135m", "--out", "o"], "--text, --input or --config"),
         ([], "--workdir, or --model, or --av and --ar"),
         (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
-        (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config overrides"),
         (["--model", "m", "--out", "o", "--text", "x", "--num-activations", "1"], "--num-activations: 1 should be at"),
         (
             ["--model", "m", "--out", "o", "--text", "x", "--temperature", "nan"],
@@ -127,6 +126,7 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
     [
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
+        (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):

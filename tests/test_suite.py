@@ -7,7 +7,7 @@ from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
 from nlae_jax.evaluate.suite import run_suite, sections_of
 from nlae_jax.evaluate.work import Work
 from nlae_jax.runtime.errors import UserError
-from tests.planted import SIZES, planted, planted_rows
+from tests.planted_pairs import SIZES, planted, planted_rows
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from nlae_jax.evaluate.trained_controls import trained_controls
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles.pair import Pair
-from tests.planted import SIZES, planted, planted_rows
+from tests.planted_pairs import SIZES, planted, planted_rows
 
 
 @pytest.fixture(scope="module")

@@ -162,13 +162,19 @@ class Block:
                 mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
                 x = x + self._norm(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
-                normed = self._norm(x, weights, "mlp_norm")
-                gate, up = (self._linear(normed, weights, adapters, name, decoding) for name in ("gate", "up"))
-                mixed = ACTIVATIONS[self.arch.activation](gate) * up
+                mixed = self.neurons(x, weights, adapters, decoding)
                 mixed = self._linear(mixed, weights, adapters, "down", decoding)
                 x = x + self._norm(_residual(mixed, decoding), weights, "mlp_post_norm")
             outs.append(x)
         return tuple(outs), tuple(caches)
+
+    def neurons(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
+    ) -> jax.Array:
+        """What the MLP's neurons make of the residual stream after attention, [*batch, T, d_ff]."""
+        normed = self._norm(x, weights, "mlp_norm")
+        gate, up = (self._linear(normed, weights, adapters, name, decoding) for name in ("gate", "up"))
+        return ACTIVATIONS[self.arch.activation](gate) * up
 
     def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
         """x itself where the architecture has no such norm."""
@@ -290,6 +296,20 @@ class Transformer(nn.Module):
         layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
         return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters, layers))
 
+    def neurons(self, segment: Segment, layer: int) -> jax.Array:
+        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff]."""
+        (hidden,), _ = self.run((segment,), stop=layer)
+        block = Block(self.arch, self.lora_scale, [segment], self.attention)
+        weights, adapters = _layer(self.blocks, layer), _layer(self._adapters(), layer)
+        # Without its MLP's output, what leaves the block is what its MLP reads.
+        silent = {**weights, "down": jnp.zeros_like(weights["down"])}
+        if "down_bias" in weights:
+            silent["down_bias"] = jnp.zeros_like(weights["down_bias"])
+        own = {name: adapter for name, adapter in adapters.items() if name != "down"}
+        kind = jax.tree.map(lambda a: int(a[layer]), layers_of(self.arch))
+        (middle,), _ = block(silent, own, (hidden,), layer=kind)
+        return block.neurons(middle, weights, adapters)
+
     def block_weights(self) -> list[BlockWeights]:
         """Each block's weights and adapters by themselves."""
         adapters = self._adapters()
@@ -303,7 +323,7 @@ class Transformer(nn.Module):
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """One token for every row; keys and values are written into `own` at `offset`.
+        """One token for every row; keys and values are written into `own` at `offset`, a scalar or one for each row.
 
         With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
         `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all
@@ -384,10 +404,14 @@ def _residual(x: jax.Array, decoding: bool) -> jax.Array:
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
     """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
 
-    With a `place`, the cache has all blocks' on a leading axis.
+    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
     """
     before = () if place is None else (place,)
     kv_heads, rows = cache.shape[len(before) : len(before) + 2]
+    if jnp.ndim(offset):
+        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
+        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
+        return _cache(written, len(before))
     new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
     return _cache(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
 

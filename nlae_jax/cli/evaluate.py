@@ -1,0 +1,108 @@
+"""`nlae eval`: the stage of a run, and the suite on any pair."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from nlae_jax.cli.command import Command, add_distributed, start_jax
+from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
+from nlae_jax.cli.stages import run_stage_command
+from nlae_jax.runtime import world
+from nlae_jax.runtime.errors import UserError
+
+# What options must be at least.
+_LEAST = {"num_activations": 2, "temperature": 0, "control_steps": 0, "max_new_tokens": 1}
+
+
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read"
+    command.add_argument("--config", help=help_text)
+    add_pair(command)
+    command.add_argument("--suite", metavar="A,B", help="sections: reconstruction, text, meaning, truth, health")
+    command.add_argument("--text", action="append", default=[], help="a text to read; may be given several times")
+    help_text = "file of texts (.txt, .jsonl, .parquet) or of activations (.parquet); may be given several times"
+    command.add_argument("--input", action="append", default=[], metavar="FILE", help=help_text)
+    command.add_argument("--out", help="directory that gets eval.json and what is done (default: the workdir)")
+    command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
+    command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
+    help_text = "also train decoders on other words for so many steps each (default 0: none)"
+    command.add_argument("--control-steps", type=int, default=0, help=help_text)
+    command.add_argument("--json", action="store_true", help="print eval.json on stdout")
+    add_distributed(command)
+
+
+def _check_eval(options: argparse.Namespace) -> str:
+    if problem := check_pair(options):
+        return problem
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            return f"--{name.replace('_', '-')}: {value} should be at least {least}"
+    if not options.workdir and not options.out:
+        return "eval of a released pair takes --out, the directory that gets eval.json"
+    if not options.workdir and not (options.text or options.input or options.config):
+        return "eval of a released pair takes --text, --input or --config: what is read"
+    return ""
+
+
+def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    """The stage, where a config and a workdir are given; and the suite, where it is asked for or no config is."""
+    from nlae_jax.evaluate.suite import sections_of
+
+    if overrides and not options.config:
+        raise UserError("--config.*: overrides change what --config gives, and there is none")
+    sections, as_json = sections_of(options.suite or ""), options.json
+    if options.config and options.workdir:
+        options.json = as_json and not options.suite
+        code = run_stage_command(options, overrides)
+        if not options.suite:
+            return code
+    else:
+        check_workdir(options)
+        start_jax(options.distributed)
+    if world.count() > 1:
+        raise UserError("--suite: runs in one process; leave --distributed out")
+    from nlae_jax.api import open_run
+    from nlae_jax.config import Config, load_experiment
+    from nlae_jax.report.suite import suite_table
+    from nlae_jax.run.suite import rows_of_run, write_figures
+    from nlae_jax.runtime.files import read_json
+    from nlae_jax.runtime.output import afterwards, show_json, show_rich
+
+    config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
+    out, nla = options.out or options.workdir, load_pair(options)
+    if options.workdir:
+        run = open_run(options.workdir)
+        config = run.config
+        if not (options.text or options.input):
+            rows = rows_of_run(run, options.num_activations or config.eval.num_activations)
+    figures = nla.evaluate(
+        out,
+        options.text,
+        options.input,
+        rows,
+        sections,
+        options.num_activations or config.eval.num_activations,
+        config.eval.temperature if options.temperature is None else options.temperature,
+        config.seed,
+        config.eval.bootstrap_samples,
+        options.control_steps,
+        config.corpus if options.config and not options.workdir else None,
+    )
+    path = write_figures(out, figures)
+    show = lambda: show_json(read_json(path)) if as_json else show_rich(suite_table(figures))  # noqa: E731
+    afterwards("no results shown", show)
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "eval",
+        "measure the round trip on held-out documents; of any pair, what its words carry and whether they are true",
+        _add_eval,
+        _run_eval,
+        takes_overrides=True,
+        check=_check_eval,
+    ),
+)
