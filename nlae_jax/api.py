@@ -17,7 +17,7 @@ from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permu
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
 from nlae_jax.explore.explain import Options, Rows, explain_passages
-from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.explainer import Explainer, package_statistics
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
@@ -61,9 +61,9 @@ class NLA(Explainer):
             subject,
             run.config.rl.max_new_tokens,
             run.mesh,
-            lambda _: _run_statistics(run),
+            lambda pair: _run_statistics(run) if _has_activations(run) else package_statistics(pair),
             str(workdir),
-            lambda count: [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)],
+            lambda count: _run_texts(run, count) if _has_activations(run) else (),
             run.config.subject.model,
         )
 
@@ -209,6 +209,16 @@ def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
     """Those that lie beside the encoder and decoder of a pair's directory; None where there are none."""
     path = (pair_directory(name) or Path(name).expanduser()) / FILE
     return (lambda _: load_statistics(path)) if path.is_file() else None
+
+
+def _has_activations(run: PreparedRun) -> bool:
+    """They may have been deleted: a pair is used without them."""
+    return (run.workdir / "activations/meta.json").exists()
+
+
+def _run_texts(run: PreparedRun, count: int) -> list[list[int]]:
+    """None of a run on datasets, which bring activations and no tokens."""
+    return [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)]
 
 
 def _run_statistics(run: PreparedRun) -> Statistics:

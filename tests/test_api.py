@@ -56,7 +56,10 @@ def test_explaining_needs_no_activations(nla, copied):
     """They may be gone: a pair and its prompts are all that is read."""
     shutil.rmtree(copied / "activations")
     vectors = np.eye(2, nla.subject.arch.d_model, dtype=np.float32)
-    assert nlae_jax.NLA.from_workdir(copied).explain(vectors) == nla.explain(vectors)
+    bare = nlae_jax.NLA.from_workdir(copied)
+    assert bare.explain(vectors) == nla.explain(vectors)
+    assert bare.run_texts(4) == () and len(nla.run_texts(4)) == 4
+    assert "come with the package" in bare.description()["statistics_of"]
 
 
 def test_explanations_are_scored_by_what_they_rebuild(nla, vectors):

@@ -187,6 +187,8 @@ def test_the_command(tiny_run, tmp_path, capsys):
     bare = explained("--vectors", str(tmp_path / "v.npy"), "--samples=2")["tokens"]
     assert len(bare) == 2 and all(len(row["samples"]) == 2 and row["position"] is None for row in bare)
     (tmp_path / "t.jsonl").write_text('{"id": "a", "text": "the of"}\n{"id": "b", "text": "in"}\n')
+    assert main([*pair, "--text=the of to in", "--positions", "-1,-2:", "--json"]) == 0
+    assert [row["position"] for row in json.loads(capsys.readouterr().out)["tokens"]] == [4, 3, 4]
     out = tmp_path / "out.csv"
     assert main([*pair, "--input", str(tmp_path / "t.jsonl"), "--out", str(out), "--positions=-1"]) == 0
     rows = list(csv.DictReader(out.open(newline="")))

@@ -7,12 +7,13 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 
 from nlae_jax.cli import audit, directions, explain, measures, serve, stages, steer
-from nlae_jax.cli.command import PATHS, Command
+from nlae_jax.cli.command import LISTS, PATHS, Command
 from nlae_jax.runtime import signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
 
@@ -27,6 +28,8 @@ COMMANDS: tuple[Command, ...] = (
     *serve.COMMANDS,
     *measures.COMMANDS,
 )
+
+_NEGATIVE = re.compile(r"-[\d.:]")  # how a list of numbers may begin
 
 # What an error of the system says, with or without its number: libraries hand some on as text -> what to do.
 _SYSTEM_ERRORS = (
@@ -170,6 +173,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
+        if argument in LISTS and remaining and _NEGATIVE.match(remaining[0]):
+            argument += f"={remaining.pop(0)}"  # argparse takes -1,2 for options, though not -1
         if not argument.startswith("--config."):
             rest.append(argument)
             continue

@@ -14,6 +14,9 @@ from nlae_jax.runtime import processes, world
 # Options whose values are paths on this machine.
 PATHS = ("config", "out", "file", "html", "chat", "input", "vectors", "corpus", "terms")
 
+# Options whose values are lists of numbers or ranges, which may begin with a minus sign.
+LISTS = ("--positions", "--span", "--at", "--steps", "--alphas")
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:

@@ -138,7 +138,7 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("mse", justify="right", no_wrap=True, min_width=5)
     table.add_column("rel.", justify="right", no_wrap=True, min_width=4)
     for row in tokens:
-        _, token = split_at_token(row["token"], row["token"], 0)
+        _, token = split_at_token(row["token"], row["token"], 0) if row["token"] else ("", "")
         cell = _explanation_cell(row)
         notes = remarks(row)
         if row.get("agreement") is not None:
