@@ -24,8 +24,9 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf.tokenizer import write_tokenizer
+from nlae_jax.lm.layout import hf_name, layout
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
-from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, hf_name
+from nlae_jax.lm.weights import WEIGHTS_FILE
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import clean_log, quoted
 
@@ -159,7 +160,7 @@ def _slots(arch: Arch) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     shapes = {name: weight.shape for name, weight in weights.items()} | blocks
     # In the order of the table: the fingerprint of a converted model depends on where its tensors lie.
     return {
-        template.format(layer): (name, layer, shapes[name][::-1] if HF_NAMES[arch.family][name][1] else shapes[name])
+        template.format(layer): (name, layer, shapes[name][::-1] if layout(arch)[name].transposed else shapes[name])
         for name, template in TENSOR_NAMES.items()
         if name in shapes
         for layer in range(arch.num_layers if name in blocks else 1)
