@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
 from nlae_jax.evaluate.reconstruction import direction_mse
+from nlae_jax.interop.adapt import WARNING, Adapter, is_adapter, read_adapter
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
 from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
@@ -30,7 +31,7 @@ from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
 from nlae_jax.runtime.outside import encodable
-from nlae_jax.runtime.progress import progress
+from nlae_jax.runtime.progress import progress, warn
 
 _BATCH = 16
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
@@ -47,8 +48,13 @@ class NLA:
         subject: Callable[[], LanguageModel],
         max_new_tokens: int = 200,
         mesh: Mesh | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """`mesh`: that the pair's parameters are on, to split batches over."""
+        """`mesh`: that the pair's parameters are on, to split batches over.
+
+        `adapter`: maps the subject's activations into those of the model that the pair was trained for.
+        """
+        self.adapter = adapter
         self.layer, self.tokenizer, self.max_new_tokens = roles.decoder.layer, tokenizer, max_new_tokens
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
         for role in (roles.encoder, roles.decoder):
@@ -83,13 +89,16 @@ class NLA:
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`roles.adapters`).
+        Either may hold adapters, which need the base model that they name (`roles.adapters`). `av` may also be what
+        `nlae adapt` wrote, of a model that no pair was trained for.
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
         model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
         the default device or split over a `mesh`. Raises UserError, naming file and field, where something does not
         fit.
         """
+        if not ar and is_adapter(Path(av).expanduser()):
+            return _adapted(Path(av).expanduser(), subject, dtype, mesh)
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
@@ -152,7 +161,7 @@ class NLA:
             [
                 {
                     "position": position,
-                    "token": self.tokenizer.decode([token]),
+                    "token": self.subject.tokenizer.decode([token]),
                     **dict(zip(fields, next(rows), strict=True)),
                 }
                 for position, token in enumerate(ids)
@@ -161,9 +170,9 @@ class NLA:
         ]
 
     def _read(self, text: str, where: str) -> tuple[list[int], np.ndarray]:
-        """A text's token ids and their activations [T, d]."""
-        ids = text_ids(self.tokenizer, encodable(text))
-        check_ids(ids, self.subject.arch.vocab_size, self.tokenizer, where)
+        """A text's token ids and their activations [T, d], as the pair knows them."""
+        ids = text_ids(self.subject.tokenizer, encodable(text))
+        check_ids(ids, self.subject.arch.vocab_size, self.subject.tokenizer, where)
         if len(ids) > MAX_TOKENS:
             raise UserError(
                 f"{where}: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts"
@@ -171,7 +180,9 @@ class NLA:
         width = -(-len(ids) // 64) * 64
         padded, mask = np.zeros((1, width), np.int32), np.arange(width)[None] < len(ids)
         padded[0, : len(ids)] = ids
-        return ids, np.asarray(self.subject.residual(padded, self.layer, mask=mask))[0, : len(ids)]
+        layer = self.layer if self.adapter is None else self.adapter.layer
+        vectors = np.asarray(self.subject.residual(padded, layer, mask=mask))[0, : len(ids)]
+        return ids, vectors if self.adapter is None else self.adapter(vectors)
 
     @property
     def _d_model(self) -> int:
@@ -241,6 +252,17 @@ def _with_adapters(
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(roles, pair, tokenizer, subject, mesh=mesh)
+
+
+def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
+    """A pair behind a map from another model's activations."""
+    adapter = read_adapter(directory)
+    nla = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh)
+    if nla._d_model != adapter.matrix.shape[1]:
+        raise UserError(f"{directory}: maps to width {adapter.matrix.shape[1]}; {adapter.to} reads {nla._d_model}")
+    warn(WARNING)
+    make = lambda: LanguageModel.from_pretrained(subject or adapter.model, dtype, mesh)  # noqa: E731
+    return NLA(nla._roles, nla._pair, nla.tokenizer, make, mesh=mesh, adapter=adapter)
 
 
 def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

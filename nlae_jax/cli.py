@@ -224,6 +224,20 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--adapters", action="store_true", help="the adapters alone, which need the base model")
     export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
     export.set_defaults(run=_run_export)
+    help_text = (
+        "fit a linear map from another model's activations into those of a pair's, which then explains that model"
+    )
+    adapt = commands.add_parser("adapt", help=help_text, description=help_text)
+    adapt.add_argument("--model", required=True, help="the model: a directory, GGUF file, hub id or pypi:WHEEL")
+    adapt.add_argument("--layer", required=True, type=int, help="its block whose output is read, from 0")
+    adapt.add_argument("--to", required=True, help="the pair: shipped (smollm2-135m), or a directory with av/ and ar/")
+    adapt.add_argument("--out", required=True, help="directory that gets the map; `explain --model` takes it")
+    adapt.add_argument("--corpus", default="", help="glob of texts, or warmstart (default: installed documentation)")
+    adapt.add_argument("--documents", type=int, default=400, help="texts that both models read (default 400)")
+    adapt.add_argument("--positions", type=int, default=8, help="places of each text (default 8)")
+    adapt.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both models' weights")
+    adapt.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    adapt.set_defaults(run=_run_adapt)
     help_text = "time the phases of the real steps and what of the machine's peak they use"
     bench = commands.add_parser("bench", help=help_text, description=help_text)
     bench.add_argument("--config", required=True, help="experiment file with get_config()")
@@ -244,7 +258,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(rest)
-    if overrides and options.command in ("explain", "export", "report"):
+    if overrides and options.command in ("adapt", "explain", "export", "report"):
         parser.error(f"{options.command} takes no --config overrides: the workdir has its own config")
     if options.command == "explain":
         given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
@@ -408,6 +422,23 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     run = open_run(options.workdir)
     export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
     afterwards("stdout", lambda: show("\n".join(str(path) for path in sorted(options.out.iterdir()))))
+    return 0
+
+
+def _run_adapt(options: argparse.Namespace, _: list[str]) -> int:
+    for name in ("documents", "positions"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")
+    _start_jax()
+    from nlae_jax.config import CorpusConfig
+    from nlae_jax.interop.adapt import WARNING, adapt_pair
+    from nlae_jax.report.table import adaptation_table
+    from nlae_jax.runtime.progress import say
+
+    corpus = CorpusConfig(path=options.corpus, max_documents=options.documents)
+    chosen = options.model, options.layer, options.to, options.out, corpus, options.positions, options.dtype
+    _show(adapt_pair(*chosen), adaptation_table, options.json)
+    say(f"{options.out}: `nlae explain --model {options.out}` takes it; {WARNING}")
     return 0
 
 
