@@ -3,10 +3,20 @@ PYTHON ?= python3
 TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart train test lint types docs clean
 
+# Three texts explained by the shipped pair, which is then trained on for a few minutes.
 quickstart: .venv/installed
+	@mkdir -p $(WORKDIR)
+	.venv/bin/nlae explain --model smollm2-135m --html $(WORKDIR)/explanations.html \
+	  --text "The capital of France is Paris" \
+	  --text "def mean(values): return sum(values) /" \
+	  --text "Once upon a time there was a fox who"
 	.venv/bin/nlae train --config experiments/quickstart.py --workdir $(WORKDIR)
+
+# A pair from nothing.
+train: .venv/installed
+	.venv/bin/nlae train --config experiments/scratch.py --workdir runs/scratch
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
@@ -15,6 +25,9 @@ lint: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
+
+types: .venv/tested
+	.venv/bin/mypy
 
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

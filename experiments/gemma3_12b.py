@@ -12,15 +12,12 @@ Activations are about 80,000 long here, because the family scales its embeddings
 from the data.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config = inherit("qwen2_5_7b.py", beside=__file__)
     config.subject.model, config.subject.layer = "google/gemma-3-12b-it", 32
     return config

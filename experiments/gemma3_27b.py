@@ -10,16 +10,13 @@ after a week. This file has not been run to its end yet. Needs what `qwen2_5_7b.
 weights.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config = inherit("qwen2_5_7b.py", beside=__file__)
     config.subject.model, config.subject.layer = "google/gemma-3-27b-it", 41
     config.rl.num_steps = 6000
     return config

@@ -11,16 +11,13 @@ Expected: the PyTorch reference released a pair for this layer; its numbers are 
 run to its end yet. Needs what `qwen2_5_7b.py` needs, and access to the gated weights.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config = inherit("qwen2_5_7b.py", beside=__file__)
     config.subject.model, config.subject.layer = "meta-llama/Llama-3.3-70B-Instruct", 53
     config.lora.rank, config.lora.alpha = 64, 64.0
     config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4

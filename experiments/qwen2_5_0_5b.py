@@ -8,16 +8,13 @@ Expected: the PyTorch reference reports FVE 0.44 after the warm start and 0.594 
 not been run to its end yet. Needs what `qwen2_5_7b.py` needs.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config = inherit("qwen2_5_7b.py", beside=__file__)
     config.subject.model, config.subject.layer = "Qwen/Qwen2.5-0.5B-Instruct", 16
     config.rl.num_steps = 1000
     return config

@@ -9,15 +9,12 @@ Expected: no published numbers for this model; those of Qwen2.5-7B are what to c
 run to its end yet. Needs what `qwen2_5_7b.py` needs.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_RECIPE = Path(__file__).with_name("qwen2_5_7b.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_RECIPE))["get_config"]()
+    config = inherit("qwen2_5_7b.py", beside=__file__)
     config.subject.model, config.subject.layer = "Qwen/Qwen3-8B", 24
     return config

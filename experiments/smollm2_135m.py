@@ -1,20 +1,17 @@
-"""The quickstart's recipe for SmolLM2-135M-Instruct with three hours instead of half an hour.
+"""The recipe of scratch.py for SmolLM2-135M-Instruct with three hours instead of half an hour.
 
     nlae train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
 Hardware: 2 CPU cores, 8 GB of memory. Expected: held-out FVE 0.50, 0.37 before RL (docs/results.md).
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_QUICKSTART = Path(__file__).with_name("quickstart.py")
+from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_QUICKSTART))["get_config"]()
+    config = inherit("scratch.py", beside=__file__)
     config.corpus.max_documents = 3000
     config.extract.positions_per_document = 12
     config.sft.encoder_steps, config.sft.encoder_learning_rate = 1000, 4e-3

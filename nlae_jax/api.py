@@ -26,14 +26,15 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
-from nlae_jax.run.run import Run
+from nlae_jax.run import resources
+from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress, warn
 
-_BATCH = 16
+_SMALLEST_BATCH, _LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
 MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
 
 
@@ -68,7 +69,7 @@ class NLA:
     @cached_property
     def _trip(self) -> RoundTrip:
         """The pair's compiled functions, for explanations of any length."""
-        return RoundTrip(self._roles, self.tokenizer, _BATCH, self.max_new_tokens, self._mesh)
+        return RoundTrip(self._roles, self.tokenizer, _LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH)
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
@@ -89,7 +90,7 @@ class NLA:
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`roles.adapters`). `av` may also be what
+        Either may hold adapters, which need the base model that they name (`lm.adapters`). `av` may also be what
         `nlae adapt` wrote, of a model that no pair was trained for.
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
@@ -104,10 +105,11 @@ class NLA:
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         if encoder.adapters or decoder.adapters:
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh)
-        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, decoder.layer, protocol), rank=0)
+        layer = decoder.decoder_layer
+        roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, tokenizer, dtype, mesh), mesh=mesh)
+        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh), mesh=mesh)
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
@@ -207,16 +209,16 @@ def _as_float32(vectors: Any) -> np.ndarray:
         if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype numpy lacks
             vectors = vectors.detach().cpu().to_dense()
             vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
-        found = np.asarray(jax.device_get(vectors))
-        if found.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
-            raise TypeError(f"it is {found.dtype}")
+        host = np.asarray(jax.device_get(vectors))
+        if host.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
+            raise TypeError(f"it is {host.dtype}")
         with np.errstate(over="ignore"):
-            return found.astype(np.float32, copy=False)
+            return host.astype(np.float32, copy=False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
-def open_run(workdir: str | Path) -> Run:
+def open_run(workdir: str | Path) -> PreparedRun:
     """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
@@ -226,29 +228,28 @@ def open_run(workdir: str | Path) -> Run:
         make_mesh(config.mesh)
     except UserError:
         config = dataclasses.replace(config, mesh=MeshConfig())
-    return Run(config, workdir, read_only=True)
+    return resources.prepare(resources.open_run(config, workdir, read_only=True))
 
 
 def _with_adapters(
     encoder: Released, decoder: Released, protocol: Protocol, tokenizer: Any, dtype: str, mesh: Mesh | None
 ) -> NLA:
     """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
-    adapters = encoder.adapters, decoder.adapters
-    if None in adapters or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+    adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
+    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
         raise UserError(
             f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
             f"those in {encoder.sidecar.path.parent}"
         )
-    arch, scale = encoder.arch, encoder.adapters.alpha / encoder.adapters.rank
-    roles = Roles(
-        Encoder(arch, protocol, scale), Decoder(arch, decoder.layer, protocol, scale), rank=encoder.adapters.rank
-    )
+    of_encoder, of_decoder = adapters
+    arch, layer, scale = encoder.arch, decoder.decoder_layer, of_encoder.alpha / of_encoder.rank
+    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=of_encoder.rank)
     base = encoder.weights(dtype, mesh)
     trained = {
-        "adapters": decoder.adapters.read(arch.truncated(decoder.layer + 1)),
+        "adapters": of_decoder.read(arch.truncated(layer + 1)),
         "value_head": decoder.value_head(mesh),
     }
-    pair = Pair(base, {"adapters": encoder.adapters.read(arch)}, trained)
+    pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(roles, pair, tokenizer, subject, mesh=mesh)
@@ -265,15 +266,15 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
     return NLA(nla._roles, nla._pair, nla.tokenizer, make, mesh=mesh, adapter=adapter)
 
 
-def _subject(name: str, sidecar: Sidecar, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
+def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """The model whose activations a released pair was made for."""
-    if not (name or sidecar.base_model):
+    if not (name := name or sidecar.base_model or ""):
         raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
-    model = LanguageModel.from_pretrained(name or sidecar.base_model, dtype, mesh)
-    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= sidecar.layer:
+    model = LanguageModel.from_pretrained(name, dtype, mesh)
+    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(
-            f"subject {name or sidecar.base_model}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
-            f"pair reads block {sidecar.layer} of width {sidecar.d_model}"
+            f"subject {name}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
+            f"pair reads block {layer} of width {sidecar.d_model}"
         )
-    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name or sidecar.base_model}")
+    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name}")
     return model

@@ -71,12 +71,12 @@ def entry() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done. 2: something the user can put right, said in one line. 130: interrupted by hand.
 
-    `hosts.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved if there was time. `hosts.LOST`: another
-    process of the run is gone. After these three the same command continues.
+    `supervision.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved if there was time.
+    `supervision.LOST`: another process of the run is gone. After these three the same command continues.
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
     with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
-        sys.stdout.reconfigure(errors="replace")
+        getattr(sys.stdout, "reconfigure")(errors="replace")  # noqa: B009 (a stream of another kind has none)
     try:
         with signals.interruptible(supervision.interrupt, supervision.grace, world.tell):
             return _run(options, overrides)
@@ -294,7 +294,7 @@ def _start_jax(distributed: str | None = None) -> None:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    if jax.config.jax_compilation_cache_dir is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if distributed is not None:
@@ -320,23 +320,22 @@ def _run_stage(options: argparse.Namespace, overrides: list[str]) -> int:
     supervision.set_grace(config.checkpoint.grace_seconds)
     _start_jax(options.distributed)
     from nlae_jax.report.page import write_report
-    from nlae_jax.run.run import Run
-    from nlae_jax.run.stages import STAGES
+    from nlae_jax.run.resources import open_run
+    from nlae_jax.run.stages import run_stage, run_stages
     from nlae_jax.runtime.files import read_json
     from nlae_jax.runtime.output import afterwards, show_json
     from nlae_jax.runtime.progress import say
 
     clock = time.perf_counter()
-    run = Run(config, options.workdir)
+    run = open_run(config, options.workdir)
     if options.command == "train":
-        for stage in STAGES.values():
-            stage(run)
+        run_stages(run)
         if world.is_first():
             afterwards("no report", lambda: write_report(options.workdir))
             afterwards("no results shown", lambda: _print_result(options.workdir))
         say(f"nlae train: {(time.perf_counter() - clock) / 60:.1f} minutes")
     else:
-        STAGES[options.command](run)
+        run_stage(run, options.command)
         if getattr(options, "json", False) and world.is_first():
             afterwards("no results shown", lambda: show_json(read_json(options.workdir / "eval.json")))
     return 0
@@ -464,8 +463,8 @@ def _run_explain(options: argparse.Namespace, _: list[str]) -> int:
     else:
         # All devices share the weights: the larger pairs need more than one.
         mesh = make_mesh(MeshConfig(fsdp=-1))
-        pair = (options.model, "") if options.model else (options.av, options.ar)
-        nla = NLA.from_pretrained(*pair, options.subject, options.dtype or "float32", mesh)
+        av, ar = (options.model, "") if options.model else (options.av, options.ar)
+        nla = NLA.from_pretrained(av, ar, options.subject, options.dtype or "float32", mesh)
     nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
     explained = nla.explain_texts(texts, temperature=options.temperature)
     if options.json:

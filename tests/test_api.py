@@ -52,6 +52,13 @@ def damage(checkpoint):
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def test_explaining_needs_no_activations(nla, copied):
+    """They may be gone: a pair and its prompts are all that is read."""
+    shutil.rmtree(copied / "activations")
+    vectors = np.eye(2, nla.subject.arch.d_model, dtype=np.float32)
+    assert nlae_jax.NLA.from_workdir(copied).explain(vectors) == nla.explain(vectors)
+
+
 def test_explanations_are_scored_by_what_they_rebuild(nla, vectors):
     texts = nla.explain(vectors, max_new_tokens=48)
     assert len(texts) == len(vectors)

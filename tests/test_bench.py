@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax.bench import steps
+from nlae_jax.bench import flops, steps
 from nlae_jax.cli import main
 from nlae_jax.lm.transformer import Transformer
 from tests.conftest import tiny_config, vectors
@@ -16,8 +16,8 @@ pytest_plugins = ["tests.tiny_run"]
 
 
 @pytest.fixture(scope="module")
-def setting(tiny_dir):
-    return steps.make_setting(tiny_config(subject__model=str(tiny_dir), lora__rank=0, rl__activations_per_step=3))
+def workload(tiny_dir):
+    return steps.make_workload(tiny_config(subject__model=str(tiny_dir), lora__rank=0, rl__activations_per_step=3))
 
 
 def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
@@ -27,30 +27,30 @@ def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
     forward = jax.jit(lambda p: Transformer(arch).apply({"params": p}, ids, mask))
     counted = forward.lower(params).compile().cost_analysis()["flops"]
     # A scanned block is counted once.
-    mine = 2 * steps.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
+    mine = 2 * flops.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
     assert counted == pytest.approx(mine, rel=0.15)
 
 
-def test_the_unshared_step_computes_the_same(setting):
-    alone, rng = steps.unshared(setting), np.random.default_rng(0)
-    group, length = setting.shapes.group, 6
-    tokens = rng.integers(3, 300, (setting.shapes.activations, group, length)).astype(np.int32)
-    h = vectors(setting.shapes.activations, setting.roles.encoder.arch.d_model)
-    trained = setting.rl_state().encoder.trained
+def test_the_unshared_step_computes_the_same(workload):
+    alone, rng = steps.unshared(workload), np.random.default_rng(0)
+    group, length = workload.shapes.group, 6
+    tokens = rng.integers(3, 300, (workload.shapes.activations, group, length)).astype(np.int32)
+    h = vectors(workload.shapes.activations, workload.roles.encoder.arch.d_model)
+    trained = workload.rl_state().encoder.trained
 
     def log_probs(roles, h, tokens):
-        variables = roles.encoder_variables(setting.frozen["base"], trained)
+        variables = roles.encoder_variables(workload.frozen["base"], trained)
         return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
 
-    shared = log_probs(setting.roles, h, tokens)
+    shared = log_probs(workload.roles, h, tokens)
     each = log_probs(alone.roles, np.repeat(h, group, axis=0), tokens.reshape(-1, 1, length))
     np.testing.assert_allclose(np.asarray(each).reshape(shared.shape), shared, atol=1e-4)
 
 
 def test_sharing_needs_fewer_flops(arch):
-    shapes = steps.Shapes(prefix=95, act=30, response=48, wrap=12, activations=4, group=8, sft_batch=16)
+    shapes = flops.Shapes(prefix=95, act=30, response=48, wrap=12, activations=4, group=8, sft_batch=16)
     for rank, passes in ((0, 3), (16, 2)):
-        shared, alone = (steps.needed_flops(arch, 1, rank, s) for s in (shapes, shapes.unshared()))
+        shared, alone = (flops.needed_flops(arch, 1, rank, s) for s in (shapes, shapes.unshared()))
         assert shared["policy"] == passes * shared["reference"]
         assert shared["score"] == alone["score"]
         assert 1.2 < alone["policy"] / shared["policy"] < 3.5

@@ -7,8 +7,8 @@ import pytest
 from nlae_jax.bench.extraction import time_extraction
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
-from nlae_jax.run.run import Run
-from nlae_jax.run.stages import preparation
+from nlae_jax.run import preparation
+from nlae_jax.run.resources import open_run
 from tests.conftest import tiny_config
 
 pytest_plugins = ["tests.tiny_run"]
@@ -33,7 +33,7 @@ def test_devices_that_split_a_batch_read_the_same(tiny_dir, corpus_file, tmp_pat
     found = {}
     for name, mesh in (("one", {}), ("eight", {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2})):
         sizes = {"sft__batch_size": 8, "rl__activations_per_step": 8}
-        run = Run(settings(tiny_dir, corpus_file, **mesh, **sizes), tmp_path / name)
+        run = open_run(settings(tiny_dir, corpus_file, **mesh, **sizes), tmp_path / name)
         preparation.extract(run)
         rows = np.arange(len(run.store.plan.position))
         found[name] = run.store.vectors(rows), run.store.next_tokens(rows)
@@ -46,7 +46,7 @@ def test_documents_are_split_over_devices(tiny_dir, corpus_file, tmp_path):
     flops = []
     for name, data in (("one", 1), ("four", 4)):
         config = settings(tiny_dir, corpus_file, mesh__data=data, sft__batch_size=8, rl__activations_per_step=8)
-        run = Run(config, tmp_path / name)
+        run = open_run(config, tmp_path / name)
         plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
         batch = next(activations.read_batches(plan, config.extract, data))
         flops.append(_flops(run, batch))

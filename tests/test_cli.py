@@ -197,8 +197,10 @@ BEFORE_WEIGHTS = [
     no_config,
     no_tokenizer,
     no_chat_template,
+    no_weights,
+    missing_shard,
 ]
-IN_WEIGHTS = [no_weights, missing_shard, wrong_shape, missing_tensor, truncated_weights]
+IN_WEIGHTS = [wrong_shape, missing_tensor, truncated_weights]
 
 
 @pytest.mark.parametrize("damage", [*BEFORE_WEIGHTS, *IN_WEIGHTS])
@@ -938,7 +940,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(tiny_run, tmp_path, capsys
 
 def test_activations_that_are_all_alike(tiny_run, tmp_path, monkeypatch, capsys):
     """Numbers that JSON lacks are null, and it is said."""
-    from nlae_jax.run.stages import preparation
+    from nlae_jax.run import preparation
 
     def alike(arch, config, mesh, num_next):
         read = original(arch, config, mesh, num_next)

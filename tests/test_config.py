@@ -9,12 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.config import Config, default_config, fields, flatten, load_config, load_experiment, resolve
+from nlae_jax.config import (
+    Binds,
+    Config,
+    default_config,
+    flatten,
+    leaves,
+    load_config,
+    load_experiment,
+    resolve,
+)
 from nlae_jax.runtime.errors import UserError
 
-FIELDS = dict(fields(Config))
+LEAVES = {leaf.name: leaf for leaf in leaves()}
+FIELDS = {leaf.name: leaf.kind for leaf in leaves()}
 NUMBERS = sorted(name for name, kind in FIELDS.items() if kind in (int, float))
 TEXTS = sorted(name for name, kind in FIELDS.items() if kind is str)
+OPTIONAL = sorted(leaf.name for leaf in leaves() if leaf.option.zero_is_none)
 
 
 @pytest.fixture
@@ -74,7 +85,7 @@ def test_overrides_take_the_type_of_their_field(experiment, override, value):
 
 @given(st.sampled_from(TEXTS), st.text(min_size=1))
 def test_a_text_override_is_taken_as_it_stands(name, text):
-    if name in ("remat", "attention", "subject.dtype", "describe.provider", "rl.reward", "optimizer.moment_dtype"):
+    if LEAVES[name].option.choices:
         return  # one of a few words
     path = Path(__file__).parent.parent / "experiments/tiny.py"
     assert flatten(dataclasses.asdict(load_experiment(str(path), [f"{name}={text}"])))[name] == text
@@ -102,6 +113,81 @@ def test_mistyped_override_names_field_and_type(experiment, override):
     message = complaint(lambda: load_experiment(experiment(), [override]))
     assert message.startswith(f"config.{name}:")
     assert FIELDS[name].__name__ in message
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("text", ["None", "0", "0.0"])
+def test_nothing_is_none_and_so_is_the_zero_that_stood_for_it(experiment, tmp_path, name, text):
+    """In an override, an experiment, and the config.json of a run that was begun before."""
+    assert OPTIONAL == ["corpus.max_documents", "protocol.injection_scale"]
+    written = flatten(json.loads(json.dumps(dataclasses.asdict(Config()))))
+    assert written[name] is None and resolve(written) == Config()
+    assert load_experiment(experiment(), [f"{name}={text}"]) == Config()
+    assert load_experiment(experiment(f"config.{name} = {text}")) == Config()
+    section, _, field = name.partition(".")
+    (tmp_path / "config.json").write_text(json.dumps({section: {field: json.loads(text.replace("None", "null"))}}))
+    assert load_config(tmp_path / "config.json") == Config()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("text", ["False", "''", "-1", "all", "nan"])
+def test_what_is_not_nothing_is_no_none(experiment, name, text):
+    assert complaint(lambda: load_experiment(experiment(), [f"{name}={text}"])).startswith(f"config.{name}:")
+
+
+def test_an_experiment_inherits_from_a_file_beside_it(experiment, tmp_path, monkeypatch):
+    """Whatever directory the command is given from, and over two generations."""
+    parent = Path(experiment("config.rl.num_steps = 7\nconfig.lora.rank = 3"))
+    parent.rename(tmp_path / "grandparent.py")
+    inherits = (
+        "from nlae_jax.config import inherit\n\n\ndef get_config():\n    config = inherit({!r}, beside=__file__)\n"
+    )
+    (tmp_path / "parent.py").write_text(
+        f"{inherits.format('grandparent.py')}    config.lora.rank = 5\n    return config\n"
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/child.py").write_text(f"{inherits.format('../parent.py')}    config.seed = 9\n    return config\n")
+    (tmp_path / "elsewhere").mkdir()
+    for directory, path in ((tmp_path, "sub/child.py"), (tmp_path / "elsewhere", "../sub/child.py")):
+        monkeypatch.chdir(directory)
+        config = load_experiment(path)
+        assert (config.rl.num_steps, config.lora.rank, config.seed) == (7, 5, 9)
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_a_parent_that_is_missing_or_wrong_is_named(experiment, tmp_path):
+    child = experiment()
+    for parent, says in (("none.py", "none.py"), ("wrong.py", "wrong.py: has no get_config()")):
+        Path(child).write_text(
+            "from nlae_jax.config import inherit\n\n\ndef get_config():\n"
+            f"    return inherit({parent!r}, beside=__file__)\n"
+        )
+        (tmp_path / "wrong.py").write_text("seed = 1\n")
+        assert says in complaint(lambda: load_experiment(child))
+
+
+@pytest.mark.parametrize(
+    ("name", "binds"),
+    [
+        ("seed", Binds.CONFIG),
+        ("split.rl", Binds.CONFIG),
+        ("describe.provider", Binds.CONFIG),
+        ("describe.model", Binds.DESCRIPTIONS),
+        ("eval.num_activations", Binds.DESCRIPTIONS),
+        ("protocol.injection_scale", Binds.PROTOCOL),
+        ("lora.rank", Binds.ENCODER_SFT),
+        ("sft.buckets", Binds.ENCODER_SFT),
+        ("sft.decoder_learning_rate", Binds.DECODER_SFT),
+        ("views.leading", Binds.DECODER_SFT),
+        ("rl.kl_coef", Binds.RL),
+        ("eval.temperature", Binds.EVAL),
+        ("rl.fused", Binds.NEVER),
+        ("sft.microbatches", Binds.NEVER),
+        ("mesh.tensor", Binds.NEVER),
+    ],
+)
+def test_when_a_field_binds_a_workdir(name, binds):
+    assert LEAVES[name].binds is binds
 
 
 def test_override_without_value(experiment):
@@ -245,7 +331,7 @@ def test_experiments_say_what_they_are(name):
     path = EXPERIMENTS / f"{name}.py"
     config = load_experiment(str(path))
     assert config.subject.layer == LAYERS[name]
-    assert config.protocol.injection_scale == 0  # measured from the data
+    assert config.protocol.injection_scale is None  # measured from the data
     text = path.read_text(encoding="utf-8").split('"""')[1]
     assert f"nlae train --config experiments/{name}.py --workdir runs/{name}" in text
     assert "Hardware: " in text
@@ -253,4 +339,4 @@ def test_experiments_say_what_they_are(name):
 
 
 def test_every_experiment_is_known():
-    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "tiny"}
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "scratch", "tiny"}

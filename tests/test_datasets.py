@@ -15,6 +15,7 @@ from nlae_jax.config import DatasetConfig
 from nlae_jax.interop import datasets
 from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_plan, import_texts, import_vectors
 from nlae_jax.run.export import export_datasets
+from nlae_jax.run.resources import descriptions_of
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
 
@@ -116,10 +117,10 @@ def test_what_is_written_is_read_back(written, run):
         ]
         np.testing.assert_array_equal(plan.position[mine], store.plan.position[theirs])
         if split == "encoder_sft":
-            assert [described[r] for r in mine] == [run.descriptions[r] for r in theirs]
+            assert [described[r] for r in mine] == [descriptions_of(run)[r] for r in theirs]
         if split == "held_out":
             assert [texts[r] for r in mine] == [run.tokenizer.decode(store.context_ids(r)) for r in theirs]
-    gold = run.descriptions[of(store.plan, "decoder_sft")[0]]
+    gold = descriptions_of(run)[of(store.plan, "decoder_sft")[0]]
     assert described[of(plan, "decoder_sft")[0]] == run.protocol.decoder_template.replace("{explanation}", gold)
 
 

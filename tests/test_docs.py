@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.config import Config, fields
+from nlae_jax.config import leaves
 from nlae_jax.runtime import supervision
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ FIGURES = runpy.run_path(str(ROOT / "docs/tools/figures.py"))
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 HERE = re.compile(r"(?<![\w/.])(?:nlae_jax|experiments|tests|launch|benchmarks|docs)/[\w./-]*[\w/]")
 COMMIT = re.compile(r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,40}\b")
-SECTIONS = "|".join(sorted({name.partition(".")[0] for name, _ in fields(Config) if "." in name}))
+SECTIONS = "|".join(sorted({leaf.name.partition(".")[0] for leaf in leaves() if "." in leaf.name}))
 
 pages = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
@@ -85,7 +85,7 @@ def test_commands_and_their_flags_exist(page, flags_of, capsys):
 
 @pages
 def test_fields_of_the_config_exist(page):
-    text, known = page.read_text(), dict(fields(Config))
+    text, known = page.read_text(), {leaf.name for leaf in leaves()}
     named = re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)+)", text)
     named += [name for name in re.findall(rf"`((?:{SECTIONS})\.[a-z_]+)[`=]", text) if not name.endswith(".json")]
     assert [name for name in named if name not in known and name != "a.b"] == []

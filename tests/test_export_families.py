@@ -21,7 +21,7 @@ from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.protocol import make_protocol
 from nlae_jax.run.export import export
 from nlae_jax.run.preparation import extract
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
 from tests.conftest import TINY, perturbed, tiny_config, vectors
 from tests.test_families import CASES, GPT2, NEOX, SMALL, WIDE, assert_close, model_of, torch, transformers
@@ -101,9 +101,9 @@ def run(request, tmp_path, tiny_dir, tokenizer):
     write_sidecar(path, meta | tokens_and_templates(protocol))
     none = {"sft.encoder_steps": 0, "sft.decoder_steps": 0, "rl.num_steps": 0}
     given = {"subject.model": str(directory), "subject.layer": LAYER, "dataset.rl": str(path), "lora.rank": 2}
-    made = Run(resolve({**TINY, **none, **given}), tmp_path / "W")
+    made = open_run(resolve({**TINY, **none, **given}), tmp_path / "W")
     extract(made)
-    return made
+    return prepare(made)
 
 
 @pytest.mark.parametrize("run", [*FIELDS, "gemma3_text+vision"], indirect=True)

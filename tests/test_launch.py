@@ -130,7 +130,7 @@ def test_without_arguments_the_usage_is_shown(launch, script):
 
 # --- keys
 
-SECRETS = {"OPENAI_API_KEY": "sk-a'b$c\"d`e\\\\f", "HF_TOKEN": "hf_tell_nobody"}
+SECRETS = {"OPENAI_API_KEY": "sk-abcdef0123'b$c\"d`e\\\\f", "HF_TOKEN": "hf_tell_nobody"}
 ASKING = ("--config.describe.provider=openai", "--config.describe.model=m", "--config.corpus.hub=someone/texts")
 FORWARDING = {
     "tpu_vm.sh": ("n", "v5e:2x4"),
@@ -172,7 +172,7 @@ def everywhere(launch):
 def test_keys_go_to_the_workers_in_a_private_file(launch, script):
     """Which they read once and remove; no value is in a command, an output, a process list or a file left behind."""
     launch.write(answers=["READY" if script == "tpu_vm.sh" else "ACTIVE"] * 5, codes=[1, 0])
-    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-abcdef0123"])
     before = set(launch.directory.iterdir())
     _, shown, errors = launch(script, "n", "v5e:2x4", *RUN, *ASKING, ATTEMPTS=2, **PLACE, **SECRETS)
     assert (launch.directory / "mode").read_text() == "600\n"
@@ -186,7 +186,7 @@ def test_keys_go_to_the_workers_in_a_private_file(launch, script):
     assert all(". ./nlae-keys && rm nlae-keys && cd nlae && exec .venv/bin/nlae train" in line for line in trained)
     assert not list(launch.directory.glob("nlae-keys.*")), set(launch.directory.iterdir()) - before
     for text in (everywhere(launch), "\n".join(shown), errors):
-        assert "secret" not in text and not any(secret in text for secret in (*SECRETS.values(), "sk-a"))
+        assert "secret" not in text and not any(secret in text for secret in (*SECRETS.values(), "sk-abcdef0123"))
 
 
 @pytest.mark.parametrize("script", FORWARDING)
@@ -195,31 +195,31 @@ def test_a_dry_run_shows_no_value_and_writes_no_file(launch, script):
     code, shown, errors = launch(script, "--dry-run", *FORWARDING[script], *RUN, *ASKING, **PLACE, **SECRETS)
     assert code == 0 and launch.log == []
     assert set(launch.directory.iterdir()) == before
-    assert not any(secret in "\n".join([*shown, errors]) for secret in (*SECRETS.values(), "sk-a"))
+    assert not any(secret in "\n".join([*shown, errors]) for secret in (*SECRETS.values(), "sk-abcdef0123"))
     if script != "slurm.sh":
         assert any("OPENAI_API_KEY HF_TOKEN" in line for line in shown)
 
 
 def test_xpk_is_told_the_names_of_the_keys(launch):
     """It takes the values from its environment, and the user is told who can see them then."""
-    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-abcdef0123"])
     code, _, errors = launch("xpk.sh", "n", "v5e:4x4", *RUN, *ASKING, BUILD=0, **PLACE, **SECRETS)
     (created,) = launch.log
     assert code == 0 and " --env-file=" in created
     assert (launch.directory / "keys").read_text() == "OPENAI_API_KEY\nHF_TOKEN\n"
     assert f"HF_TOKEN={SECRETS['HF_TOKEN']}" in (launch.directory / "env.xpk").read_text()
     assert "OPENAI_API_KEY HF_TOKEN: xpk puts the values into the JobSet" in errors
-    assert not any(secret in everywhere(launch) + errors for secret in (*SECRETS.values(), "sk-a"))
+    assert not any(secret in everywhere(launch) + errors for secret in (*SECRETS.values(), "sk-abcdef0123"))
     assert not list(launch.directory.glob("nlae-keys.*"))
 
 
 def test_slurm_s_job_has_the_keys(launch):
-    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-a"])
+    launch.write(secret=[SECRETS["HF_TOKEN"], "sk-abcdef0123"])
     assert launch("slurm.sh", *RUN, *ASKING, SBATCH_OPTIONS="--time=1:00", **SECRETS)[0] == 0
     (submitted,) = launch.log
     assert " --gpus-per-node=1 --export=ALL --time=1:00 launch/slurm.sh " in submitted
     assert f"HF_TOKEN={SECRETS['HF_TOKEN']}" in (launch.directory / "env.sbatch").read_text()
-    assert not any(secret in everywhere(launch) for secret in (*SECRETS.values(), "sk-a"))
+    assert not any(secret in everywhere(launch) for secret in (*SECRETS.values(), "sk-abcdef0123"))
 
 
 def test_this_machine_s_processes_have_them_too(launch):

@@ -13,7 +13,7 @@ from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import hf_config
 from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
-from nlae_jax.plan.abstract import assumed_protocol, make_setting, programs
+from nlae_jax.plan.abstract import assumed_protocol, make_planned, programs
 from nlae_jax.plan.measure import measure, needed_memory
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
@@ -89,9 +89,9 @@ def test_the_fused_kernel_is_compiled_only_where_it_is_asked_for(config, result,
 def test_float32_products_take_six_times_as_long(config, result):
     """They are taken whole, in six passes of bfloat16 ones, and the plan counts them as the compiler writes them."""
     topology, narrow = chips.open_topology("v5e:2x2"), dataclasses.replace(config.subject, dtype="bfloat16")
-    setting = make_setting(dataclasses.replace(config, subject=narrow), topology.devices)
+    planned = make_planned(dataclasses.replace(config, subject=narrow), topology.devices)
     with report._nothing_kept():
-        step = measure("extract", programs(setting, "extract"), topology, setting)
+        step = measure("extract", programs(planned, "extract"), topology, planned)
     exact = result["steps"]["extract"]
     assert step["flops_per_chip"] == pytest.approx(exact["flops_per_chip"], rel=0.05)
     assert exact["seconds_alone"]["compute"] == pytest.approx(6 * step["seconds_alone"]["compute"], rel=0.05)
@@ -130,12 +130,12 @@ def test_the_encoder_s_step(config, monkeypatch, tmp_path):
 def test_what_does_not_fit_is_told_with_what_to_change(config):
     many = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_tokens=2**28))
     topology = chips.open_topology("v5e:2x2")
-    setting = make_setting(many, topology.devices)
+    planned = make_planned(many, topology.devices)
     with report._nothing_kept():
-        step = measure("extract", programs(setting, "extract"), topology, setting)
+        step = measure("extract", programs(planned, "extract"), topology, planned)
     assert not step["fits"]
     assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
-    verdict = report._verdict(many, setting, topology, {"extract": step})
+    verdict = report._verdict(many, planned, topology, {"extract": step})
     (advice,) = verdict["advice"]
     tokens = int(advice.split("extract.batch_tokens=")[1].split()[0])
     assert 2**20 < tokens < 2**28

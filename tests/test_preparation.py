@@ -14,7 +14,7 @@ import pytest
 
 from nlae_jax.cli import main
 from nlae_jax.data import providers
-from nlae_jax.run.stages import preparation
+from nlae_jax.run import preparation
 from nlae_jax.runtime import supervision
 from tests.servers import GOOD, chat, serving
 

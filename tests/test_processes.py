@@ -175,7 +175,7 @@ def test_what_cannot_be_stopped_is_cut_off(tiny_run, tmp_path):
     code = (
         "import os, signal, sys, threading\n"
         "from nlae_jax import cli\n"
-        "from nlae_jax.run.stages import preparation\n"
+        "from nlae_jax.run import preparation\n"
         "def endless(*_):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    threading.Event().wait()\n"

@@ -17,7 +17,7 @@ from nlae_jax.lm.lora import merge
 from nlae_jax.lm.products import einsum, precision_of
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import AXES
-from nlae_jax.plan.abstract import STEPS, make_setting, programs
+from nlae_jax.plan.abstract import STEPS, make_planned, programs
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.roundtrip import RoundTrip
@@ -60,9 +60,9 @@ EXACT, NARROW = ("f32", "f32", "HIGHEST"), ("bf16", "bf16", "DEFAULT")
 def every_program(sizes: tuple[int, int, int], **settings: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """What every stage compiles, from shapes: name, jitted function, arguments."""
     mesh = {f"mesh__{axis}": size for axis, size in zip(AXES, sizes, strict=True)}
-    setting = make_setting(tiny_config(sft__batch_size=8, **mesh, **settings), jax.devices())
+    planned = make_planned(tiny_config(sft__batch_size=8, **mesh, **settings), jax.devices())
     for step in STEPS:
-        for program in programs(setting, step):
+        for program in programs(planned, step):
             yield f"{step} {program.name}", program.function, program.arguments
 
 
@@ -124,7 +124,7 @@ def test_notebooks_compute_as_exactly(platform, tiny_lm, lora_roles, tokenizer, 
         (lm._residual, (params, ids, mask, 1)),
         (lm._generate, (params, ids, mask, key, 4, 1.0)),
         (trip._explain, (pair, jnp.ones((2, lm.arch.d_model)), key, 0.0, 12)),
-        (trip._reconstruct, (pair, ids, jnp.full(2, 8), trip._tails)),
+        (trip._reconstruct, (pair, ids, jnp.full(2, 8), trip._endings)),
         (trip._reconstruct_prompts, (pair, ids, mask)),
     ]
     for function, arguments in calls:

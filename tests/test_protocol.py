@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.lm.chat import plain_template, prompts_ids
 from nlae_jax.lm.pretrained import load_tokenizer
-from nlae_jax.roles.decoder import place_tails
+from nlae_jax.roles.decoder import place_endings
 from nlae_jax.roles.protocol import (
     CLOSING,
     OPENING,
@@ -22,12 +22,12 @@ from nlae_jax.roles.protocol import (
     blank_tokens,
     check_prompts,
     decoder_ids,
+    endings,
     extract_explanation,
     find_marker,
     kept_protocol,
     make_protocol,
     response_ids,
-    tails,
     whole_prompt_ids,
 )
 from nlae_jax.runtime.errors import UserError
@@ -350,13 +350,13 @@ def merging():
 FRAME = ProtocolConfig("What is {injection_char} then", "Summary of <text>{explanation}</text> <summary>")
 
 
-def test_tails_make_spliced_tokens_those_of_the_whole_text(merging):
+def test_endings_make_spliced_tokens_those_of_the_whole_text(merging):
     protocol = make_protocol(merging, FRAME, 1.0)
-    found = tails(merging, protocol, len(merging) + 5)
+    found = endings(merging, protocol, len(merging) + 5)
     assert found.ids.shape == (len(merging) + 5, len(protocol.decoder_suffix) + 1)
     for text in ("it is.", "So it ends!", "a list)", "it is", "is.\n", "ends"):
         ids = merging.encode(text, add_special_tokens=False)
-        placed, valid, last = place_tails(np.array([ids + [0] * 3]), np.array([len(ids)]), found)
+        placed, valid, last = place_endings(np.array([ids + [0] * 3]), np.array([len(ids)]), found)
         spliced = [*protocol.decoder_prefix, *np.asarray(placed)[0][np.asarray(valid)[0]].tolist()]
         assert spliced == decoder_ids(merging, protocol, text), text
         assert int(last[0]) == int(np.asarray(valid).sum()) - 1
@@ -365,22 +365,24 @@ def test_tails_make_spliced_tokens_those_of_the_whole_text(merging):
     assert [*protocol.decoder_prefix, *merged] != whole  # else the table would not be needed here
 
 
-def test_most_tails_are_plain(merging, tokenizer, protocol):
+def test_most_endings_are_plain(merging, tokenizer, protocol):
     made = make_protocol(merging, FRAME, 1.0)
-    found = tails(merging, made, len(merging))
+    found = endings(merging, made, len(merging))
     plain = [
         row[:n].tolist() == [token, *made.decoder_suffix] for token, (row, n) in enumerate(zip(*found, strict=True))
     ]
     assert 0.5 < np.mean(plain) < 1
     assert (
-        tails(tokenizer, dataclasses.replace(protocol, decoder_template="Notes: {explanation}", decoder_suffix=()), 300)
+        endings(
+            tokenizer, dataclasses.replace(protocol, decoder_template="Notes: {explanation}", decoder_suffix=()), 300
+        )
         is None
     )
 
 
 def test_a_row_without_an_explanation_has_a_tail_too(merging):
     protocol = make_protocol(merging, FRAME, 1.0)
-    found = tails(merging, protocol, len(merging))
-    ids, valid, last = place_tails(np.zeros((2, 4), np.int32), np.array([0, 4]), found)
+    found = endings(merging, protocol, len(merging))
+    ids, valid, last = place_endings(np.zeros((2, 4), np.int32), np.array([0, 4]), found)
     assert valid[0].sum() == last[0] + 1 >= 1
     assert ids.shape == valid.shape == (2, 4 + len(protocol.decoder_suffix))

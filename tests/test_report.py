@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nlae_jax.report.curves import curve, smoothed, thinned
 from nlae_jax.report.page import write_report
 from nlae_jax.report.table import held_out_table, html_samples, printable, split_at_token
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.train.metrics import MetricsLog, curve, smoothed, thinned
+from nlae_jax.train.metrics import MetricsLog
 
 VOID = {"meta", "br"}
 EVALUATION = {

@@ -21,8 +21,8 @@ from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.pipeline import batches
 from nlae_jax.data.providers import subject_provider
 from nlae_jax.mesh import make_mesh
-from nlae_jax.run.run import Run
-from nlae_jax.run.stages import training
+from nlae_jax.run import training
+from nlae_jax.run.resources import open_run
 from nlae_jax.train import loop
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
@@ -264,8 +264,8 @@ def test_batches_of_several_widths_resume_too(tiny_run, tmp_path, monkeypatch):
 
 def test_two_looks_at_one_workdir_in_one_process(tiny_run):
     config = load_config(tiny_run.workdir / "config.json")
-    first = Run(config, tiny_run.workdir)
-    assert Run(config, tiny_run.workdir).held_out_rows().tolist() == first.held_out_rows().tolist()
+    first = open_run(config, tiny_run.workdir)
+    assert open_run(config, tiny_run.workdir).held_out_rows().tolist() == first.held_out_rows().tolist()
 
 
 # --- real processes, really killed

@@ -7,7 +7,7 @@ from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
 from nlae_jax.roles.roundtrip import RoundTrip, read_samples
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
 
 pytest_plugins = ["tests.tiny_run"]
@@ -17,7 +17,7 @@ BATCH, LIMIT = 4, 48
 
 @pytest.fixture(scope="module")
 def run(tiny_run):
-    return Run(load_config(tiny_run.workdir / "config.json"), tiny_run.workdir)
+    return prepare(open_run(load_config(tiny_run.workdir / "config.json"), tiny_run.workdir))
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def command(body, tmp_path, grace=60):
         "import gc, hashlib, os, signal, sys, threading, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nlae_jax import cli\n"
-        "from nlae_jax.run.stages import preparation\n"
+        "from nlae_jax.run import preparation\n"
         "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         f"{body}\n"
         "preparation.read_documents = read\n"

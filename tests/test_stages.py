@@ -16,6 +16,7 @@ from nlae_jax.evaluate.health import MEASURES, health
 from nlae_jax.evaluate.reconstruction import UNINFORMED
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.run import stages
 from nlae_jax.train import metrics
 
 pytest_plugins = ["tests.tiny_run"]
@@ -235,7 +236,7 @@ def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
 
     monkeypatch.setattr("nlae_jax.data.activations.extract", never)
     for name in ("preparation.make_describer", "preparation.read_documents", "training.run_stage"):
-        monkeypatch.setattr(f"nlae_jax.run.stages.{name}", never)
+        monkeypatch.setattr(f"nlae_jax.run.{name}", never)
     monkeypatch.setattr("nlae_jax.roles.roundtrip.RoundTrip.explain", never)
     before, report = snapshot(tiny_run.workdir), (tiny_run.workdir / "report.html").read_bytes()
     capsys.readouterr()
@@ -245,3 +246,34 @@ def test_second_run_does_nothing_anew(tiny_run, monkeypatch, capsys):
     assert (tiny_run.workdir / "report.html").read_bytes() == report
     assert "warning" not in shown.err
     assert "held-out FVE" in shown.out
+
+
+@pytest.mark.parametrize("command", ["rl", "eval"])
+def test_a_finished_stage_needs_nothing_of_those_before(tiny_run, tmp_path, command):
+    """Whoever deletes the activations after training has what was trained."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    shutil.rmtree(workdir / "activations")
+    before = snapshot(workdir)
+    assert main(tiny_run.arguments(workdir, command)) == 0
+    assert snapshot(workdir) == before
+
+
+def test_stages_run_in_order_and_only_up_to_the_one_asked_for(monkeypatch):
+    ran = []
+    monkeypatch.setattr(stages, "prepare", lambda run: f"{run}, prepared")
+    for name in stages.STAGES:
+        monkeypatch.setitem(stages.STAGES, name, lambda run, name=name: ran.append((name, run)))
+    monkeypatch.setattr(stages, "_FINISHED", {"rl": lambda run: True, "eval": lambda run: False})
+    stages.run_stage("run", "describe")
+    assert ran == [("extract", "run"), ("describe", "run")]
+    ran.clear()
+    stages.run_stage("run", "rl")  # it is finished
+    assert ran == []
+    stages.run_stage("run", "eval")
+    assert ran == [
+        ("extract", "run"),
+        ("describe", "run"),
+        ("sft", "run, prepared"),
+        ("rl", "run, prepared"),
+        ("eval", "run, prepared"),
+    ]

@@ -13,7 +13,6 @@ import yaml
 from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import Config, load_config, resolve
-from nlae_jax.run.run import Run
 from nlae_jax.run.workdir import located, recorded
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json
@@ -343,7 +342,7 @@ def scale_of(tiny_run, workdir, directory, **settings):
     files = {f"dataset__{name}": directory / f"{name}.parquet" for name in ("av_sft", "ar_sft", "rl", "held_out")}
     arguments = tiny_run.arguments(workdir, "extract", **files, corpus__path="", **settings)
     assert main(arguments) == 0
-    return Run(load_config(workdir / "config.json"), workdir, read_only=True).protocol.injection_scale
+    return open_run(workdir).protocol.injection_scale
 
 
 @pytest.mark.parametrize("names", [["rl"], ["av_sft"], ["held_out"], ["av_sft", "ar_sft", "rl", "held_out"]])

@@ -21,7 +21,7 @@ class FieldComments(griffe.Extension):
             return
         comments = _comments(cls.filepath)
         rows = [
-            f"| `{name}` | {field.annotation} | {_default(field)} | {_comment(comments, field)} |"
+            f"| `{name}` | {_kind(field)} | {_default(field)} | {_meaning(comments, field)} |"
             for name, field in cls.attributes.items()
             if not str(field.annotation).endswith("Config")
         ]
@@ -30,9 +30,30 @@ class FieldComments(griffe.Extension):
         cls.docstring = griffe.Docstring(said + table, parent=cls)
 
 
+def _kind(field: griffe.Attribute) -> str:
+    """Its type, without the character that would end a cell of the table."""
+    return str(field.annotation).replace(" | ", " or ")
+
+
+def _option(field: griffe.Attribute) -> tuple[Any, dict[str, str]]:
+    """A field's default, and the bounds that `option` puts beside it."""
+    value = field.value
+    if not isinstance(value, griffe.ExprCall) or str(value.function) != "option":
+        return value, {}
+    default, *rules = value.arguments
+    return default, {rule.name: str(rule.value) for rule in rules if isinstance(rule, griffe.ExprKeyword)}
+
+
 def _default(field: griffe.Attribute) -> str:
-    text = str(field.value)
+    text = str(_option(field)[0])
     return f"`{text}`" if len(text) <= _LONGEST else "a text, see the source"
+
+
+def _meaning(comments: dict[int, tuple[bool, str]], field: griffe.Attribute) -> str:
+    """The field's comment, and in what bounds it may be."""
+    _, rules = _option(field)
+    bounds = [f"{name.replace('_', ' ')} {rules[name]}" for name in ("at_least", "at_most", "above") if name in rules]
+    return "; ".join(filter(None, (_comment(comments, field), ", ".join(bounds))))
 
 
 def _comment(comments: dict[int, tuple[bool, str]], field: griffe.Attribute) -> str:

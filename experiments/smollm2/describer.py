@@ -21,8 +21,8 @@ import numpy as np
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.config import Config, OptimizerConfig, resolve
 from nlae_jax.data.described import Description, read_descriptions
-from nlae_jax.data.describer import TextDescriber
 from nlae_jax.data.pipeline import Batch, batches
+from nlae_jax.data.trained_describer import TextDescriber
 from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import read_arch

@@ -12,6 +12,9 @@ WARMSTART = "warmstart"  # the name of the texts as a corpus, and of the notes a
 WARMSTART_NOTES = _HERE / "warmstart" / "notes.jsonl"
 WARMSTART_PASSAGES = _HERE / "warmstart" / "passages.jsonl"
 
+# The template of report.html.
+REPORT_PAGE = _HERE / "report.html.jinja"
+
 # The template of the page that `nlae explain --html` writes.
 EXPLANATION_PAGE = _HERE / "explanation.html.jinja"
 

@@ -19,7 +19,7 @@ from nlae_jax.data.activations import Reader
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.run.preparation import read_activations, reader
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import Run, open_run
 
 Batch = tuple[jax.Array, ...]
 
@@ -48,7 +48,7 @@ def time_extraction(
         describe=DescribeConfig(),
     )
     with tempfile.TemporaryDirectory() as directory:
-        run = Run(config, Path(directory))
+        run = open_run(config, Path(directory))
         plan, read = activations.plan(read_documents(config.corpus), run.tokenizer, config), reader(run, num_next)
         split, whole = batch_sharding(run.mesh), replicated(run.mesh)
         full = [

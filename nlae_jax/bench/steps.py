@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,11 @@ import numpy as np
 from rich.table import Table
 
 from nlae_jax.bench.extraction import time_extraction
+from nlae_jax.bench.flops import Shapes, decode_bytes, needed_flops, shapes_of
 from nlae_jax.config import Config
-from nlae_jax.lm.arch import Arch, block_weights, model_weights
+from nlae_jax.lm.arch import model_weights
 from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.products import einsum
 from nlae_jax.lm.transformer import Segment
@@ -33,7 +36,7 @@ from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
 from nlae_jax.runtime import world
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, make_optimizer
+from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, rl_optimizers
 
 _PEAK_SIZE = 2048  # of the matrices whose product is taken for the machine's peak
 _BANDWIDTH_BYTES = 1 << 28
@@ -47,67 +50,6 @@ class UnsharedEncoder(Encoder):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (h_BxD.shape[0], *x.shape)), prefix), act
 
 
-class Shapes(NamedTuple):
-    """Tokens of the constant prompt, of slot and tail, of a response, of the decoder's frame; B, G and SFT's batch."""
-
-    prefix: int
-    act: int
-    response: int
-    wrap: int
-    activations: int
-    group: int
-    sft_batch: int
-
-    @property
-    def samples(self) -> int:
-        return self.activations * self.group
-
-    def unshared(self) -> Shapes:
-        """As many samples, each with a prompt of its own."""
-        return self._replace(prefix=0, act=self.prefix + self.act, activations=self.samples, group=1)
-
-
-def block_flops(arch: Arch, tokens: int, seen: float) -> float:
-    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values."""
-    matrices = sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
-    return 2.0 * matrices * tokens + 4.0 * arch.num_heads * arch.head_dim * seen
-
-
-def _causal(tokens: int, before: int) -> float:
-    """Keys seen by consecutive tokens with `before` keys before them."""
-    return tokens * before + tokens * (tokens + 1) / 2
-
-
-def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str, float]:
-    """FLOPs of every phase. A backward pass takes the forward's once for inputs, and again for weights that train."""
-    s, head = shapes, 2.0 * arch.d_model * arch.vocab_size
-    prompt = block_flops(arch, s.prefix, _causal(s.prefix, 0))
-    prompt += s.activations * block_flops(arch, s.act, _causal(s.act, s.prefix))
-    response = s.samples * block_flops(arch, s.response, _causal(s.response, s.prefix + s.act))
-    forward = arch.num_layers * (prompt + response) + s.samples * s.response * head
-    decoder_tokens = s.wrap + s.response
-    decoder = (layer + 1) * s.samples * block_flops(arch, decoder_tokens, _causal(decoder_tokens, 0))
-    passes = 2 if rank else 3
-    described = s.sft_batch * block_flops(arch, s.act + s.response, _causal(s.act + s.response, s.prefix))
-    sft = arch.num_layers * (block_flops(arch, s.prefix, _causal(s.prefix, 0)) + described)
-    return {
-        "rollout": forward,
-        "score": passes * decoder,
-        "reference": forward,
-        "policy": passes * forward,
-        "encoder_sft": passes * (sft + s.sft_batch * s.response * head),
-    }
-
-
-def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
-    """Bytes that decoding has to read: every weight and every key and value, once a token."""
-    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
-    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
-    own = shapes.samples * shapes.response * (shapes.response + 1) / 2
-    shared = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
-    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (own + shared))
-
-
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Of a compiled function: median seconds of a call, seconds to compile, bytes that it takes while running."""
@@ -119,16 +61,16 @@ class Timing:
 
 def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int) -> Timing:
     """`arguments()` makes them anew for each call, outside the clock: a step may take their memory over."""
-    given = arguments()
+    operands = arguments()
     begin = time.perf_counter()
-    program = function.lower(*given).compile()
+    program = function.lower(*operands).compile()
     compile_seconds = time.perf_counter() - begin
-    jax.block_until_ready(program(*given))
+    jax.block_until_ready(program(*operands))
     seconds = []
     for _ in range(repeats):
-        given = jax.block_until_ready(arguments())
+        operands = jax.block_until_ready(arguments())
         begin = time.perf_counter()
-        jax.block_until_ready(program(*given))
+        jax.block_until_ready(program(*operands))
         seconds.append(time.perf_counter() - begin)
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -161,7 +103,7 @@ def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repe
     return min(seconds)
 
 
-class Setting(NamedTuple):
+class Workload(NamedTuple):
     """What is timed: the roles, makers of fresh states, what no step changes, one batch."""
 
     roles: Roles
@@ -177,7 +119,7 @@ def endless(protocol: Protocol) -> Protocol:
     return dataclasses.replace(protocol, closing=(), eos_id=-1)
 
 
-def make_setting(config: Config) -> Setting:
+def make_workload(config: Config) -> Workload:
     """The configured model and shapes, with random activations."""
     mesh, directory = make_mesh(config.mesh), resolve_model(config.subject.model)
     arch, tokenizer = read_arch(directory), load_tokenizer(directory)
@@ -187,7 +129,7 @@ def make_setting(config: Config) -> Setting:
     base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
     key, rl = jax.random.PRNGKey(config.seed), config.rl
     h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
-    optimizers = optimizers_of(config)
+    optimizers = rl_optimizers(config)
     everywhere = lambda tree: place(tree, replicated(mesh))  # noqa: E731
 
     def rl_state() -> RlState:
@@ -206,121 +148,104 @@ def make_setting(config: Config) -> Setting:
     if rl.kl_coef:
         encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
         frozen["reference"] = roles.reference(encoder)
-    shapes = Shapes(
-        prefix=len(protocol.encoder_prefix),
-        act=1 + len(protocol.encoder_tail),
-        response=rl.max_new_tokens,
-        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
-        activations=rl.activations_per_step,
-        group=rl.samples_per_activation,
-        sft_batch=config.sft.batch_size,
-    )
     batch = {"h": place(h, batch_sharding(mesh))}
-    return Setting(roles, config, frozen, rl_state, batch, shapes)
+    return Workload(roles, config, frozen, rl_state, batch, shapes_of(config, protocol))
 
 
-def optimizers_of(config: Config) -> tuple[Any, Any]:
-    rl = config.rl
-    return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
-
-
-def unshared(setting: Setting) -> Setting:
+def unshared(workload: Workload) -> Workload:
     """The same samples, each with a prompt of its own."""
     encoder = UnsharedEncoder(
-        **{f: getattr(setting.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
+        **{f: getattr(workload.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
     )
-    group = setting.shapes.group
+    group = workload.shapes.group
     config = dataclasses.replace(
-        setting.config,
+        workload.config,
         rl=dataclasses.replace(
-            setting.config.rl, activations_per_step=setting.shapes.samples, samples_per_activation=1
+            workload.config.rl, activations_per_step=workload.shapes.samples, samples_per_activation=1
         ),
     )
-    return setting._replace(
-        roles=dataclasses.replace(setting.roles, encoder=encoder),
+    return workload._replace(
+        roles=dataclasses.replace(workload.roles, encoder=encoder),
         config=config,
-        batch={"h": jnp.repeat(setting.batch["h"], group, axis=0)},
-        shapes=setting.shapes.unshared(),
+        batch={"h": jnp.repeat(workload.batch["h"], group, axis=0)},
+        shapes=workload.shapes.unshared(),
     )
 
 
-def time_phases(setting: Setting, repeats: int) -> dict[str, Timing]:
+def time_phases(workload: Workload, repeats: int) -> dict[str, Timing]:
     """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
-    roles, state = setting.roles, setting.rl_state()
-    parts = steps.rl_step(roles, setting.config, *optimizers_of(setting.config))
-    frozen, batch = setting.frozen, setting.batch
+    roles, state = workload.roles, workload.rl_state()
+    parts = steps.rl_step(roles, workload.config, *rl_optimizers(workload.config))
+    frozen, batch = workload.frozen, workload.batch
     rollout = jax.jit(parts.rollout)
     samples = rollout(state, frozen, batch)
     tokens = samples.tokens
 
     def log_probs(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> jax.Array:
         variables = roles.encoder_variables(frozen["base"], trained)
-        return roles.encoder.apply(variables, h, tokens, method="log_probs")[0]
+        return apply(roles.encoder, variables, h, tokens, method="log_probs")[0]
 
     def policy(trained: Params, frozen: Params, h: jax.Array, tokens: jax.Array) -> Params:
         def loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             variables, weights = roles.encoder_variables(frozen["base"], trained), jnp.ones(tokens.shape)
             loss_of = lambda log_probs, weight: (log_probs * weight).sum()  # noqa: E731
-            return roles.encoder.apply(variables, h, tokens, loss_of, weights, method="loss")
+            return apply(roles.encoder, variables, h, tokens, loss_of, weights, method="loss")
 
         return jax.grad(loss, has_aux=True)(trained)
 
-    given = (state.encoder.trained, frozen, batch["h"], tokens)
+    of_encoder = (state.encoder.trained, frozen, batch["h"], tokens)
     phases = {
         "rollout": (rollout, (state, frozen, batch)),
         "score": (jax.jit(parts.score), (state.decoder, frozen, batch, samples)),
-        "reference": (jax.jit(log_probs), given),
-        "policy": (jax.jit(policy), given),
+        "reference": (jax.jit(log_probs), of_encoder),
+        "policy": (jax.jit(policy), of_encoder),
     }
-    if not setting.config.rl.kl_coef:
+    if not workload.config.rl.kl_coef:
         del phases["reference"]
-    return {
-        name: timed(function, lambda arguments=arguments: arguments, repeats)
-        for name, (function, arguments) in phases.items()
-    }
+    return {name: timed(function, partial(tuple, arguments), repeats) for name, (function, arguments) in phases.items()}
 
 
-def time_rl_step(setting: Setting, repeats: int) -> Timing:
+def time_rl_step(workload: Workload, repeats: int) -> Timing:
     """The fused step, as training runs it."""
-    parts = steps.rl_step(setting.roles, setting.config, *optimizers_of(setting.config))
-    state = setting.rl_state()
+    parts = steps.rl_step(workload.roles, workload.config, *rl_optimizers(workload.config))
+    state = workload.rl_state()
     mesh = jax.tree.leaves(state)[0].sharding.mesh
     step = compiled(parts.step, state, mesh)
     del state
-    return timed(step, lambda: (setting.rl_state(), setting.frozen, setting.batch), repeats)
+    return timed(step, lambda: (workload.rl_state(), workload.frozen, workload.batch), repeats)
 
 
-def time_encoder_sft(setting: Setting, repeats: int) -> Timing:
+def time_encoder_sft(workload: Workload, repeats: int) -> Timing:
     """The encoder's warm-start step with one response per activation."""
-    optimizer, mesh = optimizers_of(setting.config)[0], jax.tree.leaves(setting.rl_state())[0].sharding.mesh
-    size, length = setting.shapes.sft_batch, setting.shapes.response
-    h = jax.random.normal(jax.random.PRNGKey(1), (size, setting.roles.encoder.arch.d_model))
+    optimizer, mesh = rl_optimizers(workload.config)[0], jax.tree.leaves(workload.rl_state())[0].sharding.mesh
+    size, length = workload.shapes.sft_batch, workload.shapes.response
+    h = jax.random.normal(jax.random.PRNGKey(1), (size, workload.roles.encoder.arch.d_model))
     batch = {"h": h, "response": jnp.ones((size, length), jnp.int32), "length": jnp.full(size, length, jnp.int32)}
     batch = place(batch, batch_sharding(mesh))
-    state = lambda: setting.rl_state().encoder  # noqa: E731
-    sft_step = steps.encoder_sft_step(setting.roles, optimizer, setting.config.sft.microbatches)
+    state = lambda: workload.rl_state().encoder  # noqa: E731
+    sft_step = steps.encoder_sft_step(workload.roles, optimizer, workload.config.sft.microbatches)
     step = compiled(sft_step, state(), mesh)
-    return timed(step, lambda: (state(), setting.frozen, batch), repeats)
+    return timed(step, lambda: (state(), workload.frozen, batch), repeats)
 
 
 def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
     """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
     # First: it holds the weights itself. Several processes would need a directory that all of them see.
     extraction = time_extraction(config, repeats) if world.count() == 1 else {}
-    setting = make_setting(config)
+    workload = make_workload(config)
     peaks = [matmul_peak(config.subject.dtype)]
-    flops = needed_flops(setting.roles.encoder.arch, config.subject.layer, config.lora.rank, setting.shapes)
-    timings = time_phases(setting, repeats)
-    timings["encoder_sft"] = time_encoder_sft(setting, repeats)
-    step, alone = time_rl_step(setting, repeats), time_rl_step(unshared(setting), repeats)
-    tokens = setting.shapes.samples * setting.shapes.response
-    num_devices = len(setting.batch["h"].sharding.device_set)
+    flops = needed_flops(workload.roles.encoder.arch, config.subject.layer, config.lora.rank, workload.shapes)
+    timings = time_phases(workload, repeats)
+    timings["encoder_sft"] = time_encoder_sft(workload, repeats)
+    shared, by_itself = time_rl_step(workload, repeats), time_rl_step(unshared(workload), repeats)
+    tokens = workload.shapes.samples * workload.shapes.response
+    num_devices = len(workload.batch["h"].sharding.device_set)
     peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
     peak, device, bandwidth = max(peaks), jax.devices()[0], memory_bandwidth()
-    read = decode_bytes(setting.roles.encoder.arch, setting.shapes, jnp.dtype(config.subject.dtype).itemsize)
+    read = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
     return {
         "device": f"{num_devices} {device.platform} {device.device_kind}",
-        "shapes": setting.shapes._asdict(),
+        "shapes": workload.shapes._asdict(),
         "matmul_peak_flops": peak,
         "memory_bandwidth_bytes_per_second": bandwidth,
         "rollout_bandwidth_fraction": read / timings["rollout"].seconds / (bandwidth * num_devices),
@@ -333,13 +258,13 @@ def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
             }
             for name, timing in timings.items()
         },
-        "rl_step_seconds": step.seconds,
-        "rl_step_seconds_unshared": alone.seconds,
-        "speedup_of_sharing": alone.seconds / step.seconds,
-        "samples_per_second": setting.shapes.samples / step.seconds,
-        "tokens_per_second": tokens / step.seconds,
-        "peak_memory_bytes": step.bytes,
-        "compile_seconds": step.compile_seconds,
+        "rl_step_seconds": shared.seconds,
+        "rl_step_seconds_unshared": by_itself.seconds,
+        "speedup_of_sharing": by_itself.seconds / shared.seconds,
+        "samples_per_second": workload.shapes.samples / shared.seconds,
+        "tokens_per_second": tokens / shared.seconds,
+        "peak_memory_bytes": shared.bytes,
+        "compile_seconds": shared.compile_seconds,
         **extraction,
     }
 

@@ -194,7 +194,7 @@ def _width(length: int, max_tokens: int) -> int:
 _META = {"num_next_tokens": int, "d_model": int, "norm_p75": float}
 
 # (ids, mask, rows, columns) -> activations [M, d] float32, likeliest next tokens [M, k] int32
-Reader = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[Any, Any]]
+Reader = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def extract(
@@ -250,7 +250,7 @@ def counted(progress: AnyPath, name: str, most: int) -> int:
     return count
 
 
-def _held(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _local_rows(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Of the first `count` rows of what was read those that this process writes, each of them one process's."""
     if not isinstance(values, jax.Array) or values.is_fully_addressable:
         yield slice(0, count), np.asarray(values)[:count]
@@ -291,11 +291,13 @@ class _Writer:
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
         """Fetches what was read and, where it fills a shard, begins to write it when the writing before is done."""
-        activations = list(_held(read[0], batch.count))
+        activations = list(_local_rows(read[0], batch.count))
         if not all(np.isfinite(values).all() for _, values in activations):
             raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
-        likeliest = [] if self._next_tokens is None else list(_held(read[1], batch.count))
-        for store, held in ((self._vectors, activations), (self._next_tokens, likeliest)):
+        parts = [(self._vectors, activations)]
+        if self._next_tokens is not None:
+            parts.append((self._next_tokens, list(_local_rows(read[1], batch.count))))
+        for store, held in parts:
             for rows, values in held:
                 start = batch.start + rows.start
                 begun = max(0, self._stop - start)  # rows that are on disk: an earlier run stopped within this batch

@@ -266,16 +266,16 @@ class _Objects:
     def __init__(self, directory: AnyPath) -> None:
         self._directory = directory
         self._part: tuple[int, str] | None = None
-        self._held, self._written = bytearray(), 0
+        self._buffer, self._written = bytearray(), 0
         self._lock = threading.Lock()
 
     def append(self, line: bytes) -> None:
         with self._lock:
-            self._held += line
+            self._buffer += line
 
     def sync(self) -> None:
         with self._lock:
-            data = bytes(self._held)
+            data = bytes(self._buffer)
         if len(data) == self._written:
             return
         if self._part is None:
@@ -287,7 +287,7 @@ class _Objects:
             with self._lock:
                 # In this order: interrupted in between, lines are written twice rather than never.
                 self._part, self._written = (number + 1, mark), 0
-                del self._held[: len(data)]
+                del self._buffer[: len(data)]
 
     def close(self) -> None:
         """Nothing is open between two writings."""

@@ -75,14 +75,14 @@ def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
 
 
 def read_documents(config: CorpusConfig) -> list[Document]:
-    """The corpus: distinct texts of at least `min_characters`, by sha256, at most `max_documents` (0: all).
+    """The corpus: distinct texts of at least `min_characters`, by sha256, at most `max_documents` (None: all).
 
     With `corpus.hub` and `max_documents`, reading stops as soon as there are enough documents; a buffered shuffle with
     a fixed seed then makes the sample fair. Raises UserError if a source cannot be read or nothing is left.
     """
     if config.path and config.hub:
         raise UserError("corpus.path and corpus.hub are both set: name one source")
-    if config.max_documents < 0 or config.min_characters < 0:
+    if (config.max_documents or 0) < 0 or config.min_characters < 0:
         raise UserError("corpus.max_documents and corpus.min_characters must be 0 or more")
     dropped: Counter[str] = Counter()
     kept = _select(_texts(config), config, dropped)
@@ -153,7 +153,7 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
     return [Document(digest.hex()[:16], **vars(text)) for digest, text in _first(kept, limit, dropped)]
 
 
-def _first(kept: list[tuple[bytes, Text]], limit: int, dropped: Counter[str]) -> list[tuple[bytes, Text]]:
+def _first(kept: list[tuple[bytes, Text]], limit: int | None, dropped: Counter[str]) -> list[tuple[bytes, Text]]:
     ordered = sorted(kept, key=lambda item: item[0])
     if limit and len(ordered) > limit:
         dropped["beyond corpus.max_documents"] += len(ordered) - limit
@@ -279,7 +279,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: the file is empty")
 
 
-def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO:
+def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO | gzip.GzipFile:
     return gzip.open(stored) if path.name.lower().endswith(".gz") else stored
 
 

@@ -99,9 +99,11 @@ def match(
     for description in descriptions:
         kind, value = description.place
         if kind == "text":
-            document = document_of(value, passage=description.passage or _passage_of(value, texts, keys))
-            document = added.setdefault(document.doc_id, document)
-        elif (document := named.get(description.document)) is None:
+            new = document_of(value, passage=description.passage or _passage_of(value, texts, keys))
+            document = added.setdefault(new.doc_id, new)
+        elif description.document in named:
+            document = named[description.document]
+        else:
             dropped["of documents that the corpus does not have"] += 1
             continue
         if document.doc_id not in ends:
@@ -118,8 +120,8 @@ def match(
             positions[document.doc_id][position] = description.text
     kept = {doc_id: dict(sorted(found.items())) for doc_id, found in positions.items() if found}
     known = {document.doc_id for document in documents}
-    new = [document for doc_id, document in added.items() if doc_id in kept and doc_id not in known]
-    return Described([*documents, *new], kept, dropped)
+    used = [document for doc_id, document in added.items() if doc_id in kept and doc_id not in known]
+    return Described([*documents, *used], kept, dropped)
 
 
 def _passage_of(text: str, texts: Sequence[Document], keys: Sequence[str]) -> str:

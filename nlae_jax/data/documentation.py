@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from nlae_jax.data.english import FUNCTION_WORDS
+
 # Tests document little, a vendored copy documents twice, and this package must not describe itself.
 SKIPPED_DIRECTORIES = frozenset({"__pycache__", "_vendor", "dist-packages", "idlelib", "lib2to3", "nlae_jax"}) | {
     "site-packages",
@@ -28,16 +30,6 @@ MAX_FILE_BYTES = 400_000
 # Of source read per package: a package twenty times larger than the others must not be the corpus.
 MAX_PACKAGE_BYTES = 4_000_000
 MIN_DOCSTRING_BYTES = 300  # a file without a quoted block this long is not worth parsing
-
-_SENTENCE_WORDS = (
-    "a about above after again all also although an and any are as at be because been before being below between both "
-    "but by can could did do does each either for from had has have he her here his how however i if in instead into "
-    "is it its just like may might more most must my no not of on once one only or other otherwise our out over own "
-    "same set she should since so some such than that the their them then there these they this those through thus to "
-    "too two under until up use used using very was we were what when where whether which while who whose why will "
-    "with within without would yet you your"
-)
-FUNCTION_WORDS = frozenset(_SENTENCE_WORDS.split())
 
 _MIN_LETTERS = 0.82  # share of the characters that are letters or white space
 _MIN_FUNCTION_WORDS = 0.22  # share of the words that hold sentences together; lists and code have few

@@ -15,7 +15,7 @@ import ssl
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -42,7 +42,7 @@ async def read_body(response: httpx.Response) -> bytes:
     httpx would unpack each piece that arrives as a whole, however large it gets.
     """
     raw = bytearray()
-    async for piece in response.stream:
+    async for piece in cast(httpx.AsyncByteStream, response.stream):
         raw += piece
         if len(raw) > BODY_BYTES:
             raise TryAgain("with too long a reply")
@@ -124,7 +124,11 @@ def status_of(reply: Any) -> int:
         return 200
     named = [error.get(name) for name in ("code", "status", "status_code", "type")] if isinstance(error, dict) else []
     for value in named:
-        if type(value) in (int, str) and re.fullmatch(r"[45]\d\d", str(value).strip()):
+        if (
+            isinstance(value, int | str)
+            and not isinstance(value, bool)
+            and re.fullmatch(r"[45]\d\d", str(value).strip())
+        ):
             return int(value)
     words = " ".join(value for value in (*named, error) if isinstance(value, str)).lower()
     return next((status for pattern, status in _WORDS if re.search(pattern, words)), 500)

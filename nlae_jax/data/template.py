@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.data.describer import Context, Describer, DescribeResources, Progress
-from nlae_jax.data.documentation import FUNCTION_WORDS
+from nlae_jax.data.english import FUNCTION_WORDS
 
 
 def document_frequencies(texts: Iterable[str]) -> dict[str, int]:

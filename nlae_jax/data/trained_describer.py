@@ -52,7 +52,8 @@ class TextDescriber:
 
         The same texts with the same `seed` get the same notes. `advance` is told how many texts are done.
         """
-        tokenizer, notes = self._model.tokenizer, [None] * len(texts)
+        tokenizer = self._model.tokenizer
+        notes: list[str | None] = [None] * len(texts)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         order = sorted(range(len(texts)), key=lambda index: len(prompts[index]))
         for number, start in enumerate(range(0, len(order), _BATCH)):

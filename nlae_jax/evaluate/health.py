@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nlae_jax.data.documentation import FUNCTION_WORDS
+from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.runtime.progress import warn
 
 # --- the text in units
@@ -215,12 +215,13 @@ class Measure:
 
     def is_healthy(self, values: Mapping[str, Any]) -> bool | None:
         """None where there is no bound, or no number to hold against it."""
-        value, condition = values.get(self.key), values.get(self.where_positive, 0.0)
+        value: Any = values.get(self.key)
+        condition: Any = values.get(self.where_positive, 0.0)
         if not self.bound or not _is_number(value):
             return None
         if self.where_positive and not (_is_number(condition) and condition > 0):
             return None
-        return (
+        return bool(
             (self.at_most is None or value <= self.at_most)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.roles import direction
@@ -16,14 +17,15 @@ UNINFORMED = ("zero", "mean_vector", "random_vector")
 
 def direction_mse(reconstruction: np.ndarray, target: np.ndarray, readable: np.ndarray | None = None) -> np.ndarray:
     """[N] float64; `direction.direction_mse`, with 2 where `readable` is False."""
-    mse = np.asarray(direction.direction_mse(reconstruction, target), np.float64)
+    mse = np.asarray(direction.direction_mse(jnp.asarray(reconstruction), jnp.asarray(target)), np.float64)
     return mse if readable is None else np.where(readable, mse, objectives.FAILED_MSE)
 
 
 def variances(h_NxD: np.ndarray) -> np.ndarray:
     """[N] float64: each direction's squared distance from the mean direction (not renormalised), per element."""
-    directions = np.asarray(direction.unit_direction(h_NxD), np.float64)
-    return np.square(directions - directions.mean(0)).mean(-1)
+    directions = np.asarray(direction.unit_direction(jnp.asarray(h_NxD)), np.float64)
+    variance_N: np.ndarray = np.square(directions - directions.mean(0)).mean(-1)
+    return variance_N
 
 
 def fve(mse: np.ndarray, variance: np.ndarray) -> float:
@@ -54,7 +56,7 @@ def uninformed(h_NxD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """
     directions = np.stack(
         [
-            np.broadcast_to(np.asarray(direction.unit_direction(h_NxD)).mean(0), h_NxD.shape),
+            np.broadcast_to(np.asarray(direction.unit_direction(jnp.asarray(h_NxD))).mean(0), h_NxD.shape),
             np.random.default_rng(seed).standard_normal(h_NxD.shape),
         ]
     )
@@ -95,7 +97,7 @@ def summarise(
     of the explanations. Gaps are between the same rows. A number is None where no row has what it is of.
     """
     variance = variances(h)
-    mean_norm = float(direction.baselines(h).mean_norm)
+    mean_norm = float(direction.baselines(jnp.asarray(h)).mean_norm)
     after, before = mse["after"], mse["before"]
 
     def gain(rows: np.ndarray) -> float:

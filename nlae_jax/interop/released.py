@@ -46,6 +46,12 @@ class Released:
         return self.sidecar.layer
 
     @property
+    def decoder_layer(self) -> int:
+        """The block whose output a decoder rebuilds: `open_released` takes none that does not know it."""
+        assert self.sidecar.layer is not None
+        return self.sidecar.layer
+
+    @property
     def identity(self) -> str:
         """What tells its weights from others."""
         if self.adapters is not None:
@@ -69,7 +75,7 @@ class Released:
         if trunk:  # never applied, but the module declares them
             norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
             for name in model_weights(self.arch).keys() - params.keys():
-                params[name] = place(norm, shardings[name]) if mesh else norm
+                params[name] = norm if shardings is None else place(norm, shardings[name])
         return params
 
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Container
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def write_adapters(
         for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
             b[places, number * rank : (number + 1) * rank] = np.asarray(adapters[name]["b"][layer]).T
         for part, values in (("a", a), ("b", b)):
-            tensors.append(TensorToWrite(module.tensor(part), values.shape, lambda v=values: v))
+            tensors.append(TensorToWrite(module.tensor(part), values.shape, partial(np.asarray, values)))
     write_safetensors(directory / WEIGHTS, tensors, dtype)
     joined = {module.short: len(module.members) for _, module in modules if len(module.members) > 1}
     write_json(

@@ -138,10 +138,10 @@ def _forward(
     if sinks is not None:
         top = jnp.maximum(top, sinks[:, None, None])
     weights = [jnp.exp(score - top.reshape(*score.shape[:-1], 1)) for score in scores]
-    denominator = sum(weight.sum(-1).reshape(top.shape) for weight in weights)
+    denominator = functools.reduce(jnp.add, [weight.sum(-1).reshape(top.shape) for weight in weights])
     if sinks is not None:
         denominator = denominator + jnp.exp(sinks[:, None, None] - top)
-    numerator = sum(_weighted(weight, v) for weight, v in zip(weights, values, strict=True))
+    numerator = functools.reduce(jnp.add, [_weighted(weight, v) for weight, v in zip(weights, values, strict=True)])
     out = (numerator / denominator[..., None]).astype(q.dtype)
     out, top, denominator = (checkpoint_name(x, "attention") for x in (out, top, denominator))
     return out, (q, keys, values, seen, sinks, out, top, denominator)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,8 @@ def _rows(static: _Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, li
     _, place, q, *kv = rows
     keys = kv[: len(static.ranks)]
     lengths, sharers = tuple(k.shape[2] for k in keys), tuple(q.shape[0] // k.shape[0] for k in keys)
-    return limit, rows, _Shape(*q.shape, place.shape[-1], lengths, sharers)
+    total, kv_heads, repeats, length, head_dim = q.shape
+    return limit, rows, _Shape(total, kv_heads, repeats, length, head_dim, place.shape[-1], lengths, sharers)
 
 
 def _call(
@@ -234,7 +235,7 @@ def _call(
         for length, sharers in zip(shape.lengths, shape.sharers, strict=True)
     ] * 2
     backward = isinstance(out, list)
-    order = "arbitrary" if backward else "parallel"
+    order: Literal["arbitrary", "parallel"] = "arbitrary" if backward else "parallel"
     moved = sum(x.size * x.dtype.itemsize for x in (*rows, *jax.tree.leaves(out)))
     products = 5 if backward else 2
     scores = shape.kv_heads * shape.total * shape.repeats * static.block * static.blocks * shape.width
@@ -277,7 +278,7 @@ def _softmax(
     static: _Static, shape: _Shape, limit_ref: Any, at_ref: Any, place_ref: Any, q: jax.Array, k: jax.Array
 ) -> _Softmax:
     scores = _product(q, k, 1, 1).reshape(shape.repeats, static.block, shape.width) * static.scale
-    slope = static.scale
+    slope: jax.Array | float = static.scale
     if static.softcap:
         squashed = jnp.tanh(scores / static.softcap)
         scores, slope = static.softcap * squashed, static.scale * (1 - squashed * squashed)

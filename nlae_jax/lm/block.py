@@ -43,8 +43,8 @@ BlockWeights = tuple[dict[str, jax.Array], dict[str, Any]]
 class Layer(NamedTuple):
     """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
 
-    window: jax.Array | int | None = None
-    rope: jax.Array | int = 0
+    window: Any = None
+    rope: Any = 0
 
 
 _NO_WINDOW = 2**30  # further back than any position

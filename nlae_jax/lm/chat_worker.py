@@ -34,7 +34,7 @@ DATE_STRING = TODAY.strftime("%d %b %Y")
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}`, which marks what an assistant wrote, and adds nothing to the prompt."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (as its base class declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -109,7 +109,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     _limit(request["seconds"], request["bytes"])
     try:
-        answer = {"prompts": rendered(request)}
+        answer: dict[str, Any] = {"prompts": rendered(request)}
     except RecursionError:
         answer = {"error": "it is nested too deeply, or calls itself without end"}
     except MemoryError:

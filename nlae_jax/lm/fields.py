@@ -142,7 +142,7 @@ class Fields:
     """A config.json that is read field by field: one that nobody has asked for, and that may matter, is refused."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.family = config.get("model_type")
+        self.family = str(config.get("model_type"))
         self.names = NAMES.get(self.family, {})
         self.config = DEFAULTS.get(self.family, {}) | config
         self._read = {*_COMMON, *self.names.values(), *DEFAULTS.get(self.family, {})}

@@ -40,11 +40,12 @@ def log_probs(
 
     @jax.checkpoint
     def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        chosen, entropy, *_ = _softmax(logits(inputs[0], weight, softcap), inputs[1])
+        chosen, entropy = _softmax(logits(inputs[0], weight, softcap), inputs[1])[:2]
         return None, (chosen, jax.lax.stop_gradient(entropy))
 
     _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk * row_parts(x)))
-    return _joined(chunks, targets.shape)
+    chosen, entropy = _joined(chunks, targets.shape)
+    return chosen, entropy
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

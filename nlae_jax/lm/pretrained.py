@@ -289,9 +289,9 @@ def _from_hub(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     # Without a home that cache would be a directory called ~ wherever one is.
-    elsewhere = {} if os.path.isabs(constants.HF_HUB_CACHE) else {"cache_dir": cache_directory() / "hub"}
+    elsewhere = None if os.path.isabs(constants.HF_HUB_CACHE) else cache_directory() / "hub"
     try:
-        directory = Path(snapshot_download(name, allow_patterns=list(files), **elsewhere))
+        directory = Path(snapshot_download(name, allow_patterns=list(files), cache_dir=elsewhere))
     except Exception as error:  # the hub's client raises its own errors, httpx's and OSErrors
         raise UserError(f"{name}: no such directory, and the hub gave no model ({_one_line(error)})") from None
     if not any((directory / file).is_file() for file in ("config.json", "adapter_config.json")):

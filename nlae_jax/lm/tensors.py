@@ -315,8 +315,10 @@ def load_array(
     cannot be read or a value is not finite, in the file or in `dtype`.
     """
 
-    def box(index: tuple[slice, ...]) -> Box:
-        return tuple(entry.indices(length)[:2] for entry, length in zip(index, shape, strict=True))
+    def box(index: tuple[slice, ...] | None) -> Box:
+        return tuple(
+            entry.indices(length)[:2] for entry, length in zip(whole if index is None else index, shape, strict=True)
+        )
 
     whole = (slice(None),) * len(shape)
     indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
@@ -335,7 +337,7 @@ def load_array(
 def _parts(source: Source, held: Box, buffer: np.ndarray) -> Iterator[Part]:
     """What `buffer`, the rectangle `held` of our array, needs of one HF tensor: nothing if it lacks that entry."""
     for place in source.index:
-        (first, end), *held = held
+        (first, end), held = held[0], held[1:]
         if not first <= place < end:
             return
         buffer = buffer[place - first]
@@ -424,7 +426,7 @@ def _read_rectangle(file: FileIO, tensor: StoredTensor, rows: Span, cols: Span) 
     dtype, width = _DTYPES[tensor.dtype], tensor.shape[-1] if tensor.shape else 1
     values = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
     begin = tensor.offset + (rows[0] * width + cols[0]) * dtype.itemsize
-    buffers = values.view(np.uint8)
+    buffers: Any = values.view(np.uint8)
     if cols == (0, width):
         _read_exactly(file, begin, memoryview(buffers.reshape(-1)))
     else:

@@ -17,6 +17,7 @@ from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of
 from nlae_jax.lm.lora import adapter_weights
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.norms import norm
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import DECODE_RULES, Weight, constrained_tree, platform_of
@@ -97,7 +98,7 @@ class Transformer(nn.Module):
 
     def run(
         self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
-    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...] | None]:
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
         """Blocks `start` to `stop` (exclusive) on all segments at once, scanned over layers.
 
         Returns the residual streams after the last of them, [*batch, T, d] each, and, with `keep_caches`, each
@@ -112,7 +113,7 @@ class Transformer(nn.Module):
             weights, adapters, layer = inputs
             weights = weights if not partial else layer_of(self.blocks, weights)
             xs, caches = block(weights, adapters, xs, layer=layer)
-            return xs, jax.tree.map(cached, caches) if keep_caches else None
+            return xs, jax.tree.map(cached, caches) if keep_caches else ()
 
         # A part of the stack is read in place, block by block: slicing it first would copy it.
         partial = (start, stop) != (0, self.arch.num_layers)
@@ -148,7 +149,8 @@ class Transformer(nn.Module):
         x = self._placed(segment.x, segment.positions, sum(kv.k.shape[-2] for kv in parts))
         if weights is None:
             return self._scanned_decode(block, x, contexts, own, offset)
-        xs, grown = (x,), []
+        xs: tuple[jax.Array, ...] = (x,)
+        grown = []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
@@ -236,7 +238,7 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
     apart = lambda kv, index: kv._replace(k=kv.k[index], v=kv.v[index])  # noqa: E731
     return Decoding(
         variables,
-        role.apply(variables, method=lambda role: role.lm.block_weights()),
+        apply(role, variables, method=lambda role: role.lm.block_weights()),
         [tuple(apart(kv, index) for kv in contexts) for index in range(role.arch.num_layers)],
         [apart(own, index) for index in range(role.arch.num_layers)],
     )

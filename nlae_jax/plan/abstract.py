@@ -13,22 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from nlae_jax.bench.steps import Shapes, optimizers_of
+from nlae_jax.bench.flops import Shapes, shapes_of
 from nlae_jax.config import Config, ProtocolConfig, ViewsConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
-from nlae_jax.mesh import batch_parts, batch_sharding, make_mesh, replicated
-from nlae_jax.roles.direction import Baselines
+from nlae_jax.mesh import batch_parts, batch_sharding, check_batches, make_mesh, replicated
+from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Params, Roles, make_roles
-from nlae_jax.roles.protocol import Protocol, Tails, make_protocol, tails
+from nlae_jax.roles.protocol import Endings, Protocol, endings, make_protocol
+from nlae_jax.roles.subject import jitted_reader
 from nlae_jax.roles.views import Marks
-from nlae_jax.run.preparation import jitted_reader
-from nlae_jax.run.run import check_batches
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
-from nlae_jax.train.state import RlState, abstract_params, abstract_role
+from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_optimizers
 
 # Without a tokenizer: tokens of the encoder's prompt, which of them is the slot (from 0), and tokens of the opening
 # and closing tags and of the decoder's frame; those of experiments/bench.py with SmolLM2's tokenizer, about.
@@ -36,14 +35,14 @@ PROMPT, SLOT, OPENING, CLOSING, FRAME = 125, 95, 4, 4, 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Planned:
     """What all steps share. `assumed` says what was not known."""
 
     config: Config
     mesh: Mesh
     arch: Arch
     roles: Roles
-    tails: Tails | None
+    endings: Endings | None
     shapes: Shapes
     assumed: str
 
@@ -76,34 +75,25 @@ def assumed_protocol(config: ProtocolConfig, closing: int = CLOSING) -> Protocol
     )
 
 
-def make_setting(config: Config, devices: list[Any]) -> Setting:
+def make_planned(config: Config, devices: list[Any]) -> Planned:
     """Reads the model's config.json and, if it is there, its tokenizer; no weights. Raises UserError as a run would."""
     mesh = make_mesh(config.mesh, devices)
     check_batches(config, mesh)
     directory = resolve_model(config.subject.model, weights=False)
     arch = read_arch(directory)
     protocol, placed, assumed = _protocol(config, arch, directory)
-    shapes = Shapes(
-        prefix=len(protocol.encoder_prefix),
-        act=1 + len(protocol.encoder_tail),
-        response=config.rl.max_new_tokens,
-        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
-        activations=config.rl.activations_per_step,
-        group=config.rl.samples_per_activation,
-        sft_batch=config.sft.batch_size,
-    )
-    return Setting(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes, assumed)
+    return Planned(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes_of(config, protocol), assumed)
 
 
-def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Tails | None, str]:
+def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Endings | None, str]:
     if has_tokenizer(directory):
         tokenizer = load_tokenizer(directory)
         protocol = make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0)
-        return protocol, tails(tokenizer, protocol, arch.vocab_size), ""
+        return protocol, endings(tokenizer, protocol, arch.vocab_size), ""
     protocol, placed = assumed_protocol(config.protocol), None
     if protocol.decoder_suffix:  # most tokenizers merge across the explanation's end
         width = len(protocol.decoder_suffix) + 1
-        placed = Tails(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
+        placed = Endings(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
     assumed = (
         f"no tokenizer in {config.subject.model}: the encoder's prompt is taken to have {PROMPT} tokens with the slot "
         f"at {SLOT}, tags {OPENING} and {CLOSING}, the decoder's frame {FRAME}"
@@ -111,9 +101,9 @@ def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Ta
     return protocol, placed, assumed
 
 
-def programs(setting: Setting, step: str) -> list[Program]:
+def programs(planned: Planned, step: str) -> list[Program]:
     """What a step of `STEPS` runs one after another: one program, or the three of the split RL step."""
-    return _PROGRAMS[step](setting)
+    return _PROGRAMS[step](planned)
 
 
 def _like(tree: Any, sharding: NamedSharding) -> Any:
@@ -121,37 +111,41 @@ def _like(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _frozen_weights(setting: Setting, weights: Params) -> Params:
+def _frozen_weights(planned: Planned, weights: Params) -> Params:
     """Declared weights in the dtype that models compute in."""
-    of = lambda x: jax.ShapeDtypeStruct(x.shape, setting.config.subject.dtype, sharding=x.sharding)  # noqa: E731
-    return jax.tree.map(of, abstract_params(setting.mesh, weights))
+
+    def computed_with(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, planned.config.subject.dtype, sharding=x.sharding)
+
+    return jax.tree.map(computed_with, abstract_params(planned.mesh, weights))
 
 
-def _base(setting: Setting) -> Params:
-    return _frozen_weights(setting, model_weights(setting.arch))
+def _base(planned: Planned) -> Params:
+    return _frozen_weights(planned, model_weights(planned.arch))
 
 
-def _frozen(setting: Setting) -> Params:
-    """As `Run.frozen`."""
-    config, base = setting.config, _base(setting)
+def _frozen(planned: Planned) -> Params:
+    """As `run.training` has it (`_frozen`)."""
+    config, base = planned.config, _base(planned)
     bases: Params = {"base": base if config.lora.rank else {}}
     if config.lora.rank and (config.init.av or config.init.ar):
         bases["decoder_base"] = base
-    whole = replicated(setting.mesh)
-    placed = {} if setting.tails is None else {"tails": _like(setting.tails, whole)}
-    if setting.config.views != ViewsConfig():
-        size = setting.arch.vocab_size
+    whole = replicated(planned.mesh)
+    baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, planned.arch.d_model), jnp.float32))
+    placed = {} if planned.endings is None else {"endings": _like(planned.endings, whole)}
+    if planned.config.views != ViewsConfig():
+        size = planned.arch.vocab_size
         placed["marks"] = _like(Marks(np.zeros(size, np.int32), np.zeros(size, bool)), whole)
-    return {**bases, **placed, "baselines": _like(Baselines(np.float32(0), np.float32(0)), whole)}
+    return {**bases, **placed, "baselines": _like(baselines, whole)}
 
 
-def _batch(setting: Setting, **arrays: tuple[tuple[int, ...], Any]) -> Params:
+def _batch(planned: Planned, **arrays: tuple[tuple[int, ...], Any]) -> Params:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
-    return _like(batch, batch_sharding(setting.mesh))
+    return _like(batch, batch_sharding(planned.mesh))
 
 
 def sft_width(config: Config) -> int:
-    """Columns of the longest warm-start batch (`stages.training._described`)."""
+    """Columns of the longest warm-start batch (`run.training`)."""
     return -(-config.sft.max_response_tokens // 8) * 8
 
 
@@ -161,57 +155,57 @@ def read_shape(config: Config, parts: int) -> tuple[int, int]:
     return max(1, config.extract.batch_tokens // width // parts) * parts, width
 
 
-def _reader(setting: Setting) -> list[Program]:
-    config, mesh = setting.config, setting.mesh
+def _reader(planned: Planned) -> list[Program]:
+    config, mesh = planned.config, planned.mesh
     size, width = read_shape(config, batch_parts(mesh))
     num_next = NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
     documents = _like(
         [jax.ShapeDtypeStruct((size, width), dtype) for dtype in (jnp.int32, jnp.bool_)], batch_sharding(mesh)
     )
     places = [jax.ShapeDtypeStruct((size * config.extract.positions_per_document,), jnp.int32)] * 2
-    arguments = _base(setting), *documents, *_like(places, replicated(mesh))
-    return [Program("read", jitted_reader(setting.arch, config, mesh, num_next), arguments, ())]
+    arguments = _base(planned), *documents, *_like(places, replicated(mesh))
+    return [Program("read", jitted_reader(planned.arch, config, mesh, num_next), arguments, ())]
 
 
-def _kept(setting: Setting) -> Params:
+def _kept(planned: Planned) -> Params:
     """While a role that is a copy of its own is warm-started, the subject's weights are still there."""
-    return {} if setting.config.lora.rank else _base(setting)
+    return {} if planned.config.lora.rank else _base(planned)
 
 
-def _sft(setting: Setting, make_step: Any, weights: Params, optimizer: Any, tokens: str) -> list[Program]:
+def _sft(planned: Planned, make_step: Any, weights: Params, optimizer: Any, tokens: str) -> list[Program]:
     """A role's warm start; `tokens` is what its batches call the ids of descriptions."""
-    config, size = setting.config.sft, setting.config.sft.batch_size
-    state = abstract_role(setting.mesh, weights, optimizer)
-    step = compiled(make_step(setting.roles, optimizer, config.microbatches), state, setting.mesh)
-    ids, h = (size, sft_width(setting.config)), (size, setting.arch.d_model)
+    config, size = planned.config.sft, planned.config.sft.batch_size
+    state = abstract_role(planned.mesh, weights, optimizer)
+    step = compiled(make_step(planned.roles, optimizer, config.microbatches), state, planned.mesh)
+    ids, h = (size, sft_width(planned.config)), (size, planned.arch.d_model)
     arrays = {"h": (h, jnp.float32), tokens: (ids, jnp.int32), "length": ((size,), jnp.int32)}
-    return [Program("step", step, (state, _frozen(setting), _batch(setting, **arrays)), _kept(setting))]
+    return [Program("step", step, (state, _frozen(planned), _batch(planned, **arrays)), _kept(planned))]
 
 
-def _encoder_sft(setting: Setting) -> list[Program]:
-    optimizer, _ = optimizers_of(setting.config)
-    return _sft(setting, steps.encoder_sft_step, setting.roles.encoder_weights(), optimizer, "response")
+def _encoder_sft(planned: Planned) -> list[Program]:
+    optimizer, _ = rl_optimizers(planned.config)
+    return _sft(planned, steps.encoder_sft_step, planned.roles.encoder_weights(), optimizer, "response")
 
 
-def _decoder_sft(setting: Setting) -> list[Program]:
-    _, optimizer = optimizers_of(setting.config)
-    make_step = partial(steps.decoder_sft_step, views=setting.config.views)
-    return _sft(setting, make_step, setting.roles.decoder_weights(), optimizer, "ids")
+def _decoder_sft(planned: Planned) -> list[Program]:
+    _, optimizer = rl_optimizers(planned.config)
+    make_step = partial(steps.decoder_sft_step, views=planned.config.views)
+    return _sft(planned, make_step, planned.roles.decoder_weights(), optimizer, "ids")
 
 
-def _rl(setting: Setting) -> list[Program]:
-    config, mesh, roles = setting.config, setting.mesh, setting.roles
-    optimizers = optimizers_of(config)
+def _rl(planned: Planned) -> list[Program]:
+    config, mesh, roles = planned.config, planned.mesh, planned.roles
+    optimizers = rl_optimizers(config)
     state = RlState(
         abstract_role(mesh, roles.encoder_weights(), optimizers[0]),
         abstract_role(mesh, roles.decoder_weights(), optimizers[1]),
         _like(jax.eval_shape(lambda: jax.random.PRNGKey(0)), replicated(mesh)),
     )
-    frozen = {**_frozen(setting), "blank": _like(np.zeros(roles.encoder.arch.vocab_size, bool), replicated(mesh))}
+    frozen = {**_frozen(planned), "blank": _like(np.zeros(roles.encoder.arch.vocab_size, bool), replicated(mesh))}
     if config.rl.kl_coef:
         whole_copy = not config.lora.rank
-        frozen["reference"] = _frozen_weights(setting, roles.encoder_weights()) if whole_copy else state.encoder.trained
-    batch = _batch(setting, h=((config.rl.activations_per_step, setting.arch.d_model), jnp.float32))
+        frozen["reference"] = _frozen_weights(planned, roles.encoder_weights()) if whole_copy else state.encoder.trained
+    batch = _batch(planned, h=((config.rl.activations_per_step, planned.arch.d_model), jnp.float32))
     parts = steps.rl_step(roles, config, *optimizers)
     if config.rl.fused:
         return [Program("step", compiled(parts.step, state, mesh), (state, frozen, batch), ())]
@@ -228,7 +222,7 @@ def _rl(setting: Setting) -> list[Program]:
     ]
 
 
-_PROGRAMS: dict[str, Callable[[Setting], list[Program]]] = {
+_PROGRAMS: dict[str, Callable[[Planned], list[Program]]] = {
     "extract": _reader,
     "encoder_sft": _encoder_sft,
     "decoder_sft": _decoder_sft,
@@ -237,7 +231,7 @@ _PROGRAMS: dict[str, Callable[[Setting], list[Program]]] = {
 STEPS = tuple(_PROGRAMS)
 
 
-def held_bytes(tree: Any) -> int:
+def resident_bytes(tree: Any) -> int:
     """Bytes of a device's shards of abstract arrays."""
     sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return int(sum(sizes))

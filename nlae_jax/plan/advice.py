@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nlae_jax.config import MICROBATCHES, Config, RlConfig, SftConfig
+from nlae_jax.config import Config, RlConfig, SftConfig, microbatches
 
 # Of a chip's memory; the rest is for what the compiler does not count (its runtime, fragmentation).
 _AIM = 0.95
@@ -64,7 +64,7 @@ def _smaller_temporaries(step: str, config: Config, sizes: dict[str, int], facto
     enough = [m for m in fitting if m >= section.microbatches * factor]
     if enough or fitting:
         count = enough[0] if enough else fitting[-1]
-        yield f"{MICROBATCHES[name]}={count} computes {whole // count} of {whole} at a time"
+        yield f"{microbatches()[name]}={count} computes {whole // count} of {whole} at a time"
     if not enough:
         if sizes["tensor"] == 1 and sizes["fsdp"] > 1:
             yield f"mesh.fsdp={sizes['fsdp'] // 2} mesh.tensor=2 leaves {whole * 2 // parts} rows to two devices"

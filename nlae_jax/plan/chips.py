@@ -93,14 +93,14 @@ def open_topology(name: str) -> Topology:
         raise UserError("nlae plan: the TPU compiler is missing; pip install 'nlae_jax[plan]'")
     try:
         # A slice may be smaller than the 2x2x1 chips that a host has, if that is said.
-        host = [min(int(size), most) for size, most in zip((*shape.split("x"), 1), (2, 2, 1), strict=False)]
+        host = [min(int(size), most) for size, most in zip((*shape.split("x"), "1"), (2, 2, 1), strict=False)]
         with _environment(_COMPILING_ONLY):
             topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
-        devices = topology.devices
+        devices: list[Any] = list(topology.devices)
     except Exception as error:  # of the compiler's own kinds
         raise UserError(f"--topology {name}: {str(error).strip().splitlines()[0]}") from None
     chips = {tuple(device.coords) for device in devices}
-    return Topology(name, CHIPS[generation], list(devices), len(devices) // len(chips))
+    return Topology(name, CHIPS[generation], devices, len(devices) // len(chips))
 
 
 @contextlib.contextmanager

@@ -370,7 +370,7 @@ def convolution_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> 
     """
     image, kernel, out = (array.dims for array in (operands[0][0], operands[1][0], one.outputs[0]))
     labels = one.attribute(r"dim_labels=(\w+_\w+->\w+)")
-    image_labels, kernel_labels, out_labels = re.split(r"_|->", labels)
+    image_labels, kernel_labels, out_labels = re.split(r"_|->", labels or "")
     window = _window(one.attribute(r"window=\{([^}]*)\}") or "")
     products = kernel[kernel_labels.index("i")] * out[out_labels.index("f")] * out[out_labels.index("b")]
     for number in range(len(out_labels) - 2):
@@ -406,8 +406,8 @@ def _valid(image: int, out: int, size: int, stride: int, before: int, spread: in
 
 def _groups(one: Instruction, devices: int) -> list[list[int]]:
     """Which devices exchange with one another; of a permutation its pairs."""
-    if found := one.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}"):
-        return _lists(found)
+    if pairs := one.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}"):
+        return _lists(pairs)
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
         shape, dims, axes = found.groups()
         return _iota(dims, axes).reshape([int(size) for size in shape.split(",")]).tolist()
@@ -416,15 +416,16 @@ def _groups(one: Instruction, devices: int) -> list[list[int]]:
         mesh, dims, axes, along = found.groups()
         groups = _mesh_groups(mesh, along)
         return groups if dims is None else _iota(dims, axes).reshape(-1)[np.array(groups)].tolist()
-    found = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-    if not found and re.search(r"replica_groups=(?!\{\})", one.attributes):
+    listed = one.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+    if not listed and re.search(r"replica_groups=(?!\{\})", one.attributes):
         raise ValueError(f"{one.name}: groups of devices in a form that is not known: {one.attributes[:200]}")
-    return _lists(found) if found else [list(range(devices))]
+    return _lists(listed) if listed else [list(range(devices))]
 
 
 def _iota(dims: str, axes: str | None) -> np.ndarray:
     """`4,2`, `1,0` -> the numbers from 0 on in that shape, its axes in that order."""
-    sizes, order = ([int(x) for x in part.split(",")] if part else None for part in (dims, axes))
+    sizes = [int(x) for x in dims.split(",")]
+    order = [int(x) for x in axes.split(",")] if axes else None
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
 
 

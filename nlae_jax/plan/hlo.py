@@ -120,7 +120,8 @@ class Module:
 def parse(text: str) -> Module:
     """A module from what `compiled.as_text()` gives. Raises ValueError where there is no entry computation."""
     computations: dict[str, Computation] = {}
-    entry, name, instructions = "", "", {}
+    entry, name = "", ""
+    instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
         if name and line.startswith("}"):
             computations[name] = Computation(name, instructions)

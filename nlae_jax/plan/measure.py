@@ -6,14 +6,15 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from nlae_jax.bench.steps import block_flops, needed_flops
+from nlae_jax.bench.flops import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
-from nlae_jax.plan.abstract import Program, Setting, held_bytes, read_shape, sft_width
+from nlae_jax.plan.abstract import Planned, Program, read_shape, resident_bytes, sft_width
 from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
@@ -29,30 +30,30 @@ _UNKNOWN = ("flops_per_chip", "hbm_bytes_moved_per_chip", "collective_bytes_per_
 _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
 
 
-def needed(setting: Setting) -> dict[str, float]:
-    """FLOPs that the mathematics of each step needs on all devices together (`bench.needed_flops`)."""
-    config, arch, shapes, layer = setting.config, setting.arch, setting.shapes, setting.config.subject.layer
-    of = lambda shapes: needed_flops(arch, layer, config.lora.rank, shapes)  # noqa: E731
+def needed(planned: Planned) -> dict[str, float]:
+    """FLOPs that the mathematics of each step needs on all devices together (`bench.flops.needed_flops`)."""
+    config, arch, shapes, layer = planned.config, planned.arch, planned.shapes, planned.config.subject.layer
+    flops_of = partial(needed_flops, arch, layer, config.lora.rank)
     described = shapes._replace(response=sft_width(config))
-    rl = of(shapes)
-    size, width = read_shape(config, batch_parts(setting.mesh))
+    rl = flops_of(shapes)
+    size, width = read_shape(config, batch_parts(planned.mesh))
     read = (layer + 1) * size * block_flops(arch, width, width * (width + 1) / 2)
     if config.describe.provider == "template":
         rows = size * config.extract.positions_per_document
         read = read / (layer + 1) * arch.num_layers + 2.0 * rows * arch.d_model * arch.vocab_size
     return {
         "extract": read,
-        "encoder_sft": of(described)["encoder_sft"],
-        "decoder_sft": of(described._replace(activations=shapes.sft_batch, group=1))["score"],
+        "encoder_sft": flops_of(described)["encoder_sft"],
+        "decoder_sft": flops_of(described._replace(activations=shapes.sft_batch, group=1))["score"],
         "rl": sum(rl[phase] for phase in ("rollout", "score", "policy", *["reference"] * bool(config.rl.kl_coef))),
     }
 
 
-def measure(name: str, programs: Sequence[Program], topology: Topology, setting: Setting) -> dict[str, Any]:
+def measure(name: str, programs: Sequence[Program], topology: Topology, planned: Planned) -> dict[str, Any]:
     """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak."""
-    parts = [_program(name, program, topology, setting) for program in programs]
+    parts = [_program(name, program, topology, planned) for program in programs]
     whole = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
-    flops, work = needed(setting)[name] / topology.chips, whole.get("flops_per_chip")
+    flops, work = needed(planned)[name] / topology.chips, whole.get("flops_per_chip")
     whole["needed_flops_per_chip"] = flops
     if work is not None:
         whole["flops_ratio"] = work / flops
@@ -60,12 +61,12 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, setting:
     return {**dict.fromkeys(_UNKNOWN), **whole}
 
 
-def _program(step: str, program: Program, topology: Topology, setting: Setting) -> dict[str, Any]:
+def _program(step: str, program: Program, topology: Topology, planned: Planned) -> dict[str, Any]:
     per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
     lowered = program.function.lower(*program.arguments)
     traced = time.perf_counter() - begin
-    held = held_bytes((program.arguments, program.kept))
+    held = resident_bytes((program.arguments, program.kept))
     try:
         compiled, text = _compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -74,7 +75,7 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
         say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
         return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": held * per_chip}
     compiling = time.perf_counter() - begin
-    cost = cost_of(parse(text), dict(setting.mesh.shape), setting.config.rl.max_new_tokens)
+    cost = cost_of(parse(text), dict(planned.mesh.shape), planned.config.rl.max_new_tokens)
     memory = compiled.memory_analysis()
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -101,10 +102,10 @@ def _program(step: str, program: Program, topology: Topology, setting: Setting) 
 
 def needed_memory(message: str, held: int) -> int | None:
     """Bytes that a program needs by the compiler's refusal, the arguments' `held` among them; None for other errors."""
-    if found := _TEMPORARIES.search(message):
-        return held + int(float(found[1]) * _UNITS[found[2]])
-    found = _USED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    if temporaries := _TEMPORARIES.search(message):
+        return held + int(float(temporaries[1]) * _UNITS[temporaries[2]])
+    used = _USED.search(message)
+    return int(float(used[1]) * _UNITS[used[2]]) if used else None
 
 
 def _compiled(lowered: Any) -> tuple[Any, str]:
@@ -128,18 +129,18 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
     collectives: dict[str, dict[str, Any]] = {}
     for (kind, axes), (count, size) in sorted(whole.collectives.items()):
         collectives.setdefault(kind, {})[axes] = {"count": round(count), "bytes": round(size * per_chip)}
-    loops = [
+    loops: list[dict[str, Any]] = [
         {
             "name": name or "outside loops",
             "trips": trips,
-            "seconds": trips * max(alone.values()),
-            "bound": max(alone, key=alone.__getitem__),
+            "seconds": trips * max(by_unit.values()),
+            "bound": max(by_unit, key=by_unit.__getitem__),
             "flops": trips * part.flops * per_chip,
             "hbm_bytes": trips * part.bytes * per_chip,
             "collective_bytes": trips * part.sent * per_chip,
         }
         for name, trips, part in cost.flattened()
-        for alone in [alone_seconds(part, device)]
+        for by_unit in [alone_seconds(part, device)]
     ]
     return {
         "flops_per_chip": whole.flops * per_chip,

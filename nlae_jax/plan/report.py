@@ -17,7 +17,7 @@ from rich.table import Table
 from nlae_jax.config import Config, flatten
 from nlae_jax.lm.families import read_hf_config
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, cache_directory, resolve_model
-from nlae_jax.plan.abstract import STEPS, Setting, make_setting, programs, sft_width
+from nlae_jax.plan.abstract import STEPS, Planned, make_planned, programs, sft_width
 from nlae_jax.plan.advice import advise
 from nlae_jax.plan.chips import Topology, open_topology
 from nlae_jax.plan.measure import measure
@@ -45,17 +45,17 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS) -> di
         say(f"plan: made before, read from {path}")
         return read_json(path)
     topology = open_topology(topology_name)
-    setting = make_setting(config, topology.devices)
-    if setting.mesh.size != len(topology.devices):
+    planned = make_planned(config, topology.devices)
+    if planned.mesh.size != len(topology.devices):
         raise UserError(
-            f"config.mesh: {'×'.join(map(str, setting.mesh.shape.values()))} is not the {len(topology.devices)} "
+            f"config.mesh: {'×'.join(map(str, planned.mesh.shape.values()))} is not the {len(topology.devices)} "
             f"devices of {topology_name}; mesh.fsdp=-1 takes what is left"
         )
-    if setting.assumed:
-        say(f"plan: {setting.assumed}")
+    if planned.assumed:
+        say(f"plan: {planned.assumed}")
     with _nothing_kept():
-        steps = {name: measure(name, programs(setting, name), topology, setting) for name in STEPS if name in names}
-    result = {**_header(config, setting, topology), **_verdict(config, setting, topology, steps)}
+        steps = {name: measure(name, programs(planned, name), topology, planned) for name in STEPS if name in names}
+    result = {**_header(config, planned, topology), **_verdict(config, planned, topology, steps)}
     write_json(path, result)
     return result
 
@@ -63,7 +63,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS) -> di
 @contextlib.contextmanager
 def _nothing_kept() -> Iterator[None]:
     """jax's own cache is off: programs of devices that are not here cannot be read back from it."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -71,7 +71,7 @@ def _nothing_kept() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _header(config: Config, setting: Setting, topology: Topology) -> dict[str, Any]:
+def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, Any]:
     chip = topology.chip
     return {
         "topology": topology.name,
@@ -81,12 +81,12 @@ def _header(config: Config, setting: Setting, topology: Topology) -> dict[str, A
         "hbm_bytes_per_second": chip.memory_bandwidth,
         "ici_bytes_per_second": chip.link_bandwidth,
         "model": Path(config.subject.model).name,
-        "mesh": dict(setting.mesh.shape),
-        "shapes": {**setting.shapes._asdict(), "sft_response": sft_width(config)},
+        "mesh": dict(planned.mesh.shape),
+        "shapes": {**planned.shapes._asdict(), "sft_response": sft_width(config)},
         "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
         "recomputed": _RECOMPUTED[config.remat],
         "versions": _versions(),
-        "assumed": [setting.assumed] * bool(setting.assumed) + list(ASSUMPTIONS),
+        "assumed": [planned.assumed] * bool(planned.assumed) + list(ASSUMPTIONS),
     }
 
 
@@ -103,8 +103,8 @@ _TELLING = (
 )
 
 
-def _verdict(config: Config, setting: Setting, topology: Topology, steps: dict[str, Any]) -> dict[str, Any]:
-    sizes, memory = dict(setting.mesh.shape), topology.chip.memory_bytes
+def _verdict(config: Config, planned: Planned, topology: Topology, steps: dict[str, Any]) -> dict[str, Any]:
+    sizes, memory = dict(planned.mesh.shape), topology.chip.memory_bytes
     advice = [line for name, step in steps.items() for line in advise(name, step, config, sizes, memory)]
     return {"steps": steps, "fits": all(step["fits"] for step in steps.values()), "advice": advice}
 

@@ -12,7 +12,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
+from nlae_jax.assets import REPORT_PAGE
 from nlae_jax.config import Config
+from nlae_jax.report.curves import Point, curve, smoothed, thinned
 from nlae_jax.report.table import (
     LARGEST,
     html_health,
@@ -20,16 +25,17 @@ from nlae_jax.report.table import (
     html_text,
     html_values,
     number,
+    printable,
     significant,
     tidy,
 )
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, remove_abandoned, workdir_path, write_text
-from nlae_jax.train.metrics import Point, curve, read, smoothed, thinned
+from nlae_jax.train.metrics import read
 
 SAMPLES = "samples/held_out.jsonl"
 
-STAGES = {
+TITLES = {
     "encoder_sft": ("Encoder warm start", "The encoder learns to write the descriptions from the injected activation."),
     "decoder_sft": ("Decoder warm start", "The decoder learns to rebuild the activation from the descriptions."),
     "rl": ("Reinforcement learning", "The encoder is rewarded for words that the decoder can read; both learn."),
@@ -80,96 +86,6 @@ CARDS = (
 
 # Geometry of a chart, in its own units; the page scales it to its column.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 178, 46, 10, 8, 32
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark"><title>{model}, block {layer}: what the words carry</title>
-<style>{style}</style></head><body><main>
-<header><p class="kicker">Natural language autoencoder</p><h1>{model} <span>block {layer}</span></h1>
-<p class="lede">The encoder reads one activation from the output of block {layer} and writes what it holds. The decoder
-rebuilds the activation from those words alone. What it gets right, the words have carried.</p></header>
-<section><h2>How much the words carry</h2>{headline}</section>
-<section><h2>Explanations of held-out activations</h2>{samples}</section>
-<section><h2>Training</h2>{stages}</section>
-<section><h2>Configuration</h2>{config}</section>
-<footer><h2>Definitions</h2>
-<p>An activation <var>h</var> and its reconstruction are both scaled to the norm √<var>d</var>: only directions are
-compared. <code>mse</code> is then the mean squared error per element, equal to 2(1 − cos): 0 is perfect, 2 is
-orthogonal, 4 is opposite. <var>ĥ</var> is the scaled activation; means run over the activations that are measured.</p>
-<p class="formula">fve = 1 − mean(mse) / mean(‖ĥ − mean(ĥ)‖² / d)</p>
-<p class="formula">fve_meannorm = 1 − mean(mse) / mean(‖ĥ − normalise(mean(ĥ))‖² / d)</p>
-<p>In <code>fve</code> the mean keeps its own, shorter norm: predicting it for every activation is 0, and less is worse
-than saying nothing. In <code>fve_meannorm</code> the mean is scaled to √<var>d</var> as well, which makes a weaker
-baseline and so a higher figure. The curves are of each step's own batch; the headline is of held-out activations, its
-interval from resampling whole documents.</p>
-<p>An explanation without its closing tag, or cut by the length limit, gets the reward −2 in training and is learned
-from. A true reconstruction does not make each sentence true: explanations tend to name the right theme and invent
-details. Thin lines are raw values, heavy lines their moving average over a twentieth of the stage; the number beside
-a name is the last step's.</p></footer>
-</main></body></html>
-"""
-
-STYLE = """
-:root{--bg:#faf9f6;--ink:#20242a;--dim:#676c73;--line:#e3e0d9;--card:#fff;--mark:#fbe6a6;--bad:#a8342a;
-  --c0:#22668f;--c1:#bd6420;--serif:ui-serif,Charter,"Iowan Old Style",Georgia,"Liberation Serif",serif;
-  --sans:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;--mono:ui-monospace,Menlo,Consolas,monospace}
-@media(prefers-color-scheme:dark){:root{--bg:#14161a;--ink:#e4e2dc;--dim:#9a9ea5;--line:#2d3137;--card:#1b1e23;
-  --mark:#5e4b12;--bad:#f08a7e;--c0:#7cb8e0;--c1:#e8a463}}
-*{box-sizing:border-box} html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 var(--sans)}
-main{max-width:1120px;margin:0 auto;padding:56px 28px 72px} section,footer{margin-top:56px}
-h1,h2,h3,h4{font-weight:600;margin:0} h1,h2,q,.lede,.formula{font-family:var(--serif)}
-h1{font-size:34px;line-height:1.2;margin:4px 0 12px;overflow-wrap:anywhere} h1 span{color:var(--c0)}
-h2{font-size:22px;margin-bottom:16px} h3{font-size:16px;margin:32px 0 4px} h4{font-size:13px}
-p{margin:0 0 10px;max-width:74ch} .lede{font-size:18px} .formula{font-style:italic;padding-left:20px}
-code{font:.88em var(--mono);color:var(--dim)} .note{max-width:100ch} .kicker{margin:0}
-.kicker,.note,.absent,small,summary,figcaption i{color:var(--dim);font-size:13px;font-style:normal}
-p.absent{border:1px dashed var(--line);border-radius:6px;padding:10px 14px;max-width:none}
-details{margin-top:8px} summary{cursor:pointer} details q{display:block;color:var(--dim);padding:4px 0}
-.ruler>div{display:grid;grid-template-columns:130px 1fr 52px;gap:12px;align-items:center;height:26px}
-.ruler span{white-space:nowrap} .ruler span:last-child{text-align:right}
-.track{position:relative;height:100%;border-bottom:1px solid var(--line)} .track *{position:absolute}
-.track u{top:0;bottom:-1px;border-left:1px solid var(--dim)} .scale .track{border:0}
-.track i{width:10px;height:10px;margin:-5px;top:50%;border-radius:5px;background:var(--dim)}
-.track s{top:50%;height:16px;margin-top:-8px;border-radius:3px;background:var(--c0);opacity:.3}
-.track em{transform:translateX(-50%);font:12px var(--sans);color:var(--dim);top:4px}
-.main{font-weight:600} .main i{background:var(--c0)} .zero i{background:var(--bg);border:2px solid var(--dim)}
-.cards,.charts{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));
-  margin:24px 0 16px} .config{columns:3 280px;column-gap:32px} .config div{break-inside:avoid;padding-bottom:24px}
-.card,figure{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px 16px;margin:0}
-.value{display:block;font-size:27px;line-height:1.35} .card:first-child .value{color:var(--c0)}
-.card p,.sub{display:block;font-size:13px;line-height:1.45} .card p{color:var(--dim);margin:4px 0 0}
-.value,.score,.values td,.ruler{font-variant-numeric:tabular-nums}
-figure{display:flex;flex-direction:column;padding:12px 12px 6px} figcaption{font-size:14px;padding:0 4px 4px}
-.key{font-size:12.5px;margin-right:14px;color:var(--dim);white-space:nowrap} .key b{color:var(--ink)}
-.key:before{content:"";display:inline-block;width:14px;border-top:2.5px solid;margin-right:6px;vertical-align:4px}
-.k0:before{color:var(--c0)} .k1:before{color:var(--c1)} circle.c0{fill:var(--c0)} circle.c1{fill:var(--c1)}
-svg{display:block;width:100%;height:auto;margin-top:auto} svg text{font:11px var(--sans);fill:var(--dim)}
-svg path{fill:none} .grid{stroke:var(--line)} path.zero{stroke:var(--dim);stroke-width:.8}
-.c0{stroke:var(--c0)} .c1{stroke:var(--c1)} .line{stroke-width:1.8} .raw{stroke-width:.8;opacity:.35}
-.hit{fill:var(--ink);opacity:0} .hit:hover{opacity:.07}
-table{border-collapse:collapse;width:100%} th{text-align:left;font-weight:600;font-size:13px} td,th{vertical-align:top}
-.samples td,.samples th{padding:12px 20px 12px 0;border-top:1px solid var(--line)}
-.samples thead th{border:0;padding-bottom:6px;color:var(--dim)}
-.samples .score,.samples th:nth-child(n+3){padding-right:0;padding-left:16px;text-align:right;white-space:nowrap}
-.samples .context{width:42%;font:13px/1.55 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere}
-.context small{display:block;font:12px var(--sans);margin-top:6px}
-mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 2px}
-q{quotes:none;font-size:16px;white-space:pre-line;overflow-wrap:anywhere}
-.flag{font-size:12px;color:var(--bad);border:1px solid;border-radius:9px;padding:0 7px;white-space:nowrap}
-.values{font-size:13px;table-layout:fixed} .values td{white-space:pre-wrap} .values th{color:var(--dim);width:50%}
-.values th,.values td{padding:3px 8px 3px 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere;font-weight:400}
-.health td,.health th{font-size:13px;padding:4px 16px 4px 0;border-bottom:1px solid var(--line)}
-.health td:nth-child(2){font-variant-numeric:tabular-nums} .health .flag{display:table;white-space:normal;margin:2px 0}
-.changed th,.changed td{font-weight:650;color:var(--ink)}
-@media(max-width:680px){main{padding:32px 16px 48px} h1{font-size:26px} .card{padding:12px}
-  .cards{grid-template-columns:1fr 1fr;gap:10px} .card:first-child{grid-column:1/-1}
-  .ruler>div{grid-template-columns:112px 1fr 42px;gap:10px;font-size:13.5px}
-  .samples thead{display:none} .samples tr{display:block;border-top:1px solid var(--line);padding:14px 0}
-  .samples td,.samples .context{display:block;width:auto;border:0;padding:0 0 10px}
-  .samples .score{display:inline;padding:0 16px 0 0} .score:before{content:attr(data-name) " ";color:var(--dim)}}
-"""
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -277,12 +193,12 @@ def _readout(series: Mapping[str, Sequence[Point]], place: Callable[[Point], Poi
 
 def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
     """The curves of each stage; stages that the log does not have are named as such."""
-    names = [*STAGES, *sorted({str(row["stage"]) for row in rows if "stage" in row} - set(STAGES))]
+    names = [*TITLES, *sorted({str(row["stage"]) for row in rows if "stage" in row} - set(TITLES))]
     return "".join(_stage(name, [row for row in rows if row.get("stage") == name]) for name in names)
 
 
 def _stage(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    title, note = STAGES.get(name, (name, ""))
+    title, note = TITLES.get(name, (name, ""))
     head = f"<h3>{html_text(title)} <code>{html_text(name)}</code></h3>"
     if not rows:
         return f'{head}<p class="absent">Not there yet: metrics.jsonl has no rows of this stage.</p>'
@@ -297,7 +213,7 @@ def _stage(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _interval(evaluation: Mapping[str, Any], key: str) -> tuple[float, float] | None:
-    pair = evaluation.get(key)
+    pair: Any = evaluation.get(key)
     good = isinstance(pair, list) and len(pair) == 2 and all(number(end) != "–" for end in pair)
     return (float(pair[0]), float(pair[1])) if good else None
 
@@ -328,8 +244,8 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
         ("shuffled", "fve_shuffled"), ("mean prediction", ""), ("before RL", "fve_before_rl"),
         ("explanations", "fve"), ("through text", "fve_text"), ("gold text", "fve_gold"),
     )  # fmt: skip
-    values = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
-    values = {name: float(value) for name, value in values.items() if number(value) != "–"}
+    found: dict[str, Any] = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
+    values = {name: float(value) for name, value in found.items() if number(value) != "–"}
     interval = _interval(evaluation, "fve_ci95")
     ends = [*values.values(), *(interval or ())]
     low, high = min([0.0, *ends]) - 0.03, max([1.0, *ends]) + 0.03
@@ -412,14 +328,14 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     evaluation = _object(workdir / "eval.json", "delete it and run `nlae eval` again")
     subject = (config or {}).get("subject")
     subject = subject if isinstance(subject, dict) else {}
-    page = PAGE.format(
-        style=STYLE,
-        model=html_text(subject.get("model", "unknown subject")),
-        layer=html_text(subject.get("layer", "unknown")),
-        headline=_headline(evaluation),
-        stages=_stages(_tame(read(workdir / "metrics.jsonl"), 14)),
-        samples=html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES),
-        config=_config(config),
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    page = environment.from_string(REPORT_PAGE.read_text(encoding="utf-8")).render(
+        model=printable(subject.get("model", "unknown subject")),
+        layer=printable(subject.get("layer", "unknown")),
+        headline=Markup(_headline(evaluation)),
+        stages=Markup(_stages(_tame(read(workdir / "metrics.jsonl"), 14))),
+        samples=Markup(html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES)),
+        config=Markup(_config(config)),
     )
     path = workdir / "report.html"
     remove_abandoned(workdir)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.products import einsum
 from nlae_jax.lm.transformer import Segment, Transformer
-from nlae_jax.roles.protocol import Protocol, Tails
+from nlae_jax.roles.protocol import Endings, Protocol
 
 
 class Decoder(nn.Module):
@@ -30,18 +30,18 @@ class Decoder(nn.Module):
         self.lm = Transformer(self.arch, self.lora_scale, self.remat, self.attention)
         self.value_head = self.param("value_head", lambda _: jnp.eye(self.arch.d_model, dtype=jnp.float32))
 
-    def __call__(self, ids_NxT: jax.Array, length_N: jax.Array, tails: Tails | None = None) -> jax.Array:
+    def __call__(self, ids_NxT: jax.Array, length_N: jax.Array, endings: Endings | None = None) -> jax.Array:
         """Explanations as token ids, right-padded, with their lengths -> reconstructions [N, d] float32.
 
         The prompt's constant prefix is computed once; the suffix is placed after each explanation's last token, or
-        with it as the tokenizer would (`tails`).
+        with it as the tokenizer would (`endings`).
         """
         prefix = jnp.asarray(self.protocol.decoder_prefix, jnp.int32)
         suffix = jnp.asarray(self.protocol.decoder_suffix, jnp.int32)
-        if tails is None:
+        if endings is None:
             ids, valid, last = place_suffix(ids_NxT, length_N, suffix)
         else:
-            ids, valid, last = place_tails(ids_NxT, length_N, tails)
+            ids, valid, last = place_endings(ids_NxT, length_N, endings)
         start = len(prefix)
         positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         segments = [Segment(self.lm.embed(ids), positions, valid)]
@@ -78,16 +78,16 @@ def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> 
     return ids, column < (length_N + len(suffix))[:, None], length_N + len(suffix) - 1
 
 
-def place_tails(ids_NxT: jax.Array, length_N: jax.Array, tails: Tails) -> tuple[jax.Array, jax.Array, jax.Array]:
+def place_endings(ids_NxT: jax.Array, length_N: jax.Array, endings: Endings) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `place_suffix`, with each row's last token and the suffix as the tokenizer writes them together."""
     begin = jnp.maximum(length_N - 1, 0)
     last_token = jnp.take_along_axis(ids_NxT, begin[:, None], axis=1)[:, 0]
-    tail, tail_length = tails.ids[last_token], tails.length[last_token]
-    width = tail.shape[1]
+    ending, ending_length = endings.ids[last_token], endings.length[last_token]
+    width = ending.shape[1]
     column = jnp.arange(ids_NxT.shape[1] + width - 1)[None]
     within = column - begin[:, None]
-    in_tail = (within >= 0) & (within < tail_length[:, None])
-    placed = jnp.take_along_axis(tail, jnp.clip(within, 0, width - 1), axis=1)
-    ids = jnp.where(in_tail, placed, jnp.pad(ids_NxT, ((0, 0), (0, width - 1))))
-    length = begin + tail_length
+    in_ending = (within >= 0) & (within < ending_length[:, None])
+    placed = jnp.take_along_axis(ending, jnp.clip(within, 0, width - 1), axis=1)
+    ids = jnp.where(in_ending, placed, jnp.pad(ids_NxT, ((0, 0), (0, width - 1))))
+    length = begin + ending_length
     return ids, column < length[:, None], length - 1

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import sample
 from nlae_jax.lm.tokens import check_ids
@@ -51,25 +52,27 @@ class LanguageModel:
             return {"params": {"lm": params}}
 
         def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, method="logits")
+            logits_BxTxV: jax.Array = apply(subject, variables(params), ids, mask, method="logits")
+            return logits_BxTxV
 
         def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            return subject.apply(variables(params), ids, mask, layer, method="residual")
+            hidden_BxTxD: jax.Array = apply(subject, variables(params), ids, mask, layer, method="residual")
+            return hidden_BxTxD
 
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            first, contexts = subject.apply(variables(params), ids, mask, method="prefill")
+            first, contexts = apply(subject, variables(params), ids, mask, method="prefill")
             start = mask.sum(-1).astype(jnp.int32)
-            own = subject.empty_caches(start, limit, contexts[0].k.dtype)
-            given = for_decoding(subject, variables(params), contexts, own)
+            grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
+            decoding = for_decoding(subject, variables(params), contexts, grown)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                held = given.contexts, caches, given.weights
-                return subject.apply(given.variables, token, step, start, *held, method="decode")
+                read = decoding.contexts, caches, decoding.weights
+                return apply(subject, decoding.variables, token, step, start, *read, method="decode")
 
             return sample(
                 decode,
                 first,
-                given.own,
+                decoding.own,
                 key,
                 max_new_tokens=limit,
                 closing=(),
@@ -99,7 +102,8 @@ class LanguageModel:
 
         Raises UserError for a token that the model has no embedding for.
         """
-        return self._logits(self.params, *self._with_mask(ids, mask))
+        logits: jax.Array = self._logits(self.params, *self._with_mask(ids, mask))
+        return logits
 
     def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run.
@@ -108,7 +112,8 @@ class LanguageModel:
         """
         if not 0 <= layer < self.arch.num_layers:
             raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
-        return self._residual(self.params, *self._with_mask(ids, mask), layer)
+        hidden: jax.Array = self._residual(self.params, *self._with_mask(ids, mask), layer)
+        return hidden
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0

@@ -47,7 +47,8 @@ class Roles:
     def reference(self, trained: Params) -> Params:
         """A copy of an encoder's parameters that is only computed with: `encoder_variables` makes the same of both."""
         if self.rank:
-            return jax.tree.map(jnp.copy, trained)
+            copy: Params = jax.tree.map(jnp.copy, trained)
+            return copy
         return {"lm": jax.tree.map(lambda w: jnp.array(w, self.dtype, copy=True), trained["lm"])}
 
     def with_whole_prompts(self) -> Roles:

@@ -36,7 +36,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
     "float": lambda value: type(value) in (int, float),
-    "tuple[int, ...]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and all(type(item) is int for item in value),
 }
 
 
@@ -64,10 +64,11 @@ class Protocol:
     def from_json(text: str) -> Protocol:
         """Raises UserError where the text is not what `to_json` writes."""
         fields = parse_json(text, "a protocol", dict)
-        kinds = {field.name: _IS[field.type] for field in dataclasses.fields(Protocol)}
+        kinds = {field.name: _IS[str(field.type)] for field in dataclasses.fields(Protocol)}
         if fields.keys() != kinds.keys() or not all(kinds[name](value) for name, value in fields.items()):
             raise UserError("a protocol: its fields are not those of one")
-        return Protocol(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return Protocol(**values)
 
 
 def find_marker(tokenizer: Any, template: str) -> str:
@@ -84,7 +85,9 @@ def find_marker(tokenizer: Any, template: str) -> str:
         rarest = sorted(candidates, reverse=True)
         for start in range(0, len(rarest), _MARKERS_AT_ONCE):
             some = rarest[start : start + _MARKERS_AT_ONCE]
-            prompts = prompts_ids(tokenizer, [template.replace("{injection_char}", candidates[one]) for one in some])
+            prompts = prompts_ids(
+                tokenizer, [template.replace("{injection_char}", candidates[token]) for token in some]
+            )
             for marker_id, ids in zip(some, prompts, strict=True):
                 if ids.count(marker_id) == 1:
                     return candidates[marker_id]
@@ -191,7 +194,7 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return blank
 
 
-class Tails(NamedTuple):
+class Endings(NamedTuple):
     """What stands in the decoder's prompt in the place of an explanation's last token, the suffix included.
 
     `ids` [V, W] int32, `length` [V] int32. A tokenizer that merges across the explanation's end ("." and "</" into
@@ -202,21 +205,21 @@ class Tails(NamedTuple):
     length: np.ndarray
 
 
-def tails(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Tails | None:
-    """The tail of every token; None where each is followed by the plain suffix."""
+def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | None:
+    """Of every token; None where each is followed by the plain suffix."""
     suffix = protocol.decoder_template.partition("{explanation}")[2]
     width, known = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
     ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))
     ids[:, 0] = np.arange(vocab_size)
     length, changed = np.full(vocab_size, width, np.int32), False
     texts = tokenizer.batch_decode([[token] for token in range(known)])
-    alone = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    by_themselves = tokenizer(texts, add_special_tokens=False)["input_ids"]
     followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
-    for token, (text, own, tail) in enumerate(zip(texts, alone, followed, strict=True)):
+    for token, (text, by_itself, ending) in enumerate(zip(texts, by_themselves, followed, strict=True)):
         # A piece of a character, or of a word that begins otherwise, tells nothing by itself.
-        if own == [token] and text.strip() and len(tail) <= width and tail != ids[token].tolist():
-            ids[token, : len(tail)], length[token], changed = tail, len(tail), True
-    return Tails(ids, length) if changed else None
+        if by_itself == [token] and text.strip() and len(ending) <= width and ending != ids[token].tolist():
+            ids[token, : len(ending)], length[token], changed = ending, len(ending), True
+    return Endings(ids, length) if changed else None
 
 
 def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:

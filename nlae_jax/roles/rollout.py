@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import Samples, sample
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.roles.pair import Params, Roles
@@ -28,18 +29,22 @@ def rollout(
     protocol, encoder = roles.encoder.protocol, roles.encoder
     batch = (h_BxD.shape[0], samples_per_activation)
     with jax.named_scope("prefill"):
-        logits, contexts = encoder.apply(variables, h_BxD, method="prefill")
-    own = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
-    given = for_decoding(encoder, variables, contexts, own)
+        logits, contexts = apply(encoder, variables, h_BxD, method="prefill")
+    grown = encoder.empty_caches(batch, max_new_tokens, contexts[0].k.dtype)
+    decoding = for_decoding(encoder, variables, contexts, grown)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        return encoder.apply(given.variables, token, step, given.contexts, caches, given.weights, method="decode")
+        read = decoding.contexts, caches, decoding.weights
+        logits_and_caches: tuple[jax.Array, Any] = apply(
+            encoder, decoding.variables, token, step, *read, method="decode"
+        )
+        return logits_and_caches
 
     with jax.named_scope("decode"):
         return sample(
             decode,
             jnp.broadcast_to(logits[:, None], (*batch, logits.shape[-1])),
-            given.own,
+            decoding.own,
             key,
             max_new_tokens=max_new_tokens,
             closing=protocol.closing,

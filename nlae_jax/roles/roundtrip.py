@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import explanation_tokens
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
@@ -47,20 +48,27 @@ class RoundTrip:
     """Compiled once per shape; parameters are arguments, so pairs of one architecture share the compilations."""
 
     def __init__(
-        self, roles: Roles, tokenizer: Any, batch_size: int, max_new_tokens: int, mesh: Mesh | None = None
+        self,
+        roles: Roles,
+        tokenizer: Any,
+        batch_size: int,
+        max_new_tokens: int,
+        mesh: Mesh | None = None,
+        smallest_batch: int | None = None,
     ) -> None:
         """`max_new_tokens`: of an explanation, unless a call says otherwise.
 
         `mesh`: that pairs are on, to split batches over; several processes then get the same results.
+        `smallest_batch`: where rows are few, they are batched by this size, doubled until it holds them.
         """
         self._vocab_size = roles.decoder.arch.vocab_size
         self._met: set[tuple[Any, ...]] = set()
         self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        parts = 1 if mesh is None else batch_parts(mesh)
-        self._padded_size = -(-batch_size // parts) * parts
-        self._tails = self._put(protocol.tails(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
+        self._smallest_batch = smallest_batch or batch_size
+        self._parts = 1 if mesh is None else batch_parts(mesh)
+        self._endings = self._put(protocol.endings(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
         def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float, limit: int) -> tuple[jax.Array, ...]:
@@ -77,11 +85,14 @@ class RoundTrip:
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
             return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
 
-        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, tails: Any) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, length, tails)
+        def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, endings: Any) -> jax.Array:
+            rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, endings)
+            return rebuilt_NxD
 
         def reconstruct_prompts(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return roles.decoder.apply(pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            variables = pair.decoder_variables(roles)
+            rebuilt_NxD: jax.Array = apply(roles.decoder, variables, ids, mask, method="from_prompts")
+            return rebuilt_NxD
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
         self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
@@ -119,7 +130,9 @@ class RoundTrip:
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
         batches = self._batches(ids, length)
-        return self._collect(len(ids), (self._call(self._reconstruct, pair, *batch, self._tails) for batch in batches))
+        return self._collect(
+            len(ids), (self._call(self._reconstruct, pair, *batch, self._endings) for batch in batches)
+        )
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
         """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt.
@@ -142,20 +155,25 @@ class RoundTrip:
         return function(pair, rows, *rest)
 
     def _batches(self, *arrays: np.ndarray) -> Any:
-        batches = _batches(self._batch_size, self._padded_size, *arrays)
+        batches = _batches(self._batch_size, self._smallest_batch, self._parts, *arrays)
         return (self._put(batch, batch_sharding) for batch in batches)
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
 
 
-def _batches(size: int, padded_size: int, *arrays: np.ndarray) -> Any:
-    """Consecutive batches of `size` rows, each filled up with copies of its first row to what devices can divide.
+def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
+    """Consecutive batches of `size` rows, each filled up with copies of its first row to what `parts` devices divide.
+
+    Fewer rows than `size` make a batch of `smallest`, doubled until it holds them.
 
     A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
     however many devices there are.
     """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        missing = padded_size - len(rows[0])
+        width = smallest
+        while width < min(len(rows[0]), size):
+            width *= 2
+        missing = -(-min(width, size) // parts) * parts - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]

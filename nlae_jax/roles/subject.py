@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.segments import KeyValues, empty_caches
 from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
+from nlae_jax.mesh import batch_sharding
 
 
 class Subject(nn.Module):
@@ -74,3 +78,17 @@ class Subject(nn.Module):
     def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
         """Room for `capacity` tokens after prompts of `start` tokens."""
         return empty_caches(self.arch, start_B, capacity, dtype)
+
+
+def jitted_reader(arch: Arch, config: Config, mesh: Mesh, num_next: int) -> Any:
+    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`.
+
+    The results' rows are split over the mesh, to be written by the processes that hold them.
+    """
+    subject, layer = Subject(arch, config.attention), config.subject.layer
+
+    @partial(jax.jit, out_shardings=batch_sharding(mesh))
+    def read(base: dict[str, Any], ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
+        return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
+
+    return read

@@ -23,8 +23,8 @@ _MARKS = '"“”'
 class Marks(NamedTuple):
     """Tables over the vocabulary [V]: how many quotation marks a token holds, and whether it can end a sentence."""
 
-    quotes: jax.Array  # int32
-    stops: jax.Array  # bool
+    quotes: jax.Array | np.ndarray  # int32
+    stops: jax.Array | np.ndarray  # bool
 
 
 def marks(tokenizer: Any, vocab_size: int) -> Marks:

@@ -14,8 +14,8 @@ from nlae_jax.report.page import SAMPLES
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.roundtrip import Explanations, RoundTrip
-from nlae_jax.run.run import Purpose, Run
-from nlae_jax.run.training import decoder_sft, encoder_sft, pair_of, rl
+from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
+from nlae_jax.run.training import trained_pair, warm_started_pair
 from nlae_jax.runtime import processes, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, plain, read_fields, write_json, write_text
@@ -31,12 +31,16 @@ _PART_ROWS = 128
 _NEEDED = {"fve", "fve_ci95", "fve_before_rl", "fve_gain", "fve_gain_ci95", "fve_shuffled", "fve_text", "num_documents"}
 
 
-def evaluate(run: Run) -> None:
+def is_evaluated(run: Run) -> bool:
+    """Whether eval.json and the samples are there. Several processes ask together: the first looks."""
+    return processes.by_first(lambda: _is_evaluated(run.workdir))
+
+
+def evaluate(run: PreparedRun) -> None:
     """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
-    if processes.by_first(lambda: _is_evaluated(run.workdir)):
+    if is_evaluated(run):
         return
-    after = pair_of(run, *rl(run))
-    before = pair_of(run, encoder_sft(run), decoder_sft(run))
+    after, before = trained_pair(run), warm_started_pair(run)
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
     documents = run.store.plan.document[rows]
@@ -51,7 +55,7 @@ def evaluate(run: Run) -> None:
         readable = np.array([bool(text) for text in written.texts])
         from_text = trip.reconstruct_texts(after, written.texts)
         bar.advance()
-        described = run.descriptions if run.warm_start else {}
+        described = descriptions_of(run) if run.config.sft.learns else {}
         gold = np.array([described.get(row, "") for row in rows.tolist()])
         from_gold = trip.reconstruct_texts(after, gold.tolist())
         bar.advance()

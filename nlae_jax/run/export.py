@@ -26,7 +26,7 @@ from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.tokens import begin_ids, text_ids
 from nlae_jax.lm.weights import save_model
 from nlae_jax.roles.pair import Pair, Params
-from nlae_jax.run.run import Run
+from nlae_jax.run.resources import PreparedRun, descriptions_of
 from nlae_jax.runtime import outside
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
@@ -34,11 +34,11 @@ from nlae_jax.runtime.progress import progress, warn
 
 
 def export(
-    run: Run, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
+    run: PreparedRun, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
 ) -> None:
     """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
 
-    With `adapters` the directories hold the adapters alone, as `roles.adapters` describes. With `datasets` also the
+    With `adapters` the directories hold the adapters alone, as `lm.adapters` describes. With `datasets` also the
     run's activations, see `export_datasets`. All is made in a directory beside and moved into place at the end. Raises
     UserError where a part is there already.
     """
@@ -71,7 +71,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(run: Run, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
+def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
     source, arch = _source(run, role), run.roles.encoder.arch
     if role == "ar":
         # A decoder has no head; tied, transformers finds nothing missing.
@@ -86,7 +86,7 @@ def _write_model(run: Run, role: str, base: Params, trained: Params, directory: 
         _write_head(directory, trained, dtype)
 
 
-def _write_adapters(run: Run, role: str, trained: Params, directory: Path, dtype: str) -> None:
+def _write_adapters(run: PreparedRun, role: str, trained: Params, directory: Path, dtype: str) -> None:
     """A role's adapters, beside the model that they sit on, and the decoder's head."""
     if (released := run.released.get(role)) is not None:
         base = released.adapters.base_model if released.adapters else run.config.init.names()[role]
@@ -104,7 +104,7 @@ def _write_head(directory: Path, trained: Params, dtype: str) -> None:
     write_safetensors(directory / VALUE_HEAD, [TensorToWrite("weight", head.shape, lambda: head)], dtype)
 
 
-def _write_sidecar(run: Run, role: str, directory: Path) -> None:
+def _write_sidecar(run: PreparedRun, role: str, directory: Path) -> None:
     corpus, model = run.store.meta["corpus"], run.config.subject.model
     content = model_sidecar(run.protocol, role, run.arch.d_model, run.config.subject.layer, model, corpus)
     write_sidecar(directory, content)
@@ -122,12 +122,12 @@ def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:
     return fields | {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
-def _source(run: Run, role: str) -> Path:
+def _source(run: PreparedRun, role: str) -> Path:
     """The model directory that the role started from."""
     return run.released[role].directory if role in run.released else run.directory
 
 
-def _merged(run: Run, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
+def _merged(run: PreparedRun, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
     """(our name, layer) -> the trained parameter, its adapter added in."""
     if run.config.lora.rank == 0:
         lm, adapters = trained["lm"], {}
@@ -173,7 +173,7 @@ def _own_file(source: Path, name: str) -> Path:
     roots = [root]
     if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to `blobs`, by hash
         roots.append(root.parent.parent / "blobs")
-    if not any(path.is_relative_to(one) for one in roots):
+    if not any(path.is_relative_to(root) for root in roots):
         raise UserError(
             f"{source / name}: a link to {path}, outside of the model; copy it there if it is to be exported"
         )
@@ -221,23 +221,27 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
         path.write_text(dated, encoding="utf-8")
     elif (path := directory / _SETTINGS).is_file():
         template = outside.read_json(path).get("chat_template")
-        if isinstance(template, list):  # of several, by name
-            dated = [one | {"template": with_its_date(one["template"])} for one in template]
-        else:
-            dated = template and with_its_date(template)
-        if dated == template:
+        changed: Any = (
+            template and with_its_date(template)
+            if not isinstance(template, list)
+            else [
+                named | {"template": with_its_date(named["template"])}
+                for named in template  # of several, by name
+            ]
+        )
+        if changed == template:
             return
-        _change(directory, [_SETTINGS], chat_template=dated)
+        _change(directory, [_SETTINGS], chat_template=changed)
     if chats_ids(load_tokenizer(directory), ["x"]) != expected:
         warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
 
 
-def export_datasets(run: Run, out: Path) -> None:
+def export_datasets(run: PreparedRun, out: Path) -> None:
     """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars, rows in random order.
 
     A row of the warm start without a description is left out.
     """
-    plan, described = run.store.plan, run.descriptions if run.warm_start else {}
+    plan, described = run.store.plan, descriptions_of(run) if run.config.sft.learns else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     extraction = {
         "base_model": run.config.subject.model,
@@ -260,7 +264,7 @@ def export_datasets(run: Run, out: Path) -> None:
                 doc_id=lambda row: plan.doc_ids[plan.document[row]],
                 position=lambda row: int(plan.position[row]),
                 text=lambda row: decode(run.store.context_ids(row)),
-                description=described.get,
+                description=lambda row: described.get(row, ""),
             )
             export_dataset(out / f"{name}.parquet", name, source, run.protocol, extraction)
             bar.advance()

@@ -34,8 +34,8 @@ class Key(NamedTuple):
 
 def keys_of(config: Config) -> Iterator[Key]:
     """Every key that a run of this config may read on a machine of its own."""
-    describe, learns = config.describe, config.sft.encoder_steps + config.sft.decoder_steps > 0
-    if describe.provider in _PROVIDERS and learns and not config.dataset.rl:
+    describe = config.describe
+    if describe.provider in _PROVIDERS and config.sft.learns and not config.dataset.rl:
         local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server there may ask for none
         reason = f"describe.provider is {describe.provider}"
         yield Key(_PROVIDERS[describe.provider], reason, "nothing" if local else "value")

@@ -6,14 +6,11 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
-from nlae_jax.config import Config
 from nlae_jax.data import activations
 from nlae_jax.data.answers import thinks_at_end
 from nlae_jax.data.corpus import read_documents
@@ -22,14 +19,13 @@ from nlae_jax.data.described import Described, described_path, match, read_descr
 from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.template import document_frequencies
 from nlae_jax.interop.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
-from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.pretrained import cache_directory, stop_ids
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.pair import Params
-from nlae_jax.roles.subject import Subject
-from nlae_jax.run.run import Run
+from nlae_jax.roles.subject import jitted_reader
+from nlae_jax.run.resources import Run, sidecar_of
+from nlae_jax.run.workdir import claim
 from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json, write_json, write_parquet
@@ -64,10 +60,10 @@ def _plan(run: Run) -> None:
         for reason, count in sorted(described.dropped.items()):
             say(f"{path}: {count} descriptions {reason}: left out")
         documents = described.documents
-    given = described.positions if described else {}
-    plan = activations.plan(documents, run.tokenizer, config, given, run.arch.vocab_size)
+    positions = described.positions if described else {}
+    plan = activations.plan(documents, run.tokenizer, config, positions, run.arch.vocab_size)
     _ = run.base  # a model that cannot be read is found out before anything is written
-    run.claim()
+    claim(run.workdir, run.config)
     write_json(directory / "subject.json", run.identity)
     if described is not None:
         write_parquet(directory / "descriptions.parquet", _table(_given(plan, described)))
@@ -91,20 +87,6 @@ def reader(run: Run, num_next: int) -> activations.Reader:
     read = jitted_reader(run.arch, run.config, run.mesh, num_next)
     split, whole = batch_sharding(run.mesh), replicated(run.mesh)
     return lambda *batch: read(run.base, *place(batch, (split, split, whole, whole)))
-
-
-def jitted_reader(arch: Arch, config: Config, mesh: Mesh, num_next: int) -> Any:
-    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`.
-
-    The results' rows are split over the mesh, to be written by the processes that hold them.
-    """
-    subject, layer = Subject(arch, config.attention), config.subject.layer
-
-    @partial(jax.jit, out_shardings=batch_sharding(mesh))
-    def read(base: Params, ids: jax.Array, mask: jax.Array, rows: jax.Array, columns: jax.Array) -> Any:
-        return subject.apply({"params": {"lm": base}}, ids, mask, rows, columns, layer, num_next, method="read")
-
-    return read
 
 
 def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
@@ -133,11 +115,12 @@ def _import(run: Run, files: dict[str, Path]) -> None:
             )
     else:
         say("reading the dataset")
-        plan = import_plan(files, run.config)
-        descriptions, contexts, dropped = import_texts(files, plan, run.sidecar)
+        plan, sidecar = import_plan(files, run.config), sidecar_of(run)
+        assert sidecar is not None  # a dataset has one
+        descriptions, contexts, dropped = import_texts(files, plan, sidecar)
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
-        run.claim()
+        claim(run.workdir, run.config)
         write_json(directory / "subject.json", run.identity)
         write_parquet(directory / "descriptions.parquet", descriptions)
         write_parquet(directory / "contexts.parquet", contexts)
@@ -170,8 +153,7 @@ def _advance_alone(bar: Progress, rows: int) -> None:
 def describe(run: Run) -> None:
     """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet, if there is any SFT."""
     path = run.workdir / "activations/descriptions.parquet"
-    extract(run)  # a dataset brings descriptions along
-    if not run.warm_start or processes.by_first(path.exists):
+    if not run.config.sft.learns or processes.by_first(path.exists):
         return
     if run.config.dataset.rl:
         raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
@@ -201,7 +183,7 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         # Counted over the whole corpus, for the template alone: no other provider reads it.
         document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
         num_documents=len(plan.ids),
-        generate=model and partial(_chat, run, model),
+        generate=None if model is None else partial(_chat, run, model),
         cache_directory=run.workdir / "activations/answers",
         shared_directory=cache_directory() / "answers",
     )

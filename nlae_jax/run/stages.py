@@ -1,19 +1,40 @@
-"""The stages of a run, in order. Each first finishes what it needs, then does what is left of it, once and for all."""
+"""The stages of a run, in order, and the driver that runs them. Each does what is left of it, once and for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from nlae_jax.run.evaluation import evaluate
+from nlae_jax.run.evaluation import evaluate, is_evaluated
 from nlae_jax.run.preparation import describe, extract
-from nlae_jax.run.run import Run
-from nlae_jax.run.training import rl, sft
+from nlae_jax.run.resources import Run, prepare
+from nlae_jax.run.training import rl, rl_is_finished, sft
 
-STAGES: dict[str, Callable[[Run], Any]] = {
+STAGES: dict[str, Callable[[Any], None]] = {
     "extract": extract,
     "describe": describe,
     "sft": sft,
     "rl": rl,
     "eval": evaluate,
 }
+# The first that reads prompts: once they are laid down, fields of the protocol cannot be changed any more.
+_FIRST_PREPARED = "sft"
+
+# Stages whose results stand without the files of those before.
+_FINISHED: dict[str, Callable[[Run], bool]] = {"rl": rl_is_finished, "eval": is_evaluated}
+
+
+def run_stage(run: Run, name: str) -> None:
+    """What is left of one stage; before it, what is left of those that it needs."""
+    if name not in _FINISHED or not _FINISHED[name](run):
+        run_stages(run, name)
+
+
+def run_stages(run: Run, last: str = "eval") -> None:
+    """Runs what is left of every stage, in order, up to the `last`."""
+    for name, stage in STAGES.items():
+        if name == _FIRST_PREPARED:
+            run = prepare(run)
+        stage(run)
+        if name == last:
+            return

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -16,17 +17,18 @@ from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batch
 from nlae_jax.evaluate.health import Watch, health
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import share
+from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
-from nlae_jax.roles.protocol import response_ids, whole_prompt_ids
+from nlae_jax.roles.protocol import blank_tokens, endings, response_ids, whole_prompt_ids
 from nlae_jax.roles.roundtrip import read_samples
-from nlae_jax.run.preparation import describe
-from nlae_jax.run.run import Purpose, Run
+from nlae_jax.roles.views import marks
+from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
 from nlae_jax.runtime import processes
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath
 from nlae_jax.runtime.progress import say
 from nlae_jax.train import steps
-from nlae_jax.train.checkpoint import is_sealed, newest_sealed, restore_part
+from nlae_jax.train.checkpoint import is_whole, newest_sealed, restore_part
 from nlae_jax.train.loop import Stage, compiled, last_checkpoint, run_stage
 from nlae_jax.train.state import (
     RlState,
@@ -36,35 +38,54 @@ from nlae_jax.train.state import (
     init_encoder,
     init_role,
     make_optimizer,
+    rl_optimizers,
     sft_schedule,
 )
 
+# Rows that the FVE denominators of the training metrics are computed from.
+_BASELINE_ROWS = 4096
 
-def sft(run: Run) -> None:
+
+def sft(run: PreparedRun) -> None:
     """Encoder, then decoder, on descriptions."""
-    encoder_sft(run)
-    decoder_sft(run)
+    for role, train in (("encoder", _encoder_sft), ("decoder", _decoder_sft)):
+        num_steps = getattr(run.config.sft, f"{role}_steps")
+        if num_steps and not is_whole(last_checkpoint(run.workdir, f"{role}_sft", num_steps)):
+            train(run)
+
+
+def _frozen(run: PreparedRun, split: str) -> Params:
+    """What every training step reads and none changes."""
+    rows, config = run.store.plan.rows_of(split), run.config
+    # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
+    tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
+    vocab_size = run.roles.encoder.arch.vocab_size
+    if (merged := endings(run.tokenizer, run.protocol, vocab_size)) is not None:
+        tables["endings"] = merged
+    if config.views.leading or config.views.unquoted:
+        tables["marks"] = marks(run.tokenizer, vocab_size)
+    return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
 
 
 def _described(
-    run: Run, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
+    run: PreparedRun, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A split's rows that have a description: row numbers, token ids [N, T], lengths [N].
 
     Too long ones are dropped, and those with a token that the role has no embedding for. `frame` is how many tokens are
     not the description's.
     """
-    limit = run.config.sft.max_response_tokens + frame
+    limit, descriptions = run.config.sft.max_response_tokens + frame, descriptions_of(run)
     known = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
-    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in run.descriptions]
-    tokens = [tokenise(run.descriptions[row]) for row in rows]
+    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in descriptions]
+    tokens = [tokenise(descriptions[row]) for row in rows]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < known]
     if not rows:
         raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
     if not kept:
         raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
-    if len(kept) < len(rows) and split not in run.announced:
-        run.announced.add(split)
+    if len(kept) < len(rows):
         say(
             f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "
             "that the model does not know: left out"
@@ -89,112 +110,107 @@ def _sft_batches(
     return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
 
 
-def _initial_encoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
-    base = {} if run.config.lora.rank else run.start("av")
+def _initial_encoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
+    base = {} if run.config.lora.rank else run.weights.start("av")
     trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT), _adapters(run, "av", run.arch.num_layers))
     return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
 
 
-def _initial_decoder(run: Run, optimizer: optax.GradientTransformation) -> RoleState:
-    base = {} if run.config.lora.rank else run.start("ar")
+def _initial_decoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
+    base = {} if run.config.lora.rank else run.weights.start("ar")
     head = run.released["ar"].value_head() if "ar" in run.released else None
     adapters = _adapters(run, "ar", run.config.subject.layer + 1)
     trained = init_decoder(run.roles, base, run.key(Purpose.DECODER_SFT), head, adapters)
     return init_role(run.mesh, run.roles.decoder_weights(), trained, optimizer)
 
 
-def _adapters(run: Run, role: str, depth: int) -> Params | None:
+def _adapters(run: PreparedRun, role: str, depth: int) -> Params | None:
     """The released adapters that the role "av" or "ar" goes on from, `depth` blocks of them; None without any."""
     released = run.released.get(role)
-    return released and released.adapters and released.adapters.read(released.arch.truncated(depth))
+    if released is None or released.adapters is None:
+        return None
+    return released.adapters.read(released.arch.truncated(depth))
 
 
 _INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
 
 
-def _trained_by_sft(run: Run, role: str) -> Params | None:
-    """What SFT made of the role `encoder` or `decoder`, without its optimiser; None until it is finished."""
+def _trained_by_sft(run: PreparedRun, role: str) -> Params:
+    """What SFT made of the role `encoder` or `decoder`, without its optimiser. Raises UserError until it is done."""
     if not (num_steps := getattr(run.config.sft, f"{role}_steps")):
         return _INITIAL[role](run, optax.identity()).trained
     abstract = {"trained": abstract_params(run.mesh, getattr(run.roles, f"{role}_weights")())}
-    state = restore_part(last_checkpoint(run.workdir, f"{role}_sft", num_steps), abstract)
-    return state and state["trained"]
+    if (state := restore_part(last_checkpoint(run.workdir, f"{role}_sft", num_steps), abstract)) is None:
+        raise UserError(f"--workdir {run.workdir}: {role}_sft is not finished; run `nlae train` there first")
+    return state["trained"]
 
 
-def _trained_by_rl(run: Run, checkpoint: AnyPath) -> tuple[Params, Params] | None:
-    """What RL made of encoder and decoder up to a checkpoint, without their optimisers; None without it."""
-    if not processes.by_first(lambda: is_sealed(checkpoint)):  # in a new workdir, roles cannot be made yet
-        return None
+def _trained_by_rl(run: PreparedRun, checkpoint: AnyPath) -> tuple[Params, Params]:
+    """What RL made of encoder and decoder up to a checkpoint, without their optimisers."""
     weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
     abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
-    state = restore_part(checkpoint, abstract)
-    return state and (state["encoder"]["trained"], state["decoder"]["trained"])
+    if (state := restore_part(checkpoint, abstract)) is None:
+        raise UserError(f"{checkpoint}: damaged; run `nlae train` there again, which goes back to the one before")
+    return state["encoder"]["trained"], state["decoder"]["trained"]
 
 
-def encoder_sft(run: Run) -> Params:
-    """The encoder learns to write descriptions. Returns its trained parameters."""
-    describe(run)
-    if (trained := _trained_by_sft(run, "encoder")) is not None:
-        return trained
+def _encoder_sft(run: PreparedRun) -> None:
+    """The encoder learns to write descriptions."""
     described = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
-    return _warm_start(run, "encoder", described, run.roles, run.frozen("encoder_sft"))
+    _warm_start(run, "encoder", described, run.roles, _frozen(run, "encoder_sft"))
 
 
-def decoder_sft(run: Run) -> Params:
-    """The decoder learns to read descriptions. Returns its trained parameters."""
-    describe(run)
-    if (trained := _trained_by_sft(run, "decoder")) is not None:
-        return trained
+def _decoder_sft(run: PreparedRun) -> None:
+    """The decoder learns to read descriptions."""
     roles, tokenise = run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
-    frozen, frame = run.frozen("decoder_sft"), 0
+    frozen, frame = _frozen(run, "decoder_sft"), 0
     if run.config.dataset.rl:  # its prompts are whole, and read as they are
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
-        frozen.pop("tails", None)
+        frozen.pop("endings", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
-    return _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
+    _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
 
 
-# By role: what random numbers are drawn for, the step, what its batches call the ids of descriptions.
+# By role: what random numbers are drawn for, what its batches call the ids of descriptions.
 _SFT = {
-    "encoder": (Purpose.ENCODER_SFT, steps.encoder_sft_step, "response"),
-    "decoder": (Purpose.DECODER_SFT, steps.decoder_sft_step, "ids"),
+    "encoder": (Purpose.ENCODER_SFT, "response"),
+    "decoder": (Purpose.DECODER_SFT, "ids"),
 }
 
 
 def _warm_start(
-    run: Run, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
-) -> Params:
-    """Trains a role on what `_described` gave; `frozen` is what its step reads. Returns its trained parameters."""
-    config, (rows, ids, length), (purpose, make_step, ids_name) = run.config.sft, described, _SFT[role]
+    run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
+) -> None:
+    """Trains a role on what `_described` gave; `frozen` is what its step reads."""
+    config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
     state = _INITIAL[role](run, optimizer)
-    if role == "decoder":
-        make_step = partial(make_step, views=run.config.views)
-    step = compiled(make_step(roles, optimizer, config.microbatches), state, run.mesh)
+    if role == "encoder":
+        update = steps.encoder_sft_step(roles, optimizer, config.microbatches)
+    else:
+        update = steps.decoder_sft_step(roles, optimizer, config.microbatches, run.config.views)
+    step = compiled(update, state, run.mesh)
 
     def load(i: np.ndarray, width: int | None) -> Batch:
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
 
     iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
     stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, made_with=run.made_with())
-    return run_stage(stage, state, frozen, run.mesh, run.config, run.workdir).trained
+    run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
 
 
-def rl(run: Run) -> tuple[Params, Params]:
-    """Encoder and decoder learn from how well the round trip works. Returns both roles' trained parameters."""
-    if (trained := _trained_by_rl(run, last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))) is not None:
-        return trained
-    processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
-    encoder, decoder = encoder_sft(run), decoder_sft(run)
-    run.forget_base()
+def rl(run: PreparedRun) -> None:
+    """Encoder and decoder, both warm-started, learn from how well the round trip works."""
     config = run.config.rl
-    if config.num_steps == 0:
-        return encoder, decoder
-    optimizers = [
-        make_optimizer(run.config, rate) for rate in (config.encoder_learning_rate, config.decoder_learning_rate)
-    ]
-    frozen = {**run.frozen("rl"), "blank": run.on_mesh(run.blank)}
+    if rl_is_finished(run):
+        return
+    processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
+    encoder, decoder = _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder")
+    run.weights.forget_base()
+    optimizers = rl_optimizers(run.config)
+    blank = blank_tokens(run.tokenizer, run.roles.encoder.arch.vocab_size)
+    frozen = {**_frozen(run, "rl"), "blank": run.on_mesh(blank)}
     if config.kl_coef:
         # A copy: the state's own buffers are given away to the first step.
         frozen["reference"] = run.roles.reference(encoder)
@@ -232,8 +248,13 @@ def rl(run: Run) -> tuple[Params, Params]:
         at_checkpoint=watch.review,
         made_with=run.made_with(),
     )
-    state = run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
-    return state.encoder.trained, state.decoder.trained
+    run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
+
+
+def rl_is_finished(run: Run) -> bool:
+    """Whether RL has all its steps, or none to make."""
+    num_steps = run.config.rl.num_steps
+    return num_steps == 0 or is_whole(last_checkpoint(run.workdir, "rl", num_steps))
 
 
 def _forget_evaluation(path: Path) -> None:
@@ -242,18 +263,17 @@ def _forget_evaluation(path: Path) -> None:
         path.unlink()
 
 
-def trained_pair(run: Run) -> Pair:
+def trained_pair(run: PreparedRun) -> Pair:
     """The pair as trained so far: by RL up to its newest checkpoint, else by the warm start. Only reads."""
-    if (checkpoint := newest_sealed(run.workdir / "checkpoints/rl")) is not None:
-        if (trained := _trained_by_rl(run, checkpoint)) is None:
-            raise UserError(f"{checkpoint}: damaged; run `nlae train` there again, which goes back to the one before")
-    else:
-        trained = tuple(_trained_by_sft(run, role) for role in _INITIAL)
-        for role, params in zip(_INITIAL, trained, strict=True):
-            if params is None:
-                raise UserError(f"--workdir {run.workdir}: {role}_sft is not finished; run `nlae train` there first")
-    return pair_of(run, *trained)
+    if (checkpoint := newest_sealed(run.workdir / "checkpoints/rl")) is None:
+        return warm_started_pair(run)
+    return _pair(run, *_trained_by_rl(run, checkpoint))
 
 
-def pair_of(run: Run, encoder: Params, decoder: Params) -> Pair:
-    return Pair(encoder=encoder, decoder=decoder, **run.bases)
+def warm_started_pair(run: PreparedRun) -> Pair:
+    """The pair before RL. Only reads."""
+    return _pair(run, _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder"))
+
+
+def _pair(run: PreparedRun, encoder: Params, decoder: Params) -> Pair:
+    return Pair(encoder=encoder, decoder=decoder, **run.weights.bases)

@@ -1,59 +1,33 @@
-"""What a workdir says of how it was made: which config fits it, and what must not be missing from it."""
+"""What a workdir says of how it was made, which config fits it, what must not be missing from it; and its lock."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from nlae_jax.assets import WARMSTART
-from nlae_jax.config import Config, DatasetConfig, flatten, load_config, resolve
+from nlae_jax.config import Binds, Config, Leaf, flatten, leaves, load_config, resolve
 from nlae_jax.interop.datasets import dataset_files, identities
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, local_path, read_json
+from nlae_jax.runtime.files import AnyPath, is_remote, local_path, read_json, remove_abandoned, write_json
+from nlae_jax.runtime.progress import say, warn
 from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
 from nlae_jax.train.metrics import ORDER
 
-# Fields that change how a run is computed but not what it computes: they may differ when a run is resumed.
-_MAY_DIFFER = (
-    "mesh.",
-    "checkpoint.",
-    "remat",
-    "attention",
-    "rl.fused",
-    "rl.microbatches",
-    "sft.microbatches",
-    "describe.concurrency",
-    "describe.timeout_seconds",
-    "describe.max_retries",
-)
 
-# What a run makes, in order, and the fields that are first read for it: until it or anything after it is there, they
-# can be put right. The longest name that fits counts.
-_MADE_WITH = {
-    "config.json": ("",),
-    "activations/descriptions.parquet": (
-        "describe.model",
-        "describe.base_url",
-        "describe.max_new_tokens",
-        "eval.num_activations",
-    ),
-    "protocol.json": ("protocol.",),
-    "checkpoints/encoder_sft/*/manifest.json": ("lora.", "optimizer.", "sft."),
-    "checkpoints/decoder_sft/*/manifest.json": ("sft.decoder_", "views."),
-    "checkpoints/rl/*/manifest.json": ("rl.",),
-    "eval.json": ("eval.",),
-}
+def _fields_that_name(what: str) -> tuple[str, ...]:
+    return tuple(leaf.name for leaf in leaves() if leaf.option.names == what)
 
-# Fields that name a model. What matters is the weights there, which activations/subject.json tells from others.
-_MODELS = ("subject.model", "init.pair", "init.av", "init.ar")
 
-# Fields that name files, where they do not name what the package carries.
-_FILES = ("corpus.path", "describe.path")
-
-_DATASETS = tuple(f"dataset.{field.name}" for field in dataclasses.fields(DatasetConfig))
+# What matters of a model is its weights, which activations/subject.json tells from others.
+_MODELS = _fields_that_name("model")
+# These may name what the package carries instead.
+_FILES = _fields_that_name("file")
+_DATASETS = _fields_that_name("dataset")
 
 ANY_CHECKPOINT = "checkpoints/*/*/manifest.json"
 
@@ -81,6 +55,64 @@ def located(config: Config) -> Config:
     return resolve(flat | {name: os.path.abspath(local_path(text, f"config.{name}")) for name, text in paths.items()})
 
 
+def take(workdir: AnyPath, config: Config, record: dict[str, Any]) -> None:
+    """Locks a workdir, and gives it a config that is the same as its own or that it may be changed to.
+
+    What is missing of config.json and protocol.json is made again from `record`, see `recorded`. Raises UserError where
+    another process has the workdir, or something in it was made with a config that computes something else.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    _lock(workdir)
+    remove_abandoned(workdir, "*", "checkpoints/*/*")
+    _restore(workdir / "config.json", record, "config", write_json)
+    _restore(workdir / "protocol.json", record, "protocol", write_json)
+    require(workdir, "config.json")
+    if (workdir / "config.json").exists() and differs(workdir, config):
+        claim(workdir, config)
+
+
+def claim(workdir: AnyPath, config: Config) -> None:
+    """Writes config.json: from here on the workdir belongs to this config."""
+    write_json(workdir / "config.json", dataclasses.asdict(config))
+
+
+def check_record(record: dict[str, Any], name: str, found: Any, where: str, workdir: AnyPath) -> None:
+    """Raises UserError where checkpoints were made with other `name` than are `found`; `record` as of `recorded`."""
+    if name in record and record[name] != found:
+        raise UserError(
+            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; bring those back, or "
+            "delete it to train anew"
+        )
+
+
+def _restore(path: AnyPath, record: dict[str, Any], name: str, write: Callable[[AnyPath, Any], None]) -> None:
+    """Makes a file that is missing again, if the newest checkpoint says what was in it."""
+    if not path.exists() and name in record:
+        say(f"{path} is missing: made again, as the newest checkpoint has it")
+        write(path, record[name])
+
+
+# Held while the process lives; a notebook may open one workdir several times.
+_LOCKS: dict[AnyPath, TextIO] = {}
+
+
+def _lock(workdir: AnyPath) -> None:
+    """Two runs in one workdir would overwrite each other. A bucket has no lock that ends with its process: no lock."""
+    if is_remote(workdir):
+        return
+    path = workdir.resolve() / ".lock"
+    if path in _LOCKS:
+        return
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
+    except OSError as error:  # of many kinds, where a file system that is shared over a network has no locks
+        warn(f"--workdir {workdir}: cannot be locked ({error.strerror}); start no second run there")
+    _LOCKS[path] = file
+
+
 def recorded(workdir: AnyPath) -> dict[str, Any]:
     """What the newest readable checkpoint says that it was made with; {} where none says."""
     for stage in reversed(ORDER):
@@ -102,14 +134,14 @@ def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
 
 def differs(workdir: AnyPath, config: Config) -> bool:
     """Whether the workdir's config is another. Raises UserError where that would compute something else."""
-    theirs = located(load_config(workdir / "config.json"))
-    mine, theirs = (flatten(dataclasses.asdict(c)) for c in (config, theirs))
-    changed = [name for name in mine if theirs[name] != mine[name]]
+    now = flatten(dataclasses.asdict(config))
+    before = flatten(dataclasses.asdict(located(load_config(workdir / "config.json"))))
+    changed = [leaf for leaf in leaves() if before[leaf.name] != now[leaf.name]]
     same = _same_content(workdir, config)
     kept = [
-        f"{name} {theirs[name]!r} -> {mine[name]!r} ({path.relative_to(workdir)} was made with it)"
-        for name in changed
-        if not name.startswith((*_MAY_DIFFER, *same)) and (path := _made_with(workdir, name, config)) is not None
+        f"{leaf.name} {before[leaf.name]!r} -> {now[leaf.name]!r} ({path.relative_to(workdir)} was made with it)"
+        for leaf in changed
+        if leaf.name not in same and (path := _made_with(workdir, leaf, config)) is not None
     ]
     if kept:
         raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
@@ -127,16 +159,13 @@ def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:
     return same
 
 
-def _made_with(workdir: AnyPath, name: str, config: Config) -> AnyPath | None:
-    """A file that a field's old value has gone into; None where the new one is as good."""
-    if name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
+def _made_with(workdir: AnyPath, leaf: Leaf, config: Config) -> AnyPath | None:
+    """The first file already made with the old value of a field; None if the field may still change."""
+    if leaf.name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
         path = newest_sealed(workdir / "checkpoints/rl")
         return path if path is not None and int(path.name) > config.rl.num_steps else None
-    first = max(
-        (len(prefix), made) for made, prefixes in _MADE_WITH.items() for prefix in prefixes if name.startswith(prefix)
-    )[1]
-    order = list(_MADE_WITH)
-    for pattern in order[order.index(first) :]:
-        if (path := min(workdir.glob(pattern), default=None)) is not None:
+    order = list(Binds)
+    for made in order[order.index(leaf.binds) : order.index(Binds.NEVER)]:
+        if (path := min(workdir.glob(made.value), default=None)) is not None:
             return path
     return None

@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from etils import epath
 from nlae_jax.runtime.errors import UserError
 
 # Where a workdir's files are. Both kinds share the methods that this project uses on them.
-AnyPath = pathlib.Path | epath.Path
+AnyPath: TypeAlias = "pathlib.Path | epath.Path"
 
 _GS = "gs://"
 
@@ -140,7 +140,7 @@ def move(source: AnyPath, target: AnyPath) -> None:
 
 def remove(directory: AnyPath) -> None:
     """A directory and all below it."""
-    directory.rmtree() if is_remote(directory) else shutil.rmtree(directory)
+    epath.Path(directory).rmtree() if is_remote(directory) else shutil.rmtree(directory)
 
 
 def kvstore(path: AnyPath) -> dict[str, str]:
@@ -170,7 +170,7 @@ def upload(path: epath.Path, data: bytes) -> None:
         raise UserError(f"{path}: these credentials may not write it ({' '.join(str(error).split())})") from None
 
 
-def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], None]) -> None:
+def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], object]) -> None:
     """`write` fills a temporary sibling, which then takes the place of `path`; an object is uploaded from one here.
 
     Several processes may write one path at a time: the last one to finish has its content there.

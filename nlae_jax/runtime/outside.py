@@ -22,7 +22,7 @@ _YAML_NODES = 100_000  # with every alias written out
 _DIGITS = 300  # of a whole number: all of them are a float64 too
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUOTED = 120  # characters of a value that a message quotes
-_KINDS = {dict: "an object", list: "a list"}
+_KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def quoted(value: object) -> str:
@@ -65,7 +65,7 @@ def parse_json(content: bytes | str, name: object, kind: type = object, finite: 
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        hooks = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
         value = json.loads(text, parse_int=_whole, **hooks)
         # Nothing else is a surrogate: a str may hold it as it is, bytes cannot.
         if isinstance(content, str) or "\\ud" in text or "\\uD" in text:

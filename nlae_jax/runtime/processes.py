@@ -39,10 +39,11 @@ def settings(spec: str) -> tuple[str | None, int | None, int | None]:
     """
     if spec == "auto":
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-        texts = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+        texts: list[str | None] = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
         source = "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
     else:
-        address, *texts = spec.split(",")
+        address, *counts = spec.split(",")
+        texts = [*counts]
         source = f"--distributed {spec}"
         if len(texts) != 2:
             raise UserError(f"{source}: should be auto or HOST:PORT,COUNT,INDEX")

@@ -95,6 +95,10 @@ class Checkpoints:
         """
         if step is None and (step := self.newest()) is None:
             return None
+        return step, *self.restore_step(abstract, step)
+
+    def restore_step(self, abstract: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """(state, data) of a sound checkpoint, as `restore`."""
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -102,7 +106,7 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return step, restored["state"], restored["data"]
+        return restored["state"], restored["data"]
 
     def newest(self) -> int | None:
         """The step of the newest sound checkpoint. Newer ones that are damaged are set aside, with a warning."""
@@ -158,7 +162,15 @@ def abstract_of(state: Any) -> Any:
 
 def is_sealed(path: AnyPath) -> bool:
     """Whether the checkpoint directory was written to its end."""
-    return (path / _MANIFEST).exists()
+    return bool((path / _MANIFEST).exists())
+
+
+def is_whole(path: AnyPath) -> bool:
+    """Whether the checkpoint directory was written to its end, and its files are as they were written.
+
+    Several processes ask together: the first looks.
+    """
+    return processes.by_first(lambda: _problem(path)) is None
 
 
 def newest_sealed(directory: AnyPath) -> AnyPath | None:
@@ -168,8 +180,8 @@ def newest_sealed(directory: AnyPath) -> AnyPath | None:
 
 def sealed(directory: AnyPath) -> list[AnyPath]:
     """A stage's checkpoints that were written to their end, the newest first."""
-    found = [path for path in children(directory) if path.name.isdecimal() and is_sealed(path)]
-    return sorted(found, key=lambda path: -int(path.name))
+    complete = [path for path in children(directory) if path.name.isdecimal() and is_sealed(path)]
+    return sorted(complete, key=lambda path: -int(path.name))
 
 
 def restore_part(path: AnyPath, abstract: Any) -> Any | None:
@@ -177,7 +189,7 @@ def restore_part(path: AnyPath, abstract: Any) -> Any | None:
 
     None where the checkpoint is not there to its end, or its files are damaged. Writes nothing.
     """
-    if processes.by_first(lambda: _problem(path)) is not None:
+    if not is_whole(path):
         return None
     arguments = ocp.args.PyTreeRestore(
         item=abstract,

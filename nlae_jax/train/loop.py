@@ -60,11 +60,12 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
 
     Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
-    Raises `hosts.Preempted`, with the last step saved, once any process is asked to stop, and UserError where every
-    update was skipped.
+    Raises `supervision.Preempted`, with the last step saved, once any process is asked to stop, and UserError where
+    every update was skipped.
     """
-    log = MetricsLog(workdir / "metrics.jsonl") if world.is_first() else contextlib.nullcontext()
-    with Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep) as checkpoints, log as log:
+    with contextlib.ExitStack() as opened:
+        checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep))
+        log = opened.enter_context(MetricsLog(workdir / "metrics.jsonl")) if world.is_first() else None
         return _run(stage, state, frozen, mesh, config, checkpoints, log)
 
 
@@ -77,7 +78,8 @@ def _run(
         abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # whoever made it still holds it, and there may be room for one state only
-        start, state, data = checkpoints.restore(abstract, newest)
+        start = newest
+        state, data = checkpoints.restore_step(abstract, newest)
         stage.iterator.set_state(data["iterator"])
     if log is not None:
         log.rewind(stage.name, start)

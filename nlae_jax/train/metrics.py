@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
-
-Point = tuple[float, float]
 
 # The order that stages run in, and their rows stand in.
 ORDER = ("encoder_sft", "decoder_sft", "rl")
@@ -65,30 +61,6 @@ def read(path: AnyPath) -> list[dict[str, Any]]:
     return [row for _, row in _parse(path, _stored(path))]
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """A centred moving average over a twentieth of the points; the raw ones where there are fewer than 40."""
-    half = len(points) // 40
-    windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
-    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
-
-
-def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most about `most` points, the extremes of every stretch among them."""
-    size = max(1, math.ceil(2 * len(points) / most))
-    if size <= 2:
-        return list(points)
-    stretches = (points[start : start + size] for start in range(0, len(points), size))
-    extremes = ((min(part, key=itemgetter(1)), max(part, key=itemgetter(1))) for part in stretches)
-    return [point for pair in extremes for point in sorted(set(pair))]
-
-
-def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """(step, value) in order of step; the last row of a step counts, and values that are no finite number do not."""
-    values = {row["step"]: row[key] for row in rows if isinstance(row.get("step"), int) and key in row}
-    finite = {step: y for step, y in values.items() if isinstance(y, int | float) and abs(y) < math.inf}
-    return [(float(step), float(y)) for step, y in sorted(finite.items())]
-
-
 class MetricsLog:
     """Appends rows to one `metrics.jsonl`. One process writes; any number may read.
 
@@ -102,7 +74,7 @@ class MetricsLog:
         """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = bytearray(_stored(path)) if is_remote(path) else None
+        self._buffer = bytearray(_stored(path)) if is_remote(path) else None
         self._unwritten, self._due = False, 0.0
         self._keep(lambda row: True)
 
@@ -116,20 +88,20 @@ class MetricsLog:
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
             raise ValueError(f"a metrics row needs a string 'stage' and an integer 'step', not {dict(row)!r}")
         line = (json.dumps(clean, allow_nan=False) + "\n").encode("ascii")
-        if self._held is None:
+        if self._buffer is None:
             with self.path.open("ab") as file:
                 file.write(line)
             return
-        self._held += line
+        self._buffer += line
         self._unwritten = True
         if time.monotonic() >= self._due:
             self.sync()
 
     def sync(self) -> None:
         """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
-        if self._unwritten:
-            upload(self.path, bytes(self._held))
-            self._unwritten, self._due = False, time.monotonic() + _pause(len(self._held))
+        if self._buffer is not None and self._unwritten:
+            upload(self.path, bytes(self._buffer))
+            self._unwritten, self._due = False, time.monotonic() + _pause(len(self._buffer))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -154,12 +126,12 @@ class MetricsLog:
         self, wanted: Callable[[dict[str, Any]], bool], place: Callable[[dict[str, Any]], int] = lambda row: 0
     ) -> None:
         """Leaves only the whole lines whose row is `wanted`, sorted by `place`; does not touch a file that is so."""
-        before = _stored(self.path) if self._held is None else bytes(self._held)
+        before = _stored(self.path) if self._buffer is None else bytes(self._buffer)
         kept = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
         data = b"".join(line for line, _ in sorted(kept, key=lambda entry: place(entry[1])))
         if data != before:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
-            self._held = None if self._held is None else bytearray(data)
+            self._buffer = None if self._buffer is None else bytearray(data)
 
 
 def _pause(size: int) -> float:

@@ -97,6 +97,12 @@ def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> op
     return lambda count: schedule(count + 1)
 
 
+def rl_optimizers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """The encoder's in RL, and the decoder's."""
+    rl = config.rl
+    return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
+
+
 def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
     """A role at step 0, on the mesh."""
     trained = place(trained, tree_shardings(mesh, weights))
@@ -108,25 +114,30 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
 def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransformation) -> RoleState:
     """Shapes and shardings of what `init_role` makes."""
     trained, whole = abstract_params(mesh, weights), replicated(mesh)
-    of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+
+    def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        of,
+        placed,
         jax.eval_shape(optimizer.init, trained),
         tree_shardings(mesh, weights),
-        transform_non_params=lambda x: of(x, whole),
+        transform_non_params=lambda x: placed(x, whole),
     )
-    return RoleState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trained, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return RoleState(step, trained, opt_state)
 
 
 def abstract_params(mesh: Mesh, weights: Params) -> Params:
     """Shapes and shardings of a role's trained parameters, for restoring them."""
-    return jax.tree.map(
+    abstract: Params = jax.tree.map(
         lambda weight, sharding: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding),
         weights,
         tree_shardings(mesh, weights),
         is_leaf=lambda node: isinstance(node, Weight),
     )
+    return abstract
 
 
 def shardings_of(tree: Any) -> Any:

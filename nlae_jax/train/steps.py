@@ -2,7 +2,7 @@
 
 Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
 (the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
-data), `tails` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
+data), `endings` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from nlae_jax.config import Config, ViewsConfig
+from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import Samples, explanation_tokens
 from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
@@ -87,8 +88,11 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, micr
         def loss_fn(trained: Params, part: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
             batch, mask = part
             loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
-            variables, given = roles.encoder_variables(frozen["base"], trained), (batch["h"], batch["response"])
-            return roles.encoder.apply(variables, *given, loss_of, mask, method="sft_loss")
+            variables, inputs = roles.encoder_variables(frozen["base"], trained), (batch["h"], batch["response"])
+            loss_and_log_probs: tuple[jax.Array, jax.Array] = apply(
+                roles.encoder, variables, *inputs, loss_of, mask, method="sft_loss"
+            )
+            return loss_and_log_probs
 
         (_, log_probs), gradients = in_microbatches(loss_fn, state.trained, (batch, trained_on), microbatches)
         loss = -objectives.masked_mean(log_probs[:, -mask.shape[1] :], mask)
@@ -108,9 +112,12 @@ def describer_sft_step(describer: Describer, optimizer: optax.GradientTransforma
 
         def loss_fn(trained: Params) -> tuple[jax.Array, jax.Array]:
             variables = {"params": {"lm": frozen["base"]}, "lora": {"lm": {"blocks": trained["adapters"]}}}
-            given = batch["prompt"], batch["mask"], batch["note"]
+            inputs = batch["prompt"], batch["mask"], batch["note"]
             loss_of = lambda log_probs, mask: -objectives.masked_mean(log_probs, mask, count)  # noqa: E731
-            return describer.apply(variables, *given, loss_of, mask, method="loss")
+            loss_and_log_probs: tuple[jax.Array, jax.Array] = apply(
+                describer, variables, *inputs, loss_of, mask, method="loss"
+            )
+            return loss_and_log_probs
 
         (_, log_probs), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
         state, norm, skipped = apply_update(state, gradients, optimizer)
@@ -139,9 +146,10 @@ def reconstruction(
     def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h, ids, length = part
         h = jnp.broadcast_to(h[:, None], (*length.shape, h.shape[-1]))
-        variables = roles.decoder_variables(frozen.get("decoder_base", frozen["base"]), trained)
-        rebuilt = roles.decoder.apply(
-            variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("tails")
+        base: Params = frozen["decoder_base"] if "decoder_base" in frozen else frozen["base"]
+        variables = roles.decoder_variables(base, trained)
+        rebuilt = apply(
+            roles.decoder, variables, ids.reshape(-1, ids.shape[-1]), length.reshape(-1), frozen.get("endings")
         )
         rebuilt = rebuilt.reshape(h.shape)
         mse = direction.direction_mse(rebuilt, h)
@@ -276,15 +284,15 @@ def rl_step(
             if rl.kl_coef:
                 with jax.named_scope("reference"):
                     variables = roles.encoder_variables(frozen["base"], frozen["reference"])
-                    reference = roles.encoder.apply(variables, h, tokens, method="log_probs")[:1]
+                    reference = apply(roles.encoder, variables, h, tokens, method="log_probs")[:1]
             per_token = jnp.broadcast_to(advantage[..., None], mask.shape), mask, *reference
             with jax.named_scope("policy"):
                 variables = roles.encoder_variables(frozen["base"], trained)
-                loss, rows = roles.encoder.apply(variables, h, tokens, policy_loss, *per_token, method="loss")
+                loss, rows = apply(roles.encoder, variables, h, tokens, policy_loss, *per_token, method="loss")
             return loss, (*rows, *reference)
 
-        given = batch["h"], samples.tokens, advantage, mask
-        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, given, rl.microbatches)
+        per_sample = batch["h"], samples.tokens, advantage, mask
+        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, per_sample, rl.microbatches)
         log_probs, entropy, *reference = rows
         kl = {"kl": objectives.masked_mean(objectives.kl_k3(log_probs, *reference), mask)} if reference else {}
         state, norm, skipped = apply_update(state, gradients, encoder_optimizer)
@@ -340,4 +348,4 @@ class SplitStep:
         return self.parts[0].lower(state, frozen, batch)
 
     def _cache_size(self) -> int:
-        return max(part._cache_size() for part in self.parts)
+        return max(int(part._cache_size()) for part in self.parts)

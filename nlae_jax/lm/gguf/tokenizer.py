@@ -79,9 +79,10 @@ def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> di
     tokens, types = _vocabulary(path, metadata)
     ids = {role: _token_id(path, metadata, role, len(tokens)) for role in ("bos", "eos", "padding", "unknown")}
     tokenizer, adds_bos = _tokenizer(path, metadata, tokens, types, _token(tokens, ids["unknown"]))
-    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and ids["bos"] is not None
-    if adds_bos:
-        _add_bos(tokenizer, tokens[ids["bos"]], ids["bos"])
+    bos = ids["bos"]
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and bos is not None
+    if adds_bos and bos is not None:
+        _add_bos(tokenizer, tokens[bos], bos)
     tokenizer.save(str(directory / "tokenizer.json"))
 
     template = metadata.get("tokenizer.chat_template")

@@ -1,0 +1,83 @@
+"""FLOPs and bytes that the mathematics of the steps needs, from shapes alone and without recomputation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from nlae_jax.config import Config
+from nlae_jax.lm.arch import Arch, block_weights
+from nlae_jax.roles.protocol import Protocol
+
+
+class Shapes(NamedTuple):
+    """Tokens of the constant prompt, of slot and tail, of a response, of the decoder's frame; B, G and SFT's batch."""
+
+    prefix: int
+    act: int
+    response: int
+    wrap: int
+    activations: int
+    group: int
+    sft_batch: int
+
+    @property
+    def samples(self) -> int:
+        return self.activations * self.group
+
+    def unshared(self) -> Shapes:
+        """As many samples, each with a prompt of its own."""
+        return self._replace(prefix=0, act=self.prefix + self.act, activations=self.samples, group=1)
+
+
+def shapes_of(config: Config, protocol: Protocol) -> Shapes:
+    """Those of a config's steps."""
+    return Shapes(
+        prefix=len(protocol.encoder_prefix),
+        act=1 + len(protocol.encoder_tail),
+        response=config.rl.max_new_tokens,
+        wrap=len(protocol.decoder_prefix) + len(protocol.decoder_suffix),
+        activations=config.rl.activations_per_step,
+        group=config.rl.samples_per_activation,
+        sft_batch=config.sft.batch_size,
+    )
+
+
+def block_flops(arch: Arch, tokens: int, seen: float) -> float:
+    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values."""
+    matrices = sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    return 2.0 * matrices * tokens + 4.0 * arch.num_heads * arch.head_dim * seen
+
+
+def _causal(tokens: int, before: int) -> float:
+    """Keys seen by consecutive tokens with `before` keys before them."""
+    return tokens * before + tokens * (tokens + 1) / 2
+
+
+def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str, float]:
+    """FLOPs of every phase. A backward pass takes the forward's once for inputs, and again for weights that train."""
+    s, head = shapes, 2.0 * arch.d_model * arch.vocab_size
+    prompt = block_flops(arch, s.prefix, _causal(s.prefix, 0))
+    prompt += s.activations * block_flops(arch, s.act, _causal(s.act, s.prefix))
+    response = s.samples * block_flops(arch, s.response, _causal(s.response, s.prefix + s.act))
+    forward = arch.num_layers * (prompt + response) + s.samples * s.response * head
+    decoder_tokens = s.wrap + s.response
+    decoder = (layer + 1) * s.samples * block_flops(arch, decoder_tokens, _causal(decoder_tokens, 0))
+    passes = 2 if rank else 3
+    described = s.sft_batch * block_flops(arch, s.act + s.response, _causal(s.act + s.response, s.prefix))
+    sft = arch.num_layers * (block_flops(arch, s.prefix, _causal(s.prefix, 0)) + described)
+    return {
+        "rollout": forward,
+        "score": passes * decoder,
+        "reference": forward,
+        "policy": passes * forward,
+        "encoder_sft": passes * (sft + s.sft_batch * s.response * head),
+    }
+
+
+def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
+    """Bytes that decoding has to read: every weight and every key and value, once a token."""
+    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
+    of_responses = shapes.samples * shapes.response * (shapes.response + 1) / 2
+    of_prompts = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
+    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (of_responses + of_prompts))
