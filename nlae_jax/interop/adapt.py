@@ -206,7 +206,7 @@ def adapt_pair(
     if not 0 <= layer < own.arch.num_layers:
         raise UserError(f"--layer: {layer} should be from 0 to {own.arch.num_layers - 1}, a block of {model}")
     documents = read_documents(corpus)
-    h_NxD, t_NxE, document_N = read_pairs(own, layer, other, decoder.layer, documents, positions)
+    h_NxD, t_NxE, document_N = read_pairs(own, layer, other, decoder.decoder_layer, documents, positions)
     matrix, result = adapt(h_NxD, t_NxE, document_N)
     fitted = document_N < round(_SHARES[1] * (document_N.max() + 1))
     adapter = Adapter(model, layer, to, matrix.astype(np.float32), h_NxD[fitted].mean(0), t_NxE[fitted].mean(0))
