@@ -60,7 +60,7 @@ def test_ridge_regression_is_its_closed_form(rows):
     for penalty in (1e-3, 1.0):
         gram = scaled.T @ scaled + penalty * rows * np.eye(12)
         expected = np.linalg.solve(gram, scaled.T @ (y - y.mean(0))) / x.std(0)[:, None]
-        np.testing.assert_allclose(fit(x, y, [penalty])(penalty), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(fit(x, y)(penalty), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_linear_is_found_and_what_is_not_shared_is_not():

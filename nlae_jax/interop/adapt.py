@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
@@ -74,7 +75,7 @@ def tokenise(model: LanguageModel, text: str, name: str) -> tuple[list[int], lis
     return ids[:MAX_TOKENS], [0] * len(begin) + [end for _, end in encoded["offset_mapping"]][: MAX_TOKENS - len(begin)]
 
 
-def fit(h_NxD: np.ndarray, t_NxE: np.ndarray, penalties: Sequence[float]) -> Callable[[float], np.ndarray]:
+def fit(h_NxD: np.ndarray, t_NxE: np.ndarray) -> Callable[[float], np.ndarray]:
     """Ridge regression of centred targets on standardised inputs: a penalty by row -> matrix [d, e] float64.
 
     One decomposition, of the smaller of the two Gram matrices, serves all penalties.
@@ -96,17 +97,20 @@ def fit(h_NxD: np.ndarray, t_NxE: np.ndarray, penalties: Sequence[float]) -> Cal
 
 def scores(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """`fve`, of directions as everywhere here, and the mean cosine."""
-    mse = np.asarray(direction.direction_mse(predicted, target), np.float64)
-    unit = np.asarray(direction.unit_direction(target), np.float64)
-    return {"fve": float(1 - mse.mean() / np.square(unit - unit.mean(0)).mean()), "cos": float(1 - mse.mean() / 2)}
+    unit = _directions(target)
+    mse = np.square(_directions(predicted) - unit).mean()
+    return {"fve": float(1 - mse / np.square(unit - unit.mean(0)).mean()), "cos": float(1 - mse / 2)}
 
 
 def mean_scores(fitted: np.ndarray, target: np.ndarray) -> dict[str, float]:
     """The same of the mean direction that was fitted, not renormalised for the FVE, which is then 0 but for chance."""
-    mean, unit = (np.asarray(direction.unit_direction(rows), np.float64) for rows in (fitted, target))
-    mean = mean.mean(0)
+    mean, unit = _directions(fitted).mean(0), _directions(target)
     fve = 1 - np.square(unit - mean).mean() / np.square(unit - unit.mean(0)).mean()
     return {"fve": float(fve), "cos": float((unit @ mean).mean() / (np.linalg.norm(mean) * unit.shape[1] ** 0.5))}
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(direction.unit_direction(jnp.asarray(rows)), np.float64)
 
 
 def read_pairs(
@@ -169,10 +173,10 @@ def adapt(h_NxD: np.ndarray, t_NxE: np.ndarray, document_N: np.ndarray) -> tuple
     if min(fitted.sum(), chosen.sum(), held_out.sum()) < 2:
         raise UserError(f"corpus: {document_N.max() + 1} documents are too few to fit and to score; give at least 20")
     predict = lambda matrix, rows, own: (h_NxD[rows] - h_NxD[own].mean(0)) @ matrix + t_NxE[own].mean(0)  # noqa: E731
-    solve = fit(h_NxD[fitted], t_NxE[fitted], _PENALTIES)
-    penalty = max(_PENALTIES, key=lambda p: scores(predict(solve(p), chosen, fitted), t_NxE[chosen])["fve"])
+    solve = fit(h_NxD[fitted], t_NxE[fitted])
+    penalty = max(_PENALTIES.tolist(), key=lambda p: scores(predict(solve(p), chosen, fitted), t_NxE[chosen])["fve"])
     own = fitted | chosen
-    matrix = fit(h_NxD[own], t_NxE[own], [penalty])(penalty)
+    matrix = fit(h_NxD[own], t_NxE[own])(penalty)
     target, predicted = t_NxE[held_out], predict(matrix, held_out, own)
     spread = predicted - t_NxE[own].mean(0)
     draw = np.random.default_rng(0).standard_normal(matrix.shape) / np.maximum(h_NxD[own].std(0), 1e-12)[:, None]

@@ -285,7 +285,7 @@ def granite(fields: Fields) -> Arch:
     return Arch(**_common(fields), **_multipliers(fields), biases=_biases(fields))
 
 
-def _multipliers(fields: Fields) -> dict[str, float]:
+def _multipliers(fields: Fields) -> dict[str, Any]:
     return {
         "embed_scale": fields.number("embedding_multiplier", 1.0),
         "residual_scale": fields.number("residual_multiplier", 1.0),

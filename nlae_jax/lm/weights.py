@@ -76,7 +76,9 @@ def load_params(
             for name, weight in weights.items()
         }
         for head in heads:
-            _check_tied(sources["embed"][0].tensor, head, files)
+            embed = sources["embed"][0].tensor
+            assert isinstance(embed, StoredTensor)  # experts alone come packed
+            _check_tied(embed, head, files)
         return _tree(arrays)
 
 
