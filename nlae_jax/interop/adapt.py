@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +214,29 @@ def adapt_pair(
     h_NxD, t_NxE, document_N = read_pairs(own, layer, other, decoder.decoder_layer, documents, positions)
     matrix, result = adapt(h_NxD, t_NxE, document_N)
     fitted = document_N < round(_SHARES[1] * (document_N.max() + 1))
-    adapter = Adapter(model, layer, to, matrix.astype(np.float32), h_NxD[fitted].mean(0), t_NxE[fitted].mean(0))
+    adapter = Adapter(
+        _from_anywhere(model),
+        layer,
+        _from_anywhere(to),
+        matrix.astype(np.float32),
+        h_NxD[fitted].mean(0),
+        t_NxE[fitted].mean(0),
+    )
     write_adapter(directory, adapter, result)
     return result
+
+
+def _from_anywhere(name: str) -> str:
+    """A path as one that holds in any working directory; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def write_adapter(directory: Path, adapter: Adapter, result: dict[str, Any]) -> None:
     """Two files; the one that says what the other is comes last."""
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {"matrix": adapter.matrix, "mean": adapter.mean, "target_mean": adapter.target_mean}
-    write_safetensors(directory / MAP, [TensorToWrite(n, a.shape, lambda a=a: a) for n, a in arrays.items()])
+    write_safetensors(directory / MAP, [TensorToWrite(n, a.shape, partial(np.asarray, a)) for n, a in arrays.items()])
     width, to_width = adapter.matrix.shape
     about = {"model": adapter.model, "layer": adapter.layer, "to": adapter.to, "width": width, "to_width": to_width}
     write_json(directory / ABOUT, about | result)

@@ -174,8 +174,8 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
     for name, shape, axes in _mlp(arch):
-        axes = tuple("none" if axis == "mlp" else axis for axis in axes)
-        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *axes), shape[0])
+        inside = ["none" if axis == "mlp" else axis for axis in axes]
+        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
     return weights
 
 

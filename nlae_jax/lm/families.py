@@ -121,7 +121,7 @@ def hf_config(arch: Arch) -> dict[str, Any]:
     own = own_fields(arch)
     fields = {key: value for key, value in common.items() if key not in written.lacks}
     fields |= {key.partition("/")[0]: own[key] for key in written.fields}
-    config = {"architectures": [written.transformers_class], "model_type": arch.family}
+    config: dict[str, Any] = {"architectures": [written.transformers_class], "model_type": arch.family}
     config |= {names.get(key, key): value for key, value in fields.items()}
     if (scaling := written_rope(arch.rope_scaling)) and "rope_parameters" not in config:
         config["rope_scaling"] = scaling

@@ -255,9 +255,9 @@ def _find(
     sources: dict[str, list[Source]] = {name: [] for name in weights}
     for name, hf in wanted.items():
         for share in hf.shares:
-            tensor = found[name] if share.expert is None else found[name].entry(share.expert)
-            transposed = hf.transposed or isinstance(tensor, Mxfp4Tensor)
-            sources[share.name].append(Source(tensor, share.index, transposed, share.spread))
+            stored = found[name] if share.expert is None else found[name].entry(share.expert)
+            transposed = hf.transposed or isinstance(stored, Mxfp4Tensor)
+            sources[share.name].append(Source(stored, share.index, transposed, share.spread))
     for head in heads:
         check_tensor(head, head.shape)
     return sources, heads
