@@ -15,7 +15,18 @@ from nlae_jax.lm.gguf.arch import GGUF_FAMILIES
 from nlae_jax.lm.gguf.convert import convert_gguf
 from nlae_jax.lm.transformer import Transformer
 from nlae_jax.lm.weights import load_params
-from tests.test_families import LINEAR, SMALL, WIDE, assert_close, batch_of, model_of, theirs, torch, transformers
+from tests.test_families import (
+    GRANITE,
+    LINEAR,
+    SMALL,
+    WIDE,
+    assert_close,
+    batch_of,
+    model_of,
+    theirs,
+    torch,
+    transformers,
+)
 from tests.test_gguf import MERGES, TOKENS, TYPES, interleave_rotary_pairs
 
 GEMMA3_ROPES = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
@@ -57,13 +68,15 @@ CASES = {
     "smollm3": ("smollm3", "smollm3", SMALL | {"num_hidden_layers": 5}),
     "smollm3-biases": ("smollm3", "smollm3", WIDE | {"attention_bias": True, "tie_word_embeddings": False}),
     "olmo2": ("olmo2", "olmo2", SMALL | {"head_dim": 8}),
+    "granite": ("granite", "granite", SMALL | GRANITE | {"tie_word_embeddings": True}),
+    "granite-untied": ("granite", "granite", WIDE | GRANITE | {"attention_bias": True}),
 }
-OURS_ALONE = ("mistral", "smollm3", "olmo2")  # families whose GGUF transformers cannot read
+OURS_ALONE = ("mistral", "smollm3", "olmo2", "granite")  # families whose GGUF transformers cannot read
 
 
 def stored(architecture, name, value, config):
     """The values of one HF tensor as llama.cpp's converter stores them."""
-    if architecture in ("llama", "smollm3"):
+    if architecture in ("llama", "smollm3", "granite"):
         if "q_proj" in name:
             value = interleave_rotary_pairs(value, config.num_attention_heads)
         if "k_proj" in name:
@@ -99,7 +112,12 @@ def add_keys(writer, architecture, config):
     if architecture not in ("qwen2", "olmo2"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if architecture in ("llama", "smollm3"):
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if architecture in ("llama", "smollm3", "granite"):
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(head_dim)
     rope = config.rope_parameters

@@ -62,6 +62,16 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     ),
     "smollm3": GgufFamily("smollm3", rotary_pairs=True, fixed=(("no_rope_layer_interval", 4),)),
     "olmo2": GgufFamily("olmo2"),
+    "granite": GgufFamily(
+        "granite",
+        rotary_pairs=True,
+        fields=(
+            ("attention.scale", "attention_multiplier"),
+            ("embedding_scale", "embedding_multiplier"),
+            ("residual_scale", "residual_multiplier"),
+            ("logit_scale", "logits_scaling"),
+        ),
+    ),
 }
 
 _READ = (
