@@ -165,8 +165,11 @@ _OTHERS: dict[str, dict[str, Stored]] = {
 }
 # What a model has been saved with under another name.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
-# Buffers that older versions of transformers saved.
-_BUFFERS = re.compile(r".*\.(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_)?bias)")
+# Buffers that older versions of transformers saved: masks, which no other family may have by these names.
+_BUFFERS = {
+    "gpt2": (".attn.bias", ".attn.masked_bias"),
+    "gpt_neox": (".attention.bias", ".attention.masked_bias"),
+}
 
 
 def layout(arch: Arch) -> dict[str, Stored]:
@@ -174,9 +177,9 @@ def layout(arch: Arch) -> dict[str, Stored]:
     return _OTHERS.get(arch.family, _LLAMA)
 
 
-def hf_name(arch: Arch, name: str, layer: int = 0) -> str:
-    """The HF name of our parameter `name`, in block `layer` if it belongs to a block; of the first expert."""
-    return layout(arch)[name].name.format(layer, expert=0)
+def hf_name(arch: Arch, name: str, layer: int = 0, expert: int = 0) -> str:
+    """The HF name of our parameter `name`, in block `layer` if it belongs to a block, of an expert if to one."""
+    return layout(arch)[name].name.format(layer, expert=expert)
 
 
 def flat_weights(arch: Arch) -> dict[str, Weight]:
@@ -243,6 +246,6 @@ def _trunk(family: str) -> tuple[str, re.Pattern[str]]:
     return root, re.compile(rf"(?:model\.)?(?:language_model\.)?(?:{root}\.)?(?=(?:{inner})\.)")
 
 
-def is_buffer(name: str) -> bool:
+def is_buffer(arch: Arch, name: str) -> bool:
     """Whether a tensor is a constant that follows from config.json."""
-    return _BUFFERS.fullmatch(name) is not None
+    return name.endswith(("rotary_emb.inv_freq", *_BUFFERS.get(arch.family, ())))

@@ -174,7 +174,7 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
     """Whether a surplus tensor is harmless: a buffer, a vision tower's, or a trunk's output part."""
-    if is_buffer(name) or name.startswith(_VISION):
+    if is_buffer(arch, name) or name.startswith(_VISION):
         return True
     return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
 
