@@ -3,73 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from nlae_jax.assets import pair_directory
 from nlae_jax.config import MeshConfig, ProtocolConfig, load_config
-from nlae_jax.evaluate.reconstruction import direction_mse
-from nlae_jax.interop.adapt import WARNING, Adapter, is_adapter, read_adapter
+from nlae_jax.explore import steer as steering
+from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permuted, term_pattern
+from nlae_jax.explore.corpus import Corpus, read_corpus
+from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
+from nlae_jax.explore.explain import Options, Rows, explain_passages
+from nlae_jax.explore.explainer import Explainer, package_statistics
+from nlae_jax.explore.neurons import explain_neuron, parse_neuron
+from nlae_jax.explore.passage import read_chat, read_passage, read_text
+from nlae_jax.explore.select import parse_at, picks_of
+from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
+from nlae_jax.explore.vector_files import Direction, read_direction
+from nlae_jax.interop.adapt import WARNING, is_adapter, read_adapter
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
-from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
-from nlae_jax.lm.tokens import check_ids, text_ids
+from nlae_jax.lm.pretrained import check_same_tokenizer, load_tokenizer, resolve_model, stop_ids
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
-from nlae_jax.roles.protocol import Protocol, check_prompts, decoder_ids
-from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.roles.protocol import Protocol
 from nlae_jax.run import resources
 from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
-from nlae_jax.runtime.outside import encodable
-from nlae_jax.runtime.progress import progress, warn
+from nlae_jax.runtime.progress import warn
 
-_SMALLEST_BATCH, _LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
-MAX_TOKENS = 2048  # of one text: the subject reads it in one piece, and attention grows with its square
+_STATISTICS_ROWS = 4096  # of a run's activations
 
 
-class NLA:
+class NLA(Explainer):
     """A trained encoder and decoder, and the subject they read. Make one with `from_workdir` or `from_pretrained`."""
-
-    def __init__(
-        self,
-        roles: Roles,
-        pair: Pair,
-        tokenizer: Any,
-        subject: Callable[[], LanguageModel],
-        max_new_tokens: int = 200,
-        mesh: Mesh | None = None,
-        adapter: Adapter | None = None,
-    ) -> None:
-        """`mesh`: that the pair's parameters are on, to split batches over.
-
-        `adapter`: maps the subject's activations into those of the model that the pair was trained for.
-        """
-        self.adapter = adapter
-        self.layer, self.tokenizer, self.max_new_tokens = roles.decoder.layer, tokenizer, max_new_tokens
-        self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
-        for role in (roles.encoder, roles.decoder):
-            check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
-
-    @cached_property
-    def subject(self) -> LanguageModel:
-        """The model whose activations are explained, loaded when first asked for."""
-        return self._make_subject()
-
-    @cached_property
-    def _trip(self) -> RoundTrip:
-        """The pair's compiled functions, for explanations of any length."""
-        return RoundTrip(self._roles, self.tokenizer, _LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH)
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
@@ -81,7 +56,18 @@ class NLA:
         run = open_run(workdir)
         stops = stop_ids(run.directory, run.tokenizer)
         subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops)  # noqa: E731
-        return NLA(run.roles, trained_pair(run), run.tokenizer, subject, run.config.rl.max_new_tokens, run.mesh)
+        return NLA(
+            run.roles,
+            trained_pair(run),
+            run.tokenizer,
+            subject,
+            run.config.rl.max_new_tokens,
+            run.mesh,
+            lambda pair: _run_statistics(run) if _has_activations(run) else package_statistics(pair),
+            str(workdir),
+            lambda count: _run_texts(run, count) if _has_activations(run) else (),
+            run.config.subject.model,
+        )
 
     @staticmethod
     def from_pretrained(
@@ -103,119 +89,148 @@ class NLA:
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
+        known = _known_statistics(str(av))
         if encoder.adapters or decoder.adapters:
-            return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh)
+            return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
         layer = decoder.decoder_layer
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        return NLA(roles, pair, tokenizer, lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh), mesh=mesh)
+        read = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
+        return NLA(
+            roles,
+            pair,
+            tokenizer,
+            read,
+            mesh=mesh,
+            statistics=known,
+            name=str(av),
+            subject_name=subject or sidecar.base_model or "subject",
+        )
 
-    def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
-        """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
+    def explain_text(
+        self,
+        text: str,
+        temperature: float | None = None,
+        positions: str | Sequence[int] | None = None,
+        match: str | None = None,
+        span: str | None = None,
+        **options: Any,
+    ) -> Rows:
+        """Every token's explanation, or that of the selected ones: dicts of position, token, explanation, cos, mse, ….
 
-        `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows.
+        See `explore.explain.Explained` for the fields, `explore.select` for what can be selected and
+        `explore.explain.Options` for the `options`. Position 0 is an attention sink whose activation holds nothing of
+        the text; read it with that in mind.
         """
-        vectors = self._checked(vectors)
-        if max_new_tokens <= (least := len(self._roles.encoder.protocol.closing)):
-            raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
-        with progress(len(vectors), "explain", unit="activation") as bar:
-            return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
+        passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
+        picks = picks_of(passage, positions, match, span)
+        (found,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
+        return Rows(found, self.name, self.layer)
 
-    def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
-        """Explanations -> activations [B, d] float32, raw as the decoder's head gives them."""
-        if isinstance(texts, str):
-            raise UserError("texts: should be a list of explanations; it is one text")
-        if not len(texts):
-            return np.zeros((0, self._d_model), np.float32)
-        for number, text in enumerate(texts):
-            ids = decoder_ids(self.tokenizer, self._roles.decoder.protocol, text)
-            check_ids(ids, self._roles.decoder.arch.vocab_size, self.tokenizer, f"text {number}")
-        return self._trip.reconstruct_texts(self._pair, texts)
-
-    def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos)."""
-        if not len(texts):
-            return np.zeros(0), np.zeros(0)
-        vectors = self._checked(vectors)
-        if len(texts) != len(vectors):
-            raise UserError(f"score: {len(texts)} texts for {len(vectors)} vectors; there should be one each")
-        mse = direction_mse(self.reconstruct(texts), vectors, np.array([bool(text.strip()) for text in texts]))
-        return mse, 1 - mse / 2
-
-    def explain_text(self, text: str, temperature: float = 0.0) -> list[dict[str, Any]]:
-        """Every token's explanation: dicts of position, token, explanation, cos, mse.
-
-        Position 0 is an attention sink whose activation holds nothing of the text; read it with that in mind.
-        """
-        return self.explain_texts([text], temperature)[0]
-
-    def explain_texts(self, texts: Sequence[str], temperature: float = 0.0) -> list[list[dict[str, Any]]]:
+    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[Rows]:
         """The same for several texts, whose tokens are explained together."""
         names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
-        read = [self._read(text, name) for text, name in zip(texts, names, strict=True)]
-        vectors = np.concatenate([vectors for _, vectors in read])
-        explanations = self.explain(vectors, temperature, self.max_new_tokens)
-        mse, cos = self.score(explanations, vectors)
-        rows = iter(zip(explanations, cos.tolist(), mse.tolist(), strict=True))
-        fields = ("explanation", "cos", "mse")
-        return [
-            [
-                {
-                    "position": position,
-                    "token": self.subject.tokenizer.decode([token]),
-                    **dict(zip(fields, next(rows), strict=True)),
-                }
-                for position, token in enumerate(ids)
-            ]
-            for ids, _ in read
-        ]
+        vocab_size = self.subject.arch.vocab_size
+        read = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
+        selected = [(passage, picks_of(passage)) for passage in read]
+        found = explain_passages(self, selected, Options(temperature=temperature))
+        return [Rows(explained, self.name, self.layer) for explained in found]
 
-    def _read(self, text: str, where: str) -> tuple[list[int], np.ndarray]:
-        """A text's token ids and their activations [T, d], as the pair knows them."""
-        ids = text_ids(self.subject.tokenizer, encodable(text))
-        check_ids(ids, self.subject.arch.vocab_size, self.subject.tokenizer, where)
-        if len(ids) > MAX_TOKENS:
-            raise UserError(
-                f"{where}: {len(ids)} tokens; at most {MAX_TOKENS} are explained at once: cut it into parts"
-            )
-        width = -(-len(ids) // 64) * 64
-        padded, mask = np.zeros((1, width), np.int32), np.arange(width)[None] < len(ids)
-        padded[0, : len(ids)] = ids
-        layer = self.layer if self.adapter is None else self.adapter.layer
-        vectors = np.asarray(self.subject.residual(padded, layer, mask=mask))[0, : len(ids)]
-        return ids, vectors if self.adapter is None else self.adapter(vectors)
+    def explain_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        positions: str | Sequence[int] | None = None,
+        match: str | None = None,
+        span: str | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> Rows:
+        """The same of a chat, a list of messages with `role` and `content`, in the model's own template.
 
-    @property
-    def _d_model(self) -> int:
-        return self._roles.encoder.arch.d_model
+        Rows say in addition whose token it is: `role`, `section` (header, content, footer) and `message_index`.
+        """
+        vocab_size = self.subject.arch.vocab_size
+        passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
+        (found,) = explain_passages(self, [(passage, picks_of(passage, positions, match, span))], Options(**options))
+        return Rows(found, self.name, self.layer)
 
-    def _checked(self, vectors: Any) -> np.ndarray:
-        vectors = _as_float32(vectors)
-        if vectors.ndim != 2 or vectors.shape[1] != self._d_model:
-            raise UserError(f"vectors: shape {vectors.shape} should be [number, {self._d_model}]")
-        if not len(vectors):
-            raise UserError("vectors: none given; there should be at least one")
-        if not np.isfinite(vectors).all():
-            raise UserError("vectors: NaN or infinity among them")
-        return vectors
+    def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
+        """Contexts to look for examples in: of a file, else of the run's corpus, else texts of the package."""
+        return read_corpus(self, None if path is None else Path(path), texts)
+
+    def neuron(
+        self, spec: str, corpus: Corpus | None = None, settings: Settings | None = None, side: str = "write"
+    ) -> DirectionReport:
+        """MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads, with controls."""
+        layer, index = parse_neuron(spec, self.subject.arch)
+        return explain_neuron(self, layer, index, corpus or self.corpus(), settings, side=side)
+
+    def direction(
+        self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: Settings | None = None
+    ) -> DirectionReport:
+        """A direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls."""
+        if isinstance(direction, str):
+            named = read_direction(direction, self.d_model)
+        else:
+            named = Direction("direction", self._checked([direction])[0])
+        return explain_direction(self, named.name, named.vector, corpus or self.corpus(), settings)
+
+    def steer(
+        self,
+        source: str | Sequence[Mapping[str, str]],
+        edit: str,
+        at: str | None = None,
+        original: str | None = None,
+        word: str | None = None,
+        pattern: str | None = None,
+        settings: steering.Settings | None = None,
+    ) -> steering.SteerReport:
+        """What the subject writes after a text or chat when an explanation `at` some tokens is edited, with controls.
+
+        `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
+        """
+        passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)
+        wanted = steering.compile_pattern(word, pattern)
+        return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)
+
+    def audit(
+        self,
+        texts: Mapping[str, str | Sequence[Mapping[str, str]]],
+        terms: Sequence[str] = (),
+        placebo: bool = True,
+        every: int = 1,
+        seed: int = 0,
+    ) -> AuditReport:
+        """What the explanations of texts or chats, by their names, say that they do not, held against a permutation."""
+        vocab_size = self.subject.arch.vocab_size
+        passages = [read_passage(self.tokenizer, vocab_size, source, name) for name, source in texts.items()]
+        found = explained_passages(self, passages, every)
+        placebos = {"permuted": permuted(found, seed)} if placebo else {}
+        return audit(found, {term: term_pattern(term) for term in terms}, placebos)
 
 
-def _as_float32(vectors: Any) -> np.ndarray:
-    """Any library's array, or a list of them, as float32. Raises UserError where it is not one of numbers."""
-    if isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
-        vectors = [_as_float32(row) for row in vectors]
-    try:
-        if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype numpy lacks
-            vectors = vectors.detach().cpu().to_dense()
-            vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
-        host = np.asarray(jax.device_get(vectors))
-        if host.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
-            raise TypeError(f"it is {host.dtype}")
-        with np.errstate(over="ignore"):
-            return host.astype(np.float32, copy=False)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"vectors: should be an array of numbers ({error})") from None
+def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
+    """Those that lie beside the encoder and decoder of a pair's directory; None where there are none."""
+    path = (pair_directory(name) or Path(name).expanduser()) / FILE
+    return (lambda _: load_statistics(path)) if path.is_file() else None
+
+
+def _has_activations(run: PreparedRun) -> bool:
+    """They may have been deleted: a pair is used without them."""
+    return (run.workdir / "activations/meta.json").exists()
+
+
+def _run_texts(run: PreparedRun, count: int) -> list[list[int]]:
+    """None of a run on datasets, which bring activations and no tokens."""
+    return [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)]
+
+
+def _run_statistics(run: PreparedRun) -> Statistics:
+    """Of the activations that a run has extracted: of a part of them taken from everywhere, where there are many."""
+    count = len(run.store.plan.position)
+    rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
+    return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 
 
 def open_run(workdir: str | Path) -> PreparedRun:
@@ -232,7 +247,14 @@ def open_run(workdir: str | Path) -> PreparedRun:
 
 
 def _with_adapters(
-    encoder: Released, decoder: Released, protocol: Protocol, tokenizer: Any, dtype: str, mesh: Mesh | None
+    encoder: Released,
+    decoder: Released,
+    protocol: Protocol,
+    tokenizer: Any,
+    dtype: str,
+    mesh: Mesh | None,
+    statistics: Callable[[Explainer], Statistics] | None,
+    name: str,
 ) -> NLA:
     """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
     adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
@@ -252,18 +274,30 @@ def _with_adapters(
     pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
-    return NLA(roles, pair, tokenizer, subject, mesh=mesh)
+    return NLA(
+        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=of_encoder.base_model
+    )
 
 
 def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
     """A pair behind a map from another model's activations."""
     adapter = read_adapter(directory)
-    nla = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh)
-    if nla._d_model != adapter.matrix.shape[1]:
-        raise UserError(f"{directory}: maps to width {adapter.matrix.shape[1]}; {adapter.to} reads {nla._d_model}")
+    pair, model = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh), subject or adapter.model
+    if pair.d_model != adapter.matrix.shape[1]:
+        raise UserError(f"{directory}: maps to width {adapter.matrix.shape[1]}; {adapter.to} reads {pair.d_model}")
     warn(WARNING)
-    make = lambda: LanguageModel.from_pretrained(subject or adapter.model, dtype, mesh)  # noqa: E731
-    return NLA(nla._roles, nla._pair, nla.tokenizer, make, mesh=mesh, adapter=adapter)
+    return NLA(
+        pair._roles,
+        pair._pair,
+        pair.tokenizer,
+        lambda: LanguageModel.from_pretrained(model, dtype, mesh),
+        mesh=mesh,
+        statistics=pair._make_statistics,
+        name=str(directory),
+        subject_name=model,
+        adapter=adapter,
+        reader=load_tokenizer(resolve_model(model)),
+    )
 
 
 def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

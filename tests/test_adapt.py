@@ -125,7 +125,7 @@ def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):
     out = tmp_path / "map"
     command = ["adapt", "--model", str(other), "--layer", "1", "--to", str(pair), "--out", str(out), "--json"]
     capsys.readouterr()
-    assert main([*command, "--corpus", f"{texts}/*.txt", "--positions", "4"]) == 0
+    assert main([*command, "--texts", f"{texts}/*.txt", "--places", "4"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["documents"] == 40 and {"map", "mean", "chance", "random_map"} < result.keys()
     assert result["map"]["fve"] > result["chance"]["fve"]
@@ -140,5 +140,5 @@ def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):
     vectors = nla.adapter(np.asarray(model.residual(ids, 1))[0])
     _, cos = nla.score([token["explanation"] for token in tokens], vectors)
     np.testing.assert_allclose(cos, [token["cos"] for token in tokens], atol=1e-5)
-    assert main([*command[:4], "9", *command[5:], "--corpus", f"{texts}/*.txt"]) == 2
+    assert main([*command[:4], "9", *command[5:], "--texts", f"{texts}/*.txt"]) == 2
     assert "--layer: 9 should be from 0 to 1" in capsys.readouterr().err

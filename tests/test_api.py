@@ -11,10 +11,10 @@ import pytest
 from tokenizers import processors
 
 import nlae_jax
-from nlae_jax import api
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.data.activations import plan
 from nlae_jax.data.corpus import Document
+from nlae_jax.explore import explainer
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.roundtrip import RoundTrip
@@ -56,7 +56,10 @@ def test_explaining_needs_no_activations(nla, copied):
     """They may be gone: a pair and its prompts are all that is read."""
     shutil.rmtree(copied / "activations")
     vectors = np.eye(2, nla.subject.arch.d_model, dtype=np.float32)
-    assert nlae_jax.NLA.from_workdir(copied).explain(vectors) == nla.explain(vectors)
+    bare = nlae_jax.NLA.from_workdir(copied)
+    assert bare.explain(vectors) == nla.explain(vectors)
+    assert bare.run_texts(4) == () and len(nla.run_texts(4)) == 4
+    assert "come with the package" in bare.description()["statistics_of"]
 
 
 def test_explanations_are_scored_by_what_they_rebuild(nla, vectors):
@@ -138,7 +141,7 @@ def test_tensors_that_are_no_numbers(nla):
 def test_everything_is_compiled_for_one_round_trip(nla, vectors, monkeypatch):
     """It tokenises the vocabulary; and a second explanation of another length is none."""
     made = []
-    monkeypatch.setattr(api, "RoundTrip", lambda *given: made.append(given) or RoundTrip(*given))
+    monkeypatch.setattr(explainer, "RoundTrip", lambda *given: made.append(given) or RoundTrip(*given))
     fresh = nlae_jax.NLA(nla._roles, nla._pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
     fresh.explain_text("the of")
     fresh.reconstruct(["the"])

@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nlae_jax import cli
-from nlae_jax.cli import main
+from nlae_jax.cli import main, texts
 from nlae_jax.data.activations import open_vectors
 from nlae_jax.run import stages
 from nlae_jax.runtime.errors import UserError
@@ -691,7 +691,10 @@ def test_explain_json(tiny_run, capsys, tokenizer):
     assert [token["position"] for token in tokens] == list(range(len(tokenizer.encode(text))))
     assert "".join(token["token"] for token in tokens) == text
     for token in tokens:
-        assert token.keys() == {"position", "token", "explanation", "cos", "mse"}
+        assert token.keys() == {
+            *("position", "token", "explanation", "cos", "mse", "relative_mse", "norm", "outside", "cut", "repeated")
+        }
+        assert (token["outside"] == "position 0") == (token["position"] == 0) or token["outside"] == "norm"
         assert token["mse"] == pytest.approx(2 * (1 - token["cos"]))
         assert np.isfinite(token["mse"])
     assert any(token["explanation"] for token in tokens)
@@ -1126,23 +1129,23 @@ def test_a_pipe_can_be_explained(tmp_path):
     holder = os.open(tmp_path / "pipe", os.O_RDWR)  # so that the writer is there before the reader
     thread = threading.Thread(target=write, args=("thé".encode()[:3], "thé".encode()[3:], b" of"))
     thread.start()
-    read = threading.Thread(target=lambda: texts.append(cli._read_text(tmp_path / "pipe")))
-    texts = []
+    found = []
+    read = threading.Thread(target=lambda: found.append(texts.read_text(tmp_path / "pipe")))
     read.start()
     time.sleep(0.2)
     os.close(holder)
     done.set()
     read.join(60)
     thread.join(60)
-    assert texts == ["thé of"]
+    assert found == ["thé of"]
 
 
 def test_a_pipe_that_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(texts, "_SILENT_SECONDS", 0.05)
     os.mkfifo(tmp_path / "pipe")
     holder = os.open(tmp_path / "pipe", os.O_RDWR)
     with pytest.raises(UserError, match=r"pipe: nothing more came within 0 s"):
-        cli._read_text(tmp_path / "pipe")
+        texts.read_text(tmp_path / "pipe")
     os.close(holder)
 
 

@@ -207,3 +207,44 @@ def test_a_model_without_a_chat_template_says_so(tiny_lm, arch, params, tiny_dir
 def test_names_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json there"):
         LanguageModel.from_pretrained(str(tmp_path))
+
+
+# --- neurons, log-probs, steering
+
+
+def test_neurons_are_what_the_down_projection_reads(tiny_lm):
+    """Their weighted sum is what the MLP adds: block 1 without it, plus that, is block 1."""
+    ids = np.arange(3, 15)[None]
+    neurons = np.asarray(tiny_lm.neurons(ids, layer=1))
+    assert neurons.shape == (1, 12, tiny_lm.arch.d_ff)
+    blocks = tiny_lm.params["blocks"]
+    silent = {**blocks, "down": blocks["down"].at[1].set(0.0)}
+    without = LanguageModel(tiny_lm.arch, {**tiny_lm.params, "blocks": silent}, tiny_lm.tokenizer)
+    middle = np.asarray(without.residual(ids, layer=1))
+    whole = middle + neurons @ np.asarray(blocks["down"][1])
+    np.testing.assert_allclose(whole, tiny_lm.residual(ids, layer=1), atol=1e-4)
+    with pytest.raises(UserError, match="layer: 2"):
+        tiny_lm.neurons(ids, layer=2)
+
+
+def test_log_probs_are_those_of_the_logits(tiny_lm):
+    ids = np.array([[5, 6, 7, 8, 0], [9, 10, 11, 12, 13]])
+    mask = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+    logits = np.asarray(jax.nn.log_softmax(tiny_lm.logits(ids, mask)))
+    expected = np.take_along_axis(logits[:, :-1], ids[:, 1:, None], -1)[..., 0]
+    found = np.asarray(tiny_lm.log_probs(ids, mask))
+    np.testing.assert_allclose(found[mask[:, 1:]], expected[mask[:, 1:]], atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nothing_added_changes_nothing_and_something_does(tiny_lm, layer):
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
+    plain = tiny_lm.generate(prompts, 12, temperature=0.0)
+    zeros = [np.zeros((len(prompt), tiny_lm.arch.d_model)) for prompt in prompts]
+    assert tiny_lm.steer(prompts, zeros, layer, 12, temperature=0.0) == plain
+    push = [np.array(one) for one in zeros]
+    push[1][-1] = 50 * np.asarray(tiny_lm.params["embed"][77])  # at the last token of the second prompt alone
+    steered = tiny_lm.steer(prompts, push, layer, 12, temperature=0.0)
+    assert steered[0] == plain[0] and steered[1] != plain[1]
+    with pytest.raises(UserError, match="added: shape"):
+        tiny_lm.steer(prompts, [zeros[0], zeros[0]], layer, 4)

@@ -20,6 +20,7 @@ def learned(tiny_run, tmp_path_factory):
     """A workdir whose encoder went on from the warm start while the decoder's learning rate was 0."""
     workdir = shutil.copytree(tiny_run.workdir, tmp_path_factory.mktemp("learning") / "W")
     shutil.rmtree(workdir / "checkpoints/rl")
+    (workdir / "eval.json").unlink()
     settings = {
         "rl__num_steps": STEPS,
         "rl__decoder_learning_rate": 0.0,

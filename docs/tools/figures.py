@@ -36,6 +36,8 @@ PALETTES = {
 # The package's modules by floor, top-down: a module imports from its own floor and from lower ones only.
 ROOMS = (
     (("cli", "__main__", "api"), "what a person touches: the nlae command, the NLA class"),
+    (("serve",), "a pair over HTTP, many requests at once, and the page"),
+    (("explore",), "what people ask of a pair: tokens, chats, neurons, steering, audits"),
     (("plan",), "the real steps compiled for a TPU slice, without one"),
     (("bench",), "the real steps timed on this machine"),
     (("run",), "workdir, stages in order, the pair written for others"),

@@ -18,6 +18,15 @@ REPORT_PAGE = _HERE / "report.html.jinja"
 # The template of the page that `nlae explain --html` writes.
 EXPLANATION_PAGE = _HERE / "explanation.html.jinja"
 
+# The page that `nlae serve` shows: one file, with nothing to load.
+VIEWER = _HERE / "viewer.html"
+
+# Of the page that `nlae neuron --html` and `nlae direction --html` write.
+DIRECTION_PAGE = _HERE / "direction.html.jinja"
+
+# Of the pages of `nlae steer`, `nlae audit` and `nlae compare`.
+AUDIT_PAGE = _HERE / "audit.html.jinja"
+
 
 def pair_directory(name: str) -> Path | None:
     """The directory with `av` and `ar` of the trained pair that is shipped under `name`; None where there is none."""

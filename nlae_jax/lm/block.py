@@ -131,17 +131,22 @@ class Block:
                 mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
                 before, x = x, x + self._added(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
-                normed = self._norm(before if self.arch.parallel else x, weights, "mlp_norm")
-                mixed = self._mlp(weights, adapters, normed, decoding)
+                mixed = self._mlp(before if self.arch.parallel else x, weights, adapters, decoding)
                 x = x + self._added(_residual(mixed, decoding), weights, "mlp_post_norm")
             outs.append(x)
         return tuple(outs), tuple(caches)
 
-    def _mlp(self, weights: dict[str, jax.Array], adapters: dict[str, Any], x: jax.Array, decoding: bool) -> jax.Array:
+    def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
         if self.arch.experts is not None:
-            return mixture(self.arch, self.arch.experts, weights, x)
-        inner = activated(self.arch, lambda name: self._linear(x, weights, adapters, name, decoding))
-        return self._linear(inner, weights, adapters, "down", decoding)
+            return mixture(self.arch, self.arch.experts, weights, self._norm(x, weights, "mlp_norm"))
+        return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+
+    def neurons(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
+    ) -> jax.Array:
+        """What the MLP's neurons make of the residual stream that it reads, [*batch, T, d_ff]."""
+        normed = self._norm(x, weights, "mlp_norm")
+        return activated(self.arch, lambda name: self._linear(normed, weights, adapters, name, decoding))
 
     def _added(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
         """What attention or MLP add to the residual stream."""
@@ -225,10 +230,14 @@ def _residual(x: jax.Array, decoding: bool) -> jax.Array:
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
     """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
 
-    With a `place`, the cache has all blocks' on a leading axis.
+    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
     """
     before = () if place is None else (place,)
     kv_heads, rows = cache.shape[len(before) : len(before) + 2]
+    if jnp.ndim(offset):
+        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
+        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
+        return cached(written, len(before))
     new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
     return cached(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
 

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +36,44 @@ def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
 def chats_ids(tokenizer: Any, messages: Sequence[str], **options: Any) -> list[list[int]]:
     """Users' messages in the model's chat template, each up to where the reply begins.
 
+    `options` are the template's own. Raises as `render_chats`.
+    """
+    chats = [[{"role": "user", "content": message}] for message in messages]
+    prompts = render_chats(tokenizer, chats, add_generation_prompt=True, **options)
+    # The template writes the tokens that begin a sequence itself.
+    return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+
+
+def render_chats(
+    tokenizer: Any, chats: Sequence[Sequence[Mapping[str, str]]], add_generation_prompt: bool, **options: Any
+) -> list[str]:
+    """Chats, each a list of messages with `role` and `content`, as the model's chat template writes them.
+
     `options` are the template's own. Templates that print a date get a constant one: a prompt must not change from day
     to day. Raises UserError, naming the tokenizer's directory if it has one, where there is no template or it does not
     work: it raises, cannot be parsed, does not end, or writes too much.
     """
     name = _name(tokenizer)
+    cleaned = [[{key: encodable(text) for key, text in message.items()} for message in chat] for chat in chats]
+    length = max((sum(len(message["content"]) for message in chat) for chat in cleaned), default=0)
     request = {
         "template": _template(tokenizer, name),
-        "messages": [[{"role": "user", "content": encodable(message)}] for message in messages],
+        "messages": cleaned,
         "variables": {
             "tools": None,
             "documents": None,
             **{key: _plain(value) for key, value in tokenizer.special_tokens_map.items()},
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
             **options,
         },
-        "characters": _CHARACTERS + max(map(len, messages), default=0),
-        "seconds": _SECONDS + _SECONDS_A_CHAT * len(messages),
+        "characters": _CHARACTERS + length,
+        "seconds": _SECONDS + _SECONDS_A_CHAT * len(cleaned),
         "bytes": _BYTES,
     }
     prompts, error = _rendered(json.dumps(request))
     if error:
         raise UserError(f"{name}: its chat template does not work ({error})")
-    # The template writes the tokens that begin a sequence itself.
-    return [tokenizer.encode(encodable(prompt), add_special_tokens=False) for prompt in prompts]
+    return [encodable(prompt) for prompt in prompts]
 
 
 def prompts_ids(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:

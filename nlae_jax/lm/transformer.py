@@ -125,6 +125,27 @@ class Transformer(nn.Module):
         layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
         return jax.lax.scan(body, xs, (weights, adapters, layers))
 
+    def neurons(self, segment: Segment, layer: int) -> jax.Array:
+        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff].
+
+        Raises UserError for a mixture of experts, whose neurons depend on the router.
+        """
+        if self.arch.experts is not None:
+            raise UserError(f"the neurons of a model with experts ({self.arch.family}) cannot be read")
+        (hidden,), _ = self.run((segment,), stop=layer)
+        block = Block(self.arch, self.lora_scale, [segment], self.attention)
+        weights, adapters = layer_of(self.blocks, layer), layer_of(self._adapters(), layer)
+        if self.arch.parallel:
+            return block.neurons(hidden, weights, adapters)
+        # Without its MLP's output, what leaves the block is what its MLP reads.
+        silent = {**weights, "down": jnp.zeros_like(weights["down"])}
+        if "down_bias" in weights:
+            silent["down_bias"] = jnp.zeros_like(weights["down_bias"])
+        own = {name: adapter for name, adapter in adapters.items() if name != "down"}
+        kind = jax.tree.map(lambda a: int(a[layer]), layers_of(self.arch))
+        (middle,), _ = block(silent, own, (hidden,), layer=kind)
+        return block.neurons(middle, weights, adapters)
+
     def block_weights(self) -> list[BlockWeights]:
         """Each block's weights and adapters by themselves."""
         adapters = self._adapters()
@@ -138,7 +159,7 @@ class Transformer(nn.Module):
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """One token for every row; keys and values are written into `own` at `offset`.
+        """One token for every row; keys and values are written into `own` at `offset`, a scalar or one for each row.
 
         With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
         `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from nlae_jax.assets import EXPLANATION_PAGE
-from nlae_jax.report.table import number, printable, split_at_token
+from nlae_jax.report.table import number, printable, remarks, split_at_token
 from nlae_jax.runtime.files import write_text
 
 _WORST = 0.6  # the mse from which a token has no colour
@@ -35,16 +35,26 @@ def write_explanation_page(path: Path, texts: Sequence[Sequence[Mapping[str, Any
 def _row(token: Mapping[str, Any]) -> dict[str, Any]:
     _, label = split_at_token(token["token"], token["token"], 0)
     explanation = " ".join(printable(token["explanation"]).split())
-    remark = "an attention sink: its activation holds nothing of the text" if token["position"] == 0 else ""
+    if token.get("span"):
+        place = f"{token['span'][0]}–{token['span'][1]}"
+    else:
+        place = "vector" if token["position"] is None else str(token["position"])
+    notes = remarks(token)
+    if token.get("agreement") is not None:
+        notes.append(f"agreement {number(token['agreement'], 2)} over samples; {printable(token['consensus'])}")
     return {
-        "position": token["position"],
-        "shown": printable(token["token"]),
+        "position": place,
+        "shown": printable(token["token"]) or place,
         "label": label.strip() or label,
-        "explanation": explanation or "(empty: the encoder did not end its explanation)",
+        "explanation": explanation or "(empty)",
         "cos": number(token["cos"]),
         "mse": number(token["mse"]),
+        "relative": number(token.get("relative_mse"), 2),
         "shade": _shade(token["mse"]),
-        "remark": remark,
+        "role": printable(token.get("role") or ""),
+        "section": printable(token.get("section") or ""),
+        "remark": "; ".join(notes),
+        "samples": [" ".join(printable(sample["explanation"]).split()) for sample in token.get("samples", ())],
     }
 
 

@@ -112,6 +112,22 @@ def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
     return table
 
 
+def remarks(row: Mapping[str, Any]) -> list[str]:
+    """What a reader of an explained token should know of it; rows are those of `NLA.explain_text`."""
+    said = []
+    if row.get("position") == 0:
+        said.append("position 0 is an attention sink: its activation holds nothing of the text")
+    elif row.get("outside") == "position 0":
+        said.append("position 0 is in the span: an attention sink, whose length drowns the rest")
+    elif row.get("outside"):
+        said.append("the activation's length is unusual: the pair was not trained on such")
+    if row.get("cut"):
+        said.append("cut at the limit")
+    if row.get("repeated"):
+        said.append("repeats itself")
+    return said
+
+
 def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
     """One line per token of an explained text; rows are those of `NLA.explain_text`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
@@ -120,10 +136,20 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("explanation", ratio=6, overflow="fold")
     table.add_column("cos", justify="right", no_wrap=True, min_width=6)
     table.add_column("mse", justify="right", no_wrap=True, min_width=5)
+    table.add_column("rel.", justify="right", no_wrap=True, min_width=4)
     for row in tokens:
-        _, token = split_at_token(row["token"], row["token"], 0)
-        cells = Text(token.strip(), "bold"), _explanation_cell(row)
-        table.add_row(str(row["position"]), *cells, number(row["cos"]), number(row["mse"]))
+        _, token = split_at_token(row["token"], row["token"], 0) if row["token"] else ("", "")
+        cell = _explanation_cell(row)
+        notes = remarks(row)
+        if row.get("agreement") is not None:
+            notes.append(f"agreement {number(row['agreement'], 2)}; {printable(row['consensus'])}")
+        if notes:
+            cell.append(f" ({'; '.join(notes)})", "dim")
+        place = f"{row['span'][0]}–{row['span'][1]}" if row.get("span") else row.get("position")
+        scores = number(row["cos"]), number(row["mse"]), number(row.get("relative_mse"), 2)
+        table.add_row("–" if place is None else str(place), Text(token.strip(), "bold"), cell, *scores)
+    table.caption = "rel.: mse / the data's variance; 0 is perfect, 1 no better than the mean"
+    table.caption_justify = "left"
     return table
 
 

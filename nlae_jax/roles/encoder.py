@@ -103,9 +103,10 @@ class Encoder(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches.
 
+        `step` is a scalar, or [B] with G = 1 where activations are at different tokens.
         `contexts`, `own` and `weights` as `transformer.for_decoding` gives them.
         """
-        positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + step
+        positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + jnp.reshape(step, (-1, 1, 1))
         segment = Segment(self.lm.embed(token_BxG[..., None]), positions, jnp.ones_like(positions, bool))
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)
         return self.lm.logits(hidden[:, :, 0]), own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,33 @@ class LanguageModel:
             hidden_BxTxD: jax.Array = apply(subject, variables(params), ids, mask, layer, method="residual")
             return hidden_BxTxD
 
+        def neurons(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
+            neurons_BxTxF: jax.Array = apply(subject, variables(params), ids, mask, layer, method="neurons")
+            return neurons_BxTxF
+
+        def log_probs(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            log_probs_BxT: jax.Array = apply(subject, variables(params), ids, mask, method="log_probs")
+            return log_probs_BxT
+
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            first, contexts = apply(subject, variables(params), ids, mask, method="prefill")
+            read = apply(subject, variables(params), ids, mask, method="prefill")
+            return go_on(params, mask, key, limit, heat, read)
+
+        def steer(
+            params: Any,
+            ids: jax.Array,
+            mask: jax.Array,
+            key: jax.Array,
+            added: jax.Array,
+            layer: int,
+            limit: int,
+            heat: float,
+        ) -> Any:
+            read = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
+            return go_on(params, mask, key, limit, heat, read)
+
+        def go_on(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, prefilled: Any) -> Any:
+            first, contexts = prefilled
             start = mask.sum(-1).astype(jnp.int32)
             grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
             decoding = for_decoding(subject, variables(params), contexts, grown)
@@ -82,7 +107,10 @@ class LanguageModel:
 
         self._logits = jax.jit(logits)
         self._residual = jax.jit(residual, static_argnums=3)
+        self._neurons = jax.jit(neurons, static_argnums=3)
+        self._log_probs = jax.jit(log_probs)
         self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
+        self._steer = jax.jit(steer, static_argnums=(5, 6, 7), out_shardings=whole)
 
     @staticmethod
     def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
@@ -110,30 +138,74 @@ class LanguageModel:
 
         Raises UserError for a block that is not there, or a token that the model has no embedding for.
         """
-        if not 0 <= layer < self.arch.num_layers:
-            raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
+        self._check_layer(layer)
         hidden: jax.Array = self._residual(self.params, *self._with_mask(ids, mask), layer)
         return hidden
+
+    def neurons(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T, d_ff]: activations of the MLP's neurons in block `layer`, gate times up.
+
+        Raises as `residual`.
+        """
+        self._check_layer(layer)
+        activations: jax.Array = self._neurons(self.params, *self._with_mask(ids, mask), layer)
+        return activations
+
+    def log_probs(self, ids: Any, mask: Any = None) -> jax.Array:
+        """[B, T] int -> [B, T - 1] float32: log p of every token after the first. Padding on the right."""
+        log_probs: jax.Array = self._log_probs(self.params, *self._with_mask(ids, mask))
+        return log_probs
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
         """Continues each prompt until one of `stop_ids`, which is left out. Prompts are padded on the left."""
+        return self._continued(prompts, seed, lambda read, _: self._generate(*read, max_new_tokens, temperature))
+
+    def steer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        added: Sequence[np.ndarray],
+        layer: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """`generate` with `added[i]` [T_i, d] added to the output of block `layer` while prompt i is read."""
+        self._check_layer(layer)
+        whole = [np.asarray(one, np.float32) for one in added]
+        for prompt, one in zip(prompts, whole, strict=True):
+            if one.shape != (len(prompt), self.arch.d_model):
+                raise UserError(f"added: shape {one.shape} should be [{len(prompt)}, {self.arch.d_model}]")
+
+        def go_on(read: Any, rows: Sequence[int]) -> Any:
+            width = read[1].shape[1]
+            padded = np.zeros((len(rows), width, self.arch.d_model), np.float32)
+            for index, row in enumerate(rows):
+                padded[index, width - len(whole[row]) :] = whole[row]
+            return self._steer(*read, self._put(padded), layer, max_new_tokens, temperature)
+
+        return self._continued(prompts, seed, go_on)
+
+    def _continued(
+        self, prompts: Sequence[Sequence[int]], seed: int, go_on: Callable[[Any, Sequence[int]], Any]
+    ) -> list[list[int]]:
+        """Continuations in batches; `go_on` gets what a compiled function reads, and which prompts are in its rows."""
         for prompt in prompts:
             check_ids(prompt, self.arch.vocab_size, self.tokenizer, "prompt")
         width = -(-max(map(len, prompts)) // 64) * 64
         outputs: list[list[int]] = []
         for start in range(0, len(prompts), _GENERATE_BATCH):
-            batch = list(prompts[start : start + _GENERATE_BATCH])
-            filled = batch + [batch[0]] * (_GENERATE_BATCH - len(batch))
+            count = min(_GENERATE_BATCH, len(prompts) - start)
+            rows = [start + (row if row < count else 0) for row in range(_GENERATE_BATCH)]
             ids = np.zeros((_GENERATE_BATCH, width), np.int32)
             mask = np.zeros((_GENERATE_BATCH, width), bool)
-            for row, prompt in enumerate(filled):
-                ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, True
+            for index, row in enumerate(rows):
+                ids[index, width - len(prompts[row]) :], mask[index, width - len(prompts[row]) :] = prompts[row], True
             key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
-            drawn = self._generate(self.params, *self._put((ids, mask, key)), max_new_tokens, temperature)
+            drawn = go_on((self.params, *self._put((ids, mask, key))), rows)
             tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
-            for row in range(len(batch)):
+            for row in range(count):
                 reply = tokens[row, : lengths[row]].tolist()
                 outputs.append(reply[:-1] if reply and reply[-1] in self.stop_ids else reply)
         return outputs
@@ -143,6 +215,10 @@ class LanguageModel:
         # Without thinking, where the template knows it: a reply begins with what was asked for.
         ids = chats_ids(self.tokenizer, prompts, enable_thinking=False)
         return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.arch.num_layers:
+            raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
 
     def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
         try:

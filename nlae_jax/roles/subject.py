@@ -51,14 +51,36 @@ class Subject(nn.Module):
         _, likeliest = jax.lax.top_k(self.lm.logits(final[rows, columns]), num_next)
         return activations, likeliest.astype(jnp.int32)
 
+    def neurons(self, ids_BxT: jax.Array, mask_BxT: jax.Array, layer: int) -> jax.Array:
+        """Activations of the MLP's neurons in block `layer`, [B, T, d_ff]: what its down-projection reads."""
+        return self.lm.neurons(self.lm.padded(ids_BxT, mask_BxT), layer)
+
+    def log_probs(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """log p of every token after the first, given those before it: [B, T - 1] float32; any number at padding."""
+        (hidden,), _ = self.lm.run((self.lm.padded(ids_BxT, mask_BxT),))
+        return self.lm.token_log_probs(hidden[:, :-1], ids_BxT[:, 1:])[0]
+
     def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
         """Logits [B, V] after each row's last real token, and the prompts' keys and values, stacked over blocks."""
         segment = self.lm.padded(ids_BxT, mask_BxT)
         (hidden,), caches = self.lm.run((segment,), keep_caches=True)
-        last = ids_BxT.shape[1] - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=1)
-        return self.lm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), key_values(
-            caches, (segment,)
-        )
+        return self._after_last(hidden, mask_BxT), key_values(caches, (segment,))
+
+    def steered_prefill(
+        self, ids_BxT: jax.Array, mask_BxT: jax.Array, added_BxTxD: jax.Array, layer: int
+    ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        """The same with something added to the output of block `layer`."""
+        segment = self.lm.padded(ids_BxT, mask_BxT)
+        (hidden,), low = self.lm.run((segment,), stop=layer + 1, keep_caches=True)
+        changed = segment._replace(x=hidden + added_BxTxD.astype(hidden.dtype))
+        (hidden,), high = self.lm.run((changed,), start=layer + 1, keep_caches=True)
+        caches = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), low, high)
+        return self._after_last(hidden, mask_BxT), key_values(caches, (segment,))
+
+    def _after_last(self, hidden_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+        """Logits [B, V] after each row's last real token."""
+        last = mask_BxT.shape[1] - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=1)
+        return self.lm.logits(jnp.take_along_axis(hidden_BxTxD, last[:, None, None], axis=1)[:, 0])
 
     def decode(
         self,
@@ -69,7 +91,10 @@ class Subject(nn.Module):
         own: Any,
         weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits."""
+        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits.
+
+        `step` is a scalar, or [B] where rows are at different tokens.
+        """
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
         hidden, own = self.lm.decode(segment, contexts, own, step, weights)

@@ -1,8 +1,9 @@
 """What the stages of a run share: made once, by the functions here, and changed by none of them.
 
 `open_run` takes a workdir for a config; `prepare` lays the protocol down. Both give plain frozen dataclasses. Two
-things in them are read only when asked for, because most commands do without and they may be many gigabytes: models'
-weights (`Weights`) and the table of the activations' rows (`Run.store`).
+things in them are read only when asked for, because many commands do without them and they are large: models' weights
+(`Weights`; 0.5 GB and 1.7 s for SmolLM2-135M, 140 GB for a 70B) and the table of the activations' documents and rows
+(`Run.store`; 0.2 GB and 1.1 s for 100,000 documents).
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _warm_start(
 def rl(run: PreparedRun) -> None:
     """Encoder and decoder, both warm-started, learn from how well the round trip works."""
     config = run.config.rl
-    if rl_is_finished(run):
+    if config.num_steps == 0 or rl_is_finished(run):
         return
     processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
     encoder, decoder = _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder")
@@ -252,9 +252,8 @@ def rl(run: PreparedRun) -> None:
 
 
 def rl_is_finished(run: Run) -> bool:
-    """Whether RL has all its steps, or none to make."""
-    num_steps = run.config.rl.num_steps
-    return num_steps == 0 or is_whole(last_checkpoint(run.workdir, "rl", num_steps))
+    """Whether RL has made all its steps."""
+    return is_whole(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))
 
 
 def _forget_evaluation(path: Path) -> None:

@@ -1,0 +1,159 @@
+"""`nlae audit` and `nlae compare`: many explanations held against placebos; two pairs side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nlae_jax.cli.command import Command, seed, start_jax
+from nlae_jax.cli.explain import add_source, check_temperature, given_texts, read_source
+from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
+from nlae_jax.cli.texts import read_text
+from nlae_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import re
+
+    from nlae_jax.api import NLA
+    from nlae_jax.explore.explain import Options
+    from nlae_jax.explore.passage import Passage
+
+
+def _add_audit(audit: argparse.ArgumentParser) -> None:
+    add_pair(audit)
+    audit.add_argument("--input", required=True, help="transcripts: .jsonl or .csv with text or messages, perhaps id")
+    wanted = audit.add_mutually_exclusive_group()
+    wanted.add_argument("--terms", help="a file with one term a line: where do explanations say them?")
+    wanted.add_argument("--pattern", help="the same as one regular expression")
+    audit.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth token (default 1: all)")
+    audit.add_argument("--search", help="show the explanations that have this")
+    audit.add_argument("--placebo", action="store_true", help="hold all of it against explanations of other texts")
+    audit.add_argument("--placebo-model", help="and against another pair's: a name or directory as of --model")
+    audit.add_argument("--placebo-workdir", help="the same of another run")
+    audit.add_argument("--seed", type=seed, default=0, help="of the permutation")
+    audit.add_argument("--html", help="file that gets a page, with a timeline of every term")
+    audit.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
+    check_workdir(options)
+    if options.every < 1:
+        raise UserError(f"--every: {options.every} should be at least 1")
+    start_jax()
+    from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms
+    from nlae_jax.explore.items import read_items
+    from nlae_jax.explore.steer import compile_pattern
+
+    terms: dict[str, re.Pattern[str]] = {}
+    if options.terms:
+        terms = read_terms(read_text(options.terms), str(options.terms))
+    if (pattern := compile_pattern(None, options.pattern)) is not None:
+        terms = {options.pattern: pattern}
+    items = read_items(options.input)
+    nla = load_pair(options)
+    passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
+    found = explained_passages(nla, passages, options.every)
+    placebos = {}
+    if options.placebo:
+        placebos["permuted"] = permuted(found, options.seed)
+    for other in _others(options):
+        said = explained_passages(other, [_reread(other, passage) for passage in passages], options.every)
+        placebos[other.name] = [row.explanation for row in said.rows]
+    report = audit(found, terms, placebos)
+    _show_audit(nla, report, options)
+    return 0
+
+
+def _others(options: argparse.Namespace) -> list[NLA]:
+    """Pairs whose explanations are placebos."""
+    from nlae_jax.api import NLA
+
+    others = [NLA.from_pretrained(options.placebo_model)] if options.placebo_model else []
+    return [*others, NLA.from_workdir(options.placebo_workdir)] if options.placebo_workdir else others
+
+
+def _reread(other: NLA, passage: Passage) -> Passage:
+    """The same tokens for another pair. Raises UserError where its model reads other ones."""
+    from nlae_jax.explore.passage import passage_of_ids
+
+    again = passage_of_ids(other.tokenizer, passage.ids, passage.text, passage.name)
+    if [token.text for token in again.tokens] != [token.text for token in passage.tokens]:
+        raise UserError(f"{other.name}: its tokenizer reads {passage.name} differently; a placebo needs the same one")
+    return again
+
+
+def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from nlae_jax.report.audit_page import audit_tables, places_table, write_audit_page
+    from nlae_jax.runtime.output import show_json, show_rich
+    from nlae_jax.runtime.progress import say
+
+    row = report.row()
+    hits = [dataclasses.asdict(place) for place in report.search(options.search)] if options.search else []
+    if options.json:
+        show_json({**row, "search": hits, "pair": nla.description()})
+    else:
+        show_rich(*audit_tables(row), *([places_table(hits)] if options.search else []))
+    if options.html:
+        write_audit_page(options.html, "audit", [row], f"Audit with {nla.name}")
+        say(f"page: {options.html}")
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    add_source(compare)
+    compare.add_argument("--workdir", action="append", default=[], help="of a trained run; give two pairs in all")
+    compare.add_argument("--model", action="append", default=[], help="a shipped pair, or a directory with av/ and ar/")
+    compare.add_argument("--positions", help="only these tokens: -1, or 3,5,-2, or 10:20")
+    compare.add_argument("--match", help="only the tokens of this part of the text")
+    compare.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
+    compare.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
+    compare.add_argument("--html", help="file that gets a page")
+    compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _check_compare(options: argparse.Namespace) -> str:
+    count = len(options.workdir) + len(options.model)
+    return "" if count == 2 else f"compare takes two pairs, each as --workdir or --model; there are {count}"
+
+
+def _run_compare(options: argparse.Namespace, _: list[str]) -> int:
+    texts = given_texts(options)
+    check_temperature(options.temperature)
+    start_jax()
+    from nlae_jax.api import NLA
+    from nlae_jax.explore.compare import compare
+    from nlae_jax.explore.explain import Options
+    from nlae_jax.explore.passage import read_chat_file
+    from nlae_jax.report.audit_page import comparison_tables, write_audit_page
+    from nlae_jax.runtime.output import show_json, show_rich
+    from nlae_jax.runtime.progress import say
+
+    source = read_chat_file(options.chat) if options.chat else texts[0]
+    first, second = [
+        *(NLA.from_workdir(workdir) for workdir in options.workdir),
+        *(NLA.from_pretrained(model) for model in options.model),
+    ]
+    selection = options.positions, options.match, options.span
+    writing: Options = Options(options.temperature)
+    row = compare(first, second, source, writing, *selection).row()
+    if options.json:
+        show_json({**row, "pairs": [first.description(), second.description()]})
+    else:
+        show_rich(*comparison_tables(row))
+    if options.html:
+        write_audit_page(options.html, "compare", [row], f"{first.name} and {second.name}")
+        say(f"page: {options.html}")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "audit",
+        "what explanations of transcripts say that the texts do not, held against placebos",
+        _add_audit,
+        _run_audit,
+        check=check_pair,
+    ),
+    Command("compare", "two pairs on the same tokens, side by side", _add_compare, _run_compare, check=_check_compare),
+)

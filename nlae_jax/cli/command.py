@@ -1,0 +1,84 @@
+"""What a command is, and what several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from nlae_jax.runtime import processes, world
+
+# Options whose values are paths on this machine.
+PATHS = ("config", "out", "file", "html", "chat", "input", "vectors", "corpus", "terms")
+
+# Options whose values are lists of numbers or ranges, which may begin with a minus sign.
+LISTS = ("--positions", "--span", "--at", "--steps", "--alphas")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """`nlae NAME`. `run` gets the options and the `--config` overrides, and returns the exit code.
+
+    `check` says in one line what is wrong with how options are combined; "" where nothing is.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[str]], int]
+    takes_overrides: bool = False
+    check: Callable[[argparse.Namespace], str] = lambda options: ""
+
+
+def seed(text: str) -> int:
+    """The value of a --seed: what every random number generator here takes."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} should be a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
+def add_distributed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="be one of several processes on one mesh: found from the TPU pod, Slurm, Open MPI, Kubernetes or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (auto), or as given",
+    )
+
+
+def start_jax(distributed: str | None = None) -> None:
+    """Compiled programs are kept between runs; set before anything is compiled. `distributed`: the flag's value."""
+    import jax
+
+    from nlae_jax.lm.pretrained import cache_directory
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers would warn at every start that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logger = logging.getLogger("nlae_jax")
+    if not logger.handlers:  # counts of what was dropped; other libraries' logs stay as they are
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if distributed is not None:
+        processes.start(distributed)
+        if not world.is_first():
+            logger.setLevel(logging.WARNING)
+
+
+def show_result(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
+    """Numbers on stdout: one JSON object, or a table."""
+    from nlae_jax.runtime.output import show_json, show_rich
+
+    if as_json:
+        show_json(result)
+    else:
+        show_rich(as_table(result))

@@ -1,0 +1,176 @@
+"""`nlae neuron` and `nlae direction`: what a vector of the residual stream says, held against controls."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nlae_jax.cli.command import Command, seed, start_jax
+from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
+from nlae_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nlae_jax.api import NLA
+    from nlae_jax.explore.corpus import Corpus
+    from nlae_jax.explore.directions import DirectionReport, Settings
+
+
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    add_pair(command)
+    command.add_argument(
+        "--steps", default="0.25,0.5,1,2", help="r of the sweep: how far the mean activation is pushed"
+    )
+    command.add_argument("--controls", type=int, default=3, help="random directions, and as many shuffles (default 3)")
+    command.add_argument("--contexts", type=int, default=8, help="top activating contexts (default 8)")
+    command.add_argument("--corpus", help="texts to look in: .txt, .jsonl or .parquet (default: the run's corpus)")
+    command.add_argument("--texts", type=int, default=128, help="of the corpus (default 128)")
+    command.add_argument("--seed", type=seed, default=0, help="of controls and drawn contexts")
+    command.add_argument("--html", help="file that gets a page")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_direction(command: argparse.ArgumentParser) -> None:
+    command.add_argument("direction", help="FILE.npy, or FILE.safetensors:KEY[ROW], such as a dictionary's W_dec[7]")
+    _add_shared(command)
+
+
+def _add_neuron(command: argparse.ArgumentParser) -> None:
+    command.add_argument("neuron", nargs="?", help="BLOCK:NEURON, as 20:7, both counted from 0")
+    command.add_argument("--all", type=int, metavar="BLOCK", help="instead: several neurons of a block, into --out")
+    command.add_argument("--top", type=int, default=16, metavar="N", help="of --all: how many neurons (default 16)")
+    command.add_argument(
+        "--choose", choices=("peak", "random"), default="peak", help="of --all: whose peak stands out most, or any"
+    )
+    command.add_argument(
+        "--out", help="of --all: .jsonl file, one neuron a line, and .html beside it; goes on when rerun"
+    )
+    help_text = "its output's direction (default), or that of its gate or up input"
+    command.add_argument("--side", choices=("write", "gate", "up"), default="write", help=help_text)
+    _add_shared(command)
+
+
+def _check_neuron(options: argparse.Namespace) -> str:
+    if (options.neuron is None) == (options.all is None):
+        return "neuron takes BLOCK:NEURON, or --all BLOCK"
+    if (options.all is None) != (options.out is None):
+        return "--all and --out belong together: many neurons go into a file"
+    if options.all is not None and (options.json or options.html):
+        return "--all writes --out and a page beside it; --json and --html are for a single neuron"
+    return check_pair(options)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from nlae_jax.explore.directions import Settings
+
+    try:
+        steps = tuple(float(step) for step in options.steps.split(","))
+    except ValueError:
+        raise UserError(f"--steps {options.steps}: should be numbers, as 0.25,0.5,1") from None
+    if not all(0 < abs(step) < 1e6 for step in steps):
+        raise UserError(f"--steps {options.steps}: should not be 0, and finite")
+    for name in ("controls", "contexts", "texts"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")
+    return Settings(steps, options.controls, options.contexts, options.seed)
+
+
+def _corpus(nla: NLA, options: argparse.Namespace) -> Corpus:
+    from nlae_jax.explore.corpus import read_corpus
+
+    return read_corpus(nla, options.corpus, options.texts)
+
+
+def _run_direction(options: argparse.Namespace, _: list[str]) -> int:
+    check_workdir(options)
+    start_jax()
+    from nlae_jax.explore.directions import explain_direction
+    from nlae_jax.explore.vector_files import read_direction
+
+    settings = _settings(options)
+    nla = load_pair(options)
+    direction = read_direction(options.direction, nla.d_model)
+    report = explain_direction(nla, direction.name, direction.vector, _corpus(nla, options), settings)
+    _show(nla, report, options)
+    return 0
+
+
+def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
+    check_workdir(options)
+    start_jax()
+    from nlae_jax.explore.neurons import explain_neuron, parse_neuron
+
+    settings = _settings(options)
+    nla = load_pair(options)
+    if options.all is not None:
+        return _run_all(nla, options, settings)
+    layer, index = parse_neuron(options.neuron, nla.subject.arch)
+    report = explain_neuron(nla, layer, index, _corpus(nla, options), settings, side=options.side)
+    _show(nla, report, options)
+    return 0
+
+
+def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
+    """A dashboard: neuron after neuron into the file, from where it is whole, and a page of all of them."""
+    import dataclasses
+
+    from nlae_jax.data.corpus import read_json_lines
+    from nlae_jax.explore.items import Results
+    from nlae_jax.explore.neurons import check_layer, choose_neurons, explain_neuron, values_of
+    from nlae_jax.report.direction_page import write_direction_page
+    from nlae_jax.runtime.progress import progress, say
+
+    layer = check_layer(nla.subject.arch, options.all)
+    if options.out.suffix != ".jsonl":
+        raise UserError(f"--out {options.out}: should be a .jsonl file; a page goes beside it")
+    explanations = 1 + (1 + 2 * settings.controls) * len(settings.steps) + settings.contexts
+    count = min(options.top, nla.subject.arch.d_ff)
+    say(
+        f"{count} neurons, each {explanations} explanations of up to {nla.max_new_tokens} tokens and "
+        f"{2 * settings.contexts * (3 + 2 * settings.controls)} short texts to score"
+    )
+    corpus = _corpus(nla, options)
+    neurons = choose_neurons(nla, corpus, layer, options.top, options.choose == "random", options.seed)
+    values = values_of(nla, corpus, layer, neurons)
+    made_with = [nla.name, layer, neurons, options.side, dataclasses.asdict(settings), corpus.source, options.texts]
+    results = Results(options.out, {"neurons": [*made_with, nla.max_new_tokens]})
+    with progress(len(neurons), f"neurons of block {layer}", unit="neuron", start=results.done) as bar:
+        for place in range(results.done, len(neurons)):
+            one = neurons[place]
+            report = explain_neuron(nla, layer, one, corpus, settings, values[:, place], options.side)
+            results.add(report.row(), ())
+            bar.advance()
+    reports = [row for _, row in read_json_lines(options.out)]
+    page = options.out.with_suffix(".html")
+    write_direction_page(page, reports, f"Neurons of block {layer}, {nla.name}")
+    say(f"{sum(row['explained'] for row in reports)} of {len(reports)} beat their controls; page: {page}")
+    return 0
+
+
+def _show(nla: NLA, report: DirectionReport, options: argparse.Namespace) -> None:
+    from nlae_jax.report.direction_page import direction_tables, write_direction_page
+    from nlae_jax.runtime.output import show_json, show_rich
+    from nlae_jax.runtime.progress import say
+
+    row: dict[str, Any] = report.row()
+    parts: Sequence[Any] = () if options.json else direction_tables(row)
+    if options.json:
+        show_json({**row, "pair": nla.description()})
+    else:
+        show_rich(*parts)
+    if options.html:
+        write_direction_page(options.html, [row], f"{report.name}, {nla.name}")
+        say(f"page: {options.html}")
+
+
+COMMANDS = (
+    Command("neuron", "say what an MLP neuron writes, beside controls", _add_neuron, _run_neuron, check=_check_neuron),
+    Command(
+        "direction",
+        "say what a direction (probe, difference of means, dictionary row) holds, beside controls",
+        _add_direction,
+        _run_direction,
+        check=check_pair,
+    ),
+)

@@ -1,0 +1,198 @@
+"""`nlae explain`: what the activations of texts, chats or files of vectors hold."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from nlae_jax.cli.command import Command, seed, start_jax
+from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
+from nlae_jax.cli.texts import argument_text, read_text
+from nlae_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from nlae_jax.api import NLA
+    from nlae_jax.explore.explain import Explained, Options
+    from nlae_jax.explore.items import Item
+    from nlae_jax.explore.passage import Passage
+    from nlae_jax.explore.select import Pick
+
+_CSV = (
+    "id", "position", "token", "explanation", "cos", "mse", "relative_mse", "norm", "outside", "cut", "repeated",
+    "agreement", "consensus", "role", "section", "message_index", "generated",
+)  # fmt: skip
+
+
+def add_source(command: argparse.ArgumentParser, many: bool = False, prompts: bool = False) -> None:
+    """The options that say what is read: one text or chat, `many` of them, or `prompts` with what to do to each."""
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text", action="append", help="the text itself" + ("; may be given several times" if many else "")
+    )
+    source.add_argument("--file", help="a UTF-8 text file")
+    source.add_argument("--chat", help="a JSON file with a list of messages (role, content), read in the chat template")
+    if prompts:
+        source.add_argument("--input", help="many prompts: .jsonl with text or messages, edit, and perhaps at and word")
+    if many:
+        source.add_argument("--input", help="many texts or chats: .jsonl or .csv with text or messages, and perhaps id")
+        source.add_argument("--vectors", help="raw activations: .npy [N, d], or .parquet with activation_vector")
+
+
+def _add(explain: argparse.ArgumentParser) -> None:
+    add_pair(explain)
+    add_source(explain, many=True)
+    explain.add_argument("--generate", type=int, default=0, metavar="N", help="let the model go on for up to N tokens")
+    explain.add_argument("--positions", help="only these tokens: -1, or 3,5,-2, or 10:20")
+    explain.add_argument("--match", help="only the tokens of this part of the text, wherever it occurs")
+    explain.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
+    explain.add_argument("--samples", type=int, default=1, help="explanations of each activation (default 1)")
+    explain.add_argument(
+        "--temperature", type=float, help="0: the likeliest explanation (default; 1 with several samples)"
+    )
+    explain.add_argument("--seed", type=seed, default=0, help="of the sampled explanations")
+    explain.add_argument("--html", help="file that gets a page: tokens coloured by score, words on hover")
+    explain.add_argument("--out", help="file for what --input gives: .jsonl or .csv; run again, it goes on")
+    explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _check(options: argparse.Namespace) -> str:
+    if options.vectors and (options.positions or options.match or options.span or options.generate):
+        return "--vectors has no text: --positions, --match, --span and --generate belong to one"
+    if bool(options.out) != bool(options.input):
+        return "--input and --out belong together: many texts go into a file"
+    if options.input and (options.html or options.json):
+        return "--input writes --out; --html and --json are for single texts"
+    return check_pair(options)
+
+
+def given_texts(options: argparse.Namespace) -> list[str]:
+    """What --text and --file say. Raises UserError where that is nothing."""
+    texts = [argument_text(text) for text in options.text or ()]
+    if options.file:
+        texts = [read_text(options.file).removeprefix("\ufeff")]
+    if not all(text.strip() for text in texts):
+        raise UserError(f"{options.file or '--text'}: empty; there is nothing to explain")
+    return texts
+
+
+def check_temperature(value: float | None) -> None:
+    if value is not None and not 0 <= value < math.inf:
+        raise UserError(f"--temperature: {value} should be 0 or more")
+
+
+def _run(options: argparse.Namespace, _: list[str]) -> int:
+    check_workdir(options)
+    texts = given_texts(options)
+    check_temperature(options.temperature)
+    if options.generate < 0:
+        raise UserError(f"--generate: {options.generate} should be 0 or more")
+    start_jax()
+    from nlae_jax.explore.explain import Options, explain_passages, explain_vectors
+    from nlae_jax.explore.items import read_items
+    from nlae_jax.explore.passage import read_chat_file
+    from nlae_jax.explore.vector_files import read_vectors
+
+    writing = Options(options.temperature, None, options.samples, options.seed)
+    messages = read_chat_file(options.chat) if options.chat else None
+    items = read_items(options.input) if options.input else []
+    nla = load_pair(options)
+    if options.input:
+        return _run_many(nla, items, options, writing)
+    if options.vectors:
+        explained = [explain_vectors(nla, read_vectors(options.vectors, nla.d_model), writing)]
+    else:
+        selected = [_selected(nla, *named, options) for named in _named(texts, messages)]
+        explained = explain_passages(nla, selected, writing)
+    _show(nla, explained, options)
+    return 0
+
+
+def _named(texts: Sequence[str], messages: Any) -> list[tuple[str, Any]]:
+    if messages is not None:
+        return [("chat", messages)]
+    return [("text" if len(texts) == 1 else f"text {number}", text) for number, text in enumerate(texts)]
+
+
+def read_source(
+    nla: NLA, name: str, source: Any, generate: int = 0, seed: int = 0, chat_goes_on: bool = False
+) -> Passage:
+    """A text, or the messages of a chat, as the subject reads it, and as it goes on with up to `generate` tokens.
+
+    With `chat_goes_on`, a chat ends where the model's answer begins, even if none is generated here.
+    """
+    from nlae_jax.explore.passage import extended, read_chat, read_text
+
+    vocab_size = nla.subject.arch.vocab_size
+    if isinstance(source, str):
+        passage = read_text(nla.tokenizer, vocab_size, source, name)
+    else:
+        goes_on, answered = generate > 0 or chat_goes_on, source[-1]["role"] == "assistant"
+        passage = read_chat(
+            nla.tokenizer,
+            vocab_size,
+            source,
+            name,
+            add_generation_prompt=goes_on and not answered,
+            continue_final_message=goes_on and answered,
+        )
+    if generate:
+        (answer,) = nla.subject.generate([passage.ids], generate, temperature=0.0, seed=seed)
+        passage = extended(nla.tokenizer, passage, answer)
+    return passage
+
+
+def _selected(nla: NLA, name: str, source: Any, options: argparse.Namespace) -> tuple[Passage, list[Pick]]:
+    from nlae_jax.explore.select import picks_of
+
+    passage = read_source(nla, name, source, options.generate, options.seed)
+    return passage, picks_of(passage, options.positions, options.match, options.span)
+
+
+def _run_many(nla: NLA, items: Sequence[Item], options: argparse.Namespace, writing: Options) -> int:
+    """One item after another into the file, from where it is whole."""
+    import dataclasses
+
+    from nlae_jax.explore.explain import explain_passages
+    from nlae_jax.explore.items import Results
+    from nlae_jax.runtime.progress import progress, say
+
+    chosen = [options.generate, options.positions, options.match, options.span, nla.max_new_tokens, nla.name]
+    made_with = {
+        "items": [dataclasses.asdict(item) for item in items],
+        "options": [*chosen, dataclasses.asdict(writing)],
+    }
+    results = Results(options.out, made_with, _CSV)
+    with progress(len(items), "texts", unit="text", start=results.done) as bar:
+        for item in items[results.done :]:
+            source = item.messages if item.text is None else item.text
+            (explained,) = explain_passages(nla, [_selected(nla, f"text {item.id}", source, options)], writing)
+            rows = [found.row() for found in explained]
+            results.add({"id": item.id, "tokens": rows}, [{"id": item.id, **row} for row in rows])
+            bar.advance()
+    say(f"explanations: {options.out}")
+    return 0
+
+
+def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.Namespace) -> None:
+    from nlae_jax.report.table import explanation_table
+    from nlae_jax.runtime.output import show_json, show_rich
+
+    rows = [[found.row() for found in text] for text in explained]
+    if options.json:
+        results = [{"tokens": tokens} for tokens in rows]
+        said = results[0] if len(results) == 1 else {"texts": results}
+        show_json({**said, "pair": nla.description()})
+    else:
+        for tokens in rows:
+            show_rich(explanation_table(tokens))
+    if options.html:
+        from nlae_jax.report.explanation_page import write_explanation_page
+        from nlae_jax.runtime.progress import say
+
+        write_explanation_page(options.html, rows, nla.name, nla.layer)
+        say(f"page: {options.html}")
+
+
+COMMANDS = (Command("explain", "say what the activations of a text, chat or file hold", _add, _run, check=_check),)

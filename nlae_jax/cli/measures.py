@@ -1,0 +1,105 @@
+"""`nlae export`, `nlae bench` and `nlae plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from nlae_jax.cli.command import Command, add_distributed, show_result, start_jax
+from nlae_jax.runtime import supervision, world
+from nlae_jax.runtime.errors import UserError
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("--workdir", required=True, help="of a trained run")
+    export.add_argument("--out", required=True, help="directory that gets av/ and ar/")
+    export.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
+    )
+    export.add_argument("--adapters", action="store_true", help="the adapters alone, which need the base model")
+    export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
+
+
+def _run_export(options: argparse.Namespace, _: list[str]) -> int:
+    start_jax()
+    from nlae_jax.api import open_run
+    from nlae_jax.run.export import export
+    from nlae_jax.run.training import trained_pair
+    from nlae_jax.runtime.output import afterwards, show
+
+    run = open_run(options.workdir)
+    export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
+    afterwards("stdout", lambda: show("\n".join(str(path) for path in sorted(options.out.iterdir()))))
+    return 0
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--config", required=True, help="experiment file with get_config()")
+    bench.add_argument(
+        "--repeats", type=int, default=3, help="timed calls of each phase; the median counts (default 3)"
+    )
+    bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_distributed(bench)
+
+
+def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nlae_jax.config import load_experiment
+
+    config = load_experiment(str(options.config), overrides)
+    if options.repeats < 1:
+        raise UserError(f"--repeats: {options.repeats} should be at least 1")
+    supervision.set_grace(config.checkpoint.grace_seconds)
+    start_jax(options.distributed)
+    from nlae_jax.bench.steps import as_table, bench
+
+    result = bench(config, options.repeats)
+    if not world.is_first():
+        return 0
+    show_result(result, as_table, options.json)
+    return 0
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--config", required=True, help="experiment file with get_config()")
+    plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
+    plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
+    plan.add_argument("--out", help="file that gets the plan as JSON too")
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nlae_jax.config import load_experiment
+
+    config = load_experiment(str(options.config), overrides)
+    start_jax()
+    from nlae_jax.plan.report import STEPS, as_table, plan
+    from nlae_jax.runtime.files import write_json
+
+    result = plan(config, options.topology, options.steps.split(",") if options.steps else STEPS)
+    if options.out:
+        write_json(options.out, result)
+    show_result(result, as_table, options.json)
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "export",
+        "write the trained pair as model directories that transformers and the PyTorch reference load",
+        _add_export,
+        _run_export,
+    ),
+    Command(
+        "bench",
+        "time the phases of the real steps and what of the machine's peak they use",
+        _add_bench,
+        _run_bench,
+        takes_overrides=True,
+    ),
+    Command(
+        "plan",
+        "compile the real steps for a TPU topology, here: memory and time per chip, fits or what to change",
+        _add_plan,
+        _run_plan,
+        takes_overrides=True,
+    ),
+)

@@ -1,0 +1,58 @@
+"""Which pair a command uses: a workdir's, a shipped one, or two directories."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nlae_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from nlae_jax.api import NLA
+
+# Of --workdir, --model, --av, --ar: which are given.
+_PAIRS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
+
+
+def add_pair(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workdir", help="of a trained run")
+    command.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
+    command.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
+    command.add_argument("--ar", help="its decoder")
+    command.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
+    help_text = "of a released pair's weights and the subject's (default float32)"
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
+    command.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
+
+
+def check_pair(options: argparse.Namespace) -> str:
+    """What is wrong with the options of `add_pair`; "" where nothing is."""
+    given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
+    if given not in _PAIRS:
+        return f"{options.command} takes --workdir, or --model, or --av and --ar"
+    if options.workdir and (options.subject or options.dtype):
+        return "--subject and --dtype belong to a released pair; the workdir has its own"
+    return ""
+
+
+def check_workdir(options: argparse.Namespace) -> None:
+    """Before anything is loaded. Raises UserError where the workdir is none."""
+    if options.workdir and not (options.workdir / "config.json").exists():
+        raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
+
+
+def load_pair(options: argparse.Namespace) -> NLA:
+    """The pair of `add_pair`'s options; JAX must have been set up."""
+    from nlae_jax.api import NLA
+    from nlae_jax.config import MeshConfig
+    from nlae_jax.mesh import make_mesh
+
+    if options.workdir:
+        nla = NLA.from_workdir(options.workdir)
+    else:
+        # All devices share the weights: the larger pairs need more than one.
+        mesh = make_mesh(MeshConfig(fsdp=-1))
+        av, ar = (options.model, "") if options.model else (options.av, options.ar)
+        nla = NLA.from_pretrained(av, ar, options.subject, options.dtype or "float32", mesh)
+    nla.max_new_tokens = options.max_new_tokens or nla.max_new_tokens
+    return nla

@@ -1,0 +1,129 @@
+"""`nlae steer`: what an edited explanation does to what the model writes next."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nlae_jax.cli.command import Command, seed, start_jax
+from nlae_jax.cli.explain import add_source, check_temperature, given_texts, read_source
+from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
+from nlae_jax.cli.texts import argument_text
+from nlae_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nlae_jax.api import NLA
+    from nlae_jax.explore.steer import Settings, SteerReport
+
+
+def _add(steer: argparse.ArgumentParser) -> None:
+    add_pair(steer)
+    add_source(steer, prompts=True)
+    steer.add_argument("--at", help="tokens to push: -1, 3,5, 10:20, or a part of the text (default: the last 8)")
+    steer.add_argument("--edit", help="the explanation as it should be")
+    steer.add_argument("--original", help="the explanation that was edited (default: the encoder's own)")
+    wanted = steer.add_mutually_exclusive_group()
+    wanted.add_argument("--word", help="a word that continuations should have: hits are counted")
+    wanted.add_argument("--pattern", help="the same as a regular expression")
+    steer.add_argument("--alphas", default="0.5,1,2", help="lengths of the push, in units of the activation's")
+    steer.add_argument("--controls", type=int, default=3, help="random directions of the same length (at least 3)")
+    steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
+    steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
+    steer.add_argument("--temperature", type=float, default=1.0, help="of continuations (default 1)")
+    steer.add_argument("--seed", type=seed, default=0, help="of continuations and random directions")
+    steer.add_argument("--html", help="file that gets a page")
+    steer.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _check(options: argparse.Namespace) -> str:
+    if bool(options.input) == bool(options.edit):
+        return "steer takes --edit, or --input with an edit on every line"
+    if options.input and (options.at or options.original or options.word or options.pattern):
+        return "--input brings at, original, word and pattern with every line"
+    return check_pair(options)
+
+
+def _run(options: argparse.Namespace, _: list[str]) -> int:
+    check_workdir(options)
+    texts = given_texts(options)
+    check_temperature(options.temperature)
+    start_jax()
+    from nlae_jax.explore.passage import read_chat_file
+
+    settings = _settings(options)
+    if options.input:
+        lines = _lines(options.input)
+    else:
+        source = read_chat_file(options.chat) if options.chat else texts[0]
+        fields = {name: getattr(options, name) for name in ("at", "edit", "original", "word", "pattern")}
+        lines = [{"source": source, **fields}]
+    nla = load_pair(options)
+    reports = [_steer(nla, line, settings) for line in lines]
+    _show(nla, reports, options)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from nlae_jax.explore.steer import Settings
+
+    try:
+        alphas = tuple(float(alpha) for alpha in options.alphas.split(","))
+    except ValueError:
+        raise UserError(f"--alphas {options.alphas}: should be numbers, as 0.5,1,2") from None
+    return Settings(alphas, options.controls, options.samples, options.tokens, options.temperature, options.seed)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The prompts of a .jsonl file: text or messages, edit, and perhaps at, original, word, pattern."""
+    from nlae_jax.data.corpus import read_json_lines
+    from nlae_jax.explore.passage import check_messages
+
+    found = []
+    for where, row in read_json_lines(path):
+        text = row.get("text")
+        source = text if isinstance(text, str) and text.strip() else check_messages(row.get("messages"), where)
+        fields = {name: row.get(name) for name in ("at", "edit", "original", "word", "pattern")}
+        wrong = next((name for name, value in fields.items() if not isinstance(value, str | None)), None)
+        if wrong or not fields["edit"]:
+            raise UserError(f"{where}: {wrong or 'edit'} should be a text")
+        found.append({"source": source, **fields})
+    return found
+
+
+def _steer(nla: NLA, line: dict[str, Any], settings: Settings) -> SteerReport:
+    from nlae_jax.explore.select import parse_at
+    from nlae_jax.explore.steer import compile_pattern, steer
+
+    passage = read_source(nla, "text", line["source"], chat_goes_on=True)
+    pattern = compile_pattern(line["word"], line["pattern"])
+    at = parse_at(passage, line["at"])
+    original = None if line["original"] is None else argument_text(line["original"])
+    return steer(nla, passage, at, argument_text(line["edit"]), original, pattern, settings)
+
+
+def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> None:
+    from nlae_jax.explore.steer import summary
+    from nlae_jax.report.audit_page import steer_tables, write_audit_page
+    from nlae_jax.runtime.output import show_json, show_rich
+    from nlae_jax.runtime.progress import say
+
+    rows = [report.row() for report in reports]
+    total = summary(reports)
+    if options.json:
+        show_json({**rows[0], "pair": nla.description()} if not options.input else {"prompts": rows, "summary": total})
+    else:
+        for row in rows:
+            show_rich(*steer_tables(row))
+    if options.input and not options.json:
+        show_rich(
+            f"with a word or pattern {total['prompts']} prompts; the edit beats the best random direction on "
+            f"{total['beaten']}, loses on {total['lost']}, equal on {total['equal']}"
+        )
+    if options.html:
+        write_audit_page(options.html, "steer", rows, f"Steering with {nla.name}")
+        say(f"page: {options.html}")
+
+
+COMMANDS = (Command("steer", "push activations by an edited explanation, beside controls", _add, _run, check=_check),)

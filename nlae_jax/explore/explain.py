@@ -1,0 +1,234 @@
+"""Explanations of what is selected, with everything a reader needs to judge them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.data.english import FUNCTION_WORDS
+from nlae_jax.evaluate.health import has_repeated_item, has_repeated_sentence, words
+from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
+from nlae_jax.explore.passage import Passage, Token
+from nlae_jax.explore.select import Pick
+from nlae_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One of several explanations of the same activation, with its own scores."""
+
+    explanation: str
+    cos: float
+    mse: float
+    cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """One explained activation.
+
+    - `position`, `token`: of the token, or of a span's last one; None and "" for a bare vector;
+    - `explanation`: as far as it goes where it is `cut`; that of the sample that shares most words with the others
+      where there are several `samples`;
+    - `cos`, `mse`: how well the decoder rebuilds the activation's direction from those words; mse = 2 (1 − cos);
+    - `relative_mse`: mse / variance of the pair's data (`Statistics.variance`): 0 perfect, 1 no better than the mean;
+    - `norm`: ‖h‖; `outside`: "position 0" or "norm" where the pair was not trained on such activations, else "";
+    - `cut`: the encoder did not end it within the limit; `repeated`: it repeats an item in a list or a sentence;
+    - `agreement`: of several samples, the mean over pairs of the share of content words that both have, 0 to 1;
+      `consensus`: the content words that more than half of them have;
+    - `span`: the positions that were averaged, `(first, last)`; None for a single token;
+    - `role`, `section`, `message_index`: in a chat (see `Token`); `generated`: the model wrote the token itself.
+    """
+
+    position: int | None
+    token: str
+    explanation: str
+    cos: float
+    mse: float
+    relative_mse: float
+    norm: float
+    outside: str = ""
+    cut: bool = False
+    repeated: bool = False
+    samples: tuple[Sample, ...] = ()
+    agreement: float | None = None
+    consensus: str = ""
+    span: tuple[int, int] | None = None
+    role: str | None = None
+    section: str | None = None
+    message_index: int | None = None
+    generated: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """As JSON has it. What does not apply (samples, spans, chats) is left out."""
+        row = dataclasses.asdict(self)
+        left_out = [name for name, default in _OPTIONAL.items() if row[name] == default]
+        return {name: value for name, value in row.items() if name not in left_out}
+
+
+class Rows(list[dict[str, Any]]):
+    """The rows of one explained passage, a list of dicts that a notebook shows as a page."""
+
+    def __init__(self, explained: Sequence[Explained], name: str, layer: int) -> None:
+        super().__init__(one.row() for one in explained)
+        self._name, self._layer = name, layer
+
+    def to_frame(self) -> Any:
+        """One row a token as a pandas data frame."""
+        return frame(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from nlae_jax.report.explanation_page import explanation_page
+
+        page = escape(explanation_page([self], self._name, self._layer), quote=True)
+        return f'<iframe sandbox srcdoc="{page}" style="width:100%;height:480px;border:0"></iframe>'
+
+
+_OPTIONAL = {
+    "samples": (),
+    "agreement": None,
+    "consensus": "",
+    "span": None,
+    "role": None,
+    "section": None,
+    "message_index": None,
+    "generated": False,
+}
+
+
+def repeats(text: str) -> bool:
+    """Whether an explanation repeats an item in a list or a sentence."""
+    return has_repeated_item(text) or has_repeated_sentence(text)
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text that say what it is about."""
+    return {word for word in words(text) if word not in FUNCTION_WORDS}
+
+
+def agreement(texts: Sequence[str]) -> float | None:
+    """Mean over pairs of texts of shared content words / content words of either (Jaccard); None without a pair.
+
+    Two texts without content words agree where they are equal.
+    """
+    found = [content_words(text) for text in texts]
+    pairs = [(i, j) for i in range(len(found)) for j in range(i)]
+    return sum(_overlap(found[i], found[j]) for i, j in pairs) / len(pairs) if pairs else None
+
+
+def _overlap(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def consensus(texts: Sequence[str]) -> str:
+    """The content words that more than half of the texts have, those of most texts first, each with their number."""
+    found = [content_words(text) for text in texts]
+    counts = {word: sum(word in some for some in found) for word in dict.fromkeys(w for t in texts for w in words(t))}
+    kept = sorted((word for word in counts if counts[word] * 2 > len(texts)), key=lambda word: -counts[word])
+    shown = ", ".join(f"{word} {counts[word]}/{len(texts)}" for word in kept)
+    return shown or "no content word is in more than half of the samples"
+
+
+def _medoid(texts: Sequence[str]) -> int:
+    """The text that shares most content words with the others."""
+    found = [content_words(text) for text in texts]
+    shared = [sum(_overlap(a, b) for j, b in enumerate(found) if j != i) for i, a in enumerate(found)]
+    return int(np.argmax(shared))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How explanations are written. With several `samples`, the temperature must not be 0: all would be equal."""
+
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples: {self.samples} should be at least 1")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("temperature: 0 writes the same explanation every time; several samples need more than 0")
+
+    @property
+    def heat(self) -> float:
+        """The temperature: if not given, 0 for one sample and 1 for several."""
+        return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
+
+
+def explain_vectors(
+    nla: Explainer, vectors_NxD: np.ndarray, options: Options, tokens: Sequence[Token | None] = ()
+) -> list[Explained]:
+    """Raw activations [N, d] -> what the pair says of each. `tokens` are those that they come from, if any."""
+    repeated = np.repeat(vectors_NxD, options.samples, axis=0)
+    written = nla.write(repeated, options.heat, options.max_new_tokens, options.seed)
+    mse, cos = nla.score_written([text for text, _ in written], repeated)
+    sampled = [
+        Sample(text, float(c), float(m), not closed) for (text, closed), c, m in zip(written, cos, mse, strict=True)
+    ]
+    groups = [sampled[start : start + options.samples] for start in range(0, len(sampled), options.samples)]
+    tokens = tokens or [None] * len(vectors_NxD)
+    return [_explained(nla, h, group, token) for h, group, token in zip(vectors_NxD, groups, tokens, strict=True)]
+
+
+def _explained(nla: Explainer, h: np.ndarray, samples: Sequence[Sample], token: Token | None) -> Explained:
+    several = len(samples) > 1
+    texts = [sample.explanation for sample in samples]
+    shown = samples[_medoid(texts)] if several else samples[0]
+    norm = float(np.linalg.norm(h))
+    position = None if token is None else token.position
+    return Explained(
+        position=position,
+        token="" if token is None else token.text,
+        explanation=shown.explanation,
+        cos=shown.cos,
+        mse=shown.mse,
+        relative_mse=nla.statistics.relative(shown.mse),
+        norm=norm,
+        outside=nla.statistics.outside(norm, position),
+        cut=shown.cut,
+        repeated=repeats(shown.explanation),
+        samples=tuple(samples) if several else (),
+        agreement=agreement(texts) if several else None,
+        consensus=consensus(texts) if several else "",
+        role=None if token is None else token.role,
+        section=None if token is None else token.section,
+        message_index=None if token is None else token.message_index,
+        generated=token is not None and token.generated,
+    )
+
+
+def explain_passages(
+    nla: Explainer, selected: Iterable[tuple[Passage, Sequence[Pick]]], options: Options
+) -> list[list[Explained]]:
+    """What was selected of several passages, written together: one list a passage, in the order of its picks.
+
+    A span's activation is the mean of its tokens' raw ones. It is `outside` where one of them is.
+    """
+    selected = list(selected)
+    read = nla.read([passage for passage, _ in selected])
+    picks = [(passage, h, pick) for (passage, some), h in zip(selected, read, strict=True) for pick in some]
+    if not picks:
+        return [[] for _ in selected]
+    vectors = np.stack([h[list(pick.positions)].mean(0, dtype=np.float64) for _, h, pick in picks]).astype(np.float32)
+    tokens = [passage.tokens[pick.last] for passage, _, pick in picks]
+    explained = explain_vectors(nla, vectors, options, tokens)
+    rows = iter(
+        found if not pick.is_span else _of_span(nla, found, passage, h, pick)
+        for found, (passage, h, pick) in zip(explained, picks, strict=True)
+    )
+    return [[next(rows) for _ in some] for _, some in selected]
+
+
+def _of_span(nla: Explainer, found: Explained, passage: Passage, h: np.ndarray, pick: Pick) -> Explained:
+    norms = np.linalg.norm(h, axis=-1)
+    outside = next((why for p in pick.positions if (why := nla.statistics.outside(float(norms[p]), p))), "")
+    first, last = pick.positions[0], pick.last
+    return dataclasses.replace(found, token=passage.shown(first, last + 1), outside=outside, span=(first, last))

@@ -1,0 +1,125 @@
+"""Many texts or chats from a file, and a file of results that a later run of the same command goes on with."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nlae_jax.data.corpus import read_json_lines
+from nlae_jax.explore.passage import check_messages
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import plain, read_json, write_json
+from nlae_jax.runtime.outside import encodable
+
+_FIELDS = "an object with text, or with messages"
+csv.field_size_limit(1 << 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One text, or one chat's `messages`. `id` is the file's own, else the item's number."""
+
+    id: str
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+
+def read_items(path: Path) -> list[Item]:
+    """Texts and chats of a .jsonl[.gz] or .csv file with `text` or `messages`, and perhaps `id`.
+
+    Raises UserError naming the line that is none, or an id that occurs twice.
+    """
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
+    items, seen = [], set()
+    for number, (where, row) in enumerate(rows):
+        name = str(row["id"]) if isinstance(row.get("id"), str | int) and row["id"] != "" else str(number)
+        if name in seen:
+            raise UserError(f"{where}: id {name} occurs twice")
+        seen.add(name)
+        if isinstance(row.get("text"), str) and row["text"].strip():
+            items.append(Item(name, text=row["text"]))
+        elif row.get("messages") is not None:
+            items.append(Item(name, messages=check_messages(row["messages"], where)))
+        else:
+            raise UserError(f"{where}: should hold {_FIELDS}")
+    if not items:
+        raise UserError(f"{path}: no texts in it; each line should be {_FIELDS}")
+    return items
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    try:
+        reader = csv.DictReader(io.StringIO(encodable(text), newline=""))
+        if "text" not in (reader.fieldnames or ()):
+            raise UserError(f"{path}: should have a column text; it has {', '.join(reader.fieldnames or ['none'])}")
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"{path}: not valid CSV ({error})") from None
+
+
+class Results:
+    """A file of results (.jsonl or .csv) that grows item by item; run again, it goes on after the last whole one.
+
+    A file beside it says how far it is whole, and with what it was begun: another input or other options are refused.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any], columns: Sequence[str] = ()) -> None:
+        """`columns`: of a .csv file, which has one line per row; the rest of each row is left out."""
+        self._path, self._columns = path, tuple(columns) if path.suffix.lower() == ".csv" else ()
+        self._marks = path.with_name(f"{path.name}.progress.json")
+        digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
+        self._digest, self._items, self._bytes = digest, 0, 0
+        if self._marks.exists():
+            found = read_json(self._marks)
+            if not isinstance(found, dict) or found.get("made_with") != digest:
+                raise UserError(f"{path}: begun with another input or other options; give another --out, or delete it")
+            whole = path.stat().st_size if path.exists() else 0
+            if whole >= found["bytes"]:
+                self._items, self._bytes = found["items"], found["bytes"]
+        elif path.exists() and path.stat().st_size:
+            raise UserError(f"{path}: exists, and was not begun by this command; give another --out, or delete it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(self._bytes)
+        if self._columns and not self._bytes:
+            self._append(_csv_lines([self._columns]), 0)
+
+    @property
+    def done(self) -> int:
+        """Items that are in the file already."""
+        return self._items
+
+    def add(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """One item: a line of JSON (`record`), or a line per row of CSV."""
+        if self._columns:
+            self._append(_csv_lines([[row.get(name) for name in self._columns] for row in rows]), 1)
+        else:
+            self._append(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n", 1)
+
+    def _append(self, text: str, items: int) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        with self._path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._items += items
+        self._bytes += len(data)
+        write_json(self._marks, {"made_with": self._digest, "items": self._items, "bytes": self._bytes})
+
+
+def _csv_lines(rows: Sequence[Sequence[Any]]) -> str:
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows([["" if cell is None else cell for cell in row] for row in rows])
+    return written.getvalue()

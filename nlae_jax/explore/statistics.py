@@ -1,0 +1,76 @@
+"""What a pair's activations are like as a whole: what an mse, a norm or a direction is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from nlae_jax.evaluate.reconstruction import variances
+from nlae_jax.runtime.errors import UserError
+
+FILE = "statistics.safetensors"
+
+# The middle part of the data's norms that counts as usual.
+_LOW, _HIGH = 0.001, 0.999
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """Of `count` activations at positions from 1 on; `source` says which.
+
+    `mean` [d] float32 is their raw mean. `variance` is the mean over them of ‖ĥ − mean(ĥ)‖²/d, ĥ scaled to norm √d: the
+    mse of predicting the mean, which FVE and relative mse divide by. Norms outside `norm_low` to `norm_high`, the
+    0.1 % and 99.9 % quantiles, are outliers.
+    """
+
+    mean: np.ndarray
+    variance: float
+    norm_low: float
+    norm_median: float
+    norm_high: float
+    count: int
+    source: str
+
+    def outside(self, norm: float, position: int | None) -> str:
+        """Why an activation is outside of what the pair was trained on: "position 0", "norm", or ""."""
+        if position == 0:
+            return "position 0"
+        return "" if self.norm_low <= norm <= self.norm_high else "norm"
+
+    def relative(self, mse: float) -> float:
+        """Relative mse: 0 for a perfect reconstruction, 1 for one that is no better than the mean."""
+        return mse / self.variance if self.variance > 0 else float("inf")
+
+    def save(self, path: Path) -> None:
+        numbers = [self.variance, self.norm_low, self.norm_median, self.norm_high]
+        tensors: dict[str, np.ndarray] = {
+            "mean": self.mean.astype(np.float32),
+            "numbers": np.array(numbers, np.float64),
+        }
+        save_file(tensors, path, {"source": self.source, "count": str(self.count)})
+
+
+def statistics_of(h_NxD: np.ndarray, source: str) -> Statistics:
+    """From activations themselves, [N, d] float32."""
+    norms = np.linalg.norm(h_NxD.astype(np.float64), axis=1)
+    low, median, high = np.quantile(norms, [_LOW, 0.5, _HIGH])
+    mean = h_NxD.mean(0, dtype=np.float64).astype(np.float32)
+    return Statistics(mean, float(variances(h_NxD).mean()), float(low), float(median), float(high), len(h_NxD), source)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """What `Statistics.save` wrote. Raises UserError where it is something else."""
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "np") as file:
+            labels = file.metadata() or {}
+        variance, low, median, high = tensors["numbers"].tolist()
+        return Statistics(tensors["mean"], variance, low, median, high, int(labels["count"]), labels["source"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not the statistics of a pair ({error}); delete it to have them made anew") from None

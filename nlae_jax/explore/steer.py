@@ -1,0 +1,282 @@
+"""Steering by an edited explanation: what the edit changes in the reconstruction is added to the residual stream.
+
+Beside it, random directions of the same length: a push of any kind changes what a model writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.evaluate.health import words
+from nlae_jax.explore.directions import unit
+from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.frames import frame
+from nlae_jax.explore.passage import Passage
+from nlae_jax.explore.surprisal import mean_nll_after
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
+from nlae_jax.runtime.progress import progress
+
+_LEAST_CONTROLS = 3
+_LONGEST_PATTERN = 200
+_ROWS = 16  # that the subject continues together
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`alphas`: lengths of what is added, in units of ‖h‖. `controls`: random directions, at least 3.
+
+    `samples` continuations of up to `max_new_tokens` tokens are drawn for each of them.
+    """
+
+    alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
+    controls: int = 3
+    samples: int = 8
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.controls < _LEAST_CONTROLS:
+            raise UserError(f"controls: {self.controls} should be at least {_LEAST_CONTROLS}")
+        for name in ("samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} should be at least 1")
+        if not self.alphas or not all(math.isfinite(alpha) and alpha for alpha in self.alphas):
+            raise UserError("alphas: should be finite numbers other than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the subject wrote under one condition.
+
+    `kind`: "none" (nothing added), "edit" or "random". `hits` of `len(continuations)` have the pattern; `hit_rate_ci95`
+    is Wilson's interval. `nll`: mean −log p per token of the continuations under the subject as it is, in nats: how
+    strange they are. `distinct_2`: different pairs of words / pairs of words, within a continuation: low where it
+    repeats itself.
+    """
+
+    kind: str
+    alpha: float
+    continuations: tuple[str, ...]
+    hits: int | None
+    hit_rate: float | None
+    hit_rate_ci95: tuple[float, float] | None
+    nll: float | None
+    distinct_2: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerReport:
+    """Continuations before and after. `beats_controls` holds the edit against the best random direction at its α.
+
+    It says whether the edit has more hits than each of them at the α where it has most; None without a pattern.
+    """
+
+    text: str
+    at: tuple[int, ...]
+    original: str
+    edited: str
+    pattern: str
+    layer: int
+    before: Outcome
+    edits: tuple[Outcome, ...]
+    controls: tuple[Outcome, ...]
+    beats_controls: bool | None
+    best_alpha: float | None
+
+    def row(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dataclasses.asdict(self)
+
+    def to_frame(self) -> Any:
+        """One row a condition as a pandas data frame."""
+        return frame([dataclasses.asdict(one) for one in (self.before, *self.edits, *self.controls)])
+
+    def _repr_html_(self) -> str:
+        from nlae_jax.report.audit_page import steer_card
+
+        return steer_card(self.row())
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); wide for few, and never empty."""
+    z = 1.959964
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    # Rounding must not leave the share itself outside.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | None:
+    """A word by itself, in any case, or a regular expression. Raises UserError where that is none."""
+    if word is not None:
+        if not word.strip():
+            raise UserError("--word: empty; should be a word to look for")
+        return re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
+    if pattern is None:
+        return None
+    if len(pattern) > _LONGEST_PATTERN:
+        raise UserError(f"--pattern: {len(pattern)} characters; at most {_LONGEST_PATTERN}")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--pattern {quoted(pattern)}: not a regular expression ({error})") from None
+
+
+def distinct_2(texts: Sequence[str]) -> float | None:
+    """Mean over texts of different pairs of words / pairs of words; None where no text has a pair."""
+    shares = []
+    for text in texts:
+        found = words(text)
+        pairs = list(itertools.pairwise(found))
+        if pairs:
+            shares.append(len(set(pairs)) / len(pairs))
+    return float(np.mean(shares)) if shares else None
+
+
+def steer(
+    nla: Explainer,
+    passage: Passage,
+    positions: Sequence[int],
+    edited: str,
+    original: str | None = None,
+    pattern: re.Pattern[str] | None = None,
+    settings: Settings | None = None,
+) -> SteerReport:
+    """Adds α‖h‖·Δ/‖Δ‖, Δ = AR(edited) − AR(original), at `positions` and lets the subject go on from the passage's end.
+
+    `original`: if not given, what the encoder says of the mean activation of these positions. A position whose
+    activation is of unusual length (position 0) gets the data's median length as ‖h‖. Single tokens are rarely enough:
+    what is said at other tokens wins; spans work better. Raises UserError where the edit changes nothing.
+    """
+    nla.check_own_subject("steer")
+    settings = settings or Settings()
+    (h_TxD,) = nla.read([passage])
+    at = sorted(set(positions))
+    if original is None:
+        ((original, _),) = nla.write(h_TxD[at].mean(0, keepdims=True))
+    before, after = np.asarray(nla.rebuild([original, edited]), np.float64)
+    delta = after - before
+    if not np.linalg.norm(delta) > 1e-6 * np.linalg.norm(before):
+        raise UserError("--edit: the decoder rebuilds the same from it as from the original explanation")
+    rng = np.random.default_rng(settings.seed)
+    directions = [("edit", unit(delta))]
+    directions += [("random", unit(rng.standard_normal(len(delta)))) for _ in range(settings.controls)]
+    norms = np.linalg.norm(h_TxD, axis=-1)
+    usual = [
+        float(norms[p]) if not nla.statistics.outside(float(norms[p]), p) else nla.statistics.norm_median for p in at
+    ]
+
+    def added(direction: np.ndarray, alpha: float) -> np.ndarray:
+        push = np.zeros(h_TxD.shape, np.float32)
+        push[at] = alpha * np.array(usual)[:, None] * direction
+        return push
+
+    conditions = [("none", 0.0, np.zeros(h_TxD.shape, np.float32))]
+    conditions += [(kind, alpha, added(u, alpha)) for kind, u in directions for alpha in settings.alphas]
+    outcomes = _outcomes(nla, passage, conditions, pattern, settings)
+    edits = [outcome for outcome in outcomes if outcome.kind == "edit"]
+    controls = [outcome for outcome in outcomes if outcome.kind == "random"]
+    best = max(edits, key=_hits) if pattern is not None else None
+    rivals = [_hits(control) for control in controls if best is not None and control.alpha == best.alpha]
+    return SteerReport(
+        text=passage.shown(),
+        at=tuple(at),
+        original=original,
+        edited=edited,
+        pattern=pattern.pattern if pattern is not None else "",
+        layer=nla.layer,
+        before=outcomes[0],
+        edits=tuple(edits),
+        controls=tuple(controls),
+        beats_controls=None if best is None else _hits(best) > max(rivals),
+        best_alpha=None if best is None else best.alpha,
+    )
+
+
+def _hits(outcome: Outcome) -> int:
+    """0 too where nothing was looked for."""
+    return outcome.hits or 0
+
+
+def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
+    """Of many prompts: on how many the edit beats the best random direction, with Wilson's interval of that share.
+
+    `hit_rate` and `control_hit_rate` are means over prompts at each one's best α, the latter of the best control.
+    """
+    judged = [report for report in reports if report.beats_controls is not None]
+    rates: list[tuple[float, float, float]] = []
+    for report in judged:
+        edit, control = (
+            max(_hits(one) / len(one.continuations) for one in outcomes if one.alpha == report.best_alpha)
+            for outcomes in (report.edits, report.controls)
+        )
+        rates.append((_hits(report.before) / len(report.before.continuations), edit, control))
+    count = len(judged)
+    beaten = sum(edit > control for _, edit, control in rates)
+    means = np.mean(rates, axis=0).tolist() if rates else [None] * 3
+    return {
+        "prompts": count,
+        "beaten": beaten,
+        "lost": sum(edit < control for _, edit, control in rates),
+        "equal": sum(edit == control for _, edit, control in rates),
+        "beaten_share_ci95": wilson(beaten, count) if count else None,
+        "hit_rate_before": means[0],
+        "hit_rate": means[1],
+        "control_hit_rate": means[2],
+    }
+
+
+def _outcomes(
+    nla: Explainer,
+    passage: Passage,
+    conditions: Sequence[tuple[str, float, np.ndarray]],
+    pattern: re.Pattern[str] | None,
+    settings: Settings,
+) -> list[Outcome]:
+    """What the subject writes under every condition, `settings.samples` times each."""
+    subject, count = nla.subject, settings.samples
+    written: list[list[int]] = []
+    with progress(len(conditions), "steer", unit="condition") as bar:
+        together = max(1, _ROWS // count)
+        for start in range(0, len(conditions), together):
+            pushes = [push for _, _, push in conditions[start : start + together] for _ in range(count)]
+            # The same seed for all calls: what differs between them is what was added.
+            written += subject.steer(
+                [passage.ids] * len(pushes),
+                pushes,
+                nla.layer,
+                settings.max_new_tokens,
+                settings.temperature,
+                settings.seed,
+            )
+            bar.advance(len(pushes) // count)
+    nll = mean_nll_after(subject, [(passage.ids, ids) for ids in written])
+    outcomes = []
+    for number, (kind, alpha, _) in enumerate(conditions):
+        rows = slice(number * count, (number + 1) * count)
+        texts = [nla.tokenizer.decode(ids) for ids in written[rows]]
+        hits = None if pattern is None else sum(pattern.search(text) is not None for text in texts)
+        known = nll[rows][np.isfinite(nll[rows])]
+        outcomes.append(
+            Outcome(
+                kind,
+                alpha,
+                tuple(texts),
+                hits,
+                None if hits is None else hits / count,
+                None if hits is None else wilson(hits, count),
+                float(known.mean()) if len(known) else None,
+                distinct_2(texts),
+            )
+        )
+    return outcomes

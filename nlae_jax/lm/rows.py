@@ -1,0 +1,158 @@
+"""Decoding in which rows come and go: each has its own length, limit, temperature and seed.
+
+`sampling.sample` draws a batch to its end. Here a batch is a table of rows: new ones are put into free places, all are
+advanced by a few tokens at a time, and finished ones are taken out, so that whoever asks last need not wait for whoever
+asked first. A row draws the same tokens whatever else is in the table, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.sampling import categorical
+from nlae_jax.lm.segments import KeyValues
+
+# (token [R], step [R], contexts, own) -> (logits [R, V] float32, own): feeds each row's response token number `step`.
+RowStep = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+class Rows(NamedTuple):
+    """A table of R rows with room for C tokens each.
+
+    `logits` [R, V] float32 are of each row's next token. `tokens` [R, C] int32 are what it has drawn, `steps` [R] int32
+    how many. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are its own. Rows that are `done` [R]
+    bool are not advanced: they ended with the closing tag, an end of sequence or their limit, or nobody is in them.
+    `contexts` and `own` are keys and values as `transformer.Decoding` has them.
+    """
+
+    logits: jax.Array
+    tokens: jax.Array
+    steps: jax.Array
+    limit: jax.Array
+    temperature: jax.Array
+    seed: jax.Array
+    done: jax.Array
+    contexts: Any
+    own: Any
+
+
+def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
+    """`rows` with the rows of `new` at `places` [B] int32; a place of R or more drops its row.
+
+    `new` has no tokens yet. Of its contexts those with a batch axis are put in; the constant ones stay. Of its own keys
+    only the positions count: older tokens' keys lie beyond what a new row looks at until it has written its own.
+    """
+
+    def at(old: jax.Array, fresh: jax.Array, axis: int = 0) -> jax.Array:
+        index = (*[slice(None)] * axis, places)
+        return old.at[index].set(fresh.astype(old.dtype), mode="drop")
+
+    def keys(old: KeyValues, fresh: KeyValues) -> KeyValues:
+        if old.positions.ndim == 1:  # a constant prompt's
+            return old
+        axis = old.k.ndim - 3
+        return KeyValues(
+            at(old.k, fresh.k, axis),
+            at(old.v, fresh.v, axis),
+            at(old.positions, fresh.positions),
+            at(old.valid, fresh.valid),
+        )
+
+    is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
+    positions = lambda old, fresh: old._replace(positions=at(old.positions, fresh.positions))  # noqa: E731
+    return Rows(
+        logits=at(rows.logits, new.logits),
+        tokens=rows.tokens,
+        steps=at(rows.steps, new.steps),
+        limit=at(rows.limit, new.limit),
+        temperature=at(rows.temperature, new.temperature),
+        seed=at(rows.seed, new.seed),
+        done=at(rows.done, new.done),
+        contexts=jax.tree.map(keys, rows.contexts, new.contexts, is_leaf=is_keys),
+        own=jax.tree.map(positions, rows.own, new.own, is_leaf=is_keys),
+    )
+
+
+def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
+    """The rows at `kept` [R'] int32 as a table of their own, with room for `capacity` tokens; -1: a free place."""
+    index = jnp.maximum(kept, 0)
+
+    def room(x: jax.Array, axis: int) -> jax.Array:
+        size = x.shape[axis]
+        if size >= capacity:
+            return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
+        return jnp.pad(x, [(0, capacity - size if axis == n else 0) for n in range(x.ndim)])
+
+    def moved(kv: KeyValues) -> KeyValues:
+        if kv.positions.ndim == 1:
+            return kv
+        k, v = (jnp.take(x, index, axis=x.ndim - 3) for x in (kv.k, kv.v))
+        return KeyValues(k, v, kv.positions[index], kv.valid[index])
+
+    def widened(kv: KeyValues) -> KeyValues:
+        kv = moved(kv)
+        positions = kv.positions[:, :1] + jnp.arange(capacity, dtype=jnp.int32)
+        return KeyValues(
+            room(kv.k, kv.k.ndim - 2), room(kv.v, kv.v.ndim - 2), positions, jnp.ones(positions.shape, bool)
+        )
+
+    is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
+    return Rows(
+        logits=rows.logits[index],
+        tokens=room(rows.tokens[index], 1),
+        steps=rows.steps[index],
+        limit=rows.limit[index],
+        temperature=rows.temperature[index],
+        seed=rows.seed[index],
+        done=rows.done[index] | (kept < 0),
+        contexts=jax.tree.map(moved, rows.contexts, is_leaf=is_keys),
+        own=jax.tree.map(widened, rows.own, is_leaf=is_keys),
+    )
+
+
+def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int], stops: Sequence[int]) -> Rows:
+    """Draws up to `count` more tokens in each row that is not done.
+
+    A row is done after the `closing` tokens (if there are any), after one of `stops`, or at its limit. Temperature 0,
+    and what float32 takes for 0, is the likeliest token.
+    """
+    closing_ids, stop_ids = jnp.asarray(closing, jnp.int32), jnp.asarray(stops, jnp.int32)
+    number = jnp.arange(rows.steps.shape[0])
+
+    def draw(rows: Rows) -> jax.Array:
+        greedy = rows.temperature < jnp.finfo(jnp.float32).tiny
+        heat = jnp.where(greedy, 1.0, rows.temperature)[:, None]
+        # From the largest on: a quotient may overflow to -inf, and never to +inf.
+        heated = (rows.logits - rows.logits.max(-1, keepdims=True)) / heat
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.PRNGKey(seed), step))(rows.seed, rows.steps)
+        uniform = jax.vmap(jax.random.uniform)(keys)
+        return jnp.where(greedy, jnp.argmax(rows.logits, -1), categorical(uniform, heated)).astype(jnp.int32)
+
+    def body(state: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
+        turn, rows = state
+        going = ~rows.done
+        token = draw(rows)
+        place = jnp.where(going, rows.steps, rows.tokens.shape[1])  # of a row that is done: nowhere
+        tokens = rows.tokens.at[number, place].set(token, mode="drop")
+        steps = rows.steps + going
+        ended = (token[:, None] == stop_ids).any(-1) | (steps >= rows.limit)
+        if len(closing):
+            start = steps - len(closing)
+            window = jnp.take_along_axis(tokens, jnp.maximum(start, 0)[:, None] + jnp.arange(len(closing)), axis=1)
+            ended = ended | ((window == closing_ids).all(-1) & (start >= 0))
+        logits, own = decode(token, jnp.minimum(rows.steps, tokens.shape[1] - 1), rows.contexts, rows.own)
+        rows = rows._replace(
+            logits=jnp.where(going[:, None], logits, rows.logits),
+            tokens=tokens,
+            steps=steps,
+            done=rows.done | ended,
+            own=own,
+        )
+        return turn + 1, rows
+
+    going = lambda state: (state[0] < count) & ~state[1].done.all()  # noqa: E731
+    return jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), rows))[1]

@@ -1,0 +1,261 @@
+"""Steering, audits and comparisons as self-contained HTML pages, and as tables for a terminal.
+
+Pages have no scripts and load nothing. Text in them comes from anywhere, so the template escapes everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from nlae_jax.assets import AUDIT_PAGE
+from nlae_jax.report.table import number, printable, split_at_token
+from nlae_jax.runtime.files import write_text
+
+_TIMELINE = 600  # wide
+_PLACES = 40  # of a term that a page shows
+
+
+def write_audit_page(path: Path, kind: str, reports: Sequence[Mapping[str, Any]], title: str) -> None:
+    """`kind`: steer, audit or compare; reports as their `row` gives them."""
+    write_text(path, audit_page(kind, reports, title))
+
+
+def audit_page(kind: str, reports: Sequence[Mapping[str, Any]], title: str) -> str:
+    return _rendered(kind, reports, title, page=True)
+
+
+def steer_card(report: Mapping[str, Any]) -> str:
+    """A part of a page, for notebooks; so are the other two."""
+    return _rendered("steer", [report], "", page=False)
+
+
+def audit_card(report: Mapping[str, Any]) -> str:
+    return _rendered("audit", [report], "", page=False)
+
+
+def comparison_card(report: Mapping[str, Any]) -> str:
+    return _rendered("compare", [report], "", page=False)
+
+
+def _rendered(kind: str, reports: Sequence[Mapping[str, Any]], title: str, page: bool) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(AUDIT_PAGE.read_text(encoding="utf-8"))
+    shown = {"steer": _steered, "audit": _audited, "compare": _compared}[kind]
+    return template.render(kind=kind, reports=[shown(one) for one in reports], title=printable(title), page=page)
+
+
+def _line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def _visible(token: str) -> str:
+    return split_at_token(token, token, 0)[1].strip() or "␣"
+
+
+def _interval(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"[{number(pair[0], 2)}, {number(pair[1], 2)}]"
+
+
+# --- steering
+
+
+def steer_verdict(report: Mapping[str, Any]) -> str:
+    """What came of it, in a sentence; empty without a pattern."""
+    if report["beats_controls"] is None:
+        return ""
+    alpha = report["best_alpha"]
+    edit = max(one["hits"] for one in report["edits"] if one["alpha"] == alpha)
+    rival = max(one["hits"] for one in report["controls"] if one["alpha"] == alpha)
+    count = len(report["before"]["continuations"])
+    verdict = "beats" if report["beats_controls"] else "does not beat"
+    return (
+        f"At α = {alpha:g} the edit has {edit} of {count} hits and {verdict} the best random direction's {rival}; "
+        f"with nothing added there are {report['before']['hits']}."
+    )
+
+
+def _outcomes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": {"none": "nothing", "edit": "the edit", "random": "random direction"}[one["kind"]],
+            "alpha": "" if one["kind"] == "none" else f"{one['alpha']:g}",
+            "hits": "–" if one["hits"] is None else one["hits"],
+            "interval": _interval(one["hit_rate_ci95"]),
+            "nll": number(one["nll"], 2),
+            "distinct_2": number(one["distinct_2"], 2),
+            "continuation": _line(one["continuations"][0]),
+        }
+        for one in (report["before"], *report["edits"], *report["controls"])
+    ]
+
+
+def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
+    at = report["at"]
+    return {
+        "at": f"token {at[0]}" if len(at) == 1 else f"tokens {at[0]} to {at[-1]}",
+        **{name: _line(report[name]) for name in ("text", "original", "edited", "pattern")},
+        "count": len(report["before"]["continuations"]),
+        "verdict": steer_verdict(report),
+        "outcomes": _outcomes(report),
+    }
+
+
+def steer_tables(report: Mapping[str, Any]) -> list[Any]:
+    """For a terminal."""
+    head = Text.assemble(("before: ", "dim"), _line(report["original"]), "\n")
+    head.append_text(Text.assemble(("edited: ", "dim"), _line(report["edited"]), "\n"))
+    head.append(steer_verdict(report))
+    table = _table(("added", 0), ("α", 0), ("hits", 0), ("NLL", 0), ("distinct-2", 0), ("a continuation", 1))
+    for one in _outcomes(report):
+        hits = f"{one['hits']} {one['interval']}".strip()
+        cells = one["kind"], one["alpha"], hits, one["nll"], one["distinct_2"]
+        table.add_row(*map(str, cells), Text(one["continuation"]))
+    return [head, table]
+
+
+# --- audits
+
+
+def audit_lead(report: Mapping[str, Any]) -> list[str]:
+    """The differences from the placebos, in sentences."""
+    placebos = report["unsaid_placebos"]
+    unsaid = 100 * report["unsaid_share"]
+    share = f"{unsaid:.0f} % of an explanation's content words are not in the text up to its token"
+    if not placebos:
+        return [f"{share}. Without a placebo that says little: run it with one."]
+    beside = ", ".join(f"{name} {100 * value:.0f} %" for name, value in placebos.items())
+    lines = [f"{share}; of placebos {beside}. What is not below those is not read off the activations."]
+    for term in report["terms"]:
+        others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in term["placebos"].items())
+        lines.append(f"“{printable(term['term'])}”: {100 * term['share']:.1f} % of explanations; placebos {others}.")
+    return lines
+
+
+def _audited(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_explanations": report["num_explanations"],
+        "num_texts": report["num_texts"],
+        "lead": audit_lead(report),
+        "terms": [_term(term, report["explanations"]) for term in report["terms"]],
+        "recurring": [
+            {
+                "word": printable(one["word"]),
+                "explanations": one["explanations"],
+                "placebos": ", ".join(f"{name} {count}" for name, count in one["placebos"].items()) or "–",
+            }
+            for one in report["recurring"]
+        ],
+    }
+
+
+def _term(term: Mapping[str, Any], explanations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    lengths: dict[str, int] = {}
+    for place in explanations:
+        lengths[place["text"]] = max(lengths.get(place["text"], 0), place["position"])
+    named = dict.fromkeys(place["text"] for place in term["places"])
+    timelines = []
+    for name in named:
+        scale = (_TIMELINE - 4) / max(1, lengths[name])
+        hits = [place["position"] for place in term["places"] if place["text"] == name]
+        said = term["first_said"].get(name)
+        words = "never says it" if said is None else f"says it itself from position {said} on"
+        timelines.append(
+            {
+                "text": f"{_line(name)}: {len(hits)} explanations say it; the text {words}",
+                "label": f"Positions {', '.join(map(str, hits[:20]))} of {lengths[name] + 1}",
+                "hits": [round(position * scale, 1) for position in hits],
+                "said": None if said is None else round(said * scale, 1),
+            }
+        )
+    difference = term["difference"]
+    return {
+        "term": printable(term["term"]),
+        "hits": term["hits"],
+        "count": term["count"],
+        "interval": _interval(term["share_ci95"]),
+        "difference": "" if difference is None else f"{100 * difference:+.1f} %".replace("-", "−"),
+        "timelines": timelines,
+        "places": [
+            {
+                **place,
+                "text": _line(place["text"]),
+                "token": _visible(place["token"]),
+                "explanation": _line(place["explanation"]),
+            }
+            for place in term["places"][:_PLACES]
+        ],
+    }
+
+
+def audit_tables(report: Mapping[str, Any]) -> list[Any]:
+    """For a terminal: the differences first."""
+    parts: list[Any] = [Text("\n".join(audit_lead(report)))]
+    for term in report["terms"]:
+        table = _table(("text", 0), ("#", 0), ("token", 0), ("explanation", 1), ("in the text so far", 0))
+        for place in term["places"][:_PLACES]:
+            said = Text(_line(place["explanation"]))
+            token = Text(_visible(place["token"]))
+            table.add_row(
+                Text(_line(place["text"])), str(place["position"]), token, said, "yes" if place["in_text"] else "no"
+            )
+        unsaid = f"{term['unsaid']} of them where the text does not have it so far"
+        parts += [Text(f"{printable(term['term'])}: {term['hits']} of {term['count']}, {unsaid}"), table]
+    words = ", ".join(f"{printable(one['word'])} {one['explanations']}" for one in report["recurring"][:15])
+    return [*parts, Text(f"explanations say, texts do not: {words or 'nothing'}")]
+
+
+def places_table(places: Sequence[Mapping[str, Any]]) -> Table:
+    """What a search found, for a terminal."""
+    table = _table(("text", 0), ("#", 0), ("token", 0), ("explanation", 1))
+    for place in places:
+        cells = Text(_line(place["text"])), str(place["position"]), Text(_visible(place["token"]))
+        table.add_row(*cells, Text(_line(place["explanation"])))
+    return table
+
+
+# --- comparisons
+
+
+def _compared(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "names": [printable(name) for name in report["names"]],
+        "layers": report["layers"],
+        "notes": [printable(note) for note in report["notes"]],
+        "tokens": [
+            {
+                "place": "–".join(map(str, one["a"]["span"])) if one["a"].get("span") else one["a"]["position"],
+                "token": _visible(one["a"]["token"]),
+                "a": _line(one["a"]["explanation"]) or "(empty)",
+                "b": _line(one["b"]["explanation"]) or "(empty)",
+                "mse_a": number(one["a"]["mse"], 2),
+                "mse_b": number(one["b"]["mse"], 2),
+                "overlap": number(one["overlap"], 2),
+            }
+            for one in report["tokens"]
+        ],
+    }
+
+
+def comparison_tables(report: Mapping[str, Any]) -> list[Any]:
+    """For a terminal."""
+    shown = _compared(report)
+    first, second = (f"{name}, block {layer}" for name, layer in zip(shown["names"], shown["layers"], strict=True))
+    table = _table(("#", 0), ("token", 0), (first, 1), ("mse", 0), (second, 1), ("mse", 0), ("shared", 0))
+    for one in shown["tokens"]:
+        words = Text(one["a"]), one["mse_a"], Text(one["b"]), one["mse_b"]
+        table.add_row(str(one["place"]), Text(one["token"]), *words, one["overlap"])
+    return [Text("\n".join(shown["notes"])), table] if shown["notes"] else [table]
+
+
+def _table(*columns: tuple[str, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
+    for name, ratio in columns:
+        table.add_column(Text(printable(name)), ratio=ratio or None, overflow="fold", no_wrap=not ratio)
+    return table

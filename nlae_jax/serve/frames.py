@@ -1,0 +1,91 @@
+"""Answers put together from what the service gives, whole and as the frames of streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.explore.passage import Passage
+from nlae_jax.serve.service import Service, scored
+from nlae_jax.serve.wire import explain_result, token_info
+
+Frames = AsyncGenerator[dict[str, Any], None]
+
+
+def tokenized(passage: Passage) -> dict[str, Any]:
+    """What /tokenize answers."""
+    tokens = [token_info(token) for token in passage.tokens]
+    return {"tokens": tokens, "prompt_length": len(tokens), "text": passage.text}
+
+
+def l2_norm(vector: np.ndarray) -> float:
+    return float(np.linalg.norm(vector.astype(np.float64)))
+
+
+async def explain_frames(
+    service: Service,
+    passage: Passage,
+    vectors: np.ndarray,
+    positions: list[int],
+    keys: list[bytes | None],
+    limit: int,
+    temperature: float,
+    seed: int | None,
+) -> Frames:
+    """The frames of an /explain stream, `[DONE]` left out."""
+    yield {"layer_index": service.reader.layer, "total": len(positions), "prompt_length": len(passage.tokens)}
+    chosen = [vectors[position] for position in positions]
+    told: dict[int, str] = {}
+    async with contextlib.aclosing(service.explained(chosen, keys, limit, temperature, seed)) as states:
+        async for number, state in states:
+            position = positions[number]
+            if told.get(number) != state.text:
+                told[number] = state.text
+                yield {"position": position, "text": state.text, "done": False}
+            if state.final:
+                yield explain_result(passage.tokens[position], l2_norm(chosen[number]), scored(state))
+
+
+async def describe_frames(service: Service, *asked: Any) -> Frames:
+    told: dict[int, str] = {}
+    async with contextlib.aclosing(service.explained(*asked)) as states:
+        async for number, state in states:
+            if told.get(number) != state.text:
+                told[number] = state.text
+                yield {"index": number, "text": state.text, "done": False}
+            if state.final:
+                yield scored(state).fields()
+
+
+async def completion_frames(
+    service: Service, passage: Passage, limit: int, temperature: float, seed: int, places: asyncio.Semaphore
+) -> Frames:
+    """The frames of a /completion stream, `[DONE]` left out."""
+    async with places:
+        before = [token_info(token) for token in passage.tokens]
+        yield {"type": "prompt", "prompt_length": len(before), "tokens": before}
+        ids = list(passage.ids)
+        async with contextlib.aclosing(service.completed(passage, limit, temperature, seed)) as rounds:
+            async for tokens in rounds:
+                for token in tokens:
+                    ids.append(token.token_id)
+                    yield {"type": "token", "token": token_info(token)}
+        yield {"type": "done", "text": await service.decoded(ids)}
+
+
+async def completed(frames: Frames) -> dict[str, Any]:
+    """What a plain /completion answers: its stream put together."""
+    answer: dict[str, Any] = {}
+    async with contextlib.aclosing(frames):
+        async for frame in frames:
+            if frame["type"] == "prompt":
+                answer = {"tokens": frame["tokens"], "prompt_length": frame["prompt_length"]}
+            elif frame["type"] == "token":
+                answer["tokens"].append(frame["token"])
+            else:
+                answer["text"] = frame["text"]
+    return answer

@@ -1,0 +1,57 @@
+"""A neuron or direction in a few seconds: what the pair says when the mean activation is pushed along it.
+
+`nlae neuron` and `nlae direction` look at contexts and surprisal too, which takes minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nlae_jax.explore.directions import STEPS, control_directions, cosine, token_effects, unit
+from nlae_jax.explore.neurons import neuron_directions, parse_neuron
+from nlae_jax.serve.reading import Reader
+from nlae_jax.serve.service import Service
+
+_TOKENS = 8  # that are promoted, and as many that are suppressed
+
+
+async def look_at(service: Service, vector: np.ndarray | None, neuron: str, side: str) -> dict[str, Any]:
+    """A neuron's `write`, `gate` or `up` direction, or a `vector` [d], beside a random direction and a shuffle of it.
+
+    Raises UserError where there is no such neuron.
+    """
+    reader = service.reader
+    if vector is None:
+        layer, index = parse_neuron(neuron, reader.subject.arch)
+        found = await service.on_device(lambda: neuron_directions(reader.explainer, layer, index))
+        vector = found[side]
+    kinds = [("direction", unit(vector)), *control_directions(unit(vector), 1, 0)]
+    pushed = await service.on_device(lambda: _pushed(reader, [u for _, u in kinds]))
+    keys = [h.tobytes() for h in pushed]
+    said = await service.all_explained(list(pushed), keys, reader.explainer.max_new_tokens, 0.0, 0)
+    texts = [one.description for one in said]
+    heard = await service.on_device(lambda: _heard(reader, texts, pushed))
+    promoted, suppressed = await service.on_device(lambda: token_effects(reader.explainer, vector, _TOKENS))
+    sweeps = []
+    for number, (kind, _) in enumerate(kinds):
+        rows = range(1 + number * len(STEPS), 1 + (number + 1) * len(STEPS))
+        points = [
+            {"r": r, "explanation": texts[row], "heard": heard[row - 1]} for r, row in zip(STEPS, rows, strict=True)
+        ]
+        sweeps.append({"kind": kind, "points": points})
+    return {"mean": texts[0], "sweeps": sweeps, "promoted": promoted, "suppressed": suppressed}
+
+
+def _pushed(reader: Reader, directions: Sequence[np.ndarray]) -> np.ndarray:
+    """μ, then μ + r·‖h‖·u for every direction and r: [1 + directions · steps, d] float32."""
+    mean, norm = reader.statistics.mean, reader.statistics.norm_median
+    return np.stack([mean, *(mean + r * norm * u for u in directions for r in STEPS)]).astype(np.float32)
+
+
+def _heard(reader: Reader, texts: Sequence[str], pushed: np.ndarray) -> list[float]:
+    """Of all but the mean: the cosine of the push and of what the explanation changes in the reconstruction."""
+    rebuilt = unit(reader.reconstruct(texts))
+    return cosine(rebuilt[1:] - rebuilt[0], unit(pushed[1:]) - unit(pushed[0])).tolist()

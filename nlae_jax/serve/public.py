@@ -1,0 +1,168 @@
+"""`/api/nla/*`: what Neuronpedia's public site offers to programs, with the pair that is served as its only source."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import random
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nlae_jax.explore.passage import Passage
+from nlae_jax.serve.frames import completed, completion_frames, explain_frames, l2_norm, tokenized
+from nlae_jax.serve.service import Service, prefix_key
+from nlae_jax.serve.transport import Events, Gate, Gone, invalid_text, unless_gone
+from nlae_jax.serve.wire import LIMITS, Input, PublicComplete, PublicExplain, PublicInput, explain_result
+
+_TEXT_CHARACTERS = 16384
+_NEW_TOKENS = 256
+_HEADERS = {
+    "access-control-allow-origin": "*",
+    "access-control-allow-methods": "GET, POST",
+    "access-control-allow-headers": "Content-Type",
+    "x-limit-remaining": "1000000",  # nothing is counted here
+}
+
+
+def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: str) -> ASGIApp:
+    """An application of its own: its errors are `{"error": …}`, and web pages of other origins may read its answers.
+
+    They may not send it JSON: nothing here answers their preflight.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(_key_check(secret))])
+    app.add_exception_handler(StarletteHTTPException, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Gone, lambda *_: Response(status_code=499))
+
+    @app.get("/sources")
+    async def sources() -> JSONResponse:
+        return JSONResponse({"sources": [await source(service)]})
+
+    @app.post("/explain")
+    async def explain(body: PublicExplain, request: Request) -> Response:
+        given = _input(body)
+        with contextlib.ExitStack() as held:
+            held.enter_context(gate.enter())
+            passage = await service.passage(given)
+            positions = _positions(passage, body.positions)
+            # Asked again, it answers the same, whatever the temperature.
+            keys: list[bytes | None] = [prefix_key(passage.ids, position) for position in positions]
+            vectors = await unless_gone(request, service.activations(passage))
+            asked = keys, _NEW_TOKENS, body.temperature, None
+            if body.stream:
+                frames = explain_frames(service, passage, vectors, positions, *asked)
+                return Events(frames, held.pop_all())
+            chosen = [vectors[position] for position in positions]
+            done = await unless_gone(request, service.all_explained(chosen, *asked))
+            results = [
+                explain_result(passage.tokens[position], l2_norm(vector), one)
+                for position, vector, one in zip(positions, chosen, done, strict=True)
+            ]
+            shape = {"layer_index": service.reader.layer, "prompt_length": len(passage.tokens)}
+            return JSONResponse({"results": results, **shape})
+
+    @app.post("/completion")
+    async def completion(body: PublicComplete, request: Request) -> Response:
+        passage = await service.passage(_input(body, enable_thinking=False))
+        if not body.completion_tokens:
+            return JSONResponse(tokenized(passage))
+        service.check_length(passage)
+        limit = min(body.completion_tokens, LIMITS["max_completion_tokens"])
+        seed = random.getrandbits(32)
+        frames = completion_frames(service, passage, limit, body.temperature, seed, places)
+        return Events(frames) if body.stream else JSONResponse(await unless_gone(request, completed(frames)))
+
+    return _WithHeaders(app)
+
+
+async def source(service: Service) -> dict[str, Any]:
+    """The pair as the site lists one. `norm` is what mse is divided by: that of predicting the mean of the data."""
+    reader = service.reader
+    norm = await service.on_device(lambda: reader.statistics.variance)
+    model = {"id": reader.subject_name, "displayName": reader.subject_name, "openRouterAvailable": False}
+    return {
+        "modelId": reader.subject_name,
+        "id": f"{reader.layer}-nla",
+        "displayName": reader.name,
+        "description": f"Explanations of block {reader.layer} of {reader.subject_name}, by {reader.name}",
+        "url": "",
+        "author": "",
+        "av": reader.name,
+        "ar": reader.name,
+        "layerNum": reader.layer,
+        "norm": norm,
+        "createdAt": datetime.datetime.fromtimestamp(reader.loaded_at, datetime.UTC).isoformat(),
+        "model": model,
+    }
+
+
+def _key_check(secret: str) -> Callable[..., None]:
+    """Raises HTTPException 401 or 403 unless one of the two headers has the secret, if there is one."""
+
+    def check(
+        x_secret_key: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
+    ) -> None:
+        given = x_secret_key or x_api_key
+        if not secret:
+            return
+        if given is None:
+            raise HTTPException(401, "X-SECRET-KEY or x-api-key header required")
+        if not secrets.compare_digest(given.encode(), secret.encode()):
+            raise HTTPException(403, "Invalid secret key")
+
+    return check
+
+
+def _input(body: PublicInput, enable_thinking: bool | None = None) -> Input:
+    """The request as the server takes it. Here a text wins over messages."""
+    if body.text and len(body.text) > _TEXT_CHARACTERS:
+        raise HTTPException(400, f"text: {len(body.text)} characters; at most {_TEXT_CHARACTERS} are read")
+    if body.text:
+        return Input(text=body.text)
+    if not body.messages:
+        raise HTTPException(400, "Either text or messages is required")
+    prompt = body.messages[-1].role != "assistant" if body.add_generation_prompt is None else body.add_generation_prompt
+    return Input(messages=body.messages, add_generation_prompt=prompt, enable_thinking=enable_thinking)
+
+
+def _positions(passage: Passage, wanted: list[int] | None) -> list[int]:
+    if not wanted:
+        raise HTTPException(400, "positions is required: a list of token positions, counted from 0")
+    for position in wanted:
+        if not 0 <= position < len(passage.tokens):
+            raise HTTPException(400, f"Position {position} out of range (0..{len(passage.tokens) - 1})")
+    return sorted(set(wanted))
+
+
+async def _failed(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse({"error": invalid_text(error)}, 400)
+
+
+class _WithHeaders:
+    """The same headers on every answer, errors too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, with_headers)

@@ -1,0 +1,172 @@
+"""What the server reads and scores with: the subject's activations of a text, the decoder on descriptions."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nlae_jax.assets import pair_directory
+from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.statistics import Statistics
+from nlae_jax.lm.modules import apply
+from nlae_jax.lm.tokens import pad
+from nlae_jax.report.table import number
+from nlae_jax.roles.pair import Pair
+from nlae_jax.roles.protocol import decoder_ids
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import read_json
+from nlae_jax.serve.programs import encoder_program, subject_program
+from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket
+
+_WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
+_SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
+_PREPARED = 64  # rows of the largest table that is compiled before anybody needs it
+_READ_BYTES = 256 << 20  # of activations that are kept
+
+
+def _shown(name: str) -> str:
+    """A name, or the last part of a path here: where somebody's files are is nobody else's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def error_rates(name: str) -> dict[str, str]:
+    """What is known of how often a pair is wrong, in words: of the `eval.json` in its directory. {} without one."""
+    path = (pair_directory(name) or Path(name)) / "eval.json"
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, UserError):
+        return {}
+    decimals = lambda value: number(value, 2)  # noqa: E731
+    rates = {}
+    if "fve" in found:
+        low, high = found.get("fve_ci95") or (None, None)
+        rates["FVE (1 is perfect, 0 the mean of the data)"] = (
+            f"{decimals(found['fve'])} [{decimals(low)}, {decimals(high)}]"
+        )
+    if "fve_shuffled" in found:
+        rates["with another token's explanation"] = decimals(found["fve_shuffled"])
+    if "repeated_rate" in found:
+        rates["explanations that repeat themselves"] = f"{100 * found['repeated_rate']:.0f} %"
+    return rates
+
+
+class Reader:
+    """A pair and its subject, with everything compiled for a few sizes. Used from one thread."""
+
+    def __init__(self, explainer: Explainer) -> None:
+        roles, pair = explainer.roles, explainer.pair
+        self.name, self.subject_name = _shown(explainer.name), _shown(explainer.subject_name)
+        self.rates, self.loaded_at = error_rates(explainer.name), time.time()
+        self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
+        self.explainer, self.subject = explainer, explainer.subject
+        self._roles, self._pair = roles, pair
+        self.encoder = encoder_program(roles, pair).compiled()
+        self._read: collections.OrderedDict[tuple[int, ...], np.ndarray] = collections.OrderedDict()
+
+        def reconstruct(pair: Pair, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            rebuilt: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, mask, method="from_prompts")
+            return rebuilt
+
+        self._reconstruct = jax.jit(reconstruct)
+
+    @cached_property
+    def completer(self) -> Compiled:
+        """The subject, where it writes."""
+        shared = self.encoder.weights if self._pair.base is self.subject.params else None
+        return subject_program(self.subject).compiled(shared)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the pair's activations are like as a whole; made when first asked for."""
+        return self.explainer.statistics
+
+    @property
+    def vocab_size(self) -> int:
+        return self.subject.arch.vocab_size
+
+    def warm(self) -> None:
+        """Compiles what a first click needs, so that nobody waits for it."""
+        vector = self.activations(self.tokenizer.encode("the text"))[-1]
+        table = Table(self.encoder, CAPACITIES[1])
+        table.add([Entry(vector, 4, 0.0, 0)], [0])
+        table.advance(4)
+        self.score(["the text"], vector[None])
+        _ = self.statistics
+        self._example = vector
+
+    def warm_more(self) -> Iterator[None]:
+        """The same for longer texts, a step at a time: for when nobody asks for anything."""
+        for size in (size for size in SIZES[1:] if size <= min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))):
+            table, entry = Table(self.encoder, CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
+            for left in range(size, 0, -16):
+                some = min(left, 16)
+                table.add([entry] * some, list(range(some)))
+            yield
+            table.advance(1)
+            yield
+        for count in _SCORED[1:]:
+            self.score(["the text"] * count, np.stack([self._example] * count))
+            yield
+
+    def decoded(self, tokens: np.ndarray) -> str:
+        """What was written, without the end of sequence."""
+        end = self._roles.encoder.protocol.eos_id
+        return self.tokenizer.decode([token for token in tokens.tolist() if token != end])
+
+    def padded(self, ids: Sequence[int], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask [T] of a text, of one of few widths."""
+        width = bucket(len(ids), _WIDTHS)
+        padded, mask = np.zeros(width, np.int32), np.zeros(width, bool)
+        where = slice(width - len(ids), width) if left else slice(0, len(ids))
+        padded[where], mask[where] = ids, True
+        return padded, mask
+
+    def activations(self, ids: Sequence[int]) -> np.ndarray:
+        """The residual stream [T, d] float32 of a text after block `layer`."""
+        key = tuple(ids)
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
+        padded, mask = self.padded(ids)
+        residual = self.subject.residual(padded[None], self.layer, mask=mask[None])
+        found = np.asarray(residual, np.float32)[0, : len(ids)]
+        self._read[key] = found
+        while sum(kept.nbytes for kept in self._read.values()) > _READ_BYTES and len(self._read) > 1:
+            self._read.popitem(last=False)
+        return found
+
+    def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
+        """Descriptions, empty ones too, -> activations [N, d] float32, raw as the decoder's head gives them."""
+        protocol, vocab_size = self._roles.decoder.protocol, self._roles.decoder.arch.vocab_size
+        prompts = [decoder_ids(self.tokenizer, protocol, text) for text in texts]
+        # Tokens that the model has no embedding for are left out: sampled pieces may spell one.
+        prompts = [[token for token in prompt if token < vocab_size] for prompt in prompts]
+        width = bucket(max(map(len, prompts)), _WIDTHS)
+        if width < max(map(len, prompts)):
+            raise UserError(f"description: more than {width} tokens")
+        most = max(1, _SCORED[-1] * 256 // width) if width > 256 else _SCORED[-1]
+        parts = []
+        for start in range(0, len(prompts), most):
+            some = prompts[start : start + most]
+            ids, length = pad([*some, *[some[0]] * (bucket(len(some), _SCORED) - len(some))], width)
+            mask = np.arange(width) < length[:, None]
+            parts.append(np.asarray(self._reconstruct(self._pair, ids, mask))[: len(some)])
+        return np.concatenate(parts)
+
+    def score(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mse, cos), each [N], of what descriptions rebuild against activations [N, d]; mse = 2 (1 - cos).
+
+        A vector of zeros has no direction: its mse is 1, its cos NaN.
+        """
+        rebuilt, target = self.reconstruct(texts).astype(np.float64), np.asarray(vectors, np.float64)
+        norms = np.linalg.norm(rebuilt, axis=1) * np.linalg.norm(target, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cos = np.where(norms > 0, (rebuilt * target).sum(1) / norms, np.nan)
+        cos = np.clip(cos, -1.0, 1.0)
+        return np.where(np.isnan(cos), 1.0, 2 * (1 - cos)), cos

@@ -1,0 +1,227 @@
+"""Explanations and completions being written: tables of rows on the device, of a few compiled sizes.
+
+A program is compiled for a size, and a row costs what it costs whether somebody is in it or not. So a table has one of
+`SIZES` rows and one of `CAPACITIES` tokens of room, and goes from one to the next as rows come, grow and go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.rows import Rows, advance, put, resized
+from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.mesh import platform_of
+
+SIZES = (1, 4, 16, 32, 64, 128, 256)
+CAPACITIES = (128, 256, 1024, 4096)
+_ROOM_BYTES = 3 << 29  # of keys and values that a table has at most, where the device does not say how much it has
+_ROOM_PART = 0.15  # of its memory, where it does
+_PREFILL = 16  # rows that begin in one go: the others' next words wait for it
+
+
+def bucket(number: int, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes`, which ascend, that has room for `number`; the largest where none has."""
+    return next((size for size in sizes if size >= number), sizes[-1])
+
+
+def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
+    """Of a table whose rows may become `capacity` tokens long: one of `SIZES`."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    room = _ROOM_BYTES if memory is None else int(memory * _ROOM_PART)
+    row = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize * capacity
+    return max((size for size in SIZES if size * row <= room), default=1)
+
+
+class Entry(NamedTuple):
+    """What begins a row: `source` is what the program's prefill reads, one row of it."""
+
+    source: Any
+    limit: int
+    temperature: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """How a role begins rows and feeds tokens; parameters are arguments of everything compiled.
+
+    `prefill(variables, sources)` gives logits [B, V], contexts and, by `caches(sources, capacity, dtype)`, empty room.
+    `decode(variables, weights, token, step, contexts, own)` feeds a token to each row.
+    """
+
+    role: nn.Module
+    variables: Any
+    prefill: Callable[[Any, Any], tuple[jax.Array, Any]]
+    caches: Callable[[Any, int, Any], Any]
+    decode: Callable[..., tuple[jax.Array, Any]]
+    closing: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def compiled(self, weights: Any = None) -> Compiled:
+        """`weights`: another program's, whose base is this one's too."""
+        return Compiled(self, weights)
+
+
+class Compiled:
+    """A program's jitted functions, one compilation for each size of a table."""
+
+    def __init__(self, program: Program, weights: Any = None) -> None:
+        self.variables, self.arch = program.variables, program.role.arch
+        self._itemsize = program.variables["params"]["lm"]["embed"].dtype.itemsize
+        role = program.role
+        on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
+        apart = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
+        # On a CPU a block's weights are read where they lie together; see `for_decoding`.
+        self.weights: Any = None
+        if on_cpu and weights is not None:
+            self.weights = [(base, {}) for base, _ in weights]
+        elif on_cpu:
+            self.weights = apart(program.variables)
+
+        def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> Rows:
+            source, limit, temperature, seed = entries
+            logits, contexts = program.prefill(variables, source)
+            own = program.caches(source, capacity, contexts[0].k.dtype)
+            given = for_decoding(role, variables, contexts, own)
+            count = logits.shape[0]
+            return Rows(
+                logits=logits,
+                tokens=jnp.zeros((count, capacity), jnp.int32),
+                steps=jnp.zeros(count, jnp.int32),
+                limit=limit,
+                temperature=temperature,
+                seed=seed,
+                done=~used,
+                contexts=given.contexts,
+                own=given.own,
+            )
+
+        def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:
+            return put(rows, begun(variables, entries, used, rows.tokens.shape[1]), places)
+
+        def advanced(variables: Any, weights: Any, rows: Rows, count: jax.Array) -> Rows:
+            decode = partial(program.decode, variables, weights)
+            return advance(decode, rows, count, program.closing, program.stops)
+
+        self.begun = jax.jit(begun, static_argnums=3)
+        self.joined = jax.jit(joined, donate_argnums=1)
+        self.advanced = jax.jit(advanced, donate_argnums=2)
+        self.resized = jax.jit(resized, static_argnums=2)
+
+    def most_rows(self, capacity: int) -> int:
+        return most_rows(self.arch, capacity, self._itemsize)
+
+
+class Table:
+    """Rows of one program. `longest` is how many tokens a row may become long at most, one of `CAPACITIES`."""
+
+    def __init__(self, compiled: Compiled, longest: int) -> None:
+        self._compiled, self._longest, self._most = compiled, longest, compiled.most_rows(longest)
+        self._rows: Rows | None = None
+        self._holders: list[Any] = []  # who is in each place; None: nobody
+        self._steps = np.zeros(0, np.int32)
+        self.drawn = 0  # tokens that the last round drew in its longest row
+
+    def __len__(self) -> int:
+        return sum(holder is not None for holder in self._holders)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and tokens of room; zeros while nobody is in it."""
+        if self._rows is None:
+            return 0, 0
+        rows, capacity = self._rows.tokens.shape
+        return rows, capacity
+
+    @property
+    def holders(self) -> list[Any]:
+        """Whose rows there are."""
+        return [holder for holder in self._holders if holder is not None]
+
+    @property
+    def room(self) -> int:
+        """How many may come now."""
+        return min(_PREFILL, self._most - len(self))
+
+    def add(self, entries: Sequence[Entry], holders: Sequence[Any]) -> None:
+        """Begins rows, at most `room` of them; `holders` say whose they are when they are read."""
+        wanted = bucket(len(self) + len(entries), SIZES)
+        batch = bucket(len(entries), SIZES)
+        filled = [*entries, *[entries[0]] * (batch - len(entries))]
+        source = jax.tree.map(lambda *rows: np.stack(rows), *(entry.source for entry in filled))
+        limit = np.array([entry.limit for entry in filled], np.int32)
+        temperature = np.array([entry.temperature for entry in filled], np.float32)
+        arrays = source, limit, temperature, np.array([entry.seed for entry in filled], np.uint32)
+        used = np.arange(batch) < len(entries)
+        if self._rows is None:
+            self._rows = self._compiled.begun(self._compiled.variables, arrays, used, self._first_capacity)
+            self._holders = [*holders, *[None] * (batch - len(holders))]
+            self._steps = np.zeros(batch, np.int32)
+            self._resize(wanted)
+            return
+        if wanted > len(self._holders):
+            self._resize(wanted)
+        free = [place for place, holder in enumerate(self._holders) if holder is None]
+        places = np.full(batch, len(self._holders), np.int32)
+        places[: len(entries)] = free[: len(entries)]
+        self._rows = self._compiled.joined(self._compiled.variables, self._rows, arrays, used, places)
+        for place, holder in zip(free, holders, strict=False):
+            self._holders[place], self._steps[place] = holder, 0
+
+    def advance(self, count: int) -> list[tuple[Any, np.ndarray, bool]]:
+        """Draws up to `count` tokens in each row. Returns (holder, all its tokens so far, whether it has ended)."""
+        if self._rows is None:
+            return []
+        capacity = self._rows.tokens.shape[1]
+        longest = int(max(self._steps[place] for place, holder in enumerate(self._holders) if holder is not None))
+        if longest >= capacity:
+            self._resize(len(self._holders), bucket(longest + 1, CAPACITIES))
+            capacity = self._rows.tokens.shape[1]
+        count = min(count, capacity - longest)
+        self._rows = self._compiled.advanced(
+            self._compiled.variables, self._compiled.weights, self._rows, np.int32(count)
+        )
+        before = self._steps
+        tokens, self._steps, done = (
+            np.array(x) for x in jax.device_get((self._rows.tokens, self._rows.steps, self._rows.done))
+        )
+        self.drawn = int((self._steps - before).max())
+        return [
+            (holder, tokens[place, : self._steps[place]], bool(done[place]))
+            for place, holder in enumerate(self._holders)
+            if holder is not None
+        ]
+
+    def remove(self, gone: Callable[[Any], bool]) -> None:
+        """Frees the places of all holders that are `gone`, and the memory where nobody is left."""
+        self._holders = [None if holder is None or gone(holder) else holder for holder in self._holders]
+        if not len(self):
+            self._rows, self._holders = None, []
+        elif (size := bucket(len(self), SIZES)) < len(self._holders):
+            self._resize(size)
+
+    @property
+    def _first_capacity(self) -> int:
+        """A row that is allowed a thousand tokens rarely needs them."""
+        return CAPACITIES[max(0, CAPACITIES.index(self._longest) - 1)]
+
+    def _resize(self, size: int, capacity: int | None = None) -> None:
+        if self._rows is None:
+            return
+        capacity = capacity or self.size[1]
+        if (size, capacity) == self.size and len(self._holders) == size:
+            return
+        kept = [place for place, holder in enumerate(self._holders) if holder is not None]
+        kept += [-1] * (size - len(kept))
+        self._rows = self._compiled.resized(self._rows, np.array(kept, np.int32), capacity)
+        self._holders = [None if place < 0 else self._holders[place] for place in kept]
+        self._steps = np.array([0 if place < 0 else self._steps[place] for place in kept], np.int32)

@@ -1,0 +1,154 @@
+"""Requests and answers as Neuronpedia's NLA server has them: names, limits, order of fields.
+
+Field names are frozen: answers are stored as they are by those who ask. Unknown fields are ignored, as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from nlae_jax.explore.passage import Token
+
+LIMITS = {
+    "max_input_chars": 65536,
+    "max_positions_per_request": 512,
+    "max_new_tokens": 4096,
+    "max_describe_batch": 512,
+    "max_description_chars": 8192,
+    "max_completion_tokens": 512,
+}
+_MOST_MESSAGES = 512  # the template is run twice for each
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Vector = list[Finite]
+Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
+NewTokens = Annotated[int, Field(ge=1, le=LIMITS["max_new_tokens"])]
+Positions = Annotated[list[int], Field(max_length=LIMITS["max_positions_per_request"])]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Message(BaseModel):
+    role: str
+    content: str = ""
+    channel: str | None = None
+
+
+class Input(BaseModel):
+    """A text, or a chat, which wins where both are given."""
+
+    text: Annotated[str, Field(max_length=LIMITS["max_input_chars"])] | None = None
+    messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    enable_thinking: bool | None = None
+
+
+class Sampling(BaseModel):
+    """`seed` is this server's own: with it, the same request draws the same words."""
+
+    temperature: Temperature = 0.7
+    max_new_tokens: NewTokens = 200
+    stream: bool = False
+    seed: Seed | None = None
+
+
+class Explain(Input, Sampling):
+    positions: Positions | None = None
+    reverse: bool = True
+
+
+class Describe(Sampling):
+    activations: Annotated[list[Vector], Field(min_length=1, max_length=LIMITS["max_describe_batch"])]
+
+
+class Compare(BaseModel):
+    activation_a: Vector
+    activation_b: Vector
+    temperature: Temperature = 0.7
+    max_new_tokens: NewTokens = 200
+    seed: Seed | None = None
+
+
+class Score(BaseModel):
+    description: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    activation: Vector
+
+
+class Complete(Input):
+    completion_tokens: Annotated[int, Field(ge=1)] = 16
+    temperature: Temperature = 0.7
+    stream: bool = False
+    seed: Seed | None = None
+
+
+class PublicInput(BaseModel):
+    """What the public site's endpoints take."""
+
+    modelId: str | None = None
+    nlaSourceId: str | None = None
+    text: str | None = None
+    messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
+    temperature: Temperature = 0.7
+    stream: bool = False
+    add_generation_prompt: bool | None = None
+
+
+class PublicExplain(PublicInput):
+    positions: Positions | None = None
+
+
+class PublicComplete(PublicInput):
+    completion_tokens: Annotated[int, Field(ge=0)] = 0
+
+
+def token_info(token: Token) -> dict[str, Any]:
+    """A token as /tokenize has it."""
+    return {
+        "token": token.text,
+        "token_id": token.token_id,
+        "position": token.position,
+        "fragment_index": token.fragment_index,
+        "fragment_count": token.fragment_count,
+        "role": token.role,
+        "section": token.section,
+        "channel": token.channel,
+        "message_index": token.message_index,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A description with its scores, as all answers have them."""
+
+    description: str
+    mse: float | None
+    cos: float | None
+
+    def fields(self) -> dict[str, Any]:
+        return {"description": self.description, "mse": _number(self.mse), "cosine_similarity": _number(self.cos)}
+
+
+def explain_result(token: Token, l2_norm: float, scored: Scored) -> dict[str, Any]:
+    """One result of /explain."""
+    info = token_info(token)
+    return {
+        "token": info["token"],
+        "token_id": info["token_id"],
+        "position": info["position"],
+        "l2_norm": l2_norm,
+        **scored.fields(),
+        "generated": False,
+        **{
+            key: info[key]
+            for key in ("fragment_index", "fragment_count", "role", "section", "channel", "message_index")
+        },
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """JSON knows no NaN."""
+    return None if value is None or math.isnan(value) else value

@@ -1,0 +1,219 @@
+"""Explanations of what is selected: their scores and flags, samples, spans, files of many texts."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import nlae_jax
+from nlae_jax.cli import main
+from nlae_jax.explore import explainer
+from nlae_jax.explore.explain import (
+    Options,
+    agreement,
+    consensus,
+    explain_passages,
+    explain_vectors,
+    repeats,
+)
+from nlae_jax.explore.items import Results, read_items
+from nlae_jax.explore.passage import read_text
+from nlae_jax.explore.select import picks_of
+from nlae_jax.explore.statistics import load_statistics, statistics_of
+from nlae_jax.report.explanation_page import explanation_page
+from nlae_jax.runtime.errors import UserError
+from tests.conftest import vectors
+
+pytest_plugins = ["tests.tiny_run", "tests.planted"]
+
+
+def read(pair, text, **selected):
+    passage = read_text(pair.tokenizer, pair.subject.arch.vocab_size, text)
+    return passage, picks_of(passage, **selected)
+
+
+def test_scores_and_flags(planted):
+    (rows,) = explain_passages(planted, [read(planted, "of the list is")], Options())
+    listed = next(row for row in rows if row.token.strip() == "list")
+    assert listed.explanation == "it is about list" and listed.cos > 0.9
+    assert listed.mse == pytest.approx(2 * (1 - listed.cos))
+    assert listed.relative_mse == pytest.approx(listed.mse / planted.statistics.variance)
+    assert rows[0].outside == "position 0" and not listed.cut and not listed.repeated
+    assert set(listed.row()) == {
+        *("position", "token", "explanation", "cos", "mse", "relative_mse", "norm", "outside", "cut", "repeated")
+    }
+
+
+def test_a_span_is_the_mean_of_its_tokens(planted):
+    passage, picks = read(planted, "of the list is", span="1:4")
+    (explained,) = explain_passages(planted, [(passage, picks)], Options())[0]
+    assert explained.span == (1, 3) and explained.token == passage.shown(1, 4)
+    passage, picks = read(planted, "of the list is", span="0:3")
+    (explained,) = explain_passages(planted, [(passage, picks)], Options())[0]
+    assert explained.outside == "position 0"
+
+
+def test_several_samples(planted):
+    assert agreement(["about cats and dogs", "about cats and birds"]) == pytest.approx(1 / 3)
+    assert agreement(["about cats"]) is None and agreement(["of the", "of"]) == 1.0
+    assert consensus(["cats and dogs", "cats, birds", "fish"]) == "cats 2/3"
+    assert "no content word" in consensus(["cats", "dogs"])
+    h = (planted.statistics.mean + 10 * planted.direction("list"))[None]
+    (explained,) = explain_vectors(planted, h, Options(samples=3))
+    assert len(explained.samples) == 3 and explained.agreement == 1.0 and "list 3/3" in explained.consensus
+    assert explained.position is None and explained.token == ""
+    with pytest.raises(UserError, match="several samples need more than 0"):
+        Options(samples=2, temperature=0.0)
+    assert (Options().heat, Options(samples=2).heat, Options(temperature=0.5).heat) == (0.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("response", "text", "closed"),
+    [
+        ("<explanation>\na cat\n</explanation>", "a cat", True),
+        ("<explanation>\na cat and", "a cat and", False),
+        ("<explanation>\na cat\n</expl", "a cat", False),
+        ("<explanation>\na cat <", "a cat", False),
+        ("<explanation>\n</explanation>", "", True),
+    ],
+)
+def test_an_explanation_as_far_as_it_goes(response, text, closed):
+    assert explainer._written(response) == (text, closed)
+
+
+def test_repetition_is_told():
+    assert repeats('Next comes "of", "of" or "of".') and not repeats("It is about cats and dogs.")
+
+
+def test_statistics_outlive_a_file(tmp_path):
+    h = vectors(600, 16)
+    made = statistics_of(h, "somewhere")
+    made.save(tmp_path / "statistics.safetensors")
+    kept = load_statistics(tmp_path / "statistics.safetensors")
+    np.testing.assert_array_equal(kept.mean, h.mean(0, dtype=np.float64).astype(np.float32))
+    assert (kept.variance, kept.norm_low, kept.norm_high) == (made.variance, made.norm_low, made.norm_high)
+    assert (kept.count, kept.source) == (600, "somewhere")
+    directions = h / np.linalg.norm(h, axis=1, keepdims=True)
+    assert made.variance == pytest.approx(1 - np.linalg.norm(directions.mean(0)) ** 2, rel=1e-3)
+    assert kept.outside(kept.norm_median, 5) == "" and kept.outside(100 * kept.norm_high, 5) == "norm"
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not the statistics of a pair"):
+        load_statistics(tmp_path / "broken.safetensors")
+
+
+def test_a_page_of_samples_and_chats(planted):
+    h = np.stack([planted.statistics.mean + 10 * planted.direction("list")])
+    row = explain_vectors(planted, h, Options(samples=2))[0].row()
+    chat = {**row, "role": "<b>user", "section": "header", "position": 3, "cut": True}
+    page = explanation_page([[row, chat]], "m", 1)
+    assert "agreement 1.00" in page and "cut at the limit" in page and "&lt;b&gt;user" in page and "<b>user" not in page
+
+
+# --- files of texts
+
+
+def test_items_of_files(tmp_path):
+    lines = [{"id": "a", "text": "the"}, {"messages": [{"role": "user", "content": "of"}]}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = read_items(tmp_path / "t.jsonl")
+    assert (first.id, first.text, second.id, second.messages[0]["content"]) == ("a", "the", "1", "of")
+    (tmp_path / "t.csv").write_text('id,text\nx,"the, of\nto"\ny,in\n')
+    assert [(item.id, item.text) for item in read_items(tmp_path / "t.csv")] == [("x", "the, of\nto"), ("y", "in")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("t.jsonl", '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "t.jsonl:2: id 1 occurs twice"),
+        ("t.jsonl", '{"words": "a"}\n', "t.jsonl:1: should hold"),
+        ("t.jsonl", '{"messages": [3]}\n', "message 0"),
+        ("t.csv", "words\na\n", "should have a column text"),
+        ("t.csv", "text\n", "no texts in it"),
+    ],
+)
+def test_files_that_hold_no_texts(tmp_path, name, content, named):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=named):
+        read_items(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+def test_results_go_on_where_they_are_whole(tmp_path, name):
+    """Stopped within a line or between two, the file becomes what one run would have made it."""
+    path, rows = tmp_path / name, [[{"id": i, "token": "a,\n"}] * 2 for i in range(3)]
+    whole = Results(path, {"a": 1}, ("id", "token"))
+    for i in range(3):
+        whole.add({"id": i, "tokens": rows[i]}, rows[i])
+    expected = path.read_bytes()
+    for directory in (tmp_path / "b", tmp_path / "c"):
+        directory.mkdir()
+        begun = Results(directory / name, {"a": 1}, ("id", "token"))
+        begun.add({"id": 0, "tokens": rows[0]}, rows[0])
+        with (directory / name).open("ab") as file:
+            file.write(b"half a li")
+        again = Results(directory / name, {"a": 1}, ("id", "token"))
+        assert again.done == 1
+        for i in range(again.done, 3):
+            again.add({"id": i, "tokens": rows[i]}, rows[i])
+        assert (directory / name).read_bytes() == expected
+    with pytest.raises(UserError, match="other options"):
+        Results(path, {"a": 2}, ("id", "token"))
+    shutil.copy(path, tmp_path / f"foreign{path.suffix}")
+    with pytest.raises(UserError, match="was not begun by this command"):
+        Results(tmp_path / f"foreign{path.suffix}", {"a": 1}, ("id", "token"))
+
+
+# --- the command and the class
+
+
+def test_the_command(tiny_run, tmp_path, capsys):
+    pair = ["explain", "--workdir", str(tiny_run.workdir), "--max-new-tokens=24"]
+    capsys.readouterr()
+
+    def explained(*arguments):
+        assert main([*pair, *arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    last = explained("--text=the of to in", "--positions=-1")
+    assert len(last["tokens"]) == 1 and last["pair"]["variance"] > 0
+    (span,) = explained("--text=the of to in", "--span=1:3")["tokens"]
+    assert span["span"] == [1, 2]
+    (tmp_path / "c.json").write_text(json.dumps([{"role": "user", "content": "the of"}]))
+    chat = explained("--chat", str(tmp_path / "c.json"), "--generate=3", "--positions=4:")["tokens"]
+    assert {row["role"] for row in chat} == {"user", "assistant"} and any(row.get("generated") for row in chat)
+    np.save(tmp_path / "v.npy", np.ones((2, 64)))
+    bare = explained("--vectors", str(tmp_path / "v.npy"), "--samples=2")["tokens"]
+    assert len(bare) == 2 and all(len(row["samples"]) == 2 and row["position"] is None for row in bare)
+    (tmp_path / "t.jsonl").write_text('{"id": "a", "text": "the of"}\n{"id": "b", "text": "in"}\n')
+    assert main([*pair, "--text=the of to in", "--positions", "-1,-2:", "--json"]) == 0
+    assert [row["position"] for row in json.loads(capsys.readouterr().out)["tokens"]] == [4, 3, 4]
+    out = tmp_path / "out.csv"
+    assert main([*pair, "--input", str(tmp_path / "t.jsonl"), "--out", str(out), "--positions=-1"]) == 0
+    rows = list(csv.DictReader(out.open(newline="")))
+    assert [row["id"] for row in rows] == ["a", "b"] and all(row["explanation"] is not None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--vectors=v.npy", "--positions=1"], "--vectors has no text"),
+        (["--input=t.jsonl"], "--input and --out belong together"),
+        (["--input=t.jsonl", "--out=o.jsonl", "--json"], "--html and --json are for single texts"),
+    ],
+)
+def test_options_that_do_not_fit(capsys, arguments, named):
+    with pytest.raises(SystemExit):
+        main(["explain", "--workdir=W", *arguments])
+    assert named in capsys.readouterr().err
+
+
+def test_the_class(tiny_run):
+    nla = nlae_jax.NLA.from_workdir(tiny_run.workdir)
+    nla.max_new_tokens = 24
+    rows = nla.explain_chat([{"role": "user", "content": "the of"}], positions="-3:")
+    assert "<iframe sandbox" in rows._repr_html_() and "<script" not in rows._repr_html_()
+    assert len(rows) == 3 and all(row["role"] == "user" for row in rows)
+    assert "of the run's activations" in nla.description()["statistics_of"]
+    assert [row["position"] for row in nla.explain_text("the of to", match="of")] == [2]

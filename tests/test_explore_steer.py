@@ -1,0 +1,133 @@
+"""Steering: an edit is added where it was asked for, and is held against random directions of its length."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlae_jax.cli import main
+from nlae_jax.explore.passage import read_text
+from nlae_jax.explore.select import parse_at
+from nlae_jax.explore.steer import Settings, compile_pattern, distinct_2, steer, summary, wilson
+from nlae_jax.report.audit_page import audit_page, steer_tables
+from nlae_jax.runtime.errors import UserError
+
+pytest_plugins = ["tests.tiny_run", "tests.planted"]
+
+FEW = Settings(alphas=(0.5, 1.0), samples=3, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def passage(planted):
+    return read_text(planted.tokenizer, planted.subject.arch.vocab_size, "the array of the array is")
+
+
+@pytest.fixture(scope="module")
+def report(planted, passage):
+    pattern = compile_pattern("list", None)
+    return steer(planted, passage, [1, 2], "it is about list", "it is about array", pattern, FEW)
+
+
+def test_an_edit_that_works_beats_its_controls(report):
+    assert report.beats_controls and report.before.hits == 0
+    assert all(edit.hits == 3 for edit in report.edits)
+    assert len(report.controls) == 3 * 2 and all(control.hits == 0 for control in report.controls)
+    assert report.at == (1, 2) and report.original == "it is about array"
+    assert report.before.distinct_2 is not None and np.isfinite(report.before.nll)
+
+
+def test_what_is_added_is_as_long_as_asked_for_and_nowhere_else(planted, passage, monkeypatch):
+    pushes = []
+    plain = type(planted.subject).steer
+
+    def watched(self, prompts, added, *more):
+        pushes.extend(added[::3])
+        return plain(self, prompts, added, *more)
+
+    monkeypatch.setattr(type(planted.subject), "steer", watched)
+    steer(planted, passage, [2, 5], "it is about list", None, None, FEW)
+    (h,) = planted.read([passage])
+    assert len(pushes) == 1 + 4 * 2 and not pushes[0].any()
+    for push, alpha in zip(pushes[1:], [0.5, 1.0] * 4, strict=True):
+        lengths = np.linalg.norm(push, axis=1)
+        assert np.flatnonzero(lengths).tolist() == [2, 5]
+        np.testing.assert_allclose(lengths[[2, 5]], alpha * np.linalg.norm(h[[2, 5]], axis=1), rtol=0.2)
+
+
+def test_an_edit_that_misses_its_word_does_not_beat_them(planted, passage):
+    report = steer(planted, passage, [1], "it is about string", None, compile_pattern("list", None), FEW)
+    assert report.beats_controls is False
+    total = summary([report])
+    assert (total["prompts"], total["beaten"], total["lost"], total["equal"]) == (1, 0, 0, 1)
+    without = steer(planted, passage, [1], "it is about string", None, None, FEW)
+    assert without.beats_controls is None and without.before.hits is None
+    assert summary([without])["prompts"] == 0
+
+
+def test_an_edit_that_changes_nothing(planted, passage):
+    with pytest.raises(UserError, match="rebuilds the same"):
+        steer(planted, passage, [1], "it is about array too", "it is about array", None, FEW)
+
+
+@pytest.mark.parametrize("wrong", [{"controls": 2}, {"samples": 0}, {"alphas": ()}, {"alphas": (0.0,)}])
+def test_settings_that_say_nothing(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_patterns():
+    assert compile_pattern("list", None).search("a List.") and not compile_pattern("list", None).search("listing")
+    assert compile_pattern("c++", None).search("in C++ is")
+    assert compile_pattern(None, "lists?$").search("lists")
+    with pytest.raises(UserError, match="not a regular expression"):
+        compile_pattern(None, "(")
+    with pytest.raises(UserError, match="--word: empty"):
+        compile_pattern(" ", None)
+
+
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_and_is_narrower_with_more(case):
+    hits, count = case
+    low, high = wilson(hits, count)
+    assert 0 <= low <= hits / count <= high <= 1 and low < high
+    more = wilson(4 * hits, 4 * count)
+    assert more[1] - more[0] < high - low
+
+
+def test_distinct_pairs_of_words():
+    assert distinct_2(["a b a b a b"]) == pytest.approx(2 / 5)
+    assert distinct_2(["a b c", "a b c"]) == 1.0
+    assert distinct_2(["a", ""]) is None
+
+
+def test_where_to_push(passage):
+    length = len(passage.tokens)
+    assert parse_at(passage, "-1") == [length - 1]
+    assert parse_at(passage, "1:3,0") == [1, 2, 0]
+    assert "array" in passage.shown(parse_at(passage, "array")[0], parse_at(passage, "array")[-1] + 1)
+    assert parse_at(passage, None) == list(range(max(1, length - 8), length))
+
+
+def test_a_page_and_tables(report):
+    page = audit_page("steer", [report.row()], "<script>")
+    assert "<script>" not in page and "beats the best random direction" in page
+    assert "<article" in report._repr_html_()
+    assert steer_tables(report.row())
+
+
+def test_the_command(tiny_run, tmp_path, capsys):
+    few = ["--workdir", str(tiny_run.workdir), "--alphas=1", "--samples=2", "--tokens=4", "--max-new-tokens=24"]
+    capsys.readouterr()
+    assert main(["steer", *few, "--text=the of to in", "--at=1:3", "--edit=the list", "--word=of", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["at"] == [1, 2] and len(found["controls"]) == 3 and found["before"]["hits"] in (0, 1, 2)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"text": "the of to", "edit": "the list", "word": "of"}, {"text": "it is", "edit": "for that"}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["steer", *few, "--input", str(prompts), "--html", str(tmp_path / "s.html")]) == 0
+    assert "1 prompts" in capsys.readouterr().out and (tmp_path / "s.html").exists()
+    prompts.write_text('{"text": "the"}\n')
+    assert main(["steer", *few, "--input", str(prompts)]) == 2
+    assert "prompts.jsonl:1: edit should be a text" in capsys.readouterr().err
