@@ -140,5 +140,7 @@ def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):
     vectors = nla.adapter(np.asarray(model.residual(ids, 1))[0])
     _, cos = nla.score([token["explanation"] for token in tokens], vectors)
     np.testing.assert_allclose(cos, [token["cos"] for token in tokens], atol=1e-5)
+    with pytest.raises(UserError, match="a map to another model's pair"):
+        nla.check_own_subject("steer")
     assert main([*command[:4], "9", *command[5:], "--texts", f"{texts}/*.txt"]) == 2
     assert "--layer: 9 should be from 0 to 1" in capsys.readouterr().err
