@@ -31,9 +31,10 @@ from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
+from nlae_jax.interop.adapt import WARNING, is_adapter, read_adapter
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
-from nlae_jax.lm.pretrained import check_same_tokenizer, stop_ids
+from nlae_jax.lm.pretrained import check_same_tokenizer, load_tokenizer, resolve_model, stop_ids
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
@@ -45,7 +46,7 @@ from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import workdir_path
-from nlae_jax.runtime.progress import say
+from nlae_jax.runtime.progress import say, warn
 
 _STATISTICS_ROWS = 4096  # of a run's activations
 
@@ -83,13 +84,16 @@ class NLA(Explainer):
         """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
         Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`lm.adapters`).
+        Either may hold adapters, which need the base model that they name (`lm.adapters`). `av` may also be what
+        `nlae adapt` wrote, of a model that no pair was trained for.
 
         Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
         model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
         the default device or split over a `mesh`. Raises UserError, naming file and field, where something does not
         fit.
         """
+        if not ar and is_adapter(Path(av).expanduser()):
+            return _adapted(Path(av).expanduser(), subject, dtype, mesh)
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
@@ -311,6 +315,27 @@ def _with_adapters(
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(
         roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=of_encoder.base_model
+    )
+
+
+def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
+    """A pair behind a map from another model's activations."""
+    adapter = read_adapter(directory)
+    pair, model = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh), subject or adapter.model
+    if pair.d_model != adapter.matrix.shape[1]:
+        raise UserError(f"{directory}: maps to width {adapter.matrix.shape[1]}; {adapter.to} reads {pair.d_model}")
+    warn(WARNING)
+    return NLA(
+        pair._roles,
+        pair._pair,
+        pair.tokenizer,
+        lambda: LanguageModel.from_pretrained(model, dtype, mesh),
+        mesh=mesh,
+        statistics=pair._make_statistics,
+        name=str(directory),
+        subject_name=model,
+        adapter=adapter,
+        reader=load_tokenizer(resolve_model(model)),
     )
 
 

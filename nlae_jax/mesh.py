@@ -42,7 +42,9 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": "tensor",  # whole ones
     "layers": None,
+    "none": None,
     "norm": None,
     "rank": None,
 }
@@ -53,7 +55,7 @@ DECODE_RULES: Rules = {
     **RULES,
     "embed": None,
     "rows": "data",  # of a residual stream
-    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor", "fsdp")),
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "experts"), ("tensor", "fsdp")),
 }
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from nlae_jax.config import MeshConfig
 from nlae_jax.lm.arch import Arch, model_weights
-from nlae_jax.lm.weights import hf_name
+from nlae_jax.lm.layout import hf_name
 from nlae_jax.mesh import make_mesh, tree_shardings
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -14,10 +14,11 @@ import nlae_jax
 from nlae_jax import assets
 from nlae_jax.cli import main
 from nlae_jax.lm.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
-from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.families import arch_from_hf, read_arch
+from nlae_jax.lm.layout import flat_weights, hf_name
 from nlae_jax.lm.lora import init_adapters, merge
 from nlae_jax.lm.pretrained import resolve_model
-from nlae_jax.lm.weights import hf_name, load_params
+from nlae_jax.lm.weights import load_params, save_model
 from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run"]
@@ -54,6 +55,40 @@ def test_tensors_are_those_of_the_peft_library(written: tuple[Path, dict]) -> No
         expected = np.asarray(weight).T + 2.0 * b @ a
         layer = jax.tree.map(lambda x: x[1], adapters[name])
         np.testing.assert_allclose(np.asarray(merge(weight, layer, 2.0)).T, expected, atol=1e-5)
+
+
+CHECKPOINTS = {
+    "phi3": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "gpt_neox": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
+    "gpt2": {"n_embd": 24, "n_head": 3, "n_layer": 2},
+}
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(tmp_path: Path, family: str) -> None:
+    """On the joined HF matrix, (alpha / r) B A of the pattern's rank is what ours are on the parts."""
+    width = "n_inner" if family == "gpt2" else "intermediate_size"
+    arch = arch_from_hf({"model_type": family, "vocab_size": 32, width: 40, **CHECKPOINTS[family]})
+    adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(jax.random.PRNGKey(0), arch, 3))
+    write_adapters(tmp_path, arch, adapters, 6.0, "some/model", "float32")
+    jax.tree.map(np.testing.assert_array_equal, adapters, open_adapters(tmp_path).read(arch))
+    content, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    zeros = {name: np.zeros(weight.shape, np.float32) for name, weight in flat_weights(arch).items()}
+    merged = dict(zeros)
+    for name, pair in adapters.items():
+        merged[name] = np.stack([merge(zeros[name][n], jax.tree.map(lambda x, n=n: x[n], pair), 2.0) for n in range(2)])
+    save_model(tmp_path / "M", arch, lambda name, layer: merged[name] if layer is None else merged[name][layer])
+    whole = load_file(tmp_path / "M/model.safetensors")
+    modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    assert len(modules) == 2 * {"phi3": 4, "gpt_neox": 4, "gpt2": 4}[family]
+    for module in modules:
+        a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        short = module.rpartition(".")[2]
+        rank, alpha = content["rank_pattern"].get(short, 3), content["alpha_pattern"].get(short, 6.0)
+        assert a.shape[0] == rank
+        weight = whole[module.removeprefix("base_model.model.") + ".weight"]
+        weight = weight.T if family == "gpt2" else weight
+        np.testing.assert_allclose(alpha / rank * b @ a, weight, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, model_weights
-from nlae_jax.lm.attention import rope_table
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
+from nlae_jax.lm.rope import rope_table
 from nlae_jax.mesh import Weight
 from nlae_jax.runtime.errors import UserError
 
@@ -69,7 +69,7 @@ def test_absent_fields_take_the_values_that_transformers_gives_them():
     assert not arch.tied_head
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "Llama", None])
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "mixtral", "gemma4", "qwen3_5", "Llama", None])
 def test_an_unsupported_family_is_refused_by_name(model_type):
     with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported: llama"):
         arch_from_hf({**LLAMA, "model_type": model_type})
@@ -107,8 +107,8 @@ def test_a_missing_field_is_named(key, absent):
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types_are_refused_by_name(key):
-    with pytest.raises(UserError, match="rope_type 'yarn' is not supported"):
-        arch_from_hf({**LLAMA, key: {"rope_type": "yarn", "factor": 4.0}})
+    with pytest.raises(UserError, match="rope_type 'longrope' is not supported"):
+        arch_from_hf({**LLAMA, key: {"rope_type": "longrope", "factor": 4.0}})
     with pytest.raises(UserError, match="rope_type 'dynamic' is not supported"):
         arch_from_hf({**LLAMA, key: {"type": "dynamic", "factor": 4.0}})
 

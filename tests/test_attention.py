@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nlae_jax.lm import attention
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.attention import apply_rope, rope_table
+from nlae_jax.lm.rope import apply_rope, rope_table
 from nlae_jax.lm.segments import KeyValues, empty_caches
 
 HEAD_DIM = 4

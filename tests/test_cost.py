@@ -61,6 +61,23 @@ def test_only_what_is_float32_takes_more_than_one_pass(left, right, passes):
         assert (found.flops, found.repeated_flops) == (1024, 1024 * (passes - 1))
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_ragged_product_counts_the_rows_that_there_are(gradient):
+    """48 rows of 16, each times its expert's own 16 × 4 matrix of 8; and the gradient of the matrices."""
+    sizes, rows = "%s = s32[8]{0} parameter(2)", "%a = bf16[48,16]{1,0} parameter(0)"
+    if gradient:
+        other, out = "%b = bf16[48,4]{1,0} parameter(1)", "bf16[8,16,4]{2,1,0}"
+        dims = "lhs_contracting_dims={0}, rhs_contracting_dims={0}, lhs_ragged_dims={0}"
+    else:
+        other, out = "%b = bf16[8,16,4]{2,1,0} parameter(1)", "bf16[48,4]{1,0}"
+        dims = "lhs_contracting_dims={1}, rhs_contracting_dims={1}, lhs_ragged_dims={0}, rhs_group_dims={0}"
+    lines = [rows, other, sizes, f"ROOT %c = {out} ragged-dot(%a, %b, %s), {dims}"]
+    shapes = ", ".join(line[1:].split("{")[0].replace(" =", ":") for line in lines[:3])
+    body = "\n".join(f"  {line}" for line in lines)
+    found = cost_of(parse(f"HloModule m\n\nENTRY %main ({shapes}) -> {out.split('{')[0]} {{\n{body}\n}}\n"), ONE)
+    assert found.flops == 2 * 48 * 16 * 4
+
+
 def test_loops_in_loops_multiply():
     def run(x, w):
         inner = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x)  # noqa: E731

@@ -15,7 +15,7 @@ import nlae_jax
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.interop.datasets import INJECT
 from nlae_jax.interop.sidecar import tokens_and_templates, write_sidecar
-from nlae_jax.lm.families import FAMILIES
+from nlae_jax.lm.families import FAMILIES, read_arch
 from nlae_jax.lm.pretrained import TOKENIZER_FILES
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.protocol import make_protocol
@@ -24,7 +24,7 @@ from nlae_jax.run.preparation import extract
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
 from tests.conftest import TINY, perturbed, tiny_config, vectors
-from tests.test_families import CASES, SMALL, WIDE, assert_close, model_of, torch, transformers
+from tests.test_families import CASES, GPT2, NEOX, SMALL, WIDE, assert_close, model_of, torch, transformers
 
 LAYER = 1
 TEXTS = ["the list of values", "It ends with: in that is for the array of strings", "an array"]
@@ -38,7 +38,24 @@ FIELDS = {
     | {"sliding_window": 5, "num_hidden_layers": 7, "rope_parameters": CASES["gemma3-ropes"][1]["rope_parameters"]},
     "smollm3": SMALL | {"no_rope_layers": [1, 0, 1, 1]},
     "olmo2": WIDE | {"tie_word_embeddings": True},
+    "gpt2": GPT2 | {"n_positions": 512},
+    "gpt_neox": NEOX | {"num_attention_heads": 2},
 }
+FIELDS |= {
+    family: CASES[case][1]
+    for family, case in {
+        "olmo3": "olmo3-yarn",
+        "ministral": "ministral",
+        "ministral3": "ministral3-window",
+        "phi3": "phi3-part",
+        "granite": "granite",
+        "granitemoehybrid": "granitemoehybrid",
+        "qwen3_moe": "qwen3_moe",
+        "olmoe": "olmoe",
+        "gpt_oss": "gpt_oss",
+    }.items()
+}
+BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
 
 
 def model_directory(path, family, tokenizer, tiny_dir):
@@ -48,6 +65,10 @@ def model_directory(path, family, tokenizer, tiny_dir):
     for name in TOKENIZER_FILES:
         if (tiny_dir / name).exists():
             shutil.copy(tiny_dir / name, path / name)
+    if family in BASE_MODELS:
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        del settings["chat_template"]
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def nested(path):
@@ -64,7 +85,7 @@ def run(request, tmp_path, tiny_dir, tokenizer):
     model_directory(directory, family.removesuffix("+vision"), tokenizer, tiny_dir)
     if family.endswith("+vision"):
         nested(directory)
-    width = FIELDS[family.removesuffix("+vision")]["hidden_size"]
+    width = read_arch(directory).d_model
     protocol = make_protocol(tokenizer, tiny_config().protocol, 1.0)
     rows, path = vectors(6, width), tmp_path / "rl.parquet"
     content = protocol.encoder_template.replace("{injection_char}", INJECT)
@@ -95,14 +116,15 @@ def test_out_and_in_again(request, run, tmp_path):
 
     whole, trunk = (transformers.AutoModelForCausalLM.from_pretrained(out / role) for role in ("av", "ar"))
     assert trunk.config.num_hidden_layers == LAYER + 1
-    trunk.model.norm = torch.nn.Identity()
+    norm = next(name for name in ("norm", "ln_f", "final_layer_norm") if hasattr(trunk.base_model, name))
+    setattr(trunk.base_model, norm, torch.nn.Identity())
     head = torch.tensor(load_file(out / "ar/value_head.safetensors")["weight"])
     template = yaml.safe_load((out / "ar/nla_meta.yaml").read_text())["prompt_templates"]["critic"]
     prompts = [run.tokenizer.encode(template.format(explanation=text)) for text in TEXTS]
     ids = np.arange(3, 22)[None]
     with torch.no_grad():
         logits = whole(torch.tensor(ids)).logits.numpy()
-        rebuilt = torch.stack([trunk.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]) @ head.T
+        rebuilt = torch.stack([trunk.base_model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]) @ head.T
     nla = nlae_jax.NLA(run.roles, pair, run.tokenizer, lambda: None)
     assert_close(nla.reconstruct(TEXTS), rebuilt, "export", case)
     variables, mask = run.roles.encoder_variables(pair.base, pair.encoder), np.ones(ids.shape, bool)

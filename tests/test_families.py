@@ -7,18 +7,25 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nlae_jax.config import MeshConfig
+from nlae_jax.lm.arch import ClampedGate, Experts, model_weights
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
-from nlae_jax.lm.transformer import Segment, Transformer
-from nlae_jax.lm.weights import load_params
+from nlae_jax.lm.layout import plain_name
+from nlae_jax.lm.lora import init_adapters
+from nlae_jax.lm.transformer import Segment, Transformer, random_params
+from nlae_jax.lm.weights import load_params, save_params
+from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
 from nlae_jax.roles.subject import Subject
 from nlae_jax.runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 save_file = pytest.importorskip("safetensors.torch").save_file
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 SMALL = {
     "vocab_size": 61,
@@ -43,6 +50,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 10_000.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}
 GEMMA3_ROPES = {
     "full_attention": LINEAR,
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -57,6 +65,8 @@ CASES = {
     "qwen2-window": ("qwen2", WIDE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("qwen3", SMALL | {"tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", WIDE | {"attention_bias": True}),
+    "llama-yarn": ("llama", WIDE | {"rope_parameters": YARN}),
+    "qwen3-yarn": ("qwen3", SMALL | {"rope_parameters": YARN | {"truncate": False, "beta_fast": 4, "factor": 2.5}}),
     "gemma2": ("gemma2", SMALL | {"sliding_window": 6, "query_pre_attn_scalar": 12}),
     "gemma2-no-caps": (
         "gemma2",
@@ -71,6 +81,111 @@ CASES = {
     "smollm3-own-layers": ("smollm3", WIDE | {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False}),
     "olmo2": ("olmo2", SMALL),
     "olmo2-tied": ("olmo2", WIDE | {"tie_word_embeddings": True}),
+}
+GPT2 = {
+    "vocab_size": 61,
+    "n_embd": 24,
+    "n_layer": 4,
+    "n_head": 3,
+    "n_positions": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NEOX = {name: value for name, value in SMALL.items() if name not in ("num_key_value_heads", "head_dim")}
+NEOX_YARN = YARN | {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+CASES |= {
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-untied": ("gpt2", GPT2 | {"n_inner": 40, "activation_function": "gelu", "tie_word_embeddings": False}),
+    "gpt2-odd-heads": ("gpt2", GPT2 | {"n_embd": 21, "activation_function": "relu"}),
+    "gpt_neox": ("gpt_neox", NEOX | {"num_attention_heads": 2}),
+    "gpt_neox-tied": ("gpt_neox", NEOX | {"tie_word_embeddings": True, "rotary_pct": 1.0, "rotary_emb_base": 50.0}),
+    "gpt_neox-in-turn": (
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "attention_bias": False, "rope_parameters": NEOX_YARN},
+    ),
+}
+OLMO3_ROPES = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 7.0,
+}
+GRANITE4 = GRANITE | {
+    "layer_types": ["full_attention"] * 4,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 44,
+    "mamba_n_heads": 8,
+}
+GROWING = YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.1}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [2.0, 3.0, 4.0, 6.0],
+}
+PHI3 = {name: value for name, value in WIDE.items() if name != "head_dim"}
+CASES |= {
+    "olmo3": ("olmo3", SMALL | {"sliding_window": 5, "num_hidden_layers": 5}),
+    "olmo3-yarn": (
+        "olmo3",
+        WIDE
+        | {
+            "sliding_window": 6,
+            "rope_parameters": OLMO3_ROPES,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+        },
+    ),
+    "ministral": (
+        "ministral",
+        SMALL | {"sliding_window": 5, "layer_types": ["sliding_attention", *["full_attention"] * 3]},
+    ),
+    "ministral3": ("ministral3", SMALL | {"rope_parameters": GROWING}),
+    "ministral3-window": (
+        "ministral3",
+        WIDE | {"sliding_window": 5, "rope_parameters": GROWING | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "ministral3-published": ("ministral3", WIDE | {"tie_word_embeddings": True}),
+    "phi3": ("phi3", PHI3),
+    "phi3-part": (
+        "phi3",
+        PHI3
+        | {
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "phi3-long": ("phi3", PHI3 | {"original_max_position_embeddings": 32, "rope_parameters": LONG}),
+    "phi3-long-part": (
+        "phi3",
+        PHI3
+        | {"original_max_position_embeddings": 20, "num_attention_heads": 2}
+        | {"rope_parameters": LONG | {"partial_rotary_factor": 0.5, "attention_factor": 1.3}},
+    ),
+    "granite": ("granite", SMALL | GRANITE | {"tie_word_embeddings": True}),
+    "granite-biases": ("granite", WIDE | GRANITE | {"attention_bias": True, "mlp_bias": True}),
+    "granitemoehybrid": ("granitemoehybrid", WIDE | GRANITE4 | {"position_embedding_type": "rope"}),
+    "granitemoehybrid-unturned": ("granitemoehybrid", WIDE | GRANITE4 | {"attention_bias": True}),
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
+CASES |= {
+    "qwen3_moe": ("qwen3_moe", SMALL | EXPERTS | {"moe_intermediate_size": 20, "norm_topk_prob": True}),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        WIDE
+        | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 5},
+    ),
+    "olmoe": ("olmoe", WIDE | EXPERTS | {"clip_qkv": 0.6}),
+    "olmoe-normed": ("olmoe", WIDE | {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "gpt_oss": ("gpt_oss", SMALL | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "gpt_oss-yarn": (
+        "gpt_oss",
+        WIDE
+        | {"num_local_experts": 4, "num_experts_per_tok": 3, "swiglu_limit": 0.5, "swiglu_alpha": 1.2}
+        | {"rope_parameters": YARN | {"truncate": False}, "attention_bias": False, "tie_word_embeddings": True},
+    ),
 }
 TIME = 19
 
@@ -91,7 +206,8 @@ def model_of(family, fields, seed=0):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
-            weight.copy_(offset + 0.2 * noise if "norm" in name else 0.3 * noise)
+            norm = weight.ndim == 1 and ("norm" in name or "ln_" in name) and "bias" not in name
+            weight.copy_(offset + 0.2 * noise if norm else 0.3 * noise)
     model.tie_weights()
     return model
 
@@ -109,7 +225,8 @@ def theirs(model, ids, mask):
     """Residual streams [L + 1, B, T, d], taken by hooks because the last hidden state is normed; and logits."""
     states = []
     keep = lambda module, args, output: states.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
-    hooks = [block.register_forward_hook(keep) for block in model.model.layers]
+    inner = model.base_model
+    hooks = [block.register_forward_hook(keep) for block in (inner.h if hasattr(inner, "h") else inner.layers)]
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
     with torch.no_grad():
         output = model(
@@ -183,6 +300,15 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         "gemma3": {"ropes": (), "windows": (), "local_rope_theta": 7.0, "activation": "silu"},
         "smollm3": {"ropes": ()},
         "gemma3-ropes": {"rope_scaling": None},
+        "gpt2": {"activation": "relu"},
+        "gpt_neox": {"parallel": False, "rotary_dim": 6, "activation": "silu"},
+        "olmo3-yarn": {"rope_scaling": None, "local_rope_theta": 7.0, "windows": ()},
+        "ministral3": {"query_growth": None, "rope_scaling": None},
+        "phi3-part": {"rotary_dim": None, "windows": ()},
+        "granite": {"embed_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_divisor": 1.0},
+        "qwen3_moe": {"experts": Experts(5, 2, normalised=False)},
+        "olmoe": {"experts": Experts(5, 1), "clip_qkv": 0.0},
+        "gpt_oss-yarn": {"clamped_gate": ClampedGate(1.2, 9.0), "rope_scaling": None},
     }.items():
         random_model(case).save_pretrained(tmp_path / case)
         arch = read_arch(tmp_path / case)
@@ -276,21 +402,96 @@ def test_shared_segments_are_the_plain_forward(tmp_path, case):
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
+    """Both matrices of the experts, packed as gpt-oss is published; whole, and split over devices."""
+    unpacked = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    fields = WIDE | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+    model_of("gpt_oss", fields).save_pretrained(tmp_path)
+    arch, rng, tensors, expected = read_arch(tmp_path), np.random.default_rng(0), {}, {"gate": [], "up": [], "down": []}
+    plain = load_file(tmp_path / "model.safetensors")
+    for name, tensor in plain.items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.tensor(rng.integers(0, 256, (experts, outputs, inputs // 32, 16)), dtype=torch.uint8)
+        scales = torch.tensor(rng.integers(118, 130, blocks.shape[:-1]), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = unpacked(blocks, scales, dtype=torch.float32).numpy()
+        assert values.shape == tensor.shape
+        if "down" in name:
+            expected["down"].append(values)
+        else:
+            expected["gate"].append(values[..., ::2])
+            expected["up"].append(values[..., 1::2])
+    save_file(tensors, tmp_path / "model.safetensors")
+    shardings = tree_shardings(make_mesh(MeshConfig(fsdp=2, tensor=parts)), model_weights(arch)) if parts > 1 else None
+    loaded = load_params(tmp_path, arch, shardings=shardings)["blocks"]
+    for name, layers in expected.items():
+        np.testing.assert_array_equal(loaded[name], np.stack(layers))
+    del tensors[next(name for name in tensors if name.endswith("_scales"))]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="blocks and scales"):
+        load_params(tmp_path, arch)
+
+
+@pytest.mark.parametrize("case", ["phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe"])
+def test_what_is_written_is_what_was_read(tmp_path, case):
+    """Tensors that hold several of our parameters, and experts: every name and every bit."""
+    random_model(case).save_pretrained(tmp_path / "theirs")
+    arch = read_arch(tmp_path / "theirs")
+    save_params(tmp_path / "ours", load_params(tmp_path / "theirs", arch), arch)
+    written, expected = (load_file(tmp_path / part / "model.safetensors") for part in ("ours", "theirs"))
+    written = {plain_name(arch, name): value for name, value in written.items()}
+    expected = {plain_name(arch, name): value for name, value in expected.items()}
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(written[name], value), name
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss"])
+def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
+    """Values and the gradient of the adapters; where the experts are as many, each device has its own."""
+    arch, params = loaded(tmp_path, case)
+    arch_of_four = dataclasses.replace(arch, experts=dataclasses.replace(arch.experts, count=4))
+    ids, mask = batch_of()
+    for one, weights in ((arch, params), (arch_of_four, random_params(jax.random.PRNGKey(0), arch_of_four))):
+        adapters = {"blocks": jax.tree.map(lambda a: a + 0.01, init_adapters(jax.random.PRNGKey(1), one, 2))}
+        lm = Transformer(one)
+
+        def loss(adapters, params, ids, mask, lm=lm):
+            return jnp.square(lm.apply({"params": params, "lora": adapters}, ids, mask)).mean()
+
+        expected = jax.jit(jax.value_and_grad(loss))(adapters, weights, ids, mask)
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+        split = place(weights, tree_shardings(mesh, model_weights(one)))
+        if one is arch_of_four:
+            assert split["blocks"]["up"].sharding.shard_shape(split["blocks"]["up"].shape)[1] == 2
+        with jax.set_mesh(mesh):
+            rows = put_batch({"ids": ids, "mask": mask}, mesh)
+            found = jax.jit(jax.value_and_grad(loss))(place(adapters, replicated(mesh)), split, **rows)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3"])
 @pytest.mark.parametrize("spelling", ["model.language_model.", "language_model.model."])
-def test_the_language_model_beside_a_vision_tower(tmp_path, spelling):
+def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     """Old and new spelling of a multimodal checkpoint's names; the tower's own tensors are passed over."""
-    text = random_model("gemma3")
+    case = {"mistral3": "mistral", "ministral3": "ministral3-published"}.get(outer, outer)
+    text = random_model(case)
     text.save_pretrained(tmp_path / "text")
+    head = "language_model.lm_head.weight" if spelling.startswith("language") else "lm_head.weight"
     tensors = {
-        name.replace("model.", spelling, 1): t.contiguous()
-        for name, t in text.state_dict().items()
-        if name != "lm_head.weight"
+        head if name == "lm_head.weight" else name.replace("model.", spelling, 1): tensor.clone()
+        for name, tensor in text.state_dict().items()
+        if name != "lm_head.weight" or not text.config.tie_word_embeddings
     }
     tower = "model.vision_tower." if spelling.startswith("model") else "vision_tower."
     (tmp_path / "both").mkdir()
     save_file(tensors | {tower + "patch.weight": torch.ones(3)}, tmp_path / "both/model.safetensors")
     config = {
-        "model_type": "gemma3",
+        "model_type": "gemma3" if outer == "gemma3" else "mistral3",
         "text_config": json.loads((tmp_path / "text/config.json").read_text()),
         "vision_config": {},
     }
@@ -299,3 +500,69 @@ def test_the_language_model_beside_a_vision_tower(tmp_path, spelling):
     assert arch == read_arch(tmp_path / "text")
     mine, expected = load_params(tmp_path / "both", arch), load_params(tmp_path / "text", arch)
     jax.tree.map(np.testing.assert_array_equal, mine, expected)
+
+
+def test_a_sequence_beyond_what_the_model_has_positions_for_is_one_line(tmp_path):
+    """In a forward pass, and in a cache that would outgrow them."""
+    arch, params = loaded(tmp_path, "gpt2")
+    long = arch_from_hf(json.loads(transformers.AutoConfig.for_model("phi3", **CASES["phi3-long"][1]).to_json_string()))
+    ids, subject = np.zeros((1, 41), np.int32), Subject(arch)
+    with pytest.raises(UserError, match="a sequence of 41 tokens is too long for this model, which can be run on 40"):
+        Transformer(arch).apply({"params": params}, ids, ids == 0)
+    with pytest.raises(UserError, match="41 tokens is too long for this model, which can be run on 32"):
+        jax.eval_shape(
+            lambda: Transformer(long).apply({"params": random_params(jax.random.PRNGKey(0), long)}, ids, ids == 0)
+        )
+    variables, start = {"params": {"lm": params}}, np.full(1, 38)
+    _, contexts = subject.apply(variables, ids[:, :38], ids[:, :38] == 0, method="prefill")
+    for capacity in (2, 3):
+        own = subject.empty_caches(start, capacity, np.float32)
+        decode = lambda own=own: subject.apply(variables, ids[:, 0], 1, start, contexts, own, method="decode")  # noqa: E731
+        if capacity == 2:
+            decode()
+        else:
+            with pytest.raises(UserError, match="41 tokens"):
+                decode()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_names_as_published_long_ago(tmp_path, family):
+    """Without what the class with a head puts before them, or with the head's old name; with buffers of constants."""
+    random_model(f"{family}-untied" if family == "gpt2" else family).save_pretrained(tmp_path)
+    arch = read_arch(tmp_path)
+    expected, path = load_params(tmp_path, arch), tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if family == "gpt2":
+        tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 40, 40)
+    else:
+        tensors["lm_head.weight"] = tensors.pop("embed_out.weight", tensors.get("lm_head.weight"))
+        tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+        tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, path)
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, arch), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "short_factor"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 4}, "layer_types 'mamba'"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"activation_function": "tanh"}, "activation_function|hidden_act"),
+        ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5"),
+        ("olmoe", {"clip_qkv": -1}, "clip_qkv = -1"),
+    ],
+)
+def test_variants_that_are_not_run_are_one_line(family, changes, says):
+    config = json.loads(transformers.AutoConfig.for_model(*CASES[family][:1], **CASES[family][1]).to_json_string())
+    if changes.keys() & {"rope_scaling", "rotary_pct"}:
+        del config["rope_parameters"]
+    with pytest.raises(UserError, match=says) as caught:
+        arch_from_hf(config | changes)
+    assert str(caught.value).isprintable()

@@ -15,7 +15,19 @@ from nlae_jax.lm.gguf.arch import GGUF_FAMILIES
 from nlae_jax.lm.gguf.convert import convert_gguf
 from nlae_jax.lm.transformer import Transformer
 from nlae_jax.lm.weights import load_params
-from tests.test_families import LINEAR, SMALL, WIDE, assert_close, batch_of, model_of, theirs, torch, transformers
+from tests.test_families import CASES as CASES_OF_MODELS
+from tests.test_families import (
+    GRANITE,
+    LINEAR,
+    SMALL,
+    WIDE,
+    assert_close,
+    batch_of,
+    model_of,
+    theirs,
+    torch,
+    transformers,
+)
 from tests.test_gguf import MERGES, TOKENS, TYPES, interleave_rotary_pairs
 
 GEMMA3_ROPES = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
@@ -57,13 +69,24 @@ CASES = {
     "smollm3": ("smollm3", "smollm3", SMALL | {"num_hidden_layers": 5}),
     "smollm3-biases": ("smollm3", "smollm3", WIDE | {"attention_bias": True, "tie_word_embeddings": False}),
     "olmo2": ("olmo2", "olmo2", SMALL | {"head_dim": 8}),
+    "qwen3moe": ("qwen3moe", "qwen3_moe", CASES_OF_MODELS["qwen3_moe"][1]),
+    "olmoe": ("olmoe", "olmoe", WIDE | {"num_experts": 5, "num_experts_per_tok": 2}),
+    "granite": ("granite", "granite", SMALL | GRANITE | {"tie_word_embeddings": True}),
+    "granite-untied": ("granite", "granite", WIDE | GRANITE | {"attention_bias": True}),
 }
-OURS_ALONE = ("mistral", "smollm3", "olmo2")  # families whose GGUF transformers cannot read
+OURS_ALONE = (
+    "mistral",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "qwen3_moe",
+    "olmoe",
+)  # families whose GGUF transformers cannot read
 
 
 def stored(architecture, name, value, config):
     """The values of one HF tensor as llama.cpp's converter stores them."""
-    if architecture in ("llama", "smollm3"):
+    if architecture in ("llama", "smollm3", "granite"):
         if "q_proj" in name:
             value = interleave_rotary_pairs(value, config.num_attention_heads)
         if "k_proj" in name:
@@ -79,7 +102,13 @@ def tensors_of(architecture, model):
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors = {}
-    for name, value in model.state_dict().items():
+    state = dict(model.state_dict())
+    for name in [name for name in state if name.endswith(".experts.gate_up_proj")]:
+        gate, up = state.pop(name).chunk(2, dim=1)
+        state |= {name.replace("gate_up", part) + ".weight": value for part, value in (("gate", gate), ("up", up))}
+        down = name.replace("gate_up", "down")
+        state[f"{down}.weight"] = state.pop(down)
+    for name, value in state.items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             stem, suffix = name.rsplit(".", 1)
             tensors[f"{names.get_name(stem)}.{suffix}"] = stored(architecture, name, value.numpy(), config)
@@ -96,10 +125,20 @@ def add_keys(writer, architecture, config):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture in ("qwen3moe", "olmoe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture == "qwen3moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if architecture not in ("qwen2", "olmo2"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if architecture in ("llama", "smollm3"):
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if architecture in ("llama", "smollm3", "granite"):
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(head_dim)
     rope = config.rope_parameters

@@ -162,7 +162,7 @@ def test_only_the_needed_part_of_a_tensor_is_read(axis, tmp_path, read):
     target = np.zeros((2, 10) if axis == "rows" else (8, 3), np.float32)
     part = tensors.Part((4, 6), (0, 10), target) if axis == "rows" else tensors.Part((0, 8), (5, 8), target)
     with stored.path.open("rb", buffering=0) as file:
-        tensors._read_parts(file, stored, [part])
+        tensors._read_parts({stored.path: file}, stored, [part])
     np.testing.assert_array_equal(target, values[4:6] if axis == "rows" else values[:, 5:8])
     assert sum(count for _, count in read) == target.nbytes
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from nlae_jax.lm.arch import Arch, model_weights
-from nlae_jax.lm.weights import _places, hf_name, load_params
-from tests.checkpoints import drawn, flattened, save_index, save_shards, shardings_on, write_config
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.layout import flat_weights, hf_name, hf_tensors
+from nlae_jax.lm.weights import load_params
+from tests.checkpoints import drawn, save_index, save_shards, shardings_on, write_config
 from tests.loading import digest, distinct_shards
 
 ROOT = Path(__file__).parent.parent
@@ -74,13 +75,11 @@ LARGE = Arch(128_256, 2048, 16, 32, 8, 64, 8192, tied_head=False)
 
 def fill_large(directory: Path, arch: Arch, shard_bytes: int = 600_000_000) -> dict[str, int]:
     """Writes a checkpoint whose tensors are pieces of one random buffer. Returns each tensor's bytes."""
-    weights = flattened(model_weights(arch))
     pool = np.random.default_rng(0).integers(0, 1 << 16, arch.vocab_size * arch.d_model + 4096, np.uint16)
     shards, sizes = [{}], {}
-    for theirs, ours, layer, transposed in _places(arch, weights):
-        shape = weights[ours].shape if layer is None else weights[ours].shape[1:]
-        first = zlib.crc32(theirs.encode()) % 4096
-        values = pool[first : first + np.prod(shape)].reshape(shape[::-1] if transposed else shape)
+    for tensor in hf_tensors(arch, flat_weights(arch)):
+        theirs, first = tensor.name, zlib.crc32(tensor.name.encode()) % 4096
+        values = pool[first : first + np.prod(tensor.shape)].reshape(tensor.shape)
         if sum(map(np.size, shards[-1].values())) * 2 + values.nbytes > shard_bytes:
             shards.append({})
         shards[-1][theirs], sizes[theirs] = values.view(ml_dtypes.bfloat16), values.nbytes

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import ProtocolConfig
+from nlae_jax.lm.chat import plain_template, prompts_ids
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.roles.decoder import place_endings
 from nlae_jax.roles.protocol import (
@@ -225,14 +227,33 @@ def test_a_template_that_does_not_work_is_named(tokenizer, field, value, message
         make_protocol(tokenizer, config, 1.0)
 
 
-def test_a_tokenizer_without_chat_template_or_end_is_refused(tiny_dir):
+def test_a_tokenizer_without_an_end_is_refused(tiny_dir):
     tokenizer = load_tokenizer(tiny_dir)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="names no end-of-sequence token"):
         make_protocol(tokenizer, ProtocolConfig(), 1.0)
+
+
+def test_a_base_model_gets_a_plain_prompt(tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        make_protocol(tokenizer, ProtocolConfig(), 1.0)
+    protocol = make_protocol(tokenizer, ProtocolConfig(), 1.0)
+    ids = [*protocol.encoder_prefix, protocol.marker_id, *protocol.encoder_tail]
+    prompt = ProtocolConfig().encoder_prompt.replace("{injection_char}", protocol.marker)
+    assert tokenizer.decode(ids) == prompt + "\n" + OPENING
+    tokenizer.chat_template = plain_template(tokenizer)
+    assert make_protocol(tokenizer, ProtocolConfig(), 1.0) == protocol
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_has_texts_begin(tiny_dir):
+    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer.chat_template = None
+    (bare,) = prompts_ids(tokenizer, ["the text"])
+    begin = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert prompts_ids(tokenizer, ["the text"]) == [[1, *bare]]
+    tokenizer.chat_template = plain_template(tokenizer)
+    assert prompts_ids(tokenizer, ["the text"]) == [[1, *bare]]
 
 
 def test_a_slot_at_the_very_beginning_is_refused(tiny_dir):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -265,12 +265,19 @@ def test_numbers_that_are_none_are_refused(http, number):
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"[1]", b"", b'{"text": "\\ud800"}', b'{"text": 1e400}', b'{"messages": [{"role": "\\udfff"}]}']
+    "body", [b"{", b"[1]", b"", b'{"text": 1e400}', b'{"text": ["\\ud800"]}', b'{"messages": [{"content": "\\udfff"}]}']
 )
 def test_broken_bodies_are_answered(http, body):
     response = http.post("/tokenize", content=body, headers={"Content-Type": "application/json"})
     assert 400 <= response.status_code < 423
     assert response.json()["detail"]
+
+
+def test_what_is_no_text_can_be_answered(http):
+    body = b'{"messages": [{"role": "\\udfff", "content": "\\ud800", "channel": "\\udbff"}], "text": "\\ud800"}'
+    response = http.post("/tokenize", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200
+    assert response.json()["tokens"][0]["role"] == "\ufffd"
 
 
 def test_a_zero_vector_is_described_without_a_cosine(http):
@@ -346,15 +353,16 @@ def test_nobody_joins_an_explanation_that_was_given_up(served, http):
 
 
 def test_beyond_its_places_the_server_refuses_at_once(reader):
-    with Served(lambda: reader, Settings(explains=1)) as one:
-        http = one.wait_ready().client
-        body = {"text": TEXT, "stream": True, "max_new_tokens": 4096, "temperature": 5}
-        with http.stream("POST", "/explain", json=body) as response:
-            assert next(response.iter_raw())
-            refused = http.post("/explain", json={"text": TEXT, **GREEDY})
-            assert refused.status_code == 429
-            assert isinstance(refused.json()["detail"], str)
-            assert http.get("/").status_code == 200
+    with Served(lambda: reader, Settings(explains=1)) as one, ThreadPoolExecutor(2) as pool:
+        http, go = one.wait_ready().client, threading.Event()
+        one.engine.call(lambda: go.wait(60))  # whoever has the place keeps it meanwhile
+        asked = [pool.submit(http.post, "/explain", json={"text": TEXT, **GREEDY}) for _ in range(2)]
+        (first,), (other,) = wait(asked, return_when=FIRST_COMPLETED)
+        assert first.result().status_code == 429
+        assert isinstance(first.result().json()["detail"], str)
+        assert http.get("/").status_code == 200
+        go.set()
+        assert other.result().status_code == 200
 
 
 def test_while_it_loads_it_says_so(reader):

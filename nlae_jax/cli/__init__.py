@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nlae_jax.cli import audit, directions, evaluate, explain, measures, serve, stages, steer
+from nlae_jax.cli import adapt, audit, directions, evaluate, explain, measures, serve, stages, steer
 from nlae_jax.cli.command import LISTS, PATHS, Command
 from nlae_jax.runtime import signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
@@ -27,6 +27,7 @@ COMMANDS: tuple[Command, ...] = (
     *steer.COMMANDS,
     *audit.COMMANDS,
     *serve.COMMANDS,
+    *adapt.COMMANDS,
     *measures.COMMANDS,
 )
 

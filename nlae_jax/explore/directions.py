@@ -193,6 +193,7 @@ def explain_direction(
 
     `values_N`: its activations on the corpus; if not given, its projections (h − μ)·u.
     """
+    nla.check_own_subject("direction")
     settings = settings or Settings()
     u_D = unit(u_D)
     if values_N is None:

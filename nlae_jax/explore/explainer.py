@@ -17,6 +17,7 @@ from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.explore.passage import Passage, read_text
 from nlae_jax.explore.statistics import Statistics, statistics_of
+from nlae_jax.interop.adapt import Adapter
 from nlae_jax.lm.tokens import check_ids, pad
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
@@ -54,20 +55,24 @@ class Explainer:
         name: str = "pair",
         run_texts: Callable[[int], Sequence[Sequence[int]]] = lambda count: (),
         subject_name: str = "subject",
+        adapter: Adapter | None = None,
+        reader: Any = None,
     ) -> None:
         """`mesh`: that the pair's parameters are on, to split batches over.
 
         `statistics`: makes those of the pair's training data when they are first asked for; where there is no such
         function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
         reports call the pair and its subject. `run_texts(count)`: token ids of so many texts that the pair was trained
-        on, where those are at hand.
+        on, where those are at hand. `adapter`: maps the subject's activations into those that the pair reads; `reader`
+        is then the tokenizer of the subject, which is another model's.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
-            roles.decoder.layer,
-            tokenizer,
+            roles.decoder.layer if adapter is None else adapter.layer,
+            tokenizer if reader is None else reader,
             max_new_tokens,
             name,
         )
+        self.adapter, self._pair_tokenizer = adapter, tokenizer
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
         self._make_statistics, self.run_texts, self.subject_name = statistics, run_texts, subject_name
         for role in (roles.encoder, roles.decoder):
@@ -81,7 +86,9 @@ class Explainer:
     @cached_property
     def _trip(self) -> RoundTrip:
         """The pair's compiled functions, for explanations of any length."""
-        return RoundTrip(self._roles, self.tokenizer, LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH)
+        return RoundTrip(
+            self._roles, self._pair_tokenizer, LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH
+        )
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
@@ -100,8 +107,8 @@ class Explainer:
         if not len(texts):
             return np.zeros((0, self.d_model), np.float32)
         for number, text in enumerate(texts):
-            ids = decoder_ids(self.tokenizer, self._roles.decoder.protocol, text)
-            check_ids(ids, self._roles.decoder.arch.vocab_size, self.tokenizer, f"text {number}")
+            ids = decoder_ids(self._pair_tokenizer, self._roles.decoder.protocol, text)
+            check_ids(ids, self._roles.decoder.arch.vocab_size, self._pair_tokenizer, f"text {number}")
         return self._trip.reconstruct_texts(self._pair, texts)
 
     def rebuild(self, texts: Sequence[str]) -> np.ndarray:
@@ -143,7 +150,13 @@ class Explainer:
                     "into parts"
                 )
         residual = lambda ids, mask: self.subject.residual(ids, self.layer, mask=mask)  # noqa: E731
-        return read_batches([passage.ids for passage in passages], residual)
+        read = read_batches([passage.ids for passage in passages], residual)
+        return read if self.adapter is None else [self.adapter(rows) for rows in read]
+
+    def check_own_subject(self, what: str) -> None:
+        """Raises UserError where the pair was made for another model than the one that it reads."""
+        if self.adapter is not None:
+            raise UserError(f"{what}: {self.name} is a map to another model's pair, which explains activations only")
 
     @cached_property
     def statistics(self) -> Statistics:

@@ -28,6 +28,8 @@ def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
     if match is None:
         raise UserError(f"neuron: {quoted(spec)} should be BLOCK:NEURON, as 20:7")
     layer, index = check_layer(arch, int(match[1])), int(match[2])
+    if arch.experts is not None or not arch.gated:
+        raise UserError(f"neuron: those of {arch.family} cannot be read: its blocks have experts, or no gate")
     if index >= arch.d_ff:
         raise UserError(f"neuron: {index} should be from 0 to {arch.d_ff - 1}, the neurons of a block")
     return layer, index
@@ -39,6 +41,7 @@ def neuron_directions(nla: Explainer, layer: int, index: int) -> dict[str, np.nd
     `write`: what it adds for each unit of its activation, through the norm after the MLP where there is one. `gate` and
     `up`: what its two inputs read, through the norm before the MLP.
     """
+    nla.check_own_subject("neuron")
     subject = nla.subject
     blocks, arch = subject.params["blocks"], subject.arch
 

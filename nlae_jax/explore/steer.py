@@ -158,6 +158,7 @@ def steer(
     activation is of unusual length (position 0) gets the data's median length as ‖h‖. Single tokens are rarely enough:
     what is said at other tokens wins; spans work better. Raises UserError where the edit changes nothing.
     """
+    nla.check_own_subject("steer")
     settings = settings or Settings()
     (h_TxD,) = nla.read([passage])
     at = sorted(set(positions))

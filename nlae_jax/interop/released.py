@@ -72,9 +72,10 @@ class Released:
         trunk = self.sidecar.role == "ar"
         shardings = tree_shardings(mesh, model_weights(self.arch)) if mesh else None
         params = load_params(self.directory, self.arch, dtype, trunk, shardings)
-        if trunk:  # never applied, but the module declares it
+        if trunk:  # never applied, but the module declares them
             norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
-            params["final_norm"] = norm if shardings is None else place(norm, shardings["final_norm"])
+            for name in model_weights(self.arch).keys() - params.keys():
+                params[name] = norm if shardings is None else place(norm, shardings[name])
         return params
 
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:

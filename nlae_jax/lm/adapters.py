@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, linear_layers
+from nlae_jax.lm.layout import hf_tensors
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
-from nlae_jax.lm.weights import hf_name
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_bytes, write_json
 from nlae_jax.runtime.outside import parse_json
@@ -41,19 +42,21 @@ class AdapterFile:
     def read(self, arch: Arch) -> dict[str, dict[str, jax.Array]]:
         """The tree of `lora.adapter_weights(arch, rank)`, float32. `arch` has as many blocks as the adapters."""
         tree = adapter_weights(arch, self.rank)
+        modules = [(layer, module) for layer in range(arch.num_layers) for module in _modules(arch, tree, layer)]
         shapes = {}
-        for name, pair in tree.items():
-            for layer in range(arch.num_layers):
-                for part, (_, rank, width) in ((part, weight.shape) for part, weight in pair.items()):
-                    # PEFT's lora_A is [rank, in], as our `a`; its lora_B is [out, rank], the transpose of our `b`.
-                    shapes[_tensor_name(arch, name, layer, part)] = (rank, width) if part == "a" else (width, rank)
+        for _, module in modules:
+            inputs = tree[module.members[0]]["a"].shape[2]
+            # PEFT's lora_A is [rank, in], as our `a`; its lora_B is [out, rank], the transpose of our `b`.
+            shapes[module.tensor("a")] = (len(module.members) * self.rank, inputs)
+            shapes[module.tensor("b")] = (module.outputs, len(module.members) * self.rank)
         tensors = read_tensors(self.directory / WEIGHTS, shapes)
-
-        def stacked(name: str, part: str) -> jax.Array:
-            layers = [tensors[_tensor_name(arch, name, layer, part)] for layer in range(arch.num_layers)]
-            return jnp.stack(layers if part == "a" else [layer.T for layer in layers])
-
-        return {name: {part: stacked(name, part) for part in ("a", "b")} for name in tree}
+        layers: dict[str, dict[str, list[jax.Array]]] = {name: {"a": [], "b": []} for name in tree}
+        for _, module in modules:
+            for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
+                own = slice(number * self.rank, (number + 1) * self.rank)
+                layers[name]["a"].append(tensors[module.tensor("a")][own])
+                layers[name]["b"].append(tensors[module.tensor("b")][places, own].T)
+        return {name: {part: jnp.stack(rows) for part, rows in pair.items()} for name, pair in layers.items()}
 
     @property
     def identity(self) -> str:
@@ -96,16 +99,16 @@ def write_adapters(
     """Writes `adapters` (of as many blocks as `arch` has) into `directory`, which exists."""
     rank = next(iter(adapters.values()))["a"].shape[1]
     tensors = []
-    for name, pair in adapters.items():
-        for layer in range(arch.num_layers):
-            for part in ("a", "b"):
-                values = np.asarray(pair[part][layer])
-                values = values if part == "a" else values.T
-                tensors.append(
-                    TensorToWrite(_tensor_name(arch, name, layer, part), values.shape, partial(np.asarray, values))
-                )
+    modules = [(layer, module) for layer in range(arch.num_layers) for module in _modules(arch, adapters, layer)]
+    for layer, module in modules:
+        a = np.concatenate([np.asarray(adapters[name]["a"][layer]) for name in module.members])
+        b = np.zeros((module.outputs, len(a)), np.float32)
+        for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
+            b[places, number * rank : (number + 1) * rank] = np.asarray(adapters[name]["b"][layer]).T
+        for part, values in (("a", a), ("b", b)):
+            tensors.append(TensorToWrite(module.tensor(part), values.shape, partial(np.asarray, values)))
     write_safetensors(directory / WEIGHTS, tensors, dtype)
-    modules = sorted({hf_name(arch, name).removesuffix(".weight").rpartition(".")[2] for name in adapters})
+    joined = {module.short: len(module.members) for _, module in modules if len(module.members) > 1}
     write_json(
         directory / CONFIG,
         {
@@ -114,7 +117,9 @@ def write_adapters(
             "base_model_name_or_path": base_model,
             "r": rank,
             "lora_alpha": alpha,
-            "target_modules": modules,
+            "target_modules": sorted({module.short for _, module in modules}),
+            **({"rank_pattern": {name: count * rank for name, count in joined.items()}} if joined else {}),
+            **({"alpha_pattern": {name: count * alpha for name, count in joined.items()}} if joined else {}),
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
@@ -123,6 +128,36 @@ def write_adapters(
     )
 
 
-def _tensor_name(arch: Arch, name: str, layer: int, part: str) -> str:
-    module = hf_name(arch, name, layer).removesuffix(".weight")
-    return f"{_PREFIX}{module}.lora_{part.upper()}.weight"
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A linear layer of the HF model: which of ours it is made of, and where its outputs are theirs.
+
+    One that joins several has adapters of as many times the rank, side by side: `b` is zero outside of its blocks.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    places: tuple[np.ndarray, ...]
+    outputs: int
+
+    @property
+    def short(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    def tensor(self, part: str) -> str:
+        return f"{_PREFIX}{self.name}.lora_{part.upper()}.weight"
+
+
+def _modules(arch: Arch, names: Container[str], layer: int) -> list[_Module]:
+    """Those of one block that have adapters."""
+    weights = {name: weight for name, weight in linear_layers(arch).items() if name in names}
+    made = []
+    for tensor in hf_tensors(arch, weights):
+        shares = tensor.shares
+        if shares[0].index != (layer,):
+            continue
+        widths = [weights[share.name].shape[-1] for share in shares]
+        places = (s.spread.places(w) if s.spread else np.arange(w) for s, w in zip(shares, widths, strict=True))
+        name = tensor.name.removesuffix(".weight")
+        made.append(_Module(name, tuple(share.name for share in shares), tuple(places), sum(widths)))
+    return made

@@ -30,6 +30,65 @@ class LinearRope:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnRope:
+    """`rope_type: yarn` (Peng et al. 2023): slow turns are stretched by `factor`, fast ones kept, between a ramp.
+
+    A dimension counts as slow below `beta_slow` and as fast above `beta_fast` turns in `original_max_positions`. What
+    is turned is also multiplied by `attention_factor`. `truncate`: the ramp begins and ends at whole dimensions.
+    """
+
+    factor: float
+    attention_factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """`rope_type: longrope` (Ding et al. 2024): each pair's wavelength is stretched by a factor of its own.
+
+    Sequences of up to `original_max_positions` take the short factors. Longer ones would take the long ones from their
+    first token on, which no cache of keys can follow: they are not run. What is turned is multiplied by
+    `attention_factor`.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    attention_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """Queries grow with their position p: by 1 + `beta` · log(1 + ⌊p / `every`⌋) (Llama 4, Ministral 3)."""
+
+    beta: float
+    every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """An MLP of which each token passes `per_token` out of `count`, weighted by the router's softmax.
+
+    `normalised`: the chosen ones' weights are scaled to sum to 1.
+    """
+
+    count: int
+    per_token: int
+    normalised: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedGate:
+    """gpt-oss's SwiGLU: min(gate, limit) · σ(alpha · min(gate, limit)) · (1 + clip(up, ±limit))."""
+
+    alpha: float
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """Shape and constants of one decoder-only transformer. `num_layers` blocks, counted from 0.
 
@@ -42,13 +101,13 @@ class Arch:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    d_ff: int
+    d_ff: int  # width of an MLP, or of one expert
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Rope | LinearRope | None = None  # of global rope
+    rope_scaling: Llama3Rope | LinearRope | YarnRope | LongRope | None = None  # of global rope
     tied_head: bool = True
     family: str = "llama"
-    activation: str = "silu"  # of the gate; or "gelu_tanh"
+    activation: str = "silu"  # of the gate; or "gelu_tanh", "gelu", "relu"
     biases: tuple[str, ...] = ()  # linear layers that have one
     qk_norm: str = ""  # RMS norm of queries and keys: "head" (each head by itself) or "all" (all heads as one vector)
     pre_norms: bool = True  # norms of what attention and MLP read
@@ -61,6 +120,23 @@ class Arch:
     local_rope_theta: float = 0.0  # RoPE base of blocks whose rope is "local"
     ropes: tuple[str, ...] = ()  # per block: "global", "local" or "none"; empty: all global
     windows: tuple[int, ...] = ()  # per block: how many keys a query sees, itself included, 0: all; empty: all 0
+    layer_norm: bool = False  # norms subtract the mean and add a bias (those of queries and keys never do)
+    gated: bool = True  # the MLP has a gate; else the activation is of what goes up
+    parallel: bool = False  # the MLP reads what attention reads, not what it adds to
+    positions: int = 0  # learned embeddings of so many positions; 0: none
+    rotary_dim: int | None = None  # leading dimensions of a head that RoPE turns; None: all, 0: none
+    residual_scale: float = 1.0  # what attention and MLP add is multiplied by it
+    logit_divisor: float = 1.0  # logits are divided by it
+    query_growth: QueryGrowth | None = None
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to ± this; 0: not
+    sinks: bool = False  # each head has a score of a key that holds nothing
+    experts: Experts | None = None
+    clamped_gate: ClampedGate | None = None  # in the place of the activation
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a sequence; 0: any number."""
+        return self.rope_scaling.original_max_positions if isinstance(self.rope_scaling, LongRope) else self.positions
 
     def truncated(self, num_layers: int) -> Arch:
         """The same model with its first `num_layers` blocks only."""
@@ -70,43 +146,71 @@ class Arch:
         )
 
 
-def block_weights(arch: Arch) -> dict[str, Weight]:
-    """The weights of all blocks, stacked on a leading axis of length `num_layers`; matrices are [in, out]."""
+def linear_layers(arch: Arch) -> dict[str, Weight]:
+    """The matrices [L, in, out] that every token passes, which adapters may sit on; no experts and no router."""
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     matrices = {
         "q": (arch.d_model, heads, "embed", "heads"),
         "k": (arch.d_model, kv_heads, "embed", "kv_heads"),
         "v": (arch.d_model, kv_heads, "embed", "kv_heads"),
         "o": (heads, arch.d_model, "heads", "embed"),
-        "gate": (arch.d_model, arch.d_ff, "embed", "mlp"),
-        "up": (arch.d_model, arch.d_ff, "embed", "mlp"),
-        "down": (arch.d_ff, arch.d_model, "mlp", "embed"),
     }
-    weights = {
+    if arch.experts is None:
+        matrices |= {name: (*shape, *axes) for name, shape, axes in _mlp(arch)}
+    return {
         name: Weight((arch.num_layers, rows, cols), ("layers", row_axis, col_axis), fan_in=rows)
         for name, (rows, cols, row_axis, col_axis) in matrices.items()
     }
+
+
+def _mlp(arch: Arch) -> list[tuple[str, tuple[int, int], tuple[str, str]]]:
+    """Name, shape and axes of an MLP's matrices."""
+    widening = [(name, (arch.d_model, arch.d_ff), ("embed", "mlp")) for name in ("gate", "up")]
+    return [*widening[0 if arch.gated else 1 :], ("down", (arch.d_ff, arch.d_model), ("mlp", "embed"))]
+
+
+def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
+    """Matrices [L, experts, in, out], split over devices by whole experts, and the router [L, d, experts]."""
+    layers = arch.num_layers
+    weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
+    for name, shape, axes in _mlp(arch):
+        inside = ["none" if axis == "mlp" else axis for axis in axes]
+        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
+    return weights
+
+
+def block_weights(arch: Arch) -> dict[str, Weight]:
+    """The weights of all blocks, stacked on a leading axis of length `num_layers`; matrices are [in, out]."""
+    weights = linear_layers(arch)
+    if arch.experts is not None:
+        weights |= _expert_weights(arch, arch.experts)
     for name in arch.biases:
-        _, cols, _, col_axis = matrices[name]
-        weights[f"{name}_bias"] = Weight((arch.num_layers, cols), ("layers", col_axis))
+        shape, axes = weights[name].shape, weights[name].axes
+        weights[f"{name}_bias"] = Weight((*shape[:-2], shape[-1]), (*axes[:-2], axes[-1]))
     pre, post = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
     for norm in (*(pre if arch.pre_norms else ()), *(post if arch.post_norms else ())):
-        weights[norm] = Weight((arch.num_layers, arch.d_model), ("layers", "norm"))
+        for name in (norm, f"{norm}_bias") if arch.layer_norm else (norm,):
+            weights[name] = Weight((arch.num_layers, arch.d_model), ("layers", "norm"))
     if arch.qk_norm:
         whole = arch.qk_norm == "all"
-        for name, width in (("q_norm", heads), ("k_norm", kv_heads)):
-            weights[name] = Weight((arch.num_layers, width if whole else arch.head_dim), ("layers", "norm"))
+        for name, count in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
+            width = count * arch.head_dim if whole else arch.head_dim
+            weights[name] = Weight((arch.num_layers, width), ("layers", "norm"))
+    if arch.sinks:
+        weights["sinks"] = Weight((arch.num_layers, arch.num_heads), ("layers", "heads"))
     return weights
 
 
 def model_weights(arch: Arch) -> dict[str, Any]:
-    """Every weight of the model: `embed` [V, d], `blocks`, `final_norm` [d] and, if untied, `head` [V, d]."""
+    """Every weight of the model: `embed` [V, d], `blocks`, `final_norm` [d] and, where the architecture has them,
+    `final_norm_bias` [d], `positions` [P, d] and, if untied, `head` [V, d]."""
     vocab = Weight((arch.vocab_size, arch.d_model), ("vocab", "embed"), fan_in=arch.d_model)
-    weights: dict[str, Any] = {
-        "embed": vocab,
-        "blocks": block_weights(arch),
-        "final_norm": Weight((arch.d_model,), ("norm",)),
-    }
+    norm = Weight((arch.d_model,), ("norm",))
+    weights: dict[str, Any] = {"embed": vocab, "blocks": block_weights(arch), "final_norm": norm}
+    if arch.layer_norm:
+        weights["final_norm_bias"] = norm
+    if arch.positions:
+        weights["positions"] = Weight((arch.positions, arch.d_model), ("none", "embed"), fan_in=arch.d_model)
     if not arch.tied_head:
         weights["head"] = vocab
     return weights

@@ -17,46 +17,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import attention_kernel
-from nlae_jax.lm.arch import Arch, LinearRope
 from nlae_jax.lm.products import einsum
 from nlae_jax.lm.segments import KeyValues
 
 # Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
 MASKED = -1e30
-
-
-def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [*positions.shape, head_dim / 2] float32 (Su et al. 2021, in HF's half-split order).
-
-    `kind` is one of `arch.ropes`; "none" turns nothing.
-    """
-    exponents = jnp.arange(0, arch.head_dim, 2, dtype=jnp.float32) / arch.head_dim
-    frequencies = (arch.local_rope_theta if kind == "local" else arch.rope_theta) ** -exponents
-    scaling = arch.rope_scaling if kind == "global" else None
-    if kind == "none":
-        frequencies = jnp.zeros_like(frequencies)
-    elif isinstance(scaling, LinearRope):
-        frequencies = frequencies / scaling.factor
-    elif scaling is not None:
-        wavelengths = 2 * math.pi / frequencies
-        low = scaling.original_max_positions / scaling.low_freq_factor
-        high = scaling.original_max_positions / scaling.high_freq_factor
-        smooth = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-        frequencies = jnp.where(
-            wavelengths > low, frequencies / scaling.factor, jnp.where(wavelengths < high, frequencies, between)
-        )
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [..., T, heads, head_dim] by its positions' `rope_table`, in float32."""
-    cos, sin = (t[..., None, :] for t in table)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attend(
@@ -67,17 +32,21 @@ def attend(
     softcap: float = 0.0,
     window: jax.Array | int | None = None,
     implementation: str = "auto",
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of one segment's queries to the keys of several segments, under one softmax.
 
     q: [*batch, T, heads, head_dim], q_positions: [*batch, T]. The batch axes of every entry of `segments` are a
     prefix of q's; a cache may have them as one (`empty_caches`). A key is seen if it is valid, its position is not
     after the query's and, with a `window`, less than so many before it. Scores are multiplied by `scale`
-    (head_dim ** -0.5 unless given) and, with a `softcap`, squashed below it. Returns q's shape.
+    (head_dim ** -0.5 unless given) and, with a `softcap`, squashed below it. `sinks` [heads] are the scores of one key
+    more, which holds nothing. Returns q's shape.
 
     `implementation` is one of `IMPLEMENTATIONS` or "auto", which is "xla" everywhere: no chip has run the other yet.
-    Single queries (decoding) and more keys than the kernel has room for take "xla" whatever is asked for.
+    Single queries (decoding), sinks and more keys than the kernel has room for take "xla" whatever is asked for.
     """
+    if sinks is not None:
+        return attend_xla(q, q_positions, segments, scale, softcap, window, sinks)
     if implementation == "auto" or q.shape[-3] == 1 or not attention_kernel.fits(q, segments):
         implementation = "xla"
     return IMPLEMENTATIONS[implementation](q, q_positions, segments, scale, softcap, window)
@@ -90,6 +59,7 @@ def attend_xla(
     scale: float | None = None,
     softcap: float = 0.0,
     window: jax.Array | int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` in operations that XLA schedules, on any backend."""
     *batch, length, heads, head_dim = q.shape
@@ -104,13 +74,16 @@ def attend_xla(
         visible = kv.valid.reshape(outer, 1, 1, -1) & (age >= 0)
         seen.append(visible if window is None else visible & (age < window))
     scale = head_dim**-0.5 if scale is None else scale
-    out = _softmax_of_segments(scale, softcap, queries, tuple(keys), tuple(values), tuple(seen))
+    if sinks is not None:
+        sinks = sinks.reshape(kv_heads, -1).astype(jnp.float32)
+    out = _softmax_of_segments(scale, softcap, queries, tuple(keys), tuple(values), tuple(seen), sinks)
     return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
 
 
 # Below, K = kv_heads, N = rows, R = query heads per kv head. Queries are [K, N, T, R, D]; a segment's keys and values
-# are [K, O, S, D], where N = O · I and I rows follow each other that share its keys; `seen` is [O, I, T, S]. With the
-# heads in front, going from one segment's layout to another's is a reshape that moves nothing.
+# are [K, O, S, D], where N = O · I and I rows follow each other that share its keys; `seen` is [O, I, T, S], and
+# sinks, where there are any, are [K, R] float32. With the heads in front, going from one segment's layout to another's
+# is a reshape that moves nothing.
 
 
 def _scores(
@@ -143,31 +116,39 @@ def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _softmax_of_segments(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any) -> jax.Array:
+def _softmax_of_segments(
+    scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any, sinks: jax.Array | None
+) -> jax.Array:
     """The attention itself, [K, N, T, R, D] like q; `keys`, `values` and `seen` have an entry per segment.
 
     Its gradient is written out (Dao et al. 2022): kept are the output and the softmax's maximum and denominator, from
     which each segment's weights are made again, instead of the scores.
     """
-    return _forward(scale, softcap, q, keys, values, seen)[0]
+    return _forward(scale, softcap, q, keys, values, seen, sinks)[0]
 
 
-def _forward(scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any) -> tuple[jax.Array, Any]:
+def _forward(
+    scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any, sinks: jax.Array | None
+) -> tuple[jax.Array, Any]:
     """The softmax is taken in pieces: one maximum over all segments, then sums of exponentials and weighted values."""
     scores = [
         jnp.where(m, s, MASKED) for s, m in (_scores(scale, softcap, q, *of) for of in zip(keys, seen, strict=True))
     ]
     top = functools.reduce(jnp.maximum, [score.max(-1).reshape(q.shape[:-1]) for score in scores])
+    if sinks is not None:
+        top = jnp.maximum(top, sinks[:, None, None])
     weights = [jnp.exp(score - top.reshape(*score.shape[:-1], 1)) for score in scores]
     denominator = functools.reduce(jnp.add, [weight.sum(-1).reshape(top.shape) for weight in weights])
+    if sinks is not None:
+        denominator = denominator + jnp.exp(sinks[:, None, None] - top)
     numerator = functools.reduce(jnp.add, [_weighted(weight, v) for weight, v in zip(weights, values, strict=True)])
     out = (numerator / denominator[..., None]).astype(q.dtype)
     out, top, denominator = (checkpoint_name(x, "attention") for x in (out, top, denominator))
-    return out, (q, keys, values, seen, out, top, denominator)
+    return out, (q, keys, values, seen, sinks, out, top, denominator)
 
 
 def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    q, keys, values, seen, out, top, denominator = kept
+    q, keys, values, seen, sinks, out, top, denominator = kept
     shift = (gradient.astype(jnp.float32) * out).sum(-1)
     of_q, of_keys, of_values = jnp.zeros(q.shape, jnp.float32), [], []
     for k, v, m in zip(keys, values, seen, strict=True):
@@ -184,7 +165,10 @@ def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> t
         of_q = of_q + _weighted(of_score, k)
         of_keys.append(_summed(of_score, q).astype(k.dtype))
         of_values.append(_summed(weight, gradient).astype(v.dtype))
-    return of_q.astype(q.dtype), tuple(of_keys), tuple(of_values), None
+    of_sinks = None
+    if sinks is not None:  # what they hold is zero, so their share of the output is too
+        of_sinks = -(jnp.exp(sinks[:, None, None] - top) / denominator * shift).sum((1, 2))
+    return of_q.astype(q.dtype), tuple(of_keys), tuple(of_values), None, of_sinks
 
 
 _softmax_of_segments.defvjp(_forward, _backward)

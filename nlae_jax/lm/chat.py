@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nlae_jax.lm.tokens import begin_ids, text_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import encodable, parse_json, quoted
 
@@ -75,6 +76,20 @@ def render_chats(
     return [encodable(prompt) for prompt in prompts]
 
 
+def prompts_ids(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
+    """What an encoder reads of messages: `chats_ids`, or, of a base model without a chat template, plain texts."""
+    if tokenizer.chat_template is None:
+        return [text_ids(tokenizer, encodable(message) + "\n") for message in messages]
+    return chats_ids(tokenizer, messages)
+
+
+def plain_template(tokenizer: Any) -> str:
+    """A chat template that writes the prompts that `prompts_ids` takes without one, for programs that need one."""
+    begin = "".join(tokenizer.convert_ids_to_tokens(begin_ids(tokenizer)))
+    written = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+    return f"{{{{ {json.dumps(begin)} }}}}{written}"
+
+
 def with_its_date(template: str) -> str:
     """The template printing the date that `chats_ids` has it print, in transformers too, whose clock goes on."""
     from nlae_jax.lm.chat_worker import DATE_STRING, TODAY
@@ -104,7 +119,7 @@ def _template(tokenizer: Any, name: str) -> str:
             raise UserError(f"{name}: none of its chat templates {quoted(sorted(template))} is called default")
         template = template["default"]
     if template is None:
-        raise UserError(f"{name}: its tokenizer has no chat template; the encoder needs an instruct model")
+        raise UserError(f"{name}: its tokenizer has no chat template; who chats needs an instruct model")
     if not isinstance(template, str):
         raise UserError(f"{name}: its chat template should be text; it is {quoted(template)}")
     return encodable(template)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks.
+"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks that all tokens pass: on no expert or router.
 
 Adapters are a tree of their own beside the frozen base, stacked over layers like it: one base in memory serves every
 role, whatever its depth and its adapters.
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch, block_weights
+from nlae_jax.lm.arch import Arch, linear_layers
 from nlae_jax.lm.products import einsum
 from nlae_jax.mesh import Weight
 
@@ -23,8 +23,7 @@ def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
             "a": Weight((weight.shape[0], rank, weight.shape[1]), ("layers", "rank", weight.axes[1]), weight.shape[1]),
             "b": Weight((weight.shape[0], rank, weight.shape[2]), ("layers", "rank", weight.axes[2])),
         }
-        for name, weight in block_weights(arch).items()
-        if len(weight.shape) == 3
+        for name, weight in linear_layers(arch).items()
     }
 
 

@@ -30,6 +30,8 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+_DTYPES = DTYPES | {"U8": np.dtype(np.uint8)}  # bytes are parts of `Mxfp4Tensor` only
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 _FILE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 # By dtype, the unsigned integer of its size and the bits of the exponent, which are all set in NaN and infinity alone.
 _EXPONENTS = {
@@ -58,26 +60,109 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
+    def entry(self, number: int) -> StoredTensor:
+        """That entry of the leading axis, as a tensor of its own."""
+        size = math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        return dataclasses.replace(self, shape=self.shape[1:], offset=self.offset + number * size)
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files that hold it."""
+        return {self.path}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mxfp4Tensor:
+    """A tensor [..., out, in] of 4-bit floats that share an exponent by 32 (OCP Microscaling Formats, 2023).
+
+    `blocks` [..., out, in / 32, 16] hold two numbers a byte, the first in its lower half, and `scales` [..., out,
+    in / 32] the exponents plus 127.
+    """
+
+    blocks: StoredTensor
+    scales: StoredTensor
+
+    dtype = "F32"  # that its values are given in
+
+    @property
+    def path(self) -> Path:
+        return self.blocks.path
+
+    @property
+    def name(self) -> str:
+        return self.blocks.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.blocks.shape[:-2], math.prod(self.blocks.shape[-2:]) * 2)
+
+    @property
+    def paths(self) -> set[Path]:
+        return {self.blocks.path, self.scales.path}
+
+    def entry(self, number: int) -> Mxfp4Tensor:
+        return Mxfp4Tensor(self.blocks.entry(number), self.scales.entry(number))
+
+
+# The 16 numbers of four bits: a sign, two bits of exponent, one of mantissa.
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FP4 = np.concatenate([_FP4, -_FP4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Where outputs of one matrix stand among those of several that are stored as one.
+
+    By `size` of its own in every `period`, from `offset` on: output j is number j // size · period + offset + j % size.
+    """
+
+    size: int
+    period: int
+    offset: int
+
+    def spans(self, first: int, end: int) -> Iterator[tuple[Span, Span, int]]:
+        """Runs of our outputs from `first` to `end`, where they are stored, and by which step there."""
+        if self.size == 1:
+            start = first * self.period + self.offset
+            yield (first, end), (start, start + (end - first - 1) * self.period + 1), self.period
+            return
+        while first < end:
+            group, within = divmod(first, self.size)
+            stop = min(end, (group + 1) * self.size)
+            start = group * self.period + self.offset + within
+            yield (first, stop), (start, start + stop - first), 1
+            first = stop
+
+    def places(self, count: int) -> np.ndarray:
+        """Where our first `count` outputs are stored."""
+        outputs = np.arange(count)
+        return outputs // self.size * self.period + self.offset + outputs % self.size
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A stored tensor and its place in an array: all of it or one `block` of its leading axis, transposed or not."""
+    """A stored tensor and its place in an array: what is at `index` of its leading axes, transposed or not.
 
-    tensor: StoredTensor
-    block: int | None
+    `spread`: the tensor holds outputs of others too.
+    """
+
+    tensor: StoredTensor | Mxfp4Tensor
+    index: tuple[int, ...]
     transposed: bool
+    spread: Spread | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A rectangle of a stored matrix and where it goes: `target` [rows, cols], of any strides, casts to its dtype.
 
-    A vector is a matrix of one row.
+    A vector is a matrix of one row. `steps`: of rows and of columns, from each that is read to the next.
     """
 
     rows: Span
     cols: Span
     target: np.ndarray
+    steps: tuple[int, int] = (1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +205,20 @@ def is_finite(values: np.ndarray) -> bool:
     return not (values.view(kind) & exponent == exponent).any()
 
 
-def check_tensor(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+def mxfp4(blocks: StoredTensor, scales: StoredTensor) -> Mxfp4Tensor:
+    """Raises UserError where the two do not fit each other."""
+    for tensor in (blocks, scales):
+        if tensor.dtype != "U8":
+            raise UserError(f"{tensor.path}: the tensor {tensor.name!r} is {tensor.dtype}; it should be U8, MXFP4's")
+    if blocks.shape != (*scales.shape, 16):
+        raise UserError(
+            f"{blocks.path}: the tensor {blocks.name!r} has shape {blocks.shape}; its scales, of shape {scales.shape}, "
+            "are one to 16 bytes"
+        )
+    return Mxfp4Tensor(blocks, scales)
+
+
+def check_tensor(tensor: StoredTensor | Mxfp4Tensor, shape: tuple[int, ...]) -> None:
     """Raises UserError where the tensor is of another shape, or of a dtype that is not read."""
     if tensor.shape != shape:
         raise UserError(f"{tensor.path}: the tensor {tensor.name!r} has shape {tensor.shape}; it should be {shape}")
@@ -144,7 +242,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         check_tensor(stored[name], shape)
     with path.open("rb", buffering=0) as file:
         return {
-            name: load_array(shape, DTYPES["F32"], None, [Source(stored[name], None, False)], {path: file})
+            name: load_array(shape, DTYPES["F32"], None, [Source(stored[name], (), False)], {path: file})
             for name, shape in shapes.items()
         }
 
@@ -227,7 +325,7 @@ def load_array(
     buffers = {held: _aligned_empty([stop - start for start, stop in held], dtype) for held in map(box, indices)}
     for source in sources:
         parts = [part for held, buffer in buffers.items() for part in _parts(source, held, buffer)]
-        _read_parts(files[source.tensor.path], source.tensor, parts)
+        _read_parts(files, source.tensor, parts)
     if sharding is None:
         array = jax.device_put(buffers[box(whole)])
     else:
@@ -237,15 +335,21 @@ def load_array(
 
 
 def _parts(source: Source, held: Box, buffer: np.ndarray) -> Iterator[Part]:
-    """What `buffer`, the rectangle `held` of our array, needs of one HF tensor: nothing if it lacks that block."""
-    if source.block is not None:
+    """What `buffer`, the rectangle `held` of our array, needs of one HF tensor: nothing if it lacks that entry."""
+    for place in source.index:
         (first, end), held = held[0], held[1:]
-        if not first <= source.block < end:
+        if not first <= place < end:
             return
-        buffer = buffer[source.block - first]
+        buffer = buffer[place - first]
     rows, cols = held if len(held) == 2 else ((0, 1), *held)
     matrix = buffer if buffer.ndim == 2 else buffer[None]
-    yield Part(cols, rows, matrix.T) if source.transposed else Part(rows, cols, matrix)
+    spans = [(cols, cols, 1)] if source.spread is None else source.spread.spans(*cols)
+    for ours, theirs, step in spans:
+        part = matrix[:, ours[0] - cols[0] : ours[1] - cols[0]]
+        if source.transposed:
+            yield Part(theirs, rows, part.T, (step, 1))
+        else:
+            yield Part(rows, theirs, part, (1, step))
 
 
 def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -256,15 +360,15 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _read_parts(file: FileIO, tensor: StoredTensor, parts: Sequence[Part]) -> None:
+def _read_parts(files: Mapping[Path, FileIO], tensor: StoredTensor | Mxfp4Tensor, parts: Sequence[Part]) -> None:
     """Fills the targets of all parts. Bytes that none of them needs are not read, and the others once.
 
-    `file` is `tensor.path`, opened unbuffered; `tensor.dtype` is one of `DTYPES`. Parts have the same rows or none in
+    `files` are the tensor's, opened unbuffered; `tensor.dtype` is one of `DTYPES`. Parts have the same rows or none in
     common, and so with columns, as the shards of an array have. Raises UserError where the file cannot be read.
     """
     try:
         for run in _runs(parts):
-            _read_run(file, tensor, run)
+            _read_run(files, tensor, run)
     except OSError as error:
         raise UserError(f"{tensor.path}: the tensor {tensor.name!r} cannot be read ({error})") from None
 
@@ -273,7 +377,8 @@ def _runs(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Parts of the same rows whose columns follow each other without a gap: they are read as one."""
     run: list[Part] = []
     for part in sorted(parts, key=lambda part: (part.rows, part.cols)):
-        if run and (part.rows != run[-1].rows or part.cols[0] != run[-1].cols[1]):
+        alone = part.steps != (1, 1) or (run and run[-1].steps != (1, 1))
+        if run and (alone or part.rows != run[-1].rows or part.cols[0] != run[-1].cols[1]):
             yield run
             run = []
         run.append(part)
@@ -281,26 +386,44 @@ def _runs(parts: Sequence[Part]) -> Iterator[list[Part]]:
         yield run
 
 
-def _read_run(file: FileIO, tensor: StoredTensor, run: list[Part]) -> None:
+def _read_run(files: Mapping[Path, FileIO], tensor: StoredTensor | Mxfp4Tensor, run: list[Part]) -> None:
     (start, stop), cols = run[0].rows, (run[0].cols[0], run[-1].cols[1])
+    row_step, col_step = run[0].steps
     row_bytes = (cols[1] - cols[0]) * DTYPES[tensor.dtype].itemsize
     step = max(_PIECE_ROWS, _PIECE_BYTES // max(row_bytes, 1))
+    step = -(-step // row_step) * row_step
     for first, last in itertools.pairwise((*range(start, stop, step), stop)):
-        values = _read_rectangle(file, tensor, (first, last), cols)
+        values = _read_values(files, tensor, (first, last), cols)
         for part in run:
-            stored = values[:, part.cols[0] - cols[0] : part.cols[1] - cols[0]]
+            stored = values[::row_step, part.cols[0] - cols[0] : part.cols[1] - cols[0] : col_step]
             # Cast first: a cast that also transposes takes values one by one.
             with np.errstate(over="ignore"):
                 piece = stored.astype(part.target.dtype, copy=False)
             if not is_finite(piece):
                 problem = f"numbers too large for {piece.dtype}" if is_finite(stored) else "NaN or infinity"
                 raise UserError(f"{tensor.path}: the tensor {tensor.name!r} holds {problem}")
-            part.target[first - start : last - start] = piece
+            begin = (first - start) // row_step
+            part.target[begin : begin + len(piece)] = piece
+
+
+def _read_values(
+    files: Mapping[Path, FileIO], tensor: StoredTensor | Mxfp4Tensor, rows: Span, cols: Span
+) -> np.ndarray:
+    """Values [rows, cols] in the tensor's dtype."""
+    if isinstance(tensor, StoredTensor):
+        return _read_rectangle(files[tensor.path], tensor, rows, cols)
+    blocks, scales = tensor.blocks, tensor.scales
+    flat = dataclasses.replace(blocks, shape=(blocks.shape[0], math.prod(blocks.shape[1:])))
+    packed = _read_rectangle(files[blocks.path], flat, rows, (0, flat.shape[1]))
+    exponents = _read_rectangle(files[scales.path], scales, rows, (0, scales.shape[1])).astype(np.int32) - 127
+    values = np.stack([_FP4[packed & 15], _FP4[packed >> 4]], axis=-1).reshape(len(packed), -1, 32)
+    with np.errstate(over="ignore"):
+        return np.ldexp(values, exponents[..., None]).reshape(len(packed), -1)[:, cols[0] : cols[1]]
 
 
 def _read_rectangle(file: FileIO, tensor: StoredTensor, rows: Span, cols: Span) -> np.ndarray:
     """Values [rows, cols] in the file's dtype, by one read if rows are whole and by one each if not."""
-    dtype, width = DTYPES[tensor.dtype], tensor.shape[-1] if tensor.shape else 1
+    dtype, width = _DTYPES[tensor.dtype], tensor.shape[-1] if tensor.shape else 1
     values = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
     begin = tensor.offset + (rows[0] * width + cols[0]) * dtype.itemsize
     buffers: Any = values.view(np.uint8)

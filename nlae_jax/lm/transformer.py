@@ -6,23 +6,22 @@ segments (see `attention.py`). A role that needs fewer blocks than the base has 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm import head
-from nlae_jax.lm.arch import Arch, block_weights, model_weights
-from nlae_jax.lm.attention import apply_rope, attend, rope_table
-from nlae_jax.lm.lora import adapter_weights, linear
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of
+from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.modules import apply
+from nlae_jax.lm.norms import norm
 from nlae_jax.lm.segments import KeyValues
-from nlae_jax.mesh import DECODE_RULES, Weight, constrained, constrained_tree, platform_of
+from nlae_jax.mesh import DECODE_RULES, Weight, constrained_tree, platform_of
+from nlae_jax.runtime.errors import UserError
 
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
@@ -30,63 +29,6 @@ REMAT = {
     # Neither attention's scores nor what is cheaply made again: less than half of what "dots" keeps, and no slower.
     "linear": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o", "gate", "up"),
 }
-
-
-class Segment(NamedTuple):
-    """Tokens that share batch axes: `x` [*batch, T, d], `positions` [*batch, T] int32, `valid` [*batch, T] bool."""
-
-    x: jax.Array
-    positions: jax.Array
-    valid: jax.Array
-
-
-class LayerCache(NamedTuple):
-    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim]."""
-
-    k: jax.Array
-    v: jax.Array
-
-
-# One block's weights and its adapters, none or by the linear layer's name.
-BlockWeights = tuple[dict[str, jax.Array], dict[str, Any]]
-
-
-class Layer(NamedTuple):
-    """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
-
-    window: Any = None
-    rope: Any = 0
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-}
-
-_NO_WINDOW = 2**30  # further back than any position
-
-
-def rope_kinds(arch: Arch) -> list[str]:
-    """The kinds of rope that the blocks have, each once."""
-    return sorted(set(arch.ropes)) or ["global"]
-
-
-def layers_of(arch: Arch) -> Layer | None:
-    """Every block's `Layer`, as arrays [L]; None where all are alike."""
-    if not arch.ropes and not arch.windows:
-        return None
-    kinds, count = rope_kinds(arch), arch.num_layers
-    return Layer(
-        np.array([window or _NO_WINDOW for window in arch.windows], np.int32) if arch.windows else None,
-        np.array([kinds.index(rope) for rope in arch.ropes] or [0] * count, np.int32),
-    )
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
-    return (scaled * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -98,136 +40,6 @@ def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) 
 
 def is_weight(node: Any) -> bool:
     return isinstance(node, Weight)
-
-
-class Block:
-    """One block as a pure function; holds what does not differ between blocks.
-
-    `weights` and `adapters` are one block's slices. `contexts` are the keys and values of segments processed earlier
-    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`; with a
-    `place`, the room of all blocks, of which this one's is there.
-    """
-
-    def __init__(
-        self, arch: Arch, lora_scale: float, segments: Sequence[Segment], implementation: str = "auto"
-    ) -> None:
-        self.arch, self.lora_scale, self.implementation = arch, lora_scale, implementation
-        self.positions = [s.positions for s in segments]
-        self.valid = [s.valid for s in segments]
-        # Of each matrix, what its input and its output are split by; residual streams are by rows alone.
-        axes = {name: weight.axes[1:] for name, weight in block_weights(arch).items() if len(weight.shape) == 3}
-        self._axes = {name: [axis if axis != "embed" else None for axis in both] for name, both in axes.items()}
-        self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
-
-    def __call__(
-        self,
-        weights: dict[str, jax.Array],
-        adapters: dict[str, Any],
-        xs: tuple[jax.Array, ...],
-        contexts: Sequence[KeyValues] = (),
-        own: KeyValues | None = None,
-        offset: jax.Array | int = 0,
-        layer: Layer | None = None,
-        place: jax.Array | None = None,
-    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-        layer, decoding = layer or Layer(), own is not None
-        seen, outs, caches = list(contexts), [], []
-        for i, x in enumerate(xs):
-            x = _residual(x, decoding)
-            with jax.named_scope("attention"):
-                normed = self._norm(x, weights, "attn_norm")
-                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope), decoding)
-                if own is None:
-                    keys = KeyValues(k, v, self.positions[i], self.valid[i])
-                    grown = LayerCache(k, v)
-                else:
-                    grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
-                    read = grown if place is None else _layer(grown, place)
-                    keys = own._replace(k=read.k, v=read.v)
-                seen.append(keys)
-                caches.append(grown)
-                scale = self.arch.attention_scale or None
-                mixed = attend(
-                    q,
-                    self.positions[i],
-                    seen,
-                    scale,
-                    self.arch.attention_softcap,
-                    layer.window,
-                    self.implementation,
-                )
-                mixed = mixed.reshape(*x.shape[:-1], -1)
-                if decoding:
-                    mixed = _by_column(self._by_row(mixed))
-                mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
-                x = x + self._norm(mixed, weights, "attn_post_norm")
-            with jax.named_scope("mlp"):
-                mixed = self.neurons(x, weights, adapters, decoding)
-                mixed = self._linear(mixed, weights, adapters, "down", decoding)
-                x = x + self._norm(_residual(mixed, decoding), weights, "mlp_post_norm")
-            outs.append(x)
-        return tuple(outs), tuple(caches)
-
-    def neurons(
-        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
-    ) -> jax.Array:
-        """What the MLP's neurons make of the residual stream after attention, [*batch, T, d_ff]."""
-        normed = self._norm(x, weights, "mlp_norm")
-        gate, up = (self._linear(normed, weights, adapters, name, decoding) for name in ("gate", "up"))
-        return ACTIVATIONS[self.arch.activation](gate) * up
-
-    def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
-        """x itself where the architecture has no such norm."""
-        if name not in weights:
-            return x
-        return rms_norm(x, weights[name], self.arch.norm_eps, self.arch.norm_offset)
-
-    def _linear(
-        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], name: str, decoding: bool
-    ) -> jax.Array:
-        """Where training holds copies of the weights, rows stay split at both ends of a product and of its gradient's.
-
-        Told that of residual streams alone, XLA gathered rows of the activations' segment from all copies on slices of
-        64 and 128 chips: 60 % more was sent. Inside one copy it weighs rows against weights, and does so well.
-        """
-        rows, columns = self._axes[name]
-        constrain = not decoding and jax.typeof(x).sharding.mesh.shape.get("data", 1) > 1
-        if constrain:
-            x = _training_rows(x, rows)
-        y = linear(x, weights[name], adapters.get(name), self.lora_scale)
-        y = y + weights[f"{name}_bias"] if name in self.arch.biases else y
-        return checkpoint_name(_training_rows(y, columns) if constrain else y, name)
-
-    def _by_row(self, y: jax.Array) -> jax.Array:
-        """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
-        axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
-        return constrained(y, axes, together=y.shape[-1] // self.arch.num_kv_heads)
-
-    def _project(
-        self,
-        weights: dict[str, jax.Array],
-        adapters: dict[str, Any],
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        decoding: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim].
-
-        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead.
-        """
-
-        def heads(name: str, count: int) -> jax.Array:
-            y, norm = self._linear(x, weights, adapters, name, decoding), f"{name}_norm"
-            if decoding:  # the product where its matrix is, or that would be gathered
-                y = self._by_row(_by_column(y))
-            if self.arch.qk_norm == "all":
-                y = self._norm(y, weights, norm)
-            y = y.reshape(*x.shape[:-1], count, self.arch.head_dim)
-            return self._norm(y, weights, norm) if self.arch.qk_norm == "head" else y
-
-        q = apply_rope(heads("q", self.arch.num_heads), rope)
-        k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
-        return q, jnp.moveaxis(k, -2, 0), jnp.moveaxis(heads("v", self.arch.num_kv_heads), -2, 0)
 
 
 class Transformer(nn.Module):
@@ -257,6 +69,8 @@ class Transformer(nn.Module):
         self.embedding = declare("embed", weights["embed"])
         self.blocks = declare("blocks", weights["blocks"])
         self.final_norm = declare("final_norm", weights["final_norm"])
+        self.final_norm_bias = declare("final_norm_bias", weights["final_norm_bias"]) if self.arch.layer_norm else None
+        self.positions = declare("positions", weights["positions"]) if self.arch.positions else None
         self.head = self.embedding if self.arch.tied_head else declare("head", weights["head"])
 
     def _adapters(self) -> dict[str, Any]:
@@ -269,6 +83,19 @@ class Transformer(nn.Module):
             embedded if self.arch.embed_scale == 1.0 else embedded * jnp.asarray(self.arch.embed_scale, embedded.dtype)
         )
 
+    def _placed(self, x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
+        """What the first block reads: with the embeddings of its positions, where they have any.
+
+        `length`: no sequence is longer. Raises UserError where the model cannot be run on so many tokens.
+        """
+        if 0 < self.arch.most_tokens < length:
+            raise UserError(
+                f"a sequence of {length} tokens is too long for this model, which can be run on {self.arch.most_tokens}"
+            )
+        if self.positions is None:
+            return x
+        return x + self.positions[positions].astype(x.dtype)
+
     def run(
         self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
@@ -278,13 +105,15 @@ class Transformer(nn.Module):
         segment's keys and values stacked over layers.
         """
         stop = self.arch.num_layers if stop is None else stop
+        length = sum(s.x.shape[-2] for s in segments)
+        xs = tuple(self._placed(s.x, s.positions, length) if start == 0 else s.x for s in segments)
         block = Block(self.arch, self.lora_scale, segments, self.attention)
 
         def body(xs: tuple[jax.Array, ...], inputs: tuple[Any, Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
             weights, adapters, layer = inputs
-            weights = weights if not partial else _layer(self.blocks, weights)
+            weights = weights if not partial else layer_of(self.blocks, weights)
             xs, caches = block(weights, adapters, xs, layer=layer)
-            return xs, jax.tree.map(_cache, caches) if keep_caches else ()
+            return xs, jax.tree.map(cached, caches) if keep_caches else ()
 
         # A part of the stack is read in place, block by block: slicing it first would copy it.
         partial = (start, stop) != (0, self.arch.num_layers)
@@ -294,13 +123,20 @@ class Transformer(nn.Module):
             adapters = jax.tree.map(lambda a: a[start:stop], adapters)
         body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
         layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
-        return jax.lax.scan(body, tuple(s.x for s in segments), (weights, adapters, layers))
+        return jax.lax.scan(body, xs, (weights, adapters, layers))
 
     def neurons(self, segment: Segment, layer: int) -> jax.Array:
-        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff]."""
+        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff].
+
+        Raises UserError for a mixture of experts, whose neurons depend on the router.
+        """
+        if self.arch.experts is not None:
+            raise UserError(f"the neurons of a model with experts ({self.arch.family}) cannot be read")
         (hidden,), _ = self.run((segment,), stop=layer)
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
-        weights, adapters = _layer(self.blocks, layer), _layer(self._adapters(), layer)
+        weights, adapters = layer_of(self.blocks, layer), layer_of(self._adapters(), layer)
+        if self.arch.parallel:
+            return block.neurons(hidden, weights, adapters)
         # Without its MLP's output, what leaves the block is what its MLP reads.
         silent = {**weights, "down": jnp.zeros_like(weights["down"])}
         if "down_bias" in weights:
@@ -313,7 +149,7 @@ class Transformer(nn.Module):
     def block_weights(self) -> list[BlockWeights]:
         """Each block's weights and adapters by themselves."""
         adapters = self._adapters()
-        return [(_layer(self.blocks, index), _layer(adapters, index)) for index in range(self.arch.num_layers)]
+        return [(layer_of(self.blocks, index), layer_of(adapters, index)) for index in range(self.arch.num_layers)]
 
     def decode(
         self,
@@ -330,9 +166,11 @@ class Transformer(nn.Module):
         blocks on a leading axis (see `for_decoding`). Returns the last residual stream and the grown caches.
         """
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
+        parts = (*contexts, own) if weights is None else (*contexts[0], own[0])
+        x = self._placed(segment.x, segment.positions, sum(kv.k.shape[-2] for kv in parts))
         if weights is None:
-            return self._scanned_decode(block, segment.x, contexts, own, offset)
-        xs: tuple[jax.Array, ...] = (segment.x,)
+            return self._scanned_decode(block, x, contexts, own, offset)
+        xs: tuple[jax.Array, ...] = (x,)
         grown = []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights):
@@ -373,7 +211,9 @@ class Transformer(nn.Module):
         return head.loss(loss_of, self.arch.logit_softcap, chunk, self._normed(x), self.head, targets, extras)
 
     def _normed(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.final_norm, self.arch.norm_eps, self.arch.norm_offset)
+        """What the head reads: a divisor of logits is one of its input."""
+        normed = norm(self.arch, x, self.final_norm, self.final_norm_bias)
+        return normed if self.arch.logit_divisor == 1.0 else normed * jnp.asarray(1 / self.arch.logit_divisor, x.dtype)
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """ids, mask: [B, T] -> logits [B, T, V] float32, padding on either side."""
@@ -383,58 +223,6 @@ class Transformer(nn.Module):
     def padded(self, ids: jax.Array, mask: jax.Array) -> Segment:
         """A batch padded on either side as one segment; positions count the real tokens from 0."""
         return Segment(self.embed(ids), jnp.maximum(jnp.cumsum(mask, -1) - 1, 0).astype(jnp.int32), mask.astype(bool))
-
-
-def _by_column(y: jax.Array) -> jax.Array:
-    """What decoding's matrices read or give [*batch, T, columns], split as they are."""
-    return constrained(y, ("rows", *[None] * (y.ndim - 2), "heads"), DECODE_RULES)
-
-
-def _training_rows(x: jax.Array, columns: str | None) -> jax.Array:
-    """What training's matrices read or give [*batch, T, columns], split by its rows and as they are."""
-    rows = "batch" if x.ndim > 2 else None  # the constant prompt has no rows
-    return constrained(x, (rows, *[None] * (x.ndim - 2), columns))
-
-
-def _residual(x: jax.Array, decoding: bool) -> jax.Array:
-    """A residual stream [*batch, T, d] split over devices by its rows alone."""
-    return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _training_rows(x, None)
-
-
-def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
-    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
-
-    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
-    """
-    before = () if place is None else (place,)
-    kv_heads, rows = cache.shape[len(before) : len(before) + 2]
-    if jnp.ndim(offset):
-        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
-        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
-        return _cache(written, len(before))
-    new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
-    return _cache(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
-
-
-def _cache(x: jax.Array, stacked: int = 0) -> jax.Array:
-    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them, `stacked` axes before."""
-    batch = ("batch",) if x.ndim - stacked > 3 else ()
-    axes = (*[None] * stacked, "kv_heads", *batch)
-    return constrained(x, (*axes, *[None] * (x.ndim - len(axes))))
-
-
-def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
-    """`tables[index]`, where the index may be traced."""
-    if len(tables) == 1 or isinstance(index, int):
-        return tables[index if isinstance(index, int) else 0]
-    return jax.tree.map(lambda *parts: jnp.stack(parts)[index], *tables)
-
-
-def _layer(stacked: Any, index: Any) -> Any:
-    """One layer's slice of every array in a stacked tree."""
-    if isinstance(index, int):
-        return jax.tree.map(lambda w: w[index], stacked)
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)
 
 
 def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tuple[KeyValues, ...]:

@@ -1,7 +1,6 @@
 """Reading and writing the safetensors files of a model directory in the HF layout.
 
-One table per family names every parameter in both directions. An HF Linear is stored [out, in] and ours
-is [in, out]; our blocks are stacked on a leading axis. Tensors pass through memory one at a time.
+`layout.py` says where each parameter stands. Tensors pass through memory one at a time.
 """
 
 from __future__ import annotations
@@ -9,27 +8,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from nlae_jax.lm.arch import Arch, model_weights
-from nlae_jax.lm.families import FAMILIES
+from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.layout import HfTensor, Share, flat_weights, hf_name, hf_tensors, is_buffer, layout, plain_name
 from nlae_jax.lm.tensors import (
+    Mxfp4Tensor,
     Source,
     StoredTensor,
     TensorToWrite,
     check_tensor,
     load_array,
+    mxfp4,
     numpy_dtype,
     same_values,
     stored_tensors,
     write_safetensors,
 )
+from nlae_jax.mesh import Weight
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
 from nlae_jax.runtime.outside import quoted, read_json
@@ -38,55 +39,13 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30  # of one file that is written
 
-# Our name -> (HF name, whether the HF matrix is the transpose of ours), where a family has it.
-# A name with {} stands for one tensor per block, and ours is then under "blocks".
-_LLAMA_NAMES: dict[str, tuple[str, bool]] = {
-    "embed": ("model.embed_tokens.weight", False),
-    "attn_norm": ("model.layers.{}.input_layernorm.weight", False),
-    "q": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "k": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "v": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "o": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "q_bias": ("model.layers.{}.self_attn.q_proj.bias", False),
-    "k_bias": ("model.layers.{}.self_attn.k_proj.bias", False),
-    "v_bias": ("model.layers.{}.self_attn.v_proj.bias", False),
-    "o_bias": ("model.layers.{}.self_attn.o_proj.bias", False),
-    "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
-    "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
-    "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "gate": ("model.layers.{}.mlp.gate_proj.weight", True),
-    "up": ("model.layers.{}.mlp.up_proj.weight", True),
-    "down": ("model.layers.{}.mlp.down_proj.weight", True),
-    "gate_bias": ("model.layers.{}.mlp.gate_proj.bias", False),
-    "up_bias": ("model.layers.{}.mlp.up_proj.bias", False),
-    "down_bias": ("model.layers.{}.mlp.down_proj.bias", False),
-    "final_norm": ("model.norm.weight", False),
-    "head": ("lm_head.weight", False),
-}
-# With norms on both sides of attention and MLP, the name that Llama gives to the second goes to another.
-_POST_NORM_NAMES: dict[str, tuple[str, bool]] = _LLAMA_NAMES | {
-    "attn_post_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "mlp_norm": ("model.layers.{}.pre_feedforward_layernorm.weight", False),
-    "mlp_post_norm": ("model.layers.{}.post_feedforward_layernorm.weight", False),
-}
-_OTHER_NAMES = {"gemma2": _POST_NORM_NAMES, "gemma3_text": _POST_NORM_NAMES, "olmo2": _POST_NORM_NAMES}
-HF_NAMES: dict[str, dict[str, tuple[str, bool]]] = {
-    family: _OTHER_NAMES.get(family, _LLAMA_NAMES) for family in FAMILIES
-}
-
-# The language model's tensors may lie beside a vision tower (new and old spelling), and those of either may have been
-# saved without the head, by a class that calls them as the model does from inside. What else a vision tower brings:
-_TRUNK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?(?=(?:embed_tokens|layers|norm)\.)")
-_HEAD = re.compile(r"language_model\.(?=lm_head\.)")
 _VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
 
+# What a tensor is packed into, beside what its name is otherwise.
+_MXFP4 = ("blocks", "scales")
+
 # What a model without output lacks: a decoder is read before its final norm and has no vocabulary head.
-_OUTPUT = ("final_norm", "head")
-
-
-def hf_name(arch: Arch, name: str, layer: int = 0) -> str:
-    """The HF name of our parameter `name`, in block `layer` if it belongs to a block."""
-    return HF_NAMES[arch.family][name][0].format(layer)
+_OUTPUT = ("final_norm", "final_norm_bias", "head")
 
 
 def load_params(
@@ -105,15 +64,21 @@ def load_params(
     shape or dtype; headers tell, before any values are read. Then also where a value is not finite, or where a model
     that is tied has a head that is not its embedding.
     """
-    target, shapes = numpy_dtype(dtype), _shapes(arch, trunk)
-    sources, heads = _find(Path(directory), arch, trunk, shapes)
-    given = dict.fromkeys(shapes) if shardings is None else _flat(shardings)
+    target, weights = numpy_dtype(dtype), _weights(arch, trunk)
+    sources, heads = _find(Path(directory), arch, trunk, weights)
+    given = dict.fromkeys(weights) if shardings is None else _flat(shardings)
     with contextlib.ExitStack() as stack:
-        paths = {source.tensor.path for parts in sources.values() for source in parts} | {head.path for head in heads}
+        paths = {path for parts in sources.values() for source in parts for path in source.tensor.paths}
+        paths |= {head.path for head in heads}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
-        arrays = {name: load_array(shape, target, given[name], sources[name], files) for name, shape in shapes.items()}
+        arrays = {
+            name: load_array(weight.shape, target, given[name], sources[name], files)
+            for name, weight in weights.items()
+        }
         for head in heads:
-            _check_tied(sources["embed"][0].tensor, head, files)
+            embed = sources["embed"][0].tensor
+            assert isinstance(embed, StoredTensor)  # experts alone come packed
+            _check_tied(embed, head, files)
         return _tree(arrays)
 
 
@@ -123,7 +88,7 @@ def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str 
     Raises ValueError where it does not fit `arch`.
     """
     trunk = "final_norm" not in params
-    expected, flat = _shapes(arch, trunk), _flat(params)
+    expected, flat = {name: weight.shape for name, weight in _weights(arch, trunk).items()}, _flat(params)
     if {name: tuple(leaf.shape) for name, leaf in flat.items()} != expected:
         raise ValueError(f"the parameters do not fit the architecture; expected {expected}")
     save_model(directory, arch, lambda name, layer: flat[name] if layer is None else flat[name][layer], dtype, trunk)
@@ -143,11 +108,12 @@ def save_model(
     asked for one tensor at a time. `trunk` leaves out final norm and head. Each file appears complete or not at all,
     an index last.
     """
-    shapes, tensors = _shapes(arch, trunk), []
-    for hf, name, layer, transposed in _places(arch, shapes):
-        shape = shapes[name] if layer is None else shapes[name][1:]
-        read = functools.partial(_values, values, name, layer, transposed)
-        tensors.append(TensorToWrite(hf, shape[::-1] if transposed else shape, read))
+    if arch.experts is not None:  # of a block's, each is written by itself
+        values = functools.lru_cache(maxsize=1)(values)
+    tensors = [
+        TensorToWrite(tensor.name, tensor.shape, functools.partial(_values, values, tensor))
+        for tensor in hf_tensors(arch, _weights(arch, trunk))
+    ]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, shard_bytes // numpy_dtype(dtype).itemsize)
@@ -161,9 +127,20 @@ def save_model(
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
 
 
-def _values(values: Callable[[str, int | None], Any], name: str, layer: int | None, transposed: bool) -> np.ndarray:
-    array = np.asarray(values(name, layer))
-    return array.T if transposed else array
+def _values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.ndarray:
+    def of(share: Share) -> np.ndarray:
+        array = values(share.name, share.index[0] if share.index else None)
+        return np.asarray(array[share.index[1]] if share.index[1:] else array)
+
+    if len(tensor.shares) == 1 and tensor.shares[0].spread is None:
+        array = of(tensor.shares[0])
+        return array.T if tensor.transposed else array
+    joined = np.empty(tensor.shape, np.float32)  # any dtype that is written fits
+    for share in tensor.shares:
+        target, array = joined if share.expert is None else joined[share.expert], of(share)
+        places = np.arange(array.shape[-1]) if share.spread is None else share.spread.places(array.shape[-1])
+        (target.T if tensor.transposed else target)[..., places] = array
+    return joined
 
 
 def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[TensorToWrite]]:
@@ -180,10 +157,9 @@ def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[Tensor
     return shards
 
 
-def _shapes(arch: Arch, trunk: bool) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of every parameter, blocks stacked."""
-    names = _flat(model_weights(arch))
-    return {name: weight.shape for name, weight in names.items() if not (trunk and name in _OUTPUT)}
+def _weights(arch: Arch, trunk: bool) -> dict[str, Weight]:
+    """Every parameter by our name, blocks stacked."""
+    return {name: weight for name, weight in flat_weights(arch).items() if not (trunk and name in _OUTPUT)}
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -191,35 +167,16 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tree(flat: dict[str, Any]) -> dict[str, Any]:
-    outside = ("embed", *_OUTPUT)
+    outside = ("embed", "positions", *_OUTPUT)
     blocks = {name: leaf for name, leaf in flat.items() if name not in outside}
     return {name: leaf for name, leaf in flat.items() if name in outside} | {"blocks": blocks}
 
 
-def _places(arch: Arch, names: Container[str]) -> Iterator[tuple[str, str, int | None, bool]]:
-    """(HF name, our name, block if it belongs to one, whether HF's is the transpose) of every tensor of `names`."""
-    table = {ours: theirs for ours, theirs in HF_NAMES[arch.family].items() if ours in names}
-    for name, (template, transposed) in table.items():
-        if "{}" not in template:
-            yield template, name, None, transposed
-    for layer in range(arch.num_layers):
-        for name, (template, transposed) in table.items():
-            if "{}" in template:
-                yield template.format(layer), name, layer, transposed
-
-
-def _plain_name(name: str) -> str:
-    """The name that a tensor of the language model has in a checkpoint with a head and without a vision tower."""
-    if inside := _TRUNK.match(name):
-        return "model." + name[inside.end() :]
-    return _HEAD.sub("", name, count=1)
-
-
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
-    """Whether a surplus tensor is harmless: a rotary buffer, or a trunk's output part."""
-    if name.endswith("rotary_emb.inv_freq") or name.startswith(_VISION):
+    """Whether a surplus tensor is harmless: a buffer, a vision tower's, or a trunk's output part."""
+    if is_buffer(arch, name) or name.startswith(_VISION):
         return True
-    return trunk and name in (hf_name(arch, "head"), hf_name(arch, "final_norm"))
+    return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -257,21 +214,23 @@ def _check_tied(embed: StoredTensor, head: StoredTensor, files: dict[Path, Any])
 
 
 def _find(
-    directory: Path, arch: Arch, trunk: bool, shapes: dict[str, tuple[int, ...]]
+    directory: Path, arch: Arch, trunk: bool, weights: dict[str, Weight]
 ) -> tuple[dict[str, list[Source]], list[StoredTensor]]:
     """Our name -> what it is read from, and the heads that a tied model has all the same.
 
     Every tensor is there once and as expected, else UserError.
     """
-    wanted = {
-        hf: (name, shapes[name] if layer is None else shapes[name][1:], layer, transposed)
-        for hf, name, layer, transposed in _places(arch, shapes)
-    }
-    found: dict[str, Source] = {}
+    wanted = {tensor.name: tensor for tensor in hf_tensors(arch, weights)}
+    found: dict[str, StoredTensor | Mxfp4Tensor] = {}
+    packed: dict[str, dict[str, StoredTensor]] = {}
     heads: list[StoredTensor] = []
     for path in weight_files(directory):
         for tensor in stored_tensors(path):
-            plain = _plain_name(tensor.name)
+            plain = plain_name(arch, tensor.name)
+            stem, _, part = plain.rpartition("_")
+            if part in _MXFP4 and stem in wanted and part not in packed.get(stem, {}):
+                packed.setdefault(stem, {})[part] = tensor
+                continue
             if plain not in wanted:
                 if _may_be_ignored(plain, arch, trunk):
                     continue
@@ -281,15 +240,24 @@ def _find(
                 raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
             if plain in found:
                 raise UserError(f"{path}: the tensor {tensor.name!r} is there twice")
-            _, shape, layer, transposed = wanted[plain]
-            check_tensor(tensor, shape[::-1] if transposed else shape)
-            found[plain] = Source(tensor, layer, transposed)
+            check_tensor(tensor, wanted[plain].shape)
+            found[plain] = tensor
+    for stem, parts in packed.items():
+        if stem in found or len(parts) < len(_MXFP4):
+            where = next(iter(parts.values()))
+            raise UserError(f"{where.path}: {where.name!r}: there should be its {' and '.join(_MXFP4)}, and no others")
+        found[stem] = mxfp4(*(parts[part] for part in _MXFP4))
+        shape = wanted[stem].shape  # packed along the inputs, which come last whatever the plain tensor's order
+        check_tensor(found[stem], shape if wanted[stem].transposed else (*shape[:-2], *shape[:-3:-1]))
     if missing := wanted.keys() - found.keys():
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{directory}: the weights lack the tensor {min(missing)!r}{more}")
-    sources: dict[str, list[Source]] = {name: [] for name in shapes}
-    for hf, (name, *_) in wanted.items():
-        sources[name].append(found[hf])
+    sources: dict[str, list[Source]] = {name: [] for name in weights}
+    for name, hf in wanted.items():
+        for share in hf.shares:
+            stored = found[name] if share.expert is None else found[name].entry(share.expert)
+            transposed = hf.transposed or isinstance(stored, Mxfp4Tensor)
+            sources[share.name].append(Source(stored, share.index, transposed, share.spread))
     for head in heads:
         check_tensor(head, head.shape)
     return sources, heads

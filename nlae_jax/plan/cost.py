@@ -171,13 +171,15 @@ class _Counter:
             cost.add(self.computation(one.called["calls"], fused=True))
         elif opcode == "dot":
             cost.flops = dot_flops(one, inside.operands(one))
+        elif opcode == "ragged-dot":
+            cost.flops = ragged_dot_flops(one, inside.operands(one))
         elif opcode == "convolution":
             cost.flops = convolution_flops(one, inside.operands(one))
         elif opcode == "custom-call":
             cost.flops = cost.kernel_flops = float(_estimate(one).get("flops", 0))
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             return self._collective(inside, one, kind)
-        if opcode in ("dot", "convolution", "custom-call"):
+        if opcode in ("dot", "ragged-dot", "convolution", "custom-call"):
             cost.repeated_flops += cost.flops * (_passes(one, inside.operands(one)) - 1)
         if not fused:
             cost.moved = self._moved(inside, one)
@@ -340,6 +342,13 @@ def _is_scattered(inside: Computation, one: Instruction) -> bool:
 def dot_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
     contracted = math.prod(operands[0][0].dims[axis] for axis in one.dims("lhs_contracting_dims"))
     return 2.0 * one.outputs[0].size * contracted
+
+
+def ragged_dot_flops(one: Instruction, operands: Sequence[Sequence[Array]]) -> float:
+    """Every row meets the one group that is its own, whose sizes are the third operand."""
+    groups = operands[2][0].dims[-1]
+    summed = set(one.dims("lhs_ragged_dims")) & set(one.dims("lhs_contracting_dims"))  # the gradient of the matrices
+    return dot_flops(one, operands[:2]) / (groups if summed else 1)
 
 
 def _passes(one: Instruction, operands: Sequence[Sequence[Array]]) -> int:

@@ -153,6 +153,22 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def adaptation_table(result: Mapping[str, Any]) -> Table:
+    """What a map between two models is worth on held-out texts, beside its controls; see `interop.adapt.adapt`."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        title=f"{result['held_out']} held-out activations; fitted on {result['fitted_on']}",
+    )
+    table.add_column("prediction")
+    for name in ("FVE", "cos"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = {"map": "the map", "mean": "the mean", "chance": "the map, of other texts", "random_map": "a random map"}
+    for name, label in names.items():
+        table.add_row(label, number(result[name]["fve"]), number(result[name]["cos"]))
+    return table
+
+
 def html_text(value: Any) -> str:
     """The one way for text onto the page: unprintable characters replaced, then HTML escaped."""
     return escape(printable(value), quote=True)

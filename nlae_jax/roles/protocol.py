@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import ProtocolConfig
-from nlae_jax.lm.chat import chat_ids, chats_ids
+from nlae_jax.lm.chat import prompts_ids
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_text
@@ -85,7 +85,9 @@ def find_marker(tokenizer: Any, template: str) -> str:
         rarest = sorted(candidates, reverse=True)
         for start in range(0, len(rarest), _MARKERS_AT_ONCE):
             some = rarest[start : start + _MARKERS_AT_ONCE]
-            prompts = chats_ids(tokenizer, [template.replace("{injection_char}", candidates[token]) for token in some])
+            prompts = prompts_ids(
+                tokenizer, [template.replace("{injection_char}", candidates[token]) for token in some]
+            )
             for marker_id, ids in zip(some, prompts, strict=True):
                 if ids.count(marker_id) == 1:
                     return candidates[marker_id]
@@ -111,7 +113,7 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     if len(marker_ids) != 1:
         raise UserError(f"subject.model: the slot's marker {quoted(marker)} is not one token to its tokenizer")
     (marker_id,) = marker_ids
-    ids = chat_ids(tokenizer, config.encoder_prompt.replace("{injection_char}", marker))
+    (ids,) = prompts_ids(tokenizer, [config.encoder_prompt.replace("{injection_char}", marker)])
     if ids.count(marker_id) != 1:
         raise UserError(
             f"protocol.encoder_prompt: {quoted(marker)} is {ids.count(marker_id)} times in it as a token, not once"

@@ -18,7 +18,7 @@ from nlae_jax.interop.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.interop.released import VALUE_HEAD
 from nlae_jax.interop.sidecar import model_sidecar, write_sidecar
 from nlae_jax.lm.adapters import write_adapters
-from nlae_jax.lm.chat import chats_ids, with_its_date
+from nlae_jax.lm.chat import chats_ids, plain_template, prompts_ids, with_its_date
 from nlae_jax.lm.families import hf_config, language_config, read_hf_config
 from nlae_jax.lm.lora import merge
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, load_tokenizer, stop_ids
@@ -147,9 +147,10 @@ def _merged(run: PreparedRun, base: Params, trained: Params) -> Callable[[str, i
 def _copy_tokenizer(source: Path, directory: Path, role: str) -> None:
     """The tokenizer's files as they are, but for what would have other programs read other prompts.
 
-    Encoder: a chat template that prints the date prints the one of training. Decoder: nothing is put after a text, and
-    a tokenizer that names a token for the beginning of a text but does not add it names none, since the reference's
-    client takes a named one for one that is added. Raises UserError where a file lies elsewhere.
+    Encoder: a chat template that prints the date prints the one of training, and a base model gets one. Decoder:
+    nothing is put after a text, and a tokenizer that names a token for the beginning of a text but does not add it
+    names none, since the reference's client takes a named one for one that is added. Raises UserError where a file
+    lies elsewhere.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -206,8 +207,13 @@ def _take_end_away(directory: Path, tokenizer: Any) -> None:
 
 
 def _fix_date(directory: Path, tokenizer: Any) -> None:
-    """In the chat template, wherever it is kept."""
-    expected = chats_ids(tokenizer, ["x"])
+    """In the chat template, wherever it is kept; where there is none, one that writes plain prompts."""
+    expected = prompts_ids(tokenizer, ["x"])
+    if tokenizer.chat_template is None:
+        (directory / "chat_template.jinja").write_text(plain_template(tokenizer), encoding="utf-8")
+        if chats_ids(load_tokenizer(directory), ["x"]) != expected:
+            warn(f"{directory}: no chat template writes this base model's prompts; other programs read other ones")
+        return
     if (path := directory / "chat_template.jinja").is_file():
         template = path.read_text(encoding="utf-8")
         if (dated := with_its_date(template)) == template:

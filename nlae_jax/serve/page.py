@@ -18,7 +18,7 @@ from nlae_jax.explore.steer import Outcome, Settings, steer
 from nlae_jax.serve.looking import look_at
 from nlae_jax.serve.service import Service
 from nlae_jax.serve.transport import Gate, unless_gone
-from nlae_jax.serve.wire import LIMITS, Input, Vector
+from nlae_jax.serve.wire import LIMITS, Description, Input, Text, Vector
 
 PATH = "/viewer"
 
@@ -34,29 +34,29 @@ _HEADERS = {
 
 
 class Texts(BaseModel):
-    texts: Annotated[list[Annotated[str, Field(max_length=LIMITS["max_description_chars"])]], Field(max_length=16)]
+    texts: Annotated[list[Description], Field(max_length=16)]
 
 
 class Edit(Input):
     """An edit of an explanation, for the subject to go on with; `alpha`: how far it is pushed, in units of ‖h‖."""
 
     positions: Annotated[list[int], Field(min_length=1, max_length=LIMITS["max_positions_per_request"])]
-    original: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
-    edited: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    original: Description
+    edited: Description
     alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
 
 
 class Look(BaseModel):
     """A neuron as `BLOCK:NEURON`, or a vector of the residual stream, which wins."""
 
-    neuron: Annotated[str, Field(max_length=40)] = ""
+    neuron: Annotated[Text, Field(max_length=40)] = ""
     side: Literal["write", "gate", "up"] = "write"
     vector: Vector | None = None
 
 
 class OwnWords(Input):
     position: int
-    description: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    description: Description
 
 
 def wants_page(request: Request) -> bool:

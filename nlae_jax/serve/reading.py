@@ -63,6 +63,7 @@ class Reader:
         roles, pair = explainer.roles, explainer.pair
         self.name, self.subject_name = _shown(explainer.name), _shown(explainer.subject_name)
         self.rates, self.loaded_at = error_rates(explainer.name), time.time()
+        explainer.check_own_subject("serve")
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
         self.explainer, self.subject = explainer, explainer.subject
         self._roles, self._pair = roles, pair

@@ -9,9 +9,10 @@ import dataclasses
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from nlae_jax.explore.passage import Token
+from nlae_jax.runtime.outside import encodable
 
 LIMITS = {
     "max_input_chars": 65536,
@@ -23,6 +24,9 @@ LIMITS = {
 }
 _MOST_MESSAGES = 512  # the template is run twice for each
 
+# What is no text (one half of a surrogate pair, which JSON can spell) is U+FFFD from here on: it could not be written.
+Text = Annotated[str, AfterValidator(encodable)]
+Description = Annotated[Text, Field(max_length=LIMITS["max_description_chars"])]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Vector = list[Finite]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
@@ -32,15 +36,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Message(BaseModel):
-    role: str
-    content: str = ""
-    channel: str | None = None
+    role: Text
+    content: Text = ""
+    channel: Text | None = None
 
 
 class Input(BaseModel):
     """A text, or a chat, which wins where both are given."""
 
-    text: Annotated[str, Field(max_length=LIMITS["max_input_chars"])] | None = None
+    text: Annotated[Text, Field(max_length=LIMITS["max_input_chars"])] | None = None
     messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -74,7 +78,7 @@ class Compare(BaseModel):
 
 
 class Score(BaseModel):
-    description: Annotated[str, Field(max_length=LIMITS["max_description_chars"])]
+    description: Description
     activation: Vector
 
 
@@ -90,7 +94,7 @@ class PublicInput(BaseModel):
 
     modelId: str | None = None
     nlaSourceId: str | None = None
-    text: str | None = None
+    text: Text | None = None
     messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
     temperature: Temperature = 0.7
     stream: bool = False

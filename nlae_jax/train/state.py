@@ -53,7 +53,7 @@ def init_decoder(
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
     head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else head
     if roles.rank == 0:
-        lm = {name: _master_copy(base[name]) for name in ("embed", "final_norm")}
+        lm = {name: _master_copy(weight) for name, weight in base.items() if name not in ("blocks", "head")}
         return {
             "lm": {**lm, "blocks": jax.tree.map(lambda w: _master_copy(w[:depth]), base["blocks"])},
             "value_head": head,

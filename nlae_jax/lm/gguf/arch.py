@@ -38,6 +38,8 @@ class GgufFamily:
 _SLIDING_WINDOW = ("attention.sliding_window", "sliding_window")
 _LOGIT_SOFTCAP = ("final_logit_softcapping", "final_logit_softcapping")
 
+_EXPERTS = (("expert_count", "num_experts"), ("expert_used_count", "num_experts_per_tok"))
+
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     # Mistral is stored as llama too; its window, where a file names one, is all that sets it apart.
     "llama": GgufFamily(
@@ -62,6 +64,22 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     ),
     "smollm3": GgufFamily("smollm3", rotary_pairs=True, fixed=(("no_rope_layer_interval", 4),)),
     "olmo2": GgufFamily("olmo2"),
+    "qwen3moe": GgufFamily(
+        "qwen3_moe",
+        fields=(*_EXPERTS, ("expert_feed_forward_length", "moe_intermediate_size")),
+        fixed=(("norm_topk_prob", True),),
+    ),
+    "olmoe": GgufFamily("olmoe", fields=_EXPERTS, fixed=(("norm_topk_prob", False),)),
+    "granite": GgufFamily(
+        "granite",
+        rotary_pairs=True,
+        fields=(
+            ("attention.scale", "attention_multiplier"),
+            ("embedding_scale", "embedding_multiplier"),
+            ("residual_scale", "residual_multiplier"),
+            ("logit_scale", "logits_scaling"),
+        ),
+    ),
 }
 
 _READ = (

@@ -24,8 +24,9 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf.tokenizer import write_tokenizer
+from nlae_jax.lm.layout import hf_name, layout
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
-from nlae_jax.lm.weights import HF_NAMES, WEIGHTS_FILE, hf_name
+from nlae_jax.lm.weights import WEIGHTS_FILE
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import clean_log, quoted
 
@@ -54,7 +55,10 @@ TENSOR_NAMES: dict[str, str] = {
     "down_bias": "blk.{}.ffn_down.bias",
     "final_norm": "output_norm.weight",
     "head": "output.weight",
+    "router": "blk.{}.ffn_gate_inp.weight",
 }
+# Where a block has experts, each of these holds all of theirs: [experts, out, in].
+_EXPERTS = {name: f"blk.{{}}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
 _ROPE_FACTORS = "rope_freqs.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)  # the name of one of the files that a model is split into
 
@@ -159,11 +163,15 @@ def _slots(arch: Arch) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     shapes = {name: weight.shape for name, weight in weights.items()} | blocks
     # In the order of the table: the fingerprint of a converted model depends on where its tensors lie.
     return {
-        template.format(layer): (name, layer, shapes[name][::-1] if HF_NAMES[arch.family][name][1] else shapes[name])
-        for name, template in TENSOR_NAMES.items()
+        template.format(layer): (name, layer, _stored_shape(shapes[name], layout(arch)[name].transposed))
+        for name, template in (TENSOR_NAMES | (_EXPERTS if arch.experts else {})).items()
         if name in shapes
         for layer in range(arch.num_layers if name in blocks else 1)
     }
+
+
+def _stored_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    return (*shape[:-2], *shape[:-3:-1]) if transposed else shape
 
 
 def _check_tensors(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> None:
@@ -183,10 +191,16 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 
 
 def _tensors_to_write(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> Sequence[TensorToWrite]:
-    return [
-        TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensors[gguf_name], _undo(arch, family, name)))
-        for gguf_name, (name, layer, shape) in _slots(arch).items()
-    ]
+    made = []
+    for gguf_name, (name, layer, shape) in _slots(arch).items():
+        tensor, undo = tensors[gguf_name], _undo(arch, family, name)
+        if arch.experts is None or name not in _EXPERTS:
+            made.append(TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensor, undo)))
+            continue
+        for expert in range(arch.experts.count):
+            read = _reader(path, tensor._replace(data=tensor.data[expert]), undo)
+            made.append(TensorToWrite(hf_name(arch, name, layer, expert), shape[1:], read))
+    return made
 
 
 def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:

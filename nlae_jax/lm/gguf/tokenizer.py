@@ -49,7 +49,9 @@ class _Rules:
 _LLAMA3 = _Rules(_GROUPED_DIGITS, whole_words=True, adds_bos=True)
 _PRE: dict[str, _Rules] = {
     "gpt-2": _Rules(),
+    "olmo": _Rules(),
     "smollm": _Rules(single_digits=True),
+    "refact": _Rules(single_digits=True),  # Granite 3
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

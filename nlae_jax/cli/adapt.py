@@ -1,0 +1,47 @@
+"""`nlae adapt`: a pair for a model that none was trained for."""
+
+from __future__ import annotations
+
+import argparse
+
+from nlae_jax.cli.command import Command, show_result, start_jax
+from nlae_jax.runtime.errors import UserError
+
+
+def _add_adapt(adapt: argparse.ArgumentParser) -> None:
+    adapt.add_argument("--model", required=True, help="the model: a directory, GGUF file, hub id or pypi:WHEEL")
+    adapt.add_argument("--layer", required=True, type=int, help="its block whose output is read, from 0")
+    adapt.add_argument("--to", required=True, help="the pair: shipped (smollm2-135m), or a directory with av/ and ar/")
+    adapt.add_argument("--out", required=True, help="directory that gets the map; `explain --model` takes it")
+    adapt.add_argument("--texts", default="", help="glob of texts, or warmstart (default: installed documentation)")
+    adapt.add_argument("--documents", type=int, default=400, help="texts that both models read (default 400)")
+    adapt.add_argument("--places", type=int, default=8, help="places of each text that are read (default 8)")
+    adapt.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both models' weights")
+    adapt.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _run_adapt(options: argparse.Namespace, _: list[str]) -> int:
+    for name in ("documents", "places"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")
+    start_jax()
+    from nlae_jax.config import CorpusConfig
+    from nlae_jax.interop.adapt import WARNING, adapt_pair
+    from nlae_jax.report.table import adaptation_table
+    from nlae_jax.runtime.progress import say
+
+    corpus = CorpusConfig(path=options.texts, max_documents=options.documents)
+    chosen = options.model, options.layer, options.to, options.out, corpus, options.places, options.dtype
+    show_result(adapt_pair(*chosen), adaptation_table, options.json)
+    say(f"{options.out}: `nlae explain --model {options.out}` takes it; {WARNING}")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "adapt",
+        "fit a linear map from another model's activations to those a pair reads: it then explains that model",
+        _add_adapt,
+        _run_adapt,
+    ),
+)

@@ -1,0 +1,263 @@
+"""One block of the transformer: attention and an MLP, each added to the residual stream of every segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from nlae_jax.lm.arch import Arch, linear_layers
+from nlae_jax.lm.attention import attend
+from nlae_jax.lm.experts import mixture
+from nlae_jax.lm.lora import linear
+from nlae_jax.lm.mlp import activated
+from nlae_jax.lm.norms import norm, rms_norm
+from nlae_jax.lm.rope import apply_rope, query_growth, rope_table
+from nlae_jax.lm.segments import KeyValues
+from nlae_jax.mesh import DECODE_RULES, constrained
+
+
+class Segment(NamedTuple):
+    """Tokens that share batch axes: `x` [*batch, T, d], `positions` [*batch, T] int32, `valid` [*batch, T] bool."""
+
+    x: jax.Array
+    positions: jax.Array
+    valid: jax.Array
+
+
+class LayerCache(NamedTuple):
+    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+# One block's weights and its adapters, none or by the linear layer's name.
+BlockWeights = tuple[dict[str, jax.Array], dict[str, Any]]
+
+
+class Layer(NamedTuple):
+    """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
+
+    window: Any = None
+    rope: Any = 0
+
+
+_NO_WINDOW = 2**30  # further back than any position
+
+
+def rope_kinds(arch: Arch) -> list[str]:
+    """The kinds of rope that the blocks have, each once."""
+    return sorted(set(arch.ropes)) or ["global"]
+
+
+def layers_of(arch: Arch) -> Layer | None:
+    """Every block's `Layer`, as arrays [L]; None where all are alike."""
+    if not arch.ropes and not arch.windows:
+        return None
+    kinds, count = rope_kinds(arch), arch.num_layers
+    return Layer(
+        np.array([window or _NO_WINDOW for window in arch.windows], np.int32) if arch.windows else None,
+        np.array([kinds.index(rope) for rope in arch.ropes] or [0] * count, np.int32),
+    )
+
+
+class Block:
+    """One block as a pure function; holds what does not differ between blocks.
+
+    `weights` and `adapters` are one block's slices. `contexts` are the keys and values of segments processed earlier
+    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`; with a
+    `place`, the room of all blocks, of which this one's is there.
+    """
+
+    def __init__(
+        self, arch: Arch, lora_scale: float, segments: Sequence[Segment], implementation: str = "auto"
+    ) -> None:
+        self.arch, self.lora_scale, self.implementation = arch, lora_scale, implementation
+        self.positions = [s.positions for s in segments]
+        self.valid = [s.valid for s in segments]
+        # Of each matrix, what its input and its output are split by; residual streams are by rows alone.
+        axes = {name: weight.axes[1:] for name, weight in linear_layers(arch).items()}
+        self._axes = {name: [axis if axis != "embed" else None for axis in both] for name, both in axes.items()}
+        self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
+        self.growths = [query_growth(arch, s.positions) for s in segments]
+
+    def __call__(
+        self,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        xs: tuple[jax.Array, ...],
+        contexts: Sequence[KeyValues] = (),
+        own: KeyValues | None = None,
+        offset: jax.Array | int = 0,
+        layer: Layer | None = None,
+        place: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+        layer, decoding = layer or Layer(), own is not None
+        seen, outs, caches = list(contexts), [], []
+        for i, x in enumerate(xs):
+            x = _residual(x, decoding)
+            with jax.named_scope("attention"):
+                normed = self._norm(x, weights, "attn_norm")
+                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope), decoding)
+                if (growth := self.growths[i]) is not None:
+                    q = (q * growth[..., None, None]).astype(q.dtype)
+                if own is None:
+                    keys = KeyValues(k, v, self.positions[i], self.valid[i])
+                    grown = LayerCache(k, v)
+                else:
+                    grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
+                    read = grown if place is None else layer_of(grown, place)
+                    keys = own._replace(k=read.k, v=read.v)
+                seen.append(keys)
+                caches.append(grown)
+                mixed = attend(
+                    q,
+                    self.positions[i],
+                    seen,
+                    self.arch.attention_scale or None,
+                    self.arch.attention_softcap,
+                    layer.window,
+                    self.implementation,
+                    weights.get("sinks"),
+                )
+                mixed = mixed.reshape(*x.shape[:-1], -1)
+                if decoding:
+                    mixed = _by_column(self._by_row(mixed))
+                mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
+                before, x = x, x + self._added(mixed, weights, "attn_post_norm")
+            with jax.named_scope("mlp"):
+                mixed = self._mlp(before if self.arch.parallel else x, weights, adapters, decoding)
+                x = x + self._added(_residual(mixed, decoding), weights, "mlp_post_norm")
+            outs.append(x)
+        return tuple(outs), tuple(caches)
+
+    def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
+        if self.arch.experts is not None:
+            return mixture(self.arch, self.arch.experts, weights, self._norm(x, weights, "mlp_norm"))
+        return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+
+    def neurons(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
+    ) -> jax.Array:
+        """What the MLP's neurons make of the residual stream that it reads, [*batch, T, d_ff]."""
+        normed = self._norm(x, weights, "mlp_norm")
+        return activated(self.arch, lambda name: self._linear(normed, weights, adapters, name, decoding))
+
+    def _added(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
+        """What attention or MLP add to the residual stream."""
+        normed = self._norm(x, weights, name)
+        return normed if self.arch.residual_scale == 1.0 else normed * jnp.asarray(self.arch.residual_scale, x.dtype)
+
+    def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
+        """x itself where the architecture has no such norm."""
+        if name not in weights:
+            return x
+        return norm(self.arch, x, weights[name], weights.get(f"{name}_bias"))
+
+    def _linear(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], name: str, decoding: bool
+    ) -> jax.Array:
+        """Where training holds copies of the weights, rows stay split at both ends of a product and of its gradient's.
+
+        Told that of residual streams alone, XLA gathered rows of the activations' segment from all copies on slices of
+        64 and 128 chips: 60 % more was sent. Inside one copy it weighs rows against weights, and does so well.
+        """
+        rows, columns = self._axes[name]
+        constrain = not decoding and jax.typeof(x).sharding.mesh.shape.get("data", 1) > 1
+        if constrain:
+            x = _training_rows(x, rows)
+        y = linear(x, weights[name], adapters.get(name), self.lora_scale)
+        y = y + weights[f"{name}_bias"] if name in self.arch.biases else y
+        return checkpoint_name(_training_rows(y, columns) if constrain else y, name)
+
+    def _by_row(self, y: jax.Array) -> jax.Array:
+        """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
+        axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
+        return constrained(y, axes, together=y.shape[-1] // self.arch.num_kv_heads)
+
+    def _project(
+        self,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        decoding: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim].
+
+        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead.
+        """
+
+        def heads(name: str, count: int) -> jax.Array:
+            y, own_norm = self._linear(x, weights, adapters, name, decoding), weights.get(f"{name}_norm")
+            if decoding:  # the product where its matrix is, or that would be gathered
+                y = self._by_row(_by_column(y))
+            if own_norm is not None and self.arch.qk_norm == "all":
+                y = rms_norm(y, own_norm, self.arch.norm_eps, self.arch.norm_offset)
+            if self.arch.clip_qkv:
+                y = jnp.clip(y, -self.arch.clip_qkv, self.arch.clip_qkv)
+            y = y.reshape(*x.shape[:-1], count, self.arch.head_dim)
+            if own_norm is not None and self.arch.qk_norm == "head":
+                y = rms_norm(y, own_norm, self.arch.norm_eps, self.arch.norm_offset)
+            return y
+
+        q = apply_rope(heads("q", self.arch.num_heads), rope)
+        k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
+        return q, jnp.moveaxis(k, -2, 0), jnp.moveaxis(heads("v", self.arch.num_kv_heads), -2, 0)
+
+
+def _by_column(y: jax.Array) -> jax.Array:
+    """What decoding's matrices read or give [*batch, T, columns], split as they are."""
+    return constrained(y, ("rows", *[None] * (y.ndim - 2), "heads"), DECODE_RULES)
+
+
+def _training_rows(x: jax.Array, columns: str | None) -> jax.Array:
+    """What training's matrices read or give [*batch, T, columns], split by its rows and as they are."""
+    rows = "batch" if x.ndim > 2 else None  # the constant prompt has no rows
+    return constrained(x, (rows, *[None] * (x.ndim - 2), columns))
+
+
+def _residual(x: jax.Array, decoding: bool) -> jax.Array:
+    """A residual stream [*batch, T, d] split over devices by its rows alone."""
+    return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _training_rows(x, None)
+
+
+def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
+    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
+
+    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
+    """
+    before = () if place is None else (place,)
+    kv_heads, rows = cache.shape[len(before) : len(before) + 2]
+    if jnp.ndim(offset):
+        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
+        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
+        return cached(written, len(before))
+    new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
+    return cached(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))
+
+
+def cached(x: jax.Array, stacked: int = 0) -> jax.Array:
+    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them, `stacked` axes before."""
+    batch = ("batch",) if x.ndim - stacked > 3 else ()
+    axes = (*[None] * stacked, "kv_heads", *batch)
+    return constrained(x, (*axes, *[None] * (x.ndim - len(axes))))
+
+
+def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
+    """`tables[index]`, where the index may be traced."""
+    if len(tables) == 1 or isinstance(index, int):
+        return tables[index if isinstance(index, int) else 0]
+    return jax.tree.map(lambda *parts: jnp.stack(parts)[index], *tables)
+
+
+def layer_of(stacked: Any, index: Any) -> Any:
+    """One layer's slice of every array in a stacked tree."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda w: w[index], stacked)
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)

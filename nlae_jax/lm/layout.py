@@ -1,0 +1,251 @@
+"""How a family's checkpoint stores our parameters: names, transposes, and which of them share a tensor.
+
+One table per family names every parameter in both directions. An HF Linear is stored [out, in] and ours is [in, out];
+our blocks are stacked on a leading axis, and a block's experts on the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.tensors import Spread
+from nlae_jax.mesh import Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a parameter stands in a checkpoint.
+
+    `name` of the HF tensor, with {} for the block's number where each block has one, and {expert} where each expert
+    has. `beside`: the parameters that share it along the axis of outputs, this one among them, in `order`: one
+    after another (""), head by head ("heads"), or output by output ("outputs").
+    """
+
+    name: str
+    transposed: bool = False  # the HF matrix is the transpose of ours
+    beside: tuple[str, ...] = ()
+    order: str = ""
+
+    @property
+    def in_blocks(self) -> bool:
+        return "{}" in self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What of an HF tensor is a parameter's: the part at `index` of its stacked axes (block, expert).
+
+    `expert`: which entry of the tensor's leading axis it is, where all experts of a block are in one tensor.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    expert: int | None
+    spread: Spread | None
+
+
+@dataclasses.dataclass(frozen=True)
+class HfTensor:
+    """One tensor of a checkpoint and everything of ours that it holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    shares: tuple[Share, ...]
+
+
+def _shared(name: str, beside: str, transposed: bool = False, order: str = "", suffix: str = "") -> dict[str, Stored]:
+    members = tuple(f"{member}{suffix}" for member in beside.split())
+    return {member: Stored(name, transposed, members, order) for member in members}
+
+
+_LLAMA: dict[str, Stored] = {
+    "embed": Stored("model.embed_tokens.weight"),
+    "attn_norm": Stored("model.layers.{}.input_layernorm.weight"),
+    "q": Stored("model.layers.{}.self_attn.q_proj.weight", True),
+    "k": Stored("model.layers.{}.self_attn.k_proj.weight", True),
+    "v": Stored("model.layers.{}.self_attn.v_proj.weight", True),
+    "o": Stored("model.layers.{}.self_attn.o_proj.weight", True),
+    "q_bias": Stored("model.layers.{}.self_attn.q_proj.bias"),
+    "k_bias": Stored("model.layers.{}.self_attn.k_proj.bias"),
+    "v_bias": Stored("model.layers.{}.self_attn.v_proj.bias"),
+    "o_bias": Stored("model.layers.{}.self_attn.o_proj.bias"),
+    "q_norm": Stored("model.layers.{}.self_attn.q_norm.weight"),
+    "k_norm": Stored("model.layers.{}.self_attn.k_norm.weight"),
+    "mlp_norm": Stored("model.layers.{}.post_attention_layernorm.weight"),
+    "gate": Stored("model.layers.{}.mlp.gate_proj.weight", True),
+    "up": Stored("model.layers.{}.mlp.up_proj.weight", True),
+    "down": Stored("model.layers.{}.mlp.down_proj.weight", True),
+    "gate_bias": Stored("model.layers.{}.mlp.gate_proj.bias"),
+    "up_bias": Stored("model.layers.{}.mlp.up_proj.bias"),
+    "down_bias": Stored("model.layers.{}.mlp.down_proj.bias"),
+    "final_norm": Stored("model.norm.weight"),
+    "head": Stored("lm_head.weight"),
+}
+# With norms on both sides of attention and MLP, the name that Llama gives to the second goes to another.
+_POST_NORMS = _LLAMA | {
+    "attn_post_norm": Stored("model.layers.{}.post_attention_layernorm.weight"),
+    "mlp_norm": Stored("model.layers.{}.pre_feedforward_layernorm.weight"),
+    "mlp_post_norm": Stored("model.layers.{}.post_feedforward_layernorm.weight"),
+}
+_GPT2 = {
+    "embed": Stored("transformer.wte.weight"),
+    "positions": Stored("transformer.wpe.weight"),
+    "attn_norm": Stored("transformer.h.{}.ln_1.weight"),
+    "attn_norm_bias": Stored("transformer.h.{}.ln_1.bias"),
+    **_shared("transformer.h.{}.attn.c_attn.weight", "q k v"),
+    **_shared("transformer.h.{}.attn.c_attn.bias", "q k v", suffix="_bias"),
+    "o": Stored("transformer.h.{}.attn.c_proj.weight"),
+    "o_bias": Stored("transformer.h.{}.attn.c_proj.bias"),
+    "mlp_norm": Stored("transformer.h.{}.ln_2.weight"),
+    "mlp_norm_bias": Stored("transformer.h.{}.ln_2.bias"),
+    "up": Stored("transformer.h.{}.mlp.c_fc.weight"),
+    "up_bias": Stored("transformer.h.{}.mlp.c_fc.bias"),
+    "down": Stored("transformer.h.{}.mlp.c_proj.weight"),
+    "down_bias": Stored("transformer.h.{}.mlp.c_proj.bias"),
+    "final_norm": Stored("transformer.ln_f.weight"),
+    "final_norm_bias": Stored("transformer.ln_f.bias"),
+    "head": Stored("lm_head.weight"),
+}
+_GPT_NEOX = {
+    "embed": Stored("gpt_neox.embed_in.weight"),
+    "attn_norm": Stored("gpt_neox.layers.{}.input_layernorm.weight"),
+    "attn_norm_bias": Stored("gpt_neox.layers.{}.input_layernorm.bias"),
+    **_shared("gpt_neox.layers.{}.attention.query_key_value.weight", "q k v", True, "heads"),
+    **_shared("gpt_neox.layers.{}.attention.query_key_value.bias", "q k v", order="heads", suffix="_bias"),
+    "o": Stored("gpt_neox.layers.{}.attention.dense.weight", True),
+    "o_bias": Stored("gpt_neox.layers.{}.attention.dense.bias"),
+    "mlp_norm": Stored("gpt_neox.layers.{}.post_attention_layernorm.weight"),
+    "mlp_norm_bias": Stored("gpt_neox.layers.{}.post_attention_layernorm.bias"),
+    "up": Stored("gpt_neox.layers.{}.mlp.dense_h_to_4h.weight", True),
+    "up_bias": Stored("gpt_neox.layers.{}.mlp.dense_h_to_4h.bias"),
+    "down": Stored("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", True),
+    "down_bias": Stored("gpt_neox.layers.{}.mlp.dense_4h_to_h.bias"),
+    "final_norm": Stored("gpt_neox.final_layer_norm.weight"),
+    "final_norm_bias": Stored("gpt_neox.final_layer_norm.bias"),
+    "head": Stored("embed_out.weight"),
+}
+_PHI3 = _LLAMA | {
+    **_shared("model.layers.{}.self_attn.qkv_proj.weight", "q k v", True),
+    **_shared("model.layers.{}.mlp.gate_up_proj.weight", "gate up", True),
+}
+_GRANITE_HYBRID = _LLAMA | {
+    **_shared("model.layers.{}.shared_mlp.input_linear.weight", "gate up", True),
+    "down": Stored("model.layers.{}.shared_mlp.output_linear.weight", True),
+}
+_QWEN3_MOE = _LLAMA | {
+    "router": Stored("model.layers.{}.mlp.gate.weight", True),
+    "gate": Stored("model.layers.{}.mlp.experts.{expert}.gate_proj.weight", True),
+    "up": Stored("model.layers.{}.mlp.experts.{expert}.up_proj.weight", True),
+    "down": Stored("model.layers.{}.mlp.experts.{expert}.down_proj.weight", True),
+}
+_GPT_OSS = _LLAMA | {
+    "sinks": Stored("model.layers.{}.self_attn.sinks"),
+    "router": Stored("model.layers.{}.mlp.router.weight", True),
+    "router_bias": Stored("model.layers.{}.mlp.router.bias"),
+    **_shared("model.layers.{}.mlp.experts.gate_up_proj", "gate up", order="outputs"),
+    **_shared("model.layers.{}.mlp.experts.gate_up_proj_bias", "gate up", order="outputs", suffix="_bias"),
+    "down": Stored("model.layers.{}.mlp.experts.down_proj"),
+    "down_bias": Stored("model.layers.{}.mlp.experts.down_proj_bias"),
+}
+_OTHERS: dict[str, dict[str, Stored]] = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORMS),
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "phi3": _PHI3,
+    "granitemoehybrid": _GRANITE_HYBRID,
+    "qwen3_moe": _QWEN3_MOE,
+    "olmoe": _QWEN3_MOE,
+    "gpt_oss": _GPT_OSS,
+}
+# What a model has been saved with under another name.
+_OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
+# Buffers that older versions of transformers saved: masks, which no other family may have by these names.
+_BUFFERS = {
+    "gpt2": (".attn.bias", ".attn.masked_bias"),
+    "gpt_neox": (".attention.bias", ".attention.masked_bias"),
+}
+
+
+def layout(arch: Arch) -> dict[str, Stored]:
+    """Where every parameter that the family may have stands."""
+    return _OTHERS.get(arch.family, _LLAMA)
+
+
+def hf_name(arch: Arch, name: str, layer: int = 0, expert: int = 0) -> str:
+    """The HF name of our parameter `name`, in block `layer` if it belongs to a block, of an expert if to one."""
+    return layout(arch)[name].name.format(layer, expert=expert)
+
+
+def flat_weights(arch: Arch) -> dict[str, Weight]:
+    """`arch.model_weights` without the level of the blocks."""
+    weights: dict[str, Any] = model_weights(arch)
+    return {name: weight for name, weight in weights.items() if name != "blocks"} | weights["blocks"]
+
+
+def hf_tensors(arch: Arch, weights: Mapping[str, Weight]) -> Iterator[HfTensor]:
+    """Every tensor of a checkpoint with these parameters: those outside of blocks first, then block by block."""
+    table = {name: stored for name, stored in layout(arch).items() if name in weights}
+    first = {name: stored for name, stored in table.items() if stored.beside[:1] in ((), (name,))}
+    for name, stored in first.items():
+        if not stored.in_blocks:
+            yield _tensor(arch, weights, name, stored, ())
+    for layer in range(arch.num_layers):
+        for name, stored in first.items():
+            if stored.in_blocks and "{expert}" not in stored.name:
+                yield _tensor(arch, weights, name, stored, (layer,))
+            elif stored.in_blocks:
+                for expert in range(arch.experts.count if arch.experts else 0):
+                    yield _tensor(arch, weights, name, stored, (layer, expert))
+
+
+def _tensor(arch: Arch, weights: Mapping[str, Weight], name: str, stored: Stored, index: tuple[int, ...]) -> HfTensor:
+    members = stored.beside or (name,)
+    inside = weights[name].shape[len(index) :]
+    experts = arch.experts.count if arch.experts and "experts" in weights[name].axes[len(index) :] else None
+    widths = [weights[member].shape[-1] for member in members]
+    groups = {"": 1, "heads": arch.num_heads, "outputs": widths[0]}[stored.order]
+    sizes = [width // groups for width in widths]
+    shares = []
+    for number, member in enumerate(members):
+        spread = Spread(sizes[number], sum(sizes), sum(sizes[:number])) if len(members) > 1 else None
+        if experts is None:
+            shares.append(Share(member, index, None, spread))
+        else:
+            shares += [Share(member, (*index, expert), expert, spread) for expert in range(experts)]
+    matrix = (*inside[experts is not None : -1], sum(widths))
+    shape = (() if experts is None else (experts,)) + (matrix[::-1] if stored.transposed else matrix)
+    hf = stored.name.format(*index[:1], expert=index[-1] if index else 0)
+    return HfTensor(hf, shape, stored.transposed, tuple(shares))
+
+
+def plain_name(arch: Arch, name: str) -> str:
+    """The name that a tensor of the language model has in a checkpoint with a head and without a vision tower.
+
+    The tensors may lie beside a vision tower (new and old spelling), and those of either kind may have been saved
+    without the head, by a class that calls them as the model does from inside.
+    """
+    root, trunk = _trunk(arch.family)
+    if inside := trunk.match(name):
+        return f"{root}." + name[inside.end() :]
+    name = name.removeprefix("language_model.") if name.startswith("language_model.lm_head.") else name
+    return hf_name(arch, "head") if name == _OTHER_HEADS.get(arch.family) else name
+
+
+@functools.cache
+def _trunk(family: str) -> tuple[str, re.Pattern[str]]:
+    """What the names of a family's blocks begin with, and a pattern of what stands before the rest of them."""
+    names = [stored.name.split(".") for stored in _OTHERS.get(family, _LLAMA).values()]
+    root = names[0][0]
+    inner = "|".join(sorted({parts[1] for parts in names if parts[0] == root}))
+    return root, re.compile(rf"(?:model\.)?(?:language_model\.)?(?:{root}\.)?(?=(?:{inner})\.)")
+
+
+def is_buffer(arch: Arch, name: str) -> bool:
+    """Whether a tensor is a constant that follows from config.json."""
+    return name.endswith(("rotary_emb.inv_freq", *_BUFFERS.get(arch.family, ())))

@@ -1,0 +1,126 @@
+"""RoPE's fields of a `config.json`: base, scaling, how much of a head turns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nlae_jax.lm.arch import LinearRope, Llama3Rope, LongRope, YarnRope
+from nlae_jax.lm.fields import number, required, whole
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
+
+Scaling = Llama3Rope | LinearRope | YarnRope | LongRope | None
+
+
+def turned_of(parameters: dict[str, Any], otherwise: float, head_dim: int) -> int:
+    """How many dimensions of a head turn."""
+    given = parameters.get("partial_rotary_factor")
+    part = number("partial_rotary_factor", otherwise if given is None else given)
+    turned = int(head_dim * part)
+    if turned + turned % 2 > head_dim:
+        raise ValueError(f"partial_rotary_factor = {part} should be at most 1, and heads of an even size")
+    return turned
+
+
+def whole_heads_turn(parameters: dict[str, Any]) -> None:
+    """Raises UserError where only a part does, in a family of which transformers knows no such thing."""
+    if parameters.get("partial_rotary_factor") not in (None, 1.0):
+        raise UserError("config.json: a partial_rotary_factor other than 1 is not supported for this model_type")
+
+
+def rope_of(parameters: dict[str, Any], default_theta: float, context: int | None = None) -> tuple[float, Scaling]:
+    """RoPE base and scaling from one set of `rope_parameters`; `context`: the model's `max_position_embeddings`."""
+    theta = number("rope_theta", parameters.get("rope_theta") or default_theta)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    constant = lambda key: number(key, required(parameters, key))  # noqa: E731
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRope(constant("factor"))
+    if kind == "llama3":
+        return theta, Llama3Rope(
+            factor=constant("factor"),
+            low_freq_factor=constant("low_freq_factor"),
+            high_freq_factor=constant("high_freq_factor"),
+            original_max_positions=int(constant("original_max_position_embeddings")),
+        )
+    if kind == "yarn":
+        return theta, _yarn(parameters, context)
+    raise UserError(f"config.json: rope_type {quoted(kind)} is not supported; default, linear, llama3 and yarn are")
+
+
+def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
+    """What is not said is taken as transformers takes it."""
+    given = {key: value for key, value in parameters.items() if value is not None}
+    key = "original_max_position_embeddings"
+    original = whole(key, required({key: context} | given, key))
+    factor = number("factor", given.get("factor", (context or original) / original))
+    mscale, mscale_all_dim = (number(key, given.get(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
+    grown = lambda by: 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0  # noqa: E731
+    both = grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"truncate = {quoted(truncate)} should be true or false")
+    return YarnRope(
+        factor=factor,
+        attention_factor=number("attention_factor", given.get("attention_factor", both)),
+        original_max_positions=original,
+        beta_fast=number("beta_fast", given.get("beta_fast") or 32),
+        beta_slow=number("beta_slow", given.get("beta_slow") or 1),
+        truncate=truncate,
+    )
+
+
+def long_rope(parameters: dict[str, Any], pairs: int, original: int, context: int) -> LongRope:
+    """`context`: the model's `max_position_embeddings`. Raises ValueError where pairs and factors are not as many."""
+    factors = {}
+    for key in ("short_factor", "long_factor"):
+        given = required(parameters, key)
+        if not isinstance(given, list) or len(given) != pairs:
+            raise ValueError(f"{key} should be a list of {pairs} numbers, one to each pair that turns")
+        factors[key] = tuple(number(key, one) for one in given)
+        if 0.0 in factors[key]:
+            raise ValueError(f"{key} should be a list of numbers above 0")
+    factor = parameters.get("factor")
+    factor = context / original if factor is None else number("factor", factor)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention_factor = parameters.get("attention_factor")
+    return LongRope(
+        factors["short_factor"],
+        factors["long_factor"],
+        grown if attention_factor is None else number("attention_factor", attention_factor),
+        original,
+    )
+
+
+def written_rope(scaling: Scaling) -> dict[str, Any] | None:
+    """The fields of `rope_scaling`; None where there is none."""
+    if isinstance(scaling, LinearRope):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, Llama3Rope):
+        return {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    if isinstance(scaling, YarnRope):
+        return {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "attention_factor": scaling.attention_factor,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "original_max_position_embeddings": scaling.original_max_positions,
+            "truncate": scaling.truncate,
+        }
+    if isinstance(scaling, LongRope):
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+            "attention_factor": scaling.attention_factor,
+        }
+    return None

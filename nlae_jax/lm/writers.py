@@ -1,0 +1,140 @@
+"""The other way round: the fields of a family's `config.json` from an `Arch`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nlae_jax.lm.arch import Arch, ClampedGate, Experts
+from nlae_jax.lm.rope_fields import written_rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A family's class in transformers, which of `own_fields` its config.json has, which common ones it lacks.
+
+    Of a field that families write in several ways, the way follows its name and a slash.
+    """
+
+    transformers_class: str
+    fields: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+
+
+_WINDOW = ("use_sliding_window", "sliding_window", "layer_types")
+_GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window", "layer_types")
+_GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_ROUTED = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
+WRITTEN: dict[str, Written] = {
+    "llama": Written("LlamaForCausalLM", ("hidden_act", "attention_bias", "mlp_bias")),
+    "mistral": Written("MistralForCausalLM", ("hidden_act", "sliding_window")),
+    "qwen2": Written("Qwen2ForCausalLM", ("hidden_act", *_WINDOW)),
+    "qwen3": Written("Qwen3ForCausalLM", ("hidden_act", "attention_bias", *_WINDOW)),
+    "gemma2": Written("Gemma2ForCausalLM", (*_GEMMA, "attn_logit_softcapping")),
+    "gemma3_text": Written("Gemma3ForCausalLM", (*_GEMMA, "rope_local_base_freq")),
+    "smollm3": Written("SmolLM3ForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", *_WINDOW)),
+    "olmo2": Written("Olmo2ForCausalLM", ("hidden_act", "attention_bias")),
+    "gpt2": Written(
+        "GPT2LMHeadModel", ("hidden_act", "n_positions"), ("num_key_value_heads", "head_dim", "rope_theta")
+    ),
+    "gpt_neox": Written(
+        "GPTNeoXForCausalLM",
+        ("hidden_act", "attention_bias", "use_parallel_residual", "partial_rotary_factor"),
+        ("num_key_value_heads", "head_dim"),
+    ),
+    "olmo3": Written(
+        "Olmo3ForCausalLM",
+        ("hidden_act", "attention_bias", "sliding_window", "layer_types", "rope_parameters/kinds"),
+        ("rope_theta",),
+    ),
+    "ministral": Written("MinistralForCausalLM", ("hidden_act", "sliding_window", "layer_types")),
+    "ministral3": Written(
+        "Ministral3ForCausalLM", ("hidden_act", "sliding_window", "rope_parameters"), ("rope_theta",)
+    ),
+    "phi3": Written(
+        "Phi3ForCausalLM", ("hidden_act", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
+    ),
+    "granite": Written("GraniteForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", *_GRANITE)),
+    "granitemoehybrid": Written(
+        "GraniteMoeHybridForCausalLM",
+        (
+            "hidden_act",
+            "attention_bias",
+            "layer_types",
+            "num_local_experts",
+            "position_embedding_type",
+            "mamba_n_heads",
+            *_GRANITE,
+        ),
+    ),
+    "qwen3_moe": Written("Qwen3MoeForCausalLM", ("hidden_act", "attention_bias", *_WINDOW[:2], *_ROUTED)),
+    "olmoe": Written("OlmoeForCausalLM", ("hidden_act", "attention_bias", "clip_qkv", *_ROUTED), ("head_dim",)),
+    "gpt_oss": Written(
+        "GptOssForCausalLM",
+        (
+            *("hidden_act", "attention_bias", "sliding_window", "layer_types", "swiglu_alpha", "swiglu_limit"),
+            *("num_local_experts", "num_experts_per_tok"),
+        ),
+    ),
+}
+
+_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # others have one name
+
+
+def own_fields(arch: Arch) -> dict[str, Any]:
+    """The fields that only some families have, each as this `arch` would have it."""
+    blocks = range(arch.num_layers)
+    local = [bool(arch.windows and arch.windows[n]) or bool(arch.ropes and arch.ropes[n] == "local") for n in blocks]
+    # Off by a rounding error, because the Arch holds its inverse square root.
+    query_scalar = round(arch.attention_scale**-2, 6) if arch.attention_scale else float(arch.head_dim)
+    experts, clamped = arch.experts or Experts(0, 0), arch.clamped_gate or ClampedGate(0.0, 0.0)
+    return {
+        "hidden_act": _ACTIVATIONS.get(arch.activation, arch.activation),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": "o" in arch.biases,
+        "mlp_bias": "gate" in arch.biases,
+        "use_sliding_window": bool(arch.windows),
+        "sliding_window": max(arch.windows, default=0) or None,
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in local],
+        "no_rope_layers": [int(rope != "none") for rope in arch.ropes],
+        "query_pre_attn_scalar": int(query_scalar) if query_scalar.is_integer() else query_scalar,
+        "attn_logit_softcapping": arch.attention_softcap or None,
+        "final_logit_softcapping": arch.logit_softcap or None,
+        "rope_local_base_freq": arch.local_rope_theta,
+        "n_positions": arch.positions,
+        "use_parallel_residual": arch.parallel,
+        "partial_rotary_factor": _part(arch),
+        "original_max_position_embeddings": arch.most_tokens or 4096,
+        "position_embedding_type": "nope" if arch.rotary_dim == 0 else "rope",
+        "rope_parameters": _rope_parameters(arch),
+        "rope_parameters/kinds": {
+            "full_attention": _rope_parameters(arch),
+            "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_theta or arch.rope_theta},
+        },
+        "mamba_n_heads": 1,  # there are none, but transformers checks that the sizes of heads would fit
+        "embedding_multiplier": arch.embed_scale,
+        "residual_multiplier": arch.residual_scale,
+        "attention_multiplier": arch.attention_scale,
+        "logits_scaling": arch.logit_divisor,
+        "clip_qkv": arch.clip_qkv or None,
+        "num_experts": experts.count,
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "norm_topk_prob": experts.normalised,
+        "swiglu_alpha": clamped.alpha,
+        "swiglu_limit": clamped.limit,
+    }
+
+
+def _part(arch: Arch) -> float:
+    """Of a head what turns: transformers multiplies and takes the whole part."""
+    turned = arch.head_dim if arch.rotary_dim is None else arch.rotary_dim
+    part = turned / arch.head_dim
+    return part if int(arch.head_dim * part) == turned else (turned + 0.5) / arch.head_dim
+
+
+def _rope_parameters(arch: Arch) -> dict[str, Any]:
+    parameters = {"rope_theta": arch.rope_theta, **(written_rope(arch.rope_scaling) or {"rope_type": "default"})}
+    if growth := arch.query_growth:
+        parameters |= {"llama_4_scaling_beta": growth.beta, "original_max_position_embeddings": growth.every}
+    return parameters

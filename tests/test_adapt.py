@@ -1,0 +1,146 @@
+"""A map between two models' activations: alignment, regression, scores, and a pair that explains another model."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nlae_jax
+from nlae_jax.cli import main
+from nlae_jax.data.corpus import document_of
+from nlae_jax.interop.adapt import (
+    ABOUT,
+    MIN_POSITION,
+    Adapter,
+    adapt,
+    fit,
+    is_adapter,
+    mean_scores,
+    read_adapter,
+    read_pairs,
+    scores,
+    shared_ends,
+    tokenise,
+    write_adapter,
+)
+from nlae_jax.lm.tiny import write_tiny_model
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
+
+pytest_plugins = ["tests.tiny_run"]
+
+TEXT = "The array of strings is a list, and it ends with the values that in turn are numbers; the function returns. "
+
+
+@given(st.lists(st.integers(1, 30)), st.lists(st.integers(1, 30)))
+def test_tokens_that_end_together(first, second):
+    first, second = sorted(first), sorted(second)
+    pairs = shared_ends(first, second)
+    assert [first[one] for one, _ in pairs] == [second[other] for _, other in pairs]
+    assert sorted({first[one] for one, _ in pairs}) == sorted(set(first) & set(second))
+    assert all(first[one + 1 :].count(first[one]) == 0 for one, _ in pairs)
+    assert all(second[other + 1 :].count(second[other]) == 0 for _, other in pairs)
+
+
+def test_both_models_have_read_the_same_text_there(tiny_lm):
+    ids, ends = tokenise(tiny_lm, TEXT + "¿é…", "tiny")
+    assert tiny_lm.tokenizer.decode(ids) == TEXT + "¿é…"
+    for index in (3, 10, 20):
+        assert tiny_lm.tokenizer.decode(ids[: index + 1]) == (TEXT + "¿é…")[: ends[index]]
+
+
+@pytest.mark.parametrize("rows", [60, 9])
+def test_ridge_regression_is_its_closed_form(rows):
+    """With more rows than columns, and with fewer."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, [1, 5, 0.1, 9, 1, 1, 1, 1, 1, 1, 1, 1], (rows, 12)), rng.normal(2, 1, (rows, 4))
+    scaled = (x - x.mean(0)) / x.std(0)
+    for penalty in (1e-3, 1.0):
+        gram = scaled.T @ scaled + penalty * rows * np.eye(12)
+        expected = np.linalg.solve(gram, scaled.T @ (y - y.mean(0))) / x.std(0)[:, None]
+        np.testing.assert_allclose(fit(x, y)(penalty), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_linear_is_found_and_what_is_not_shared_is_not():
+    rng = np.random.default_rng(1)
+    shared, own, other = (rng.normal(size=(400, width)) for width in (6, 3, 6))
+    h, documents = np.concatenate([shared, own], 1) @ rng.normal(size=(9, 14)) + 5, np.repeat(np.arange(100), 4)
+    target = shared @ rng.normal(size=(6, 8))
+    _, found = adapt(h.astype(np.float32), target.astype(np.float32), documents)
+    assert found["map"]["fve"] > 0.98 and found["map"]["cos"] > 0.99
+    assert abs(found["mean"]["fve"]) < 0.2 and found["chance"]["fve"] < 0.1 and found["random_map"]["fve"] < 0.1
+    assert (found["fitted_on"], found["held_out"], found["documents"]) == (360, 40, 100)
+    _, lost = adapt(h.astype(np.float32), (other @ rng.normal(size=(6, 8))).astype(np.float32), documents)
+    assert lost["map"]["fve"] < 0.1, "nothing is shared: an honest score says so"
+    with pytest.raises(UserError, match="too few"):
+        adapt(h[:8], target[:8], documents[:8])
+
+
+def test_the_mean_of_directions_explains_nothing():
+    target = np.random.default_rng(0).normal(1, 1, (50, 8)).astype(np.float32)
+    assert scores(target, target) == pytest.approx({"fve": 1.0, "cos": 1.0}, abs=1e-6)
+    unit = target / np.linalg.norm(target, axis=1, keepdims=True)
+    mean = unit.mean(0) / np.linalg.norm(unit.mean(0))
+    assert mean_scores(target, target) == pytest.approx({"fve": 0.0, "cos": float((unit @ mean).mean())}, abs=1e-6)
+
+
+def test_a_map_is_read_back_equal(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((5, 3), (5,), (3,))]
+    made = Adapter("some/model", 4, "smollm2-135m", *arrays)
+    write_adapter(tmp_path / "A", made, {"map": {"fve": 0.5}})
+    back = read_adapter(tmp_path / "A")
+    assert is_adapter(tmp_path / "A") and (back.model, back.layer, back.to) == ("some/model", 4, "smollm2-135m")
+    h = rng.normal(size=(2, 5)).astype(np.float32)
+    np.testing.assert_array_equal(made(h), back(h))
+    about = json.loads((tmp_path / "A" / ABOUT).read_text())
+    (tmp_path / "A" / ABOUT).write_text(json.dumps(about | {"width": 6}))
+    with pytest.raises(UserError, match="matrix"):
+        read_adapter(tmp_path / "A")
+    (tmp_path / "A" / ABOUT).write_text(json.dumps(about | {"layer": "4"}))
+    with pytest.raises(UserError, match="layer should be a int"):
+        read_adapter(tmp_path / "A")
+
+
+def test_activations_of_a_model_and_itself_are_equal(tiny_lm):
+    documents = [document_of(TEXT * count) for count in (1, 2, 3)]
+    h, target, number = read_pairs(tiny_lm, 1, tiny_lm, 1, documents, positions=5)
+    np.testing.assert_array_equal(h, target)
+    assert number.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    with pytest.raises(UserError, match="no text in which tokens of both models end together"):
+        read_pairs(tiny_lm, 1, tiny_lm, 1, [document_of(TEXT[:MIN_POSITION])], positions=5)
+
+
+def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):
+    """`adapt`, then `explain --model` as of any pair: the tokens are the other model's."""
+    pair, other, texts = tmp_path / "pair", tmp_path / "other", tmp_path / "texts"
+    assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(pair), "--dtype", "float32"]) == 0
+    write_tiny_model(other, seed=7)
+    texts.mkdir()
+    for number in range(40):
+        words = np.random.default_rng(number).permutation(TEXT.split())
+        (texts / f"{number}.txt").write_text(" ".join(words) * 4)
+    out = tmp_path / "map"
+    command = ["adapt", "--model", str(other), "--layer", "1", "--to", str(pair), "--out", str(out), "--json"]
+    capsys.readouterr()
+    assert main([*command, "--texts", f"{texts}/*.txt", "--places", "4"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == 40 and {"map", "mean", "chance", "random_map"} < result.keys()
+    assert result["map"]["fve"] > result["chance"]["fve"]
+    assert main(["explain", "--model", str(out), "--text", "the list of values", "--json"]) == 0
+    shown = capsys.readouterr()
+    tokens = json.loads(shown.out)["tokens"]
+    assert "".join(token["token"] for token in tokens) == "the list of values"
+    assert "reads what the two models share" in shown.err
+
+    nla, model = nlae_jax.NLA.from_pretrained(out), LanguageModel.from_pretrained(str(other))
+    ids = [model.tokenizer.encode("the list of values")]
+    vectors = nla.adapter(np.asarray(model.residual(ids, 1))[0])
+    _, cos = nla.score([token["explanation"] for token in tokens], vectors)
+    np.testing.assert_allclose(cos, [token["cos"] for token in tokens], atol=1e-5)
+    with pytest.raises(UserError, match="a map to another model's pair"):
+        nla.check_own_subject("steer")
+    assert main([*command[:4], "9", *command[5:], "--texts", f"{texts}/*.txt"]) == 2
+    assert "--layer: 9 should be from 0 to 1" in capsys.readouterr().err
