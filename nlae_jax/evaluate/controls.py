@@ -43,7 +43,7 @@ def last_words(tokenizer: Any, context: str, tokens: int) -> str:
     pieces = re.findall(r"\S+\s*", context[-20 * max(tokens, 1) :])
     if not pieces:
         return ""
-    kept = pieces[-1]
+    kept: str = pieces[-1]
     for piece in reversed(pieces[:-1]):
         if len(tokenizer.encode((piece + kept).strip(), add_special_tokens=False)) > tokens:
             break

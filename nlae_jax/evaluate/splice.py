@@ -71,10 +71,10 @@ def effects(
         context, length = pad([context_ids[row][:-1] for row in rows], width)
         ids, read_length = pad(read, FOLLOWING + 2)
         given = np.where(np.isfinite(vectors_NxCxD[rows]), vectors_NxCxD[rows], 0.0)
-        filled = [_filled(x, BATCH) for x in (context, np.arange(width) < length[:, None], ids)]
-        mask = _filled(np.arange(FOLLOWING + 2) < read_length[:, None], BATCH)
-        _, kl, log_p = lm.splice(*filled, mask, _filled(given, BATCH), layer)
-        kl, loss = (np.asarray(x, np.float64)[: len(rows), :, : FOLLOWING + 1] for x in (kl, -log_p))
+        context_mask, mask = np.arange(width) < length[:, None], np.arange(FOLLOWING + 2) < read_length[:, None]
+        context, context_mask, ids, mask, given = (_filled(x, BATCH) for x in (context, context_mask, ids, mask, given))
+        spliced = lm.splice(context, context_mask, ids, mask, given, layer)
+        kl, loss = (np.asarray(x, np.float64)[: len(rows), :, : FOLLOWING + 1] for x in (spliced.kl, -spliced.log_p))
         columns = np.arange(FOLLOWING + 1)
         here, known = columns < read_length[:, None], columns < read_length[:, None] - 1
         blank = ~np.isfinite(vectors_NxCxD[rows]).all(-1)[..., None]

@@ -164,7 +164,8 @@ class Work:
         """At most `count` rows, spread evenly."""
         among = np.arange(len(self.rows.h)) if among is None else among
         chosen = np.linspace(0, len(among) - 1, min(count, len(among))).astype(int)
-        return among[np.unique(chosen)]
+        rows: np.ndarray = among[np.unique(chosen)]
+        return rows
 
     def with_variance(self, mse: np.ndarray) -> np.ndarray:
         """[N] as the columns [N, 2] that `estimate.fve_of` and `share_of` take."""

@@ -6,15 +6,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Real = jax.Array | np.ndarray
 
 
-def unit_direction(v: jax.Array) -> jax.Array:
+def unit_direction(v: Real) -> jax.Array:
     """Scaled to L2 norm sqrt(d), that is mean square 1: [..., d] -> [..., d] float32, with a finite gradient at 0."""
-    v = v.astype(jnp.float32)
+    v = jnp.asarray(v, jnp.float32)
     return v * jax.lax.rsqrt(jnp.mean(jnp.square(v), -1, keepdims=True) + 1e-12)
 
 
-def direction_mse(reconstruction: jax.Array, target: jax.Array) -> jax.Array:
+def direction_mse(reconstruction: Real, target: Real) -> jax.Array:
     """Mean squared error per element between directions, [..., d] x [..., d] -> [...]; equals 2 (1 - cos)."""
     return jnp.mean(jnp.square(unit_direction(reconstruction) - unit_direction(target)), -1)
 
@@ -26,7 +29,7 @@ class Baselines(NamedTuple):
     mean_norm: jax.Array  # mse against the renormalised mean
 
 
-def baselines(h_NxD: jax.Array) -> Baselines:
+def baselines(h_NxD: Real) -> Baselines:
     """Both denominators, from the activations themselves."""
     directions = unit_direction(h_NxD)
     mean = directions.mean(0)

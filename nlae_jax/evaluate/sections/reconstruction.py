@@ -109,7 +109,7 @@ def _rank(work: Work, fve: dict[str, Any], ranks: np.ndarray) -> None:
 def _samples(work: Work) -> None:
     rows, _, rebuilt = work.sampled
     h, other = work.rows.h[rows], mismatched(work.rows.document[rows], work.seed)
-    readable = rebuilt.any(-1)
+    readable: np.ndarray = np.asarray(rebuilt.any(-1))
     spread = lambda of: np.broadcast_to(of[:, None], rebuilt.shape)  # noqa: E731
     mse = direction_mse(rebuilt, spread(h), readable)
     wrong = direction_mse(rebuilt[other], spread(h), readable[other])

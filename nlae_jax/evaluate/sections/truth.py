@@ -121,7 +121,7 @@ def _consensus(work: Work) -> None:
     known = np.isin(rows, work.has_context)
     rows, texts = rows[known], [each for each, here in zip(texts, known, strict=True) if here]
     agreed, said, permuted, sizes = (np.full((len(work.rows.h), 2), np.nan) for _ in range(4))
-    wrong = mismatched(work.rows.document[rows], work.seed) if len(rows) else []
+    wrong = mismatched(work.rows.document[rows], work.seed) if len(rows) else np.zeros(0, int)
     for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
         shared, every = truth.consensus(samples), set().union(*map(truth.content_words, samples))
         agreed[row] = truth.precision(shared, work.rows.contexts[row])
