@@ -31,7 +31,7 @@ from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.explore.vector_files import Direction, read_direction
-from nlae_jax.interop.adapt import WARNING, is_adapter, read_adapter
+from nlae_jax.interop.adapt import WARNING, Adapter, is_adapter, read_adapter
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
 from nlae_jax.interop.sidecar import Sidecar, protocol_of
 from nlae_jax.lm.pretrained import check_same_tokenizer, load_tokenizer, resolve_model, stop_ids
@@ -163,8 +163,9 @@ class NLA(Explainer):
 
         Files are texts (.txt, .jsonl, .parquet), or one parquet of activations in the reference's layout; a `corpus` is
         read, too; or `rows` are given. What is done is kept in `out`/evaluation: the same call goes on from there.
-        `control_steps` trains decoders on other words for so many steps each.
+        `control_steps` trains decoders on other words for so many steps each. Raises UserError for an adapted pair.
         """
+        self.check_own_subject("eval")
         subject = lambda: self.subject  # noqa: E731
         arch = self._roles.encoder.arch
         if rows is None:
@@ -321,7 +322,9 @@ def _with_adapters(
 def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
     """A pair behind a map from another model's activations."""
     adapter = read_adapter(directory)
-    pair, model = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh), subject or adapter.model
+    if subject:
+        raise UserError(f"subject: {directory} maps activations of {adapter.model}; it takes no other subject")
+    pair = NLA.from_pretrained(adapter.to, dtype=dtype, mesh=mesh)
     if pair.d_model != adapter.matrix.shape[1]:
         raise UserError(f"{directory}: maps to width {adapter.matrix.shape[1]}; {adapter.to} reads {pair.d_model}")
     warn(WARNING)
@@ -329,14 +332,26 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
         pair._roles,
         pair._pair,
         pair.tokenizer,
-        lambda: LanguageModel.from_pretrained(model, dtype, mesh),
+        lambda: _mapped_subject(directory, adapter, dtype, mesh),
         mesh=mesh,
         statistics=pair._make_statistics,
         name=str(directory),
-        subject_name=model,
+        subject_name=adapter.model,
         adapter=adapter,
-        reader=load_tokenizer(resolve_model(model)),
+        reader=load_tokenizer(resolve_model(adapter.model)),
     )
+
+
+def _mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | None) -> LanguageModel:
+    """The model that a map reads. Raises UserError where it is no longer the one that the map was fitted on."""
+    model = LanguageModel.from_pretrained(adapter.model, dtype, mesh)
+    arch, width = model.arch, adapter.matrix.shape[0]
+    if arch.d_model != width or arch.num_layers <= adapter.layer:
+        raise UserError(
+            f"{directory}: {adapter.model} has {arch.num_layers} blocks of width {arch.d_model}; the map reads block "
+            f"{adapter.layer} of width {width}"
+        )
+    return model
 
 
 def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:

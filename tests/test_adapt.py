@@ -1,5 +1,6 @@
 """A map between two models' activations: alignment, regression, scores, and a pair that explains another model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -144,3 +145,38 @@ def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):
         nla.check_own_subject("steer")
     assert main([*command[:4], "9", *command[5:], "--texts", f"{texts}/*.txt"]) == 2
     assert "--layer: 9 should be from 0 to 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def mapped(tiny_run, tmp_path_factory):
+    """The run's pair behind a map from its own subject's block 1."""
+    root = tmp_path_factory.mktemp("mapped")
+    assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(root / "pair"), "--dtype", "float32"]) == 0
+    write_tiny_model(root / "other", seed=7)
+    width = nlae_jax.NLA.from_pretrained(root / "pair").d_model
+    zeros = np.zeros(width, np.float32)
+    adapter = Adapter(str(root / "other"), 1, str(root / "pair"), np.eye(width, dtype=np.float32), zeros, zeros)
+    write_adapter(root / "map", adapter, {})
+    return root / "map", adapter
+
+
+def test_a_map_is_not_evaluated_as_a_pair_of_its_own(mapped, tmp_path):
+    nla = nlae_jax.NLA.from_pretrained(mapped[0])
+    with pytest.raises(UserError, match=r"^eval: .* is a map to another model's pair"):
+        nla.evaluate(tmp_path / "E", texts=[TEXT])
+    assert not (tmp_path / "E").exists()
+
+
+def test_a_map_reads_the_model_that_it_was_fitted_on(mapped, tmp_path):
+    directory, adapter = mapped
+    with pytest.raises(UserError, match=r"^subject: .* takes no other subject"):
+        nlae_jax.NLA.from_pretrained(directory, subject=adapter.model)
+    width = len(adapter.mean)
+    wide = np.zeros((width + 1, width), np.float32)
+    for wrong, block in (
+        (dataclasses.replace(adapter, layer=9), "block 9"),
+        (dataclasses.replace(adapter, matrix=wide, mean=np.zeros(width + 1, np.float32)), f"of width {width + 1}"),
+    ):
+        write_adapter(tmp_path / block, wrong, {})
+        with pytest.raises(UserError, match=f"the map reads .*{block}"):
+            nlae_jax.NLA.from_pretrained(tmp_path / block).explain_text("the list")
