@@ -21,7 +21,7 @@ from nlae_jax.evaluate.suite import run_suite
 from nlae_jax.evaluate.trained_controls import trained_controls
 from nlae_jax.evaluate.work import Work, pairing_of
 from nlae_jax.explore import steer as steering
-from nlae_jax.explore.audit import AuditReport, audit, explained_passages, permuted, term_pattern
+from nlae_jax.explore.audit import AuditReport, audit, check_several, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
 from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
 from nlae_jax.explore.explain import Options, Rows, explain_passages
@@ -242,7 +242,12 @@ class NLA(Explainer):
         every: int = 1,
         seed: int = 0,
     ) -> AuditReport:
-        """What the explanations of texts or chats, by their names, say that they do not, held against a permutation."""
+        """What the explanations of texts or chats, by their names, say that they do not, held against a permutation.
+
+        `placebo` takes explanations of other texts: two texts at least.
+        """
+        if placebo:
+            check_several(texts)
         vocab_size = self.subject.arch.vocab_size
         passages = [read_passage(self.tokenizer, vocab_size, source, name) for name, source in texts.items()]
         found = explained_passages(self, passages, every)

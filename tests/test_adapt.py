@@ -79,6 +79,24 @@ def test_what_is_linear_is_found_and_what_is_not_shared_is_not():
         adapt(h[:8], target[:8], documents[:8])
 
 
+@pytest.mark.parametrize("counts", [[4] * 20, [*[4] * 18, 9, 3]])
+def test_chance_is_never_the_own_documents_prediction(counts):
+    """Each document's rows are alike and unlike any other's: of its own, even a rotated prediction would be right."""
+    rng = np.random.default_rng(2)
+    documents = np.repeat(np.arange(20), counts)
+    h = (np.repeat(rng.normal(size=(20, 6)), counts, 0) + 0.01 * rng.normal(size=(len(documents), 6))).astype(
+        np.float32
+    )
+    _, found = adapt(h, h, documents)
+    assert found["map"]["fve"] > 0.9 and found["chance"]["fve"] < -1
+
+
+def test_every_part_takes_two_documents():
+    h = np.random.default_rng(0).normal(size=(76, 6)).astype(np.float32)
+    with pytest.raises(UserError, match="are 15, 1, 2, too few; each takes two"):
+        adapt(h, h, np.repeat(np.r_[:15, 16:19], [4] * 17 + [8]))
+
+
 def test_the_mean_of_directions_explains_nothing():
     target = np.random.default_rng(0).normal(1, 1, (50, 8)).astype(np.float32)
     assert scores(target, target) == pytest.approx({"fve": 1.0, "cos": 1.0}, abs=1e-6)

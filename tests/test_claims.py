@@ -51,6 +51,8 @@ def test_shares_are_of_what_can_be_checked() -> None:
     assert found["ending_in_context"] == 0.5 and found["ending_in_context_shuffled"] == 0.0
     assert found["candidates_hold_top1"] == 0.5 and found["candidates_hold_top1_shuffled"] == 0.0
     assert claims([""], ["x"], [""], [0]) == {}
+    alone = claims(texts, contexts, [" slopes", " y", " z", " w"], [None] * 4)
+    assert alone == {name: value for name, value in found.items() if not name.endswith("_shuffled")}
 
 
 @given(st.text(max_size=200), st.text(max_size=80))

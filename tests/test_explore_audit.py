@@ -1,10 +1,12 @@
 """Audits hold explanations against placebos; two pairs are compared on the same tokens."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms, term_pattern
 from nlae_jax.explore.compare import LAYERS_DIFFER, compare
@@ -48,6 +50,26 @@ def test_a_placebo_says_what_the_texts_do_not(report, found):
     assert report.unsaid_share < report.unsaid_placebos["permuted"]
     shown = dict(zip(found.names, permuted(found, seed=0), strict=True))
     assert "list" not in shown["lists"].split()
+
+
+def test_a_placebo_is_of_another_text_whatever_their_lengths(found):
+    names, rows = np.array(found.names), found.rows
+    kept = np.r_[np.flatnonzero(names == "lists"), np.flatnonzero(names == "arrays")[:2]]
+    named = [dataclasses.replace(rows[index], explanation=f"of {names[index]}") for index in kept]
+    few = dataclasses.replace(found, names=names[kept].tolist(), rows=named, texts=[found.texts[i] for i in kept])
+    assert all(text != f"of {name}" for text, name in zip(permuted(few, 0), few.names, strict=True))
+
+
+def test_one_text_has_no_placebo(tiny_run, tmp_path, capsys):
+    nla = nlae_jax.NLA.from_workdir(tiny_run.workdir)
+    nla.max_new_tokens = 24
+    with pytest.raises(UserError, match=r"^--placebo: .* give at least two$"):
+        nla.audit({"lists": TEXTS["lists"]})
+    assert nla.audit({"lists": TEXTS["lists"]}, placebo=False, every=8).unsaid_placebos == {}
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": TEXTS["lists"]}) + "\n")
+    command = ["audit", "--workdir", str(tiny_run.workdir), "--input", str(tmp_path / "t.jsonl"), "--placebo"]
+    assert main(command) == 2
+    assert "--placebo: takes explanations of other texts" in capsys.readouterr().err
 
 
 def test_explanations_that_are_placebos_do_not_look_better(found):

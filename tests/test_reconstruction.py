@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.reconstruction import (
     UNINFORMED,
     agreement,
@@ -19,7 +20,6 @@ from nlae_jax.evaluate.reconstruction import (
     distractors,
     equivalent_rank,
     fve,
-    mismatched,
     mse_to,
     principal_fve,
     retrieval_bits,
@@ -89,6 +89,16 @@ def test_mismatched_is_a_permutation_that_avoids_the_own_document(counts, seed):
     # The largest document's rows can only go where the others' are.
     unavoidable = max(0, 2 * max(counts) - len(documents))
     assert (documents[other] == documents).sum() == unavoidable
+
+
+def test_what_met_its_own_document_is_left_out():
+    documents = np.repeat(["long", "short"], [9, 3])
+    other = mismatched(documents, 0)
+    kept = np.isfinite(of_others(np.ones((12, 2)), documents, other))
+    np.testing.assert_array_equal(kept.all(1), documents[other] != documents)
+    assert (
+        kept.all(1).sum() == 6 and not np.isfinite(of_others(np.ones(3), np.zeros(3), np.roll(np.arange(3), 1))).any()
+    )
 
 
 def test_mismatched_depends_on_the_seed():
@@ -193,6 +203,12 @@ def test_gold_is_measured_on_the_rows_that_have_it():
     mse["gold"][:] = np.nan
     summary = summarise(h, documents, mse, 10, 0)
     assert summary["fve_gold"] is None and summary["fve_gold_gap"] is None
+
+
+def test_a_single_document_has_no_shuffled_control():
+    h, documents, mse = case(num_documents=1, per_document=12)
+    mse["shuffled"] = of_others(mse["shuffled"], documents, mismatched(documents, 0))
+    assert summarise(h, documents, mse, 10, 0)["fve_shuffled"] is None
 
 
 def test_uninformed_explanations_are_set_against_the_true_ones_on_the_same_rows():

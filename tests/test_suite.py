@@ -312,3 +312,26 @@ def test_rows_of_which_only_the_activation_is_known(tiny_lm, rows, tmp_path):
     assert value(found, "reconstruction", "fve") == pytest.approx(1, abs=1e-6)
     assert "meaning" not in found
     assert found["truth"]["suffix_test"]["n"] == found["truth"]["words_in_context"]["n"] == 0
+
+
+@pytest.mark.parametrize("documents", [[40], [30, 10]])
+def test_controls_of_other_documents_leave_out_the_own_one(tiny_lm, rows, tmp_path, capsys, documents):
+    """With one document there is no such control; with a large one it is of the rows that meet another's alone."""
+    few = rows._replace(document=np.repeat(np.arange(len(documents)), documents))
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+    found = run_suite(Work(pair, few, tmp_path, 0, 50, SIZES))
+    meeting = 0 if len(documents) == 1 else 20
+    assert capsys.readouterr().err.count("all activations are of one document") == (len(documents) == 1)
+    controls = [
+        (f"{section}.{key}", name, control)
+        for section, figures in found.items()
+        if section in SECTIONS
+        for key, figure in figures.items()
+        for name, control in figure.get("controls", {}).items()
+        if name in ("permuted", "other", "other_notes")
+    ]
+    assert len(controls) > 15
+    for key, name, control in controls:
+        assert control["n"] <= meeting, (key, name)
+        assert control["n"] or control["value"] is None, (key, name)
+    assert found["reconstruction"]["fve"]["controls"]["permuted"]["n"] == meeting

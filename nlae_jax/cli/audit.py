@@ -40,7 +40,7 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     if options.every < 1:
         raise UserError(f"--every: {options.every} should be at least 1")
     start_jax()
-    from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms
+    from nlae_jax.explore.audit import audit, check_several, explained_passages, permuted, read_terms
     from nlae_jax.explore.items import read_items
     from nlae_jax.explore.steer import compile_pattern
 
@@ -50,6 +50,8 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     if (pattern := compile_pattern(None, options.pattern)) is not None:
         terms = {options.pattern: pattern}
     items = read_items(options.input)
+    if options.placebo:
+        check_several(item.id for item in items)
     nla = load_pair(options)
     passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
     found = explained_passages(nla, passages, options.every)

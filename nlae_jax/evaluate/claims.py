@@ -63,18 +63,20 @@ def holds(expected: Sequence[str], token: str) -> bool:
 
 
 def claims(
-    texts: Sequence[str], contexts: Sequence[str], tokens: Sequence[str], other: Sequence[int]
+    texts: Sequence[str], contexts: Sequence[str], tokens: Sequence[str], other: Sequence[int | None]
 ) -> dict[str, float]:
     """Shares of the explanations that can be read, by their name in `eval.json`.
 
     `ending_in_context`: the quoted last words stand in the context (of explanations that quote some).
     `candidates_hold_top1`: the expected tokens hold the subject's likeliest (of those that name some and whose subject
-    expects a visible token). The `_shuffled` ones compare explanation `other[i]` with context i: what chance gives.
+    expects a visible token). The `_shuffled` ones compare explanation `other[i]` with context i: what chance
+    gives; rows whose `other` is None are left out.
     """
     own = list(range(len(texts)))
 
-    def share(order: Sequence[int], checked: Callable[[str, int], bool | None]) -> float | None:
-        found = [result for i, j in enumerate(order) if texts[j] and (result := checked(texts[j], i)) is not None]
+    def share(order: Sequence[int | None], checked: Callable[[str, int], bool | None]) -> float | None:
+        said = [(i, texts[j]) for i, j in enumerate(order) if j is not None and texts[j]]
+        found = [result for i, text in said if (result := checked(text, i)) is not None]
         return sum(found) / len(found) if found else None
 
     def quotes(text: str, row: int) -> bool | None:

@@ -36,21 +36,6 @@ def fve(mse: np.ndarray, variance: np.ndarray) -> float:
     return float(1.0 - mse.mean() / variance.mean())
 
 
-def mismatched(documents: np.ndarray, seed: int) -> np.ndarray:
-    """A permutation of rows under which every row meets one of another document, as far as the counts allow.
-
-    `documents` [N] names each row's document. Rows are laid out document by document in random order and rotated by
-    the largest document's size.
-    """
-    rng = np.random.default_rng(seed)
-    names, counts = np.unique(documents, return_counts=True)
-    rank = rng.permutation(len(names))[np.searchsorted(names, documents)]
-    order = np.argsort(rank, kind="stable")
-    permutation = np.empty(len(documents), np.int64)
-    permutation[order] = np.roll(order, int(counts.max()))
-    return permutation
-
-
 def uninformed(h_NxD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Vectors [N, d] float32 that say nothing about their row, by name: what an encoder must not do as well from.
 
@@ -95,9 +80,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The numbers of `eval.json`.
 
-    `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), `shuffled`, and, NaN on
-    rows that have none, `gold` (descriptions), those of explanations of `UNINFORMED` vectors, and any others: of parts
-    of the explanations. Gaps are between the same rows. A number is None where no row has what it is of.
+    `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), and, NaN on rows that have
+    none, `shuffled` (another document's), `gold` (descriptions), those of explanations of `UNINFORMED` vectors,
+    and any others: of parts of the explanations. Gaps are between the same rows. A number is None where no row
+    has what it is of.
     """
     variance = variances(h)
     mean_norm = float(direction.baselines(jnp.asarray(h)).mean_norm)
@@ -120,7 +106,7 @@ def summarise(
         "fve_ci95": bootstrap(lambda rows: fve(after[rows], variance[rows]), documents, samples, seed),
         "fve_meannorm": float(1 - after.mean() / mean_norm),
         "fve_text": fve(mse["text"], variance),
-        "fve_shuffled": fve(mse["shuffled"], variance),
+        "fve_shuffled": on_measured("shuffled")[0],
         "fve_gold": gold,
         "fve_gold_gap": None if gold is None or beside_gold is None else gold - beside_gold,
         **{f"fve_{name}": control for name, (control, _) in controls.items()},

@@ -12,17 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.figures import Ledger
 from nlae_jax.evaluate.kept import Kept
-from nlae_jax.evaluate.reconstruction import direction_mse, mismatched, variances
+from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rows import Rows, likeliest
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.roundtrip import Explanations, RoundTrip
 from nlae_jax.runtime.files import AnyPath
+from nlae_jax.runtime.progress import warn
 
 RANKS = 12  # of the subject's next tokens that are looked at
+ONE_DOCUMENT = "eval: all activations are of one document; the controls of other documents are left out"
 _CONTEXTS = 8  # whose next tokens are asked for at once
 
 
@@ -95,6 +98,8 @@ class Work:
         self.kept = Kept(directory / "evaluation" / name)
         self.ledger = Ledger(rows.document, bootstrap_samples, seed)
         self.other = mismatched(rows.document, seed)
+        if len(np.unique(rows.document)) < 2:
+            warn(ONE_DOCUMENT)
         self.variance = variances(rows.h)
         self.mean = np.asarray(direction.unit_direction(rows.h), np.float64).mean(0)
 
@@ -152,7 +157,11 @@ class Work:
         readable, h = np.array([bool(one.strip()) for one in texts], bool), self.rows.h[rows]
         other = mismatched(self.rows.document[rows], self.seed)
         own, wrong = direction_mse(rebuilt, h, readable), direction_mse(rebuilt[other], h, readable[other])
-        return self.full(own, rows), self.full(wrong, rows)
+        return self.full(own, rows), self.full(of_others(wrong, self.rows.document[rows], other), rows)
+
+    def permuted(self, values: np.ndarray) -> np.ndarray:
+        """Values [N, ...] of rows that met rows `other`, NaN where those are of the same document."""
+        return of_others(values, self.rows.document, self.other)
 
     def full(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Values of some rows as those of all, NaN elsewhere."""
@@ -191,7 +200,7 @@ class Work:
 
     @cached_property
     def mse_permuted(self) -> np.ndarray:
-        return direction_mse(self.main["rebuilt"][self.other], self.rows.h, self.readable[self.other])
+        return self.permuted(direction_mse(self.main["rebuilt"][self.other], self.rows.h, self.readable[self.other]))
 
     @cached_property
     def has_context(self) -> np.ndarray:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nlae_jax.evaluate.reconstruction import mismatched
+from nlae_jax.data.mismatch import mismatched
 from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
@@ -149,9 +149,22 @@ def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained
     return Explanations(names, rows, texts)
 
 
+def check_several(names: Iterable[str]) -> None:
+    """Raises UserError where all explanations are of one text: there is no other text's to hold them against."""
+    if len(set(names)) < 2:
+        raise UserError("--placebo: takes explanations of other texts; there is only one text: give at least two")
+
+
 def permuted(found: Explanations, seed: int) -> list[str]:
-    """Every text's explanations exchanged for those of other texts, as far as their numbers allow."""
-    order = mismatched(np.array(found.names), seed)
+    """For every explanation one of another text: exchanged, or drawn where the numbers of texts do not allow it.
+
+    Raises UserError where there is one text.
+    """
+    check_several(found.names)
+    names, rng = np.array(found.names), np.random.default_rng(seed)
+    order = mismatched(names, seed)
+    for row in np.flatnonzero(names[order] == names):
+        order[row] = rng.choice(np.flatnonzero(names != names[row]))
     return [found.rows[index].explanation for index in order]
 
 

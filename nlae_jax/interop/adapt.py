@@ -18,6 +18,7 @@ import numpy as np
 
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.corpus import Document, read_documents
+from nlae_jax.data.mismatch import mismatched
 from nlae_jax.interop.released import open_released
 from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad
@@ -162,8 +163,9 @@ def _activations(
 def adapt(h_NxD: np.ndarray, t_NxE: np.ndarray, document_N: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """The matrix [d, e] fitted on the first documents, and what it is worth on the last ones, beside controls.
 
-    Controls on the same rows: `chance`, the predictions of other documents; `mean`, the mean target; `random_map`, a
-    random matrix whose outputs vary as much as the fitted one's. Raises UserError where documents are too few.
+    Controls on the same rows: `chance`, the predictions of other documents, on the rows that meet one; `mean`, the mean
+    target; `random_map`, a random matrix whose outputs vary as much as the fitted one's. Raises UserError where one of
+    the three parts has rows of fewer than two documents.
     """
     first, second = (round(share * (document_N.max() + 1)) for share in _SHARES)
     fitted, chosen, held_out = (
@@ -171,8 +173,12 @@ def adapt(h_NxD: np.ndarray, t_NxE: np.ndarray, document_N: np.ndarray) -> tuple
         (document_N >= first) & (document_N < second),
         document_N >= second,
     )
-    if min(fitted.sum(), chosen.sum(), held_out.sum()) < 2:
-        raise UserError(f"corpus: {document_N.max() + 1} documents are too few to fit and to score; give at least 20")
+    parts = [len(np.unique(document_N[part])) for part in (fitted, chosen, held_out)]
+    if min(parts) < 2:
+        raise UserError(
+            f"corpus: documents to fit on, to choose by and to score on are {', '.join(map(str, parts))}, too few; "
+            "each takes two: give at least 20"
+        )
     predict = lambda matrix, rows, own: (h_NxD[rows] - h_NxD[own].mean(0)) @ matrix + t_NxE[own].mean(0)  # noqa: E731
     solve = fit(h_NxD[fitted], t_NxE[fitted])
     penalty = max(_PENALTIES.tolist(), key=lambda p: scores(predict(solve(p), chosen, fitted), t_NxE[chosen])["fve"])
@@ -183,10 +189,11 @@ def adapt(h_NxD: np.ndarray, t_NxE: np.ndarray, document_N: np.ndarray) -> tuple
     draw = np.random.default_rng(0).standard_normal(matrix.shape) / np.maximum(h_NxD[own].std(0), 1e-12)[:, None]
     random = (h_NxD[held_out] - h_NxD[own].mean(0)) @ draw
     random *= np.sqrt(np.square(spread).mean() / np.square(random).mean())
-    largest = int(np.bincount(document_N[held_out]).max())
+    other = mismatched(document_N[held_out], 0)
+    apart = document_N[held_out][other] != document_N[held_out]
     return matrix, {
         "map": scores(predicted, target),
-        "chance": scores(np.roll(predicted, largest, axis=0), target),
+        "chance": scores(predicted[other][apart], target[apart]),
         "mean": mean_scores(t_NxE[own], target),
         "random_map": scores(random + t_NxE[own].mean(0), target),
         "penalty": float(penalty),

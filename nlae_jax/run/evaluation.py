@@ -7,9 +7,11 @@ import json
 
 import numpy as np
 
+from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.claims import claims, parts
 from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
-from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, mismatched, summarise, uninformed
+from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, summarise, uninformed
+from nlae_jax.evaluate.work import ONE_DOCUMENT
 from nlae_jax.report.page import SAMPLES
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair
@@ -69,11 +71,13 @@ def evaluate(run: PreparedRun) -> None:
         bar.advance()
         top = _likeliest_tokens(run, rows)
     other = mismatched(documents, seed)
+    if len(np.unique(documents)) < 2:
+        warn(ONE_DOCUMENT)
     mse = {
         "before": mse_before,
         "after": mse_after,
         "text": direction_mse(from_text, h, readable),
-        "shuffled": direction_mse(rebuilt[other], h, (written.length > 0)[other]),
+        "shuffled": of_others(direction_mse(rebuilt[other], h, (written.length > 0)[other]), documents, other),
         "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
         **mse_uninformed,
         **in_parts,
@@ -86,7 +90,8 @@ def evaluate(run: PreparedRun) -> None:
             warn(f"eval: no finite number, null in eval.json: {', '.join(unknown)}; are all activations alike?")
         summary["extraction_rate"] = float((written.length > 0).mean())
         summary["temperature"] = config.temperature
-        summary |= claims(written.texts, contexts, top, other.tolist())
+        met = [None if documents[j] == documents[i] else int(j) for i, j in enumerate(other)]
+        summary |= claims(written.texts, contexts, top, met)
         summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
         _write_samples(run, rows, written, mse_after, gold)
         write_json(run.workdir / "eval.json", summary)

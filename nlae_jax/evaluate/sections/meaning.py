@@ -30,6 +30,7 @@ def measure(work: Work) -> None:
     for suffix, of in (("next", lambda values: values[..., 0]), ("following", following)):
         kl, loss, true = of(found.kl), of(found.loss), of(found.true_loss)
         by_way = {name: work.full(kl[:, way], some) for way, name in enumerate(names)}
+        by_way["permuted"] = work.permuted(by_way["permuted"])
         work.ledger.put("meaning", f"kl_{suffix}", by_way.pop("reconstruction"), first, by_way)
         mean = loss[:, names.index("mean")]
         by_way = {
@@ -37,5 +38,6 @@ def measure(work: Work) -> None:
             for way, name in enumerate(names)
             if name != "mean"
         }
+        by_way["permuted"] = work.permuted(by_way["permuted"])
         key = "loss_recovered" if suffix == "next" else "loss_recovered_following"
         work.ledger.put("meaning", key, by_way.pop("reconstruction"), recovered, by_way)

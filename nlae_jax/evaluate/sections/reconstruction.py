@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate import reconstruction
 from nlae_jax.evaluate.estimate import first, fve_of
-from nlae_jax.evaluate.reconstruction import direction_mse, mismatched
+from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.evaluate.rows import by_part
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles import direction
@@ -31,7 +32,7 @@ def measure(work: Work) -> None:
     put("reconstruction", "fve_meannorm", against(work.mse), fve_of, {"permuted": against(work.mse_permuted)})
     put("reconstruction", "cos", 1 - work.mse / 2, first, {"permuted": 1 - work.mse_permuted / 2})
     _by_part(work, own)
-    near, far = (_centred(work, index) for index in (np.arange(len(rows.h)), work.other))
+    near, far = _centred(work, np.arange(len(rows.h))), work.permuted(_centred(work, work.other))
     put("reconstruction", "centred_gap", near - far, first, {"own": near, "permuted": far})
     _retrieval(work)
     ranks = reconstruction.principal_fve(rows.h, rows.document, rows.reference, rows.reference_document)
@@ -82,14 +83,16 @@ def _retrieval(work: Work) -> None:
         tau = reconstruction.cross_fitted_tau(distance, valid, work.rows.document)
         wrong = reconstruction.mse_to(rebuilt[work.other], work.rows.h, candidates)
         # Each with the temperature that is best for it: what finds nothing has no bits then, rather than very few.
-        tau_wrong = reconstruction.cross_fitted_tau(wrong, valid, work.rows.document)
+        valid_wrong = valid.copy()
+        valid_wrong[work.rows.document[work.other] == work.rows.document, 1:] = False
+        tau_wrong = reconstruction.cross_fitted_tau(wrong, valid_wrong, work.rows.document)
         count = valid.sum(-1)
         most = np.where(count > 1, np.log2(np.maximum(count, 1)), np.nan)
-        beside = {"permuted": reconstruction.retrieval_bits(wrong, valid, tau_wrong), "most": most}
+        beside = {"permuted": reconstruction.retrieval_bits(wrong, valid_wrong, tau_wrong), "most": most}
         work.ledger.put("reconstruction", key, reconstruction.retrieval_bits(distance, valid, tau), first, beside)
         if not same:
             chance = np.where(count > 1, 1 / count, np.nan)
-            beside = {"permuted": reconstruction.top1(wrong, valid), "chance": chance}
+            beside = {"permuted": reconstruction.top1(wrong, valid_wrong), "chance": chance}
             own = reconstruction.top1(distance, valid)
             work.ledger.put("reconstruction", "retrieval_top1", own, first, beside)
 
@@ -108,11 +111,12 @@ def _rank(work: Work, fve: dict[str, Any], ranks: np.ndarray) -> None:
 
 def _samples(work: Work) -> None:
     rows, _, rebuilt = work.sampled
-    h, other = work.rows.h[rows], mismatched(work.rows.document[rows], work.seed)
+    h, documents = work.rows.h[rows], work.rows.document[rows]
+    other = mismatched(documents, work.seed)
     readable: np.ndarray = np.asarray(rebuilt.any(-1))
     spread = lambda of: np.broadcast_to(of[:, None], rebuilt.shape)  # noqa: E731
     mse = direction_mse(rebuilt, spread(h), readable)
-    wrong = direction_mse(rebuilt[other], spread(h), readable[other])
+    wrong = of_others(direction_mse(rebuilt[other], spread(h), readable[other]), documents, other)
     counts = [count for count in _SAMPLES_SHOWN if count <= rebuilt.shape[1]]
     best = {count: [work.full(reconstruction.best_of(m, count), rows) for m in (mse, wrong)] for count in counts}
     work.ledger.put(
@@ -123,5 +127,6 @@ def _samples(work: Work) -> None:
         {"permuted": work.with_variance(best[counts[-1]][1])},
         {str(count): work.with_variance(own) for count, (own, _) in best.items()},
     )
-    own, others = (work.full(of, rows) for of in reconstruction.agreement(rebuilt, work.mean, other))
+    same, others = reconstruction.agreement(rebuilt, work.mean, other)
+    own, others = work.full(same, rows), work.full(of_others(others, documents, other), rows)
     work.ledger.put("reconstruction", "agreement", own, first, {"other": others})

@@ -116,5 +116,5 @@ def _copied(work: Work) -> None:
                 column[row] = text.copied_bits(said, work.rows.contexts[row], bits)
         return column
 
-    own, permuted = copied(np.arange(len(work.texts))), copied(work.other)
+    own, permuted = copied(np.arange(len(work.texts))), work.permuted(copied(work.other))
     work.ledger.put("text", "copied_bits", own, first, {"permuted": permuted})

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate import reconstruction, truth
 from nlae_jax.evaluate.estimate import first, share_of
-from nlae_jax.evaluate.reconstruction import mismatched
 from nlae_jax.evaluate.rows import SUFFIX, read_activations
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
@@ -39,13 +39,13 @@ def measure(work: Work) -> None:
         ("words_in_context", truth.words_in_context),
         ("quotes_in_context", truth.quotes_in_context),
     ):
-        put("truth", key, counted(count, every), share_of, {"permuted": counted(count, work.other)})
+        put("truth", key, counted(count, every), share_of, {"permuted": work.permuted(counted(count, work.other))})
     for key, most in (("expects_top1", 1), ("expects_top5", 5)):
         own, permuted = (np.full(len(rows.h), np.nan) for _ in range(2))
         for row, ranked in work.ranked.items():
             own[row] = truth.expects(work.texts[row], ranked, most)
             permuted[row] = truth.expects(work.texts[work.other[row]], ranked, most)
-        put("truth", key, own, first, {"permuted": permuted})
+        put("truth", key, own, first, {"permuted": work.permuted(permuted)})
     _suffix(work)
     _recurrence(work)
     _consensus(work)
@@ -64,7 +64,8 @@ def _suffix(work: Work) -> None:
             work.ledger.put("truth", key, np.full(len(work.rows.h), np.nan))
         return
     told = [work.texts[row] or _NONE for row in rows]
-    other = mismatched(work.rows.document[rows], work.seed)
+    documents = work.rows.document[rows]
+    other = mismatched(documents, work.seed)
     scores = {
         name: _continued(work, f"suffix_{name}", notes, choices)
         for name, notes in (
@@ -75,12 +76,11 @@ def _suffix(work: Work) -> None:
     }
     chance = work.full(np.full(len(rows), 1 / CANDIDATES), rows)
     best = {name: work.full(truth.picked(of), rows) for name, of in scores.items()}
+    best["other_notes"] = work.full(of_others(truth.picked(scores["other_notes"]), documents, other), rows)
     work.ledger.put("truth", "suffix_test", best.pop("notes"), first, {**best, "chance": chance})
-    gains = {
-        name: work.full(truth.picked(scores[name] - scores["no_notes"]), rows) for name in ("notes", "other_notes")
-    }
-    beside = {"other_notes": gains["other_notes"], "chance": chance}
-    work.ledger.put("truth", "suffix_gain", gains["notes"], first, beside)
+    gain, gain_of_other = (truth.picked(scores[name] - scores["no_notes"]) for name in ("notes", "other_notes"))
+    beside = {"other_notes": work.full(of_others(gain_of_other, documents, other), rows), "chance": chance}
+    work.ledger.put("truth", "suffix_gain", work.full(gain, rows), first, beside)
 
 
 def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray) -> np.ndarray:
@@ -110,9 +110,11 @@ def _recurrence(work: Work) -> None:
         windows = np.concatenate([vectors[-BEFORE - 1 : -1] for vectors in read])
         written = work.written("tokens_before", windows)["texts"]
         before = [written[i * BEFORE : (i + 1) * BEFORE] for i in range(len(rows))]
-        wrong = mismatched(work.rows.document[rows], work.seed)
+        documents = work.rows.document[rows]
+        wrong = mismatched(documents, work.seed)
         own[rows] = [truth.recurrence(work.texts[row], before[i]) for i, row in enumerate(rows)]
-        other[rows] = [truth.recurrence(work.texts[row], before[wrong[i]]) for i, row in enumerate(rows)]
+        recurs = [truth.recurrence(work.texts[row], before[wrong[i]]) for i, row in enumerate(rows)]
+        other[rows] = of_others(np.array(recurs), documents, wrong)
     work.ledger.put("truth", "recurrence", own, first, {"other": other})
 
 
@@ -121,13 +123,15 @@ def _consensus(work: Work) -> None:
     known = np.isin(rows, work.has_context)
     rows, texts = rows[known], [each for each, here in zip(texts, known, strict=True) if here]
     agreed, said, permuted, sizes = (np.full((len(work.rows.h), 2), np.nan) for _ in range(4))
-    wrong = mismatched(work.rows.document[rows], work.seed) if len(rows) else np.zeros(0, int)
+    documents = work.rows.document[rows]
+    wrong = mismatched(documents, work.seed)
     for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
         shared, every = truth.consensus(samples), set().union(*map(truth.content_words, samples))
         agreed[row] = truth.precision(shared, work.rows.contexts[row])
         said[row] = truth.precision(every, work.rows.contexts[row])
         permuted[row] = truth.precision(shared, work.rows.contexts[rows[wrong[i]]])
         sizes[row] = len(shared), len(every)
+    permuted[rows] = of_others(permuted[rows], documents, wrong)
     beside = {"all_words": said, "permuted": permuted}
     work.ledger.put("truth", "consensus_precision", agreed, share_of, beside)
     work.ledger.put("truth", "consensus_words", sizes[:, 0], first, {"all_words": sizes[:, 1]})
