@@ -203,6 +203,7 @@ class NLA(Explainer):
         self, spec: str, corpus: Corpus | None = None, settings: Settings | None = None, side: str = "write"
     ) -> DirectionReport:
         """MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads, with controls."""
+        self.check_own_subject("neuron")
         layer, index = parse_neuron(spec, self.subject.arch)
         return explain_neuron(self, layer, index, corpus or self.corpus(), settings, side=side)
 
@@ -210,6 +211,7 @@ class NLA(Explainer):
         self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: Settings | None = None
     ) -> DirectionReport:
         """A direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls."""
+        self.check_own_subject("direction")
         if isinstance(direction, str):
             named = read_direction(direction, self.d_model)
         else:
@@ -230,6 +232,7 @@ class NLA(Explainer):
 
         `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
         """
+        self.check_own_subject("steer")
         passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)
         wanted = steering.compile_pattern(word, pattern)
         return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)

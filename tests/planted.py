@@ -41,11 +41,11 @@ class Reader:
 class Planted(Explainer):
     """Activations are a mean, plus the direction of the token's word if it has one, plus noise."""
 
-    def __init__(self, lm, seed=0):
+    def __init__(self, lm, seed=0, base_name="planted"):
         rng = np.random.default_rng(seed)
         self.tokenizer, self.layer, self.max_new_tokens, self.name = lm.tokenizer, 1, 40, "planted"
-        self._lm, self.run_texts = Reader(lm), lambda count: ()
-        width = lm.arch.d_model
+        self._base_name, self._lm, self.run_texts = base_name, Reader(lm), lambda count: ()
+        self.adapter, width = None, lm.arch.d_model
         self.words = np.linalg.qr(rng.standard_normal((width, len(WORDS))))[0].T
         self._lm.planted = self.words
         self._mean = 6 * rng.standard_normal(width) / np.sqrt(width)
@@ -59,6 +59,10 @@ class Planted(Explainer):
     @property
     def statistics(self):
         return self._known
+
+    @property
+    def rebuilds(self):
+        return self._base_name, self.layer
 
     @property
     def d_model(self):

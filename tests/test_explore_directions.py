@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from nlae_jax.cli import main
 from nlae_jax.explore.corpus import read_corpus
 from nlae_jax.explore.directions import Settings, change, control_directions, cosine, explain_direction, token_effects
-from nlae_jax.explore.neurons import neuron_directions, parse_neuron
+from nlae_jax.explore.neurons import check_layer, neuron_directions, parse_neuron
 from nlae_jax.explore.surprisal import auc, mean_nll
 from nlae_jax.explore.vector_files import read_direction, read_vectors
 from nlae_jax.report.direction_page import direction_page, direction_tables
@@ -189,6 +189,29 @@ def test_neurons_by_name(arch):
     for spec, named in (("1", "BLOCK:NEURON"), ("2:0", "block 2"), ("0:128", "128 should be"), ("a:b", "BLOCK")):
         with pytest.raises(UserError, match=named):
             parse_neuron(spec, arch)
+
+
+def test_blocks_without_a_gate_have_no_neurons_to_read(arch):
+    ungated = dataclasses.replace(arch, gated=False)
+    for look in (lambda: check_layer(ungated, 0), lambda: parse_neuron("0:0", ungated)):
+        with pytest.raises(UserError, match=r"^neuron: those of .* cannot be read"):
+            look()
+
+
+def test_all_neurons_of_a_block_check_first(planted, tmp_path, monkeypatch, capsys):
+    """Neither a block that cannot be read nor a map to another pair costs the reading of a corpus."""
+    monkeypatch.setattr("nlae_jax.api.NLA.from_pretrained", lambda *_: planted)
+    monkeypatch.setattr("nlae_jax.cli.directions._corpus", lambda *_: pytest.fail("the corpus was read"))
+    command = ["neuron", "--model", "planted", "--all", "0", "--out", str(tmp_path / "n.jsonl")]
+    with monkeypatch.context() as patched:
+        patched.setattr(planted.subject, "arch", dataclasses.replace(planted.subject.arch, gated=False))
+        assert main(command) == 2
+        assert "cannot be read: its blocks have experts, or no gate" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(planted, "adapter", object())
+        for shown in (command, ["neuron", "--model", "planted", "0:1"]):
+            assert main(shown) == 2
+            assert "a map to another model's pair" in capsys.readouterr().err
 
 
 def test_what_a_neuron_writes_and_reads(planted):

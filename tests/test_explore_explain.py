@@ -165,6 +165,25 @@ def test_results_go_on_where_they_are_whole(tmp_path, name):
         Results(tmp_path / f"foreign{path.suffix}", {"a": 1}, ("id", "token"))
 
 
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"items": None}, "items should be a int"),
+        ({"bytes": "9"}, "bytes should be a int"),
+        ({"bytes": -1}, "items and bytes should be 0 or more"),
+        ({"made_with": 3}, "made_with should be a str"),
+    ],
+)
+def test_damaged_marks_of_a_file_of_results_are_one_line(tmp_path, marks, message):
+    path = tmp_path / "r.jsonl"
+    Results(path, {"a": 1}).add({"id": 0}, ())
+    kept, beside = path.read_bytes(), tmp_path / "r.jsonl.progress.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | marks))
+    with pytest.raises(UserError, match=message):
+        Results(path, {"a": 1})
+    assert path.read_bytes() == kept
+
+
 # --- the command and the class
 
 

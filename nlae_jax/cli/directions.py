@@ -90,6 +90,7 @@ def _run_direction(options: argparse.Namespace, _: list[str]) -> int:
 
     settings = _settings(options)
     nla = load_pair(options)
+    nla.check_own_subject("direction")
     direction = read_direction(options.direction, nla.d_model)
     report = explain_direction(nla, direction.name, direction.vector, _corpus(nla, options), settings)
     _show(nla, report, options)
@@ -103,6 +104,7 @@ def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
 
     settings = _settings(options)
     nla = load_pair(options)
+    nla.check_own_subject("neuron")
     if options.all is not None:
         return _run_all(nla, options, settings)
     layer, index = parse_neuron(options.neuron, nla.subject.arch)

@@ -60,6 +60,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         fields = {name: getattr(options, name) for name in ("at", "edit", "original", "word", "pattern")}
         lines = [{"source": source, **fields}]
     nla = load_pair(options)
+    nla.check_own_subject("steer")
     reports = [_steer(nla, line, settings) for line in lines]
     _show(nla, reports, options)
     return 0

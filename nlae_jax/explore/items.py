@@ -15,7 +15,7 @@ from typing import Any
 from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.explore.passage import check_messages
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import plain, read_json, write_json
+from nlae_jax.runtime.files import plain, read_fields, write_json
 from nlae_jax.runtime.outside import encodable
 
 _FIELDS = "an object with text, or with messages"
@@ -82,8 +82,10 @@ class Results:
         digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
         self._digest, self._items, self._bytes = digest, 0, 0
         if self._marks.exists():
-            found = read_json(self._marks)
-            if not isinstance(found, dict) or found.get("made_with") != digest:
+            found = read_fields(self._marks, {"made_with": str, "items": int, "bytes": int})
+            if min(found["items"], found["bytes"]) < 0:
+                raise UserError(f"{self._marks}: items and bytes should be 0 or more")
+            if found["made_with"] != digest:
                 raise UserError(f"{path}: begun with another input or other options; give another --out, or delete it")
             whole = path.stat().st_size if path.exists() else 0
             if whole >= found["bytes"]:

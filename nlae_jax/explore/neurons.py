@@ -17,6 +17,9 @@ _SPEC = re.compile(r"(\d{1,6}):(\d{1,9})")
 
 
 def check_layer(arch: Arch, layer: int) -> int:
+    """The block, if its neurons can be read. Raises UserError where there is none such, or neurons without a gate."""
+    if arch.experts is not None or not arch.gated:
+        raise UserError(f"neuron: those of {arch.family} cannot be read: its blocks have experts, or no gate")
     if not 0 <= layer < arch.num_layers:
         raise UserError(f"neuron: block {layer} should be from 0 to {arch.num_layers - 1}")
     return layer
@@ -28,8 +31,6 @@ def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
     if match is None:
         raise UserError(f"neuron: {quoted(spec)} should be BLOCK:NEURON, as 20:7")
     layer, index = check_layer(arch, int(match[1])), int(match[2])
-    if arch.experts is not None or not arch.gated:
-        raise UserError(f"neuron: those of {arch.family} cannot be read: its blocks have experts, or no gate")
     if index >= arch.d_ff:
         raise UserError(f"neuron: {index} should be from 0 to {arch.d_ff - 1}, the neurons of a block")
     return layer, index
@@ -70,11 +71,11 @@ def explain_neuron(
 
     `values_N`: its activations on the corpus, where they are known already.
     """
-    if values_N is None:
-        values_N = np.concatenate(neuron_values(nla, corpus, layer, lambda values: values[:, index]))
     vectors = neuron_directions(nla, layer, index)
     if side not in vectors:
         raise UserError(f"side: {quoted(side)} should be write, gate or up")
+    if values_N is None:
+        values_N = np.concatenate(neuron_values(nla, corpus, layer, lambda values: values[:, index]))
     notes = [f"cosine of what it reads (gate) and writes: {float(cosine(vectors['gate'], vectors['write'])):.3f}"]
     if layer > nla.layer:
         notes.append(f"block {layer} lies above block {nla.layer}, which the pair reads: its activations lack it")
