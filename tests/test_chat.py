@@ -189,3 +189,12 @@ def test_the_worker_leaves_signals_alone():
     """The limit is that of the worker; a later one of this process would end it."""
     chat_ids(with_template(PLAIN + "unmet too"), "the")
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_large_requests_are_not_kept():
+    """A server's memory is not for the chats of its clients."""
+    tokenizer = with_template("{{ messages[0]['content'] }}")
+    chat._rendered.cache_clear()
+    for text, kept in (("the", 1), ("the " * 70_000, 1)):
+        assert chat.render_chats(tokenizer, [[{"role": "user", "content": text}]], False) == [text]
+        assert chat._rendered.cache_info().currsize == kept

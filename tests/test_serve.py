@@ -238,6 +238,13 @@ REFUSED = [
     ("/explain", {"text": "the " * 600}, 400, "exceed the limit of 512"),
     ("/tokenize", {"messages": [{"content": "x"}]}, 422, "role"),
     ("/tokenize", {"messages": CHAT, "continue_final_message": True}, 400, "chat template"),
+    (
+        "/tokenize",
+        {"messages": [{"role": "user", "content": "x" * 65_533}]},
+        400,
+        "have 65537 characters; at most 65536",
+    ),
+    ("/explain", {"messages": [{**CHAT[0], "channel": "c" * 700}] * 100}, 400, "characters; at most 65536"),
     ("/describe", {"activations": [[0.0]]}, 400, "Vector length 1 != d_model 64"),
     ("/describe", {"activations": []}, 422, "activations"),
     ("/compare", {"activation_a": [0.0], "activation_b": [0.0]}, 400, "activation_a length 1 != d_model 64"),

@@ -27,6 +27,8 @@ _WAIT_SECONDS = 120.0  # by the clock: other programs may keep the machine busy
 _BYTES = 1 << 30
 _CHARACTERS = 1 << 16  # beside the message
 
+_KEPT_CHARACTERS = 1 << 18  # of a request that is kept with its answer
+
 
 def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
     """`chats_ids` of one message."""
@@ -70,7 +72,8 @@ def render_chats(
         "seconds": _SECONDS + _SECONDS_A_CHAT * len(cleaned),
         "bytes": _BYTES,
     }
-    prompts, error = _rendered(json.dumps(request))
+    asked = json.dumps(request)
+    prompts, error = _rendered(asked) if len(asked) <= _KEPT_CHARACTERS else _run_worker(asked)
     if error:
         raise UserError(f"{name}: its chat template does not work ({error})")
     return [encodable(prompt) for prompt in prompts]
@@ -127,6 +130,11 @@ def _template(tokenizer: Any, name: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _rendered(request: str) -> tuple[list[str], str]:
+    """`_run_worker` of a request that is small enough to be kept with its answer."""
+    return _run_worker(request)
+
+
+def _run_worker(request: str) -> tuple[list[str], str]:
     """The worker's prompts, and what it complains of, if anything."""
     try:
         # -P: files beside the worker are no modules of it. Whatever it prints is one JSON object.

@@ -56,6 +56,12 @@ class Service:
         return await self._read(reader, given.text)
 
     async def _read(self, reader: Reader, given: str | list[Message], *chat: Any) -> Passage:
+        most = LIMITS["max_input_chars"]
+        if not isinstance(given, str):  # before the template is run, twice for each message
+            count = sum(len(message.role) + len(message.content) + len(message.channel or "") for message in given)
+            if count > most:
+                raise HTTPException(400, f"The messages have {count} characters; at most {most} are read")
+
         def read() -> Passage:
             with self._lock:
                 if isinstance(given, str):
@@ -70,8 +76,7 @@ class Service:
         except UserError as error:
             what = "" if isinstance(given, str) else "Failed to apply chat template: "
             raise HTTPException(400, f"{what}{error}") from None
-        if len(passage.text) > LIMITS["max_input_chars"] and not isinstance(given, str):
-            most = LIMITS["max_input_chars"]
+        if len(passage.text) > most and not isinstance(given, str):
             raise HTTPException(400, f"The rendered chat has {len(passage.text)} characters; at most {most} are read")
         return passage
 
