@@ -114,6 +114,7 @@ class NLA(Explainer):
             statistics=known,
             name=str(av),
             subject_name=subject or sidecar.base_model or "subject",
+            base_name=sidecar.base_model or "",
         )
 
     def explain_text(
@@ -346,6 +347,7 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
         name=str(directory),
         subject_name=adapter.model,
         adapter=adapter,
+        base_name=pair._base_name,
         reader=load_tokenizer(resolve_model(adapter.model)),
     )
 

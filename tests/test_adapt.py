@@ -187,6 +187,8 @@ def test_a_map_is_not_evaluated_as_a_pair_of_its_own(mapped, tmp_path):
 
 def test_a_map_reads_the_model_that_it_was_fitted_on(mapped, tmp_path):
     directory, adapter = mapped
+    nla, pair = nlae_jax.NLA.from_pretrained(directory), nlae_jax.NLA.from_pretrained(adapter.to)
+    assert nla.rebuilds == pair.rebuilds and nla.subject_name == adapter.model
     with pytest.raises(UserError, match=r"^subject: .* takes no other subject"):
         nlae_jax.NLA.from_pretrained(directory, subject=adapter.model)
     width = len(adapter.mean)

@@ -9,7 +9,7 @@ import pytest
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms, term_pattern
-from nlae_jax.explore.compare import LAYERS_DIFFER, compare
+from nlae_jax.explore.compare import BASES_DIFFER, LAYERS_DIFFER, compare
 from nlae_jax.explore.passage import read_text
 from nlae_jax.report.audit_page import audit_lead, audit_page, audit_tables, comparison_tables, places_table
 from nlae_jax.runtime.errors import UserError
@@ -112,6 +112,9 @@ def test_two_pairs_side_by_side(planted, tiny_lm):
     assert elsewhere.notes == (LAYERS_DIFFER,) and len(elsewhere.tokens) == 2
     assert all(one.reconstruction_cos is None for one in elsewhere.tokens)
     assert LAYERS_DIFFER in audit_page("compare", [elsewhere.row()], "a and b")
+    mapped = Planted(tiny_lm, base_name="another")
+    others = compare(planted, mapped, TEXTS["lists"], positions="1")
+    assert others.notes == (BASES_DIFFER,) and others.tokens[0].reconstruction_cos is None
     assert comparison_tables(elsewhere.row()) and "<article" in same._repr_html_()
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.explore.corpus import read_corpus
 from nlae_jax.explore.directions import Settings, change, control_directions, cosine, explain_direction, token_effects
@@ -241,4 +243,29 @@ def test_the_commands(tiny_run, planted_texts, tmp_path, capsys):
     assert len(first.splitlines()) == 2 and (tmp_path / "all.html").exists()
     out.write_bytes(first.splitlines(keepends=True)[0])  # as if it had been stopped: the rest is made again
     assert main([*many[:-1], "--texts=9"]) == 2
+    assert "other options" in capsys.readouterr().err
+
+
+def test_a_file_of_neurons_goes_on_with_the_same_texts_and_pair(tiny_run, planted_texts, tmp_path, capsys, monkeypatch):
+    """It is what the texts and the parameters are that counts, not where they lie."""
+    shared = ["--workdir", str(tiny_run.workdir), "--steps=1", "--controls=1", "--contexts=1", "--texts=4"]
+    many = ["neuron", "--all", "0", "--top=1", "--choose=random", "--out", str(tmp_path / "n.jsonl"), *shared]
+    texts, moved = tmp_path / "t.jsonl", tmp_path / "moved.jsonl"
+    for path in (texts, moved):
+        path.write_bytes(planted_texts.read_bytes())
+    assert main([*many, "--corpus", str(texts)]) == 0
+    whole = (tmp_path / "n.jsonl").read_bytes()
+    assert main([*many, "--corpus", str(moved)]) == 0
+    assert (tmp_path / "n.jsonl").read_bytes() == whole
+    moved.write_text(moved.read_text().replace("list", "array"))
+    capsys.readouterr()
+    assert main([*many, "--corpus", str(moved)]) == 2
+    assert "other options" in capsys.readouterr().err
+    trained = nlae_jax.NLA.from_workdir(tiny_run.workdir)
+    identity, longer = trained.identity, jax.tree.map(lambda leaf: 1.01 * leaf, trained.pair.decoder)
+    trained._pair = trained.pair._replace(decoder=longer)
+    del trained.identity
+    assert trained.identity != identity
+    monkeypatch.setattr("nlae_jax.api.NLA.from_workdir", lambda _: trained)
+    assert main([*many, "--corpus", str(texts)]) == 2
     assert "other options" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     corpus = _corpus(nla, options)
     neurons = choose_neurons(nla, corpus, layer, options.top, options.choose == "random", options.seed)
     values = values_of(nla, corpus, layer, neurons)
-    made_with = [nla.name, layer, neurons, options.side, dataclasses.asdict(settings), corpus.source, options.texts]
+    made_with = [nla.identity, corpus.digest(), layer, neurons, options.side, dataclasses.asdict(settings)]
     results = Results(options.out, {"neurons": [*made_with, nla.max_new_tokens]})
     with progress(len(neurons), f"neurons of block {layer}", unit="neuron", start=results.done) as bar:
         for place in range(results.done, len(neurons)):

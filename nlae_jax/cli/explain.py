@@ -158,7 +158,7 @@ def _run_many(nla: NLA, items: Sequence[Item], options: argparse.Namespace, writ
     from nlae_jax.explore.items import Results
     from nlae_jax.runtime.progress import progress, say
 
-    chosen = [options.generate, options.positions, options.match, options.span, nla.max_new_tokens, nla.name]
+    chosen = [options.generate, options.positions, options.match, options.span, nla.max_new_tokens, nla.identity]
     made_with = {
         "items": [dataclasses.asdict(item) for item in items],
         "options": [*chosen, dataclasses.asdict(writing)],

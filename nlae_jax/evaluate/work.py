@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.data.mismatch import mismatched, of_others
@@ -19,7 +17,7 @@ from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rows import Rows, likeliest
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.roundtrip import Explanations, RoundTrip
 from nlae_jax.runtime.files import AnyPath
 from nlae_jax.runtime.progress import warn
@@ -53,8 +51,7 @@ def pairing_of(
     max_new_tokens: int,
 ) -> Pairing:
     """A trained pair as the suite uses it; its identity is that of its parameters and of how it is sampled."""
-    trained = jax.tree.leaves((pair.encoder, pair.decoder))
-    sums = [float(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in trained]
+    sums = parameter_sums((pair.encoder, pair.decoder))
     protocol = roles.encoder.protocol
     return Pairing(
         explain=lambda vectors, seed: trip.explain(pair, vectors, seed, temperature),

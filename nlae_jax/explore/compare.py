@@ -20,6 +20,7 @@ LAYERS_DIFFER = (
     "the pairs read different blocks: what one says and the other does not is no change from block to block; "
     "differences of blocks do not verbalise"
 )
+BASES_DIFFER = "the pairs rebuild activations of different models: their reconstructions have no cosine"
 SUBJECTS_DIFFER = "the pairs read different models: scores are of each one's own activations"
 
 
@@ -28,7 +29,7 @@ class Compared:
     """One selected token as both pairs explain it.
 
     `overlap`: shared content words / content words of either. `reconstruction_cos`: the cosine of what the two decoders
-    rebuild, where they read the same block of the same width; else None.
+    rebuild, where that is the same block of the same model; else None.
     """
 
     a: Explained
@@ -86,15 +87,19 @@ def compare(
         found.append(rows)
     if ids[0] != ids[1]:
         raise UserError("compare: the two pairs' tokenizers cut the text differently; there is nothing side by side")
-    same = first.layer == second.layer and first.d_model == second.d_model
+    (base, layer), (other_base, other_layer) = first.rebuilds, second.rebuilds
+    same = (base, layer, first.d_model) == (other_base, other_layer, second.d_model)
+    read_alike = first.subject.arch == second.subject.arch
     cos = [None] * len(found[0])
     if same:
         pairs = zip((first, second), found, strict=True)
         rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in pairs]
         cos = cosine(*rebuilt).tolist()
     tokens = tuple(Compared(a, b, _overlap(a, b), c) for a, b, c in zip(found[0], found[1], cos, strict=True))
-    notes = [LAYERS_DIFFER] if first.layer != second.layer else []
-    if first.subject.arch != second.subject.arch:
+    notes = [LAYERS_DIFFER] if layer != other_layer or (read_alike and first.layer != second.layer) else []
+    if base != other_base:
+        notes.append(BASES_DIFFER)
+    if not read_alike:
         notes.append(SUBJECTS_DIFFER)
     return Comparison(
         (first.name, second.name),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,11 @@ class Corpus:
     passage: np.ndarray
     position: np.ndarray
     source: str
+
+    def digest(self) -> str:
+        """Tells these passages from any others, wherever they come from."""
+        ids = [passage.ids for passage in self.passages]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def around(self, row: int) -> tuple[str, str, str]:
         """The text before a row's token, the token, and what follows it."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from nlae_jax.explore.statistics import Statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
 from nlae_jax.lm.tokens import check_ids, pad
 from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.pair import Pair, Roles
+from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.runtime.errors import UserError
@@ -57,6 +58,7 @@ class Explainer:
         subject_name: str = "subject",
         adapter: Adapter | None = None,
         reader: Any = None,
+        base_name: str = "",
     ) -> None:
         """`mesh`: that the pair's parameters are on, to split batches over.
 
@@ -64,7 +66,8 @@ class Explainer:
         function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
         reports call the pair and its subject. `run_texts(count)`: token ids of so many texts that the pair was trained
         on, where those are at hand. `adapter`: maps the subject's activations into those that the pair reads; `reader`
-        is then the tokenizer of the subject, which is another model's.
+        is then the tokenizer of the subject, which is another model's. `base_name`: the model whose activations the
+        decoder rebuilds, if not the subject.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
             roles.decoder.layer if adapter is None else adapter.layer,
@@ -75,6 +78,7 @@ class Explainer:
         self.adapter, self._pair_tokenizer = adapter, tokenizer
         self._roles, self._pair, self._make_subject, self._mesh = roles, pair, subject, mesh
         self._make_statistics, self.run_texts, self.subject_name = statistics, run_texts, subject_name
+        self._base_name = base_name or subject_name
         for role in (roles.encoder, roles.decoder):
             check_prompts(role.protocol, tokenizer, role.arch.vocab_size)
 
@@ -176,6 +180,20 @@ class Explainer:
             "statistics_of": known.source,
             "relative_mse_is": "mse / variance: 0 is perfect, 1 no better than predicting the data's mean direction",
         }
+
+    @property
+    def rebuilds(self) -> tuple[str, int]:
+        """The model and its block whose activations the decoder rebuilds: behind a map, not those that are read."""
+        path = Path(self._base_name).expanduser()
+        return (str(path.resolve()) if path.exists() else self._base_name), self._roles.decoder.layer
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells the pair, its subject and its map from any others, wherever their files are."""
+        adapter = self.adapter
+        arrays = None if adapter is None else (adapter.matrix, adapter.mean, adapter.target_mean)
+        sums = parameter_sums((self._pair, self.subject.params, arrays))
+        return repr((sums, self.layer, self._roles.decoder.layer, self.protocol.to_json()))
 
     @property
     def roles(self) -> Roles:

@@ -85,6 +85,11 @@ class Pair(NamedTuple):
         return roles.decoder_variables(base, self.decoder)
 
 
+def parameter_sums(params: Any) -> list[float]:
+    """The sum of each array's absolute values, float32: tells parameters from others, whatever files they are in."""
+    return [float(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in jax.tree.leaves(params)]
+
+
 def decoder_model_weights(arch: Arch) -> Params:
     """A fine-tuned decoder's own weights. It has no LM head; the final norm is kept so that the tree is a model's."""
     weights = model_weights(arch)
