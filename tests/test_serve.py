@@ -482,6 +482,7 @@ def short(nla):
 
 
 def test_nobody_asks_for_more_tokens_than_the_model_can_be_run_on(short, http):
+    short.warm()
     most, length = short.subject.arch.most_tokens, len(short.tokenizer.encode(TEXT))
     with Served(lambda: short, Settings()) as served:
         bounded = served.wait_ready().client
