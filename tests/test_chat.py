@@ -75,6 +75,14 @@ def test_a_prompt_is_the_same_every_day(template):
     assert tokenizer.decode(first).count("2024") == template.count("%Y") + template.count("date_string }}")
 
 
+def test_the_answer_to_a_large_request_is_not_kept():
+    tokenizer, chats = with_template("{{ messages[0].content }}"), [[{"role": "user", "content": "x" * 1000}]]
+    chat._rendered.cache_clear()
+    for count, kept in ((2, 1), (500, 1)):
+        assert chat.render_chats(tokenizer, chats * count, False) == ["x" * 1000] * count
+        assert chat._rendered.cache_info().currsize == kept
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

@@ -60,6 +60,11 @@ def test_settings_that_make_no_sense(spec):
         processes.settings(spec)
 
 
+def test_a_coordinator_whose_name_is_none_is_said_at_once():
+    with pytest.raises(UserError, match=r"--distributed a\.\.b:1: a\.\.b is no host's name"):
+        processes._reach("a..b:1", own=False)
+
+
 def test_settings_of_the_environment(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)

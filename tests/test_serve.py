@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,8 +18,13 @@ import pytest
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.config import MeshConfig
+from nlae_jax.explore.directions import STEPS, change, cosine, pushed_along, unit
+from nlae_jax.explore.neurons import neuron_directions
+from nlae_jax.lm.arch import LongRope
 from nlae_jax.lm.rows import Rows, advance
 from nlae_jax.mesh import make_mesh, place, replicated
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.engine import description_of
 from nlae_jax.serve.reading import Reader, error_rates
@@ -263,6 +269,22 @@ def test_what_cannot_be_done_is_said_as_json(http, path, body, status, said, str
     assert said in json.dumps(response.json()["detail"])
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/extract", "/explain", "/completion", "/api/nla/completion"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x" * 65533}],
+        [{"role": "user", "content": "x" * 200}] * 512,
+        [{"role": "r" * 40_000, "content": "", "channel": "c" * 40_000}],
+    ],
+)
+def test_a_chat_is_measured_before_it_is_rendered(http, monkeypatch, path, messages):
+    monkeypatch.setattr("nlae_jax.serve.service.read_chat", lambda *_, **__: 1 / 0)
+    response = http.post(path, json={"messages": messages})
+    assert response.status_code == 400
+    assert "at most 65536" in next(iter(response.json().values()))
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e39", "-1e39"])
 def test_numbers_that_are_none_are_refused(http, number):
     body = f'{{"activations": [[{number}, {", ".join(["0.5"] * 63)}]]}}'
@@ -372,6 +394,25 @@ def test_beyond_its_places_the_server_refuses_at_once(reader):
         assert other.result().status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/describe", {"activations": [[1.0] * 64]}),
+        ("/compare", {"activation_a": [1.0] * 64, "activation_b": [0.0] * 64}),
+        ("/api/page/direction", {"vector": [1.0] * 64}),
+    ],
+)
+def test_all_that_explains_vectors_shares_its_places(reader, path, body):
+    with Served(lambda: reader, Settings(describes=1)) as one, ThreadPoolExecutor(2) as pool:
+        http, go = one.wait_ready().client, threading.Event()
+        one.engine.call(lambda: go.wait(60))  # whoever has the place keeps it meanwhile
+        asked = [pool.submit(http.post, path, json=body) for _ in range(2)]
+        (first,), (other,) = wait(asked, return_when=FIRST_COMPLETED)
+        assert first.result().status_code == 429
+        go.set()
+        assert other.result().status_code == 200
+
+
 def test_while_it_loads_it_says_so(reader):
     go = threading.Event()
 
@@ -396,8 +437,83 @@ def test_a_device_that_fails_is_an_error_frame_and_no_silence(reader, monkeypatc
             patch.setattr(Table, "advance", lambda *_: 1 / 0)
             frames = events(http, "/explain", body)
             assert "ZeroDivisionError" in frames[-1]["error"]
-            assert http.post("/explain", json=body).status_code == 500
+            for path, field in (("/explain", "detail"), ("/api/nla/explain", "error")):
+                response = http.post(path, json=body)
+                assert (response.status_code, "ZeroDivisionError" in response.json()[field]) == (500, True)
         assert ok(http, "/explain", body)["results"]
+
+
+def test_a_table_that_fails_takes_no_other_with_it(reader, monkeypatch):
+    whole = Table.advance
+    monkeypatch.setattr(Table, "advance", lambda table, n: whole(table, n) if table._longest < 1024 else 1 / 0)
+    with Served(lambda: reader, Settings()) as half, ThreadPoolExecutor(2) as pool:
+        http, go = half.wait_ready().client, threading.Event()
+        half.engine.call(lambda: go.wait(60))
+        body = {"text": TEXT, "positions": [3], "temperature": 1}
+        short, long = (pool.submit(http.post, "/explain", json={**body, "max_new_tokens": n}) for n in (TOKENS, 1000))
+        while len(half.engine._calls) < 2:  # both ask for the activations first
+            pass
+        go.set()
+        assert short.result().status_code == 200
+        assert long.result().status_code == 500
+
+
+def test_a_description_that_cannot_be_scored_fails_alone(reader, monkeypatch):
+    score, seen = Reader.score, []
+
+    def picky(reader, texts, vectors):
+        seen.append(len(texts))
+        return 1 / 0 if np.array_equal(vectors[-1], worst) else score(reader, texts, vectors)
+
+    vectors = np.eye(2, 64, dtype=np.float32)
+    worst = vectors[-1]
+    with Served(lambda: reader, Settings()) as served:
+        http = served.wait_ready().client
+        monkeypatch.setattr(Reader, "score", picky)
+        frames = events(http, "/describe", {"activations": vectors.tolist(), "temperature": 1, "max_new_tokens": 12})
+        assert "ZeroDivisionError" in frames[-1]["error"]
+        assert [frame for frame in frames if "description" in frame]
+        assert 1 in seen
+
+
+@pytest.fixture(scope="module")
+def short(nla):
+    """The same pair, of a model that cannot be run on more than 40 tokens after the encoder's prompt."""
+    factors = (1.0,) * (nla.subject.arch.head_dim // 2)
+    rope = LongRope(factors, factors, 1.0, nla.roles.encoder.prompt_length + 40)
+    bounded = lambda arch: dataclasses.replace(arch, rope_scaling=rope)  # noqa: E731
+    encoder, decoder = (role.clone(arch=bounded(role.arch)) for role in (nla.roles.encoder, nla.roles.decoder))
+    roles = dataclasses.replace(nla.roles, encoder=encoder, decoder=decoder)
+    subject = LanguageModel(bounded(nla.subject.arch), nla.subject.params, nla.tokenizer)
+    return Reader(nlae_jax.NLA(roles, nla.pair, nla.tokenizer, lambda: subject, nla.max_new_tokens))
+
+
+def test_nobody_asks_for_more_tokens_than_the_model_can_be_run_on(short, http):
+    short.warm()
+    most, length = short.subject.arch.most_tokens, len(short.tokenizer.encode(TEXT))
+    with Served(lambda: short, Settings()) as served:
+        bounded = served.wait_ready().client
+        assert bounded.get("/").json()["limits"]["max_new_tokens"] == 40
+        ones = [1.0] * 64
+        for path, body in (
+            ("/explain", {"text": TEXT}),
+            ("/describe", {"activations": [ones]}),
+            ("/compare", {"activation_a": ones, "activation_b": [0.0] * 64}),
+        ):
+            refused = bounded.post(path, json={**body, "max_new_tokens": 41})
+            assert (refused.status_code, "max_new_tokens: 41" in refused.text) == (400, True)
+        body = {"text": TEXT, "positions": [-1], "temperature": 0, "max_new_tokens": 40}
+        found, expected = (ok(client, "/explain", body)["results"][0] for client in (bounded, http))
+        assert found["description"] == expected["description"]
+        assert ok(bounded, "/api/nla/explain", {"text": TEXT, "positions": [1]})["results"]
+        new = {"text": TEXT, "temperature": 0, "completion_tokens": most - length}
+        assert ok(bounded, "/completion", new)["tokens"] == ok(http, "/completion", new)["tokens"]
+        for path, body in (
+            ("/completion", {**new, "completion_tokens": most - length + 1}),
+            ("/extract", {"text": "the " * (most + 1)}),
+        ):
+            refused = bounded.post(path, json=body)
+            assert (refused.status_code, f"can be run on {most}" in refused.text) == (400, True)
 
 
 # Who may ask
@@ -434,6 +550,14 @@ def test_pages_of_other_origins_may_not_ask(http):
 def test_beyond_this_machine_a_token_is_a_must(tiny_run, capsys):
     assert main(["serve", "--workdir", str(tiny_run.workdir), "--host", "0.0.0.0"]) == 2
     assert "--token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["a..b", ".", "x" * 64 + ".example", "é" * 64])
+def test_a_host_that_is_no_name_is_one_line(tiny_run, capsys, host):
+    arguments = ["serve", "--workdir", str(tiny_run.workdir), "--port", "0", "--token", "sesame", "--host", host]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"nlae: --host {host} --port 0: cannot be served on (")
 
 
 def test_a_port_in_use_is_one_line(tiny_run, served, capsys):
@@ -488,6 +612,16 @@ def test_its_errors_are_its_own(http, body):
     assert isinstance(response.json()["error"], str)
 
 
+def test_what_the_pair_cannot_do_is_an_error_there_too(served, http, monkeypatch):
+    def refuse(*_):
+        raise UserError("vectors: of another model")
+
+    monkeypatch.setattr(type(served.engine.reader), "activations", refuse)
+    response = http.post("/api/nla/explain", json={"text": TEXT, "positions": [0]})
+    assert (response.status_code, response.json()) == (400, {"error": "vectors: of another model"})
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
 # The page
 
 
@@ -525,6 +659,20 @@ def test_nothing_is_known_of_a_pair_without_an_evaluation(tmp_path):
     assert error_rates(str(tmp_path)) == {}
 
 
+@pytest.mark.parametrize("value", [None, "0.5", [0.1], True, {}, 1e301])
+def test_rates_that_are_no_numbers_are_left_out(tmp_path, value):
+    found = dict.fromkeys(("fve", "fve_shuffled", "repeated_rate"), 0.5)
+    for name in found:
+        (tmp_path / "eval.json").write_text(json.dumps({**found, name: value}))
+        assert len(error_rates(str(tmp_path))) == 2
+    intervals = [value, [value, 1], [0.1, 0.2, 0.3], 0.5]
+    for interval in intervals:
+        (tmp_path / "eval.json").write_text(json.dumps({**found, "fve_ci95": interval}))
+        assert next(iter(error_rates(str(tmp_path)).values())) == "0.50"
+    (tmp_path / "eval.json").write_text(json.dumps({**found, "fve_ci95": [0.4, 0.6]}))
+    assert [*error_rates(str(tmp_path)).values()] == ["0.50 [0.40, 0.60]", "0.50", "50 %"]
+
+
 def test_an_edit_is_held_against_random_directions(http):
     body = {"text": TEXT, "positions": [-1, -2], "original": "the of to", "edited": "it for that is"}
     kinds = [one["kind"] for one in ok(http, "/api/page/steer", body)["outcomes"]]
@@ -534,10 +682,16 @@ def test_an_edit_is_held_against_random_directions(http):
     assert "same" in same.json()["detail"]
 
 
-def test_a_neuron_is_held_against_controls(http):
+def test_a_neuron_is_held_against_controls(http, nla):
     found = ok(http, "/api/page/direction", {"neuron": "0:3"})
     assert [sweep["kind"] for sweep in found["sweeps"]] == ["direction", "random", "shuffled"]
     assert all(-1 <= point["heard"] <= 1 for sweep in found["sweeps"] for point in sweep["points"])
+    u = neuron_directions(nla, 0, 3)["write"]
+    vectors = pushed_along(nla, [unit(u)], STEPS)
+    points = found["sweeps"][0]["points"]
+    rebuilt = nla.rebuild([found["mean"], *(point["explanation"] for point in points)])
+    expected = cosine(change(rebuilt[1:], rebuilt[0]), change(vectors[1:], vectors[0]))
+    np.testing.assert_allclose([point["heard"] for point in points], expected, atol=1e-3)
     assert len(found["promoted"]) == len(found["suppressed"]) > 0
     refused = http.post("/api/page/direction", json={"neuron": "99:3"})
     assert (refused.status_code, "block 99" in refused.json()["detail"]) == (400, True)

@@ -157,6 +157,11 @@ def change(directions: np.ndarray, origin_D: np.ndarray) -> np.ndarray:
     return np.where(np.linalg.norm(across, axis=-1, keepdims=True) > _LEAST_CHANGE, across, 0.0)
 
 
+def heard_of(rebuilt: np.ndarray, pushed: np.ndarray) -> np.ndarray:
+    """`Point.heard` of all rows but the first, which is the mean's: [N, d] and [N, d] -> [N - 1] float64."""
+    return cosine(change(rebuilt[1:], rebuilt[0]), change(pushed[1:], pushed[0]))
+
+
 def control_directions(u_D: np.ndarray, count: int, seed: int) -> list[tuple[str, np.ndarray]]:
     """Directions of the same length that nobody looked for: `count` isotropic ones, and `count` shuffles of u's own."""
     rng = np.random.default_rng(seed)
@@ -201,14 +206,14 @@ def explain_direction(
     order = np.argsort(-values_N, kind="stable")
     top = corpus.apart(order, settings.contexts)
     directions = [("direction", u_D), *control_directions(u_D, settings.controls, settings.seed)]
-    pushed = _pushed(nla, [direction for _, direction in directions], settings.steps)
+    pushed = pushed_along(nla, [direction for _, direction in directions], settings.steps)
     limit = settings.max_new_tokens
     written = nla.write(np.concatenate([pushed, corpus.h_NxD[top]]), 0.0, limit)
     texts, count = [text for text, _ in written], len(pushed)
     rebuilt = np.asarray(nla.rebuild(texts))
     said = change(rebuilt, rebuilt[0])
     contexts_change = said[count:].mean(0)
-    heard = cosine(said[1:count], change(pushed[1:], pushed[0]))
+    heard = heard_of(rebuilt[:count], pushed)
     surprisal = _surprisal(nla, corpus, values_N, top, settings)
     sweeps = []
     for number, (kind, _) in enumerate(directions):
@@ -265,7 +270,7 @@ def _report(nla: Explainer, name: str, sweeps: Sequence[Sweep], **found: Any) ->
     )
 
 
-def _pushed(nla: Explainer, directions: Sequence[np.ndarray], steps: Sequence[float]) -> np.ndarray:
+def pushed_along(nla: Explainer, directions: Sequence[np.ndarray], steps: Sequence[float]) -> np.ndarray:
     """μ, then μ + r·‖h‖·u for every direction and r: [1 + directions · steps, d] float32."""
     mean, norm = nla.statistics.mean, nla.statistics.norm_median
     return np.stack([mean, *(mean + r * norm * u for u in directions for r in steps)]).astype(np.float32)

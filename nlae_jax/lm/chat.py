@@ -26,8 +26,7 @@ _SECONDS_A_CHAT = 0.02  # and for each chat of many
 _WAIT_SECONDS = 120.0  # by the clock: other programs may keep the machine busy
 _BYTES = 1 << 30
 _CHARACTERS = 1 << 16  # beside the message
-
-_KEPT_CHARACTERS = 1 << 18  # of a request that is kept with its answer
+_KEPT_CHARACTERS = 1 << 18  # of a request whose answer is kept: one of many long prefixes takes tens of megabytes
 
 
 def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
@@ -73,7 +72,7 @@ def render_chats(
         "bytes": _BYTES,
     }
     asked = json.dumps(request)
-    prompts, error = _rendered(asked) if len(asked) <= _KEPT_CHARACTERS else _run_worker(asked)
+    prompts, error = _rendered(asked) if len(asked) <= _KEPT_CHARACTERS else _rendered.__wrapped__(asked)
     if error:
         raise UserError(f"{name}: its chat template does not work ({error})")
     return [encodable(prompt) for prompt in prompts]

@@ -115,6 +115,8 @@ def _reach(address: str, own: bool) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
+        except UnicodeError as error:  # a name that no domain can have
+            raise UserError(f"--distributed {address}: {host} is no host's name ({error})") from None
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.2)

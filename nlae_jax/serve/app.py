@@ -30,7 +30,7 @@ from nlae_jax.serve.frames import (
 )
 from nlae_jax.serve.page import add_page, page_response, wants_page
 from nlae_jax.serve.public import public_app
-from nlae_jax.serve.service import Service, prefix_key
+from nlae_jax.serve.service import DeviceFailed, Service, prefix_key
 from nlae_jax.serve.tables import CAPACITIES
 from nlae_jax.serve.transport import BoundedBody, Events, Gate, Gone, invalid, unless_gone
 from nlae_jax.serve.wire import (
@@ -51,7 +51,9 @@ _BODY_BYTES = 128 << 20  # of one request: 512 activations of width 8192 as JSON
 class Settings:
     """`secret`: that requests must bring; none if empty. `hosts`: names that browsers may know this server by, if any.
 
-    The other numbers say how many requests of a kind are worked on at once; what is beyond is refused with 429.
+    `explains`, `describes` (comparisons and the page's directions count as such) and `scores` say how many requests of
+    a kind are worked on at once; what is beyond is refused with 429. `sources` is the same for texts to extract and for
+    completions; what is beyond waits.
     """
 
     secret: str = ""
@@ -78,6 +80,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(UserError, _refused)
+    app.add_exception_handler(DeviceFailed, _broken)
     gates = {
         name: Gate(most, _too_many(name))
         for name, most in (("explain", settings.explains), ("describe", settings.describes), ("score", settings.scores))
@@ -88,7 +91,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     _add_explain(app, service, gates["explain"])
     _add_vectors(app, service, gates["describe"], gates["score"])
     _add_completion(app, service, completions)
-    add_page(app, service)
+    add_page(app, service, gates["describe"])
     app.mount("/api/nla", public_app(service, gates["explain"], completions, settings.secret))
     if settings.hosts:
         app.add_middleware(_KnownHosts, hosts=settings.hosts)
@@ -120,6 +123,11 @@ async def _gone(_: Request, __: Exception) -> Response:
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 400)
+
+
+async def _broken(_: Request, error: Exception) -> JSONResponse:
+    """An answer like any other: what is raised further would end the connection, and the client's next request."""
+    return JSONResponse({"detail": str(error)}, 500)
 
 
 class _KnownHosts:
@@ -172,7 +180,7 @@ def _add_health(app: FastAPI, service: Service, settings: Settings) -> None:
                 "source_max_concurrent": settings.sources,
                 "reconstructor_max_concurrent": settings.scores,
                 "max_describe_requests": settings.describes,
-                "limits": LIMITS,
+                "limits": service.limits,
             }
         )
 
@@ -211,6 +219,7 @@ def _add_explain(app: FastAPI, service: Service, gate: Gate) -> None:
         reader = service.reader
         with contextlib.ExitStack() as held:
             held.enter_context(gate.enter())
+            service.check_limit(body.max_new_tokens)
             passage = await service.passage(body)
             positions = service.positions(passage, body.positions)
             if body.reverse:
@@ -242,6 +251,7 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
         _ = service.reader
         with contextlib.ExitStack() as held:
             held.enter_context(describes.enter())
+            service.check_limit(body.max_new_tokens)
             vectors = [service.vector(values, "activations") for values in body.activations]
             keys = [None if body.temperature else vector.tobytes() for vector in vectors]
             asked = vectors, keys, body.max_new_tokens, body.temperature, body.seed
@@ -263,25 +273,28 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
 
     @app.post("/compare")
     async def compare(body: Compare, request: Request) -> JSONResponse:
-        a, b = (service.vector(getattr(body, name), name, f"{name}") for name in ("activation_a", "activation_b"))
-        difference = a - b
-        if not difference.any():
-            raise HTTPException(400, "activation_a and activation_b are equal: there is no difference to describe")
-        if not np.isfinite(difference).all():
-            raise HTTPException(400, "activation_a - activation_b: a number is beyond float32")
-        keys = [None if body.temperature else difference.tobytes()]
-        asked = [difference], keys, body.max_new_tokens, body.temperature, body.seed
-        (one,) = await unless_gone(request, service.all_explained(*asked))
-        fields = one.fields()
-        return JSONResponse({"description": fields.pop("description"), "diff_norm": l2_norm(difference), **fields})
+        _ = service.reader
+        with describes.enter():
+            service.check_limit(body.max_new_tokens)
+            a, b = (service.vector(getattr(body, name), name, f"{name}") for name in ("activation_a", "activation_b"))
+            difference = a - b
+            if not difference.any():
+                raise HTTPException(400, "activation_a and activation_b are equal: there is no difference to describe")
+            if not np.isfinite(difference).all():
+                raise HTTPException(400, "activation_a - activation_b: a number is beyond float32")
+            keys = [None if body.temperature else difference.tobytes()]
+            asked = [difference], keys, body.max_new_tokens, body.temperature, body.seed
+            (one,) = await unless_gone(request, service.all_explained(*asked))
+            fields = one.fields()
+            return JSONResponse({"description": fields.pop("description"), "diff_norm": l2_norm(difference), **fields})
 
 
 def _add_completion(app: FastAPI, service: Service, places: asyncio.Semaphore) -> None:
     @app.post("/completion")
     async def completion(body: Complete, request: Request) -> Response:
         passage = await service.passage(body)
-        service.check_length(passage)
         limit = min(body.completion_tokens, LIMITS["max_completion_tokens"])
+        service.check_length(passage, limit)
         seed = random.getrandbits(32) if body.seed is None else body.seed
         frames = completion_frames(service, passage, limit, body.temperature, seed, places)
         if body.stream:

@@ -79,6 +79,7 @@ def _bound(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot be served on ({error.strerror or error})") from None
+    except (OSError, UnicodeError) as error:  # a name that no domain can have is a UnicodeError
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: cannot be served on ({problem})") from None
     return bound

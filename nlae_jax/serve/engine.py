@@ -22,7 +22,7 @@ import numpy as np
 from nlae_jax.roles.protocol import CLOSING, OPENING
 from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.serve.reading import Reader
-from nlae_jax.serve.tables import CAPACITIES, Entry, Table, bucket
+from nlae_jax.serve.tables import CAPACITIES, Entry, Table, room_for
 
 _ROUND_SECONDS = 0.25  # that a round of decoding should take: words are to come as if somebody wrote them
 _STOP_SECONDS = 10  # that a round, or loading, may take to come to its end
@@ -249,27 +249,34 @@ class Engine:
         """A round of every table: who is gone leaves, who waits comes, all write some tokens."""
         self._admit()
         for longest, table in list(self._tables.items()):
-            gone = self._without_watchers(table.holders)
-            table.remove(gone.__contains__)
-            began, size = time.perf_counter(), table.size
-            ended: list[Work] = []
-            rows = table.advance(self._count(size))
-            for work, tokens, done in rows:
-                text = OPENING + self._ready.decoded(tokens)
-                done = done or CLOSING in text
-                if done:
-                    text = text.partition(CLOSING)[0] + (CLOSING if CLOSING in text else "")
-                    ended.append(work)
-                    self._unscored.append(work)
-                else:
-                    text = text.rstrip("\ufffd")  # the rest of a character is still to come
-                if text != work.state.text or done:
-                    work.tell(Explained(text, description_of(text) if done else None))
-            if rows:
-                self._learn_pace(size, time.perf_counter() - began, table.drawn)
-            table.remove(set(ended).__contains__)
-            if not len(table):
-                del self._tables[longest]
+            try:
+                self._write_some(table)
+            except Exception as error:
+                self._lose(longest, error)
+            else:
+                if not len(table):
+                    del self._tables[longest]
+
+    def _write_some(self, table: Table) -> None:
+        gone = self._without_watchers(table.holders)
+        table.remove(gone.__contains__)
+        began, size = time.perf_counter(), table.size
+        ended: list[Work] = []
+        rows = table.advance(self._count(size))
+        for work, tokens, done in rows:
+            text = OPENING + self._ready.decoded(tokens)
+            done = done or CLOSING in text
+            if done:
+                text = text.partition(CLOSING)[0] + (CLOSING if CLOSING in text else "")
+                ended.append(work)
+                self._unscored.append(work)
+            else:
+                text = text.rstrip("\ufffd")  # the rest of a character is still to come
+            if text != work.state.text or done:
+                work.tell(Explained(text, description_of(text) if done else None))
+        if rows:
+            self._learn_pace(size, time.perf_counter() - began, table.drawn)
+        table.remove(set(ended).__contains__)
 
     def _count(self, size: tuple[object, ...]) -> int:
         """Tokens of the next round."""
@@ -291,7 +298,7 @@ class Engine:
                 if not queue:
                     waiting = len(self._queues)
                     continue
-                longest = bucket(max(queue[0].limit, CAPACITIES[1]), CAPACITIES)
+                longest = room_for(queue[0].limit, self._ready.most_new_tokens)
                 table = self._tables.get(longest) or Table(self._ready.encoder, longest)
                 if table.room > len(taken[longest]):
                     taken[longest].append(queue.popleft())
@@ -307,8 +314,7 @@ class Engine:
                 try:
                     table.add(entries, works)
                 except Exception as error:
-                    self._fail(works, error)
-                    raise
+                    self._lose(longest, error, works)
 
     def _without_watchers(self, works: Iterable[Work]) -> set[Work]:
         """Those that nobody waits for: nobody will from here on, since they cannot be found any more."""
@@ -326,13 +332,21 @@ class Engine:
         works = [self._unscored.popleft() for _ in range(min(_SCORED_AT_ONCE, len(self._unscored)))]
         gone = self._without_watchers(works)
         works = [work for work in works if work not in gone]
-        if not works:
-            return
+        if works:
+            self._score_together(works)
+
+    def _score_together(self, works: Sequence[Work]) -> None:
+        """Where this fails, each by itself: one description that cannot be read is no fault of the others."""
         try:
             scores = self._ready.score([w.state.description or "" for w in works], np.stack([w.vector for w in works]))
         except Exception as error:
-            self._fail(works, error)
-            raise
+            if len(works) == 1:
+                log.exception("an explanation cannot be scored")
+                self._fail(works, error)
+                return
+            for work in works:
+                self._score_together([work])
+            return
         for work, mse, cos in zip(works, *scores, strict=True):
             state = dataclasses.replace(work.state, mse=float(mse), cos=float(cos))
             with self._wake:
@@ -362,9 +376,10 @@ class Engine:
     def _one_more(self, completion: Completion) -> bool:
         """Whether there is more to come."""
         if completion.table is None:
-            longest = bucket(max(completion.limit, CAPACITIES[1]), CAPACITIES)
-            completion.table = Table(self._ready.completer, longest)
-            source = self._ready.padded(completion.ids, left=True)
+            source = self._ready.padded(completion.ids, left=True, room=completion.limit)
+            most = self._ready.subject.arch.most_tokens
+            room = room_for(completion.limit, most - len(source[0]) if most else CAPACITIES[-1])
+            completion.table = Table(self._ready.completer, room)
             completion.table.add(
                 [Entry(source, completion.limit, completion.temperature, completion.seed)], [completion]
             )
@@ -373,6 +388,12 @@ class Engine:
         self._learn_pace(size, time.perf_counter() - began, completion.table.drawn)
         completion.watcher(tokens.tolist(), done, None)
         return not done
+
+    def _lose(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
+        """What is written in one table is lost, and `more`: those who wait are told so; the other tables go on."""
+        log.error("the device's work failed", exc_info=error)
+        works = {*self._tables.pop(longest).holders, *more} - {*self._unscored}
+        self._fail(list(works), error)
 
     def _give_up(self, error: Exception) -> None:
         """Whatever is being written is lost: those who wait are told so, and the next ones begin afresh."""

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nlae_jax.explore.directions import STEPS, control_directions, cosine, token_effects, unit
+from nlae_jax.explore.directions import STEPS, control_directions, heard_of, pushed_along, token_effects, unit
 from nlae_jax.explore.neurons import neuron_directions, parse_neuron
-from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.service import Service
 
 _TOKENS = 8  # that are promoted, and as many that are suppressed
@@ -29,11 +27,13 @@ async def look_at(service: Service, vector: np.ndarray | None, neuron: str, side
         found = await service.on_device(lambda: neuron_directions(reader.explainer, layer, index))
         vector = found[side]
     kinds = [("direction", unit(vector)), *control_directions(unit(vector), 1, 0)]
-    pushed = await service.on_device(lambda: _pushed(reader, [u for _, u in kinds]))
+    pushed = await service.on_device(lambda: pushed_along(reader.explainer, [u for _, u in kinds], STEPS))
     keys = [h.tobytes() for h in pushed]
-    said = await service.all_explained(list(pushed), keys, reader.explainer.max_new_tokens, 0.0, 0)
+    limit = min(reader.explainer.max_new_tokens, reader.most_new_tokens)
+    said = await service.all_explained(list(pushed), keys, limit, 0.0, 0)
     texts = [one.description for one in said]
-    heard = await service.on_device(lambda: _heard(reader, texts, pushed))
+    rebuilt = await service.on_device(lambda: reader.reconstruct(texts))
+    heard = heard_of(rebuilt, pushed).tolist()
     promoted, suppressed = await service.on_device(lambda: token_effects(reader.explainer, vector, _TOKENS))
     sweeps = []
     for number, (kind, _) in enumerate(kinds):
@@ -43,15 +43,3 @@ async def look_at(service: Service, vector: np.ndarray | None, neuron: str, side
         ]
         sweeps.append({"kind": kind, "points": points})
     return {"mean": texts[0], "sweeps": sweeps, "promoted": promoted, "suppressed": suppressed}
-
-
-def _pushed(reader: Reader, directions: Sequence[np.ndarray]) -> np.ndarray:
-    """μ, then μ + r·‖h‖·u for every direction and r: [1 + directions · steps, d] float32."""
-    mean, norm = reader.statistics.mean, reader.statistics.norm_median
-    return np.stack([mean, *(mean + r * norm * u for u in directions for r in STEPS)]).astype(np.float32)
-
-
-def _heard(reader: Reader, texts: Sequence[str], pushed: np.ndarray) -> list[float]:
-    """Of all but the mean: the cosine of the push and of what the explanation changes in the reconstruction."""
-    rebuilt = unit(reader.reconstruct(texts))
-    return cosine(rebuilt[1:] - rebuilt[0], unit(pushed[1:]) - unit(pushed[0])).tolist()

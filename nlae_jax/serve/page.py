@@ -82,7 +82,9 @@ def page_response() -> Response:
     return HTMLResponse(page, headers={**_HEADERS, "content-security-policy": policy})
 
 
-def add_page(app: FastAPI, service: Service) -> None:
+def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
+    """`describes`: how many directions may be looked at at once, together with what else explains vectors."""
+
     @app.get(PATH)
     async def viewer() -> Response:
         return page_response()
@@ -109,10 +111,12 @@ def add_page(app: FastAPI, service: Service) -> None:
     @app.post("/api/page/direction")
     async def direction(body: Look, request: Request) -> JSONResponse:
         """What the pair says along a neuron or direction, beside controls."""
-        vector = None if body.vector is None else service.vector(body.vector, "vector")
-        if vector is not None and not vector.any():
-            raise HTTPException(400, "vector: all zeros; it has no direction")
-        return JSONResponse(await unless_gone(request, look_at(service, vector, body.neuron, body.side)))
+        _ = service.reader
+        with describes.enter():
+            vector = None if body.vector is None else service.vector(body.vector, "vector")
+            if vector is not None and not vector.any():
+                raise HTTPException(400, "vector: all zeros; it has no direction")
+            return JSONResponse(await unless_gone(request, look_at(service, vector, body.neuron, body.side)))
 
     one_at_a_time = Gate(1, lambda _: HTTPException(429, "Somebody is steering already; try again in a moment"))
 
@@ -123,7 +127,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         The device does nothing else meanwhile.
         """
         passage = await service.passage(body)
-        service.check_length(passage)
+        service.check_length(passage, _STEERED_TOKENS)
         positions, reader = service.positions(passage, body.positions), service.reader
         settings = Settings((body.alpha,), controls=3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0)
         with one_at_a_time.enter():
@@ -154,7 +158,7 @@ async def _info(service: Service) -> dict[str, Any]:
         "norm_high": known.norm_high,
         "statistics": known.source,
         "rates": reader.rates,
-        "max_new_tokens": reader.explainer.max_new_tokens,
+        "max_new_tokens": min(reader.explainer.max_new_tokens, reader.most_new_tokens),
         "steer": True,
-        "limits": LIMITS,
+        "limits": service.limits,
     }

@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nlae_jax.explore.passage import Passage
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.frames import completed, completion_frames, explain_frames, l2_norm, tokenized
-from nlae_jax.serve.service import Service, prefix_key
+from nlae_jax.serve.service import DeviceFailed, Service, prefix_key
 from nlae_jax.serve.transport import Events, Gate, Gone, invalid_text, unless_gone
 from nlae_jax.serve.wire import LIMITS, Input, PublicComplete, PublicExplain, PublicInput, explain_result
 
@@ -41,6 +42,8 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(_key_check(secret))])
     app.add_exception_handler(StarletteHTTPException, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(UserError, _refused)
+    app.add_exception_handler(DeviceFailed, _broken)
     app.add_exception_handler(Gone, lambda *_: Response(status_code=499))
 
     @app.get("/sources")
@@ -57,7 +60,7 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
             # Asked again, it answers the same, whatever the temperature.
             keys: list[bytes | None] = [prefix_key(passage.ids, position) for position in positions]
             vectors = await unless_gone(request, service.activations(passage))
-            asked = keys, _NEW_TOKENS, body.temperature, None
+            asked = keys, min(_NEW_TOKENS, service.reader.most_new_tokens), body.temperature, None
             if body.stream:
                 frames = explain_frames(service, passage, vectors, positions, *asked)
                 return Events(frames, held.pop_all())
@@ -75,8 +78,8 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
         passage = await service.passage(_input(body, enable_thinking=False))
         if not body.completion_tokens:
             return JSONResponse(tokenized(passage))
-        service.check_length(passage)
         limit = min(body.completion_tokens, LIMITS["max_completion_tokens"])
+        service.check_length(passage, limit)
         seed = random.getrandbits(32)
         frames = completion_frames(service, passage, limit, body.temperature, seed, places)
         return Events(frames) if body.stream else JSONResponse(await unless_gone(request, completed(frames)))
@@ -146,6 +149,14 @@ def _positions(passage: Passage, wanted: list[int] | None) -> list[int]:
 async def _failed(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": str(error)}, 400)
+
+
+async def _broken(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": str(error)}, 500)
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:

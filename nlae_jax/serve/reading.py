@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +17,13 @@ from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.tokens import pad
-from nlae_jax.report.table import number
+from nlae_jax.report.table import LARGEST, number
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import read_json
 from nlae_jax.serve.programs import encoder_program, subject_program
-from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket
+from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket, room_for
 
 _WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
 _SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
@@ -42,18 +43,27 @@ def error_rates(name: str) -> dict[str, str]:
         found = read_json(path)
     except (FileNotFoundError, UserError):
         return {}
-    decimals = lambda value: number(value, 2)  # noqa: E731
     rates = {}
-    if "fve" in found:
-        low, high = found.get("fve_ci95") or (None, None)
-        rates["FVE (1 is perfect, 0 the mean of the data)"] = (
-            f"{decimals(found['fve'])} [{decimals(low)}, {decimals(high)}]"
-        )
-    if "fve_shuffled" in found:
-        rates["with another token's explanation"] = decimals(found["fve_shuffled"])
-    if "repeated_rate" in found:
-        rates["explanations that repeat themselves"] = f"{100 * found['repeated_rate']:.0f} %"
+    if _is_number(found.get("fve")):
+        rates["FVE (1 is perfect, 0 the mean of the data)"] = number(found["fve"], 2) + _interval(found.get("fve_ci95"))
+    if _is_number(found.get("fve_shuffled")):
+        rates["with another token's explanation"] = number(found["fve_shuffled"], 2)
+    if _is_number(found.get("repeated_rate")):
+        rates["explanations that repeat themselves"] = f"{number(100 * found['repeated_rate'], 0)} %"
     return rates
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be shown: evaluations write null where there is no figure, and a file may hold anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _interval(value: Any) -> str:
+    """` [low, high]`; '' for what is no pair of numbers."""
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
+        return ""
+    low, high = value
+    return f" [{number(low, 2)}, {number(high, 2)}]"
 
 
 class Reader:
@@ -91,10 +101,21 @@ class Reader:
     def vocab_size(self) -> int:
         return self.subject.arch.vocab_size
 
+    @property
+    def most_new_tokens(self) -> int:
+        """Of an explanation: as many as the model can be run on after the encoder's prompt."""
+        encoder = self._roles.encoder
+        most = encoder.arch.most_tokens
+        return min(CAPACITIES[-1], most - encoder.prompt_length) if most else CAPACITIES[-1]
+
+    def table(self, limit: int) -> Table:
+        """An empty table for explanations of up to `limit` tokens."""
+        return Table(self.encoder, room_for(limit, self.most_new_tokens))
+
     def warm(self) -> None:
         """Compiles what a first click needs, so that nobody waits for it."""
         vector = self.activations(self.tokenizer.encode("the text"))[-1]
-        table = Table(self.encoder, CAPACITIES[1])
+        table = self.table(CAPACITIES[1])
         table.add([Entry(vector, 4, 0.0, 0)], [0])
         table.advance(4)
         self.score(["the text"], vector[None])
@@ -104,7 +125,7 @@ class Reader:
     def warm_more(self) -> Iterator[None]:
         """The same for longer texts, a step at a time: for when nobody asks for anything."""
         for size in (size for size in SIZES[1:] if size <= min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))):
-            table, entry = Table(self.encoder, CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
+            table, entry = self.table(CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
             for left in range(size, 0, -16):
                 some = min(left, 16)
                 table.add([entry] * some, list(range(some)))
@@ -120,9 +141,10 @@ class Reader:
         end = self._roles.encoder.protocol.eos_id
         return self.tokenizer.decode([token for token in tokens.tolist() if token != end])
 
-    def padded(self, ids: Sequence[int], left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask [T] of a text, of one of few widths."""
-        width = bucket(len(ids), _WIDTHS)
+    def padded(self, ids: Sequence[int], left: bool = False, room: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask [T] of a text, of one of few widths. `room`: tokens that the subject is to write after it."""
+        width, most = bucket(len(ids), _WIDTHS), self.subject.arch.most_tokens
+        width = min(width, most - room) if most else width
         padded, mask = np.zeros(width, np.int32), np.zeros(width, bool)
         where = slice(width - len(ids), width) if left else slice(0, len(ids))
         padded[where], mask[where] = ids, True
@@ -149,6 +171,7 @@ class Reader:
         # Tokens that the model has no embedding for are left out: sampled pieces may spell one.
         prompts = [[token for token in prompt if token < vocab_size] for prompt in prompts]
         width = bucket(max(map(len, prompts)), _WIDTHS)
+        width = min(width, self._roles.decoder.arch.most_tokens or width)
         if width < max(map(len, prompts)):
             raise UserError(f"description: more than {width} tokens")
         most = max(1, _SCORED[-1] * 256 // width) if width > 256 else _SCORED[-1]

@@ -19,7 +19,11 @@ from nlae_jax.explore.passage import Passage, Token, extended, read_chat, read_t
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.engine import Completion, Engine, Explained
 from nlae_jax.serve.reading import Reader
-from nlae_jax.serve.wire import LIMITS, Input, Message, Scored
+from nlae_jax.serve.wire import LIMITS, Input, Message, Scored, characters
+
+
+class DeviceFailed(RuntimeError):
+    """Why there is no answer: the work on the device ended with an error, which is in the log."""
 
 
 class Service:
@@ -39,6 +43,11 @@ class Service:
         raise HTTPException(503, "NLA client not loaded: it is still loading", {"Retry-After": "2"})
 
     @property
+    def limits(self) -> dict[str, int]:
+        """`LIMITS`, as far as this pair's model goes along."""
+        return {**LIMITS, "max_new_tokens": min(LIMITS["max_new_tokens"], self.reader.most_new_tokens)}
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.reader.tokenizer.chat_template)
 
@@ -56,11 +65,12 @@ class Service:
         return await self._read(reader, given.text)
 
     async def _read(self, reader: Reader, given: str | list[Message], *chat: Any) -> Passage:
-        most = LIMITS["max_input_chars"]
-        if not isinstance(given, str):  # before the template is run, twice for each message
-            count = sum(len(message.role) + len(message.content) + len(message.channel or "") for message in given)
-            if count > most:
-                raise HTTPException(400, f"The messages have {count} characters; at most {most} are read")
+        # Every prefix of a chat is rendered, which takes memory with the square of its length: so it is measured first.
+        if not isinstance(given, str) and (length := sum(map(characters, given))) > LIMITS["max_input_chars"]:
+            most = LIMITS["max_input_chars"]
+            raise HTTPException(
+                400, f"messages: {length} characters, roles and channels included; at most {most} are read"
+            )
 
         def read() -> Passage:
             with self._lock:
@@ -104,10 +114,21 @@ class Service:
         self.check_length(passage)
         return await self.on_device(lambda: reader.activations(passage.ids))
 
-    def check_length(self, passage: Passage) -> None:
-        """Raises HTTPException 400 where the subject would not read it."""
-        if len(passage.tokens) > MAX_TOKENS:
-            raise HTTPException(400, f"The text has {len(passage.ids)} tokens; at most {MAX_TOKENS} are read at once")
+    def check_length(self, passage: Passage, new_tokens: int = 0) -> None:
+        """Raises HTTPException 400 where the subject would not read it and write `new_tokens` more."""
+        count, most = len(passage.tokens), self.reader.subject.arch.most_tokens
+        if count > MAX_TOKENS:
+            raise HTTPException(400, f"The text has {count} tokens; at most {MAX_TOKENS} are read at once")
+        if 0 < most < count + new_tokens:
+            more = f" and {new_tokens} are to follow" if new_tokens else ""
+            raise HTTPException(400, f"The text has {count} tokens{more}; the model can be run on {most}")
+
+    def check_limit(self, max_new_tokens: int) -> None:
+        """Raises HTTPException 400 where the encoder cannot write so many."""
+        if max_new_tokens > (most := self.reader.most_new_tokens):
+            raise HTTPException(
+                400, f"max_new_tokens: {max_new_tokens} is more than the {most} that this pair can write"
+            )
 
     async def on_device(self, function: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self.engine.call(function))
@@ -135,7 +156,7 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Explained], None]:
         """(number, what is written so far), the last of each final. What is not waited for any more is given up.
 
-        Raises RuntimeError where the device failed.
+        Raises DeviceFailed where the device failed.
         """
         states: asyncio.Queue[tuple[int, Explained]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -148,7 +169,7 @@ class Service:
             while left:
                 number, state = await states.get()
                 if state.error:
-                    raise RuntimeError(state.error)
+                    raise DeviceFailed(state.error)
                 left -= state.final
                 yield number, state
         finally:
@@ -184,7 +205,7 @@ class Service:
             while not done:
                 ids, done, error = await rounds.get()
                 if error:
-                    raise RuntimeError(error)
+                    raise DeviceFailed(error)
                 new = await asyncio.to_thread(self._new_tokens, reader, passage, ids)
                 ready = len(new) if done else next(_incomplete(new), len(new))
                 if ready > given:

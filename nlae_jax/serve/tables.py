@@ -33,6 +33,11 @@ def bucket(number: int, sizes: Sequence[int]) -> int:
     return next((size for size in sizes if size >= number), sizes[-1])
 
 
+def room_for(limit: int, most: int) -> int:
+    """Tokens of room of the table for a row of up to `limit` tokens: few sizes, none beyond `most`."""
+    return min(bucket(max(limit, CAPACITIES[1]), CAPACITIES), most)
+
+
 def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
     """Of a table whose rows may become `capacity` tokens long: one of `SIZES`."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -122,7 +127,7 @@ class Compiled:
 
 
 class Table:
-    """Rows of one program. `longest` is how many tokens a row may become long at most, one of `CAPACITIES`."""
+    """Rows of one program. `longest` is how many tokens a row may become long at most, as `room_for` gives it."""
 
     def __init__(self, compiled: Compiled, longest: int) -> None:
         self._compiled, self._longest, self._most = compiled, longest, compiled.most_rows(longest)
@@ -184,7 +189,7 @@ class Table:
         capacity = self._rows.tokens.shape[1]
         longest = int(max(self._steps[place] for place, holder in enumerate(self._holders) if holder is not None))
         if longest >= capacity:
-            self._resize(len(self._holders), bucket(longest + 1, CAPACITIES))
+            self._resize(len(self._holders), min(bucket(longest + 1, CAPACITIES), self._longest))
             capacity = self._rows.tokens.shape[1]
         count = min(count, capacity - longest)
         self._rows = self._compiled.advanced(
@@ -212,7 +217,7 @@ class Table:
     @property
     def _first_capacity(self) -> int:
         """A row that is allowed a thousand tokens rarely needs them."""
-        return CAPACITIES[max(0, CAPACITIES.index(self._longest) - 1)]
+        return next((size for size in reversed(CAPACITIES) if size < self._longest), self._longest)
 
     def _resize(self, size: int, capacity: int | None = None) -> None:
         if self._rows is None:

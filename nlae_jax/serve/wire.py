@@ -41,6 +41,11 @@ class Message(BaseModel):
     channel: Text | None = None
 
 
+def characters(message: Message) -> int:
+    """Of all that a message holds."""
+    return len(message.role) + len(message.content) + len(message.channel or "")
+
+
 class Input(BaseModel):
     """A text, or a chat, which wins where both are given."""
 
