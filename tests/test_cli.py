@@ -183,20 +183,12 @@ def no_tokenizer(model):
     return "tokenizer"
 
 
-def no_chat_template(model):
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    del settings["chat_template"]
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    return "chat template"
-
-
 BEFORE_WEIGHTS = [
     unsupported_architecture,
     unsupported_variant,
     config_not_json,
     no_config,
     no_tokenizer,
-    no_chat_template,
     no_weights,
     missing_shard,
 ]

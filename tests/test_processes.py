@@ -459,7 +459,9 @@ def test_an_error_that_no_loss_explains_is_the_process_s_own(tiny_run, tmp_path,
     def leave(code, message=""):
         raise SystemExit(code)
 
-    monkeypatch.setattr(supervision, "world", world.World(count=2, client=Mock()))
+    pretended = world.World(count=2, client=Mock())
+    for module in (supervision, world):
+        monkeypatch.setattr(module, "world", pretended)
     monkeypatch.setattr(supervision, "_LOST_SECONDS", -20.0)
     monkeypatch.setattr(supervision, "_exit", leave)
     monkeypatch.setitem(STAGES, "extract", mistake)

@@ -217,10 +217,10 @@ def test_what_takes_long_is_stopped(open_page, reader):
     page.route("**/explain", lambda route: route.continue_(post_data=hot(route.request.post_data)))
     page.fill("#text", TEXT)
     page.click("#read")
-    page.wait_for_selector(".tok.writing")
+    page.wait_for_selector("#tokens .tok.writing")
     page.click("#stop")
     page.wait_for_function("document.getElementById('status').textContent === 'stopped'")
-    assert page.locator(".tok.writing, .tok.queued").count() == 0
+    assert page.locator("#tokens .tok.writing, #tokens .tok.queued").count() == 0
 
 
 def hot(body):
