@@ -65,9 +65,9 @@ class Service:
         return await self._read(reader, given.text)
 
     async def _read(self, reader: Reader, given: str | list[Message], *chat: Any) -> Passage:
+        most = LIMITS["max_input_chars"]
         # Every prefix of a chat is rendered, which takes memory with the square of its length: so it is measured first.
-        if not isinstance(given, str) and (length := sum(map(characters, given))) > LIMITS["max_input_chars"]:
-            most = LIMITS["max_input_chars"]
+        if not isinstance(given, str) and (length := sum(map(characters, given))) > most:
             raise HTTPException(
                 400, f"messages: {length} characters, roles and channels included; at most {most} are read"
             )
