@@ -69,7 +69,7 @@ class Service:
         # Every prefix of a chat is rendered, which takes memory with the square of its length: so it is measured first.
         if not isinstance(given, str) and (length := sum(map(characters, given))) > most:
             raise HTTPException(
-                400, f"messages: {length} characters, roles and channels included; at most {most} are read"
+                400, f"messages: they have {length} characters; at most {most} are read, roles and channels included"
             )
 
         def read() -> Passage:
