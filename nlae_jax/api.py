@@ -61,7 +61,11 @@ class NLA(Explainer):
         Changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
         this machine has the devices for it, on one device otherwise.
         """
-        run = open_run(workdir)
+        return NLA.from_run(open_run(workdir), str(workdir))
+
+    @staticmethod
+    def from_run(run: PreparedRun, name: str) -> NLA:
+        """`from_workdir` of a run that is open already."""
         stops = stop_ids(run.directory, run.tokenizer)
         subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops)  # noqa: E731
         return NLA(
@@ -72,7 +76,7 @@ class NLA(Explainer):
             run.config.rl.max_new_tokens,
             run.mesh,
             lambda pair: _run_statistics(run) if _has_activations(run) else package_statistics(pair),
-            str(workdir),
+            name,
             lambda count: _run_texts(run, count) if _has_activations(run) else (),
             run.config.subject.model,
         )

@@ -5,6 +5,8 @@ import json
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,6 +183,25 @@ def test_vectors_of_files(dictionary):
     np.save(directory / "rows.npy", rows)
     np.testing.assert_array_equal(read_vectors(directory / "rows.npy", 8), rows)
     assert read_vectors(directory / "one.npy", 8).shape == (1, 8)
+
+
+def test_vectors_of_parquet_files(tmp_path):
+    """Lists of any other length are refused, also where their numbers add up to whole vectors."""
+    path, rows = tmp_path / "rows.parquet", np.arange(16, dtype=np.float32).reshape(2, 8)
+    pq.write_table(pa.table({"activation_vector": rows.tolist()}), path)
+    np.testing.assert_array_equal(read_vectors(path, 8), rows)
+    for lists, named in (
+        ([[1.0] * 6, [1.0] * 10], "row 0: activation_vector has 6 numbers"),
+        ([[1.0] * 8, None], "row 1: activation_vector is null"),
+        ([[1.0] * 8, [float("nan")] * 8], "row 1: activation_vector has NaN"),
+        (["a", "b"], "should hold lists of float32"),
+    ):
+        pq.write_table(pa.table({"activation_vector": lists}), path)
+        with pytest.raises(UserError, match=named):
+            read_vectors(path, 8)
+    pq.write_table(pa.table({"other": [1]}), path)
+    with pytest.raises(UserError, match="should be a parquet file with a column activation_vector"):
+        read_vectors(path, 8)
 
 
 # --- neurons

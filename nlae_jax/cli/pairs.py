@@ -9,6 +9,7 @@ from nlae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from nlae_jax.api import NLA
+    from nlae_jax.run.resources import PreparedRun
 
 # Of --workdir, --model, --av, --ar: which are given.
 _PAIRS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
@@ -41,13 +42,15 @@ def check_workdir(options: argparse.Namespace) -> None:
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
 
 
-def load_pair(options: argparse.Namespace) -> NLA:
-    """The pair of `add_pair`'s options; JAX must have been set up."""
+def load_pair(options: argparse.Namespace, run: PreparedRun | None = None) -> NLA:
+    """The pair of `add_pair`'s options; JAX must have been set up. `run`: that of the workdir, if it is open."""
     from nlae_jax.api import NLA
     from nlae_jax.config import MeshConfig
     from nlae_jax.mesh import make_mesh
 
-    if options.workdir:
+    if run is not None:
+        nla = NLA.from_run(run, str(options.workdir))
+    elif options.workdir:
         nla = NLA.from_workdir(options.workdir)
     else:
         # All devices share the weights: the larger pairs need more than one.

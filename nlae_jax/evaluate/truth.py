@@ -25,8 +25,7 @@ def content_words(text: str) -> set[str]:
 
 def words_in_context(text: str, context: str) -> tuple[int, int]:
     """How many of the text's content words stand in the context, and how many there are."""
-    said = content_words(text)
-    return len(said & set(words(context))), len(said)
+    return precision(content_words(text), context)
 
 
 def quotes_in_context(text: str, context: str) -> tuple[int, int]:

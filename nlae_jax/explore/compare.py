@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.explore.directions import cosine
-from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
+from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages, overlap
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import read_passage
@@ -95,7 +95,10 @@ def compare(
         pairs = zip((first, second), found, strict=True)
         rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in pairs]
         cos = cosine(*rebuilt).tolist()
-    tokens = tuple(Compared(a, b, _overlap(a, b), c) for a, b, c in zip(found[0], found[1], cos, strict=True))
+    tokens = tuple(
+        Compared(a, b, overlap(content_words(a.explanation), content_words(b.explanation)), c)
+        for a, b, c in zip(found[0], found[1], cos, strict=True)
+    )
     notes = [LAYERS_DIFFER] if layer != other_layer or (read_alike and first.layer != second.layer) else []
     if base != other_base:
         notes.append(BASES_DIFFER)
@@ -113,9 +116,3 @@ def compare(
 
 def _mean(rows: Sequence[Explained], name: str) -> float:
     return float(np.mean([getattr(row, name) for row in rows]))
-
-
-def _overlap(a: Explained, b: Explained) -> float:
-    words = content_words(a.explanation), content_words(b.explanation)
-    union = words[0] | words[1]
-    return len(words[0] & words[1]) / len(union) if union else 1.0

@@ -119,10 +119,11 @@ def agreement(texts: Sequence[str]) -> float | None:
     """
     found = [content_words(text) for text in texts]
     pairs = [(i, j) for i in range(len(found)) for j in range(i)]
-    return sum(_overlap(found[i], found[j]) for i, j in pairs) / len(pairs) if pairs else None
+    return sum(overlap(found[i], found[j]) for i, j in pairs) / len(pairs) if pairs else None
 
 
-def _overlap(a: set[str], b: set[str]) -> float:
+def overlap(a: set[str], b: set[str]) -> float:
+    """Words of both / words of either (Jaccard); 1 for two without words."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
@@ -138,7 +139,7 @@ def consensus(texts: Sequence[str]) -> str:
 def _medoid(texts: Sequence[str]) -> int:
     """The text that shares most content words with the others."""
     found = [content_words(text) for text in texts]
-    shared = [sum(_overlap(a, b) for j, b in enumerate(found) if j != i) for i, a in enumerate(found)]
+    shared = [sum(overlap(a, b) for j, b in enumerate(found) if j != i) for i, a in enumerate(found)]
     return int(np.argmax(shared))
 
 

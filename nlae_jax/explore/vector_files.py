@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from nlae_jax.interop import datasets
+from nlae_jax.interop.datasets import VECTOR
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.outside import quoted
-
-COLUMN = "activation_vector"  # of the reference's parquet files
 
 # Names that dictionaries' decoder rows [features, d] go by: SAELens and Gemma Scope, then others.
 _DECODERS = ("W_dec", "decoder.weight", "w_dec", "dictionary")
@@ -36,11 +36,10 @@ def read_vectors(path: Path, width: int) -> np.ndarray:
     """Activations [N, width] float32 of a .npy file, or of the column activation_vector of a .parquet file."""
     if path.suffix.lower() == ".parquet":
         try:
-            column = pq.read_table(path, columns=[COLUMN])[COLUMN].combine_chunks()
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            found = flat.reshape(len(column), -1)
+            column = pq.read_table(path, columns=[VECTOR])[VECTOR].combine_chunks()
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            raise UserError(f"{path}: should be a parquet file with a column {COLUMN} ({error})") from None
+            raise UserError(f"{path}: should be a parquet file with a column {VECTOR} ({error})") from None
+        found = datasets.read_vectors(path, 0, column, width)
     else:
         found = _npy(path)
     return _checked(found if found.ndim > 1 else found[None], width, str(path))

@@ -72,7 +72,7 @@ def render_chats(
         "bytes": _BYTES,
     }
     asked = json.dumps(request)
-    prompts, error = _rendered(asked) if len(asked) <= _KEPT_CHARACTERS else _rendered.__wrapped__(asked)
+    prompts, error = _rendered(asked) if len(asked) <= _KEPT_CHARACTERS else _run_worker(asked)
     if error:
         raise UserError(f"{name}: its chat template does not work ({error})")
     return [encodable(prompt) for prompt in prompts]

@@ -62,3 +62,11 @@ def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
     return ids, np.array([len(sequence) for sequence in sequences], np.int32)
+
+
+def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids padded with 0 on the left to [N, width] int32, and which of them are tokens, [N, width] bool."""
+    ids, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :], mask[row, width - len(sequence) :] = sequence, True
+    return ids, mask

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nlae_jax.assets import AUDIT_PAGE
+from nlae_jax.report.ruler import interval_text
 from nlae_jax.report.table import number, printable, split_at_token
 from nlae_jax.runtime.files import write_text
 
@@ -59,10 +60,6 @@ def _visible(token: str) -> str:
     return split_at_token(token, token, 0)[1].strip() or "␣"
 
 
-def _interval(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"[{number(pair[0], 2)}, {number(pair[1], 2)}]"
-
-
 # --- steering
 
 
@@ -87,7 +84,7 @@ def _outcomes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "kind": {"none": "nothing", "edit": "the edit", "random": "random direction"}[one["kind"]],
             "alpha": "" if one["kind"] == "none" else f"{one['alpha']:g}",
             "hits": "–" if one["hits"] is None else one["hits"],
-            "interval": _interval(one["hit_rate_ci95"]),
+            "interval": interval_text(one["hit_rate_ci95"], 2),
             "nll": number(one["nll"], 2),
             "distinct_2": number(one["distinct_2"], 2),
             "continuation": _line(one["continuations"][0]),
@@ -179,7 +176,7 @@ def _term(term: Mapping[str, Any], explanations: Sequence[Mapping[str, Any]]) ->
         "term": printable(term["term"]),
         "hits": term["hits"],
         "count": term["count"],
-        "interval": _interval(term["share_ci95"]),
+        "interval": interval_text(term["share_ci95"], 2),
         "difference": "" if difference is None else f"{100 * difference:+.1f} %".replace("-", "−"),
         "timelines": timelines,
         "places": [

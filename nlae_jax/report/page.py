@@ -26,6 +26,7 @@ from nlae_jax.report.table import (
     html_samples,
     html_text,
     html_values,
+    is_shown,
     number,
     printable,
     significant,
@@ -228,7 +229,7 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
         ("explanations", "fve"), ("through text", "fve_text"), ("gold text", "fve_gold"),
     )  # fmt: skip
     found: dict[str, Any] = {name: evaluation.get(key) if key else 0.0 for name, key in rows}
-    values = {name: float(value) for name, value in found.items() if number(value) != "–"}
+    values = {name: float(value) for name, value in found.items() if is_shown(value)}
     kinds = {"explanations": "main", "mean prediction": "zero"}
     interval = _interval(evaluation, "fve_ci95")
     marks = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nlae_jax.report.table import html_text, number, tidy
+from nlae_jax.report.table import html_text, is_shown, number, tidy
 
 
 class Mark(NamedTuple):
@@ -20,8 +20,13 @@ class Mark(NamedTuple):
 
 def interval_of(pair: Any) -> tuple[float, float] | None:
     """An interval from a file; None for what is not two numbers."""
-    good = isinstance(pair, list) and len(pair) == 2 and all(number(end) != "–" for end in pair)
+    good = isinstance(pair, list) and len(pair) == 2 and all(map(is_shown, pair))
     return (float(pair[0]), float(pair[1])) if good else None
+
+
+def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
+    """`[low, high]`; empty without one."""
+    return "" if interval is None else f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
 
 
 def ruler(marks: Sequence[Mark], low: float, high: float) -> str:

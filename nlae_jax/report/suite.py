@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nlae_jax.evaluate.figures import FIGURES, SECTIONS, Figure
-from nlae_jax.report.ruler import Mark, interval_of, ruler
-from nlae_jax.report.table import html_text, number, printable
+from nlae_jax.report.ruler import Mark, interval_of, interval_text, ruler
+from nlae_jax.report.table import html_text, is_shown, number, printable
 
 
 def without_suite(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,13 +30,11 @@ def _named(entry: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     """A figure's `controls` or `parts`, those that are numbers."""
     found = entry.get(kind)
     found = found if isinstance(found, dict) else {}
-    return {name: of for name, of in found.items() if isinstance(of, dict) and number(of.get("value")) != "–"}
+    return {name: of for name, of in found.items() if isinstance(of, dict) and is_shown(of.get("value"))}
 
 
 def _with_interval(of: Mapping[str, Any], digits: int = 3) -> str:
-    interval = interval_of(of.get("ci95"))
-    ends = f" [{number(interval[0], digits)}, {number(interval[1], digits)}]" if interval else ""
-    return number(of.get("value"), digits) + ends
+    return f"{number(of.get('value'), digits)} {interval_text(interval_of(of.get('ci95')), digits)}".rstrip()
 
 
 def suite_table(evaluation: Mapping[str, Any]) -> Table:
@@ -74,7 +72,7 @@ def _mark(name: str, of: Mapping[str, Any], kind: str = "") -> Mark:
 
 def _beside(entry: Mapping[str, Any]) -> list[Mark]:
     """The figure and its controls."""
-    own = [_mark("explanations", entry, "main")] if number(entry.get("value")) != "–" else []
+    own = [_mark("explanations", entry, "main")] if is_shown(entry.get("value")) else []
     return own + [_mark(name.replace("_", " "), of) for name, of in _named(entry, "controls").items()]
 
 

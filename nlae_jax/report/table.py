@@ -54,9 +54,14 @@ def split_at_token(context: str, token: str, width: int) -> tuple[str, str]:
     return before, token
 
 
+def is_shown(value: Any) -> bool:
+    """Whether `number` writes it as a number: evaluations write null without a figure, and a file may hold anything."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def number(value: Any, digits: int = 3) -> str:
     """A number with a true minus sign, or a dash for what is not a finite number (or hardly one)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+    if not is_shown(value):
         return "–"
     return (f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "−")
 
@@ -221,7 +226,7 @@ def html_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
 
 def html_health(evaluation: Mapping[str, Any]) -> str:
     """The measures of `health.MEASURES` that an evaluation has, each beside its bound and, if crossed, what to do."""
-    measured = [measure for measure in MEASURES if number(evaluation.get(measure.key)) != "–"]
+    measured = [measure for measure in MEASURES if is_shown(evaluation.get(measure.key))]
     if not measured:
         return ""
     crossed, lines = 0, []

@@ -16,7 +16,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import sample
-from nlae_jax.lm.tokens import check_ids
+from nlae_jax.lm.tokens import check_ids, pad_left
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
@@ -264,10 +264,7 @@ class LanguageModel:
         for start in range(0, len(prompts), _GENERATE_BATCH):
             count = min(_GENERATE_BATCH, len(prompts) - start)
             rows = [start + (row if row < count else 0) for row in range(_GENERATE_BATCH)]
-            ids = np.zeros((_GENERATE_BATCH, width), np.int32)
-            mask = np.zeros((_GENERATE_BATCH, width), bool)
-            for index, row in enumerate(rows):
-                ids[index, width - len(prompts[row]) :], mask[index, width - len(prompts[row]) :] = prompts[row], True
+            ids, mask = pad_left([prompts[row] for row in rows], width)
             key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
             drawn = go_on((self.params, *self._put((ids, mask, key))), rows)
             tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)

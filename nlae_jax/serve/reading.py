@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +15,9 @@ from nlae_jax.assets import pair_directory
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.tokens import pad
-from nlae_jax.report.table import LARGEST, number
+from nlae_jax.lm.tokens import pad, pad_left
+from nlae_jax.report.ruler import interval_of, interval_text
+from nlae_jax.report.table import is_shown, number
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.runtime.errors import UserError
@@ -44,26 +44,14 @@ def error_rates(name: str) -> dict[str, str]:
     except (FileNotFoundError, UserError):
         return {}
     rates = {}
-    if _is_number(found.get("fve")):
-        rates["FVE (1 is perfect, 0 the mean of the data)"] = number(found["fve"], 2) + _interval(found.get("fve_ci95"))
-    if _is_number(found.get("fve_shuffled")):
+    if is_shown(found.get("fve")):
+        interval = interval_text(interval_of(found.get("fve_ci95")), 2)
+        rates["FVE (1 is perfect, 0 the mean of the data)"] = f"{number(found['fve'], 2)} {interval}".rstrip()
+    if is_shown(found.get("fve_shuffled")):
         rates["with another token's explanation"] = number(found["fve_shuffled"], 2)
-    if _is_number(found.get("repeated_rate")):
+    if is_shown(found.get("repeated_rate")):
         rates["explanations that repeat themselves"] = f"{number(100 * found['repeated_rate'], 0)} %"
     return rates
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it can be shown: evaluations write null where there is no figure, and a file may hold anything."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _interval(value: Any) -> str:
-    """` [low, high]`; '' for what is no pair of numbers."""
-    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
-        return ""
-    low, high = value
-    return f" [{number(low, 2)}, {number(high, 2)}]"
 
 
 class Reader:
@@ -145,10 +133,11 @@ class Reader:
         """Ids and mask [T] of a text, of one of few widths. `room`: tokens that the subject is to write after it."""
         width, most = bucket(len(ids), _WIDTHS), self.subject.arch.most_tokens
         width = min(width, most - room) if most else width
-        padded, mask = np.zeros(width, np.int32), np.zeros(width, bool)
-        where = slice(width - len(ids), width) if left else slice(0, len(ids))
-        padded[where], mask[where] = ids, True
-        return padded, mask
+        if left:
+            padded, mask = pad_left([ids], width)
+            return padded[0], mask[0]
+        padded, length = pad([ids], width)
+        return padded[0], np.arange(width) < length
 
     def activations(self, ids: Sequence[int]) -> np.ndarray:
         """The residual stream [T, d] float32 of a text after block `layer`."""

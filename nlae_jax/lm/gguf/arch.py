@@ -16,6 +16,7 @@ import numpy as np
 
 from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import arch_from_hf
+from nlae_jax.lm.rope_fields import written_rope
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 
@@ -230,7 +231,7 @@ def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
     return [not period or layer % period < period - 1 for layer in range(layers)]
 
 
-def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any]:
+def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:
     """Llama 3's RoPE scaling, which a GGUF holds only as the factors that follow from it.
 
     All its releases share three of the four constants; the fourth is the largest factor. Factors that
@@ -245,10 +246,4 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
     expected = 1 / ((1 - kept) / scaling.factor + kept)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise UserError(f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; none else can be run")
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+    return written_rope(scaling)
