@@ -84,9 +84,9 @@ def test_perfect_reconstruction_explains_everything(data):
 def test_rewards():
     mse, valid = np.array([0.5, 0.1, 0.1], np.float32), np.array([True, True, False])
     lengths = np.array([10, 20, 30])
-    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_mse", 0.0), [-0.5, -0.1, -FAILED_MSE])
-    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_mse", 0.01), [-0.6, -0.3, -2.3], rtol=1e-6)
-    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_log_mse", 0.0), [0.693147, 2.302575, -2], rtol=1e-5)
+    np.testing.assert_allclose(rewards(mse, valid, 0.0 * lengths, "neg_mse"), [-0.5, -0.1, -FAILED_MSE])
+    np.testing.assert_allclose(rewards(mse, valid, 0.01 * lengths, "neg_mse"), [-0.6, -0.3, -2.3], rtol=1e-6)
+    np.testing.assert_allclose(rewards(mse, valid, 0.0 * lengths, "neg_log_mse"), [0.693147, 2.302575, -2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", REWARDS)
@@ -98,7 +98,7 @@ def test_rewards():
 )
 def test_no_unreadable_sample_earns_more_than_a_readable_one(kind, length_penalty, mse, lengths, valid):
     """Whatever both cost: opposite reconstructions, long texts."""
-    reward = np.asarray(rewards(mse, valid, lengths, kind, length_penalty))
+    reward = np.asarray(rewards(mse, valid, length_penalty * lengths, kind))
     if valid.any() and not valid.all():
         assert reward[~valid].max() <= reward[valid].min()
     np.testing.assert_allclose(reward[~valid], -FAILED_MSE - length_penalty * lengths[~valid], rtol=1e-6)
@@ -109,14 +109,14 @@ def test_no_unreadable_sample_earns_more_than_a_readable_one(kind, length_penalt
 
 def test_a_reconstruction_worse_than_orthogonal_earns_what_an_orthogonal_one_does():
     mse, valid, lengths = np.array([3.5, 2.0, 0.0], np.float32), np.array([True, True, False]), np.zeros(3, np.int32)
-    np.testing.assert_array_equal(rewards(mse, valid, lengths, "neg_mse", 0.0), [-2, -2, -2])
-    np.testing.assert_allclose(rewards(mse, valid, lengths, "neg_log_mse", 0.0), [-np.log(3.5), -np.log(2), -2], 1e-5)
+    np.testing.assert_array_equal(rewards(mse, valid, 0.0 * lengths, "neg_mse"), [-2, -2, -2])
+    np.testing.assert_allclose(rewards(mse, valid, 0.0 * lengths, "neg_log_mse"), [-np.log(3.5), -np.log(2), -2], 1e-5)
     long = np.array([10, 400, 3])  # a readable text of 400 tokens beside an unreadable one of 3
-    np.testing.assert_allclose(rewards(mse, valid, long, "neg_log_mse", 0.01), [-np.log(3.5) - 0.1, -2, -2.03], 1e-5)
+    np.testing.assert_allclose(rewards(mse, valid, 0.01 * long, "neg_log_mse"), [-np.log(3.5) - 0.1, -2, -2.03], 1e-5)
 
 
 def test_the_logarithm_of_a_perfect_reconstruction_is_finite():
-    assert np.isfinite(rewards(np.zeros(1), np.ones(1, bool), np.ones(1), "neg_log_mse", 0.0)).all()
+    assert np.isfinite(rewards(np.zeros(1), np.ones(1, bool), np.zeros(1), "neg_log_mse")).all()
 
 
 advantages_of = jax.jit(group_advantages)
@@ -272,7 +272,7 @@ def test_an_unreadable_sample_never_beats_a_readable_one_with_contrast_either(se
     rebuilt, valid = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32), jnp.asarray(rng.random((4, 6)) < 0.5)
     mse = direction.direction_mse(rebuilt, h[:, None])
     lengths = jnp.asarray(rng.integers(1, 100, (4, 6)))
-    reward = 0.5 * objectives.rewards(mse, valid, lengths, kind, penalty)
+    reward = 0.5 * objectives.rewards(mse, valid, penalty * lengths, kind)
     reward = np.asarray(reward + 0.5 * objectives.contrast(rebuilt, h, valid))
     for row in range(4):
         readable, unreadable = reward[row][np.asarray(valid[row])], reward[row][~np.asarray(valid[row])]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from nlae_jax.config import ViewsConfig, resolve
 from nlae_jax.lm.tiny import tiny_tokenizer
 from nlae_jax.lm.tokens import pad
-from nlae_jax.roles.views import Marks, keep, marks, sentences, shown
+from nlae_jax.roles.views import Marks, keep, marks, repeated_strings, sentences, shown
 from nlae_jax.runtime.errors import UserError
 
 NOTE = 'a or "b." or "c", the end. Of the land. It ends: "in the".'
@@ -56,7 +56,39 @@ def test_nothing_is_cut_by_default(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, length, tables = encoded(tokenizer, [NOTE, "one two"])
     seen, seen_length, whole = shown(ids[:, None], length[:, None], tables, ViewsConfig())
     assert (seen[:, 0] == jnp.where(jnp.arange(ids.shape[1]) < length[:, None], ids, 0)).all()
-    assert (seen_length[:, 0] == length).all() and whole.all()
+    assert (seen_length[:, 0] == length).all() and whole is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"of", "of" or "the".', 1),
+        ('"of", "of" or "of".', 2),
+        ('"of", "a" or " of ".', 1),
+        ('"of", "a" or "the". It ends: "of".', 0),
+        ('".", "," or ".".', 1),
+        ('"in the", "in" or "the".', 0),
+        ('"in the", "of the" or "in the".', 1),
+        ('"", "" or "of".', 0),
+        ('of, of or of. "of", or "of', 0),
+        ('"the land", "a land" or "the land". "end", "end".', 2),
+        ("", 0),
+    ],
+)
+def test_strings_that_a_sentence_quotes_again(tokenizer: PreTrainedTokenizerFast, text: str, expected: int) -> None:
+    assert repeated_strings(*encoded(tokenizer, [text, "a"])).tolist() == [expected, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["of", "the", "the land", ",", "it's", ""]), min_size=1, max_size=4), max_size=3)
+)
+def test_repeated_strings_are_counted_as_a_reader_counts_them(
+    tokenizer: PreTrainedTokenizerFast, lists: list[list[str]]
+) -> None:
+    text = " ".join(" or ".join(f'"{item}"' for item in items) + ", then it ends." for items in lists)
+    expected = sum(len(named) - len(set(named)) for items in lists for named in [[item for item in items if item]])
+    assert repeated_strings(*encoded(tokenizer, [text])).tolist() == [expected]
 
 
 def test_a_single_sentence_stays(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -133,9 +133,10 @@ def _frozen(planned: Planned) -> Params:
     whole = replicated(planned.mesh)
     baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, planned.arch.d_model), jnp.float32))
     placed = {} if planned.endings is None else {"endings": _like(planned.endings, whole)}
-    if planned.config.views != ViewsConfig():
+    if config.views != ViewsConfig() or config.rl.repeat_penalty:
         size = planned.arch.vocab_size
-        placed["marks"] = _like(Marks(np.zeros(size, np.int32), np.zeros(size, bool)), whole)
+        tables = Marks(np.zeros(size, np.int32), np.zeros(size, bool), np.zeros((size, 3), np.uint32))
+        placed["marks"] = _like(tables, whole)
     return {**bases, **placed, "baselines": _like(baselines, whole)}
 
 

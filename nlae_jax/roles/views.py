@@ -1,12 +1,16 @@
-"""What the decoder is shown of an explanation: all of it, its first sentences, or what stands outside quotation marks.
+"""An explanation's sentences and quoted strings, found on its tokens: what the decoder is shown of it, what it repeats.
 
 An encoder that is only ever scored on whole explanations learns to quote the last words of the context and to say
 nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
 the decoder's warm start and in RL, so that every sentence earns its place.
+
+A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time; RL may charge for it.
 """
 
 from __future__ import annotations
 
+import re
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +22,36 @@ from nlae_jax.config import ViewsConfig
 _STOPS = (".", "!", "?", "。", "！", "？")
 _CLOSERS = "\"')]”’»"
 _MARKS = '"“”'
+_AT_MARKS = re.compile(f"[{_MARKS}]")
+_MOST_MARKS = 32  # of an explanation, that are looked at for repeated strings; written notes have ten at most
 
 
 class Marks(NamedTuple):
-    """Tables over the vocabulary [V]: how many quotation marks a token holds, and whether it can end a sentence."""
+    """Tables over the vocabulary: how many quotation marks a token holds, whether it can end a sentence, and hashes.
 
-    quotes: jax.Array | np.ndarray  # int32
-    stops: jax.Array | np.ndarray  # bool
+    The hashes are of what stands before the token's first mark, between its first two, and after its last.
+    """
+
+    quotes: jax.Array | np.ndarray  # [V] int32
+    stops: jax.Array | np.ndarray  # [V] bool
+    pieces: jax.Array | np.ndarray  # [V, 3] uint32; 0 where nothing but space stands there
 
 
 def marks(tokenizer: Any, vocab_size: int) -> Marks:
     """The tables of a tokenizer; tokens beyond it hold nothing."""
     quotes, stops = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool)
+    pieces = np.zeros((vocab_size, 3), np.uint32)
     known = min(len(tokenizer), vocab_size)
     for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
-        quotes[token] = sum(text.count(mark) for mark in _MARKS)
+        first, *others = _AT_MARKS.split(text)
+        quotes[token] = len(others)
+        pieces[token] = [_hash(first), _hash(others[0] if len(others) > 1 else ""), _hash(others[-1] if others else "")]
         stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
-    return Marks(quotes, stops)
+    return Marks(quotes, stops, pieces)
+
+
+def _hash(text: str) -> int:
+    return zlib.crc32(text.strip().encode()) if text.strip() else 0
 
 
 def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -53,6 +70,31 @@ def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[j
     return sentence.astype(jnp.int32), quoted, count
 
 
+def repeated_strings(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> jax.Array:
+    """How many quoted strings of each explanation its sentence has quoted before, [N] int32.
+
+    The space around a string does not count. Strings are compared by the sum of their tokens' hashes.
+    """
+    sentence, _, _ = sentences(ids_NxT, length_N, tables)
+    valid = jnp.arange(ids_NxT.shape[1]) < length_N[:, None]
+    held = jnp.where(valid, tables.quotes[ids_NxT], 0)
+    after = jnp.cumsum(held, axis=1)
+    before = after - held
+    pieces = jnp.where(valid[..., None], jnp.asarray(tables.pieces)[ids_NxT], 0)
+    # Piece number m stands behind m marks; those of odd number are quoted, and closed where there are more marks.
+    number = jnp.arange(_MOST_MARKS)
+    places = jnp.stack([before, before + 1, after], axis=-1)
+    at = places[..., None] == number  # [N, T, 3, M]
+    at &= jnp.stack([valid, held > 1, held > 0], axis=-1)[..., None]
+    total = jnp.where(at, pieces[..., None], 0).sum((1, 2), dtype=jnp.uint32)[:, 1::2]
+    where = jnp.max(jnp.where(at, sentence[..., None, None], -1), (1, 2))[:, 1::2]
+    closed = number[1::2] < after[:, -1:]
+    same = (total[:, :, None] == total[:, None, :]) & (where[:, :, None] == where[:, None, :])
+    earlier = closed[:, None, :] & (number[:, None] > number)[1::2, 1::2]
+    again = closed & (total > 0) & (same & earlier).any(-1)
+    return again.sum(1).astype(jnp.int32)
+
+
 def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The tokens of `kept` moved together on the left, zeros after them, and how many there are [N]."""
     kept = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
@@ -67,14 +109,14 @@ def shown(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What the decoder sees of a batch's explanations, its lengths, and which activations [B] it sees whole.
 
-    Without `tables` it sees everything, and None stands for all activations.
+    Without shares or `tables` it sees everything, and None stands for all activations.
 
     The first `leading` of the batch's activations lose sentences at the end: at least one is left, at least one goes
     where there are several, and how many is spread evenly over the activations. Half of them and others, `unquoted` in
     all, lose what is quoted. A group shares its view, so its rewards can be compared; batches are drawn at random, so
     it does not matter that the first are chosen.
     """
-    if tables is None:
+    if tables is None or config == ViewsConfig():
         return ids_BxGxT, length_BxG, None
     batch, group, width = ids_BxGxT.shape
     cut, unquoted = round(config.leading * batch), round(config.unquoted * batch)

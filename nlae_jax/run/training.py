@@ -63,7 +63,7 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     vocab_size = run.roles.encoder.arch.vocab_size
     if (merged := endings(run.tokenizer, run.protocol, vocab_size)) is not None:
         tables["endings"] = merged
-    if config.views.leading or config.views.unquoted:
+    if config.views.leading or config.views.unquoted or config.rl.repeat_penalty:
         tables["marks"] = marks(run.tokenizer, vocab_size)
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
 

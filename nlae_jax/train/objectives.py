@@ -20,14 +20,13 @@ REWARDS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def rewards(mse: jax.Array, valid: jax.Array, lengths: jax.Array, kind: str, length_penalty: float) -> jax.Array:
-    """Reward of each sample, [...] float32, for one of `REWARDS` and λ = `length_penalty`.
+def rewards(mse: jax.Array, valid: jax.Array, penalty: jax.Array, kind: str) -> jax.Array:
+    """Reward of each sample, [...] float32, for one of `REWARDS`, less its `penalty` (at least 0).
 
-    A readable sample earns max(R(mse) - λ · tokens, -2). One whose explanation could not be read earns
-    -2 - λ · tokens and is trained on. So no unreadable sample ever earns more than a readable one, whatever the kind,
-    the mse (up to 4) and the lengths: else RL would learn not to close its tags where reconstructions are poor.
+    A readable sample earns max(R(mse) - penalty, -2). One whose explanation could not be read earns -2 - penalty and is
+    trained on. So no unreadable sample ever earns more than a readable one, whatever the kind, the mse (up to 4) and
+    the penalties: else RL would learn not to close its tags where reconstructions are poor.
     """
-    penalty = length_penalty * lengths
     return jnp.where(valid, jnp.maximum(REWARDS[kind](mse) - penalty, -FAILED_MSE), -FAILED_MSE - penalty)
 
 

@@ -21,7 +21,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.pair import Params, Roles
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.views import shown
+from nlae_jax.roles.views import Marks, repeated_strings, shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import RlState, RoleState
 
@@ -193,13 +193,14 @@ class Scores(NamedTuple):
     """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens.
 
     `contrast` [B, G] is `objectives.contrast`, where it is rewarded. `whole` [B] marks activations whose explanations
-    were seen whole, where not all were.
+    were seen whole, where not all were. `repeats` [B, G] counts repeated quoted strings, where they are charged for.
     """
 
     mse: jax.Array
     length: jax.Array
     contrast: jax.Array | None = None
     whole: jax.Array | None = None
+    repeats: jax.Array | None = None
 
 
 def score(
@@ -207,11 +208,17 @@ def score(
 ) -> tuple[Scores, Params]:
     """One pass gives every sample's mse and the decoder's gradient (its training)."""
     ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
+    repeats = _repeats(ids, written, frozen["marks"]) if config.rl.repeat_penalty else None
     ids, length, whole = shown(ids, written, frozen.get("marks"), config.views)
     (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
     contrast = objectives.contrast(rebuilt, h_BxD, length > 0) if config.rl.contrastive else None
-    return Scores(mse, written, contrast, whole), gradients
+    return Scores(mse, written, contrast, whole, repeats), gradients
+
+
+def _repeats(ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks) -> jax.Array:
+    found = repeated_strings(ids_BxGxT.reshape(-1, ids_BxGxT.shape[-1]), length_BxG.reshape(-1), tables)
+    return found.reshape(length_BxG.shape)
 
 
 class RlParts(NamedTuple):
@@ -268,7 +275,10 @@ def rl_step(
     ) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
         valid, count = scores.length > 0, objectives.count(mask)
-        reward = objectives.rewards(scores.mse, valid, samples.lengths, rl.reward, rl.length_penalty)
+        penalty = rl.length_penalty * samples.lengths
+        if scores.repeats is not None:
+            penalty += rl.repeat_penalty * scores.repeats
+        reward = objectives.rewards(scores.mse, valid, penalty, rl.reward)
         if scores.contrast is not None:
             reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
         advantage, no_spread = objectives.group_advantages(reward)
