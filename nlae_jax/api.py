@@ -45,7 +45,7 @@ from nlae_jax.run import resources
 from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import workdir_path
+from nlae_jax.runtime.files import local_path, workdir_path
 from nlae_jax.runtime.progress import say, warn
 
 _STATISTICS_ROWS = 4096  # of a run's activations
@@ -96,8 +96,8 @@ class NLA(Explainer):
         the default device or split over a `mesh`. Raises UserError, naming file and field, where something does not
         fit.
         """
-        if not ar and is_adapter(Path(av).expanduser()):
-            return _adapted(Path(av).expanduser(), subject, dtype, mesh)
+        if not ar and is_adapter(directory := local_path(av, "model")):
+            return _adapted(directory, subject, dtype, mesh)
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
@@ -265,8 +265,8 @@ class NLA(Explainer):
 
 def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
     """Those that lie beside the encoder and decoder of a pair's directory; None where there are none."""
-    path = (pair_directory(name) or Path(name).expanduser()) / FILE
-    return (lambda _: load_statistics(path)) if path.is_file() else None
+    path = (pair_directory(name) or local_path(name, "model")) / FILE
+    return (lambda pair: load_statistics(path, pair.d_model)) if path.is_file() else None
 
 
 def _has_activations(run: PreparedRun) -> bool:

@@ -124,6 +124,7 @@ def _explained(error: Exception, options: argparse.Namespace) -> str | None:
 def _resolve_paths(options: argparse.Namespace) -> None:
     """Paths as a person writes them, `~` and all, as paths. Raises UserError naming the option."""
     from nlae_jax.runtime.files import local_path, workdir_path
+    from nlae_jax.runtime.output import check_file
 
     if getattr(options, "workdir", None) is not None:
         given = options.workdir
@@ -135,6 +136,8 @@ def _resolve_paths(options: argparse.Namespace) -> None:
             several = isinstance(given, list)
             paths = [local_path(path, f"--{name}") for path in (given if several else [given])]
             setattr(options, name, paths if several else paths[0])
+    if getattr(options, "html", None) is not None:
+        check_file(options.html, "--html")
 
 
 def _with_huge_pages() -> None:

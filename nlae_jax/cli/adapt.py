@@ -28,11 +28,14 @@ def _run_adapt(options: argparse.Namespace, _: list[str]) -> int:
     from nlae_jax.config import CorpusConfig
     from nlae_jax.interop.adapt import WARNING, adapt_pair
     from nlae_jax.report.table import adaptation_table
+    from nlae_jax.runtime.output import afterwards, check_directory
     from nlae_jax.runtime.progress import say
 
+    check_directory(options.out, "--out")
     corpus = CorpusConfig(path=options.texts, max_documents=options.documents)
     chosen = options.model, options.layer, options.to, options.out, corpus, options.places, options.dtype
-    show_result(adapt_pair(*chosen), adaptation_table, options.json)
+    result = adapt_pair(*chosen)  # which adapt.json keeps
+    afterwards("no scores shown", lambda: show_result(result, adaptation_table, options.json))
     say(f"{options.out}: `nlae explain --model {options.out}` takes it; {WARNING}")
     return 0
 

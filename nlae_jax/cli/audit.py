@@ -54,12 +54,14 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
         check_several(item.id for item in items)
     nla = load_pair(options)
     passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
+    # Before the first explanation: a pair that does not load would cost all of them.
+    others = [(other, [_reread(other, passage) for passage in passages]) for other in _others(options)]
     found = explained_passages(nla, passages, options.every)
     placebos = {}
     if options.placebo:
         placebos["permuted"] = permuted(found, options.seed)
-    for other in _others(options):
-        said = explained_passages(other, [_reread(other, passage) for passage in passages], options.every)
+    for other, reread in others:
+        said = explained_passages(other, reread, options.every)
         placebos[other.name] = [row.explanation for row in said.rows]
     report = audit(found, terms, placebos)
     _show_audit(nla, report, options)
@@ -70,8 +72,8 @@ def _others(options: argparse.Namespace) -> list[NLA]:
     """Pairs whose explanations are placebos."""
     from nlae_jax.api import NLA
 
-    others = [NLA.from_pretrained(options.placebo_model)] if options.placebo_model else []
-    return [*others, NLA.from_workdir(options.placebo_workdir)] if options.placebo_workdir else others
+    others = [] if options.placebo_model is None else [NLA.from_pretrained(options.placebo_model)]
+    return others if options.placebo_workdir is None else [*others, NLA.from_workdir(options.placebo_workdir)]
 
 
 def _reread(other: NLA, passage: Passage) -> Passage:
@@ -93,13 +95,13 @@ def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:
 
     row = report.row()
     hits = [dataclasses.asdict(place) for place in report.search(options.search)] if options.search else []
+    if options.html:  # before what a stdout may refuse
+        write_audit_page(options.html, "audit", [row], f"Audit with {nla.name}")
+        say(f"page: {options.html}")
     if options.json:
         show_json({**row, "search": hits, "pair": nla.description()})
     else:
         show_rich(*audit_tables(row), *([places_table(hits)] if options.search else []))
-    if options.html:
-        write_audit_page(options.html, "audit", [row], f"Audit with {nla.name}")
-        say(f"page: {options.html}")
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
@@ -139,13 +141,13 @@ def _run_compare(options: argparse.Namespace, _: list[str]) -> int:
     selection = options.positions, options.match, options.span
     writing: Options = Options(options.temperature)
     row = compare(first, second, source, writing, *selection).row()
+    if options.html:  # before what a stdout may refuse
+        write_audit_page(options.html, "compare", [row], f"{first.name} and {second.name}")
+        say(f"page: {options.html}")
     if options.json:
         show_json({**row, "pairs": [first.description(), second.description()]})
     else:
         show_rich(*comparison_tables(row))
-    if options.html:
-        write_audit_page(options.html, "compare", [row], f"{first.name} and {second.name}")
-        say(f"page: {options.html}")
     return 0
 
 

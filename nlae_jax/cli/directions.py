@@ -156,13 +156,13 @@ def _show(nla: NLA, report: DirectionReport, options: argparse.Namespace) -> Non
     from nlae_jax.runtime.progress import say
 
     row = report.row()
+    if options.html:  # before what a stdout may refuse
+        write_direction_page(options.html, [row], f"{report.name}, {nla.name}")
+        say(f"page: {options.html}")
     if options.json:
         show_json({**row, "pair": nla.description()})
     else:
         show_rich(*direction_tables(row))
-    if options.html:
-        write_direction_page(options.html, [row], f"{report.name}, {nla.name}")
-        say(f"page: {options.html}")
 
 
 COMMANDS = (

@@ -68,8 +68,10 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures
     from nlae_jax.runtime.files import read_json
-    from nlae_jax.runtime.output import afterwards, show_json, show_rich
+    from nlae_jax.runtime.output import afterwards, check_directory, show_json, show_rich
 
+    if options.out:
+        check_directory(options.out, "--out")
     config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
     run = open_run(options.workdir) if options.workdir else None
     out, nla = options.out or options.workdir, load_pair(options, run)

@@ -101,7 +101,8 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     if options.input:
         return _run_many(nla, items, options, writing)
     if options.vectors:
-        explained = [explain_vectors(nla, read_vectors(options.vectors, nla.d_model), writing)]
+        vectors = nla.mapped(read_vectors(options.vectors, nla.width_read, nla.layer))
+        explained = [explain_vectors(nla, vectors, writing)]
     else:
         selected = [_selected(nla, *named, options) for named in _named(texts, messages)]
         explained = explain_passages(nla, selected, writing)
@@ -122,6 +123,7 @@ def read_source(
 
     With `chat_goes_on`, a chat ends where the model's answer begins, even if none is generated here.
     """
+    from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.passage import extended, read_chat, read_text
 
     vocab_size = nla.subject.arch.vocab_size
@@ -138,6 +140,7 @@ def read_source(
             continue_final_message=goes_on and answered,
         )
     if generate:
+        check_length(passage, generate)
         (answer,) = nla.subject.generate([passage.ids], generate, temperature=0.0, seed=seed)
         passage = extended(nla.tokenizer, passage, answer)
     return passage
@@ -180,6 +183,12 @@ def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.
     from nlae_jax.runtime.output import show_json, show_rich
 
     rows = [[found.row() for found in text] for text in explained]
+    if options.html:  # before what a stdout may refuse
+        from nlae_jax.report.explanation_page import write_explanation_page
+        from nlae_jax.runtime.progress import say
+
+        write_explanation_page(options.html, rows, nla.name, nla.layer)
+        say(f"page: {options.html}")
     if options.json:
         results = [{"tokens": tokens} for tokens in rows]
         said = results[0] if len(results) == 1 else {"texts": results}
@@ -187,12 +196,6 @@ def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.
     else:
         for tokens in rows:
             show_rich(explanation_table(tokens))
-    if options.html:
-        from nlae_jax.report.explanation_page import write_explanation_page
-        from nlae_jax.runtime.progress import say
-
-        write_explanation_page(options.html, rows, nla.name, nla.layer)
-        say(f"page: {options.html}")
 
 
 COMMANDS = (Command("explain", "say what the activations of a text, chat or file hold", _add, _run, check=_check),)

@@ -68,8 +68,11 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.config import load_experiment
+    from nlae_jax.runtime.output import check_file
 
     config = load_experiment(str(options.config), overrides)
+    if options.out:
+        check_file(options.out, "--out")
     start_jax()
     from nlae_jax.plan.report import STEPS, as_table, plan
     from nlae_jax.runtime.files import write_json

@@ -33,6 +33,8 @@ def check_pair(options: argparse.Namespace) -> str:
         return f"{options.command} takes --workdir, or --model, or --av and --ar"
     if options.workdir and (options.subject or options.dtype):
         return "--subject and --dtype belong to a released pair; the workdir has its own"
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        return f"--max-new-tokens: {options.max_new_tokens} should be at least 1"
     return ""
 
 

@@ -12,9 +12,11 @@ from nlae_jax.cli.texts import argument_text
 from nlae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import re
     from pathlib import Path
 
     from nlae_jax.api import NLA
+    from nlae_jax.explore.passage import Passage
     from nlae_jax.explore.steer import Settings, SteerReport
 
 
@@ -51,6 +53,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     check_temperature(options.temperature)
     start_jax()
     from nlae_jax.explore.passage import read_chat_file
+    from nlae_jax.explore.steer import steer
 
     settings = _settings(options)
     if options.input:
@@ -58,10 +61,12 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     else:
         source = read_chat_file(options.chat) if options.chat else texts[0]
         fields = {name: getattr(options, name) for name in ("at", "edit", "original", "word", "pattern")}
-        lines = [{"source": source, **fields}]
+        lines = [{"name": "text", "source": source, **fields}]
     nla = load_pair(options)
     nla.check_own_subject("steer")
-    reports = [_steer(nla, line, settings) for line in lines]
+    # All of them are read before the first is worked on: what comes of it is shown at the end.
+    prepared = [_prepared(nla, line) for line in lines]
+    reports = [steer(nla, *one, settings) for one in prepared]
     _show(nla, reports, options)
     return 0
 
@@ -89,19 +94,25 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         wrong = next((name for name, value in fields.items() if not isinstance(value, str | None)), None)
         if wrong or not fields["edit"]:
             raise UserError(f"{where}: {wrong or 'edit'} should be a text")
-        found.append({"source": source, **fields})
+        found.append({"name": where, "source": source, **fields})
     return found
 
 
-def _steer(nla: NLA, line: dict[str, Any], settings: Settings) -> SteerReport:
+def _prepared(nla: NLA, line: dict[str, Any]) -> tuple[Passage, list[int], str, str | None, re.Pattern[str] | None]:
+    """What `explore.steer.steer` takes of one prompt. Raises UserError naming its line where something is wrong."""
+    from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.select import parse_at
-    from nlae_jax.explore.steer import compile_pattern, steer
+    from nlae_jax.explore.steer import compile_pattern
 
-    passage = read_source(nla, "text", line["source"], chat_goes_on=True)
-    pattern = compile_pattern(line["word"], line["pattern"])
-    at = parse_at(passage, line["at"])
+    try:
+        passage = read_source(nla, line["name"], line["source"], chat_goes_on=True)
+        check_length(passage)
+        pattern = compile_pattern(line["word"], line["pattern"])
+        at = parse_at(passage, line["at"])
+    except UserError as error:
+        raise error if line["name"] == "text" else UserError(f"{line['name']}: {error}") from None
     original = None if line["original"] is None else argument_text(line["original"])
-    return steer(nla, passage, at, argument_text(line["edit"]), original, pattern, settings)
+    return passage, at, argument_text(line["edit"]), original, pattern
 
 
 def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> None:
@@ -112,6 +123,9 @@ def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> 
 
     rows = [report.row() for report in reports]
     total = summary(reports)
+    if options.html:  # before what a stdout may refuse
+        write_audit_page(options.html, "steer", rows, f"Steering with {nla.name}")
+        say(f"page: {options.html}")
     if options.json:
         show_json({**rows[0], "pair": nla.description()} if not options.input else {"prompts": rows, "summary": total})
     else:
@@ -122,9 +136,6 @@ def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> 
             f"with a word or pattern {total['prompts']} prompts; the edit beats the best random direction on "
             f"{total['beaten']}, loses on {total['lost']}, equal on {total['equal']}"
         )
-    if options.html:
-        write_audit_page(options.html, "steer", rows, f"Steering with {nla.name}")
-        say(f"page: {options.html}")
 
 
 COMMANDS = (Command("steer", "push activations by an edited explanation, beside controls", _add, _run, check=_check),)

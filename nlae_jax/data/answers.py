@@ -100,6 +100,19 @@ def parse_answer(answer: str) -> str | None:
     return line if _MIN_CHARACTERS <= len(line) <= _MAX_CHARACTERS and " " in line else None
 
 
+def explanation_of(response: str) -> str | None:
+    """The same as it stands there, whatever it is like; None where there is none or nothing is in it."""
+    return (_scan(_clean(response)).explanation or "").strip() or None
+
+
+def begins_with_thinking(text: str) -> bool:
+    """Whether the first tag of `text` opens what a model thought, at its very beginning, or closes it."""
+    first = _TAG.search(text)
+    if first is None or first.lastgroup in ("begin", "end"):
+        return False
+    return first.lastgroup in ("close", "final") or not text[: first.start()].strip()
+
+
 def thinks_at_end(text: str) -> bool:
     """Whether `text` ends inside of what a model thinks, as the prompts of some chat templates do."""
     return _scan(text).thinking > 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import json
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path, open_regular, read_bytes
+from nlae_jax.runtime.outside import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,14 @@ def read_documents(config: CorpusConfig) -> list[Document]:
         "corpus: %d documents kept of %d read from %s; dropped: %s", len(kept), read, _source_name(config), reasons
     )
     return kept
+
+
+def read_named_documents(config: CorpusConfig, option: str) -> list[Document]:
+    """`read_documents` of a path that was given as an option of a command, which errors then name."""
+    try:
+        return read_documents(config)
+    except UserError as error:
+        raise UserError(str(error).replace("corpus.path", option, 1)) from None
 
 
 def normalise(text: str) -> str:
@@ -284,10 +292,8 @@ def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO | gzip.GzipFile:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from None
+    # A corpus says much beside its texts: a score that is NaN there is nobody's business here.
+    row = parse_json(line, where, finite=False)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, but every line must be an object")
     return row
@@ -305,11 +311,9 @@ def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
-    import pyarrow.parquet as pq  # here because most runs read no parquet
+    from nlae_jax.data.parquet import check_batch, is_text, opened  # here because most runs read no parquet
 
-    from nlae_jax.data.parquet import check_batch, is_text, readable
-
-    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with opened(path) as file:
         names = file.schema_arrow.names
         if text_field not in names:
             present = ", ".join(map(repr, names[:10]))

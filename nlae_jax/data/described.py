@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
+from nlae_jax.data.answers import begins_with_thinking
 from nlae_jax.data.corpus import Document, document_of, read_json_lines
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.runtime.errors import UserError
@@ -67,6 +68,8 @@ def read_descriptions(path: Path) -> Iterator[Description]:
         text = _string(row, where, "note" if "note" in row and "description" not in row else "description")
         if "explanation>" in text:
             raise UserError(f"{where}: description holds an explanation tag; it should be the text inside the tags")
+        if begins_with_thinking(text):
+            raise UserError(f"{where}: description begins with what a model thought; it should be what follows that")
         if len(text) > _MAX_CHARACTERS:
             raise UserError(f"{where}: description has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
         passage = _string(row, where, "passage") if row.get("passage") is not None else ""

@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import open_regular
 
 
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Inside, errors of reading the file are UserErrors that name it."""
+def opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file to be read in pieces. Inside, errors of reading it are UserErrors that name it.
+
+    One of them is a page that is not as its checksum says, where it has one. Buffered: else the whole of a column's row
+    group, which may be the whole file, is read at once.
+    """
     try:
         open_regular(path).close()
-        yield
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
+            yield file
     except (OSError, ValueError, KeyError, MemoryError, pa.ArrowException) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read: {' '.join(reason.split())[:200]}") from None

@@ -15,6 +15,7 @@ from nlae_jax.runtime.files import AnyPath, read_bytes, write_atomically
 from nlae_jax.runtime.progress import progress, say
 
 _MOST_BYTES = 1 << 30  # of one part
+_SECONDS = "seconds"  # the column of what a part took
 _TEXT = "text:"  # begins the name of a column of texts, stored as JSON
 
 # (slice of the rows) -> columns, each an array or a list of texts of so many rows
@@ -35,7 +36,7 @@ class Kept:
             for start in range(0, count, batch):
                 rows = slice(start, min(start + batch, count))
                 part = self._part(self._directory / name / f"{start:06}.npz", rows, compute)
-                self.seconds[name] = self.seconds.get(name, 0.0) + float(part.pop("seconds"))
+                self.seconds[name] = self.seconds.get(name, 0.0) + float(part.pop(_SECONDS))
                 parts.append(part)
                 bar.advance(rows.stop - rows.start)
         return {key: _joined([part[key] for part in parts]) for key in parts[0]} if parts else {}
@@ -43,12 +44,16 @@ class Kept:
     def _part(self, path: AnyPath, rows: slice, compute: Compute) -> dict[str, Any]:
         if path.exists():
             try:
-                return _unpacked(read_bytes(path, _MOST_BYTES))
-            except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
+                part = _unpacked(read_bytes(path, _MOST_BYTES))
+                if all(len(part[name]) == rows.stop - rows.start for name in part.keys() - {_SECONDS}):
+                    float(part[_SECONDS])
+                    return part
+                say(f"{path}: of another number of rows; made again")
+            except (ValueError, TypeError, OSError, KeyError, EOFError, zipfile.BadZipFile):
                 say(f"{path}: damaged; made again")
         clock = time.perf_counter()
         part = compute(rows)
-        part = {**part, "seconds": np.array(time.perf_counter() - clock)}
+        part = {**part, _SECONDS: np.array(time.perf_counter() - clock)}
         data = _packed(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_bytes(data))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
-from nlae_jax.data.corpus import Document, document_of, read_documents
-from nlae_jax.data.parquet import check_batch, is_text, readable
-from nlae_jax.interop.datasets import TEXT, VECTOR, read_vectors
+from nlae_jax.data.corpus import Document, document_of, read_documents, read_named_documents
+from nlae_jax.data.parquet import check_batch, is_text, opened
+from nlae_jax.interop.datasets import LAYER, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.language_model import LanguageModel
@@ -75,7 +75,7 @@ def rows_of(
         return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed)
     if len(files) > 1 or texts or corpus:
         raise UserError(f"--input {files[0]}: a file of activations should be given alone")
-    return rows_of_parquet(Path(files[0]), tokenizer, arch.d_model, arch.vocab_size, count, seed)
+    return rows_of_parquet(Path(files[0]), layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
 
 
 def documents_of(
@@ -85,7 +85,7 @@ def documents_of(
     found = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
         config = CorpusConfig(path=str(path))
-        found += [(Path(path).name.partition(".")[0], document) for document in read_documents(config)]
+        found += [(Path(path).name.partition(".")[0], document) for document in read_named_documents(config, "--input")]
     found += [("corpus", document) for document in read_documents(corpus)] if corpus else []
     unique: dict[str, tuple[str, Document]] = {}
     for domain, document in found:
@@ -164,47 +164,47 @@ def read_activations(lm: LanguageModel, layer: int, texts: Sequence[Sequence[int
 
 def has_vectors(path: str | Path) -> bool:
     """Whether a file is a parquet of activations rather than of texts."""
-    import pyarrow.parquet as pq
-
-    if not str(path).endswith(".parquet") or not Path(path).is_file():
+    if not str(path).lower().endswith(".parquet") or not Path(path).is_file():
         return False
-    with readable(Path(path)), pq.ParquetFile(path) as file:
+    with opened(Path(path)) as file:
         return VECTOR in file.schema_arrow.names
 
 
-def rows_of_parquet(path: Path, tokenizer: Any, d_model: int, vocab_size: int, count: int, seed: int) -> Rows:
+def rows_of_parquet(
+    path: Path, layer: int, tokenizer: Any, d_model: int, vocab_size: int, count: int, seed: int
+) -> Rows:
     """At most `count` rows of a dataset in the reference's layout, drawn by the seed; activations as they are stored.
 
-    The text up to the activation is read where the file has it. What follows is not known.
+    They should be of block `layer`, where the file says of which they are. The text up to the activation is read where
+    the file has it. What follows is not known.
     """
-    import pyarrow.parquet as pq
-
-    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with opened(path) as file:
         total, names = file.metadata.num_rows, file.schema_arrow.names
         wanted = set(np.random.default_rng([seed, 7]).permutation(total)[:count].tolist())
         if "doc_id" not in names:
             raise UserError(f"{path}: no column 'doc_id'; intervals are over documents")
         if TEXT in names and not is_text(file.schema_arrow.field(TEXT).type):
             raise UserError(f"{path}: the column {TEXT} should hold strings")
-        columns = [name for name in (VECTOR, "doc_id", TEXT) if name in names]
+        columns = [name for name in (VECTOR, "doc_id", TEXT, LAYER) if name in names]
         kept: list[tuple[str, str]] = []
         vectors, start = [], 0
         for batch in file.iter_batches(1024, columns=columns):
             check_batch(path, start, batch)
+            check_layers(path, start, batch, layer, "the pair's block")
+            docs = read_doc_ids(path, start, batch.column("doc_id"))
             here = [row for row in range(len(batch)) if start + row in wanted]
             if here:
                 vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[here])
                 texts = batch.column(TEXT).to_pylist() if TEXT in names else [""] * len(batch)
-                docs = batch.column("doc_id").to_pylist()
-                kept += [(str(docs[row]), texts[row] or "") for row in here]
+                kept += [(docs[row], texts[row] or "") for row in here]
             start += len(batch)
     if not kept:
         raise UserError(f"{path}: the file has no rows")
     context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text in kept]
     for row, ids in enumerate(context_ids):
         check_ids(ids, vocab_size, tokenizer, f"{path}: row {row}")
-    h, docs = np.concatenate(vectors), [doc for doc, _ in kept]
-    return without_following(h, docs, context_ids, [text for _, text in kept])
+    h, names_of_docs = np.concatenate(vectors), [doc for doc, _ in kept]
+    return without_following(h, names_of_docs, context_ids, [text for _, text in kept])
 
 
 def without_following(h: np.ndarray, docs: Sequence[str], context_ids: list[list[int]], contexts: list[str]) -> Rows:

@@ -79,21 +79,22 @@ def compare(
     span: str | None = None,
 ) -> Comparison:
     """A text, or a chat's messages, explained by both. Raises UserError where they read it as different tokens."""
-    found, ids = [], []
-    for nla in (first, second):
-        passage = read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source)
-        ids.append([token.text for token in passage.tokens])
+    pairs = (first, second)
+    passages = [read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source) for nla in pairs]
+    cut = [[token.text for token in passage.tokens] for passage in passages]
+    if cut[0] != cut[1]:
+        raise UserError("compare: the two pairs' tokenizers cut the text differently; there is nothing side by side")
+    found = []
+    for nla, passage in zip(pairs, passages, strict=True):
         (rows,) = explain_passages(nla, [(passage, picks_of(passage, positions, match, span))], options or Options())
         found.append(rows)
-    if ids[0] != ids[1]:
-        raise UserError("compare: the two pairs' tokenizers cut the text differently; there is nothing side by side")
     (base, layer), (other_base, other_layer) = first.rebuilds, second.rebuilds
     same = (base, layer, first.d_model) == (other_base, other_layer, second.d_model)
     read_alike = first.subject.arch == second.subject.arch
     cos = [None] * len(found[0])
     if same:
-        pairs = zip((first, second), found, strict=True)
-        rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in pairs]
+        both = zip(pairs, found, strict=True)
+        rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in both]
         cos = cosine(*rebuilt).tolist()
     tokens = tuple(
         Compared(a, b, overlap(content_words(a.explanation), content_words(b.explanation)), c)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
-from nlae_jax.data.corpus import Document, read_documents
+from nlae_jax.data.corpus import read_named_documents
 from nlae_jax.explore.explainer import Explainer, package_texts, read_batches
 from nlae_jax.explore.passage import Passage, passage_of_ids, read_text
 from nlae_jax.runtime.errors import UserError
@@ -69,7 +69,8 @@ def read_corpus(nla: Explainer, path: Path | None = None, texts: int = 128, toke
     """
     vocab_size = nla.subject.arch.vocab_size
     if path is not None:
-        documents = _documents(path, texts)
+        config = CorpusConfig(path=str(path), max_documents=texts, min_characters=1)
+        documents = read_named_documents(config, "--corpus")
         passages = [read_text(nla.tokenizer, vocab_size, document.text, document.doc_id) for document in documents]
         source = str(path)
     elif of_run := nla.run_texts(texts):
@@ -87,13 +88,6 @@ def read_corpus(nla: Explainer, path: Path | None = None, texts: int = 128, toke
     passage = np.concatenate([np.full(len(h) - 1, number) for number, h in enumerate(read)])
     position = np.concatenate([np.arange(1, len(h)) for h in read])
     return Corpus(passages, np.concatenate([h[1:] for h in read]), passage, position, source)
-
-
-def _documents(path: Path, count: int) -> list[Document]:
-    try:
-        return read_documents(CorpusConfig(path=str(path), max_documents=count, min_characters=1))
-    except UserError as error:  # which speaks of a config's field
-        raise UserError(str(error).replace("corpus.path", "--corpus", 1)) from None
 
 
 def neuron_values(nla: Explainer, corpus: Corpus, layer: int, keep: Callable[[np.ndarray], Any]) -> list[Any]:

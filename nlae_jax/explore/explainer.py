@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.progress import progress
 
 _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
@@ -101,6 +102,7 @@ class Explainer:
         """
         vectors = self._checked(vectors)
         self._checked_limit(max_new_tokens)
+        check_temperature(temperature)
         with progress(len(vectors), "explain", unit="activation") as bar:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
@@ -138,6 +140,7 @@ class Explainer:
         """[B, d] raw activations -> one explanation each, as far as it goes where the encoder did not end it."""
         vectors = self._checked(vectors)
         limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
+        check_temperature(temperature)
         with progress(len(vectors), "explain", unit="activation") as bar:
             found = self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit)
         return [_written(response) for response in found.responses]
@@ -148,14 +151,19 @@ class Explainer:
         Raises UserError for a passage of more than `MAX_TOKENS` tokens.
         """
         for passage in passages:
-            if len(passage.tokens) > MAX_TOKENS:
-                raise UserError(
-                    f"{passage.name}: {len(passage.tokens)} tokens; at most {MAX_TOKENS} are explained at once: cut it "
-                    "into parts"
-                )
+            check_length(passage)
         residual = lambda ids, mask: self.subject.residual(ids, self.layer, mask=mask)  # noqa: E731
         read = read_batches([passage.ids for passage in passages], residual)
-        return read if self.adapter is None else [self.adapter(rows) for rows in read]
+        return [self.mapped(rows) for rows in read]
+
+    @property
+    def width_read(self) -> int:
+        """Of the activations that are explained: `d_model`, but for a pair behind a map from another model."""
+        return self.d_model if self.adapter is None else len(self.adapter.matrix)
+
+    def mapped(self, h_NxD: np.ndarray) -> np.ndarray:
+        """Activations [N, width_read] of the model that is read -> those that the pair explains, [N, d_model]."""
+        return h_NxD if self.adapter is None else self.adapter(h_NxD)
 
     def check_own_subject(self, what: str) -> None:
         """Raises UserError where the pair was made for another model than the one that it reads."""
@@ -184,7 +192,7 @@ class Explainer:
     @property
     def rebuilds(self) -> tuple[str, int]:
         """The model and its block whose activations the decoder rebuilds: behind a map, not those that are read."""
-        path = Path(self._base_name).expanduser()
+        path = local_path(self._base_name, "model")
         return (str(path.resolve()) if path.exists() else self._base_name), self._roles.decoder.layer
 
     @cached_property
@@ -226,6 +234,22 @@ class Explainer:
         if not np.isfinite(vectors).all():
             raise UserError("vectors: NaN or infinity among them")
         return vectors
+
+
+def check_temperature(value: float) -> None:
+    """Raises UserError where tokens cannot be drawn at it; below 0 the least likely ones would be the likeliest."""
+    if not 0 <= value < math.inf:
+        raise UserError(f"temperature: {value} should be 0 or more")
+
+
+def check_length(passage: Passage, more: int = 0) -> None:
+    """Raises UserError where a passage, with so many tokens `more`, is longer than the subject is asked to read."""
+    if len(passage.tokens) + more > MAX_TOKENS:
+        following = f" and {more} are to follow" if more else ""
+        raise UserError(
+            f"{passage.name}: {len(passage.tokens)} tokens{following}; at most {MAX_TOKENS} are explained at once: cut "
+            "it into parts"
+        )
 
 
 def _as_float32(vectors: Any) -> np.ndarray:

@@ -15,10 +15,12 @@ from typing import Any
 from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.explore.passage import check_messages
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import plain, read_fields, write_json
+from nlae_jax.runtime.files import plain, read_bytes, read_fields, write_json
+from nlae_jax.runtime.locks import hold
 from nlae_jax.runtime.outside import encodable
 
 _FIELDS = "an object with text, or with messages"
+_ANOTHER = "give another --out, or delete it"
 csv.field_size_limit(1 << 24)
 
 
@@ -56,7 +58,7 @@ def read_items(path: Path) -> list[Item]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     try:
@@ -73,30 +75,43 @@ class Results:
     """A file of results (.jsonl or .csv) that grows item by item; run again, it goes on after the last whole one.
 
     A file beside it says how far it is whole, and with what it was begun: another input or other options are refused.
+    One process at a time writes it.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any], columns: Sequence[str] = ()) -> None:
-        """`columns`: of a .csv file, which has one line per row; the rest of each row is left out."""
+        """`columns`: of a .csv file, which has one line per row; the rest of each row is left out.
+
+        Raises UserError where the file is not one that can be gone on with, and leaves it as it is.
+        """
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: should be a file; it is a directory, a pipe or a device")
         self._path, self._columns = path, tuple(columns) if path.suffix.lower() == ".csv" else ()
         self._marks = path.with_name(f"{path.name}.progress.json")
-        digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
-        self._digest, self._items, self._bytes = digest, 0, 0
-        if self._marks.exists():
-            found = read_fields(self._marks, {"made_with": str, "items": int, "bytes": int})
-            if min(found["items"], found["bytes"]) < 0:
-                raise UserError(f"{self._marks}: items and bytes should be 0 or more")
-            if found["made_with"] != digest:
-                raise UserError(f"{path}: begun with another input or other options; give another --out, or delete it")
-            whole = path.stat().st_size if path.exists() else 0
-            if whole >= found["bytes"]:
-                self._items, self._bytes = found["items"], found["bytes"]
-        elif path.exists() and path.stat().st_size:
-            raise UserError(f"{path}: exists, and was not begun by this command; give another --out, or delete it")
+        self._digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.truncate(self._bytes)
+        hold(path, str(path), "another nlae process is writing it", "start no second command that writes it")
+        self._items, self._bytes = self._whole()
+        os.truncate(path, self._bytes)
+        # Before anything is added: a file without marks is somebody else's.
+        self._mark()
         if self._columns and not self._bytes:
             self._append(_csv_lines([self._columns]), 0)
+
+    def _whole(self) -> tuple[int, int]:
+        """Items and bytes that are whole."""
+        size = self._path.stat().st_size
+        if not self._marks.exists():
+            if size:
+                raise UserError(f"{self._path}: exists, and was not begun by this command; {_ANOTHER}")
+            return 0, 0
+        found = read_fields(self._marks, {"made_with": str, "items": int, "bytes": int})
+        if min(found["items"], found["bytes"]) < 0:
+            raise UserError(f"{self._marks}: items and bytes should be 0 or more")
+        if found["made_with"] != self._digest:
+            raise UserError(f"{self._path}: begun with another input or other options; {_ANOTHER}")
+        if 0 < size < found["bytes"]:
+            raise UserError(f"{self._path}: {size} bytes of the {found['bytes']} that it had; {_ANOTHER}")
+        return (found["items"], found["bytes"]) if size else (0, 0)
 
     @property
     def done(self) -> int:
@@ -118,6 +133,9 @@ class Results:
             os.fsync(file.fileno())
         self._items += items
         self._bytes += len(data)
+        self._mark()
+
+    def _mark(self) -> None:
         write_json(self._marks, {"made_with": self._digest, "items": self._items, "bytes": self._bytes})
 
 

@@ -131,7 +131,7 @@ def check_messages(messages: Any, name: str) -> list[dict[str, str]]:
         wrong = next((key for key, value in fields.items() if not isinstance(value, str)), None)
         if wrong:
             raise UserError(f"{where}: {wrong} should be a text; it is {quoted(fields[wrong])}")
-        found.append({"content": "", **fields})
+        found.append({"content": "", **{key: encodable(value) for key, value in fields.items()}})
     return found
 
 

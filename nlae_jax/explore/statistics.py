@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from nlae_jax.evaluate.reconstruction import variances
@@ -62,15 +62,21 @@ def statistics_of(h_NxD: np.ndarray, source: str) -> Statistics:
     return Statistics(mean, float(variances(h_NxD).mean()), float(low), float(median), float(high), len(h_NxD), source)
 
 
-def load_statistics(path: Path) -> Statistics:
-    """What `Statistics.save` wrote. Raises UserError where it is something else."""
-    from safetensors import safe_open
-
+def load_statistics(path: Path, width: int | None = None) -> Statistics:
+    """What `Statistics.save` wrote, of activations of `width`. Raises UserError where it is something else."""
     try:
         tensors = load_file(path)
         with safe_open(path, "np") as file:
             labels = file.metadata() or {}
-        variance, low, median, high = tensors["numbers"].tolist()
-        return Statistics(tensors["mean"], variance, low, median, high, int(labels["count"]), labels["source"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        mean, numbers = (np.asarray(tensors[name], np.float64) for name in ("mean", "numbers"))
+        if not (np.isfinite(mean).all() and np.isfinite(numbers).all()):
+            raise ValueError("NaN or infinity in it")
+        if mean.shape != (len(mean) if width is None else width,):
+            raise ValueError(f"mean has shape {mean.shape}; the pair's width is {width}")
+        variance, low, median, high = numbers.tolist()
+        if not (variance >= 0 and 0 <= low <= median <= high):
+            raise ValueError("variance and norms should be 0 or more, and the norms in order")
+        count, source = int(labels["count"]), labels["source"]
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path}: not the statistics of a pair ({error}); delete it to have them made anew") from None
+    return Statistics(mean.astype(np.float32), variance, low, median, high, count, source)

@@ -16,7 +16,7 @@ import numpy as np
 
 from nlae_jax.evaluate.health import words
 from nlae_jax.explore.directions import unit
-from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.explainer import Explainer, check_temperature
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.surprisal import mean_nll_after
@@ -49,6 +49,7 @@ class Settings:
         for name in ("samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} should be at least 1")
+        check_temperature(self.temperature)
         if not self.alphas or not all(math.isfinite(alpha) and alpha for alpha in self.alphas):
             raise UserError("alphas: should be finite numbers other than 0")
 
@@ -124,6 +125,8 @@ def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | 
         return re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
     if pattern is None:
         return None
+    if not pattern:
+        raise UserError("--pattern: empty; it would match everything")
     if len(pattern) > _LONGEST_PATTERN:
         raise UserError(f"--pattern: {len(pattern)} characters; at most {_LONGEST_PATTERN}")
     try:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from nlae_jax.data.parquet import check_batch, opened
 from nlae_jax.interop import datasets
-from nlae_jax.interop.datasets import VECTOR
+from nlae_jax.interop.datasets import LAYER, VECTOR, check_layers
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import local_path
+from nlae_jax.runtime.files import local_path, open_regular
 from nlae_jax.runtime.outside import quoted
+
+# What reading a damaged array raises, and a header that asks for more memory than there is.
+_BROKEN = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, OverflowError)
 
 # Names that dictionaries' decoder rows [features, d] go by: SAELens and Gemma Scope, then others.
 _DECODERS = ("W_dec", "decoder.weight", "w_dec", "dictionary")
@@ -32,17 +35,28 @@ class Direction:
     vector: np.ndarray
 
 
-def read_vectors(path: Path, width: int) -> np.ndarray:
-    """Activations [N, width] float32 of a .npy file, or of the column activation_vector of a .parquet file."""
-    if path.suffix.lower() == ".parquet":
-        try:
-            column = pq.read_table(path, columns=[VECTOR])[VECTOR].combine_chunks()
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            raise UserError(f"{path}: should be a parquet file with a column {VECTOR} ({error})") from None
-        found = datasets.read_vectors(path, 0, column, width)
-    else:
-        found = _npy(path)
+def read_vectors(path: Path, width: int, layer: int | None = None) -> np.ndarray:
+    """Activations [N, width] float32 of a .npy file, or of the column activation_vector of a .parquet file.
+
+    They should be of block `layer`, where one is given and the file says of which they are.
+    """
+    found = _parquet(path, width, layer) if path.suffix.lower() == ".parquet" else _npy(path)
     return _checked(found if found.ndim > 1 else found[None], width, str(path))
+
+
+def _parquet(path: Path, width: int, layer: int | None) -> np.ndarray:
+    found, start = [np.zeros((0, width), np.float32)], 0
+    with opened(path) as file:
+        names = file.schema_arrow.names
+        if VECTOR not in names:
+            raise UserError(f"{path}: should be a parquet file with a column {VECTOR}")
+        for batch in file.iter_batches(1024, columns=[name for name in (VECTOR, LAYER) if name in names]):
+            check_batch(path, start, batch)
+            if layer is not None:
+                check_layers(path, start, batch, layer, "the pair's block")
+            found.append(datasets.read_vectors(path, start, batch.column(VECTOR), width))
+            start += len(batch)
+    return np.concatenate(found)
 
 
 def read_direction(spec: str, width: int) -> Direction:
@@ -88,11 +102,11 @@ def read_direction(spec: str, width: int) -> Direction:
 
 
 def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
-    """An array of a file that has several, by its key or by what it is."""
+    """An array of a file that has several, by its key or by what it is. The others are not read."""
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                shapes = {name: file[name].shape for name in file.files}
+                shapes = {name: _shape(file.zip, name) for name in file.files}
                 key = key if key is not None else _chosen(shapes, width, path)
                 _check_key(key, shapes, path)
                 return key, file[key]
@@ -101,8 +115,17 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
             key = key if key is not None else _chosen(shapes, width, path)
             _check_key(key, shapes, path)
             return key, file.get_tensor(key)
-    except (SafetensorError, ValueError, OSError, zipfile.BadZipFile, TypeError) as error:
+    except (*_BROKEN, SafetensorError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """Of an array of a .npz file, from its header alone: unpacked, it may be larger than the memory."""
+    member = name if name in archive.namelist() else f"{name}.npy"
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(stream)[0]
 
 
 def _check_key(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -122,10 +145,11 @@ def _chosen(shapes: dict[str, tuple[int, ...]], width: int, path: Path) -> str:
 
 def _npy(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, allow_pickle=False)
+        with open_regular(path) as file:
+            found = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: should be an array that numpy saved ({error})") from None
     if not isinstance(found, np.ndarray):
         raise UserError(f"{path}: several arrays; name one, as FILE.npz:KEY")

@@ -8,6 +8,7 @@ share: the rest of an activation is lost, and no explanation says so.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
-from nlae_jax.data.corpus import Document, read_documents
+from nlae_jax.data.corpus import Document, read_named_documents
 from nlae_jax.data.mismatch import mismatched
 from nlae_jax.interop.released import open_released
 from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
@@ -25,7 +26,7 @@ from nlae_jax.lm.tokens import begin_ids, check_ids, pad
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import read_fields, write_json
+from nlae_jax.runtime.files import local_path, open_regular, read_fields, write_json
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 
@@ -71,10 +72,12 @@ def tokenise(model: LanguageModel, text: str, name: str) -> tuple[list[int], lis
     if not model.tokenizer.is_fast:
         raise UserError(f"{name}: its tokenizer has no tokenizer.json, and does not tell where tokens end")
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    begin = begin_ids(model.tokenizer)
-    ids = [*begin, *encoded["input_ids"]]
+    begin, ends = begin_ids(model.tokenizer), [end for _, end in encoded["offset_mapping"]]
+    # A text that a chat template has made begins with those tokens already.
+    own = next((index for index, token in enumerate(encoded["input_ids"]) if token not in begin), len(ends))
+    ids = [*begin, *encoded["input_ids"][own:]]
     check_ids(ids, model.arch.vocab_size, model.tokenizer, name)
-    return ids[:MAX_TOKENS], [0] * len(begin) + [end for _, end in encoded["offset_mapping"]][: MAX_TOKENS - len(begin)]
+    return ids[:MAX_TOKENS], [*[0] * len(begin), *ends[own:]][:MAX_TOKENS]
 
 
 def fit(h_NxD: np.ndarray, t_NxE: np.ndarray) -> Callable[[float], np.ndarray]:
@@ -210,6 +213,8 @@ def adapt_pair(
 
     Returns the scores of `adapt`. Raises UserError, naming what does not fit.
     """
+    if is_adapter(local_path(to, "--to")):
+        raise UserError(f"--to {to}: a map; it should be a pair")
     decoder = open_released(to, "ar")
     base = decoder.adapters.base_model if decoder.adapters else decoder.sidecar.base_model
     if not base:
@@ -217,7 +222,7 @@ def adapt_pair(
     own, other = LanguageModel.from_pretrained(model, dtype), LanguageModel.from_pretrained(base, dtype)
     if not 0 <= layer < own.arch.num_layers:
         raise UserError(f"--layer: {layer} should be from 0 to {own.arch.num_layers - 1}, a block of {model}")
-    documents = read_documents(corpus)
+    documents = read_named_documents(corpus, "--texts")
     h_NxD, t_NxE, document_N = read_pairs(own, layer, other, decoder.decoder_layer, documents, positions)
     matrix, result = adapt(h_NxD, t_NxE, document_N)
     fitted = document_N < round(_SHARES[1] * (document_N.max() + 1))
@@ -235,7 +240,7 @@ def adapt_pair(
 
 def _from_anywhere(name: str) -> str:
     """A path as one that holds in any working directory; other names as they are."""
-    path = Path(name).expanduser()
+    path = local_path(name, "model")
     return str(path.resolve()) if path.exists() else name
 
 
@@ -246,7 +251,15 @@ def write_adapter(directory: Path, adapter: Adapter, result: dict[str, Any]) -> 
     write_safetensors(directory / MAP, [TensorToWrite(n, a.shape, partial(np.asarray, a)) for n, a in arrays.items()])
     width, to_width = adapter.matrix.shape
     about = {"model": adapter.model, "layer": adapter.layer, "to": adapter.to, "width": width, "to_width": to_width}
-    write_json(directory / ABOUT, about | result)
+    write_json(directory / ABOUT, about | {"sha256": _digest(directory / MAP)} | result)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {ABOUT} beside it says what it held: run `nlae adapt` again") from None
 
 
 def is_adapter(directory: Path) -> bool:
@@ -255,10 +268,15 @@ def is_adapter(directory: Path) -> bool:
 
 def read_adapter(directory: Path) -> Adapter:
     """Raises UserError, naming the file and the field, where something is missing or does not fit."""
-    about = read_fields(directory / ABOUT, {"model": str, "layer": int, "to": str, "width": int, "to_width": int})
+    kinds = {"model": str, "layer": int, "to": str, "width": int, "to_width": int, "sha256": str}
+    about = read_fields(directory / ABOUT, kinds)
     width, to_width = about["width"], about["to_width"]
     if min(width, to_width) < 1 or about["layer"] < 0:
         raise UserError(f"{directory / ABOUT}: width, to_width and layer should be sizes and the number of a block")
+    if is_adapter(Path(about["to"])):
+        raise UserError(f"{directory / ABOUT}: to: {about['to']} is a map too; it should be a pair")
     shapes: dict[str, tuple[int, ...]] = {"matrix": (width, to_width), "mean": (width,), "target_mean": (to_width,)}
     arrays = {name: np.asarray(array) for name, array in read_tensors(directory / MAP, shapes).items()}
+    if _digest(directory / MAP) != about["sha256"]:
+        raise UserError(f"{directory / MAP}: not as {ABOUT} says (sha256); run `nlae adapt` again")
     return Adapter(about["model"], about["layer"], about["to"], **arrays)

@@ -6,7 +6,6 @@ encoder's must be the same in every row, and the decoder's are kept whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,10 @@ import pyarrow.parquet as pq
 
 from nlae_jax.config import Config, DatasetConfig
 from nlae_jax.data.activations import SPLITS, Plan, counted, open_vectors
-from nlae_jax.data.parquet import check_batch, is_text, readable
+from nlae_jax.data.answers import explanation_of
+from nlae_jax.data.parquet import check_batch, is_text, opened
 from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
-from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, extract_explanation
+from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_json
 
@@ -30,6 +30,7 @@ SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_
 
 VECTOR, INJECT = "activation_vector", "<INJECT>"
 TEXT = "detokenized_text_truncated"
+LAYER = "activation_layer"
 _ROWS = 1024  # read or written at a time
 _MOST_TOKENS = 2**31 - 1  # that a position can be said of
 _CONTEXT_CHARACTERS = 2000  # of a held-out row's text, kept for the report
@@ -178,8 +179,8 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
     """Each row's document and position; 0 where the file does not say."""
     docs: list[str] = []
     positions = []
-    for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", "activation_layer"]):
-        docs += _doc_ids(path, start, batch.column("doc_id"))
+    for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", LAYER]):
+        docs += read_doc_ids(path, start, batch.column("doc_id"))
         counts = np.ones(len(batch), np.int64)
         if "n_raw_tokens" in batch.schema.names:
             counts = _whole_numbers(path, start, "n_raw_tokens", batch.column("n_raw_tokens"), missing=0)
@@ -189,19 +190,26 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
                 f"{path}: row {start + row}: n_raw_tokens is {counts[row]}; it counts a text's tokens from 1"
             )
         positions.append(np.maximum(counts - 1, 0).astype(np.int32))
-        if "activation_layer" in batch.schema.names:
-            layers = _whole_numbers(path, start, "activation_layer", batch.column("activation_layer"), missing=layer)
-            if (wrong := np.flatnonzero(layers != layer)).size:
-                row = int(wrong[0])
-                raise UserError(
-                    f"{path}: row {start + row}: activation_layer is {layers[row]}; subject.layer is {layer}"
-                )
+        check_layers(path, start, batch, layer)
     if not docs:
         raise UserError(f"{path}: the file has no rows")
     return docs, np.concatenate(positions)
 
 
-def _doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
+def check_layers(path: Path, start: int, batch: pa.RecordBatch, layer: int, of: str = "subject.layer") -> None:
+    """Raises UserError naming the first row whose activation is another block's than `layer`, where the file says.
+
+    `of`: what has that layer, for the message.
+    """
+    if LAYER not in batch.schema.names:
+        return
+    layers = _whole_numbers(path, start, LAYER, batch.column(LAYER), missing=layer)
+    if (wrong := np.flatnonzero(layers != layer)).size:
+        row = int(wrong[0])
+        raise UserError(f"{path}: row {start + row}: {LAYER} is {layers[row]}; {of} is {layer}")
+
+
+def read_doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
     """Names of documents: text, or numbers as text."""
     if column.null_count:
         row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
@@ -229,8 +237,8 @@ def _whole_numbers(path: Path, start: int, name: str, column: pa.Array, missing:
 def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
     """Descriptions (row, description), contexts of held-out rows (row, text), and how many responses had no tags.
 
-    An `av_sft` row's description is what stands between its tags; an `ar_sft` row's is its whole prompt. Raises
-    UserError where a prompt differs from the others.
+    An `av_sft` row's description is what stands between its last tags outside of thinking; an `ar_sft` row's is its
+    whole prompt. Raises UserError where a prompt differs from the others.
     """
     described: list[tuple[int, str]] = []
     contexts: list[tuple[int, str]] = []
@@ -249,7 +257,7 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
                         f"{path}: row {number}: another prompt than that of {sidecar.path}; it should be the same"
                     )
                 if name == "av_sft":
-                    text = extract_explanation(_text(path, number, "response", row["response"]))
+                    text = explanation_of(_text(path, number, "response", row["response"]))
                     dropped += text is None
                     described += [(first + number, text)] if text else []
                 if first + number in held_out and (text := _text(path, number, TEXT, row.get(TEXT))):
@@ -330,16 +338,9 @@ def _ordered(files: dict[str, Path]) -> list[tuple[str, Path]]:
     return [(name, files[name]) for name in SPLIT_OF if name in files]
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    # Buffered: else the whole of a column's row group, which may be the whole file, is read at once.
-    with readable(path), pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        yield file
-
-
 def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(number of the first row, batch) through a file. Raises UserError naming a column that is missing."""
-    with _opened(path) as file:
+    with opened(path) as file:
         present = file.schema_arrow.names
         for column in columns:
             if column not in present:
@@ -352,7 +353,7 @@ def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> It
 
 
 def _num_rows(path: Path) -> int:
-    with _opened(path) as file:
+    with opened(path) as file:
         return file.metadata.num_rows
 
 
@@ -386,7 +387,7 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
     vector = pa.list_(pa.float32(), extraction["d_model"])
     provenance: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
         "n_raw_tokens": (pa.int64(), lambda row: source.position(row) + 1),
-        "activation_layer": (pa.int64(), lambda row: extraction["layer_index"]),
+        LAYER: (pa.int64(), lambda row: extraction["layer_index"]),
         "doc_id": (pa.string(), source.doc_id),
         TEXT: (pa.string(), source.text),
     }
@@ -397,7 +398,7 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
     )
 
     def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
             for start in range(0, len(source.rows), _ROWS):
                 rows = source.rows[start : start + _ROWS]
                 values = pa.array(np.ascontiguousarray(source.vectors(rows)).reshape(-1), pa.float32())

@@ -25,6 +25,7 @@ from nlae_jax.lm.tensors import read_tensor
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import local_path
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -121,8 +122,8 @@ def open_released(name: str, role: str) -> Released:
 
 def _directory(name: str, role: str) -> Path:
     """Where a role's files are."""
-    pair = pair_directory(name) or Path(name).expanduser()
-    return pair / role if name and (pair / role).is_dir() else resolve_model(name)
+    pair = pair_directory(name) or local_path(name, "model")
+    return pair / role if (pair / role).is_dir() else resolve_model(name)
 
 
 def pair_sidecar(av: Released, ar: Released) -> Sidecar:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
+import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from nlae_jax.assets import WARMSTART
 from nlae_jax.config import Binds, Config, Leaf, flatten, leaves, load_config, resolve
 from nlae_jax.interop.datasets import dataset_files, identities
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, is_remote, local_path, read_json, remove_abandoned, write_json
-from nlae_jax.runtime.progress import say, warn
+from nlae_jax.runtime.locks import hold
+from nlae_jax.runtime.progress import say
 from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
 from nlae_jax.train.metrics import ORDER
 
@@ -92,25 +93,13 @@ def _restore(path: AnyPath, record: dict[str, Any], name: str, write: Callable[[
         write(path, record[name])
 
 
-# Held while the process lives; a notebook may open one workdir several times.
-_LOCKS: dict[AnyPath, TextIO] = {}
-
-
 def _lock(workdir: AnyPath) -> None:
     """Two runs in one workdir would overwrite each other. A bucket has no lock that ends with its process: no lock."""
-    if is_remote(workdir):
-        return
-    path = workdir.resolve() / ".lock"
-    if path in _LOCKS:
-        return
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--workdir {workdir}: another nlae process is running there") from None
-    except OSError as error:  # of many kinds, where a file system that is shared over a network has no locks
-        warn(f"--workdir {workdir}: cannot be locked ({error.strerror}); start no second run there")
-    _LOCKS[path] = file
+    if not is_remote(workdir):
+        name = f"--workdir {workdir}"
+        hold(
+            pathlib.Path(workdir) / ".lock", name, "another nlae process is running there", "start no second run there"
+        )
 
 
 def recorded(workdir: AnyPath) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +23,26 @@ def afterwards(missing: str, work: Callable[[], Any]) -> None:
         work()
     except Exception as error:
         warn(f"{missing}: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Before the work whose result goes into a file. Raises UserError where it could not be written."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} {path}: should be a file; it is a directory, a pipe or a device")
+    _check_parent(path, option)
+
+
+def check_directory(path: Path, option: str) -> None:
+    """The same of a directory."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option} {path}: should be a directory; it is a file")
+    _check_parent(path / "file", option)
+
+
+def _check_parent(path: Path, option: str) -> None:
+    parent = next(one for one in path.absolute().parents if one.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{option} {path}: nothing can be written into {parent}")
 
 
 def show(text: str) -> None:

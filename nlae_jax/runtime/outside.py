@@ -68,7 +68,7 @@ def parse_json(content: bytes | str, name: object, kind: type = object, finite: 
         hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
         value = json.loads(text, parse_int=_whole, **hooks)
         # Nothing else is a surrogate: a str may hold it as it is, bytes cannot.
-        if isinstance(content, str) or "\\ud" in text or "\\uD" in text:
+        if "\\ud" in text or "\\uD" in text or (isinstance(content, str) and _SURROGATES.search(text)):
             value = _encodable(value)
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
