@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.data.corpus import document_of
 from nlae_jax.interop.adapt import (
     ABOUT,
+    MAP,
     MIN_POSITION,
     Adapter,
     adapt,
@@ -26,7 +29,7 @@ from nlae_jax.interop.adapt import (
     tokenise,
     write_adapter,
 )
-from nlae_jax.lm.tiny import write_tiny_model
+from nlae_jax.lm.tiny import tiny_tokenizer, write_tiny_model
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 
@@ -123,6 +126,55 @@ def test_a_map_is_read_back_equal(tmp_path):
         read_adapter(tmp_path / "A")
 
 
+def test_a_map_whose_files_do_not_belong_together_is_refused(tmp_path):
+    """A flipped bit, the file of another map, or none at all."""
+    arrays = [np.ones(shape, np.float32) for shape in ((5, 3), (5,), (3,))]
+    for name, layer in (("A", 4), ("B", 5)):
+        write_adapter(tmp_path / name, Adapter("some/model", layer, "smollm2-135m", *arrays), {})
+        arrays[0] = arrays[0] * 2
+    path = tmp_path / "A" / MAP
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    for content in (bytes(data), (tmp_path / "B" / MAP).read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"A/map\.safetensors: not as adapt\.json says"):
+            read_adapter(tmp_path / "A")
+    path.unlink()
+    with pytest.raises(UserError, match=r"map\.safetensors: missing"):
+        read_adapter(tmp_path / "A")
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_a_map_to_a_map_has_no_end(tmp_path, name):
+    arrays = [np.ones(shape, np.float32) for shape in ((3, 3), (3,), (3,))]
+    write_adapter(tmp_path / "B", Adapter("some/model", 1, "smollm2-135m", *arrays), {})
+    write_adapter(tmp_path / "A", Adapter("some/model", 1, str(tmp_path / name), *arrays), {})
+    with pytest.raises(UserError, match=r"A/adapt\.json: to: .* is a map too"):
+        nlae_jax.NLA.from_pretrained(tmp_path / "A")
+
+
+def test_a_text_that_begins_as_sequences_do_has_one_beginning(tiny_lm):
+    """As chat templates write it. Places end where they did."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), bos_token="<|endoftext|>")
+    begin = ("<|endoftext|>", 0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[begin]
+    )
+    model = LanguageModel(tiny_lm.arch, tiny_lm.params, tokenizer)
+    ids, ends = tokenise(model, TEXT, "--model")
+    again, shifted = tokenise(model, begin[0] + TEXT, "--model")
+    assert ids == again and ids[0] == 0 and ids[1] != 0
+    assert [end - len(begin[0]) for end in shifted[1:]] == ends[1:]
+
+
+def test_where_a_map_goes_is_looked_at_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = ["adapt", "--model", "random:tiny", "--layer", "0", "--to", "/no/such/pair"]
+    for out in ("file", "file/below"):
+        assert main([*command, "--out", str(tmp_path / out)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("nlae: --out ")
+
+
 def test_activations_of_a_model_and_itself_are_equal(tiny_lm):
     documents = [document_of(TEXT * count) for count in (1, 2, 3)]
     h, target, number = read_pairs(tiny_lm, 1, tiny_lm, 1, documents, positions=5)
@@ -188,6 +240,9 @@ def test_a_map_is_not_evaluated_as_a_pair_of_its_own(mapped, tmp_path):
 def test_a_map_reads_the_model_that_it_was_fitted_on(mapped, tmp_path):
     directory, adapter = mapped
     nla, pair = nlae_jax.NLA.from_pretrained(directory), nlae_jax.NLA.from_pretrained(adapter.to)
+    vectors = np.random.default_rng(0).normal(size=(2, nla.width_read)).astype(np.float32)
+    np.testing.assert_array_equal(nla.mapped(vectors), adapter(vectors))
+    np.testing.assert_array_equal(pair.mapped(vectors), vectors)
     assert nla.rebuilds == pair.rebuilds and nla.subject_name == adapter.model
     with pytest.raises(UserError, match=r"^subject: .* takes no other subject"):
         nlae_jax.NLA.from_pretrained(directory, subject=adapter.model)

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from nlae_jax import cli
 from nlae_jax.cli import main, texts
 from nlae_jax.data.activations import open_vectors
+from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.run import stages
 from nlae_jax.runtime.errors import UserError
 
@@ -1046,6 +1047,87 @@ def test_a_path_that_is_none(tiny_run, tmp_path, monkeypatch, refused, name, opt
     }[option]
     assert refused([*arguments, option, name]).startswith(option)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["--model", "--av", "--subject"])
+def test_a_home_that_is_nobodys(tiny_run, refused, option):
+    """Of names that may be paths, too."""
+    nobody = ["--model", "~nobody-of-this-name/x"]
+    arguments = {
+        "--model": nobody,
+        "--av": ["--av", nobody[1], "--ar", "random:tiny"],
+        "--subject": ["--model", "smollm2-135m", "--subject", nobody[1], "--dtype", "bfloat16"],
+    }
+    complaint = refused(["explain", *arguments[option], "--text", "the"])
+    assert "~nobody-of-this-name/x: whose home ~ is cannot be found" in complaint
+    if option == "--model":
+        assert "~nobody" in refused(
+            ["adapt", "--model", "random:tiny", "--layer", "0", "--to", nobody[1], "--out", "o"]
+        )
+
+
+@pytest.mark.parametrize("command", ["explain", "steer", "direction", "compare"])
+def test_where_a_page_goes_is_looked_at_first(tiny_run, tmp_path, monkeypatch, refused, command):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    os.mkfifo("pipe")
+    more = {
+        "explain": ["--text=the"],
+        "steer": ["--text=the", "--edit=of"],
+        "direction": ["d.npy"],
+        "compare": ["--text=the", "--workdir=no/such/place"],
+    }[command]
+    for page in (".", "..", "pipe", "file/page.html"):
+        complaint = refused([command, *more, "--workdir=no/such/place", f"--html={page}"])
+        assert complaint.startswith(f"--html {page}: ")
+
+
+def test_a_page_is_there_whatever_stdout_takes(tiny_run, finished, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "below" / "page.html"
+    monkeypatch.setattr(sys, "stdout", stdout("full")[0])
+    assert main(["explain", "--workdir", str(finished), "--text", "the of", "--html", str(page)]) == 2
+    assert page.exists() and capsys.readouterr().err.splitlines()[-1].startswith("nlae: stdout: ")
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+@pytest.mark.parametrize("command", ["explain", "serve"])
+def test_no_tokens_are_no_explanation(capsys, command, value):
+    """And not the run's own number of them."""
+    text = ["--text=the"] if command == "explain" else []
+    with pytest.raises(SystemExit):
+        main([command, "--workdir=W", *text, f"--max-new-tokens={value}"])
+    assert f"--max-new-tokens: {value} should be at least 1" in capsys.readouterr().err
+
+
+def test_a_text_is_measured_before_it_is_gone_on_with(tiny_run, monkeypatch, refused):
+    monkeypatch.setattr(LanguageModel, "generate", None)
+    for text, tokens in (("the of " * 2000, 1), ("the", 10_000)):
+        complaint = refused(["explain", "--workdir", str(tiny_run.workdir), "--text", text, f"--generate={tokens}"])
+        assert f"and {tokens} are to follow; at most 2048 are explained at once" in complaint
+
+
+def test_all_prompts_are_read_before_one_is_steered(tiny_run, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("nlae_jax.explore.steer.steer", None)
+    path = tmp_path / "p.jsonl"
+    fine = {"text": "the of", "edit": "in"}
+    for line, named in (
+        ({**fine, "at": "9"}, "position 9 out of range"),
+        ({**fine, "pattern": "("}, "not a regular expression"),
+        ({**fine, "pattern": ""}, "--pattern: empty"),
+        ({"text": "the " * 3000, "edit": "in"}, "at most 2048"),
+    ):
+        path.write_text("".join(json.dumps(one) + "\n" for one in (fine, line)))
+        complaint = refused(["steer", "--workdir", str(tiny_run.workdir), "--input", str(path)])
+        assert complaint.startswith(f"{path}:2: ") and named in complaint
+
+
+@pytest.mark.parametrize("option", ["--placebo-model", "--placebo-workdir"])
+@pytest.mark.parametrize("name", ["", "/no/such/place"])
+def test_placebos_are_loaded_before_anything_is_explained(tiny_run, tmp_path, monkeypatch, refused, option, name):
+    monkeypatch.setattr("nlae_jax.explore.audit.explained_passages", None)
+    (tmp_path / "t.jsonl").write_text('{"text": "the of to"}\n')
+    arguments = ["audit", "--workdir", str(tiny_run.workdir), "--input", str(tmp_path / "t.jsonl"), option, name]
+    assert refused(arguments)
 
 
 def test_home_in_every_path(tiny_run, tmp_path, monkeypatch, capsys):

@@ -361,6 +361,24 @@ def test_values_that_cannot_be(tiny_run, files, tmp_path, capsys, damage):
     assert f"rl.parquet: {named}" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_flipped_bit_of_an_exported_file_is_seen(tiny_run, files, tmp_path, capsys):
+    """As in a workdir: every page has its checksum."""
+    data = bytearray(files["rl"].read_bytes())
+    data[len(data) // 2] ^= 1
+    files["rl"].write_bytes(data)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", **given(files))) == 2
+    assert "rl.parquet: cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_answer_of_a_response_and_not_its_draft(files):
+    """In whatever way the model that wrote the responses was made to think."""
+    count = pq.read_metadata(files["av_sft"]).num_rows
+    response = "<think><explanation>a draft</explanation></think><explanation>\nthe answer\n</explanation>"
+    rewrite(files["av_sft"], response=pa.array([response] * count))
+    _, described, _, dropped = read(files)
+    assert dropped == 0 and described["description"].to_pylist()[:count] == ["the answer"] * count
+
+
 @pytest.mark.parametrize(("column", "value"), [("response", 3), ("response", ["a"])])
 def test_responses_that_are_no_text(tiny_run, files, tmp_path, capsys, column, value):
     rewrite(files["av_sft"], **{column: pa.array([value] * pq.read_metadata(files["av_sft"]).num_rows)})

@@ -88,6 +88,26 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, row: object) -> None:
         list(read_descriptions(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "fine"),
+    [
+        ("<think>Perhaps a poem.</think> A recipe.", False),
+        ("Perhaps a poem.</think> A recipe.", False),
+        ("<|channel|>analysis Perhaps.<|channel|>final A recipe.", False),
+        ('A template; "<think>" comes next.', True),
+        ('The model\'s "<think>" was closed by "</think>".', True),
+        ("After “</think>” the answer begins.", True),
+    ],
+)
+def test_what_a_model_thought_is_no_description(tmp_path: Path, text: str, fine: bool) -> None:
+    path = lines(tmp_path / "d.jsonl", [{"text": "x", "description": text}])
+    if fine:
+        assert next(read_descriptions(path)).text == text
+        return
+    with pytest.raises(UserError, match=r"d\.jsonl:1: description begins with what a model thought"):
+        list(read_descriptions(path))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
 def test_texts_of_a_passage_are_never_in_two_splits(sizes: list[int]) -> None:

@@ -1,7 +1,10 @@
 """Directions and neurons: a planted one is heard, one that says nothing is not told from its controls."""
 
 import dataclasses
+import io
 import json
+import os
+import zipfile
 
 import jax
 import numpy as np
@@ -202,6 +205,48 @@ def test_vectors_of_parquet_files(tmp_path):
     pq.write_table(pa.table({"other": [1]}), path)
     with pytest.raises(UserError, match="should be a parquet file with a column activation_vector"):
         read_vectors(path, 8)
+
+
+def test_vectors_of_another_block_are_named(tmp_path):
+    path, rows = tmp_path / "rows.parquet", np.arange(16, dtype=np.float32).reshape(2, 8)
+    pq.write_table(pa.table({"activation_vector": rows.tolist(), "activation_layer": [3, 4]}), path)
+    with pytest.raises(UserError, match="row 1: activation_layer is 4; the pair's block is 3"):
+        read_vectors(path, 8, 3)
+    np.testing.assert_array_equal(read_vectors(path, 8), rows)
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.parquet"])
+def test_vectors_do_not_come_through_pipes(tmp_path, name):
+    """Nor from a directory."""
+    os.mkfifo(tmp_path / name)
+    (tmp_path / f"directory.{name}").mkdir()
+    for path in (tmp_path / name, tmp_path / f"directory.{name}"):
+        with pytest.raises(UserError, match=rf"{name}: (should be a regular file|.*[Ii]s a directory)"):
+            read_vectors(path, 8)
+
+
+def test_a_flipped_bit_in_a_page_is_seen(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    table = pa.table({"activation_vector": rows.tolist()})
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
+    data = bytearray(path.read_bytes())
+    data[data.index(rows[20].tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"rows\.parquet: cannot be read"):
+        read_vectors(path, 8)
+
+
+def test_only_the_array_that_is_asked_for_is_unpacked(tmp_path):
+    """Another one may be larger than the memory: its header says so, and nobody need read it."""
+    np.savez_compressed(tmp_path / "a.npz", W_dec=np.ones((3, 8), np.float32))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 1 << 10)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("huge.npy", header.getvalue())
+    np.testing.assert_array_equal(read_direction(f"{tmp_path}/a.npz[1]", 8).vector, np.ones(8))
+    with pytest.raises(UserError, match=r"a\.npz: cannot be read"):
+        read_direction(f"{tmp_path}/a.npz:huge[0]", 1 << 10)
 
 
 # --- neurons

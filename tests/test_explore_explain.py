@@ -1,15 +1,23 @@
 """Explanations of what is selected: their scores and flags, samples, spans, files of many texts."""
 
 import csv
+import dataclasses
+import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import nlae_jax
 from nlae_jax.cli import main
-from nlae_jax.explore import explainer
+from nlae_jax.explore import explainer, items
 from nlae_jax.explore.explain import (
     Options,
     agreement,
@@ -98,6 +106,16 @@ def test_statistics_outlive_a_file(tmp_path):
     directions = h / np.linalg.norm(h, axis=1, keepdims=True)
     assert made.variance == pytest.approx(1 - np.linalg.norm(directions.mean(0)) ** 2, rel=1e-3)
     assert kept.outside(kept.norm_median, 5) == "" and kept.outside(100 * kept.norm_high, 5) == "norm"
+    for change in (
+        {"variance": float("nan")},
+        {"norm_low": float("inf")},
+        {"norm_low": 2 * made.norm_high},
+        {"mean": np.full_like(made.mean, np.nan)},
+        {"mean": made.mean[:-1]},
+    ):
+        dataclasses.replace(made, **change).save(tmp_path / "wrong.safetensors")
+        with pytest.raises(UserError, match="not the statistics of a pair"):
+            load_statistics(tmp_path / "wrong.safetensors", 16)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not the statistics of a pair"):
         load_statistics(tmp_path / "broken.safetensors")
@@ -182,6 +200,103 @@ def test_damaged_marks_of_a_file_of_results_are_one_line(tmp_path, marks, messag
     with pytest.raises(UserError, match=message):
         Results(path, {"a": 1})
     assert path.read_bytes() == kept
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(st.text(), min_size=2, max_size=2), max_size=4))
+def test_a_csv_file_of_results_says_what_was_put_into_it(tmp_path_factory, cells):
+    """Line breaks of every system, quotes, null characters."""
+    path = tmp_path_factory.mktemp("csv") / "r.csv"
+    results = Results(path, {"a": 1}, ("id", "token"))
+    results.add({}, [{"id": first, "token": second} for first, second in cells])
+    with path.open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["id", "token"], *cells]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from nlae_jax.explore.items import Results
+held = Results(Path(sys.argv[1]), {"a": 1})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_writes_a_file_of_results(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"r\.jsonl: another nlae process is writing it"):
+            Results(path, {"a": 1})
+        holder.stdin.close()
+    Results(path, {"a": 1}).add({"id": 0}, ())
+    assert path.read_text() == '{"id": 0}\n'
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+def test_a_run_that_was_killed_before_its_first_item_goes_on(tmp_path, monkeypatch, name):
+    """Its file may hold a part of a line, or a header, and nothing has been counted yet."""
+    path, columns = tmp_path / name, ("id",)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Results(path, {"a": 1}, columns).add({"id": 0}, [{"id": 0}])
+    assert path.stat().st_size
+    again = Results(path, {"a": 1}, columns)
+    assert again.done == 0
+    again.add({"id": 0}, [{"id": 0}])
+    assert path.read_text() == ("id\n0\n" if columns and name.endswith("csv") else '{"id": 0}\n')
+
+
+def test_a_file_of_results_that_lost_its_end_is_left_alone(tmp_path):
+    path = tmp_path / "r.jsonl"
+    whole = Results(path, {"a": 1})
+    for number in range(2):
+        whole.add({"id": number}, ())
+    path.write_text('{"id": 0}\n')
+    with pytest.raises(UserError, match=r"10 bytes of the 20 that it had"):
+        Results(path, {"a": 1})
+    assert path.read_text() == '{"id": 0}\n'
+    path.unlink()
+    assert Results(path, {"a": 1}).done == 0
+
+
+def test_results_need_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    for name in (".", "..", str(tmp_path), "pipe.jsonl", os.devnull):
+        with pytest.raises(UserError, match="should be a file; it is a directory, a pipe or a device"):
+            Results(Path(name), {"a": 1})
+
+
+def test_items_do_not_come_through_pipes(tmp_path):
+    for name in ("t.csv", "t.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: should be a regular file"):
+            read_items(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl.gz"])
+def test_files_of_texts_have_an_end(tmp_path, monkeypatch, name):
+    """What is packed may be much larger than it looks."""
+    monkeypatch.setattr(items, "_MOST_CHARACTERS", 100)
+    lines = ["text", *["a" * 30] * 5] if name == "t.csv" else [json.dumps({"text": "a" * 30})] * 5
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    with pytest.raises(UserError, match=f"{name}:[45]: more than 100 characters up to here"):
+        read_items(tmp_path / name)
+
+
+def test_halves_of_surrogate_pairs_in_files_of_texts(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(
+        r'{"id": "\ud83d", "text": "a \ud83d"}' "\n" r'{"messages": [{"role": "user", "content": "\ud83d"}]}' "\n"
+    )
+    first, second = read_items(path)
+    assert (first.id, first.text, second.messages[0]["content"]) == ("\ufffd", "a \ufffd", "\ufffd")
 
 
 # --- the command and the class

@@ -1,9 +1,11 @@
 """Decoders trained alike on explanations, last words and next tokens, for adapters and for whole models."""
 
+import copy
+
 import numpy as np
 import pytest
 
-from nlae_jax.evaluate.trained_controls import trained_controls
+from nlae_jax.evaluate.trained_controls import _train, trained_controls
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles.pair import Pair
 from tests.planted_pairs import SIZES, planted, planted_rows
@@ -35,9 +37,25 @@ def test_a_decoder_is_trained_for_each_kind_of_words(work, rows, params, make_ti
     np.testing.assert_array_equal(params["final_norm"], before)  # the subject's own weights are not given away
 
 
-def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path):
+def test_words_that_spell_a_token_without_an_embedding_are_read_without_it(work, params, make_tiny_roles, monkeypatch):
+    """JAX would take the table's last row for it."""
+    roles, extra = make_tiny_roles(lora__rank=4), "<extra39>"
+    tokenizer = copy.deepcopy(work.pair.tokenizer)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(40)])
+    assert max(tokenizer.encode(extra)) >= roles.decoder.arch.vocab_size
+    monkeypatch.setattr(work, "pair", work.pair._replace(tokenizer=tokenizer))
+    train, found = np.ones(len(work.rows.h), bool), []
+    for said in ("the moon", f"the moon{extra}"):
+        texts = [said] * len(work.rows.h)
+        found.append(_train(work, roles, Pair(params, {}, {}), "words", texts, train, 1))
+    np.testing.assert_array_equal(*found)
+
+
+def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path, capsys):
     roles = make_tiny_roles(lora__rank=4)
     trained_controls(work, roles, Pair({}, {}, {}), 0)
     bare = Work(work.pair, rows._replace(context_ids=[[]] * 32), tmp_path, 0, 50, SIZES)
     trained_controls(bare, roles, Pair({}, {}, {}), 3)
     assert not work.ledger.sections and not bare.ledger.sections
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: --control-steps: no decoder is trained")

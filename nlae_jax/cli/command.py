@@ -56,6 +56,7 @@ def start_jax(distributed: str | None = None) -> None:
     import jax
 
     from nlae_jax.lm.pretrained import cache_directory
+    from nlae_jax.runtime.outside import clean_log
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # transformers would warn at every start that there is no PyTorch; none is needed.
@@ -65,6 +66,7 @@ def start_jax(distributed: str | None = None) -> None:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        clean_log("nlae_jax")
     if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -83,11 +83,11 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The prompts of a .jsonl file: text or messages, edit, and perhaps at, original, word, pattern."""
-    from nlae_jax.data.corpus import read_json_lines
+    from nlae_jax.explore.items import read_rows
     from nlae_jax.explore.passage import check_messages
 
     found = []
-    for where, row in read_json_lines(path):
+    for where, row in read_rows(path):
         text = row.get("text")
         source = text if isinstance(text, str) and text.strip() else check_messages(row.get("messages"), where)
         fields = {name: row.get(name) for name in ("at", "edit", "original", "word", "pattern")}

@@ -50,6 +50,7 @@ _TAG = re.compile(
 )
 _THOUGHT = re.compile(rf"<({_THINKING})\s{{0,9}}>[^<]*</\1\s{{0,9}}>", re.IGNORECASE)
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])(?:\s+|$)")  # of one line
+_QUOTES = tuple("\"'“‘`«")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Control characters that are no white space, and marks that reorder what stands beside them.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -106,8 +107,12 @@ def explanation_of(response: str) -> str | None:
 
 
 def begins_with_thinking(text: str) -> bool:
-    """Whether the first tag of `text` opens what a model thought, at its very beginning, or closes it."""
-    first = _TAG.search(text)
+    """Whether the first tag of `text` opens what a model thought, at its very beginning, or closes it.
+
+    A tag in quotation marks is spoken of.
+    """
+    tags = (tag for tag in _TAG.finditer(text) if text[max(0, tag.start() - 1) : tag.start()] not in _QUOTES)
+    first = next(tags, None)
     if first is None or first.lastgroup in ("begin", "end"):
         return False
     return first.lastgroup in ("close", "final") or not text[: first.start()].strip()

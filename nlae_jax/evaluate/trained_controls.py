@@ -23,8 +23,8 @@ from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
-from nlae_jax.roles.protocol import decoder_ids
-from nlae_jax.runtime.progress import progress
+from nlae_jax.roles.protocol import known_decoder_ids
+from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
@@ -40,7 +40,12 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
     where `num_steps` is 0, where no texts are known, or where there are too few documents to hold some out.
     """
     names, index = np.unique(work.rows.document, return_inverse=True)
-    if not num_steps or len(names) < _TEST_SHARE or len(work.has_context) < len(work.rows.h):
+    if not num_steps:
+        return
+    if len(names) < _TEST_SHARE or len(work.has_context) < len(work.rows.h):
+        warn(
+            f"--control-steps: no decoder is trained; it takes the texts of all activations, and {_TEST_SHARE} documents"
+        )
         return
     test = index % _TEST_SHARE == 0
     parts = {}
@@ -98,7 +103,8 @@ def _train(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(sft_schedule(rate, num_steps, 0.05)))
     whole = roles.with_whole_prompts()
     step = jax.jit(steps.decoder_sft_step(whole, optimizer), donate_argnums=0)
-    prompts = [decoder_ids(work.pair.tokenizer, roles.decoder.protocol, text) for text in texts]
+    known = work.pair.tokenizer, roles.decoder.protocol
+    prompts = [known_decoder_ids(*known, text, roles.decoder.arch.vocab_size) for text in texts]
     ids, length = pad(prompts, -(-max(map(len, prompts)) // 32) * 32)
     frozen: Params = {"base": base, "baselines": direction.baselines(jnp.asarray(work.rows.h[train]))}
     state = RoleState(jnp.zeros((), jnp.int32), trained, jax.jit(optimizer.init)(trained))

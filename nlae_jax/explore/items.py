@@ -21,6 +21,7 @@ from nlae_jax.runtime.outside import encodable
 
 _FIELDS = "an object with text, or with messages"
 _ANOTHER = "give another --out, or delete it"
+_MOST_CHARACTERS = 1 << 28  # of one file: what is packed may be a thousand times as large as it looks
 csv.field_size_limit(1 << 24)
 
 
@@ -38,9 +39,8 @@ def read_items(path: Path) -> list[Item]:
 
     Raises UserError naming the line that is none, or an id that occurs twice.
     """
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
     items, seen = [], set()
-    for number, (where, row) in enumerate(rows):
+    for number, (where, row) in enumerate(read_rows(path)):
         name = str(row["id"]) if isinstance(row.get("id"), str | int) and row["id"] != "" else str(number)
         if name in seen:
             raise UserError(f"{where}: id {name} occurs twice")
@@ -54,6 +54,19 @@ def read_items(path: Path) -> list[Item]:
     if not items:
         raise UserError(f"{path}: no texts in it; each line should be {_FIELDS}")
     return items
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a .jsonl[.gz] or .csv file of texts, each with `path:line`, all of which are kept in memory.
+
+    Raises UserError naming the line that is none, or from which on they are too many.
+    """
+    size = 0
+    for where, row in _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path):
+        size += sum(len(str(value)) for value in row.values())
+        if size > _MOST_CHARACTERS:
+            raise UserError(f"{where}: more than {_MOST_CHARACTERS:,} characters up to here; give the rest by itself")
+        yield where, row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,6 +153,13 @@ class Results:
 
 
 def _csv_lines(rows: Sequence[Sequence[Any]]) -> str:
-    written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows([["" if cell is None else cell for cell in row] for row in rows])
-    return written.getvalue()
+    """Lines that end in a line feed.
+
+    A cell with a carriage return is quoted, as Python does only where one ends the lines.
+    """
+    lines = []
+    for row in rows:
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\r\n").writerow(["" if cell is None else cell for cell in row])
+        lines.append(written.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)

@@ -275,8 +275,8 @@ def read_adapter(directory: Path) -> Adapter:
         raise UserError(f"{directory / ABOUT}: width, to_width and layer should be sizes and the number of a block")
     if is_adapter(Path(about["to"])):
         raise UserError(f"{directory / ABOUT}: to: {about['to']} is a map too; it should be a pair")
-    shapes: dict[str, tuple[int, ...]] = {"matrix": (width, to_width), "mean": (width,), "target_mean": (to_width,)}
-    arrays = {name: np.asarray(array) for name, array in read_tensors(directory / MAP, shapes).items()}
     if _digest(directory / MAP) != about["sha256"]:
         raise UserError(f"{directory / MAP}: not as {ABOUT} says (sha256); run `nlae adapt` again")
+    shapes: dict[str, tuple[int, ...]] = {"matrix": (width, to_width), "mean": (width,), "target_mean": (to_width,)}
+    arrays = {name: np.asarray(array) for name, array in read_tensors(directory / MAP, shapes).items()}
     return Adapter(about["model"], about["layer"], about["to"], **arrays)

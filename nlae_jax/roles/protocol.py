@@ -170,6 +170,11 @@ def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[in
     )
 
 
+def known_decoder_ids(tokenizer: Any, protocol: Protocol, text: str, vocab_size: int) -> list[int]:
+    """The same of what an encoder wrote, without tokens that the model has no embedding for: pieces may spell one."""
+    return [token for token in decoder_ids(tokenizer, protocol, text) if token < vocab_size]
+
+
 def whole_prompt_ids(tokenizer: Any, protocol: Protocol, prompt: str) -> list[int]:
     """The same of a prompt that is there whole: an explanation in the decoder's template."""
     prompt = encodable(prompt)

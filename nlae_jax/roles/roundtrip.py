@@ -139,8 +139,8 @@ class RoundTrip:
 
         Tokens that the model has no embedding for are left out: sampled pieces may spell one.
         """
-        prompts = [protocol.decoder_ids(self.tokenizer, self.protocol, text) for text in texts]
-        prompts = [[token for token in prompt if token < self._vocab_size] for prompt in prompts]
+        known = self.tokenizer, self.protocol
+        prompts = [protocol.known_decoder_ids(*known, text, self._vocab_size) for text in texts]
         width = -(-max(map(len, prompts)) // 32) * 32
         ids, length = pad(prompts, width)
         mask = np.arange(width) < length[:, None]

@@ -20,22 +20,23 @@ from rich.table import Column
 from rich.text import Text
 
 from nlae_jax.runtime import signals, world
+from nlae_jax.runtime.errors import one_line
 
 LINE_EVERY_SECONDS = 10.0  # at most this often in a log
 WINDOW = 16  # calls of `advance` that the rate is taken over
 
 
 def say(message: str) -> None:
-    """One plain status line on stderr; a running bar stays below it."""
+    """One plain status line on stderr; a running bar stays below it. What it quotes is made safe to print."""
     if world.is_first():
-        world.tell(message)
+        world.tell(one_line(message))
 
 
 def warn(message: str) -> None:
     """One line on stderr that starts with `warning:`, yellow on a terminal."""
     label = "\x1b[33mwarning:\x1b[0m" if _on_terminal() else "warning:"
     if world.is_first():
-        world.tell(f"{label} {message}")
+        world.tell(f"{label} {one_line(message)}")
 
 
 def _on_terminal() -> bool:

@@ -19,7 +19,7 @@ from nlae_jax.lm.tokens import pad, pad_left
 from nlae_jax.report.ruler import interval_of, interval_text
 from nlae_jax.report.table import is_shown, number
 from nlae_jax.roles.pair import Pair
-from nlae_jax.roles.protocol import decoder_ids
+from nlae_jax.roles.protocol import known_decoder_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import read_json
 from nlae_jax.serve.programs import encoder_program, subject_program
@@ -156,9 +156,7 @@ class Reader:
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Descriptions, empty ones too, -> activations [N, d] float32, raw as the decoder's head gives them."""
         protocol, vocab_size = self._roles.decoder.protocol, self._roles.decoder.arch.vocab_size
-        prompts = [decoder_ids(self.tokenizer, protocol, text) for text in texts]
-        # Tokens that the model has no embedding for are left out: sampled pieces may spell one.
-        prompts = [[token for token in prompt if token < vocab_size] for prompt in prompts]
+        prompts = [known_decoder_ids(self.tokenizer, protocol, text, vocab_size) for text in texts]
         width = bucket(max(map(len, prompts)), _WIDTHS)
         width = min(width, self._roles.decoder.arch.most_tokens or width)
         if width < max(map(len, prompts)):
