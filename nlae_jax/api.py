@@ -103,6 +103,9 @@ class NLA(Explainer):
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         known = _known_statistics(str(av))
         if encoder.adapters or decoder.adapters:
+            if subject and resolve_model(subject).resolve() != encoder.directory.resolve():
+                base = (encoder.adapters or decoder.adapters).base_model
+                raise UserError(f"subject: {subject}: the pair's adapters sit on {base}, which is its subject")
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
         layer = decoder.decoder_layer
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import nlae_jax
 from nlae_jax import assets
@@ -121,6 +121,30 @@ def test_a_tensor_of_another_rank_is_named(written: tuple[Path, dict]) -> None:
         open_adapters(directory).read(read_arch(resolve_model("random:tiny")))
 
 
+@pytest.mark.parametrize(
+    "name", ["base_model.model.lm_head.weight", "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"]
+)
+def test_what_adapters_hold_besides_is_not_left_out(written: tuple[Path, dict], name: str) -> None:
+    """A head that was trained along, or blocks that the model lacks."""
+    directory, _ = written
+    tensors = load_file(directory / WEIGHTS)
+    save_file(tensors | {name: np.ones((3, 4), np.float32)}, directory / WEIGHTS)
+    with pytest.raises(UserError, match=f"unexpected tensor '{name}'"):
+        open_adapters(directory).read(read_arch(resolve_model("random:tiny")))
+
+
+@pytest.mark.parametrize("alphas", [{"down_proj": 12.0}, {"q_proj": "6"}, [6.0]])
+def test_scales_of_single_modules_are_those_of_all(written: tuple[Path, dict], alphas: object) -> None:
+    directory, adapters = written
+    content = json.loads((directory / CONFIG).read_text())
+    arch = read_arch(resolve_model("random:tiny"))
+    (directory / CONFIG).write_text(json.dumps(content | {"alpha_pattern": {"q_proj": 6.0}}))
+    jax.tree.map(np.testing.assert_array_equal, adapters, open_adapters(directory).read(arch))
+    (directory / CONFIG).write_text(json.dumps(content | {"alpha_pattern": alphas}))
+    with pytest.raises(UserError, match="alpha_pattern"):
+        open_adapters(directory).read(arch)
+
+
 @pytest.fixture(scope="module")
 def lora_run(tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A workdir whose roles have adapters, and its export of the adapters alone."""
@@ -158,6 +182,14 @@ def test_a_pair_is_loaded_by_name_and_says_the_same(
     named = nlae_jax.NLA.from_pretrained("tiny")
     assert only(named.explain_text(text)) == expected
     assert only(named.explain_texts([text, "of the"])[0]) == expected
+
+
+def test_the_subject_of_adapters_is_the_model_that_they_sit_on(lora_run: tuple[Path, Path], tiny_run: Any) -> None:
+    """Another one would be read by nobody, and nobody would know."""
+    _, out = lora_run
+    assert nlae_jax.NLA.from_pretrained(out, subject=str(tiny_run.model)).subject_name == str(tiny_run.model)
+    with pytest.raises(UserError, match=r"subject: random:tiny: the pair's adapters sit on .*, which is its subject"):
+        nlae_jax.NLA.from_pretrained(out, subject="random:tiny")
 
 
 def test_training_goes_on_from_adapters(lora_run: tuple[Path, Path], tiny_run: Any, tmp_path: Path) -> None:

@@ -1049,14 +1049,13 @@ def test_a_path_that_is_none(tiny_run, tmp_path, monkeypatch, refused, name, opt
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("option", ["--model", "--av", "--subject"])
+@pytest.mark.parametrize("option", ["--model", "--av"])
 def test_a_home_that_is_nobodys(tiny_run, refused, option):
     """Of names that may be paths, too."""
     nobody = ["--model", "~nobody-of-this-name/x"]
     arguments = {
         "--model": nobody,
         "--av": ["--av", nobody[1], "--ar", "random:tiny"],
-        "--subject": ["--model", "smollm2-135m", "--subject", nobody[1], "--dtype", "bfloat16"],
     }
     complaint = refused(["explain", *arguments[option], "--text", "the"])
     assert "~nobody-of-this-name/x: whose home ~ is cannot be found" in complaint

@@ -228,7 +228,7 @@ def test_vectors_do_not_come_through_pipes(tmp_path, name):
 def test_a_flipped_bit_in_a_page_is_seen(tmp_path):
     path = tmp_path / "rows.parquet"
     rows = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-    table = pa.table({"activation_vector": rows.tolist()})
+    table = pa.table({"activation_vector": pa.array(rows.tolist(), pa.list_(pa.float32()))})
     pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
     data = bytearray(path.read_bytes())
     data[data.index(rows[20].tobytes())] ^= 1

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import shutil
@@ -240,8 +241,15 @@ def test_one_process_at_a_time_writes_a_file_of_results(tmp_path):
 def test_a_run_that_was_killed_before_its_first_item_goes_on(tmp_path, monkeypatch, name):
     """Its file may hold a part of a line, or a header, and nothing has been counted yet."""
     path, columns = tmp_path / name, ("id",)
+    written, fsync = itertools.count(), os.fsync
+
+    def killed(descriptor):
+        if next(written):  # marks that nothing is there yet are written first
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
     with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             Results(path, {"a": 1}, columns).add({"id": 0}, [{"id": 0}])
     assert path.stat().st_size

@@ -43,9 +43,7 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
     if not num_steps:
         return
     if len(names) < _TEST_SHARE or len(work.has_context) < len(work.rows.h):
-        warn(
-            f"--control-steps: no decoder is trained; it takes the texts of all activations, and {_TEST_SHARE} documents"
-        )
+        warn(f"--control-steps: no decoder is trained: it takes every activation's text, and {_TEST_SHARE} documents")
         return
     test = index % _TEST_SHARE == 0
     parts = {}

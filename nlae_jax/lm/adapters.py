@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_bytes, write_json
-from nlae_jax.runtime.outside import parse_json
+from nlae_jax.runtime.outside import parse_json, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,15 +32,23 @@ _PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """The adapters of one directory: `base_model` is the name of the model they sit on, `alpha / rank` their scale."""
+    """The adapters of one directory: `base_model` is the name of the model they sit on, `alpha / rank` their scale.
+
+    `alphas` are those of single modules that the file names, by the last part of their names.
+    """
 
     directory: Path
     base_model: str
     rank: int
     alpha: float
+    alphas: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, arch: Arch) -> dict[str, dict[str, jax.Array]]:
-        """The tree of `lora.adapter_weights(arch, rank)`, float32. `arch` has as many blocks as the adapters."""
+        """The tree of `lora.adapter_weights(arch, rank)`, float32. `arch` has as many blocks as the adapters.
+
+        Raises UserError where the files hold more than that, or scale a module in another way: left out, it would be
+        another model that is read.
+        """
         tree = adapter_weights(arch, self.rank)
         modules = [(layer, module) for layer in range(arch.num_layers) for module in _modules(arch, tree, layer)]
         shapes = {}
@@ -49,7 +57,12 @@ class AdapterFile:
             # PEFT's lora_A is [rank, in], as our `a`; its lora_B is [out, rank], the transpose of our `b`.
             shapes[module.tensor("a")] = (len(module.members) * self.rank, inputs)
             shapes[module.tensor("b")] = (module.outputs, len(module.members) * self.rank)
-        tensors = read_tensors(self.directory / WEIGHTS, shapes)
+            if (alpha := self.alphas.get(module.short, self.alpha)) != len(module.members) * self.alpha:
+                raise UserError(
+                    f"{self.directory / CONFIG}: alpha_pattern: {module.short} has {quoted(alpha)}; it should be "
+                    f"{len(module.members) * self.alpha:g}, the scale of the others"
+                )
+        tensors = read_tensors(self.directory / WEIGHTS, shapes, whole=True)
         layers: dict[str, dict[str, list[jax.Array]]] = {name: {"a": [], "b": []} for name in tree}
         for _, module in modules:
             for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
@@ -90,7 +103,10 @@ def open_adapters(directory: Path) -> AdapterFile:
     for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if content.get(name):
             raise UserError(f"{path}: {name} is not supported; it should be false")
-    return AdapterFile(directory, base_model, rank, float(alpha))
+    alphas = content.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise UserError(f"{path}: alpha_pattern {quoted(alphas)} should be an object")
+    return AdapterFile(directory, base_model, rank, float(alpha), alphas)
 
 
 def write_adapters(

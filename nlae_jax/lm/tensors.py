@@ -231,11 +231,16 @@ def read_tensor(path: Path, name: str, shape: tuple[int, ...]) -> jax.Array:
     return read_tensors(path, {name: shape})[name]
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-    """Tensors of a file in float32, by name. Raises UserError where the file lacks one or has another shape for it."""
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], whole: bool = False) -> dict[str, jax.Array]:
+    """Tensors of a file in float32, by name. Raises UserError where the file lacks one or has another shape for it.
+
+    With `whole` also where it holds others.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     stored = {tensor.name: tensor for tensor in stored_tensors(path)}
+    if whole and (others := sorted(stored.keys() - shapes.keys())):
+        raise UserError(f"{path}: unexpected tensor {others[0]!r}")
     for name, shape in shapes.items():
         if name not in stored:
             raise UserError(f"{path}: lacks the tensor {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,9 @@ def hold(path: Path, name: str, busy: str, alone: str) -> None:
     locks: then a warning says `alone`, what nobody should do.
     """
     path = path.resolve()
-    if path in _HELD:
+    held = _HELD.get(path)
+    # A file that was deleted meanwhile is another one, which anybody may have locked.
+    if held is not None and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
         return
     file = path.open("ab")
     try:
