@@ -102,10 +102,11 @@ class NLA(Explainer):
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
         known = _known_statistics(str(av))
-        if encoder.adapters or decoder.adapters:
+        if adapters := encoder.adapters or decoder.adapters:
             if subject and resolve_model(subject).resolve() != encoder.directory.resolve():
-                base = (encoder.adapters or decoder.adapters).base_model
-                raise UserError(f"subject: {subject}: the pair's adapters sit on {base}, which is its subject")
+                raise UserError(
+                    f"subject: {subject}: the pair's adapters sit on {adapters.base_model}, which is its subject"
+                )
             return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
         layer = decoder.decoder_layer
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)

@@ -1081,6 +1081,22 @@ def test_where_a_page_goes_is_looked_at_first(tiny_run, tmp_path, monkeypatch, r
         assert complaint.startswith(f"--html {page}: ")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["explain", "--input=t.jsonl", "--out=."],
+        ["neuron", "--all=0", "--out=pipe.jsonl"],
+        ["neuron", "--all=0", "--out=n.jsonl"],
+    ],
+)
+def test_where_results_go_is_looked_at_first(tiny_run, tmp_path, monkeypatch, refused, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nlae_jax.api.NLA.from_workdir", None)
+    os.mkfifo("pipe.jsonl")
+    Path("n.html").mkdir()
+    assert refused([*command, f"--workdir={tiny_run.workdir}"]).startswith("--out ")
+
+
 def test_a_page_is_there_whatever_stdout_takes(tiny_run, finished, tmp_path, monkeypatch, capsys):
     page = tmp_path / "below" / "page.html"
     monkeypatch.setattr(sys, "stdout", stdout("full")[0])

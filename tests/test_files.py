@@ -16,12 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nlae_jax.runtime import files
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import (
     children,
     is_remote,
+    json_line,
     kvstore,
     local_path,
     object_checksums,
@@ -398,3 +401,11 @@ def test_tensorstore_takes_every_path_that_a_person_writes(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "here")
     for name in ("../there/vectors", "there/../../there/vectors", str(tmp_path / "there/vectors")):
         assert kvstore(pathlib.Path(name)) == {"driver": "file", "path": str(tmp_path / "there/vectors")}
+
+
+@given(st.dictionaries(st.text(), st.text()))
+def test_a_line_of_json_is_one_line_to_every_reader(value):
+    """Of text too, whose `splitlines` ends lines at ten characters."""
+    line = json_line({"\x85": "\u2028\u2029\x0b\x0c\x1c\x1d\x1e\r\n", **value})
+    assert line.splitlines() == [line] and json.loads(line).items() >= value.items()
+    assert json_line({"a": float("nan"), "b": "é"}, (",", ":")) == '{"a":null,"b":"é"}'

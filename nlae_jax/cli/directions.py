@@ -102,6 +102,13 @@ def _run_direction(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
+    from nlae_jax.runtime.output import check_file
+
+    if options.out is not None:
+        if options.out.suffix != ".jsonl":
+            raise UserError(f"--out {options.out}: should be a .jsonl file; a page goes beside it")
+        for path in (options.out, options.out.with_suffix(".html")):
+            check_file(path, "--out")
     nla, settings = _opened(options)
     from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 
@@ -124,8 +131,6 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     from nlae_jax.runtime.progress import progress, say
 
     layer = check_layer(nla.subject.arch, options.all)
-    if options.out.suffix != ".jsonl":
-        raise UserError(f"--out {options.out}: should be a .jsonl file; a page goes beside it")
     explanations = 1 + (1 + 2 * settings.controls) * len(settings.steps) + settings.contexts
     count = min(options.top, nla.subject.arch.d_ff)
     say(

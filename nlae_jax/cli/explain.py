@@ -83,9 +83,13 @@ def check_temperature(value: float | None) -> None:
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
+    from nlae_jax.runtime.output import check_file
+
     check_workdir(options)
     texts = given_texts(options)
     check_temperature(options.temperature)
+    if options.out is not None:
+        check_file(options.out, "--out")
     if options.generate < 0:
         raise UserError(f"--generate: {options.generate} should be 0 or more")
     start_jax()

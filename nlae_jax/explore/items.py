@@ -15,7 +15,7 @@ from typing import Any
 from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.explore.passage import check_messages
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import plain, read_bytes, read_fields, write_json
+from nlae_jax.runtime.files import json_line, plain, read_bytes, read_fields, write_json
 from nlae_jax.runtime.locks import hold
 from nlae_jax.runtime.outside import encodable
 
@@ -136,7 +136,7 @@ class Results:
         if self._columns:
             self._append(_csv_lines([[row.get(name) for name in self._columns] for row in rows]), 1)
         else:
-            self._append(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n", 1)
+            self._append(json_line(record) + "\n", 1)
 
     def _append(self, text: str, items: int) -> None:
         data = text.encode("utf-8", "backslashreplace")

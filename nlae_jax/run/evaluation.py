@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
 from nlae_jax.run.training import trained_pair, warm_started_pair
 from nlae_jax.runtime import processes, world
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, plain, read_fields, write_json, write_text
+from nlae_jax.runtime.files import AnyPath, json_line, read_fields, write_json, write_text
 from nlae_jax.runtime.progress import progress, say, warn
 
 # Explained from vectors that say nothing about them. Three rollouts more, for numbers that need not be exact.
@@ -184,7 +183,7 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
             "mse": float(mse[i]),
             "closed": bool(written.length[i] > 0),
         }
-        lines.append(json.dumps(plain(sample), ensure_ascii=False, allow_nan=False))
+        lines.append(json_line(sample))
     write_text(run.workdir / SAMPLES, "\n".join(lines) + "\n")
 
 

@@ -29,6 +29,9 @@ AnyPath: TypeAlias = "pathlib.Path | epath.Path"
 
 _GS = "gs://"
 
+# Characters that JSON leaves as they are, and that many readers of lines do not: they stand within strings only.
+_LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
 _TEMPORARY = ".tmp"  # how the names of files end that are being written
 
 _MOST_BYTES = 1 << 30  # of a small file: what is larger is none of ours
@@ -246,6 +249,12 @@ def write_text(path: AnyPath, text: str) -> None:
 def write_json(path: AnyPath, value: Any) -> None:
     """JSON with sorted keys, so that equal values are equal files. NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(plain(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """One line of JSON, also to readers that end lines at whatever Unicode calls a line break. NaN becomes null."""
+    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=separators)
+    return text.translate(_LINE_BREAKS)
 
 
 def open_regular(path: pathlib.Path) -> BinaryIO:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nlae_jax.runtime.errors import one_line
+from nlae_jax.runtime.files import json_line
 from nlae_jax.runtime.outside import encodable
 
 T = TypeVar("T")
@@ -91,8 +91,8 @@ class Events(Response):
 
 
 def event(frame: dict[str, Any]) -> bytes:
-    """One event. Compact, and as it is where it is not ASCII."""
-    return b"data: " + json.dumps(frame, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    """One event, compact. Some clients end a line at whatever Unicode calls a line break."""
+    return b"data: " + json_line(frame, (",", ":")).encode() + b"\n\n"
 
 
 class BoundedBody:
