@@ -183,8 +183,17 @@ def test_a_file_with_a_chat(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps({"messages": CHAT}))
     assert read_chat_file(path) == CHAT
+    path.write_text(json.dumps(CHAT), encoding="utf-8-sig")  # as some editors save it
+    assert read_chat_file(path) == CHAT
     with pytest.raises(UserError, match="no such file"):
         read_chat_file(tmp_path / "none.json")
+
+
+def test_what_is_no_text_in_a_message_is_the_sign_for_it(chat):
+    """Also where the chat goes on within it."""
+    halved = [CHAT[0], {"role": "assistant", "content": "an array \ud83d"}]
+    assert check_messages(halved, "chat")[1]["content"] == "an array \ufffd"
+    assert chat(halved, continue_final_message=True).text.endswith("an array \ufffd")
 
 
 def test_nothing_to_read(read, tokenizer):

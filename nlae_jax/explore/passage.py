@@ -5,6 +5,7 @@ Everything that explains tokens (command line, notebooks, HTTP) reads text here,
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from nlae_jax.lm.chat import render_chats
 from nlae_jax.lm.tokens import check_ids, text_ids
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import encodable, quoted, read_json
+from nlae_jax.runtime.outside import encodable, parse_json, quoted, read_bytes
 
 HEADER, CONTENT, FOOTER, SCAFFOLD = "header", "content", "footer", "scaffold"
 
@@ -136,9 +137,10 @@ def check_messages(messages: Any, name: str) -> list[dict[str, str]]:
 
 
 def read_chat_file(path: Path) -> list[dict[str, str]]:
-    """A JSON file with a list of messages, or an object whose `messages` is one."""
+    """A JSON file with a list of messages, or an object whose `messages` is one; perhaps with a byte order mark."""
     try:
-        return check_messages(read_json(path, object), str(path))
+        content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
+        return check_messages(parse_json(content, path), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it should hold a JSON list of messages with role and content") from None
 
