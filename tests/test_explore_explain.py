@@ -150,6 +150,9 @@ def test_items_of_files(tmp_path):
         ("t.jsonl", '{"messages": [3]}\n', "message 0"),
         ("t.csv", "words\na\n", "should have a column text"),
         ("t.csv", "text\n", "no texts in it"),
+        ("t.csv", 'text\n"the, of', r"t.csv: not valid CSV \(unexpected end of data\)"),
+        ("t.csv", "text\nthe, of\n", "t.csv:2: more cells than columns"),
+        ("t.csv", "id,text,text\na,the,of\n", "column 'text' is there twice"),
     ],
 )
 def test_files_that_hold_no_texts(tmp_path, name, content, named):
@@ -335,6 +338,27 @@ def test_the_command(tiny_run, tmp_path, capsys):
     assert main([*pair, "--input", str(tmp_path / "t.jsonl"), "--out", str(out), "--positions=-1"]) == 0
     rows = list(csv.DictReader(out.open(newline="")))
     assert [row["id"] for row in rows] == ["a", "b"] and all(row["explanation"] is not None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "named"),
+    [
+        ({"text": "the " * 3000}, [], "at most 2048 are explained at once"),
+        ({"text": "the " * 2000}, ["--generate=100"], "tokens and 100 are to follow"),
+        ({"text": "the"}, ["--positions=2"], "position 2 out of range"),
+        ({"text": "the"}, ["--match=of"], "'of' does not occur in text 1"),
+    ],
+)
+def test_a_text_that_cannot_be_explained_is_named_before_others_are(
+    tiny_run, tmp_path, capsys, monkeypatch, line, options, named
+):
+    """Behind it the file of results could never go on."""
+    monkeypatch.setattr("nlae_jax.explore.explain.explain_passages", None)
+    path, out = tmp_path / "t.jsonl", tmp_path / "o.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"text": "the of to"}, line)))
+    arguments = ["explain", "--workdir", str(tiny_run.workdir), "--input", str(path), "--out", str(out), *options]
+    assert main(arguments) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1] and out.read_bytes() == b""
 
 
 @pytest.mark.parametrize(

@@ -171,15 +171,32 @@ def _run_many(nla: NLA, items: Sequence[Item], options: argparse.Namespace, writ
         "options": [*chosen, dataclasses.asdict(writing)],
     }
     results = Results(options.out, made_with, _CSV)
+    # All of them before the first is explained: the file could not go on behind one that cannot be.
+    for item in items[results.done :]:
+        _check_item(nla, item, options)
     with progress(len(items), "texts", unit="text", start=results.done) as bar:
         for item in items[results.done :]:
-            source = item.messages if item.text is None else item.text
-            (explained,) = explain_passages(nla, [_selected(nla, f"text {item.id}", source, options)], writing)
+            (explained,) = explain_passages(nla, [_selected(nla, *_source(item), options)], writing)
             rows = [found.row() for found in explained]
             results.add({"id": item.id, "tokens": rows}, [{"id": item.id, **row} for row in rows])
             bar.advance()
     say(f"explanations: {options.out}")
     return 0
+
+
+def _source(item: Item) -> tuple[str, Any]:
+    return f"text {item.id}", item.messages if item.text is None else item.text
+
+
+def _check_item(nla: NLA, item: Item, options: argparse.Namespace) -> None:
+    """Raises UserError where an item cannot be read, as far as can be told before it is gone on with."""
+    from nlae_jax.explore.explainer import check_length
+    from nlae_jax.explore.select import picks_of
+
+    passage = read_source(nla, *_source(item))
+    check_length(passage, options.generate)
+    if not options.generate:
+        picks_of(passage, options.positions, options.match, options.span)
 
 
 def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.Namespace) -> None:

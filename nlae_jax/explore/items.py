@@ -17,7 +17,7 @@ from nlae_jax.explore.passage import check_messages
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import json_line, plain, read_bytes, read_fields, write_json
 from nlae_jax.runtime.locks import hold
-from nlae_jax.runtime.outside import encodable
+from nlae_jax.runtime.outside import encodable, quoted
 
 _FIELDS = "an object with text, or with messages"
 _ANOTHER = "give another --out, or delete it"
@@ -75,11 +75,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     try:
-        reader = csv.DictReader(io.StringIO(encodable(text), newline=""))
-        if "text" not in (reader.fieldnames or ()):
-            raise UserError(f"{path}: should have a column text; it has {', '.join(reader.fieldnames or ['none'])}")
+        reader = csv.DictReader(io.StringIO(encodable(text), newline=""), strict=True)
+        names = list(reader.fieldnames or ())
+        if "text" not in names:
+            raise UserError(f"{path}: should have a column text; it has {', '.join(names or ['none'])}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}: column {quoted(twice[0])} is there twice")
         for row in reader:
-            yield f"{path}:{reader.line_num}", row
+            where = f"{path}:{reader.line_num}"
+            if None in row:  # what is beyond the columns
+                raise UserError(f"{where}: more cells than columns; a text with commas should be in quotation marks")
+            yield where, row
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
 
