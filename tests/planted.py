@@ -41,6 +41,8 @@ class Reader:
 class Planted(Explainer):
     """Activations are a mean, plus the direction of the token's word if it has one, plus noise."""
 
+    identity = "planted"
+
     def __init__(self, lm, seed=0, base_name="planted"):
         rng = np.random.default_rng(seed)
         self.tokenizer, self.layer, self.max_new_tokens, self.name = lm.tokenizer, 1, 40, "planted"

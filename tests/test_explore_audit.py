@@ -8,7 +8,8 @@ import pytest
 
 import nlae_jax
 from nlae_jax.cli import main
-from nlae_jax.explore.audit import audit, explained_passages, permuted, read_terms, term_pattern
+from nlae_jax.explore import audit as audits
+from nlae_jax.explore.audit import audit, explained_passages, kept_passages, permuted, read_terms, term_pattern
 from nlae_jax.explore.compare import BASES_DIFFER, LAYERS_DIFFER, compare
 from nlae_jax.explore.passage import read_text
 from nlae_jax.report.audit_page import audit_lead, audit_page, audit_tables, comparison_tables, places_table
@@ -118,6 +119,32 @@ def test_two_pairs_side_by_side(planted, tiny_lm):
     assert comparison_tables(elsewhere.row()) and "<article" in same._repr_html_()
 
 
+def test_an_audit_that_was_stopped_goes_on(planted, tmp_path, monkeypatch):
+    """And says the same as one that was not; of other texts, or of another share of them, it is refused."""
+    vocab_size = planted.subject.arch.vocab_size
+    passages = [read_text(planted.tokenizer, vocab_size, text, name) for name, text in TEXTS.items()]
+    path, asked, explain = tmp_path / "a.jsonl", [], audits.explain_every
+
+    def stopped(nla, some, every):
+        asked.append(some[0].name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return explain(nla, some, every)
+
+    monkeypatch.setattr(audits, "explain_every", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        kept_passages(planted, passages, 3, path)
+    kept = kept_passages(planted, passages, 3, path)
+    assert asked == [*TEXTS][:2] + [*TEXTS][1:]
+    whole = audits.gathered(passages, [explain(planted, [passage], 3)[0] for passage in passages])
+    assert (kept.names, kept.texts) == (whole.names, whole.texts)
+    assert [row.explanation for row in kept.rows] == [row.explanation for row in whole.rows]
+    np.testing.assert_allclose([row.cos for row in kept.rows], [row.cos for row in whole.rows], atol=1e-5)
+    for other, every in ((passages[::-1], 3), (passages, 2)):
+        with pytest.raises(UserError, match="begun with another input or other options"):
+            kept_passages(planted, other, every, path)
+
+
 def test_the_commands(tiny_run, tmp_path, capsys):
     texts = tmp_path / "t.jsonl"
     texts.write_text("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in TEXTS.items()))
@@ -126,7 +153,9 @@ def test_the_commands(tiny_run, tmp_path, capsys):
     capsys.readouterr()
     arguments = ["audit", *pair, "--input", str(texts), "--every=4", "--terms", str(tmp_path / "terms.txt")]
     more = ["--placebo", "--placebo-workdir", str(tiny_run.workdir), "--search=of", "--html", str(tmp_path / "a.html")]
-    assert main([*arguments, *more, "--json"]) == 0
+    assert main([*arguments, *more, "--out", str(tmp_path / "a.jsonl"), "--json"]) == 0
+    kept = [(tmp_path / name).read_text().count("\n") for name in ("a.jsonl", "a.placebo0.jsonl")]
+    assert kept == [len(TEXTS)] * 2
     row = json.loads(capsys.readouterr().out)
     assert [term["term"] for term in row["terms"]] == ["of", "the"] and (tmp_path / "a.html").exists()
     assert set(row["unsaid_placebos"]) == {"permuted", str(tiny_run.workdir)}

@@ -13,8 +13,11 @@ from nlae_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from nlae_jax.api import NLA
+    from nlae_jax.explore.audit import Explanations
     from nlae_jax.explore.explain import Options
     from nlae_jax.explore.passage import Passage
 
@@ -31,6 +34,7 @@ def _add_audit(audit: argparse.ArgumentParser) -> None:
     audit.add_argument("--placebo-model", help="and against another pair's: a name or directory as of --model")
     audit.add_argument("--placebo-workdir", help="the same of another run")
     audit.add_argument("--seed", type=seed, default=0, help="of the permutation")
+    audit.add_argument("--out", help=".jsonl file that keeps the explanations, text by text; run again, it goes on")
     audit.add_argument("--html", help="file that gets a page, with a timeline of every term")
     audit.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -39,8 +43,10 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     check_workdir(options)
     if options.every < 1:
         raise UserError(f"--every: {options.every} should be at least 1")
+    if options.out is not None and options.out.suffix != ".jsonl":
+        raise UserError(f"--out {options.out}: should be a .jsonl file")
     start_jax()
-    from nlae_jax.explore.audit import audit, check_several, explained_passages, permuted, read_terms
+    from nlae_jax.explore.audit import audit, check_several, permuted, read_terms
     from nlae_jax.explore.items import read_items
     from nlae_jax.explore.steer import compile_pattern
 
@@ -56,16 +62,24 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
     # Before the first explanation: a pair that does not load would cost all of them.
     others = [(other, [_reread(other, passage) for passage in passages]) for other in _others(options)]
-    found = explained_passages(nla, passages, options.every)
+    found = _explained(nla, passages, options.every, options.out)
     placebos = {}
     if options.placebo:
         placebos["permuted"] = permuted(found, options.seed)
-    for other, reread in others:
-        said = explained_passages(other, reread, options.every)
+    for number, (other, reread) in enumerate(others):
+        # Beside the pair's own; what is in it says whose explanations they are.
+        path = options.out and options.out.with_name(f"{options.out.stem}.placebo{number}{options.out.suffix}")
+        said = _explained(other, reread, options.every, path)
         placebos[other.name] = [row.explanation for row in said.rows]
     report = audit(found, terms, placebos)
     _show_audit(nla, report, options)
     return 0
+
+
+def _explained(nla: NLA, passages: Sequence[Passage], every: int, path: Path | None) -> Explanations:
+    from nlae_jax.explore.audit import explained_passages, kept_passages
+
+    return explained_passages(nla, passages, every) if path is None else kept_passages(nla, passages, every, path)
 
 
 def _others(options: argparse.Namespace) -> list[NLA]:

@@ -10,18 +10,22 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.data.mismatch import mismatched
 from nlae_jax.explore.explain import Explained, Options, content_words, explain_passages
-from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.explainer import Explainer, check_length
 from nlae_jax.explore.frames import frame
+from nlae_jax.explore.items import Results
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.select import Pick
 from nlae_jax.explore.steer import wilson
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.progress import progress
 
 _MOST_WORDS = 30  # of a list of recurring words
 
@@ -131,9 +135,30 @@ class Explanations:
 
 def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int = 1) -> Explanations:
     """Every Nth token of passages explained, but the first one, which is an attention sink."""
+    return gathered(passages, explain_every(nla, passages, every))
+
+
+def explain_every(nla: Explainer, passages: Sequence[Passage], every: int) -> list[list[Explained]]:
+    """The same by passage."""
     picks = [[Pick((at,)) for at in range(min(every, len(one.tokens) - 1), len(one.tokens), every)] for one in passages]
-    explained = explain_passages(nla, list(zip(passages, picks, strict=True)), Options())
-    return gathered(passages, explained)
+    return explain_passages(nla, list(zip(passages, picks, strict=True)), Options())
+
+
+def kept_passages(nla: Explainer, passages: Sequence[Passage], every: int, path: Path) -> Explanations:
+    """`explained_passages`, kept in a file of results passage by passage: run again, it goes on behind the last one.
+
+    Raises UserError where the file is of another pair or of other passages.
+    """
+    read = [[passage.name, passage.ids] for passage in passages]
+    results = Results(path, {"audit": [nla.identity, nla.max_new_tokens, every, read]})
+    for passage in passages:
+        check_length(passage)
+    with progress(len(passages), "audit", unit="text", start=results.done) as bar:
+        for passage in passages[results.done :]:
+            (found,) = explain_every(nla, [passage], every)
+            results.add({"id": passage.name, "tokens": [row.row() for row in found]}, ())
+            bar.advance()
+    return gathered(passages, [[Explained(**row) for row in line["tokens"]] for _, line in read_json_lines(path)])
 
 
 def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained]]) -> Explanations:
