@@ -26,7 +26,7 @@ from nlae_jax.lm.tokens import begin_ids, check_ids, pad
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import local_path, open_regular, read_fields, write_json
+from nlae_jax.runtime.files import local_path, read_bytes, read_fields, write_json
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 
@@ -256,8 +256,7 @@ def write_adapter(directory: Path, adapter: Adapter, result: dict[str, Any]) -> 
 
 def _digest(path: Path) -> str:
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {ABOUT} beside it says what it held: run `nlae adapt` again") from None
 
