@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What the scripts here share; they source it, and it takes --dry-run off their arguments.
-# Keys that the config needs (OPENAI_API_KEY, ANTHROPIC_API_KEY, HF_TOKEN) are taken from the environment, by name: their
+# Keys that the config needs (OPENAI_API_KEY, ANTHROPIC_API_KEY, HF_TOKEN, WANDB_API_KEY) are taken from the environment, by name: their
 # values stand in no command, no output and no file that others can read. PYTHON: one that has nlae_jax, to ask which.
 # Environment: ATTEMPTS to start after a failure (5), seconds of PAUSE before each (2); local.sh: NLAE, the command to run,
 # PORT where processes meet, seconds of GRACE until what was told to end is killed (60).

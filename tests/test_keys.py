@@ -83,6 +83,14 @@ def test_the_hub_s_token_may_be_declared_empty(field, name):
         needed({}, **settings)
 
 
+def test_the_tracker_s_key_may_be_declared_empty():
+    """Of W&B alone: TensorBoard asks nobody."""
+    assert needed(KEY | {"WANDB_API_KEY": "x"}, track="wandb") == ["WANDB_API_KEY"]
+    assert needed({"WANDB_API_KEY": ""}, track="wandb") == needed({}, track="tensorboard") == []
+    with pytest.raises(UserError, match=r"^WANDB_API_KEY is not set, and track is wandb: .*= if W&B is logged in or"):
+        needed({}, track="wandb")
+
+
 @pytest.mark.parametrize("value", ["two words", "line\nbreak", "sk-é", " sk"])
 def test_what_is_no_key_is_refused_and_not_shown(value):
     with pytest.raises(UserError) as refused:

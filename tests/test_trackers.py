@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -72,6 +73,32 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, kind, package):
         tracker(kind, tmp_path, "rl", 0),
     ):
         pass
+
+
+def test_a_tracker_that_is_missing_is_noticed_before_anything_is_read(tmp_path, tiny_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert main(tiny_run.arguments(tmp_path / "W", "extract", track="tensorboard")) == 2
+    assert "track: tensorboard needs tensorboardX" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "W/activations").exists()
+
+
+def test_one_workdir_is_one_run_of_wandb_and_another_is_another(tmp_path, monkeypatch):
+    """However it is named, and whatever others are called where they are."""
+    begun = []
+
+    class Run:
+        define_metric = log = finish = lambda *_, **__: None
+
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **settings: begun.append(settings["id"]) or Run())
+    )
+    for directory, workdir in (("a", Path("W")), ("a", tmp_path / "a/W"), ("b", Path("W"))):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / directory)
+        with tracker("wandb", workdir, "rl", 0):
+            pass
+    first, again, other = begun
+    assert first == again != other
 
 
 def test_a_tracker_that_cannot_begin(tmp_path):

@@ -25,11 +25,15 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class Key(NamedTuple):
-    """A variable, what asks for it, and the least that it must be: a "value", "set" (to anything), or "nothing"."""
+    """A variable, what asks for it, and the least that it must be: a "value", "set" (to anything), or "nothing".
+
+    `empty`: where nothing in it will do.
+    """
 
     variable: str
     reason: str
     least: Literal["value", "set", "nothing"]
+    empty: str = "that is public"
 
 
 def keys_of(config: Config) -> Iterator[Key]:
@@ -45,6 +49,8 @@ def keys_of(config: Config) -> Iterator[Key]:
         hub.append(f"corpus.hub is {config.corpus.hub}")
     if hub:  # no name tells whether it is public
         yield Key("HF_TOKEN", hub[0], "set")
+    if config.track == "wandb":
+        yield Key("WANDB_API_KEY", "track is wandb", "set", "W&B is logged in or offline there")
 
 
 def _on_hub(name: str) -> bool:
@@ -58,7 +64,7 @@ def variables(keys: Iterable[Key], environment: Mapping[str, str]) -> list[str]:
     for key in keys:
         value = environment.get(key.variable)
         if (key.least == "value" and not value) or (key.least == "set" and value is None):
-            public = f", or {key.variable}= if that is public" if key.least == "set" else ""
+            public = f", or {key.variable}= if {key.empty}" if key.least == "set" else ""
             raise UserError(f"{key.variable} is not set, and {key.reason}: export {key.variable}=...{public}")
         if value and not all("!" <= character <= "~" for character in value):
             raise UserError(f"{key.variable} holds white space or characters outside ASCII: copy the key again")

@@ -37,6 +37,7 @@ from nlae_jax.run.workdir import ANY_CHECKPOINT, check_record, located, recorded
 from nlae_jax.runtime import processes, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, read_parquet, write_text
+from nlae_jax.train.trackers import check_tracker
 
 
 class Purpose(enum.IntEnum):
@@ -285,9 +286,10 @@ def _check_identity(run: Run) -> None:
 
 
 def _check_before_extraction(run: Run) -> None:
-    """What would otherwise be found out after hours: datasets, prompts with this tokenizer, a provider's key."""
+    """What would otherwise be found out after hours: datasets, a tracker, prompts with this tokenizer, a key."""
     config = run.config
     check_datasets(config)
+    check_tracker(config.track)
     protocol = _new_protocol(run, sidecar_of(run), 1.0)
     check_prompts(protocol, run.tokenizer, run.arch.vocab_size)
     closing = protocol.closing

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nlae_jax.runtime.errors import UserError, first_line
-from nlae_jax.runtime.files import AnyPath, is_remote
+from nlae_jax.runtime.files import AnyPath, absolute, is_remote
 from nlae_jax.runtime.progress import warn
 
 Log = Callable[[int, Mapping[str, float]], None]  # a step's number and its values by name
@@ -41,7 +42,8 @@ def _wandb(workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
 
     directory = None if is_remote(workdir) else str(workdir)
     # A repeated step is logged twice there: W&B cannot take back rows, and shows the later one.
-    name = hashlib.sha256(str(workdir).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    # In full: `runs/mine` is another workdir in another directory.
+    name = hashlib.sha256(str(absolute(workdir)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     run = wandb.init(
         project="nlae_jax", id=name, name=workdir.name, dir=directory, resume="allow", reinit="return_previous"
     )
@@ -59,6 +61,16 @@ _TRACKERS: dict[str, tuple[str, Callable[[AnyPath, str, int], contextlib.Abstrac
 }
 
 
+def check_tracker(kind: str) -> None:
+    """Raises UserError where the package of the config's `track` is not installed."""
+    if kind and importlib.util.find_spec(_TRACKERS[kind][0]) is None:
+        raise _missing(kind)
+
+
+def _missing(kind: str) -> UserError:
+    return UserError(f"track: {kind} needs {_TRACKERS[kind][0]}; install it with pip install 'nlae_jax[{kind}]'")
+
+
 @contextlib.contextmanager
 def tracker(kind: str, workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
     """Logs the steps of a stage that goes on after step `start`; `kind` is the config's `track`, '' for none.
@@ -68,12 +80,12 @@ def tracker(kind: str, workdir: AnyPath, stage: str, start: int) -> Iterator[Log
     if not kind:
         yield lambda step, values: None
         return
-    package, begin = _TRACKERS[kind]
+    _, begin = _TRACKERS[kind]
     opened = contextlib.ExitStack()
     try:
         write = opened.enter_context(begin(workdir, stage, start))
     except ImportError:
-        raise UserError(f"track: {kind} needs {package}; install it with pip install 'nlae_jax[{kind}]'") from None
+        raise _missing(kind) from None
     except Exception as error:
         raise UserError(f"track: {kind} cannot begin: {first_line(error)}") from None
     lost = False
