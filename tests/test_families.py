@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import ClampedGate, Experts, model_weights
+from nlae_jax.lm.arch import ClampedGate, Experts, first_blocks, model_weights
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.layout import plain_name
 from nlae_jax.lm.lora import init_adapters
@@ -187,6 +187,24 @@ CASES |= {
         | {"rope_parameters": YARN | {"truncate": False}, "attention_bias": False, "tie_word_embeddings": True},
     ),
 }
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+CASES |= {
+    "qwen3_5_text": ("qwen3_5_text", SMALL | DELTA | {"tie_word_embeddings": True}),
+    "qwen3_5_text-repeated": ("qwen3_5_text", WIDE | DELTA | {"num_hidden_layers": 9, "full_attention_interval": 4}),
+    "qwen3_5_text-attention-first": (
+        "qwen3_5_text",
+        WIDE
+        | {"num_hidden_layers": 5, "attention_bias": True, "linear_conv_kernel_dim": 3, "linear_num_key_heads": 3}
+        | {"linear_num_value_heads": 3, "linear_key_head_dim": 4, "linear_value_head_dim": 7}
+        | {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention", "linear_attention"]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
+    ),
+}
 TIME = 19
 
 
@@ -335,6 +353,13 @@ def loaded(tmp_path, case):
     return arch, load_params(tmp_path, arch)
 
 
+def first_caches(arch, kv, depth):
+    """Of all blocks' keys and values, and states, those of the first ones."""
+    attention = arch.count("attention_layers", depth) if arch.mixers else depth
+    state = jax.tree.map(lambda x: x[: arch.count("delta_layers", depth)], kv.state)
+    return kv._replace(k=kv.k[:attention], v=kv.v[:attention], state=state)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_cached_decoding_is_the_plain_forward(tmp_path, case):
     """Logits, and every block's residual stream, of tokens fed one by one after prompts padded on either side."""
@@ -355,8 +380,8 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
         residuals = []
         segment = lambda lm: Segment(lm.embed(token[:, None]), (start + step)[:, None], np.ones((4, 1), bool))  # noqa: E731
         for depth in range(1, arch.num_layers + 1):
-            part = params | {"blocks": {name: weight[:depth] for name, weight in params["blocks"].items()}}
-            cut = lambda kv, depth=depth: kv._replace(k=kv.k[:depth], v=kv.v[:depth])  # noqa: E731
+            part = params | {"blocks": first_blocks(arch, params["blocks"], depth)}
+            cut = lambda kv, depth=depth: first_caches(arch, kv, depth)  # noqa: E731
             run = lambda lm, cut=cut: lm.decode(segment(lm), [cut(kv) for kv in contexts], cut(own), step)  # noqa: E731
             hidden, grown = Transformer(arch.truncated(depth)).apply({"params": part}, method=run)
             residuals.append(hidden[:, 0])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -39,7 +40,11 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30  # of one file that is written
 
-_VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
+# Of a vision tower, or of heads that draft several tokens ahead.
+_BESIDE = (
+    *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
+    *("model.visual.", "visual.", "mtp.", "model.mtp."),
+)
 
 # What a tensor is packed into, beside what its name is otherwise.
 _MXFP4 = ("blocks", "scales")
@@ -111,7 +116,7 @@ def save_model(
     if arch.experts is not None:  # of a block's, each is written by itself
         values = functools.lru_cache(maxsize=1)(values)
     tensors = [
-        TensorToWrite(tensor.name, tensor.shape, functools.partial(_values, values, tensor))
+        TensorToWrite(tensor.name, tensor.stored_shape, functools.partial(_values, values, tensor))
         for tensor in hf_tensors(arch, _weights(arch, trunk))
     ]
     directory = Path(directory)
@@ -140,7 +145,7 @@ def _values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.nd
         target, array = joined if share.expert is None else joined[share.expert], of(share)
         places = np.arange(array.shape[-1]) if share.spread is None else share.spread.places(array.shape[-1])
         (target.T if tensor.transposed else target)[..., places] = array
-    return joined
+    return joined.reshape(tensor.stored_shape)
 
 
 def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[TensorToWrite]]:
@@ -173,8 +178,8 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
-    """Whether a surplus tensor is harmless: a buffer, a vision tower's, or a trunk's output part."""
-    if is_buffer(arch, name) or name.startswith(_VISION):
+    """Whether a surplus tensor is harmless: a buffer, one of `_BESIDE`, or a trunk's output part."""
+    if is_buffer(arch, name) or name.startswith(_BESIDE):
         return True
     return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
 
@@ -240,8 +245,8 @@ def _find(
                 raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
             if plain in found:
                 raise UserError(f"{path}: the tensor {tensor.name!r} is there twice")
-            check_tensor(tensor, wanted[plain].shape)
-            found[plain] = tensor
+            check_tensor(tensor, wanted[plain].stored_shape)
+            found[plain] = dataclasses.replace(tensor, shape=wanted[plain].shape)
     for stem, parts in packed.items():
         if stem in found or len(parts) < len(_MXFP4):
             where = next(iter(parts.values()))
