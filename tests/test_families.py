@@ -326,6 +326,7 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         "granite": {"embed_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_divisor": 1.0},
         "qwen3_moe": {"experts": Experts(5, 2, normalised=False)},
         "olmoe": {"experts": Experts(5, 1), "clip_qkv": 0.0},
+        "qwen3_5_text-attention-first": {"norm_offset": 0.0, "rotary_dim": None},
         "gpt_oss-yarn": {"clamped_gate": ClampedGate(1.2, 9.0), "rope_scaling": None},
     }.items():
         random_model(case).save_pretrained(tmp_path / case)
@@ -400,7 +401,7 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
             assert_close(own_logits[row], logits[0, step - steps], "cached", case)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases"])
+@pytest.mark.parametrize("case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text"])
 def test_shared_segments_are_the_plain_forward(tmp_path, case):
     arch, params = loaded(tmp_path, case)
     rng, lm = np.random.default_rng(1), Transformer(arch)
@@ -461,7 +462,10 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
         load_params(tmp_path, arch)
 
 
-@pytest.mark.parametrize("case", ["phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case",
+    [*("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe"), "qwen3_5_text-attention-first"],
+)
 def test_what_is_written_is_what_was_read(tmp_path, case):
     """Tensors that hold several of our parameters, and experts: every name and every bit."""
     random_model(case).save_pretrained(tmp_path / "theirs")
@@ -499,11 +503,11 @@ def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3"])
+@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3", "qwen3_5"])
 @pytest.mark.parametrize("spelling", ["model.language_model.", "language_model.model."])
 def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     """Old and new spelling of a multimodal checkpoint's names; the tower's own tensors are passed over."""
-    case = {"mistral3": "mistral", "ministral3": "ministral3-published"}.get(outer, outer)
+    case = {"mistral3": "mistral", "ministral3": "ministral3-published", "qwen3_5": "qwen3_5_text"}.get(outer, outer)
     text = random_model(case)
     text.save_pretrained(tmp_path / "text")
     head = "language_model.lm_head.weight" if spelling.startswith("language") else "lm_head.weight"
@@ -512,11 +516,15 @@ def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
         for name, tensor in text.state_dict().items()
         if name != "lm_head.weight" or not text.config.tie_word_embeddings
     }
-    tower = "model.vision_tower." if spelling.startswith("model") else "vision_tower."
+    tower = "visual." if outer == "qwen3_5" else "vision_tower."
+    tower = f"model.{tower}" if spelling.startswith("model") else tower
     (tmp_path / "both").mkdir()
-    save_file(tensors | {tower + "patch.weight": torch.ones(3)}, tmp_path / "both/model.safetensors")
+    beside = {tower + "patch.weight": torch.ones(3)}
+    if outer == "qwen3_5":
+        beside["mtp.fc.weight"] = torch.ones(3)
+    save_file(tensors | beside, tmp_path / "both/model.safetensors")
     config = {
-        "model_type": "gemma3" if outer == "gemma3" else "mistral3",
+        "model_type": "mistral3" if outer == "ministral3" else outer,
         "text_config": json.loads((tmp_path / "text/config.json").read_text()),
         "vision_config": {},
     }
@@ -582,6 +590,10 @@ def test_names_as_published_long_ago(tmp_path, family):
         ("gpt2", {"activation_function": "tanh"}, "activation_function|hidden_act"),
         ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv = -1"),
+        ("qwen3_5_text", {"layer_types": ["mamba"] * 4}, "layer_types 'mamba'"),
+        ("qwen3_5_text", {"layer_types": ["full_attention"] * 3}, "layer_types should name each of the 4 blocks"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),
     ],
 )
 def test_variants_that_are_not_run_are_one_line(family, changes, says):

@@ -374,12 +374,8 @@ def qwen3_5(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     fields.only("attn_output_gate", True)
     fields.only("mlp_only_layers", [])
-    for key in ("full_attention_interval", "mamba_ssm_dtype"):  # the state is float32 in any case
-        fields.pass_over(key)
-    for key in (
-        "mtp_num_hidden_layers",
-        "mtp_use_dedicated_embeddings",
-    ):  # heads that draft tokens, which we do not run
+    fields.pass_over("mamba_ssm_dtype")  # the state is float32 in any case
+    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):  # of blocks that draft tokens: not run
         fields.pass_over(key)
     common, kinds = _common(fields, partial=True), fields.items("layer_types")
     interval = fields.size("full_attention_interval", 4)

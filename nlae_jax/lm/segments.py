@@ -55,6 +55,14 @@ def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int,
     return DeltaState((tails[0], tails[1], tails[2]), memory)
 
 
+def bytes_of_row(arch: Arch, capacity: int, itemsize: int) -> int:
+    """What one row of `empty_caches` takes in all blocks, its keys and values and its states."""
+    made = jax.eval_shape(lambda: empty_caches(arch, jnp.zeros(1, jnp.int32), capacity, jnp.float32))
+    memory = 0 if made.state is None else made.state.memory.size
+    keys = sum(x.size for x in jax.tree.leaves((made.k, made.v, made.state)))
+    return (keys - memory) * itemsize + memory * 4
+
+
 def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
     """Room for `capacity` tokens whose positions follow `start` [*batch] int32, in every block; batch axes as one.
 

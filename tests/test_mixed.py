@@ -1,0 +1,176 @@
+"""Blocks of several kinds in one model: whole and in parts, long texts, adapters, devices, rows that come and go."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nlae_jax.config import MeshConfig
+from nlae_jax.lm.arch import Arch, DeltaNet, block_weights, first_blocks, model_weights
+from nlae_jax.lm.families import read_arch
+from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
+from nlae_jax.lm.mixed import of_layer
+from nlae_jax.lm.transformer import Transformer
+from nlae_jax.lm.weights import load_params
+from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
+from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.subject import Subject
+from nlae_jax.serve.programs import subject_program
+from nlae_jax.serve.tables import Entry, Table
+from tests.conftest import drawn_params, perturbed
+from tests.test_families import CASES, assert_close, batch_of, model_of, ours, theirs
+
+ARCH = Arch(
+    vocab_size=61,
+    d_model=16,
+    num_layers=5,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    d_ff=24,
+    norm_eps=1e-6,
+    tied_head=False,
+    family="qwen3_5_text",
+    qk_norm="head",
+    norm_offset=1.0,
+    rotary_dim=2,
+    attention_gate=True,
+    mixers=("delta", "attention", "delta", "attention", "delta"),
+    delta=DeltaNet(key_heads=2, value_heads=4, key_dim=4, value_dim=4),
+)
+PERIODIC = dataclasses.replace(ARCH, num_layers=4, mixers=ARCH.mixers[:4])
+
+
+def test_weights_are_stacked_over_the_blocks_that_have_them():
+    weights = block_weights(ARCH)
+    counts = {name: weight.shape[0] for name, weight in weights.items()}
+    assert (counts["q"], counts["k_norm"], counts["delta_o"], counts["delta_q_conv"], counts["up"]) == (2, 2, 3, 3, 5)
+    assert not {
+        name for name in block_weights(ARCH.truncated(1)) if not (name.startswith(("delta", "mlp", "attn")))
+    } - {*("gate", "up", "down")}
+    stacks = {name: np.arange(count) for name, count in counts.items()}
+    block = of_layer(ARCH, stacks, 3)
+    assert (int(block["q"]), int(block["up"]), "delta_o" in block) == (1, 3, False)
+    assert int(of_layer(ARCH, stacks, 4)["delta_o"]) == 2
+    kept = first_blocks(ARCH, stacks, 2)
+    assert {name: len(kept[name]) for name in ("q", "delta_o", "up")} == {"q": 1, "delta_o": 1, "up": 2}
+    assert kept.keys() == block_weights(ARCH.truncated(2)).keys()
+
+
+def test_adapters_sit_on_the_ways_in_and_out_of_both_kinds():
+    found = {name: parts["b"].shape[0] for name, parts in adapter_weights(ARCH, 2).items()}
+    attention, delta = ("q", "q_gate", "k", "v", "o"), ("delta_q", "delta_k", "delta_v", "delta_z", "delta_o")
+    assert found == dict.fromkeys(attention, 2) | dict.fromkeys(delta, 3) | dict.fromkeys(("gate", "up", "down"), 5)
+
+
+def logits_of(arch, params, adapters=None):
+    ids, mask = batch_of()
+    variables = {"params": params, "lora": {"blocks": adapters or {}}}
+    return jax.jit(lambda v: Transformer(arch, 0.7).apply(v, ids, mask))(variables)
+
+
+def test_merged_is_applied():
+    params = drawn_params(model_weights(ARCH), 0)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), ARCH, 2), 1, 0.2)
+    blocks = {name: merge(weight, adapters.get(name), 0.7) for name, weight in params["blocks"].items()}
+    mask = batch_of()[1]
+    applied, merged, base = (
+        np.asarray(logits_of(ARCH, *of))[mask]
+        for of in ((params, adapters), ({**params, "blocks": blocks},), (params,))
+    )
+    np.testing.assert_allclose(applied, merged, atol=1e-4 * np.abs(merged).max())
+    assert np.abs(applied - base).max() > 0.1 * np.abs(base).max()
+
+
+@pytest.mark.parametrize("arch", [ARCH, PERIODIC], ids=["left over", "whole patterns"])
+def test_gradients_are_those_of_the_blocks_one_by_one(arch):
+    """Of all weights and adapters, whatever the backward pass keeps."""
+    ids, mask = batch_of()
+    params = drawn_params(model_weights(arch), 0)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), arch, 2), 1, 0.1)
+
+    def one_by_one(lm):
+        segment = lm.padded(ids, mask)
+        for layer in range(arch.num_layers):
+            (x,), _ = lm.run((segment,), start=layer, stop=layer + 1)
+            segment = segment._replace(x=x)
+        return lm.logits(x)
+
+    def loss(trained, remat="linear", **kwargs):
+        params, adapters = trained
+        lm = Transformer(arch, 0.7, remat)
+        logits = lm.apply({"params": params, "lora": {"blocks": adapters}}, **kwargs)
+        return jnp.square(jnp.where(mask[..., None], logits, 0)).mean()
+
+    expected = jax.jit(jax.grad(lambda t: loss(t, method=one_by_one)))((params, adapters))
+    for remat in ("linear", "none"):
+        found = jax.jit(jax.grad(lambda t, remat=remat: loss(t, remat, ids=ids, mask=mask)))((params, adapters))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1e-3, np.abs(b).max())), found, expected
+        )
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
+
+
+def test_texts_of_several_chunks_are_transformers_too(tmp_path):
+    """Longer than DeltaNet's chunks, not a multiple of them, and padded."""
+    family, fields = CASES["qwen3_5_text"]
+    model = model_of(family, fields | {"max_position_embeddings": 256}, seed=3)
+    model.save_pretrained(tmp_path)
+    arch = read_arch(tmp_path)
+    ids = np.random.default_rng(1).integers(3, arch.vocab_size, (2, 141))
+    mask = np.ones(ids.shape, bool)
+    mask[1, :9] = False
+    blocks, logits = ours(arch, load_params(tmp_path, arch), ids, mask)
+    expected_blocks, expected = theirs(model, ids, mask)
+    for mine, other in zip(blocks, expected_blocks, strict=True):
+        assert_close(mine[mask], other[mask], "long", "qwen3_5_text")
+    assert_close(logits[mask], expected[mask], "long", "qwen3_5_text")
+
+
+def test_eight_devices_are_one():
+    """Values, and the gradient of adapters."""
+    arch = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2)
+    params = drawn_params(model_weights(arch), 0)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(1), arch, 2), 1, 0.1)
+    ids, mask = batch_of()
+
+    def loss(adapters, params, ids, mask):
+        logits = Transformer(arch).apply({"params": params, "lora": {"blocks": adapters}}, ids, mask)
+        return jnp.square(jnp.where(mask[..., None], logits, 0)).mean()
+
+    expected = jax.jit(jax.value_and_grad(loss))(adapters, params, ids, mask)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = place(params, tree_shardings(mesh, model_weights(arch)))
+    with jax.set_mesh(mesh):
+        rows = put_batch({"ids": ids, "mask": mask}, mesh)
+        found = jax.jit(jax.value_and_grad(loss))(place(adapters, replicated(mesh)), split, **rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, looped):
+    """A place that another row has left holds its state no more; tables grow and shrink on the way."""
+    if looped:  # as on accelerators
+        for module in ("lm.transformer", "serve.tables"):
+            monkeypatch.setattr(f"nlae_jax.{module}.platform_of", lambda _: "gpu")
+    model = LanguageModel(ARCH, drawn_params(model_weights(ARCH), 2), None)
+    rng, width, count = np.random.default_rng(0), 9, 6
+    prompts = [rng.integers(3, ARCH.vocab_size, length) for length in (9, 1, 4, 6)]
+    table, found = Table(subject_program(model).compiled(), 16), {}
+    for turn in range(16):
+        if turn in (0, 1, 3, 5):
+            row = len(found)
+            ids = np.pad(prompts[row], (width - len(prompts[row]), 0)).astype(np.int32)
+            mask = np.arange(width) >= width - len(prompts[row])
+            table.add([Entry((ids, mask), count, 0.0, row)], [row])
+            found[row] = []
+        ended = {row for row, tokens, done in table.advance(2) if not found.update({row: tokens.tolist()}) and done}
+        table.remove(lambda row, ended=ended: row in ended)
+    subject = jax.jit(lambda p, ids: Subject(ARCH).apply({"params": {"lm": p}}, ids, ids >= 0, method="logits"))
+    for row, prompt in enumerate(prompts):
+        ids = np.concatenate([prompt, np.zeros(count, prompt.dtype)])
+        for number in range(len(prompt), len(ids)):
+            ids[number] = np.argmax(subject(model.params, ids[None])[0, number - 1])
+        assert found[row] == ids[len(prompt) :].tolist()
