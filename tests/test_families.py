@@ -205,6 +205,19 @@ CASES |= {
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
     ),
 }
+CASES |= {
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        SMALL | DELTA | EXPERTS | {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 14},
+    ),
+    "qwen3_5_moe_text-even": (
+        "qwen3_5_moe_text",
+        WIDE
+        | DELTA
+        | {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "tie_word_embeddings": True}
+        | {"shared_expert_intermediate_size": 12, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+}
 TIME = 19
 
 
@@ -464,7 +477,10 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
 
 @pytest.mark.parametrize(
     "case",
-    [*("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe"), "qwen3_5_text-attention-first"],
+    [
+        *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
+        "qwen3_5_moe_text",
+    ],
 )
 def test_what_is_written_is_what_was_read(tmp_path, case):
     """Tensors that hold several of our parameters, and experts: every name and every bit."""
@@ -477,6 +493,19 @@ def test_what_is_written_is_what_was_read(tmp_path, case):
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(written[name], value), name
+
+
+def test_experts_in_one_tensor_are_those_in_many(tmp_path):
+    """As Qwen3.5's are published, and as transformers saves them."""
+    model = random_model("qwen3_5_moe_text")
+    model.save_pretrained(tmp_path / "many")
+    model.config.save_pretrained(tmp_path / "one")
+    packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in packed)
+    save_file(packed, tmp_path / "one/model.safetensors")
+    arch = read_arch(tmp_path / "many")
+    one, many = load_params(tmp_path / "one", read_arch(tmp_path / "one")), load_params(tmp_path / "many", arch)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss"])
@@ -503,11 +532,12 @@ def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3", "qwen3_5"])
+@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3", "qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("spelling", ["model.language_model.", "language_model.model."])
 def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     """Old and new spelling of a multimodal checkpoint's names; the tower's own tensors are passed over."""
-    case = {"mistral3": "mistral", "ministral3": "ministral3-published", "qwen3_5": "qwen3_5_text"}.get(outer, outer)
+    cases = {"mistral3": "mistral", "ministral3": "ministral3-published", "qwen3_5": "qwen3_5_text"}
+    case = (cases | {"qwen3_5_moe": "qwen3_5_moe_text"}).get(outer, outer)
     text = random_model(case)
     text.save_pretrained(tmp_path / "text")
     head = "language_model.lm_head.weight" if spelling.startswith("language") else "lm_head.weight"
@@ -516,11 +546,11 @@ def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
         for name, tensor in text.state_dict().items()
         if name != "lm_head.weight" or not text.config.tie_word_embeddings
     }
-    tower = "visual." if outer == "qwen3_5" else "vision_tower."
+    tower = "visual." if outer.startswith("qwen3_5") else "vision_tower."
     tower = f"model.{tower}" if spelling.startswith("model") else tower
     (tmp_path / "both").mkdir()
     beside = {tower + "patch.weight": torch.ones(3)}
-    if outer == "qwen3_5":
+    if outer.startswith("qwen3_5"):
         beside["mtp.fc.weight"] = torch.ones(3)
     save_file(tensors | beside, tmp_path / "both/model.safetensors")
     config = {

@@ -1,6 +1,7 @@
 """Blocks of several kinds in one model: whole and in parts, long texts, adapters, devices, rows that come and go."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,17 @@ from nlae_jax.lm.arch import Arch, DeltaNet, block_weights, first_blocks, model_
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
-from nlae_jax.lm.transformer import Transformer
+from nlae_jax.lm.transformer import Segment, Transformer
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
 from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.pair import make_roles
+from nlae_jax.roles.rollout import rollout
 from nlae_jax.roles.subject import Subject
 from nlae_jax.serve.programs import subject_program
 from nlae_jax.serve.tables import Entry, Table
-from tests.conftest import drawn_params, perturbed
+from nlae_jax.train.state import init_encoder
+from tests.conftest import drawn_params, perturbed, tiny_config, vectors
 from tests.test_families import CASES, assert_close, batch_of, model_of, ours, theirs
 
 ARCH = Arch(
@@ -113,6 +117,51 @@ def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
+def test_shared_segments_have_the_gradient_of_each_text_by_itself():
+    """A constant prefix, a part for each of two rows, three samples of each: values, and the gradient of adapters."""
+    params = drawn_params(model_weights(ARCH), 0)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), ARCH, 2), 1, 0.1)
+    rng = np.random.default_rng(1)
+    prefix, act, response = (rng.integers(3, ARCH.vocab_size, shape) for shape in ((7,), (2, 2), (2, 3, 6)))
+
+    def shared(lm):
+        segments, start = [], 0
+        for ids in (prefix, act, response):
+            positions = np.broadcast_to(start + np.arange(ids.shape[-1], dtype=np.int32), ids.shape)
+            segments.append(Segment(lm.embed(ids), positions, np.ones(ids.shape, bool)))
+            start += ids.shape[-1]
+        return lm.run(segments)[0][-1]
+
+    def apart(lm):
+        spread = [np.broadcast_to(ids, (2, 3, ids.shape[-1])) for ids in (prefix, act[:, None], response)]
+        ids = np.concatenate(spread, -1).reshape(6, -1)
+        return lm.run((lm.padded(ids, ids >= 0),))[0][0][:, -6:].reshape(2, 3, 6, -1)
+
+    def loss(adapters, method):
+        hidden = Transformer(ARCH).apply({"params": params, "lora": {"blocks": adapters}}, method=method)
+        return jnp.square(hidden).mean(), hidden
+
+    found, expected = (
+        jax.jit(jax.grad(partial(loss, method=method), has_aux=True))(adapters) for method in (shared, apart)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
+
+
+def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protocol):
+    arch = dataclasses.replace(ARCH, vocab_size=-(-len(tokenizer) // 8) * 8)
+    params = drawn_params(model_weights(arch), 0)
+    roles = make_roles(tiny_config(lora__rank=2), arch, protocol)
+    trained = perturbed(init_encoder(roles, params, jax.random.PRNGKey(0)), 0)
+    h = vectors(2, arch.d_model)
+    shape = {"samples_per_activation": 2, "max_new_tokens": 8}
+    samples = jax.jit(lambda t: rollout(roles, t, {"base": params}, h, jax.random.PRNGKey(1), **shape))(trained)
+    variables = roles.encoder_variables(params, trained)
+    log_probs, _ = jax.jit(lambda v: roles.encoder.apply(v, h, samples.tokens, method="log_probs"))(variables)
+    real = np.arange(8) < np.asarray(samples.lengths)[..., None]
+    assert real.sum() > 16
+    np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-5)
+
+
 def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     """Longer than DeltaNet's chunks, not a multiple of them, and padded."""
     family, fields = CASES["qwen3_5_text"]
@@ -150,12 +199,12 @@ def test_eight_devices_are_one():
 
 
 @pytest.mark.parametrize("looped", [False, True])
-def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, looped):
+def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, looped):
     """A place that another row has left holds its state no more; tables grow and shrink on the way."""
     if looped:  # as on accelerators
         for module in ("lm.transformer", "serve.tables"):
             monkeypatch.setattr(f"nlae_jax.{module}.platform_of", lambda _: "gpu")
-    model = LanguageModel(ARCH, drawn_params(model_weights(ARCH), 2), None)
+    model = LanguageModel(ARCH, drawn_params(model_weights(ARCH), 2), tokenizer, stop_ids=())
     rng, width, count = np.random.default_rng(0), 9, 6
     prompts = [rng.integers(3, ARCH.vocab_size, length) for length in (9, 1, 4, 6)]
     table, found = Table(subject_program(model).compiled(), 16), {}

@@ -72,12 +72,14 @@ class QueryGrowth:
 class Experts:
     """An MLP of which each token passes `per_token` out of `count`, weighted by the router's softmax.
 
-    `normalised`: the chosen ones' weights are scaled to sum to 1.
+    `normalised`: the chosen ones' weights are scaled to sum to 1. `shared`: the width of one more MLP (0: none), which
+    every token passes; what it gives is multiplied by the sigmoid of a projection of what it reads.
     """
 
     count: int
     per_token: int
     normalised: bool = False
+    shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,9 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
         weights |= {name: _matrix(arch, "delta_layers", *matrix) for name, matrix in _delta_matrices(arch, arch.delta)}
     if arch.experts is None:
         weights |= {name: _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(arch)}
+    elif arch.experts.shared:
+        one = dataclasses.replace(arch, d_ff=arch.experts.shared)
+        weights |= {f"shared_{name}": _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(one)}
     return {name: weight for name, weight in weights.items() if weight.shape[0]}
 
 
@@ -248,6 +253,8 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
     """Matrices [L, experts, in, out], split over devices by whole experts, and the router [L, d, experts]."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
+    if experts.shared:
+        weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
     for name, shape, axes in _mlp(arch):
         inside = ["none" if axis == "mlp" else axis for axis in axes]
         weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])

@@ -18,6 +18,7 @@ from nlae_jax.lm.experts import mixture
 from nlae_jax.lm.lora import linear
 from nlae_jax.lm.mlp import activated
 from nlae_jax.lm.norms import norm, rms_norm
+from nlae_jax.lm.products import einsum
 from nlae_jax.lm.rope import apply_rope, query_growth, rope_table
 from nlae_jax.lm.segments import DeltaState, KeyValues, empty_state
 from nlae_jax.mesh import DECODE_RULES, constrained
@@ -208,9 +209,19 @@ class Block:
         return _by_column(mixed) if decoding else mixed, LayerCache(None, None, state)
 
     def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
-        if self.arch.experts is not None:
-            return mixture(self.arch, self.arch.experts, weights, self._norm(x, weights, "mlp_norm"))
+        if (experts := self.arch.experts) is not None:
+            normed = self._norm(x, weights, "mlp_norm")
+            mixed = mixture(self.arch, experts, weights, normed)
+            return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
         return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+
+    def _shared(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool
+    ) -> jax.Array:
+        """What the expert that every token passes makes of what the MLP reads."""
+        product = lambda y, name: self._linear(y, weights, adapters, f"shared_{name}", decoding)  # noqa: E731
+        out = product(activated(self.arch, lambda name: product(x, name)), "down")
+        return out * jax.nn.sigmoid(einsum("...i,io->...o", x, weights["shared_share"]))
 
     def neurons(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False

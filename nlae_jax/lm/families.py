@@ -38,10 +38,16 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "olmoe": readers.olmoe,
     "gpt_oss": readers.gpt_oss,
     "qwen3_5_text": readers.qwen3_5,
+    "qwen3_5_moe_text": readers.qwen3_5_moe,
 }
 
 # Models with a vision tower, by what their language model is called where its `text_config` does not say.
-_WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text"}
+_WITH_VISION = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+DEFAULTS["qwen3_5_moe_text"] = {
+    **{key: value for key, value in DEFAULTS["qwen3_5_text"].items() if key != "intermediate_size"},
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+}
+
 # What a family's config.json calls what others call otherwise.
 NAMES: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -149,6 +160,7 @@ NAMES: dict[str, dict[str, str]] = {
         "partial_rotary_factor": "rotary_pct",
     },
     "qwen3_moe": {"intermediate_size": "moe_intermediate_size"},
+    "qwen3_5_moe_text": {"intermediate_size": "moe_intermediate_size"},
     "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
 }
 

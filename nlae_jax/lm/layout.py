@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nlae_jax.lm.arch import Arch, model_weights
@@ -181,6 +181,22 @@ _QWEN3_5 = _LLAMA | {
     "delta_norm": Stored("model.layers.{}.linear_attn.norm.weight"),
     "delta_o": Stored("model.layers.{}.linear_attn.out_proj.weight", True),
 }
+_SHARED_EXPERT = {
+    "shared_gate": Stored("model.layers.{}.mlp.shared_expert.gate_proj.weight", True),
+    "shared_up": Stored("model.layers.{}.mlp.shared_expert.up_proj.weight", True),
+    "shared_down": Stored("model.layers.{}.mlp.shared_expert.down_proj.weight", True),
+    "shared_share": Stored("model.layers.{}.mlp.shared_expert_gate.weight", True),
+}
+_OF_EXPERTS = ("router", "gate", "up", "down")
+_QWEN3_5_MOE = _QWEN3_5 | _SHARED_EXPERT | {name: _QWEN3_MOE[name] for name in _OF_EXPERTS}
+# The same where all experts of a block are in one tensor.
+_PACKED = {
+    "qwen3_5_moe_text": _QWEN3_5_MOE
+    | {
+        **_shared("model.layers.{}.mlp.experts.gate_up_proj", "gate up", True),
+        "down": Stored("model.layers.{}.mlp.experts.down_proj", True),
+    }
+}
 _OTHERS: dict[str, dict[str, Stored]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORMS),
     "gpt2": _GPT2,
@@ -191,6 +207,7 @@ _OTHERS: dict[str, dict[str, Stored]] = {
     "olmoe": _QWEN3_MOE,
     "gpt_oss": _GPT_OSS,
     "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
 }
 # What a model has been saved with under another name.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
@@ -201,9 +218,17 @@ _BUFFERS = {
 }
 
 
-def layout(arch: Arch) -> dict[str, Stored]:
-    """Where every parameter that the family may have stands."""
-    return _OTHERS.get(arch.family, _LLAMA)
+def layout(arch: Arch, packed: bool = False) -> dict[str, Stored]:
+    """Where every parameter that the family may have stands; `packed`: where a block has its experts in one tensor."""
+    return _PACKED[arch.family] if packed else _OTHERS.get(arch.family, _LLAMA)
+
+
+def is_packed(arch: Arch, names: Iterable[str]) -> bool:
+    """Whether tensors of these names have a block's experts in one, in a family that is published in both ways."""
+    if arch.family not in _PACKED:
+        return False
+    down = _PACKED[arch.family]["down"].name.format(0)
+    return any(plain_name(arch, name) == down for name in names)
 
 
 def hf_name(arch: Arch, name: str, layer: int = 0, expert: int = 0) -> str:
@@ -217,9 +242,9 @@ def flat_weights(arch: Arch) -> dict[str, Weight]:
     return {name: weight for name, weight in weights.items() if name != "blocks"} | weights["blocks"]
 
 
-def hf_tensors(arch: Arch, weights: Mapping[str, Weight]) -> Iterator[HfTensor]:
+def hf_tensors(arch: Arch, weights: Mapping[str, Weight], packed: bool = False) -> Iterator[HfTensor]:
     """Every tensor of a checkpoint with these parameters: those outside of blocks first, then block by block."""
-    table = {name: stored for name, stored in layout(arch).items() if name in weights}
+    table = {name: stored for name, stored in layout(arch, packed).items() if name in weights}
     first = {name: stored for name, stored in table.items() if stored.beside[:1] in ((), (name,))}
     for name, stored in first.items():
         if not stored.in_blocks:

@@ -370,7 +370,7 @@ def gpt_oss(fields: Fields) -> Arch:
 
 
 def qwen3_5(fields: Fields) -> Arch:
-    """Those without experts; Qwen 3.6's are called so too."""
+    """Qwen 3.6's models are called so too."""
     fields.only("hidden_act", "silu")
     fields.only("attn_output_gate", True)
     fields.only("mlp_only_layers", [])
@@ -404,6 +404,13 @@ def qwen3_5(fields: Fields) -> Arch:
         mixers=tuple(_MIXERS[kind] for kind in kinds or by_interval),
         delta=delta,
     )
+
+
+def qwen3_5_moe(fields: Fields) -> Arch:
+    fields.only("decoder_sparse_step", 1)
+    fields.only("norm_topk_prob", True)
+    shared = fields.size("shared_expert_intermediate_size")
+    return dataclasses.replace(qwen3_5(fields), experts=dataclasses.replace(_experts(fields, True), shared=shared))
 
 
 def _experts(fields: Fields, normalised: bool) -> Experts:

@@ -30,7 +30,7 @@ REMAT = {
     # Neither attention's scores nor what is cheaply made again: less than half of what "dots" keeps, and no slower.
     "linear": jax.checkpoint_policies.save_only_these_names(
         *("q", "k", "v", "attention", "o", "gate", "up", "q_gate"),
-        *("delta_q", "delta_k", "delta_v", "delta_z", "delta_o"),
+        *("delta_q", "delta_k", "delta_v", "delta_z", "delta_o", "shared_gate", "shared_up"),
     ),
 }
 

@@ -17,7 +17,17 @@ import jax
 import numpy as np
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.layout import HfTensor, Share, flat_weights, hf_name, hf_tensors, is_buffer, layout, plain_name
+from nlae_jax.lm.layout import (
+    HfTensor,
+    Share,
+    flat_weights,
+    hf_name,
+    hf_tensors,
+    is_buffer,
+    is_packed,
+    layout,
+    plain_name,
+)
 from nlae_jax.lm.tensors import (
     Mxfp4Tensor,
     Source,
@@ -225,12 +235,14 @@ def _find(
 
     Every tensor is there once and as expected, else UserError.
     """
-    wanted = {tensor.name: tensor for tensor in hf_tensors(arch, weights)}
+    stored = {path: stored_tensors(path) for path in weight_files(directory)}
+    packed_experts = is_packed(arch, (tensor.name for tensors in stored.values() for tensor in tensors))
+    wanted = {tensor.name: tensor for tensor in hf_tensors(arch, weights, packed_experts)}
     found: dict[str, StoredTensor | Mxfp4Tensor] = {}
     packed: dict[str, dict[str, StoredTensor]] = {}
     heads: list[StoredTensor] = []
-    for path in weight_files(directory):
-        for tensor in stored_tensors(path):
+    for path, tensors in stored.items():
+        for tensor in tensors:
             plain = plain_name(arch, tensor.name)
             stem, _, part = plain.rpartition("_")
             if part in _MXFP4 and stem in wanted and part not in packed.get(stem, {}):
@@ -260,9 +272,9 @@ def _find(
     sources: dict[str, list[Source]] = {name: [] for name in weights}
     for name, hf in wanted.items():
         for share in hf.shares:
-            stored = found[name] if share.expert is None else found[name].entry(share.expert)
-            transposed = hf.transposed or isinstance(stored, Mxfp4Tensor)
-            sources[share.name].append(Source(stored, share.index, transposed, share.spread))
+            held = found[name] if share.expert is None else found[name].entry(share.expert)
+            transposed = hf.transposed or isinstance(held, Mxfp4Tensor)
+            sources[share.name].append(Source(held, share.index, transposed, share.spread))
     for head in heads:
         check_tensor(head, head.shape)
     return sources, heads

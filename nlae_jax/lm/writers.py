@@ -28,6 +28,10 @@ _DELTA = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
 )
+_QWEN3_5 = (
+    *("hidden_act", "attention_bias", "layer_types/mixers", "rope_parameters", "partial_rotary_factor"),
+    *_DELTA,
+)
 _ROUTED = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
 WRITTEN: dict[str, Written] = {
     "llama": Written("LlamaForCausalLM", ("hidden_act", "attention_bias", "mlp_bias")),
@@ -80,9 +84,10 @@ WRITTEN: dict[str, Written] = {
             *("num_local_experts", "num_experts_per_tok"),
         ),
     ),
-    "qwen3_5_text": Written(
-        "Qwen3_5ForCausalLM",
-        ("hidden_act", "attention_bias", "layer_types/mixers", "rope_parameters", "partial_rotary_factor", *_DELTA),
+    "qwen3_5_text": Written("Qwen3_5ForCausalLM", _QWEN3_5, ("rope_theta",)),
+    "qwen3_5_moe_text": Written(
+        "Qwen3_5MoeForCausalLM",
+        (*_QWEN3_5, "shared_expert_intermediate_size", "num_experts", "num_experts_per_tok"),
         ("rope_theta",),
     ),
 }
@@ -133,6 +138,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "num_local_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "norm_topk_prob": experts.normalised,
+        "shared_expert_intermediate_size": experts.shared,
         "swiglu_alpha": clamped.alpha,
         "swiglu_limit": clamped.limit,
         "linear_num_key_heads": delta.key_heads,
