@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import Arch, DeltaNet, block_weights, first_blocks, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, Experts, block_weights, first_blocks, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
@@ -42,7 +42,7 @@ ARCH = Arch(
     rotary_dim=2,
     attention_gate=True,
     mixers=("delta", "attention", "delta", "attention", "delta"),
-    delta=DeltaNet(key_heads=2, value_heads=4, key_dim=4, value_dim=4),
+    delta=DeltaNet(key_heads=2, value_heads=4, key_dim=8, value_dim=12),
 )
 PERIODIC = dataclasses.replace(ARCH, num_layers=4, mixers=ARCH.mixers[:4])
 
@@ -67,6 +67,12 @@ def test_adapters_sit_on_the_ways_in_and_out_of_both_kinds():
     found = {name: parts["b"].shape[0] for name, parts in adapter_weights(ARCH, 2).items()}
     attention, delta = ("q", "q_gate", "k", "v", "o"), ("delta_q", "delta_k", "delta_v", "delta_z", "delta_o")
     assert found == dict.fromkeys(attention, 2) | dict.fromkeys(delta, 3) | dict.fromkeys(("gate", "up", "down"), 5)
+
+
+def assert_near(mine, other):
+    """Of a gradient, against its largest entry: DeltaNet's outputs are normed, so that small ones are scaled noise."""
+    mine, other = np.asarray(mine), np.asarray(other)
+    np.testing.assert_allclose(mine, other, rtol=0, atol=2e-4 * np.abs(other).max())
 
 
 def logits_of(arch, params, adapters=None):
@@ -111,9 +117,7 @@ def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     expected = jax.jit(jax.grad(lambda t: loss(t, method=one_by_one)))((params, adapters))
     for remat in ("linear", "none"):
         found = jax.jit(jax.grad(lambda t, remat=remat: loss(t, remat, ids=ids, mask=mask)))((params, adapters))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1e-3, np.abs(b).max())), found, expected
-        )
+        jax.tree.map(assert_near, found, expected)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
@@ -144,7 +148,7 @@ def test_shared_segments_have_the_gradient_of_each_text_by_itself():
     found, expected = (
         jax.jit(jax.grad(partial(loss, method=method), has_aux=True))(adapters) for method in (shared, apart)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
+    jax.tree.map(assert_near, found, expected)
 
 
 def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protocol):
@@ -159,13 +163,14 @@ def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protoco
     log_probs, _ = jax.jit(lambda v: roles.encoder.apply(v, h, samples.tokens, method="log_probs"))(variables)
     real = np.arange(8) < np.asarray(samples.lengths)[..., None]
     assert real.sum() > 16
-    np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-4)
 
 
 def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     """Longer than DeltaNet's chunks, not a multiple of them, and padded."""
     family, fields = CASES["qwen3_5_text"]
-    model = model_of(family, fields | {"max_position_embeddings": 256}, seed=3)
+    sizes = {"max_position_embeddings": 256, "linear_key_head_dim": 12, "linear_value_head_dim": 16}
+    model = model_of(family, fields | sizes, seed=3)
     model.save_pretrained(tmp_path)
     arch = read_arch(tmp_path)
     ids = np.random.default_rng(1).integers(3, arch.vocab_size, (2, 141))
@@ -178,9 +183,10 @@ def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     assert_close(logits[mask], expected[mask], "long", "qwen3_5_text")
 
 
-def test_eight_devices_are_one():
-    """Values, and the gradient of adapters."""
-    arch = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2)
+@pytest.mark.parametrize("experts", [None, Experts(count=4, per_token=2, normalised=True, shared=8)])
+def test_eight_devices_are_one(experts):
+    """Values, and the gradient of adapters; with a shared expert beside routed ones, too."""
+    arch = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2, experts=experts)
     params = drawn_params(model_weights(arch), 0)
     adapters = perturbed(init_adapters(jax.random.PRNGKey(1), arch, 2), 1, 0.1)
     ids, mask = batch_of()
@@ -195,7 +201,7 @@ def test_eight_devices_are_one():
     with jax.set_mesh(mesh):
         rows = put_batch({"ids": ids, "mask": mask}, mesh)
         found = jax.jit(jax.value_and_grad(loss))(place(adapters, replicated(mesh)), split, **rows)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
+    jax.tree.map(assert_near, found, expected)
 
 
 @pytest.mark.parametrize("looped", [False, True])

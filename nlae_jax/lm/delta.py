@@ -140,9 +140,7 @@ def in_chunks(
     seen = einsum("cnhik,cnhjk->cnhij", q, k) * decay
     system = jnp.where(row > column, einsum("cnhik,cnhjk->cnhij", k, k) * decay * step[..., None], 0.0)
     known = jnp.concatenate([v, k * jnp.exp(summed)[..., None]], -1) * step[..., None]
-    solved = jax.lax.linalg.triangular_solve(
-        system + jnp.eye(chunk), known, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
     values, of_memory = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reading = q * jnp.exp(summed)[..., None]
     writing = k * jnp.exp(summed[..., -1:] - summed)[..., None]
