@@ -73,8 +73,7 @@ def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) 
     attention = arch.count("attention_layers") if arch.mixers else arch.num_layers
     shape = (attention, arch.num_kv_heads, start.size, capacity, arch.head_dim)
     positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
-    state = None
-    if arch.delta is not None:
-        state = empty_state(arch.delta, start.size, dtype, (arch.count("delta_layers"),))
-    valid = jnp.ones(positions.shape, bool)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid, state)
+    made = KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
+    if arch.delta is None:
+        return made
+    return made._replace(state=empty_state(arch.delta, start.size, dtype, (arch.count("delta_layers"),)))
