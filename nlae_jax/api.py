@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax.assets import pair_directory
-from nlae_jax.config import CorpusConfig, MeshConfig, ProtocolConfig, load_config
+from nlae_jax.config import CorpusConfig, DescribeConfig, MeshConfig, ProtocolConfig, load_config
+from nlae_jax.data.providers import rewriter
 from nlae_jax.evaluate.cost import cost_text
 from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import rows_of
 from nlae_jax.evaluate.suite import run_suite
@@ -163,12 +164,14 @@ class NLA(Explainer):
         bootstrap_samples: int = 2000,
         control_steps: int = 0,
         corpus: CorpusConfig | None = None,
+        reword: DescribeConfig | None = None,
     ) -> dict[str, Any]:
         """The suite (docs/evaluation.md) on activations of texts and files: every figure by section and name.
 
         Files are texts (.txt, .jsonl, .parquet), or one parquet of activations in the reference's layout; a `corpus` is
         read, too; or `rows` are given. What is done is kept in `out`/evaluation: the same call goes on from there.
-        `control_steps` trains decoders on other words for so many steps each. Raises UserError for an adapted pair.
+        `control_steps` trains decoders on other words for so many steps each; `reword` asks a server to say
+        explanations in other words. Raises UserError for an adapted pair.
         """
         self.check_own_subject("eval")
         subject = lambda: self.subject  # noqa: E731
@@ -178,9 +181,16 @@ class NLA(Explainer):
         pairing = pairing_of(
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
-        work = Work(pairing, rows, workdir_path(out), seed, bootstrap_samples)
+        out = workdir_path(out)
+        work = Work(pairing, rows, out, seed, bootstrap_samples)
+        rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         say(cost_text(work, sections, arch))
-        return run_suite(work, sections, partial(trained_controls, work, self._roles, self._pair, control_steps))
+
+        def more_of_text() -> None:
+            trained_controls(work, self._roles, self._pair, control_steps)
+            rewordings(work, rewrite)
+
+        return run_suite(work, sections, more_of_text)
 
     def explain_chat(
         self,

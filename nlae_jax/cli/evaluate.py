@@ -28,6 +28,8 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
     help_text = "also train decoders on other words for so many steps each (default 0: none)"
     command.add_argument("--control-steps", type=int, default=0, help=help_text)
+    help_text = "also have explanations said in other words, by the server that the config's describe names"
+    command.add_argument("--reword", action="store_true", help=help_text)
     command.add_argument("--json", action="store_true", help="print eval.json on stdout")
     add_distributed(command)
 
@@ -39,6 +41,8 @@ def _check_eval(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             return f"--{name.replace('_', '-')}: {value} should be at least {least}"
+    if options.reword and not options.config:
+        return "--reword takes --config, whose describe.provider is the server to ask"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
     if not options.workdir and not (options.text or options.input or options.config):
@@ -89,6 +93,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.eval.bootstrap_samples,
         options.control_steps,
         config.corpus if options.config and not options.workdir else None,
+        config.describe if options.reword else None,
     )
     path = write_figures(out, figures)
     show = lambda: show_json(read_json(path)) if as_json else show_rich(suite_table(figures))  # noqa: E731

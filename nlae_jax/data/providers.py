@@ -22,7 +22,7 @@ import httpx
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, Keep, build_prompt, cached_describer
-from nlae_jax.data.describer import Describer, DescribeResources, Progress
+from nlae_jax.data.describer import Context, Describer, DescribeResources, Progress
 from nlae_jax.data.replies import (
     TryAgain,
     anthropic_content,
@@ -36,6 +36,7 @@ from nlae_jax.data.replies import (
     status_of,
 )
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import AnyPath
 from nlae_jax.runtime.progress import say
 
 _SUBJECT_BATCH = 32  # prompts handed to the subject at once
@@ -144,10 +145,35 @@ def _server_provider(
     return cached_describer(config, cache, server.ask, progress)
 
 
+def rewriter(
+    config: DescribeConfig, directory: AnyPath, progress: Progress | None = None, pause: Pause = _pause
+) -> Callable[[str, Sequence[str]], list[str | None]]:
+    """(instruction, texts) -> what the configured server makes of them, kept in `directory`; None where nothing came.
+
+    Raises UserError where `describe.provider` is not a server.
+    """
+    if (api := {"openai": OPENAI, "anthropic": ANTHROPIC}.get(config.provider)) is None:
+        raise UserError(f"describe.provider: {config.provider!r} rewords nothing: should be openai or anthropic")
+
+    def rewrite(instruction: str, texts: Sequence[str]) -> list[str | None]:
+        server = Server(api, config, pause, lambda text: f"{instruction}\n\nThe note:\n{text}")
+        identity = (config.provider, config.model, instruction, config.max_new_tokens, config.base_url)
+        ask = cached_describer(config, AnswerCache(directory, *identity), server.ask, progress)
+        return ask([Context("", text, ()) for text in texts])
+
+    return rewrite
+
+
 class Server:
     """One model on one server, asked several things at once."""
 
-    def __init__(self, api: Api, config: DescribeConfig, pause: Pause = _pause) -> None:
+    def __init__(
+        self,
+        api: Api,
+        config: DescribeConfig,
+        pause: Pause = _pause,
+        make_prompt: Callable[[str], str] = build_prompt,
+    ) -> None:
         if not config.model:
             raise UserError(f"describe.model is empty: name the model that describe.provider {config.provider} asks")
         if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_retries < 0:
@@ -155,7 +181,7 @@ class Server:
         base = (config.base_url or api.url).rstrip("/")
         url = _checked_url(base, api)
         self._local = url.host in _LOCAL_HOSTS
-        self._api, self._config, self._pause = api, config, pause
+        self._api, self._config, self._pause, self._make_prompt = api, config, pause, make_prompt
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
         self._certificates = _certificates() if url.scheme == "https" else True
@@ -247,7 +273,7 @@ class Server:
             raise self._error(f"the proxy set here: {error}") from None
 
     async def _ask_one(self, client: httpx.AsyncClient, text: str, stop: asyncio.Event) -> Answer:
-        prompt, problem = build_prompt(text), ""
+        prompt, problem = self._make_prompt(text), ""
         for attempt in range(self._config.max_retries + 1):
             if stop.is_set():
                 break

@@ -159,6 +159,8 @@ FIGURES: tuple[Figure, ...] = (
         "sum over longest shared runs of 2 words or more of max(0, sum -log2 p(word) - 15)",
         ("permuted",),
     ),
+    Figure("text", "fve_paraphrased", "FVE said in other words", _SAME_FVE, ("whole", "permuted")),
+    Figure("text", "fve_translated", "FVE through French and back", _SAME_FVE, ("whole", "permuted")),
     Figure(
         "text",
         "trained_decoder",

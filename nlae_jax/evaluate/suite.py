@@ -33,12 +33,12 @@ def sections_of(names: str) -> tuple[str, ...]:
 
 
 def run_suite(
-    work: Work, sections: Sequence[str] = SECTIONS, trained_controls: Callable[[], None] = lambda: None
+    work: Work, sections: Sequence[str] = SECTIONS, more_of_text: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Every section's figures by section and name, and under `suite` what they are of and how long each part took.
 
-    What several sections need counts for the first of them. `trained_controls` adds the figure that takes training to
-    the section `text`.
+    What several sections need counts for the first of them. `more_of_text` adds the figures that take training, or
+    another language model, to the section `text`.
     """
     seconds = {}
     for section in SECTIONS:
@@ -46,7 +46,7 @@ def run_suite(
             before = sum(work.kept.seconds.values())
             _MODULES[section].measure(work)
             if section == "text":
-                trained_controls()
+                more_of_text()
             seconds[section] = round(sum(work.kept.seconds.values()) - before, 1)
     rows = work.rows
     about = {

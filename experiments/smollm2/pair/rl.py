@@ -11,10 +11,11 @@ from nlae_jax.config import inherit
 def get_config() -> ConfigDict:
     config = inherit("base.py", beside=__file__)
     config.init.pair = "runs/pair/after_notes_again"
-    config.corpus.max_documents, config.extract.positions_per_document = 1600, 3
-    config.split.encoder_sft, config.split.decoder_sft, config.split.rl, config.split.held_out = 0.01, 0.01, 0.93, 0.05
-    config.rl.num_steps = 300
-    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-3
-    config.checkpoint.every_steps = 10
-    config.eval.num_activations = 128
+    config.corpus.max_documents, config.extract.positions_per_document = 800, 3
+    config.split.encoder_sft, config.split.decoder_sft, config.split.rl, config.split.held_out = 0.01, 0.01, 0.95, 0.03
+    config.rl.num_steps = 140
+    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 2e-4, 1e-3
+    config.rl.kl_coef, config.rl.repeat_penalty = 0.0, 0.3
+    config.checkpoint.every_steps = 5
+    config.eval.num_activations = 64
     return config
