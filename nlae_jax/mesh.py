@@ -44,6 +44,8 @@ RULES: Rules = {
     "mlp": "tensor",
     "experts": "tensor",  # whole ones
     "layers": None,
+    "attention_layers": None,
+    "delta_layers": None,
     "none": None,
     "norm": None,
     "rank": None,

@@ -61,6 +61,11 @@ CHECKPOINTS = {
     "phi3": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
     "gpt_neox": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
     "gpt2": {"n_embd": 24, "n_head": 3, "n_layer": 2},
+    "qwen3_5_text": {
+        **{"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8},
+        **{"num_hidden_layers": 3, "full_attention_interval": 2, "linear_num_key_heads": 1},
+        **{"linear_num_value_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 4},
+    },
 }
 
 
@@ -76,11 +81,11 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
     zeros = {name: np.zeros(weight.shape, np.float32) for name, weight in flat_weights(arch).items()}
     merged = dict(zeros)
     for name, pair in adapters.items():
-        merged[name] = np.stack([merge(zeros[name][n], jax.tree.map(lambda x, n=n: x[n], pair), 2.0) for n in range(2)])
+        merged[name] = merge(zeros[name], pair, 2.0)
     save_model(tmp_path / "M", arch, lambda name, layer: merged[name] if layer is None else merged[name][layer])
     whole = load_file(tmp_path / "M/model.safetensors")
     modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
-    assert len(modules) == 2 * {"phi3": 4, "gpt_neox": 4, "gpt2": 4}[family]
+    assert len(modules) == {"phi3": 8, "gpt_neox": 8, "gpt2": 8, "qwen3_5_text": 19}[family]
     for module in modules:
         a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
         short = module.rpartition(".")[2]

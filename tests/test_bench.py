@@ -1,5 +1,6 @@
 """The benchmark counts the FLOPs that are needed, and compares with a step that computes the same."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,9 @@ import pytest
 
 from nlae_jax.bench import flops, steps
 from nlae_jax.cli import main
+from nlae_jax.lm.arch import Arch, DeltaNet, model_weights
 from nlae_jax.lm.transformer import Transformer
-from tests.conftest import tiny_config, vectors
+from tests.conftest import drawn_params, tiny_config, vectors
 from tests.tiny_run import EXPERIMENT
 
 pytest_plugins = ["tests.tiny_run"]
@@ -29,6 +31,21 @@ def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
     # A scanned block is counted once.
     mine = 2 * flops.block_flops(arch, time, time * time) + 2 * time * 2 * arch.d_model * arch.vocab_size
     assert counted == pytest.approx(mine, rel=0.15)
+
+
+def test_flops_of_blocks_that_differ_are_those_of_both():
+    """Wide matrices beside a small memory: DeltaNet's chunks compute more than the rule needs."""
+    delta = DeltaNet(key_heads=2, value_heads=4, key_dim=8, value_dim=8)
+    sizes = {"vocab_size": 64, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    arch = Arch(**sizes, d_ff=256, mixers=("delta", "attention"), delta=delta, attention_gate=True)
+    time, ids = 32, np.zeros((1, 32), np.int32)
+    params = drawn_params(model_weights(arch), 0)
+    forward = jax.jit(lambda p: Transformer(arch).apply({"params": p}, ids, ids == 0))
+    counted = forward.lower(params).compile().cost_analysis()["flops"]
+    mine = 2 * flops.block_flops(arch, time, time * time) + time * 2 * arch.d_model * arch.vocab_size
+    assert counted == pytest.approx(mine, rel=0.15)
+    attention = dataclasses.replace(arch, mixers=("attention",) * 2)
+    assert flops.block_flops(attention, 0, 10) == 2 * flops.block_flops(arch, 0, 10) > 0
 
 
 def test_the_unshared_step_computes_the_same(workload):

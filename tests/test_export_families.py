@@ -53,6 +53,8 @@ FIELDS |= {
         "qwen3_moe": "qwen3_moe",
         "olmoe": "olmoe",
         "gpt_oss": "gpt_oss",
+        "qwen3_5_text": "qwen3_5_text-attention-first",
+        "qwen3_5_moe_text": "qwen3_5_moe_text",
     }.items()
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import ClampedGate, Experts, model_weights
+from nlae_jax.lm.arch import ClampedGate, Experts, first_blocks, model_weights
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.layout import plain_name
 from nlae_jax.lm.lora import init_adapters
@@ -187,6 +187,37 @@ CASES |= {
         | {"rope_parameters": YARN | {"truncate": False}, "attention_bias": False, "tie_word_embeddings": True},
     ),
 }
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+CASES |= {
+    "qwen3_5_text": ("qwen3_5_text", SMALL | DELTA | {"tie_word_embeddings": True}),
+    "qwen3_5_text-repeated": ("qwen3_5_text", WIDE | DELTA | {"num_hidden_layers": 9, "full_attention_interval": 4}),
+    "qwen3_5_text-attention-first": (
+        "qwen3_5_text",
+        WIDE
+        | {"num_hidden_layers": 5, "attention_bias": True, "linear_conv_kernel_dim": 3, "linear_num_key_heads": 3}
+        | {"linear_num_value_heads": 3, "linear_key_head_dim": 4, "linear_value_head_dim": 7}
+        | {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention", "linear_attention"]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
+    ),
+}
+CASES |= {
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        SMALL | DELTA | EXPERTS | {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 14},
+    ),
+    "qwen3_5_moe_text-even": (
+        "qwen3_5_moe_text",
+        WIDE
+        | DELTA
+        | {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "tie_word_embeddings": True}
+        | {"shared_expert_intermediate_size": 12, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+}
 TIME = 19
 
 
@@ -308,6 +339,7 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         "granite": {"embed_scale": 1.0, "residual_scale": 1.0, "attention_scale": 0.0, "logit_divisor": 1.0},
         "qwen3_moe": {"experts": Experts(5, 2, normalised=False)},
         "olmoe": {"experts": Experts(5, 1), "clip_qkv": 0.0},
+        "qwen3_5_text-attention-first": {"norm_offset": 0.0, "rotary_dim": None},
         "gpt_oss-yarn": {"clamped_gate": ClampedGate(1.2, 9.0), "rope_scaling": None},
     }.items():
         random_model(case).save_pretrained(tmp_path / case)
@@ -335,6 +367,13 @@ def loaded(tmp_path, case):
     return arch, load_params(tmp_path, arch)
 
 
+def first_caches(arch, kv, depth):
+    """Of all blocks' keys and values, and states, those of the first ones."""
+    attention = arch.count("attention_layers", depth) if arch.mixers else depth
+    state = jax.tree.map(lambda x: x[: arch.count("delta_layers", depth)], kv.state)
+    return kv._replace(k=kv.k[:attention], v=kv.v[:attention], state=state)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_cached_decoding_is_the_plain_forward(tmp_path, case):
     """Logits, and every block's residual stream, of tokens fed one by one after prompts padded on either side."""
@@ -355,8 +394,8 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
         residuals = []
         segment = lambda lm: Segment(lm.embed(token[:, None]), (start + step)[:, None], np.ones((4, 1), bool))  # noqa: E731
         for depth in range(1, arch.num_layers + 1):
-            part = params | {"blocks": {name: weight[:depth] for name, weight in params["blocks"].items()}}
-            cut = lambda kv, depth=depth: kv._replace(k=kv.k[:depth], v=kv.v[:depth])  # noqa: E731
+            part = params | {"blocks": first_blocks(arch, params["blocks"], depth)}
+            cut = lambda kv, depth=depth: first_caches(arch, kv, depth)  # noqa: E731
             run = lambda lm, cut=cut: lm.decode(segment(lm), [cut(kv) for kv in contexts], cut(own), step)  # noqa: E731
             hidden, grown = Transformer(arch.truncated(depth)).apply({"params": part}, method=run)
             residuals.append(hidden[:, 0])
@@ -375,7 +414,7 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
             assert_close(own_logits[row], logits[0, step - steps], "cached", case)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases"])
+@pytest.mark.parametrize("case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text"])
 def test_shared_segments_are_the_plain_forward(tmp_path, case):
     arch, params = loaded(tmp_path, case)
     rng, lm = np.random.default_rng(1), Transformer(arch)
@@ -436,7 +475,13 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
         load_params(tmp_path, arch)
 
 
-@pytest.mark.parametrize("case", ["phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
+        "qwen3_5_moe_text",
+    ],
+)
 def test_what_is_written_is_what_was_read(tmp_path, case):
     """Tensors that hold several of our parameters, and experts: every name and every bit."""
     random_model(case).save_pretrained(tmp_path / "theirs")
@@ -448,6 +493,19 @@ def test_what_is_written_is_what_was_read(tmp_path, case):
     assert written.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(written[name], value), name
+
+
+def test_experts_in_one_tensor_are_those_in_many(tmp_path):
+    """As Qwen3.5's are published, and as transformers saves them."""
+    model = random_model("qwen3_5_moe_text")
+    model.save_pretrained(tmp_path / "many")
+    model.config.save_pretrained(tmp_path / "one")
+    packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in packed)
+    save_file(packed, tmp_path / "one/model.safetensors")
+    arch = read_arch(tmp_path / "many")
+    one, many = load_params(tmp_path / "one", read_arch(tmp_path / "one")), load_params(tmp_path / "many", arch)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss"])
@@ -474,11 +532,12 @@ def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3"])
+@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3", "qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("spelling", ["model.language_model.", "language_model.model."])
 def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     """Old and new spelling of a multimodal checkpoint's names; the tower's own tensors are passed over."""
-    case = {"mistral3": "mistral", "ministral3": "ministral3-published"}.get(outer, outer)
+    cases = {"mistral3": "mistral", "ministral3": "ministral3-published", "qwen3_5": "qwen3_5_text"}
+    case = (cases | {"qwen3_5_moe": "qwen3_5_moe_text"}).get(outer, outer)
     text = random_model(case)
     text.save_pretrained(tmp_path / "text")
     head = "language_model.lm_head.weight" if spelling.startswith("language") else "lm_head.weight"
@@ -487,11 +546,15 @@ def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
         for name, tensor in text.state_dict().items()
         if name != "lm_head.weight" or not text.config.tie_word_embeddings
     }
-    tower = "model.vision_tower." if spelling.startswith("model") else "vision_tower."
+    tower = "visual." if outer.startswith("qwen3_5") else "vision_tower."
+    tower = f"model.{tower}" if spelling.startswith("model") else tower
     (tmp_path / "both").mkdir()
-    save_file(tensors | {tower + "patch.weight": torch.ones(3)}, tmp_path / "both/model.safetensors")
+    beside = {tower + "patch.weight": torch.ones(3)}
+    if outer.startswith("qwen3_5"):
+        beside["mtp.fc.weight"] = torch.ones(3)
+    save_file(tensors | beside, tmp_path / "both/model.safetensors")
     config = {
-        "model_type": "gemma3" if outer == "gemma3" else "mistral3",
+        "model_type": "mistral3" if outer == "ministral3" else outer,
         "text_config": json.loads((tmp_path / "text/config.json").read_text()),
         "vision_config": {},
     }
@@ -557,6 +620,10 @@ def test_names_as_published_long_ago(tmp_path, family):
         ("gpt2", {"activation_function": "tanh"}, "activation_function|hidden_act"),
         ("gpt_neox", {"rotary_pct": 1.5}, "partial_rotary_factor = 1.5"),
         ("olmoe", {"clip_qkv": -1}, "clip_qkv = -1"),
+        ("qwen3_5_text", {"layer_types": ["mamba"] * 4}, "layer_types 'mamba'"),
+        ("qwen3_5_text", {"layer_types": ["full_attention"] * 3}, "layer_types should name each of the 4 blocks"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),
     ],
 )
 def test_variants_that_are_not_run_are_one_line(family, changes, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from nlae_jax.config import Config
@@ -43,9 +44,25 @@ def shapes_of(config: Config, protocol: Protocol) -> Shapes:
 
 
 def block_flops(arch: Arch, tokens: int, seen: float) -> float:
-    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values."""
-    matrices = sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
-    return 2.0 * matrices * tokens + 4.0 * arch.num_heads * arch.head_dim * seen
+    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values.
+
+    Where blocks differ, of their mean. DeltaNet corrects and reads its matrix once a token, however many came before.
+    """
+    matrices = sum(math.prod(w.shape) for w in block_weights(arch).values() if len(w.shape) == 3) / arch.num_layers
+    attention, delta = _shares(arch)
+    mixing = attention * 4.0 * arch.num_heads * arch.head_dim * seen
+    return 2.0 * matrices * tokens + mixing + delta * 6.0 * _memory(arch) * tokens
+
+
+def _shares(arch: Arch) -> tuple[float, float]:
+    """Of the blocks, those with attention and those with DeltaNet."""
+    delta = arch.count("delta_layers") / arch.num_layers if arch.mixers else 0.0
+    return 1.0 - delta, delta
+
+
+def _memory(arch: Arch) -> int:
+    """Numbers in the matrices that a block of DeltaNet keeps for one row."""
+    return arch.delta.value_heads * arch.delta.key_dim * arch.delta.value_dim if arch.delta else 0
 
 
 def _causal(tokens: int, before: int) -> float:
@@ -61,7 +78,9 @@ def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str,
     response = s.samples * block_flops(arch, s.response, _causal(s.response, s.prefix + s.act))
     forward = arch.num_layers * (prompt + response) + s.samples * s.response * head
     decoder_tokens = s.wrap + s.response
-    decoder = (layer + 1) * s.samples * block_flops(arch, decoder_tokens, _causal(decoder_tokens, 0))
+    decoder = (
+        (layer + 1) * s.samples * block_flops(arch.truncated(layer + 1), decoder_tokens, _causal(decoder_tokens, 0))
+    )
     passes = 2 if rank else 3
     described = s.sft_batch * block_flops(arch, s.act + s.response, _causal(s.act + s.response, s.prefix))
     sft = arch.num_layers * (block_flops(arch, s.prefix, _causal(s.prefix, 0)) + described)
@@ -75,9 +94,12 @@ def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str,
 
 
 def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
-    """Bytes that decoding has to read: every weight and every key and value, once a token."""
-    matrices = arch.num_layers * sum(w.shape[1] * w.shape[2] for w in block_weights(arch).values() if len(w.shape) == 3)
+    """Bytes that decoding has to read: every weight, key and value once a token; states are also written."""
+    matrices = sum(math.prod(w.shape) for w in block_weights(arch).values() if len(w.shape) == 3)
     weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
     of_responses = shapes.samples * shapes.response * (shapes.response + 1) / 2
     of_prompts = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
-    return itemsize * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * (of_responses + of_prompts))
+    attention, delta = (round(share * arch.num_layers) for share in _shares(arch))
+    states = 2 * 4 * delta * _memory(arch) * shapes.samples * shapes.response  # float32
+    read = weights + 2 * attention * arch.num_kv_heads * arch.head_dim * (of_responses + of_prompts)
+    return itemsize * read + states

@@ -50,9 +50,9 @@ class AdapterFile:
         another model that is read.
         """
         tree = adapter_weights(arch, self.rank)
-        modules = [(layer, module) for layer in range(arch.num_layers) for module in _modules(arch, tree, layer)]
+        modules = _modules(arch, tree)
         shapes = {}
-        for _, module in modules:
+        for module in modules:
             inputs = tree[module.members[0]]["a"].shape[2]
             # PEFT's lora_A is [rank, in], as our `a`; its lora_B is [out, rank], the transpose of our `b`.
             shapes[module.tensor("a")] = (len(module.members) * self.rank, inputs)
@@ -64,7 +64,7 @@ class AdapterFile:
                 )
         tensors = read_tensors(self.directory / WEIGHTS, shapes, whole=True)
         layers: dict[str, dict[str, list[jax.Array]]] = {name: {"a": [], "b": []} for name in tree}
-        for _, module in modules:
+        for module in modules:
             for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
                 own = slice(number * self.rank, (number + 1) * self.rank)
                 layers[name]["a"].append(tensors[module.tensor("a")][own])
@@ -115,16 +115,16 @@ def write_adapters(
     """Writes `adapters` (of as many blocks as `arch` has) into `directory`, which exists."""
     rank = next(iter(adapters.values()))["a"].shape[1]
     tensors = []
-    modules = [(layer, module) for layer in range(arch.num_layers) for module in _modules(arch, adapters, layer)]
-    for layer, module in modules:
-        a = np.concatenate([np.asarray(adapters[name]["a"][layer]) for name in module.members])
+    modules = _modules(arch, adapters)
+    for module in modules:
+        a = np.concatenate([np.asarray(adapters[name]["a"][module.index]) for name in module.members])
         b = np.zeros((module.outputs, len(a)), np.float32)
         for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
-            b[places, number * rank : (number + 1) * rank] = np.asarray(adapters[name]["b"][layer]).T
+            b[places, number * rank : (number + 1) * rank] = np.asarray(adapters[name]["b"][module.index]).T
         for part, values in (("a", a), ("b", b)):
             tensors.append(TensorToWrite(module.tensor(part), values.shape, partial(np.asarray, values)))
     write_safetensors(directory / WEIGHTS, tensors, dtype)
-    joined = {module.short: len(module.members) for _, module in modules if len(module.members) > 1}
+    joined = {module.short: len(module.members) for module in modules if len(module.members) > 1}
     write_json(
         directory / CONFIG,
         {
@@ -133,7 +133,7 @@ def write_adapters(
             "base_model_name_or_path": base_model,
             "r": rank,
             "lora_alpha": alpha,
-            "target_modules": sorted({module.short for _, module in modules}),
+            "target_modules": sorted({module.short for module in modules}),
             **({"rank_pattern": {name: count * rank for name, count in joined.items()}} if joined else {}),
             **({"alpha_pattern": {name: count * alpha for name, count in joined.items()}} if joined else {}),
             "lora_dropout": 0.0,
@@ -152,6 +152,7 @@ class _Module:
     """
 
     name: str
+    index: int  # in the stacks of its members
     members: tuple[str, ...]
     places: tuple[np.ndarray, ...]
     outputs: int
@@ -164,16 +165,16 @@ class _Module:
         return f"{_PREFIX}{self.name}.lora_{part.upper()}.weight"
 
 
-def _modules(arch: Arch, names: Container[str], layer: int) -> list[_Module]:
-    """Those of one block that have adapters."""
+def _modules(arch: Arch, names: Container[str]) -> list[_Module]:
+    """Those that have adapters, block by block."""
     weights = {name: weight for name, weight in linear_layers(arch).items() if name in names}
     made = []
     for tensor in hf_tensors(arch, weights):
         shares = tensor.shares
-        if shares[0].index != (layer,):
-            continue
         widths = [weights[share.name].shape[-1] for share in shares]
         places = (s.spread.places(w) if s.spread else np.arange(w) for s, w in zip(shares, widths, strict=True))
         name = tensor.name.removesuffix(".weight")
-        made.append(_Module(name, tuple(share.name for share in shares), tuple(places), sum(widths)))
+        made.append(
+            _Module(name, shares[0].index[0], tuple(share.name for share in shares), tuple(places), sum(widths))
+        )
     return made

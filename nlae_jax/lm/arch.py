@@ -72,12 +72,14 @@ class QueryGrowth:
 class Experts:
     """An MLP of which each token passes `per_token` out of `count`, weighted by the router's softmax.
 
-    `normalised`: the chosen ones' weights are scaled to sum to 1.
+    `normalised`: the chosen ones' weights are scaled to sum to 1. `shared`: the width of one more MLP (0: none), which
+    every token passes; what it gives is multiplied by the sigmoid of a projection of what it reads.
     """
 
     count: int
     per_token: int
     normalised: bool = False
+    shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,21 @@ class ClampedGate:
 
     alpha: float
     limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet (Yang et al. 2025) in the place of attention: each head keeps a matrix instead of keys.
+
+    `key_heads` query and key heads of `key_dim` serve `value_heads` value heads of `value_dim`, as many each. Queries,
+    keys and values pass a causal convolution over `width` tokens, channel by channel.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    width: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +149,9 @@ class Arch:
     sinks: bool = False  # each head has a score of a key that holds nothing
     experts: Experts | None = None
     clamped_gate: ClampedGate | None = None  # in the place of the activation
+    attention_gate: bool = False  # what attention gives is multiplied by the sigmoid of a projection of what it reads
+    mixers: tuple[str, ...] = ()  # per block what mixes tokens: "attention" or "delta"; empty: attention in all
+    delta: DeltaNet | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -140,10 +160,29 @@ class Arch:
 
     def truncated(self, num_layers: int) -> Arch:
         """The same model with its first `num_layers` blocks only."""
-        windows = self.windows[:num_layers]
+        windows, mixers = self.windows[:num_layers], self.mixers[:num_layers]
         return dataclasses.replace(
-            self, num_layers=num_layers, ropes=self.ropes[:num_layers], windows=windows if any(windows) else ()
+            self,
+            num_layers=num_layers,
+            ropes=self.ropes[:num_layers],
+            windows=windows if any(windows) else (),
+            mixers=mixers,
         )
+
+    def count(self, blocks: str, stop: int | None = None) -> int:
+        """How many of the first `stop` blocks (None: of all) have the weights whose leading axis is called `blocks`."""
+        stop = self.num_layers if stop is None else stop
+        return self.mixers[:stop].count(MIXERS[blocks]) if blocks in MIXERS else stop
+
+    def place(self, blocks: str, layer: int) -> int | None:
+        """Where block `layer` stands in stacks whose leading axis is called `blocks`; None: it is in none of them."""
+        if blocks in MIXERS and self.mixers[layer] != MIXERS[blocks]:
+            return None
+        return self.count(blocks, layer)
+
+
+# Where blocks differ in what mixes tokens, its weights are stacked over the blocks that have it: the leading axis.
+MIXERS = {"attention_layers": "attention", "delta_layers": "delta"}
 
 
 def linear_layers(arch: Arch) -> dict[str, Weight]:
@@ -155,12 +194,53 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
         "v": (arch.d_model, kv_heads, "embed", "kv_heads"),
         "o": (heads, arch.d_model, "heads", "embed"),
     }
+    if arch.attention_gate:
+        matrices["q_gate"] = matrices["q"]
+    attention = _attention_blocks(arch)
+    weights = {name: _matrix(arch, attention, *matrix) for name, matrix in matrices.items()}
+    if arch.delta is not None:
+        weights |= {name: _matrix(arch, "delta_layers", *matrix) for name, matrix in _delta_matrices(arch, arch.delta)}
     if arch.experts is None:
-        matrices |= {name: (*shape, *axes) for name, shape, axes in _mlp(arch)}
-    return {
-        name: Weight((arch.num_layers, rows, cols), ("layers", row_axis, col_axis), fan_in=rows)
-        for name, (rows, cols, row_axis, col_axis) in matrices.items()
-    }
+        weights |= {name: _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(arch)}
+    elif arch.experts.shared:
+        one = dataclasses.replace(arch, d_ff=arch.experts.shared)
+        weights |= {f"shared_{name}": _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(one)}
+    return {name: weight for name, weight in weights.items() if weight.shape[0]}
+
+
+def _attention_blocks(arch: Arch) -> str:
+    """What the leading axis of attention's weights is called."""
+    return "attention_layers" if arch.mixers else "layers"
+
+
+def _matrix(arch: Arch, blocks: str, rows: int, cols: int, row_axis: str, col_axis: str) -> Weight:
+    return Weight((arch.count(blocks), rows, cols), (blocks, row_axis, col_axis), fan_in=rows)
+
+
+def _delta_matrices(arch: Arch, delta: DeltaNet) -> list[tuple[str, tuple[int, int, str, str]]]:
+    """Name, sizes and axes of DeltaNet's wide matrices: q, k, v, the output's gate z and the way out."""
+    keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+    widths = {"q": keys, "k": keys, "v": values, "z": values}
+    into = [(f"delta_{name}", (arch.d_model, width, "embed", "heads")) for name, width in widths.items()]
+    return [*into, ("delta_o", (values, arch.d_model, "heads", "embed"))]
+
+
+def _delta_weights(arch: Arch, delta: DeltaNet, matrices: dict[str, Weight]) -> dict[str, Weight]:
+    """DeltaNet's other weights. Per head: projections to its step and its decay, the decay's rate and bias.
+
+    `matrices` are the linear layers: the convolutions [width, channels] are of what three of them give.
+    """
+    count, heads = arch.count("delta_layers"), delta.value_heads
+    narrow = Weight((count, arch.d_model, heads), ("delta_layers", "embed", "none"), arch.d_model)
+    per_head = Weight((count, heads), ("delta_layers", "none"))
+    weights = {"delta_b": narrow, "delta_a": narrow, "delta_rate": per_head, "delta_bias": per_head}
+    weights["delta_norm"] = Weight((count, delta.value_dim), ("delta_layers", "norm"))
+    for name in ("delta_q", "delta_k", "delta_v") if count else ():
+        channels = matrices[name].shape[-1]
+        weights[f"{name}_conv"] = Weight(
+            (count, delta.width, channels), ("delta_layers", "none", "heads"), fan_in=delta.width
+        )
+    return {name: weight for name, weight in weights.items() if weight.shape[0]}
 
 
 def _mlp(arch: Arch) -> list[tuple[str, tuple[int, int], tuple[str, str]]]:
@@ -173,6 +253,8 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
     """Matrices [L, experts, in, out], split over devices by whole experts, and the router [L, d, experts]."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
+    if experts.shared:
+        weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
     for name, shape, axes in _mlp(arch):
         inside = ["none" if axis == "mlp" else axis for axis in axes]
         weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
@@ -182,23 +264,35 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
 def block_weights(arch: Arch) -> dict[str, Weight]:
     """The weights of all blocks, stacked on a leading axis of length `num_layers`; matrices are [in, out]."""
     weights = linear_layers(arch)
+    if arch.delta is not None:
+        weights |= _delta_weights(arch, arch.delta, weights)
     if arch.experts is not None:
         weights |= _expert_weights(arch, arch.experts)
     for name in arch.biases:
+        if name not in weights:  # no block has attention
+            continue
         shape, axes = weights[name].shape, weights[name].axes
         weights[f"{name}_bias"] = Weight((*shape[:-2], shape[-1]), (*axes[:-2], axes[-1]))
     pre, post = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
     for norm in (*(pre if arch.pre_norms else ()), *(post if arch.post_norms else ())):
         for name in (norm, f"{norm}_bias") if arch.layer_norm else (norm,):
             weights[name] = Weight((arch.num_layers, arch.d_model), ("layers", "norm"))
-    if arch.qk_norm:
+    attention = _attention_blocks(arch)
+    blocks = arch.count(attention)
+    if arch.qk_norm and blocks:
         whole = arch.qk_norm == "all"
         for name, count in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
             width = count * arch.head_dim if whole else arch.head_dim
-            weights[name] = Weight((arch.num_layers, width), ("layers", "norm"))
-    if arch.sinks:
-        weights["sinks"] = Weight((arch.num_layers, arch.num_heads), ("layers", "heads"))
+            weights[name] = Weight((blocks, width), (attention, "norm"))
+    if arch.sinks and blocks:
+        weights["sinks"] = Weight((blocks, arch.num_heads), (attention, "heads"))
     return weights
+
+
+def first_blocks(arch: Arch, blocks: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Of all blocks' parameters, stacked, those of the first `depth`: as `block_weights(arch.truncated(depth))`."""
+    declared, kept = block_weights(arch), block_weights(arch.truncated(depth))
+    return {name: x[: arch.count(declared[name].axes[0], depth)] for name, x in blocks.items() if name in kept}
 
 
 def model_weights(arch: Arch) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nlae_jax.lm.arch import Arch, linear_layers
 from nlae_jax.lm.attention import attend
+from nlae_jax.lm.delta import mix
 from nlae_jax.lm.experts import mixture
 from nlae_jax.lm.lora import linear
 from nlae_jax.lm.mlp import activated
 from nlae_jax.lm.norms import norm, rms_norm
+from nlae_jax.lm.products import einsum
 from nlae_jax.lm.rope import apply_rope, query_growth, rope_table
-from nlae_jax.lm.segments import KeyValues
+from nlae_jax.lm.segments import DeltaState, KeyValues, empty_state
 from nlae_jax.mesh import DECODE_RULES, constrained
 
 
@@ -30,10 +33,14 @@ class Segment(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim]."""
+    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim].
 
-    k: jax.Array
-    v: jax.Array
+    In a block of DeltaNet its state, and no keys and values.
+    """
+
+    k: Any
+    v: Any
+    state: DeltaState | None = None
 
 
 # One block's weights and its adapters, none or by the linear layer's name.
@@ -103,32 +110,13 @@ class Block:
             x = _residual(x, decoding)
             with jax.named_scope("attention"):
                 normed = self._norm(x, weights, "attn_norm")
-                q, k, v = self._project(weights, adapters, normed, _one_of(self.ropes[i], layer.rope), decoding)
-                if (growth := self.growths[i]) is not None:
-                    q = (q * growth[..., None, None]).astype(q.dtype)
-                if own is None:
-                    keys = KeyValues(k, v, self.positions[i], self.valid[i])
-                    grown = LayerCache(k, v)
+                out = "delta_o" if "delta_o" in weights else "o"
+                if out == "o":
+                    mixed, grown = self._attention(i, weights, adapters, normed, seen, own, offset, layer, place)
                 else:
-                    grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
-                    read = grown if place is None else layer_of(grown, place)
-                    keys = own._replace(k=read.k, v=read.v)
-                seen.append(keys)
+                    mixed, grown = self._delta(i, weights, adapters, normed, seen, own, offset, place)
                 caches.append(grown)
-                mixed = attend(
-                    q,
-                    self.positions[i],
-                    seen,
-                    self.arch.attention_scale or None,
-                    self.arch.attention_softcap,
-                    layer.window,
-                    self.implementation,
-                    weights.get("sinks"),
-                )
-                mixed = mixed.reshape(*x.shape[:-1], -1)
-                if decoding:
-                    mixed = _by_column(self._by_row(mixed))
-                mixed = _residual(self._linear(mixed, weights, adapters, "o", decoding), decoding)
+                mixed = _residual(self._linear(mixed, weights, adapters, out, decoding), decoding)
                 before, x = x, x + self._added(mixed, weights, "attn_post_norm")
             with jax.named_scope("mlp"):
                 mixed = self._mlp(before if self.arch.parallel else x, weights, adapters, decoding)
@@ -136,10 +124,104 @@ class Block:
             outs.append(x)
         return tuple(outs), tuple(caches)
 
+    def _attention(
+        self,
+        i: int,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        x: jax.Array,
+        seen: list[KeyValues],
+        own: KeyValues | None,
+        offset: jax.Array | int,
+        layer: Layer,
+        place: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """What "o" reads of segment `i`, whose keys are put behind those `seen`, and what its cache becomes."""
+        decoding = own is not None
+        q, k, v = self._project(weights, adapters, x, _one_of(self.ropes[i], layer.rope), decoding)
+        if (growth := self.growths[i]) is not None:
+            q = (q * growth[..., None, None]).astype(q.dtype)
+        if own is None:
+            keys = KeyValues(k, v, self.positions[i], self.valid[i])
+            grown = LayerCache(k, v)
+        else:
+            grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
+            read = grown if place is None else layer_of(grown, place)
+            keys = own._replace(k=read.k, v=read.v)
+        seen.append(keys)
+        mixed = attend(
+            q,
+            self.positions[i],
+            seen,
+            self.arch.attention_scale or None,
+            self.arch.attention_softcap,
+            layer.window,
+            self.implementation,
+            weights.get("sinks"),
+        )
+        mixed = mixed.reshape(*x.shape[:-1], -1)
+        if self.arch.attention_gate:
+            gate = self._linear(x, weights, adapters, "q_gate", decoding)
+            gate = self._by_row(_by_column(gate)) if decoding else gate
+            mixed = mixed * jax.nn.sigmoid(gate)
+        return _by_column(self._by_row(mixed)) if decoding else mixed, grown
+
+    def _delta(
+        self,
+        i: int,
+        weights: dict[str, jax.Array],
+        adapters: dict[str, Any],
+        x: jax.Array,
+        seen: list[KeyValues],
+        own: KeyValues | None,
+        offset: jax.Array | int,
+        place: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """The same of a block of DeltaNet, for "delta_o": it begins with the state after the last one of those `seen`.
+
+        While decoding, the first token begins with that one, and later ones with what the one before left in `own`.
+        """
+        delta, decoding = self.arch.delta, own is not None
+        assert delta is not None  # as the block has its weights
+        rows = math.prod(x.shape[:-2])
+        before = (seen[-1].state if seen else None) or empty_state(delta, rows, x.dtype)
+        before = jax.tree.map(lambda s: _repeated(s, rows), before)
+        if own is not None:
+            kept = own.state if place is None else layer_of(own.state, place)
+            first = jnp.reshape(jnp.equal(offset, 0), -1)
+            choose = lambda new, old: jnp.where(first.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
+            before = jax.tree.map(lambda new, old: choose(new.astype(old.dtype), old), before, kept)
+
+        def product(name: str) -> jax.Array:
+            y = self._linear(x, weights, adapters, name, decoding)
+            return constrained(_by_column(y), ("batch", *[None] * (y.ndim - 2), "heads")) if decoding else y
+
+        mixed, state = mix(delta, self.arch.norm_eps, weights, product, x, self.valid[i], before)
+        state = DeltaState(
+            jax.tree.map(lambda tail: constrained(tail, ("batch", None, "heads")), state.tails),
+            constrained(state.memory, ("batch", "heads", None, None)),
+        )
+        state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, before)
+        seen.append(KeyValues(None, None, self.positions[i], self.valid[i], state))
+        if own is not None and place is not None:
+            update = jax.lax.dynamic_update_index_in_dim
+            state = jax.tree.map(lambda stack, new: update(stack, new, place, 0), own.state, state)
+        return _by_column(mixed) if decoding else mixed, LayerCache(None, None, state)
+
     def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
-        if self.arch.experts is not None:
-            return mixture(self.arch, self.arch.experts, weights, self._norm(x, weights, "mlp_norm"))
+        if (experts := self.arch.experts) is not None:
+            normed = self._norm(x, weights, "mlp_norm")
+            mixed = mixture(self.arch, experts, weights, normed)
+            return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
         return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+
+    def _shared(
+        self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool
+    ) -> jax.Array:
+        """What the expert that every token passes makes of what the MLP reads."""
+        product = lambda y, name: self._linear(y, weights, adapters, f"shared_{name}", decoding)  # noqa: E731
+        out = product(activated(self.arch, lambda name: product(x, name)), "down")
+        return out * jax.nn.sigmoid(einsum("...i,io->...o", x, weights["shared_share"]))
 
     def neurons(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
@@ -209,6 +291,12 @@ class Block:
         q = apply_rope(heads("q", self.arch.num_heads), rope)
         k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
         return q, jnp.moveaxis(k, -2, 0), jnp.moveaxis(heads("v", self.arch.num_kv_heads), -2, 0)
+
+
+def _repeated(x: jax.Array, rows: int) -> jax.Array:
+    """[outer, ...] -> [rows, ...]: each entry as often as rows share it."""
+    outer = x.shape[0]
+    return jnp.broadcast_to(x[:, None], (outer, rows // outer, *x.shape[1:])).reshape(rows, *x.shape[1:])
 
 
 def _by_column(y: jax.Array) -> jax.Array:

@@ -37,10 +37,17 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "qwen3_moe": readers.qwen3_moe,
     "olmoe": readers.olmoe,
     "gpt_oss": readers.gpt_oss,
+    "qwen3_5_text": readers.qwen3_5,
+    "qwen3_5_moe_text": readers.qwen3_5_moe,
 }
 
 # Models with a vision tower, by what their language model is called where its `text_config` does not say.
-_WITH_VISION = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_WITH_VISION = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
             f"config.json: num_attention_heads = {arch.num_heads} should be a multiple of "
             f"num_key_value_heads = {arch.num_kv_heads}"
         )
-    if {len(arch.ropes), len(arch.windows)} - {0, arch.num_layers}:
+    if {len(arch.ropes), len(arch.windows), len(arch.mixers)} - {0, arch.num_layers}:
         raise UserError(f"config.json: layer_types should name each of the {arch.num_layers} blocks, and no more")
     return arch
 

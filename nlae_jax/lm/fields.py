@@ -106,6 +106,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
     },
     "olmoe": {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+    "qwen3_5_text": {
+        "vocab_size": 248_320,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
     "gpt_oss": {
         "num_key_value_heads": 8,
         "head_dim": 64,
@@ -116,6 +131,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 7.0,
         "num_experts_per_tok": 4,
     },
+}
+
+DEFAULTS["qwen3_5_moe_text"] = {
+    **{key: value for key, value in DEFAULTS["qwen3_5_text"].items() if key != "intermediate_size"},
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
 }
 
 # What a family's config.json calls what others call otherwise.
@@ -134,6 +160,7 @@ NAMES: dict[str, dict[str, str]] = {
         "partial_rotary_factor": "rotary_pct",
     },
     "qwen3_moe": {"intermediate_size": "moe_intermediate_size"},
+    "qwen3_5_moe_text": {"intermediate_size": "moe_intermediate_size"},
     "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
 }
 

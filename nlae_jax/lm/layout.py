@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nlae_jax.lm.arch import Arch, model_weights
@@ -30,6 +30,7 @@ class Stored:
     transposed: bool = False  # the HF matrix is the transpose of ours
     beside: tuple[str, ...] = ()
     order: str = ""
+    spaced: bool = False  # an axis of length 1 stands between the HF matrix's two
 
     @property
     def in_blocks(self) -> bool:
@@ -51,17 +52,29 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a checkpoint and everything of ours that it holds."""
+    """One tensor of a checkpoint and everything of ours that it holds.
+
+    `shape` is that of its matrix. `layer`: the block that it belongs to, None outside of blocks.
+    """
 
     name: str
     shape: tuple[int, ...]
     transposed: bool
     shares: tuple[Share, ...]
+    layer: int | None = None
+    spaced: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """As the checkpoint has it."""
+        return (*self.shape[:-1], 1, self.shape[-1]) if self.spaced else self.shape
 
 
-def _shared(name: str, beside: str, transposed: bool = False, order: str = "", suffix: str = "") -> dict[str, Stored]:
+def _shared(
+    name: str, beside: str, transposed: bool = False, order: str = "", suffix: str = "", spaced: bool = False
+) -> dict[str, Stored]:
     members = tuple(f"{member}{suffix}" for member in beside.split())
-    return {member: Stored(name, transposed, members, order) for member in members}
+    return {member: Stored(name, transposed, members, order, spaced) for member in members}
 
 
 _LLAMA: dict[str, Stored] = {
@@ -153,6 +166,37 @@ _GPT_OSS = _LLAMA | {
     "down": Stored("model.layers.{}.mlp.experts.down_proj"),
     "down_bias": Stored("model.layers.{}.mlp.experts.down_proj_bias"),
 }
+_QWEN3_5 = _LLAMA | {
+    **_shared("model.layers.{}.self_attn.q_proj.weight", "q q_gate", True, "heads"),
+    **_shared("model.layers.{}.self_attn.q_proj.bias", "q q_gate", order="heads", suffix="_bias"),
+    **_shared("model.layers.{}.linear_attn.in_proj_qkv.weight", "delta_q delta_k delta_v", True),
+    "delta_z": Stored("model.layers.{}.linear_attn.in_proj_z.weight", True),
+    "delta_b": Stored("model.layers.{}.linear_attn.in_proj_b.weight", True),
+    "delta_a": Stored("model.layers.{}.linear_attn.in_proj_a.weight", True),
+    **_shared(
+        "model.layers.{}.linear_attn.conv1d.weight", "delta_q delta_k delta_v", True, suffix="_conv", spaced=True
+    ),
+    "delta_rate": Stored("model.layers.{}.linear_attn.A_log"),
+    "delta_bias": Stored("model.layers.{}.linear_attn.dt_bias"),
+    "delta_norm": Stored("model.layers.{}.linear_attn.norm.weight"),
+    "delta_o": Stored("model.layers.{}.linear_attn.out_proj.weight", True),
+}
+_SHARED_EXPERT = {
+    "shared_gate": Stored("model.layers.{}.mlp.shared_expert.gate_proj.weight", True),
+    "shared_up": Stored("model.layers.{}.mlp.shared_expert.up_proj.weight", True),
+    "shared_down": Stored("model.layers.{}.mlp.shared_expert.down_proj.weight", True),
+    "shared_share": Stored("model.layers.{}.mlp.shared_expert_gate.weight", True),
+}
+_OF_EXPERTS = ("router", "gate", "up", "down")
+_QWEN3_5_MOE = _QWEN3_5 | _SHARED_EXPERT | {name: _QWEN3_MOE[name] for name in _OF_EXPERTS}
+# The same where all experts of a block are in one tensor.
+_PACKED = {
+    "qwen3_5_moe_text": _QWEN3_5_MOE
+    | {
+        **_shared("model.layers.{}.mlp.experts.gate_up_proj", "gate up", True),
+        "down": Stored("model.layers.{}.mlp.experts.down_proj", True),
+    }
+}
 _OTHERS: dict[str, dict[str, Stored]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORMS),
     "gpt2": _GPT2,
@@ -162,6 +206,8 @@ _OTHERS: dict[str, dict[str, Stored]] = {
     "qwen3_moe": _QWEN3_MOE,
     "olmoe": _QWEN3_MOE,
     "gpt_oss": _GPT_OSS,
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
 }
 # What a model has been saved with under another name.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
@@ -172,9 +218,17 @@ _BUFFERS = {
 }
 
 
-def layout(arch: Arch) -> dict[str, Stored]:
-    """Where every parameter that the family may have stands."""
-    return _OTHERS.get(arch.family, _LLAMA)
+def layout(arch: Arch, packed: bool = False) -> dict[str, Stored]:
+    """Where every parameter that the family may have stands; `packed`: where a block has its experts in one tensor."""
+    return _PACKED[arch.family] if packed else _OTHERS.get(arch.family, _LLAMA)
+
+
+def is_packed(arch: Arch, names: Iterable[str]) -> bool:
+    """Whether tensors of these names have a block's experts in one, in a family that is published in both ways."""
+    if arch.family not in _PACKED:
+        return False
+    down = _PACKED[arch.family]["down"].name.format(0)
+    return any(plain_name(arch, name) == down for name in names)
 
 
 def hf_name(arch: Arch, name: str, layer: int = 0, expert: int = 0) -> str:
@@ -188,23 +242,28 @@ def flat_weights(arch: Arch) -> dict[str, Weight]:
     return {name: weight for name, weight in weights.items() if name != "blocks"} | weights["blocks"]
 
 
-def hf_tensors(arch: Arch, weights: Mapping[str, Weight]) -> Iterator[HfTensor]:
+def hf_tensors(arch: Arch, weights: Mapping[str, Weight], packed: bool = False) -> Iterator[HfTensor]:
     """Every tensor of a checkpoint with these parameters: those outside of blocks first, then block by block."""
-    table = {name: stored for name, stored in layout(arch).items() if name in weights}
+    table = {name: stored for name, stored in layout(arch, packed).items() if name in weights}
     first = {name: stored for name, stored in table.items() if stored.beside[:1] in ((), (name,))}
     for name, stored in first.items():
         if not stored.in_blocks:
-            yield _tensor(arch, weights, name, stored, ())
+            yield _tensor(arch, weights, name, stored, (), None)
     for layer in range(arch.num_layers):
         for name, stored in first.items():
-            if stored.in_blocks and "{expert}" not in stored.name:
-                yield _tensor(arch, weights, name, stored, (layer,))
-            elif stored.in_blocks:
+            place = arch.place(weights[name].axes[0], layer) if stored.in_blocks else None
+            if place is None:
+                continue
+            if "{expert}" not in stored.name:
+                yield _tensor(arch, weights, name, stored, (place,), layer)
+            else:
                 for expert in range(arch.experts.count if arch.experts else 0):
-                    yield _tensor(arch, weights, name, stored, (layer, expert))
+                    yield _tensor(arch, weights, name, stored, (place, expert), layer)
 
 
-def _tensor(arch: Arch, weights: Mapping[str, Weight], name: str, stored: Stored, index: tuple[int, ...]) -> HfTensor:
+def _tensor(
+    arch: Arch, weights: Mapping[str, Weight], name: str, stored: Stored, index: tuple[int, ...], layer: int | None
+) -> HfTensor:
     members = stored.beside or (name,)
     inside = weights[name].shape[len(index) :]
     experts = arch.experts.count if arch.experts and "experts" in weights[name].axes[len(index) :] else None
@@ -220,8 +279,8 @@ def _tensor(arch: Arch, weights: Mapping[str, Weight], name: str, stored: Stored
             shares += [Share(member, (*index, expert), expert, spread) for expert in range(experts)]
     matrix = (*inside[experts is not None : -1], sum(widths))
     shape = (() if experts is None else (experts,)) + (matrix[::-1] if stored.transposed else matrix)
-    hf = stored.name.format(*index[:1], expert=index[-1] if index else 0)
-    return HfTensor(hf, shape, stored.transposed, tuple(shares))
+    hf = stored.name.format(layer, expert=index[-1] if index else 0)
+    return HfTensor(hf, shape, stored.transposed, tuple(shares), layer, stored.spaced)
 
 
 def plain_name(arch: Arch, name: str) -> str:

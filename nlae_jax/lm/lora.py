@@ -20,8 +20,10 @@ def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
     """Per linear layer, `a` [L, rank, in] and `b` [L, rank, out]."""
     return {
         name: {
-            "a": Weight((weight.shape[0], rank, weight.shape[1]), ("layers", "rank", weight.axes[1]), weight.shape[1]),
-            "b": Weight((weight.shape[0], rank, weight.shape[2]), ("layers", "rank", weight.axes[2])),
+            "a": Weight(
+                (weight.shape[0], rank, weight.shape[1]), (weight.axes[0], "rank", weight.axes[1]), weight.shape[1]
+            ),
+            "b": Weight((weight.shape[0], rank, weight.shape[2]), (weight.axes[0], "rank", weight.axes[2])),
         }
         for name, weight in linear_layers(arch).items()
     }

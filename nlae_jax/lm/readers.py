@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from nlae_jax.lm.arch import Arch, ClampedGate, Experts, QueryGrowth, YarnRope
+from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, QueryGrowth, YarnRope
 from nlae_jax.lm.fields import Fields, number, table, whole
 from nlae_jax.lm.rope_fields import long_rope, rope_of, turned_of, whole_heads_turn
 from nlae_jax.runtime.errors import UserError
@@ -21,6 +21,9 @@ _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
+
+
+_MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
 
 def _common(fields: Fields, default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
@@ -364,6 +367,50 @@ def gpt_oss(fields: Fields) -> Arch:
         experts=_experts(fields, normalised=True),  # a softmax of the chosen ones' logits is that of all, normalised
         clamped_gate=ClampedGate(fields.number("swiglu_alpha"), fields.number("swiglu_limit")),
     )
+
+
+def qwen3_5(fields: Fields) -> Arch:
+    """Qwen 3.6's models are called so too."""
+    fields.only("hidden_act", "silu")
+    fields.only("attn_output_gate", True)
+    fields.only("mlp_only_layers", [])
+    fields.pass_over("mamba_ssm_dtype")  # the state is float32 in any case
+    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):  # of blocks that draft tokens: not run
+        fields.pass_over(key)
+    common, kinds = _common(fields, partial=True), fields.items("layer_types")
+    interval = fields.size("full_attention_interval", 4)
+    by_interval = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(common["num_layers"])]
+    for kind in kinds:
+        if kind not in _MIXERS:
+            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
+    delta = DeltaNet(
+        key_heads=fields.size("linear_num_key_heads"),
+        value_heads=fields.size("linear_num_value_heads"),
+        key_dim=fields.size("linear_key_head_dim"),
+        value_dim=fields.size("linear_value_head_dim"),
+        width=fields.size("linear_conv_kernel_dim"),
+    )
+    if delta.value_heads % delta.key_heads:
+        raise ValueError(
+            f"linear_num_value_heads = {delta.value_heads} should be a multiple of "
+            f"linear_num_key_heads = {delta.key_heads}"
+        )
+    return Arch(
+        **common,
+        biases=("q", "q_gate", "k", "v", "o") if fields.flag("attention_bias") else (),
+        qk_norm="head",
+        norm_offset=1.0,
+        attention_gate=True,
+        mixers=tuple(_MIXERS[kind] for kind in kinds or by_interval),
+        delta=delta,
+    )
+
+
+def qwen3_5_moe(fields: Fields) -> Arch:
+    fields.only("decoder_sparse_step", 1)
+    fields.only("norm_topk_prob", True)
+    shared = fields.size("shared_expert_intermediate_size")
+    return dataclasses.replace(qwen3_5(fields), experts=dataclasses.replace(_experts(fields, True), shared=shared))
 
 
 def _experts(fields: Fields, normalised: bool) -> Experts:

@@ -40,11 +40,17 @@ class Rows(NamedTuple):
     own: Any
 
 
+def _row_axis(kv: KeyValues) -> int:
+    """Which axis of keys is the rows': of one block's or of all blocks'. In states it is the one before."""
+    return 1 if kv.k is None else kv.k.ndim - 3
+
+
 def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     """`rows` with the rows of `new` at `places` [B] int32; a place of R or more drops its row.
 
     `new` has no tokens yet. Of its contexts those with a batch axis are put in; the constant ones stay. Of its own keys
-    only the positions count: older tokens' keys lie beyond what a new row looks at until it has written its own.
+    only the positions count: older tokens' keys lie beyond what a new row looks at until it has written its own, and
+    its first token begins with the state of its contexts.
     """
 
     def at(old: jax.Array, fresh: jax.Array, axis: int = 0) -> jax.Array:
@@ -54,12 +60,14 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     def keys(old: KeyValues, fresh: KeyValues) -> KeyValues:
         if old.positions.ndim == 1:  # a constant prompt's
             return old
-        axis = old.k.ndim - 3
+        axis = _row_axis(old)
+        each = lambda part, fresh, axis: jax.tree.map(lambda a, b: at(a, b, axis), part, fresh)  # noqa: E731
         return KeyValues(
-            at(old.k, fresh.k, axis),
-            at(old.v, fresh.v, axis),
+            each(old.k, fresh.k, axis),
+            each(old.v, fresh.v, axis),
             at(old.positions, fresh.positions),
             at(old.valid, fresh.valid),
+            each(old.state, fresh.state, axis - 1),
         )
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
@@ -90,15 +98,16 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
     def moved(kv: KeyValues) -> KeyValues:
         if kv.positions.ndim == 1:
             return kv
-        k, v = (jnp.take(x, index, axis=x.ndim - 3) for x in (kv.k, kv.v))
-        return KeyValues(k, v, kv.positions[index], kv.valid[index])
+        axis = _row_axis(kv)
+        take = lambda part, axis: jax.tree.map(lambda x: jnp.take(x, index, axis=axis), part)  # noqa: E731
+        k, v, state = take(kv.k, axis), take(kv.v, axis), take(kv.state, axis - 1)
+        return KeyValues(k, v, kv.positions[index], kv.valid[index], state)
 
     def widened(kv: KeyValues) -> KeyValues:
         kv = moved(kv)
         positions = kv.positions[:, :1] + jnp.arange(capacity, dtype=jnp.int32)
-        return KeyValues(
-            room(kv.k, kv.k.ndim - 2), room(kv.v, kv.v.ndim - 2), positions, jnp.ones(positions.shape, bool)
-        )
+        k, v = jax.tree.map(lambda x: room(x, x.ndim - 2), (kv.k, kv.v))
+        return KeyValues(k, v, positions, jnp.ones(positions.shape, bool), kv.state)
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
     return Rows(

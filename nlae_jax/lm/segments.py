@@ -1,25 +1,66 @@
-"""Keys and values of a run of tokens, as attention reads them."""
+"""What blocks keep of a run of tokens: keys and values, as attention reads them, or the state of DeltaNet."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, DeltaNet
+
+
+class DeltaState(NamedTuple):
+    """What DeltaNet keeps of the tokens before: all batch axes as one, rows.
+
+    `tails` [rows, width - 1, channels] are the last inputs of the convolutions of queries, keys and values, zero before
+    the first token. `memory` [rows, value_heads, key_dim, value_dim] float32 maps keys to values.
+    """
+
+    tails: tuple[jax.Array, jax.Array, jax.Array]
+    memory: jax.Array
 
 
 class KeyValues(NamedTuple):
     """Keys and values of one segment in one block.
 
-    `k`, `v`: [kv_heads, *batch, T, head_dim]; `positions`: [*batch, T] int32; `valid`: [*batch, T] bool.
+    `k`, `v`: [kv_heads, *batch, T, head_dim]; `positions`: [*batch, T] int32; `valid`: [*batch, T] bool. In a block of
+    DeltaNet, `state` after the segment in the place of `k` and `v`, which are None. Of all blocks together both are
+    there, each stacked over the blocks that have it; no state where none has.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
     positions: jax.Array
     valid: jax.Array
+    state: DeltaState | None = None
+
+
+def of_block(arch: Arch, kv: KeyValues, layer: int) -> KeyValues:
+    """What block `layer` has of the keys and values of all blocks."""
+    if not arch.mixers:
+        return kv._replace(k=kv.k[layer], v=kv.v[layer])
+    place = arch.place("delta_layers", layer)
+    if place is not None:
+        return kv._replace(k=None, v=None, state=jax.tree.map(lambda x: x[place], kv.state))
+    place = arch.place("attention_layers", layer)
+    return kv._replace(k=kv.k[place], v=kv.v[place], state=None)
+
+
+def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int, ...] = ()) -> DeltaState:
+    """Before the first token."""
+    keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+    tails = [jnp.zeros((*blocks, rows, delta.width - 1, channels), dtype) for channels in (keys, keys, values)]
+    memory = jnp.zeros((*blocks, rows, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
+    return DeltaState((tails[0], tails[1], tails[2]), memory)
+
+
+def bytes_of_row(arch: Arch, capacity: int, itemsize: int) -> int:
+    """What one row of `empty_caches` takes in all blocks, its keys and values and its states."""
+    made = jax.eval_shape(lambda: empty_caches(arch, jnp.zeros(1, jnp.int32), capacity, jnp.float32))
+    memory = 0 if made.state is None else made.state.memory.size
+    keys = sum(x.size for x in jax.tree.leaves((made.k, made.v, made.state)))
+    return (keys - memory) * itemsize + memory * 4
 
 
 def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
@@ -29,6 +70,10 @@ def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) 
     than any query. The batch is one axis because that is how attention multiplies: reshaped in between, each cache was
     written twice and copied four times a token.
     """
-    shape = (arch.num_layers, arch.num_kv_heads, start.size, capacity, arch.head_dim)
+    attention = arch.count("attention_layers") if arch.mixers else arch.num_layers
+    shape = (attention, arch.num_kv_heads, start.size, capacity, arch.head_dim)
     positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
+    made = KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
+    if arch.delta is None:
+        return made
+    return made._replace(state=empty_state(arch.delta, start.size, dtype, (arch.count("delta_layers"),)))

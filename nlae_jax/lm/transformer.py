@@ -17,9 +17,10 @@ from nlae_jax.lm import head
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of
 from nlae_jax.lm.lora import adapter_weights
+from nlae_jax.lm.mixed import of_layer, over_blocks, stacked_caches
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.norms import norm
-from nlae_jax.lm.segments import KeyValues
+from nlae_jax.lm.segments import KeyValues, of_block
 from nlae_jax.mesh import DECODE_RULES, Weight, constrained_tree, platform_of
 from nlae_jax.runtime.errors import UserError
 
@@ -27,7 +28,10 @@ REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots,
     # Neither attention's scores nor what is cheaply made again: less than half of what "dots" keeps, and no slower.
-    "linear": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention", "o", "gate", "up"),
+    "linear": jax.checkpoint_policies.save_only_these_names(
+        *("q", "k", "v", "attention", "o", "gate", "up", "q_gate"),
+        *("delta_q", "delta_k", "delta_v", "delta_z", "delta_o", "shared_gate", "shared_up"),
+    ),
 }
 
 
@@ -102,12 +106,14 @@ class Transformer(nn.Module):
         """Blocks `start` to `stop` (exclusive) on all segments at once, scanned over layers.
 
         Returns the residual streams after the last of them, [*batch, T, d] each, and, with `keep_caches`, each
-        segment's keys and values stacked over layers.
+        segment's keys and values (and states of DeltaNet) stacked over the layers that have them.
         """
         stop = self.arch.num_layers if stop is None else stop
         length = sum(s.x.shape[-2] for s in segments)
         xs = tuple(self._placed(s.x, s.positions, length) if start == 0 else s.x for s in segments)
         block = Block(self.arch, self.lora_scale, segments, self.attention)
+        if self.arch.mixers:
+            return self._mixed_run(block, xs, segments, start, stop, keep_caches)
 
         def body(xs: tuple[jax.Array, ...], inputs: tuple[Any, Any, Any]) -> tuple[tuple[jax.Array, ...], Any]:
             weights, adapters, layer = inputs
@@ -125,6 +131,27 @@ class Transformer(nn.Module):
         layers = jax.tree.map(lambda a: a[start:stop], layers_of(self.arch))
         return jax.lax.scan(body, xs, (weights, adapters, layers))
 
+    def _mixed_run(
+        self,
+        block: Block,
+        xs: tuple[jax.Array, ...],
+        segments: Sequence[Segment],
+        start: int,
+        stop: int,
+        keep_caches: bool,
+    ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+        """The same where blocks are not all of one kind."""
+        layers = layers_of(self.arch)
+
+        def step(xs: Any, weights: Any, adapters: Any, number: Any, places: Any) -> tuple[Any, Any]:
+            layer = jax.tree.map(lambda a: jnp.asarray(a)[number], layers)
+            xs, caches = block(weights, adapters, xs, layer=layer)
+            return xs, caches if keep_caches else ()
+
+        policy = REMAT[self.remat]
+        xs, given = over_blocks(self.arch, self.blocks, self._adapters(), step, xs, start, stop, policy)
+        return xs, stacked_caches(self.arch, given, segments) if keep_caches else ()
+
     def neurons(self, segment: Segment, layer: int) -> jax.Array:
         """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff].
 
@@ -134,7 +161,7 @@ class Transformer(nn.Module):
             raise UserError(f"the neurons of a model with experts ({self.arch.family}) cannot be read")
         (hidden,), _ = self.run((segment,), stop=layer)
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
-        weights, adapters = layer_of(self.blocks, layer), layer_of(self._adapters(), layer)
+        weights, adapters = (of_layer(self.arch, stacks, layer) for stacks in (self.blocks, self._adapters()))
         if self.arch.parallel:
             return block.neurons(hidden, weights, adapters)
         # Without its MLP's output, what leaves the block is what its MLP reads.
@@ -149,7 +176,8 @@ class Transformer(nn.Module):
     def block_weights(self) -> list[BlockWeights]:
         """Each block's weights and adapters by themselves."""
         adapters = self._adapters()
-        return [(layer_of(self.blocks, index), layer_of(adapters, index)) for index in range(self.arch.num_layers)]
+        of = lambda stacks, index: of_layer(self.arch, stacks, index)  # noqa: E731
+        return [(of(self.blocks, index), of(adapters, index)) for index in range(self.arch.num_layers)]
 
     def decode(
         self,
@@ -167,7 +195,7 @@ class Transformer(nn.Module):
         """
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
         parts = (*contexts, own) if weights is None else (*contexts[0], own[0])
-        x = self._placed(segment.x, segment.positions, sum(kv.k.shape[-2] for kv in parts))
+        x = self._placed(segment.x, segment.positions, sum(kv.positions.shape[-1] for kv in parts))
         if weights is None:
             return self._scanned_decode(block, x, contexts, own, offset)
         xs: tuple[jax.Array, ...] = (x,)
@@ -176,13 +204,15 @@ class Transformer(nn.Module):
         for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
             xs, (cache,) = block(base, adapters, xs, contexts[index], own[index], offset, layer)
-            grown.append(own[index]._replace(k=cache.k, v=cache.v))
+            grown.append(own[index]._replace(k=cache.k, v=cache.v, state=cache.state))
         return xs[0], grown
 
     def _scanned_decode(
         self, block: Block, x: jax.Array, contexts: Sequence[KeyValues], own: KeyValues, offset: jax.Array
     ) -> tuple[jax.Array, KeyValues]:
         """The stacked caches are carried from layer to layer and written in place: as outputs they would be copied."""
+        if self.arch.mixers:
+            return self._mixed_decode(block, x, contexts, own, offset)
 
         def body(carry: tuple[jax.Array, LayerCache], inputs: Any) -> tuple[Any, None]:
             (x, grown), (place, base, adapters, layer, read) = carry, inputs
@@ -195,6 +225,29 @@ class Transformer(nn.Module):
         inputs = places, self.blocks, self._adapters(), layers_of(self.arch), read
         (x, grown), _ = jax.lax.scan(body, (x, LayerCache(own.k, own.v)), inputs)
         return x, own._replace(k=grown.k, v=grown.v)
+
+    def _mixed_decode(
+        self, block: Block, x: jax.Array, contexts: Sequence[KeyValues], own: KeyValues, offset: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        layers = layers_of(self.arch)
+
+        def step(carry: Any, weights: Any, adapters: Any, number: Any, places: Any) -> tuple[Any, Any]:
+            (x, grown), place = carry, places.get("attention_layers")
+            layer = jax.tree.map(lambda a: jnp.asarray(a)[number], layers)
+            if place is None:
+                place = places["delta_layers"]
+                seen = [kv._replace(k=None, v=None, state=layer_of(kv.state, place)) for kv in contexts]
+            else:
+                seen = [kv._replace(k=layer_of(kv.k, place), v=layer_of(kv.v, place), state=None) for kv in contexts]
+            room = own._replace(k=grown.k, v=grown.v, state=grown.state)
+            (x,), (cache,) = block(weights, adapters, (x,), seen, room, offset, layer, jnp.asarray(place))
+            kept = {name: part for name, part in cache._asdict().items() if part is not None}
+            return (x, grown._replace(**kept)), ()
+
+        carry = x, LayerCache(own.k, own.v, own.state)
+        adapters = self._adapters()
+        (x, grown), _ = over_blocks(self.arch, self.blocks, adapters, step, carry, 0, self.arch.num_layers)
+        return x, own._replace(k=grown.k, v=grown.v, state=grown.state)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., d] -> [..., V] float32."""
@@ -228,7 +281,7 @@ class Transformer(nn.Module):
 def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tuple[KeyValues, ...]:
     """What `Transformer.run` kept of segments, as later ones attend to it: stacked over blocks."""
     pairs = zip(caches, segments, strict=True)
-    return tuple(KeyValues(cache.k, cache.v, segment.positions, segment.valid) for cache, segment in pairs)
+    return tuple(KeyValues(cache.k, cache.v, segment.positions, segment.valid, cache.state) for cache, segment in pairs)
 
 
 class Decoding(NamedTuple):
@@ -256,7 +309,7 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
         variables["lora"] = {"lm": {"blocks": adapters}}
     if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
         return Decoding(variables, None, contexts, own)
-    apart = lambda kv, index: kv._replace(k=kv.k[index], v=kv.v[index])  # noqa: E731
+    apart = lambda kv, index: of_block(role.arch, kv, index)  # noqa: E731
     return Decoding(
         variables,
         apply(role, variables, method=lambda role: role.lm.block_weights()),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +17,17 @@ import jax
 import numpy as np
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.layout import HfTensor, Share, flat_weights, hf_name, hf_tensors, is_buffer, layout, plain_name
+from nlae_jax.lm.layout import (
+    HfTensor,
+    Share,
+    flat_weights,
+    hf_name,
+    hf_tensors,
+    is_buffer,
+    is_packed,
+    layout,
+    plain_name,
+)
 from nlae_jax.lm.tensors import (
     Mxfp4Tensor,
     Source,
@@ -39,7 +50,11 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 2**30  # of one file that is written
 
-_VISION = ("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector.")
+# Of a vision tower, or of heads that draft several tokens ahead.
+_BESIDE = (
+    *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
+    *("model.visual.", "visual.", "mtp.", "model.mtp."),
+)
 
 # What a tensor is packed into, beside what its name is otherwise.
 _MXFP4 = ("blocks", "scales")
@@ -111,7 +126,7 @@ def save_model(
     if arch.experts is not None:  # of a block's, each is written by itself
         values = functools.lru_cache(maxsize=1)(values)
     tensors = [
-        TensorToWrite(tensor.name, tensor.shape, functools.partial(_values, values, tensor))
+        TensorToWrite(tensor.name, tensor.stored_shape, functools.partial(_values, values, tensor))
         for tensor in hf_tensors(arch, _weights(arch, trunk))
     ]
     directory = Path(directory)
@@ -140,7 +155,7 @@ def _values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.nd
         target, array = joined if share.expert is None else joined[share.expert], of(share)
         places = np.arange(array.shape[-1]) if share.spread is None else share.spread.places(array.shape[-1])
         (target.T if tensor.transposed else target)[..., places] = array
-    return joined
+    return joined.reshape(tensor.stored_shape)
 
 
 def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[TensorToWrite]]:
@@ -173,8 +188,8 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
-    """Whether a surplus tensor is harmless: a buffer, a vision tower's, or a trunk's output part."""
-    if is_buffer(arch, name) or name.startswith(_VISION):
+    """Whether a surplus tensor is harmless: a buffer, one of `_BESIDE`, or a trunk's output part."""
+    if is_buffer(arch, name) or name.startswith(_BESIDE):
         return True
     return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
 
@@ -220,12 +235,14 @@ def _find(
 
     Every tensor is there once and as expected, else UserError.
     """
-    wanted = {tensor.name: tensor for tensor in hf_tensors(arch, weights)}
+    stored = {path: stored_tensors(path) for path in weight_files(directory)}
+    packed_experts = is_packed(arch, (tensor.name for tensors in stored.values() for tensor in tensors))
+    wanted = {tensor.name: tensor for tensor in hf_tensors(arch, weights, packed_experts)}
     found: dict[str, StoredTensor | Mxfp4Tensor] = {}
     packed: dict[str, dict[str, StoredTensor]] = {}
     heads: list[StoredTensor] = []
-    for path in weight_files(directory):
-        for tensor in stored_tensors(path):
+    for path, tensors in stored.items():
+        for tensor in tensors:
             plain = plain_name(arch, tensor.name)
             stem, _, part = plain.rpartition("_")
             if part in _MXFP4 and stem in wanted and part not in packed.get(stem, {}):
@@ -240,8 +257,8 @@ def _find(
                 raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
             if plain in found:
                 raise UserError(f"{path}: the tensor {tensor.name!r} is there twice")
-            check_tensor(tensor, wanted[plain].shape)
-            found[plain] = tensor
+            check_tensor(tensor, wanted[plain].stored_shape)
+            found[plain] = dataclasses.replace(tensor, shape=wanted[plain].shape)
     for stem, parts in packed.items():
         if stem in found or len(parts) < len(_MXFP4):
             where = next(iter(parts.values()))
@@ -255,9 +272,9 @@ def _find(
     sources: dict[str, list[Source]] = {name: [] for name in weights}
     for name, hf in wanted.items():
         for share in hf.shares:
-            stored = found[name] if share.expert is None else found[name].entry(share.expert)
-            transposed = hf.transposed or isinstance(stored, Mxfp4Tensor)
-            sources[share.name].append(Source(stored, share.index, transposed, share.spread))
+            held = found[name] if share.expert is None else found[name].entry(share.expert)
+            transposed = hf.transposed or isinstance(held, Mxfp4Tensor)
+            sources[share.name].append(Source(held, share.index, transposed, share.spread))
     for head in heads:
         check_tensor(head, head.shape)
     return sources, heads

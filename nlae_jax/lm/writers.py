@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nlae_jax.lm.arch import Arch, ClampedGate, Experts
+from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts
 from nlae_jax.lm.rope_fields import written_rope
 
 
@@ -24,6 +24,15 @@ class Written:
 _WINDOW = ("use_sliding_window", "sliding_window", "layer_types")
 _GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window", "layer_types")
 _GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_DELTA = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
+_QWEN3_5 = (
+    *("hidden_act", "attention_bias", "layer_types/mixers", "rope_parameters", "partial_rotary_factor"),
+    *_DELTA,
+    "use_cache",
+)
 _ROUTED = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
 WRITTEN: dict[str, Written] = {
     "llama": Written("LlamaForCausalLM", ("hidden_act", "attention_bias", "mlp_bias")),
@@ -76,9 +85,16 @@ WRITTEN: dict[str, Written] = {
             *("num_local_experts", "num_experts_per_tok"),
         ),
     ),
+    "qwen3_5_text": Written("Qwen3_5ForCausalLM", _QWEN3_5, ("rope_theta",)),
+    "qwen3_5_moe_text": Written(
+        "Qwen3_5MoeForCausalLM",
+        (*_QWEN3_5, "shared_expert_intermediate_size", "num_experts", "num_experts_per_tok"),
+        ("rope_theta",),
+    ),
 }
 
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # others have one name
+_MIXERS = {"attention": "full_attention", "delta": "linear_attention"}
 
 
 def own_fields(arch: Arch) -> dict[str, Any]:
@@ -88,6 +104,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
     # Off by a rounding error, because the Arch holds its inverse square root.
     query_scalar = round(arch.attention_scale**-2, 6) if arch.attention_scale else float(arch.head_dim)
     experts, clamped = arch.experts or Experts(0, 0), arch.clamped_gate or ClampedGate(0.0, 0.0)
+    delta = arch.delta or DeltaNet(0, 0, 0, 0)
     return {
         "hidden_act": _ACTIVATIONS.get(arch.activation, arch.activation),
         "hidden_activation": "gelu_pytorch_tanh",
@@ -96,6 +113,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "use_sliding_window": bool(arch.windows),
         "sliding_window": max(arch.windows, default=0) or None,
         "layer_types": ["sliding_attention" if one else "full_attention" for one in local],
+        "layer_types/mixers": [_MIXERS[mixer] for mixer in arch.mixers],
         "no_rope_layers": [int(rope != "none") for rope in arch.ropes],
         "query_pre_attn_scalar": int(query_scalar) if query_scalar.is_integer() else query_scalar,
         "attn_logit_softcapping": arch.attention_softcap or None,
@@ -121,8 +139,15 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "num_local_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "norm_topk_prob": experts.normalised,
+        "shared_expert_intermediate_size": experts.shared,
         "swiglu_alpha": clamped.alpha,
         "swiglu_limit": clamped.limit,
+        "linear_num_key_heads": delta.key_heads,
+        "linear_num_value_heads": delta.value_heads,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_conv_kernel_dim": delta.width,
+        "use_cache": "attention" in arch.mixers,  # where no block has keys, transformers cannot tell a cache's length
     }
 
 

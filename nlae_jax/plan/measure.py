@@ -37,10 +37,11 @@ def needed(planned: Planned) -> dict[str, float]:
     described = shapes._replace(response=sft_width(config))
     rl = flops_of(shapes)
     size, width = read_shape(config, batch_parts(planned.mesh))
-    read = (layer + 1) * size * block_flops(arch, width, width * (width + 1) / 2)
+    of_blocks = lambda depth: depth * size * block_flops(arch.truncated(depth), width, width * (width + 1) / 2)  # noqa: E731
+    read = of_blocks(layer + 1)
     if config.describe.provider == "template":
         rows = size * config.extract.positions_per_document
-        read = read / (layer + 1) * arch.num_layers + 2.0 * rows * arch.d_model * arch.vocab_size
+        read = of_blocks(arch.num_layers) + 2.0 * rows * arch.d_model * arch.vocab_size
     return {
         "extract": read,
         "encoder_sft": flops_of(described)["encoder_sft"],

@@ -18,6 +18,7 @@ import numpy as np
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.rows import Rows, advance, put, resized
+from nlae_jax.lm.segments import bytes_of_row
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.mesh import platform_of
 
@@ -42,7 +43,7 @@ def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
     """Of a table whose rows may become `capacity` tokens long: one of `SIZES`."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     room = _ROOM_BYTES if memory is None else int(memory * _ROOM_PART)
-    row = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * itemsize * capacity
+    row = bytes_of_row(arch, capacity, itemsize)
     return max((size for size in SIZES if size * row <= room), default=1)
 
 

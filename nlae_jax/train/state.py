@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from nlae_jax.config import Config
+from nlae_jax.lm.arch import first_blocks
 from nlae_jax.lm.lora import init_adapters
 from nlae_jax.mesh import Weight, place, replicated, tree_shardings
 from nlae_jax.roles.pair import Params, Roles
@@ -54,10 +55,8 @@ def init_decoder(
     head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else head
     if roles.rank == 0:
         lm = {name: _master_copy(weight) for name, weight in base.items() if name not in ("blocks", "head")}
-        return {
-            "lm": {**lm, "blocks": jax.tree.map(lambda w: _master_copy(w[:depth]), base["blocks"])},
-            "value_head": head,
-        }
+        blocks = first_blocks(arch, base["blocks"], depth)
+        return {"lm": {**lm, "blocks": jax.tree.map(_master_copy, blocks)}, "value_head": head}
     return {"adapters": adapters or init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
 
 

@@ -1,0 +1,168 @@
+"""Gated DeltaNet (Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule"): attention's linear kin.
+
+Each head keeps a matrix S that maps keys to values. A token lets it decay, corrects what it gives for the token's key
+towards the token's value, and reads it by the token's query:
+
+    S ← exp(g) · S,    S ← S + k (β (v - Sᵀ k))ᵀ,    out = Sᵀ q
+
+What passes from one segment of tokens to the next is that state. Padding leaves it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from nlae_jax.lm.arch import DeltaNet
+from nlae_jax.lm.norms import rms_norm
+from nlae_jax.lm.products import einsum
+from nlae_jax.lm.segments import DeltaState
+
+CHUNK = 64
+
+# By the name of a linear layer: what it makes of what the block reads.
+Product = Callable[[str], jax.Array]
+
+
+def mix(
+    delta: DeltaNet,
+    eps: float,
+    weights: dict[str, jax.Array],
+    product: Product,
+    x: jax.Array,
+    valid: jax.Array,
+    state: DeltaState,
+) -> tuple[jax.Array, DeltaState]:
+    """What the matrix "delta_o" reads, [*batch, T, value_heads · value_dim], and the state after the segment.
+
+    x: [*batch, T, d], `valid`: [*batch, T] bool, whose real tokens lie together: padding is before or after them. The
+    `state` before the segment has as many rows as the batch.
+    """
+    batch, length = x.shape[:-2], x.shape[-2]
+    rows = state.memory.shape[0]
+    valid = valid.reshape(rows, length)
+    mixed, tails = [], []
+    for name, tail in zip(("delta_q", "delta_k", "delta_v"), state.tails, strict=True):
+        flat = product(name).reshape(rows, length, -1)
+        out, tail = convolved(flat, weights[f"{name}_conv"], tail, valid)
+        mixed.append(out.astype(jnp.float32))
+        tails.append(tail)
+    heads = lambda y, count: y.reshape(rows, length, count, -1)  # noqa: E731
+    q, k = (_unit(heads(y, delta.key_heads)) for y in mixed[:2])
+    v = heads(mixed[2], delta.value_heads)
+    narrow = lambda name: einsum("...i,io->...o", x, weights[name]).reshape(rows, length, -1)  # noqa: E731
+    step = jax.nn.sigmoid(narrow("delta_b").astype(jnp.float32))
+    time = jax.nn.softplus(narrow("delta_a").astype(jnp.float32) + weights["delta_bias"].astype(jnp.float32))
+    log_decay = -jnp.exp(weights["delta_rate"].astype(jnp.float32)) * time
+    step, log_decay = (jnp.where(valid[..., None], y, 0.0) for y in (step, log_decay))
+    rule = token_by_token if length == 1 else in_chunks
+    out, memory = rule(q * delta.key_dim**-0.5, k, v, log_decay, step, state.memory)
+    out = rms_norm(out, weights["delta_norm"], eps)
+    gate = jax.nn.silu(product("delta_z").astype(jnp.float32)).reshape(out.shape)
+    out = (out * gate).astype(x.dtype).reshape(*batch, length, -1)
+    return out, DeltaState((tails[0], tails[1], tails[2]), memory)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1, zero left zero."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
+
+
+def convolved(x: jax.Array, weight: jax.Array, tail: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """SiLU of a causal convolution of each channel, and the last inputs for the segment after this one.
+
+    x: [rows, T, channels], `weight`: [width, channels] with the token's own last, `tail`: [rows, width - 1, channels].
+    The inputs of `tail` come right before the first valid token, wherever padding puts that one.
+    """
+    length, before = x.shape[1], tail.shape[1]
+    first = jnp.argmax(valid, axis=1)[:, None]  # 0 where none is
+    tail = tail.astype(x.dtype)
+    inputs = jnp.pad(jnp.where(valid[..., None], x, 0), ((0, 0), (before, 0), (0, 0)))
+    column = jnp.arange(length + before)
+    for number in range(before):
+        inputs = jnp.where((column == first + number)[..., None], tail[:, number, None], inputs)
+    out = sum(
+        inputs[:, number : number + length].astype(jnp.float32) * weight[number].astype(jnp.float32)
+        for number in range(before + 1)
+    )
+    end = first + valid.sum(1, keepdims=True) + jnp.arange(before)
+    return jax.nn.silu(out).astype(x.dtype), jnp.take_along_axis(inputs, end[..., None], axis=1)
+
+
+def token_by_token(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, step: jax.Array, memory: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The delta rule as it is defined. Everything is float32.
+
+    q, k: [rows, T, key_heads, key_dim]; v: [rows, T, value_heads, value_dim]; `log_decay` and `step`: [rows, T,
+    value_heads]; `memory`: [rows, value_heads, key_dim, value_dim]. Returns what is read, like v, and the memory after.
+    """
+    q, k = (_per_value_head(x, v.shape[2]) for x in (q, k))
+
+    def body(memory: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, log_decay, step = token
+        memory = memory * jnp.exp(log_decay)[..., None, None]
+        missing = (v - einsum("nhkv,nhk->nhv", memory, k)) * step[..., None]
+        memory = memory + k[..., None] * missing[..., None, :]
+        return memory, einsum("nhkv,nhk->nhv", memory, q)
+
+    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay, step))
+    memory, out = jax.lax.scan(body, memory, tokens)
+    return jnp.moveaxis(out, 0, 1), memory
+
+
+def in_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    step: jax.Array,
+    memory: jax.Array,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_by_token` by products over chunks of tokens (Yang et al. 2024, "Parallelizing Linear Transformers with the
+    Delta Rule over Sequence Length").
+
+    Inside a chunk the corrections u of its tokens solve a triangular system: u_i = β_i (v_i - e^{G_i} S₀ᵀ k_i -
+    Σ_{j<i} e^{G_i - G_j} (k_i·k_j) u_j), with S₀ the memory before the chunk and G the summed logarithms of decay. Its
+    solutions for the part without S₀ and for the factor of S₀ are taken for all chunks at once.
+    """
+    length = v.shape[1]
+    chunk = min(chunk, length)
+    q, k = (_per_value_head(x, v.shape[2]) for x in (q, k))
+    q, k, v, log_decay, step = (_chunks(x, chunk) for x in (q, k, v, log_decay, step))  # [chunks, N, H, C, ...]
+    summed = jnp.cumsum(log_decay, -1)
+    row, column = jnp.arange(chunk)[:, None], jnp.arange(chunk)
+    # The difference first: above the diagonal it is positive, and its exponential may overflow.
+    decay = jnp.exp(jnp.where(row >= column, summed[..., :, None] - summed[..., None, :], -jnp.inf))
+    seen = einsum("cnhik,cnhjk->cnhij", q, k) * decay
+    system = jnp.where(row > column, einsum("cnhik,cnhjk->cnhij", k, k) * decay * step[..., None], 0.0)
+    known = jnp.concatenate([v, k * jnp.exp(summed)[..., None]], -1) * step[..., None]
+    solved = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
+    values, of_memory = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    reading = q * jnp.exp(summed)[..., None]
+    writing = k * jnp.exp(summed[..., -1:] - summed)[..., None]
+
+    def body(memory: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        values, of_memory, reading, writing, seen, left = inputs
+        correction = values - einsum("nhck,nhkv->nhcv", of_memory, memory)
+        out = einsum("nhck,nhkv->nhcv", reading, memory) + einsum("nhij,nhjv->nhiv", seen, correction)
+        memory = memory * left[..., None, None] + einsum("nhck,nhcv->nhkv", writing, correction)
+        return memory, out
+
+    memory, out = jax.lax.scan(body, memory, (values, of_memory, reading, writing, seen, jnp.exp(summed[..., -1])))
+    out = jnp.moveaxis(out, (0, 3), (1, 2))  # [N, chunks, C, H, value_dim]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], memory
+
+
+def _per_value_head(x: jax.Array, count: int) -> jax.Array:
+    """Queries or keys [rows, T, key_heads, key_dim], each head's for all the value heads that it serves."""
+    return jnp.repeat(x, count // x.shape[2], axis=2)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[rows, T, heads, ...] -> [chunks, rows, heads, chunk, ...], with zeros after the last token."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)])
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), (1, 3), (0, 2))
