@@ -55,6 +55,8 @@ FIELDS |= {
         "gpt_oss": "gpt_oss",
         "qwen3_5_text": "qwen3_5_text-attention-first",
         "qwen3_5_moe_text": "qwen3_5_moe_text",
+        "gemma4_text": "gemma4_text-ropes",
+        "gemma4_unified_text": "gemma4_unified_text",
     }.items()
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template

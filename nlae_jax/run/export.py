@@ -76,6 +76,11 @@ def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, dir
     if role == "ar":
         # A decoder has no head; tied, transformers finds nothing missing.
         arch = dataclasses.replace(run.roles.decoder.arch.truncated(run.config.subject.layer + 1), tied_head=True)
+        if arch.global_attention is not None and arch.mixers[-1] != "global":
+            raise UserError(
+                f"config.subject.layer: transformers reads a {arch.family} only where its last block is of full "
+                f"attention, and the decoder's, {run.config.subject.layer}, has a window; export the --adapters alone"
+            )
     directory.mkdir()
     special = _special_tokens(source, run.tokenizer)
     write_json(directory / "config.json", hf_config(arch) | special | {"torch_dtype": dtype})
