@@ -2,8 +2,11 @@
 PYTHON ?= python3
 TEST_PROCESSES ?= 2
 WORKDIR ?= runs/quickstart
+OTHER_PYTHON ?= python3.12
+# What the other line of jax could change: products, samples, updates, checkpoints, whole stages and their resuming.
+CORE_TESTS = $(addprefix tests/test_,$(addsuffix .py,objectives views transformer sampling state checkpoint stages))
 
-.PHONY: quickstart train test lint types docs clean
+.PHONY: quickstart train test test-other lint types docs clean
 
 # Three texts explained by the shipped pair, which is then trained on for a few minutes.
 quickstart: .venv/installed
@@ -20,6 +23,12 @@ train: .venv/installed
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+
+# The core's tests on the line of jax that Python 3.12 and later get.
+test-other: setup.cfg
+	.venv-other/bin/python -m pip --version >/dev/null 2>&1 || $(OTHER_PYTHON) -m venv .venv-other
+	.venv-other/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	.venv-other/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
 
 lint: .venv/tested
 	.venv/bin/ruff check .

@@ -252,6 +252,8 @@ class Config:
     remat: str = option("linear", choices=("none", "linear", "dots"), binds=Binds.NEVER)
     # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
     attention: str = option("auto", choices=("auto", "xla", "pallas"), binds=Binds.NEVER)
+    # where the rows of metrics.jsonl go besides: nowhere, tensorboard or wandb
+    track: str = option("", choices=("", "tensorboard", "wandb"), binds=Binds.NEVER)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
     dataset: DatasetConfig = DatasetConfig()

@@ -74,8 +74,11 @@ LARGE = Arch(128_256, 2048, 16, 32, 8, 64, 8192, tied_head=False)
 
 
 def fill_large(directory: Path, arch: Arch, shard_bytes: int = 600_000_000) -> dict[str, int]:
-    """Writes a checkpoint whose tensors are pieces of one random buffer. Returns each tensor's bytes."""
-    pool = np.random.default_rng(0).integers(0, 1 << 16, arch.vocab_size * arch.d_model + 4096, np.uint16)
+    """Writes a checkpoint whose tensors are pieces of one random buffer. Returns each tensor's bytes.
+
+    One bit of the exponent is never set: no value is infinite or NaN.
+    """
+    pool = np.random.default_rng(0).integers(0, 1 << 16, arch.vocab_size * arch.d_model + 4096, np.uint16) & 0xFF7F
     shards, sizes = [{}], {}
     for tensor in hf_tensors(arch, flat_weights(arch)):
         theirs, first = tensor.name, zlib.crc32(tensor.name.encode()) % 4096

@@ -13,7 +13,7 @@ from nlae_jax.lm.arch import Arch, DeltaNet, Experts, GlobalAttention, block_wei
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
-from nlae_jax.lm.transformer import Segment, Transformer
+from nlae_jax.lm.transformer import Segment, Transformer, for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
 from nlae_jax.roles.language_model import LanguageModel
@@ -186,6 +186,30 @@ def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protoco
     real = np.arange(8) < np.asarray(samples.lengths)[..., None]
     assert real.sum() > 16
     np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_in_bfloat16_the_state_is_float32(monkeypatch, looped):
+    """What is prefilled and what decoding grows, in shapes alone."""
+    if looped:
+        monkeypatch.setattr("nlae_jax.lm.transformer.platform_of", lambda _: "gpu")
+    subject, ids = Subject(ARCH), jnp.zeros((2, 7), jnp.int32)
+
+    def run(params):
+        variables = {"params": {"lm": params}}
+        _, contexts = subject.apply(variables, ids, ids == 0, method="prefill")
+        own = subject.empty_caches(jnp.full(2, 7), 4, contexts[0].k.dtype)
+        made = for_decoding(subject, variables, contexts, own)
+        read = made.contexts, made.own, made.weights
+        return contexts, own, made.own, subject.apply(made.variables, ids[:, 0], 0, 7, *read, method="decode")
+
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), drawn_params(model_weights(ARCH), 0))
+    contexts, own, begun, (logits, grown) = jax.eval_shape(run, params)
+    for kv in (*contexts, own):
+        assert (kv.k.dtype, kv.state.tails[0].dtype, kv.state.memory.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        assert (kv.k.shape[0], kv.state.memory.shape[:2]) == (2, (3, 2))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), begun) == jax.tree.map(lambda x: (x.shape, x.dtype), grown)
+    assert logits.shape == (2, ARCH.vocab_size)
 
 
 def test_texts_of_several_chunks_are_transformers_too(tmp_path):

@@ -334,13 +334,31 @@ def files_of(workdir):
     return {name for name in names if not {"vectors", "next_tokens", "state"} & set(name.parts)}
 
 
+def close_to(expected):
+    """Equal to what has these values by name, its numbers to 1e-4."""
+    is_exact = lambda value: value is None or isinstance(value, str)  # noqa: E731
+    return {k: v if is_exact(v) else pytest.approx(v, rel=1e-4, abs=1e-4) for k, v in expected.items()}
+
+
 def assert_close(tiny_run, workdir, whole):
-    """Every number to 1e-4, which is what another order of sums leaves of float32 after some steps."""
+    """Every number to 1e-4, which is what another order of sums leaves of float32 after some steps.
+
+    Such a difference may turn a draw between two tokens: one explanation of the evaluation may be another one. Then the
+    figures of the others are compared instead of the means.
+    """
     rows, expected = tiny_run.metrics(workdir), tiny_run.metrics(whole)
     assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in expected]
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours == close_to(theirs)
     results = [json.loads((path / "eval.json").read_text(encoding="utf-8")) for path in (workdir, whole)]
-    for ours, theirs in zip([*rows, results[0]], [*expected, results[1]], strict=True):
-        assert ours == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-4) for k, v in theirs.items()}
+    explained = [tiny_run.samples(path) for path in (workdir, whole)]
+    same = [ours["explanation"] == theirs["explanation"] for ours, theirs in zip(*explained, strict=True)]
+    assert sum(same) >= len(same) - 1
+    for ours, theirs in zip(*explained, strict=True):
+        if ours["explanation"] == theirs["explanation"]:
+            assert ours == close_to(theirs)
+    if all(same):
+        assert results[0] == close_to(results[1])
     stores = [ActivationStore(path / "activations") for path in (workdir, whole)]
     vectors = [store.vectors(np.arange(len(store.plan.position))) for store in stores]
     np.testing.assert_allclose(*vectors, rtol=1e-4, atol=1e-4)

@@ -72,6 +72,11 @@ class TinyRun:
             del row["step_seconds"], row["tokens_per_second"]
         return sorted(rows, key=lambda row: (row["stage"], row["step"]))
 
+    @staticmethod
+    def samples(workdir: Path) -> list[dict[str, Any]]:
+        """The rows of the evaluation's explanations."""
+        return [json.loads(line) for line in (workdir / "samples" / "held_out.jsonl").open(encoding="utf-8")]
+
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -253,7 +253,7 @@ MEASURES = (
         "repeated_rate",
         "share of explanations with a repeated item in a list or a repeated sentence",
         at_most=0.02,
-        advice=f"{_MORE_ENCODER}; if it rises during RL, {_LESS_DRIFT}",
+        advice=f"{_MORE_ENCODER}, or charge for it in RL (rl.repeat_penalty)",
     ),
     Measure("repeated_item_rate", 'share with a repeated item, as in "of", "of" or "of"'),
     Measure("repeated_sentence_rate", "share with a repeated sentence"),

@@ -41,6 +41,7 @@ _DELTA = (
 _QWEN3_5 = (
     *("hidden_act", "attention_bias", "layer_types/mixers", "rope_parameters", "partial_rotary_factor"),
     *_DELTA,
+    "use_cache",
 )
 _ROUTED = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
 WRITTEN: dict[str, Written] = {
@@ -176,6 +177,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "linear_key_head_dim": delta.key_dim,
         "linear_value_head_dim": delta.value_dim,
         "linear_conv_kernel_dim": delta.width,
+        "use_cache": "attention" in arch.mixers,  # where no block has keys, transformers cannot tell a cache's length
     }
 
 

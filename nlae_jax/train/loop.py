@@ -23,6 +23,7 @@ from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
 from nlae_jax.train.steps import OBSERVED
+from nlae_jax.train.trackers import Log, tracker
 
 # Updates that may be skipped from the start on: whatever begins with more has no gradient to learn from.
 _PATIENCE = 10
@@ -66,15 +67,26 @@ def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config,
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep))
         log = opened.enter_context(MetricsLog(workdir / "metrics.jsonl")) if world.is_first() else None
-        return _run(stage, state, frozen, mesh, config, checkpoints, log)
+        newest = checkpoints.newest()
+        kind = config.track if log is not None and newest != stage.steps else ""
+        track = opened.enter_context(tracker(kind, workdir, stage.name, newest or 0))
+        return _run(stage, state, frozen, mesh, config, checkpoints, newest, log, track)
 
 
 def _run(
-    stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, checkpoints: Checkpoints, log: MetricsLog | None
+    stage: Stage,
+    state: Any,
+    frozen: Any,
+    mesh: Mesh,
+    config: Config,
+    checkpoints: Checkpoints,
+    newest: int | None,
+    log: MetricsLog | None,
+    track: Log,
 ) -> Any:
-    """`run_stage` between the opening and the closing of its checkpoints and, in the first process, its log."""
+    """`run_stage` from its `newest` checkpoint on, between the opening and the closing of what it writes."""
     stop, start = processes.Agreement(mesh), 0
-    if (newest := checkpoints.newest()) is not None:
+    if newest is not None:
         abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
             leaf.delete()  # whoever made it still holds it, and there may be room for one state only
@@ -109,6 +121,7 @@ def _run(
             if log is not None:
                 seen = {} if stage.observe is None else stage.observe(jax.device_get(observed))
                 log.append({"stage": stage.name, "step": number, **row, **seen})
+                track(number, {**row, **seen})
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
             pending = None
 
