@@ -201,7 +201,12 @@ def test_in_bfloat16_the_state_is_float32(monkeypatch, looped):
         own = subject.empty_caches(jnp.full(2, 7), 4, contexts[0].k.dtype)
         made = for_decoding(subject, variables, contexts, own)
         read = made.contexts, made.own, made.weights
-        return contexts, own, made.own, subject.apply(made.variables, ids[:, 0], 0, 7, *read, method="decode")
+        return (
+            contexts,
+            own,
+            made.own,
+            subject.apply(made.variables, ids[:, 0], 0, jnp.full(2, 7), *read, method="decode"),
+        )
 
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), drawn_params(model_weights(ARCH), 0))
     contexts, own, begun, (logits, grown) = jax.eval_shape(run, params)
