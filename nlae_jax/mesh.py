@@ -46,6 +46,7 @@ RULES: Rules = {
     "layers": None,
     "attention_layers": None,
     "delta_layers": None,
+    "global_layers": None,
     "none": None,
     "norm": None,
     "rank": None,

@@ -61,6 +61,11 @@ CHECKPOINTS = {
     "phi3": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
     "gpt_neox": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
     "gpt2": {"n_embd": 24, "n_head": 3, "n_layer": 2},
+    "gemma4_text": {
+        **{"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6, "global_head_dim": 8},
+        **{"num_hidden_layers": 3, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+        **{"num_global_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    },
     "qwen3_5_text": {
         **{"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8},
         **{"num_hidden_layers": 3, "full_attention_interval": 2, "linear_num_key_heads": 1},
@@ -85,11 +90,13 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
     save_model(tmp_path / "M", arch, lambda name, layer: merged[name] if layer is None else merged[name][layer])
     whole = load_file(tmp_path / "M/model.safetensors")
     modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
-    assert len(modules) == {"phi3": 8, "gpt_neox": 8, "gpt2": 8, "qwen3_5_text": 19}[family]
+    assert len(modules) == {"phi3": 8, "gpt_neox": 8, "gpt2": 8, "qwen3_5_text": 19, "gemma4_text": 19}[family]
     for module in modules:
         a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
         short = module.rpartition(".")[2]
-        rank, alpha = content["rank_pattern"].get(short, 3), content["alpha_pattern"].get(short, 6.0)
+        rank, alpha = (
+            content.get(f"{name}_pattern", {}).get(short, own) for name, own in (("rank", 3), ("alpha", 6.0))
+        )
         assert a.shape[0] == rank
         weight = whole[module.removeprefix("base_model.model.") + ".weight"]
         weight = weight.T if family == "gpt2" else weight

@@ -9,7 +9,7 @@ import pytest
 
 from nlae_jax.bench import flops, steps
 from nlae_jax.cli import main
-from nlae_jax.lm.arch import Arch, DeltaNet, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, GlobalAttention, model_weights
 from nlae_jax.lm.transformer import Transformer
 from tests.conftest import drawn_params, tiny_config, vectors
 from tests.tiny_run import EXPERIMENT
@@ -46,6 +46,22 @@ def test_flops_of_blocks_that_differ_are_those_of_both():
     assert counted == pytest.approx(mine, rel=0.15)
     attention = dataclasses.replace(arch, mixers=("attention",) * 2)
     assert flops.block_flops(attention, 0, 10) == 2 * flops.block_flops(arch, 0, 10) > 0
+
+
+def test_flops_of_heads_of_another_size_count():
+    sizes = {"vocab_size": 64, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    wide = GlobalAttention(num_kv_heads=1, head_dim=64, rope_theta=1e4, turned_pairs=8, keys_are_values=True)
+    arch = Arch(**sizes, d_ff=256, mixers=("attention", "global"), qk_norm="head", global_attention=wide)
+    time, ids = 32, np.zeros((1, 32), np.int32)
+    params = drawn_params(model_weights(arch), 0)
+    forward = jax.jit(lambda p: Transformer(arch).apply({"params": p}, ids, ids == 0))
+    counted = forward.lower(params).compile().cost_analysis()["flops"]
+    mine = 2 * flops.block_flops(arch, time, time * time) + time * 2 * arch.d_model * arch.vocab_size
+    assert counted == pytest.approx(mine, rel=0.15)
+    # Keys and values of 10 tokens: of 2 heads of 32 in one block, of 1 of 64 in the other.
+    shapes = flops.Shapes(prefix=10, act=0, response=1, wrap=0, activations=1, group=1, sft_batch=1)
+    longer = flops.decode_bytes(arch, shapes, 2) - flops.decode_bytes(arch, shapes._replace(prefix=0), 2)
+    assert longer == 2 * 2 * 10 * (2 * 32 + 64)
 
 
 def test_the_unshared_step_computes_the_same(workload):
@@ -95,3 +111,26 @@ def test_the_command(tiny_dir, corpus_file, capsys):
     assert without["peak_memory_bytes"] < result["peak_memory_bytes"]
     assert main([*command, "--repeats", "0"]) == 2
     assert "--repeats" in capsys.readouterr().err
+
+
+def test_a_config_json_alone_is_timed_in_the_phases_that_are_named(tiny_dir, tmp_path, capsys):
+    """Of a speed nothing is known but from shapes: random weights, prompts of the usual lengths."""
+    (tmp_path / "config.json").write_text((tiny_dir / "config.json").read_text())
+    command = ["bench", "--config", str(EXPERIMENT), "--repeats", "1", f"--config.subject.model={tmp_path}"]
+    command += ["--config.rl.max_new_tokens=8", "--config.lora.rank=2"]
+    assert main([*command, "--json", "--phases", "rollout"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["assumed"] == "random weights; no tokenizer"
+    assert set(result["phases"]) == {"rollout"} and 0 < result["rollout_bandwidth_fraction"] < 1
+    assert result["shapes"]["prefix"] == 95 and "rl_step_seconds" not in result and "extraction" not in result
+    assert main([*command, "--phases", "rollout,polcy"]) == 2
+    assert "--phases: 'polcy' should be one of" in capsys.readouterr().err
+
+
+def test_a_table_says_what_was_timed():
+    phase = {"seconds": 0.5, "flops": 1e9, "peak_fraction": 0.5, "compile_seconds": 1.0}
+    shapes = {"activations": 1, "group": 2, "prefix": 3, "act": 4, "response": 5}
+    peaks = {"matmul_peak_flops": 4e9, "memory_bandwidth_bytes_per_second": 1e10}
+    result = {"device": "1 cpu", "assumed": "random weights", "shapes": shapes, "phases": {"policy": phase}, **peaks}
+    table = steps.as_table(result)
+    assert table.caption == "random weights; matmul peak 4 GFLOP/s, bandwidth 10.0 GB/s" and table.row_count == 1

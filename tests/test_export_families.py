@@ -1,5 +1,6 @@
 """Every family out and in again: a pair with adapters, exported, in plain transformers and back as a released pair."""
 
+import dataclasses
 import json
 import shutil
 
@@ -23,6 +24,7 @@ from nlae_jax.run.export import export
 from nlae_jax.run.preparation import extract
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
+from nlae_jax.runtime.errors import UserError
 from tests.conftest import TINY, perturbed, tiny_config, vectors
 from tests.test_families import CASES, GPT2, NEOX, SMALL, WIDE, assert_close, model_of, torch, transformers
 
@@ -55,6 +57,8 @@ FIELDS |= {
         "gpt_oss": "gpt_oss",
         "qwen3_5_text": "qwen3_5_text-attention-first",
         "qwen3_5_moe_text": "qwen3_5_moe_text",
+        "gemma4_text": "gemma4_text-ropes",
+        "gemma4_unified_text": "gemma4_unified_text",
     }.items()
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
@@ -138,6 +142,16 @@ def test_out_and_in_again(request, run, tmp_path):
     assert_close(released.reconstruct(TEXTS), rebuilt, "import", case)
     encoder = nlae_jax.LanguageModel.from_pretrained(str(out / "av"))
     assert_close(encoder.logits(ids), logits, "import", case)
+
+
+@pytest.mark.parametrize("run", ["gemma4_text"], indirect=True)
+def test_a_decoder_that_transformers_would_misread_is_refused(run, tmp_path):
+    """It takes every last block for one of full attention; adapters come without blocks."""
+    subject = dataclasses.replace(run.config.subject, layer=0)
+    earlier = dataclasses.replace(run, config=dataclasses.replace(run.config, subject=subject))
+    with pytest.raises(UserError, match="transformers reads a gemma4_text only"):
+        export(earlier, trained_pair(run), tmp_path / "out", "float32")
+    assert not (tmp_path / "out").exists()
 
 
 def renamed(path, rename, extra=()):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import ClampedGate, Experts, first_blocks, model_weights
+from nlae_jax.lm.arch import ClampedGate, Experts, GlobalAttention, first_blocks, model_weights
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.layout import plain_name
 from nlae_jax.lm.lora import init_adapters
@@ -205,6 +205,45 @@ CASES |= {
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
     ),
 }
+GEMMA4 = {"hidden_size_per_layer_input": 0, "sliding_window": 6, "num_hidden_layers": 6, "num_attention_heads": 4}
+GEMMA4_ROPES = {
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 50.0,
+        "partial_rotary_factor": 0.5,
+        "factor": 3.0,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+}
+CASES |= {
+    "gemma4_text": (
+        "gemma4_text",
+        SMALL
+        | GEMMA4
+        | {"num_key_value_heads": 2, "global_head_dim": 14, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {"final_logit_softcapping": 3.0},
+    ),
+    "gemma4_text-ropes": (
+        "gemma4_text",
+        WIDE
+        | GEMMA4
+        | {"num_hidden_layers": 9, "global_head_dim": 6, "rope_parameters": GEMMA4_ROPES, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2] * 2 + ["full_attention"]},
+    ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {name: value for name, value in (WIDE | GEMMA4).items() if name != "hidden_size_per_layer_input"}
+        | {"num_hidden_layers": 5, "global_head_dim": 10, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4_text-global": (
+        "gemma4_text",
+        SMALL | GEMMA4 | {"global_head_dim": 12, "layer_types": ["full_attention"] * 6},
+    ),
+}
 CASES |= {
     "qwen3_5_moe_text": (
         "qwen3_5_moe_text",
@@ -233,12 +272,15 @@ def model_of(family, fields, seed=0):
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    offset = 0.0 if "gemma" in family else 1.0
+    offset = 0.0 if family in ("gemma2", "gemma3_text") else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             norm = weight.ndim == 1 and ("norm" in name or "ln_" in name) and "bias" not in name
             weight.copy_(offset + 0.2 * noise if norm else 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".layer_scalar"):
+                buffer.fill_(float(0.5 + torch.rand(())))
     model.tie_weights()
     return model
 
@@ -319,6 +361,17 @@ def test_a_config_is_written_as_it_is_read(case):
     assert arch_from_hf(json.loads(transformers.AutoConfig.for_model(**written).to_json_string())) == arch
 
 
+def test_gemma4_as_it_is_published():
+    """Two fields say what transformers saves block by block; its multimodal config.json has the rest inside."""
+    family, fields = CASES["gemma4_text"]
+    saved = json.loads(transformers.AutoConfig.for_model(family, **fields).to_json_string())
+    published = {name: value for name, value in saved.items() if name != "per_layer_config"}
+    published |= {name: fields[name] for name in ("global_head_dim", "num_global_key_value_heads")}
+    assert arch_from_hf({"model_type": "gemma4", "text_config": published}) == arch_from_hf(saved)
+    del published["attention_k_eq_v"]  # transformers reads the number of heads only with it
+    assert arch_from_hf(published).global_attention.num_kv_heads == fields["num_key_value_heads"]
+
+
 def test_every_family_is_there():
     assert {family for family, _ in CASES.values()} == set(FAMILIES)
 
@@ -340,6 +393,9 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         "qwen3_moe": {"experts": Experts(5, 2, normalised=False)},
         "olmoe": {"experts": Experts(5, 1), "clip_qkv": 0.0},
         "qwen3_5_text-attention-first": {"norm_offset": 0.0, "rotary_dim": None},
+        "gemma4_text": {"logit_softcap": 0.0, "global_attention": GlobalAttention(1, 14, 1e6, 0, 1.0, True)},
+        "gemma4_text-ropes": {"value_norm": False, "windows": (), "rope_theta": 9.0}
+        | {"global_attention": GlobalAttention(2, 6, 50.0, 1, 1.0)},
         "gpt_oss-yarn": {"clamped_gate": ClampedGate(1.2, 9.0), "rope_scaling": None},
     }.items():
         random_model(case).save_pretrained(tmp_path / case)
@@ -371,7 +427,8 @@ def first_caches(arch, kv, depth):
     """Of all blocks' keys and values, and states, those of the first ones."""
     attention = arch.count("attention_layers", depth) if arch.mixers else depth
     state = jax.tree.map(lambda x: x[: arch.count("delta_layers", depth)], kv.state)
-    return kv._replace(k=kv.k[:attention], v=kv.v[:attention], state=state)
+    global_kv = jax.tree.map(lambda x: x[: arch.count("global_layers", depth)], kv.global_kv)
+    return kv._replace(k=kv.k[:attention], v=kv.v[:attention], state=state, global_kv=global_kv)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -414,7 +471,9 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
             assert_close(own_logits[row], logits[0, step - steps], "cached", case)
 
 
-@pytest.mark.parametrize("case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text", "gemma4_text"]
+)
 def test_shared_segments_are_the_plain_forward(tmp_path, case):
     arch, params = loaded(tmp_path, case)
     rng, lm = np.random.default_rng(1), Transformer(arch)
@@ -480,6 +539,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
     [
         *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
         "qwen3_5_moe_text",
+        *("gemma4_text", "gemma4_text-ropes"),
     ],
 )
 def test_what_is_written_is_what_was_read(tmp_path, case):
@@ -532,12 +592,14 @@ def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("outer", ["gemma3", "mistral3", "ministral3", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "outer", ["gemma3", "mistral3", "ministral3", "qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_unified"]
+)
 @pytest.mark.parametrize("spelling", ["model.language_model.", "language_model.model."])
 def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     """Old and new spelling of a multimodal checkpoint's names; the tower's own tensors are passed over."""
-    cases = {"mistral3": "mistral", "ministral3": "ministral3-published", "qwen3_5": "qwen3_5_text"}
-    case = (cases | {"qwen3_5_moe": "qwen3_5_moe_text"}).get(outer, outer)
+    case = {"mistral3": "mistral", "ministral3": "ministral3-published"}.get(outer, outer)
+    case = f"{case}_text" if outer.startswith(("qwen3_5", "gemma4")) else case
     text = random_model(case)
     text.save_pretrained(tmp_path / "text")
     head = "language_model.lm_head.weight" if spelling.startswith("language") else "lm_head.weight"
@@ -606,6 +668,9 @@ def test_names_as_published_long_ago(tmp_path, family):
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, arch), expected)
 
 
+GLOBAL = {"per_layer_config": None}  # as published files have it
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
@@ -623,6 +688,25 @@ def test_names_as_published_long_ago(tmp_path, family):
         ("qwen3_5_text", {"layer_types": ["mamba"] * 4}, "layer_types 'mamba'"),
         ("qwen3_5_text", {"layer_types": ["full_attention"] * 3}, "layer_types should name each of the 4 blocks"),
         ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input, as Gemma 4 E2B"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
+        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        (
+            "gemma4_text",
+            GLOBAL | {"layer_types": ["full_attention"] * 3},
+            "layer_types should name each of the 6 blocks",
+        ),
+        ("gemma4_text", GLOBAL | {"global_head_dim": 9}, "global_head_dim = 9 should be even"),
+        ("gemma4_text", GLOBAL | {"num_global_key_value_heads": 3}, "multiple of num_global_key_value_heads = 3"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config of blocks"),
+        ("gemma4_text", {"per_layer_config": {"5": {"hidden_size": 4}}}, "per_layer_config should have the same"),
+        ("gemma4_text", {"per_layer_config": {"5": {"head_dim": "4"}}}, "head_dim = '4' should be a whole number"),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_type 'yarn' of full_attention",
+        ),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),
     ],
 )

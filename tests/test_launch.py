@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh")])
 
 # Writes down how it was called; answers questions and ends training as the files say, line by line, else well.
 # A process of several has a file of its own, and at the code `wait` it runs until it is told to end.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm.arch import Arch, DeltaNet, Experts, block_weights, first_blocks, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, Experts, GlobalAttention, block_weights, first_blocks, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
@@ -45,6 +45,25 @@ ARCH = Arch(
     delta=DeltaNet(key_heads=2, value_heads=4, key_dim=8, value_dim=12),
 )
 PERIODIC = dataclasses.replace(ARCH, num_layers=4, mixers=ARCH.mixers[:4])
+GLOBAL = Arch(
+    vocab_size=61,
+    d_model=16,
+    num_layers=5,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    family="gemma4_text",
+    activation="gelu_tanh",
+    qk_norm="head",
+    post_norms=True,
+    attention_scale=1.0,
+    windows=(4, 0, 4, 0, 4),
+    mixers=("attention", "global", "attention", "global", "attention"),
+    global_attention=GlobalAttention(1, 12, 100.0, 3, keys_are_values=True),
+    value_norm=True,
+    layer_scales=True,
+)
 
 
 def test_weights_are_stacked_over_the_blocks_that_have_them():
@@ -81,20 +100,21 @@ def logits_of(arch, params, adapters=None):
     return jax.jit(lambda v: Transformer(arch, 0.7).apply(v, ids, mask))(variables)
 
 
-def test_merged_is_applied():
-    params = drawn_params(model_weights(ARCH), 0)
-    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), ARCH, 2), 1, 0.2)
+@pytest.mark.parametrize("arch", [ARCH, GLOBAL], ids=["delta", "global"])
+def test_merged_is_applied(arch):
+    params = drawn_params(model_weights(arch), 0)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), arch, 2), 1, 0.2)
     blocks = {name: merge(weight, adapters.get(name), 0.7) for name, weight in params["blocks"].items()}
     mask = batch_of()[1]
     applied, merged, base = (
-        np.asarray(logits_of(ARCH, *of))[mask]
+        np.asarray(logits_of(arch, *of))[mask]
         for of in ((params, adapters), ({**params, "blocks": blocks},), (params,))
     )
     np.testing.assert_allclose(applied, merged, atol=1e-4 * np.abs(merged).max())
     assert np.abs(applied - base).max() > 0.1 * np.abs(base).max()
 
 
-@pytest.mark.parametrize("arch", [ARCH, PERIODIC], ids=["left over", "whole patterns"])
+@pytest.mark.parametrize("arch", [ARCH, PERIODIC, GLOBAL], ids=["left over", "whole patterns", "global"])
 def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     """Of all weights and adapters, whatever the backward pass keeps."""
     ids, mask = batch_of()
@@ -118,6 +138,8 @@ def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     for remat in ("linear", "none"):
         found = jax.jit(jax.grad(lambda t, remat=remat: loss(t, remat, ids=ids, mask=mask)))((params, adapters))
         jax.tree.map(assert_near, found, expected)
+    if arch.layer_scales:  # a constant of the model
+        assert not expected[0]["blocks"].pop("layer_scale").any()
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
@@ -212,10 +234,15 @@ def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     assert_close(logits[mask], expected[mask], "long", "qwen3_5_text")
 
 
-@pytest.mark.parametrize("experts", [None, Experts(count=4, per_token=2, normalised=True, shared=8)])
-def test_eight_devices_are_one(experts):
+TWO_HEADS = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2)
+SHARED = Experts(count=4, per_token=2, normalised=True, shared=8)
+
+
+@pytest.mark.parametrize(
+    "arch", [TWO_HEADS, dataclasses.replace(TWO_HEADS, experts=SHARED), GLOBAL], ids=["delta", "experts", "global"]
+)
+def test_eight_devices_are_one(arch):
     """Values, and the gradient of adapters; with a shared expert beside routed ones, too."""
-    arch = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2, experts=experts)
     params = drawn_params(model_weights(arch), 0)
     adapters = perturbed(init_adapters(jax.random.PRNGKey(1), arch, 2), 1, 0.1)
     ids, mask = batch_of()
@@ -233,15 +260,15 @@ def test_eight_devices_are_one(experts):
     jax.tree.map(assert_near, found, expected)
 
 
-@pytest.mark.parametrize("looped", [False, True])
-def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, looped):
+@pytest.mark.parametrize(("arch", "looped"), [(ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True)])
+def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, arch, looped):
     """A place that another row has left holds its state no more; tables grow and shrink on the way."""
     if looped:  # as on accelerators
         for module in ("lm.transformer", "serve.tables"):
             monkeypatch.setattr(f"nlae_jax.{module}.platform_of", lambda _: "gpu")
-    model = LanguageModel(ARCH, drawn_params(model_weights(ARCH), 2), tokenizer, stop_ids=())
+    model = LanguageModel(arch, drawn_params(model_weights(arch), 2), tokenizer, stop_ids=())
     rng, width, count = np.random.default_rng(0), 9, 6
-    prompts = [rng.integers(3, ARCH.vocab_size, length) for length in (9, 1, 4, 6)]
+    prompts = [rng.integers(3, arch.vocab_size, length) for length in (9, 1, 4, 6)]
     table, found = Table(subject_program(model).compiled(), 16), {}
     for turn in range(16):
         if turn in (0, 1, 3, 5):
@@ -252,7 +279,7 @@ def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokeniz
             found[row] = []
         ended = {row for row, tokens, done in table.advance(2) if not found.update({row: tokens.tolist()}) and done}
         table.remove(lambda row, ended=ended: row in ended)
-    subject = jax.jit(lambda p, ids: Subject(ARCH).apply({"params": {"lm": p}}, ids, ids >= 0, method="logits"))
+    subject = jax.jit(lambda p, ids: Subject(arch).apply({"params": {"lm": p}}, ids, ids >= 0, method="logits"))
     for row, prompt in enumerate(prompts):
         ids = np.concatenate([prompt, np.zeros(count, prompt.dtype)])
         for number in range(len(prompt), len(ids)):

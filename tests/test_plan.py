@@ -13,8 +13,9 @@ from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import hf_config
 from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
-from nlae_jax.plan.abstract import assumed_protocol, make_planned, programs
+from nlae_jax.plan.abstract import make_planned, programs
 from nlae_jax.plan.measure import measure, needed_memory
+from nlae_jax.roles.protocol import assumed_protocol
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
 from tests.tiny_run import EXPERIMENT, ROOT

@@ -49,15 +49,19 @@ def block_flops(arch: Arch, tokens: int, seen: float) -> float:
     Where blocks differ, of their mean. DeltaNet corrects and reads its matrix once a token, however many came before.
     """
     matrices = sum(math.prod(w.shape) for w in block_weights(arch).values() if len(w.shape) == 3) / arch.num_layers
-    attention, delta = _shares(arch)
-    mixing = attention * 4.0 * arch.num_heads * arch.head_dim * seen
-    return 2.0 * matrices * tokens + mixing + delta * 6.0 * _memory(arch) * tokens
-
-
-def _shares(arch: Arch) -> tuple[float, float]:
-    """Of the blocks, those with attention and those with DeltaNet."""
+    queries, _ = _widths(arch)
     delta = arch.count("delta_layers") / arch.num_layers if arch.mixers else 0.0
-    return 1.0 - delta, delta
+    return 2.0 * matrices * tokens + 4.0 * queries / arch.num_layers * seen + delta * 6.0 * _memory(arch) * tokens
+
+
+def _widths(arch: Arch) -> tuple[int, int]:
+    """Numbers of one token's queries, and of its keys, in all blocks together."""
+    count = arch.count("attention_layers") if arch.mixers else arch.num_layers
+    queries, keys = count * arch.num_heads * arch.head_dim, count * arch.num_kv_heads * arch.head_dim
+    if (wide := arch.global_attention) is not None:
+        count = arch.count("global_layers") * wide.head_dim
+        queries, keys = queries + count * arch.num_heads, keys + count * wide.num_kv_heads
+    return queries, keys
 
 
 def _memory(arch: Arch) -> int:
@@ -99,7 +103,8 @@ def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
     weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
     of_responses = shapes.samples * shapes.response * (shapes.response + 1) / 2
     of_prompts = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
-    attention, delta = (round(share * arch.num_layers) for share in _shares(arch))
+    _, keys = _widths(arch)
+    delta = arch.count("delta_layers") if arch.mixers else 0
     states = 2 * 4 * delta * _memory(arch) * shapes.samples * shapes.response  # float32
-    read = weights + 2 * attention * arch.num_kv_heads * arch.head_dim * (of_responses + of_prompts)
+    read = weights + 2 * keys * (of_responses + of_prompts)
     return itemsize * read + states

@@ -1,7 +1,8 @@
 """`nlae bench`: how long the phases of the real steps take, and what of the machine's peak they use.
 
 The steps are those of training, on the configured subject's weights and random activations. Responses run to the
-length cap: no row ends early. FLOPs are those that the mathematics needs, without recomputation.
+length cap: no row ends early. FLOPs are those that the mathematics needs, without recomputation. Speed needs no trained
+weights: of a model directory that is a config.json alone, the weights are random and the prompts of the usual lengths.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,25 +23,39 @@ from rich.table import Table
 from nlae_jax.bench.extraction import time_extraction
 from nlae_jax.bench.flops import Shapes, decode_bytes, needed_flops, shapes_of
 from nlae_jax.config import Config
-from nlae_jax.lm.arch import model_weights
+from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
+from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.lm.products import einsum
-from nlae_jax.lm.transformer import Segment
-from nlae_jax.lm.weights import load_params
+from nlae_jax.lm.transformer import Segment, random_params
+from nlae_jax.lm.weights import has_weights, load_params
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles import direction
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.pair import Params, Roles, make_roles
-from nlae_jax.roles.protocol import Protocol, blank_tokens, make_protocol
+from nlae_jax.roles.protocol import Protocol, assumed_protocol, blank_tokens, make_protocol
 from nlae_jax.runtime import world
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.state import RlState, init_decoder, init_encoder, init_role, rl_optimizers
 
-_PEAK_SIZE = 2048  # of the matrices whose product is taken for the machine's peak
-_BANDWIDTH_BYTES = 1 << 28
+PHASES = ("extraction", "rollout", "score", "reference", "policy", "encoder_sft", "rl_step", "unshared")
+
+
+class _Peaks(NamedTuple):
+    """How a machine's peaks are taken: width of the matrices, products and passes in one program, bytes of the array.
+
+    One program should take milliseconds: an accelerator's answer to the host takes a tenth of one.
+    """
+
+    width: int
+    products: int
+    bytes: int
+    passes: int
+
+
+_ON_CPU, _ON_ACCELERATOR = _Peaks(2048, 1, 1 << 28, 1), _Peaks(8192, 8, 1 << 30, 16)
 
 
 class UnsharedEncoder(Encoder):
@@ -79,18 +95,28 @@ def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int)
 
 def matmul_peak(dtype: Any) -> float:
     """FLOP/s of the best of some products of square matrices on one device, as exact as a model's."""
-    x = jax.random.normal(jax.random.PRNGKey(0), (_PEAK_SIZE, _PEAK_SIZE), dtype)
-    return 2.0 * _PEAK_SIZE**3 / _best_seconds(lambda a: einsum("ij,jk->ik", a, a), x)
+    width, products = _peaks().width, _peaks().products
+    # Scaled so that product after product stays of one size.
+    x = (jax.random.normal(jax.random.PRNGKey(0), (width, width)) * width**-0.5).astype(dtype)
+    multiply = lambda a: jax.lax.fori_loop(0, products, lambda _, b: einsum("ij,jk->ik", a, b), a)  # noqa: E731
+    return 2.0 * products * width**3 / _best_seconds(multiply, x)
 
 
 def memory_bandwidth() -> float:
     """Bytes per second of the best of some passes that read and write a large array in place, on one device."""
-    x, add, seconds = jnp.zeros(_BANDWIDTH_BYTES // 4, jnp.float32), jax.jit(lambda a: a + 1, donate_argnums=0), []
+    size, passes = _peaks().bytes, _peaks().passes
+    one_pass = lambda _, a: a + 1  # noqa: E731
+    add = jax.jit(lambda a: jax.lax.fori_loop(0, passes, one_pass, a), donate_argnums=0)
+    x, seconds = jnp.zeros(size // 4, jnp.float32), []
     for _ in range(8):
         begin = time.perf_counter()
         x = jax.block_until_ready(add(x))
         seconds.append(time.perf_counter() - begin)
-    return 2.0 * _BANDWIDTH_BYTES / min(seconds)
+    return 2.0 * size * passes / min(seconds)
+
+
+def _peaks() -> _Peaks:
+    return _ON_CPU if jax.devices()[0].platform == "cpu" else _ON_ACCELERATOR
 
 
 def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 5) -> float:
@@ -112,6 +138,7 @@ class Workload(NamedTuple):
     rl_state: Callable[[], RlState]
     batch: Params
     shapes: Shapes
+    assumed: str = ""  # what was not known of the model
 
 
 def endless(protocol: Protocol) -> Protocol:
@@ -122,11 +149,15 @@ def endless(protocol: Protocol) -> Protocol:
 def make_workload(config: Config) -> Workload:
     """The configured model and shapes, with random activations."""
     mesh, directory = make_mesh(config.mesh), resolve_model(config.subject.model)
-    arch, tokenizer = read_arch(directory), load_tokenizer(directory)
-    protocol = endless(make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0))
-    roles = make_roles(config, arch, protocol)
+    arch = read_arch(directory)
+    protocol, blank, assumed = _prompts(config, arch, directory)
+    roles = make_roles(config, arch, endless(protocol))
     shardings = tree_shardings(mesh, model_weights(arch))
-    base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
+    if has_weights(directory):
+        base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
+    else:
+        drawn = jax.jit(partial(random_params, arch=arch, dtype=config.subject.dtype), out_shardings=shardings)
+        base, assumed = drawn(jax.random.PRNGKey(config.seed)), f"random weights{assumed and '; ' + assumed}"
     key, rl = jax.random.PRNGKey(config.seed), config.rl
     h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
     optimizers = rl_optimizers(config)
@@ -143,13 +174,22 @@ def make_workload(config: Config) -> Workload:
     frozen = {
         "base": base if config.lora.rank else {},
         "baselines": everywhere(direction.baselines(jnp.asarray(h))),
-        "blank": everywhere(blank_tokens(tokenizer, arch.vocab_size)),
+        "blank": everywhere(blank),
     }
     if rl.kl_coef:
         encoder = place(init_encoder(roles, base, key), tree_shardings(mesh, roles.encoder_weights()))
         frozen["reference"] = roles.reference(encoder)
     batch = {"h": place(h, batch_sharding(mesh))}
-    return Workload(roles, config, frozen, rl_state, batch, shapes_of(config, protocol))
+    return Workload(roles, config, frozen, rl_state, batch, shapes_of(config, protocol), assumed)
+
+
+def _prompts(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, np.ndarray, str]:
+    """The prompts, which tokens are blank [V], and what was assumed of them."""
+    if not has_tokenizer(directory):
+        return assumed_protocol(config.protocol), np.zeros(arch.vocab_size, bool), "no tokenizer"
+    tokenizer = load_tokenizer(directory)
+    protocol = make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0)
+    return protocol, blank_tokens(tokenizer, arch.vocab_size), ""
 
 
 def unshared(workload: Workload) -> Workload:
@@ -172,8 +212,8 @@ def unshared(workload: Workload) -> Workload:
     )
 
 
-def time_phases(workload: Workload, repeats: int) -> dict[str, Timing]:
-    """Rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
+def time_phases(workload: Workload, repeats: int, names: Sequence[str] = PHASES) -> dict[str, Timing]:
+    """Those named of rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
     roles, state = workload.roles, workload.rl_state()
     parts = steps.rl_step(roles, workload.config, *rl_optimizers(workload.config))
     frozen, batch = workload.frozen, workload.batch
@@ -202,7 +242,11 @@ def time_phases(workload: Workload, repeats: int) -> dict[str, Timing]:
     }
     if not workload.config.rl.kl_coef:
         del phases["reference"]
-    return {name: timed(function, partial(tuple, arguments), repeats) for name, (function, arguments) in phases.items()}
+    return {
+        name: timed(function, partial(tuple, arguments), repeats)
+        for name, (function, arguments) in phases.items()
+        if name in names
+    }
 
 
 def time_rl_step(workload: Workload, repeats: int) -> Timing:
@@ -228,45 +272,60 @@ def time_encoder_sft(workload: Workload, repeats: int) -> Timing:
     return timed(step, lambda: (state(), workload.frozen, batch), repeats)
 
 
-def bench(config: Config, repeats: int = 3) -> dict[str, Any]:
-    """The numbers of `nlae bench`: seconds of phases and steps, FLOPs, fractions of the measured peak, memory."""
+def bench(config: Config, repeats: int = 3, phases: Sequence[str] = PHASES) -> dict[str, Any]:
+    """The numbers of `nlae bench`: seconds of what `phases` names, FLOPs, fractions of measured peaks, memory."""
     # First: it holds the weights itself. Several processes would need a directory that all of them see.
-    extraction = time_extraction(config, repeats) if world.count() == 1 else {}
+    extraction = time_extraction(config, repeats) if "extraction" in phases and _is_whole(config) else {}
     workload = make_workload(config)
     peaks = [matmul_peak(config.subject.dtype)]
     flops = needed_flops(workload.roles.encoder.arch, config.subject.layer, config.lora.rank, workload.shapes)
-    timings = time_phases(workload, repeats)
-    timings["encoder_sft"] = time_encoder_sft(workload, repeats)
-    shared, by_itself = time_rl_step(workload, repeats), time_rl_step(unshared(workload), repeats)
-    tokens = workload.shapes.samples * workload.shapes.response
+    timings = time_phases(workload, repeats, phases)
+    if "encoder_sft" in phases:
+        timings["encoder_sft"] = time_encoder_sft(workload, repeats)
+    shared = time_rl_step(workload, repeats) if "rl_step" in phases else None
+    by_itself = time_rl_step(unshared(workload), repeats) if "unshared" in phases else None
     num_devices = len(workload.batch["h"].sharding.device_set)
     peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
     peak, device, bandwidth = max(peaks), jax.devices()[0], memory_bandwidth()
-    read = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
-    return {
+    result: dict[str, Any] = {
         "device": f"{num_devices} {device.platform} {device.device_kind}",
+        "assumed": workload.assumed,
         "shapes": workload.shapes._asdict(),
         "matmul_peak_flops": peak,
         "memory_bandwidth_bytes_per_second": bandwidth,
-        "rollout_bandwidth_fraction": read / timings["rollout"].seconds / (bandwidth * num_devices),
-        "phases": {
-            name: {
-                "seconds": timing.seconds,
-                "flops": flops[name],
-                "peak_fraction": flops[name] / timing.seconds / (peak * num_devices),
-                "compile_seconds": timing.compile_seconds,
-            }
-            for name, timing in timings.items()
-        },
-        "rl_step_seconds": shared.seconds,
-        "rl_step_seconds_unshared": by_itself.seconds,
-        "speedup_of_sharing": by_itself.seconds / shared.seconds,
-        "samples_per_second": workload.shapes.samples / shared.seconds,
-        "tokens_per_second": tokens / shared.seconds,
-        "peak_memory_bytes": shared.bytes,
-        "compile_seconds": shared.compile_seconds,
-        **extraction,
     }
+    if "rollout" in timings:
+        read = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
+        result["rollout_bandwidth_fraction"] = read / timings["rollout"].seconds / (bandwidth * num_devices)
+    result["phases"] = {
+        name: {
+            "seconds": timing.seconds,
+            "flops": flops[name],
+            "peak_fraction": flops[name] / timing.seconds / (peak * num_devices),
+            "compile_seconds": timing.compile_seconds,
+        }
+        for name, timing in timings.items()
+    }
+    if shared:
+        tokens = workload.shapes.samples * workload.shapes.response
+        result |= {
+            "rl_step_seconds": shared.seconds,
+            "samples_per_second": workload.shapes.samples / shared.seconds,
+            "tokens_per_second": tokens / shared.seconds,
+            "peak_memory_bytes": shared.bytes,
+            "compile_seconds": shared.compile_seconds,
+        }
+    if by_itself:
+        result["rl_step_seconds_unshared"] = by_itself.seconds
+    if shared and by_itself:
+        result["speedup_of_sharing"] = by_itself.seconds / shared.seconds
+    return result | extraction
+
+
+def _is_whole(config: Config) -> bool:
+    """Whether real text can be read: by one process, with a model that has weights and a tokenizer."""
+    directory = resolve_model(config.subject.model)
+    return world.count() == 1 and has_weights(directory) and has_tokenizer(directory)
 
 
 def as_table(result: dict[str, Any]) -> Table:
@@ -284,19 +343,29 @@ def as_table(result: dict[str, Any]) -> Table:
         cells = f"{phase['seconds']:.3f}", f"{phase['flops'] / 1e9:.0f}", share, f"{phase['compile_seconds']:.1f}"
         table.add_row(name, *cells)
     table.add_section()
-    table.add_row("RL step", f"{result['rl_step_seconds']:.3f}", "", "", f"{result['compile_seconds']:.1f}")
-    table.add_row("RL step, unshared", f"{result['rl_step_seconds_unshared']:.3f}")
+    if "rl_step_seconds" in result:
+        table.add_row("RL step", f"{result['rl_step_seconds']:.3f}", "", "", f"{result['compile_seconds']:.1f}")
+    if "rl_step_seconds_unshared" in result:
+        table.add_row("RL step, unshared", f"{result['rl_step_seconds_unshared']:.3f}")
     table.caption_justify = "left"
-    table.caption = (
-        f"sharing the prompt: {result['speedup_of_sharing']:.2f}×; {result['samples_per_second']:.2f} samples/s, "
-        f"{result['tokens_per_second']:.0f} tokens/s; memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB; "
-        f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
-        f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, of which the rollout needs "
-        f"{100 * result['rollout_bandwidth_fraction']:.0f} %"
-    )
-    if "extraction" in result:
-        table.caption += (
-            f"; extraction {result['extraction']['tokens_per_second']:.0f} tokens/s, "
-            f"{100 * result['extraction']['ratio']:.0f} % of the bare forward pass"
-        )
+    table.caption = "; ".join(_notes(result))
     return table
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """What stands under the table."""
+    notes = [result["assumed"]] if result["assumed"] else []
+    if "speedup_of_sharing" in result:
+        notes.append(f"sharing the prompt: {result['speedup_of_sharing']:.2f}×")
+    if "rl_step_seconds" in result:
+        speed = f"{result['samples_per_second']:.2f} samples/s, {result['tokens_per_second']:.0f} tokens/s"
+        notes += [speed, f"memory of a step {result['peak_memory_bytes'] / 1e9:.2f} GB"]
+    peaks = f"matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s, bandwidth "
+    peaks += f"{result['memory_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+    if "rollout_bandwidth_fraction" in result:
+        peaks += f", of which the rollout needs {100 * result['rollout_bandwidth_fraction']:.0f} %"
+    notes.append(peaks)
+    if "extraction" in result:
+        speed = f"extraction {result['extraction']['tokens_per_second']:.0f} tokens/s"
+        notes.append(f"{speed}, {100 * result['extraction']['ratio']:.0f} % of the bare forward pass")
+    return notes

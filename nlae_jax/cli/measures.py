@@ -37,6 +37,10 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--repeats", type=int, default=3, help="timed calls of each phase; the median counts (default 3)"
     )
+    bench.add_argument(
+        "--phases",
+        help="only these, as rollout,score,reference,policy,encoder_sft,rl_step,unshared,extraction (default: all)",
+    )
     bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_distributed(bench)
 
@@ -49,9 +53,12 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--repeats: {options.repeats} should be at least 1")
     supervision.set_grace(config.checkpoint.grace_seconds)
     start_jax(options.distributed)
-    from nlae_jax.bench.steps import as_table, bench
+    from nlae_jax.bench.steps import PHASES, as_table, bench
 
-    result = bench(config, options.repeats)
+    phases = options.phases.split(",") if options.phases else PHASES
+    if unknown := set(phases) - set(PHASES):
+        raise UserError(f"--phases: {sorted(unknown)[0]!r} should be one of {', '.join(PHASES)}")
+    result = bench(config, options.repeats, phases)
     if not world.is_first():
         return 0
     show_result(result, as_table, options.json)

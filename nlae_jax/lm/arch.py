@@ -106,6 +106,21 @@ class DeltaNet:
 
 
 @dataclasses.dataclass(frozen=True)
+class GlobalAttention:
+    """Attention of blocks of the kind "global", whose heads are others than those of the blocks beside them.
+
+    The first `turned_pairs` of a head's pairs turn, by frequencies of the whole head divided by `rope_factor`.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    turned_pairs: int
+    rope_factor: float = 1.0
+    keys_are_values: bool = False  # no projection to values: they are the keys, before norm and rope
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """Shape and constants of one decoder-only transformer. `num_layers` blocks, counted from 0.
 
@@ -150,8 +165,11 @@ class Arch:
     experts: Experts | None = None
     clamped_gate: ClampedGate | None = None  # in the place of the activation
     attention_gate: bool = False  # what attention gives is multiplied by the sigmoid of a projection of what it reads
-    mixers: tuple[str, ...] = ()  # per block what mixes tokens: "attention" or "delta"; empty: attention in all
+    mixers: tuple[str, ...] = ()  # per block what mixes tokens: a kind of `MIXERS`; empty: attention in all
     delta: DeltaNet | None = None
+    global_attention: GlobalAttention | None = None
+    value_norm: bool = False  # RMS norm of each head's values, without weights
+    layer_scales: bool = False  # what leaves a block is multiplied by a number of its own, which does not train
 
     @property
     def most_tokens(self) -> int:
@@ -182,7 +200,7 @@ class Arch:
 
 
 # Where blocks differ in what mixes tokens, its weights are stacked over the blocks that have it: the leading axis.
-MIXERS = {"attention_layers": "attention", "delta_layers": "delta"}
+MIXERS = {"attention_layers": "attention", "delta_layers": "delta", "global_layers": "global"}
 
 
 def linear_layers(arch: Arch) -> dict[str, Weight]:
@@ -200,6 +218,9 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
     weights = {name: _matrix(arch, attention, *matrix) for name, matrix in matrices.items()}
     if arch.delta is not None:
         weights |= {name: _matrix(arch, "delta_layers", *matrix) for name, matrix in _delta_matrices(arch, arch.delta)}
+    if arch.global_attention is not None:
+        matrices = _global_matrices(arch, arch.global_attention)
+        weights |= {name: _matrix(arch, "global_layers", *matrix) for name, matrix in matrices.items()}
     if arch.experts is None:
         weights |= {name: _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(arch)}
     elif arch.experts.shared:
@@ -215,6 +236,17 @@ def _attention_blocks(arch: Arch) -> str:
 
 def _matrix(arch: Arch, blocks: str, rows: int, cols: int, row_axis: str, col_axis: str) -> Weight:
     return Weight((arch.count(blocks), rows, cols), (blocks, row_axis, col_axis), fan_in=rows)
+
+
+def _global_matrices(arch: Arch, attention: GlobalAttention) -> dict[str, tuple[int, int, str, str]]:
+    heads, kv_heads = arch.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    values = {} if attention.keys_are_values else {"global_v": (arch.d_model, kv_heads, "embed", "kv_heads")}
+    return {
+        "global_q": (arch.d_model, heads, "embed", "heads"),
+        "global_k": (arch.d_model, kv_heads, "embed", "kv_heads"),
+        **values,
+        "global_o": (heads, arch.d_model, "heads", "embed"),
+    }
 
 
 def _delta_matrices(arch: Arch, delta: DeltaNet) -> list[tuple[str, tuple[int, int, str, str]]]:
@@ -284,6 +316,11 @@ def block_weights(arch: Arch) -> dict[str, Weight]:
         for name, count in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
             width = count * arch.head_dim if whole else arch.head_dim
             weights[name] = Weight((blocks, width), (attention, "norm"))
+    if arch.global_attention is not None and arch.qk_norm and (blocks_there := arch.count("global_layers")):
+        for name in ("global_q_norm", "global_k_norm"):
+            weights[name] = Weight((blocks_there, arch.global_attention.head_dim), ("global_layers", "norm"))
+    if arch.layer_scales:
+        weights["layer_scale"] = Weight((arch.num_layers, 1), ("layers", "none"))
     if arch.sinks and blocks:
         weights["sinks"] = Weight((blocks, arch.num_heads), (attention, "heads"))
     return weights

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from nlae_jax.lm.arch import Arch, linear_layers
+from nlae_jax.lm.arch import Arch, GlobalAttention, linear_layers
 from nlae_jax.lm.attention import attend
 from nlae_jax.lm.delta import mix
 from nlae_jax.lm.experts import mixture
@@ -19,7 +19,7 @@ from nlae_jax.lm.lora import linear
 from nlae_jax.lm.mlp import activated
 from nlae_jax.lm.norms import norm, rms_norm
 from nlae_jax.lm.products import einsum
-from nlae_jax.lm.rope import apply_rope, query_growth, rope_table
+from nlae_jax.lm.rope import apply_rope, global_rope_table, query_growth, rope_table
 from nlae_jax.lm.segments import DeltaState, KeyValues, empty_state
 from nlae_jax.mesh import DECODE_RULES, constrained
 
@@ -41,6 +41,7 @@ class LayerCache(NamedTuple):
     k: Any
     v: Any
     state: DeltaState | None = None
+    global_kv: tuple[jax.Array, jax.Array] | None = None  # of all blocks together, as in `KeyValues`
 
 
 # One block's weights and its adapters, none or by the linear layer's name.
@@ -91,6 +92,8 @@ class Block:
         axes = {name: weight.axes[1:] for name, weight in linear_layers(arch).items()}
         self._axes = {name: [axis if axis != "embed" else None for axis in both] for name, both in axes.items()}
         self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
+        if (wide := arch.global_attention) is not None:
+            self.global_ropes = [global_rope_table(wide, s.positions) for s in segments]
         self.growths = [query_growth(arch, s.positions) for s in segments]
 
     def __call__(
@@ -110,8 +113,8 @@ class Block:
             x = _residual(x, decoding)
             with jax.named_scope("attention"):
                 normed = self._norm(x, weights, "attn_norm")
-                out = "delta_o" if "delta_o" in weights else "o"
-                if out == "o":
+                out = next(name for name in ("o", "delta_o", "global_o") if name in weights)
+                if out != "delta_o":
                     mixed, grown = self._attention(i, weights, adapters, normed, seen, own, offset, layer, place)
                 else:
                     mixed, grown = self._delta(i, weights, adapters, normed, seen, own, offset, place)
@@ -121,6 +124,8 @@ class Block:
             with jax.named_scope("mlp"):
                 mixed = self._mlp(before if self.arch.parallel else x, weights, adapters, decoding)
                 x = x + self._added(_residual(mixed, decoding), weights, "mlp_post_norm")
+            if self.arch.layer_scales:
+                x = x * jax.lax.stop_gradient(weights["layer_scale"]).astype(x.dtype)
             outs.append(x)
         return tuple(outs), tuple(caches)
 
@@ -137,8 +142,9 @@ class Block:
         place: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
         """What "o" reads of segment `i`, whose keys are put behind those `seen`, and what its cache becomes."""
-        decoding = own is not None
-        q, k, v = self._project(weights, adapters, x, _one_of(self.ropes[i], layer.rope), decoding)
+        decoding, wide = own is not None, self.arch.global_attention if "global_o" in weights else None
+        rope = _one_of(self.ropes[i], layer.rope) if wide is None else self.global_ropes[i]
+        q, k, v = self._project(weights, adapters, x, rope, decoding, wide)
         if (growth := self.growths[i]) is not None:
             q = (q * growth[..., None, None]).astype(q.dtype)
         if own is None:
@@ -162,9 +168,9 @@ class Block:
         mixed = mixed.reshape(*x.shape[:-1], -1)
         if self.arch.attention_gate:
             gate = self._linear(x, weights, adapters, "q_gate", decoding)
-            gate = self._by_row(_by_column(gate)) if decoding else gate
+            gate = _by_row(_by_column(gate), k.shape[0]) if decoding else gate
             mixed = mixed * jax.nn.sigmoid(gate)
-        return _by_column(self._by_row(mixed)) if decoding else mixed, grown
+        return _by_column(_by_row(mixed, k.shape[0])) if decoding else mixed, grown
 
     def _delta(
         self,
@@ -257,11 +263,6 @@ class Block:
         y = y + weights[f"{name}_bias"] if name in self.arch.biases else y
         return checkpoint_name(_training_rows(y, columns) if constrain else y, name)
 
-    def _by_row(self, y: jax.Array) -> jax.Array:
-        """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
-        axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
-        return constrained(y, axes, together=y.shape[-1] // self.arch.num_kv_heads)
-
     def _project(
         self,
         weights: dict[str, jax.Array],
@@ -269,34 +270,51 @@ class Block:
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         decoding: bool,
+        wide: GlobalAttention | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim].
 
-        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead.
+        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead. `wide`:
+        that of the block, where it is of the kind "global".
         """
+        prefix = "" if wide is None else "global_"
+        kv_heads, head_dim = (wide or self.arch).num_kv_heads, (wide or self.arch).head_dim
 
-        def heads(name: str, count: int) -> jax.Array:
-            y, own_norm = self._linear(x, weights, adapters, name, decoding), weights.get(f"{name}_norm")
+        def product(name: str, count: int) -> jax.Array:
+            y, own_norm = self._linear(x, weights, adapters, prefix + name, decoding), weights.get(f"{name}_norm")
             if decoding:  # the product where its matrix is, or that would be gathered
-                y = self._by_row(_by_column(y))
+                y = _by_row(_by_column(y), kv_heads)
             if own_norm is not None and self.arch.qk_norm == "all":
                 y = rms_norm(y, own_norm, self.arch.norm_eps, self.arch.norm_offset)
             if self.arch.clip_qkv:
                 y = jnp.clip(y, -self.arch.clip_qkv, self.arch.clip_qkv)
-            y = y.reshape(*x.shape[:-1], count, self.arch.head_dim)
+            return y.reshape(*x.shape[:-1], count, head_dim)
+
+        def turned(y: jax.Array, name: str) -> jax.Array:
+            own_norm = weights.get(f"{prefix}{name}_norm")
             if own_norm is not None and self.arch.qk_norm == "head":
                 y = rms_norm(y, own_norm, self.arch.norm_eps, self.arch.norm_offset)
-            return y
+            return apply_rope(y, rope)
 
-        q = apply_rope(heads("q", self.arch.num_heads), rope)
-        k = apply_rope(heads("k", self.arch.num_kv_heads), rope)
-        return q, jnp.moveaxis(k, -2, 0), jnp.moveaxis(heads("v", self.arch.num_kv_heads), -2, 0)
+        q = turned(product("q", self.arch.num_heads), "q")
+        keys = product("k", kv_heads)
+        k = jnp.moveaxis(turned(keys, "k"), -2, 0)
+        v = keys if wide is not None and wide.keys_are_values else product("v", kv_heads)
+        if self.arch.value_norm:
+            v = rms_norm(v, None, self.arch.norm_eps)
+        return q, k, jnp.moveaxis(v, -2, 0)
 
 
 def _repeated(x: jax.Array, rows: int) -> jax.Array:
     """[outer, ...] -> [rows, ...]: each entry as often as rows share it."""
     outer = x.shape[0]
     return jnp.broadcast_to(x[:, None], (outer, rows // outer, *x.shape[1:])).reshape(rows, *x.shape[1:])
+
+
+def _by_row(y: jax.Array, kv_heads: int) -> jax.Array:
+    """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
+    axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
+    return constrained(y, axes, together=y.shape[-1] // kv_heads)
 
 
 def _by_column(y: jax.Array) -> jax.Array:

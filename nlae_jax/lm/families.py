@@ -24,6 +24,8 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "qwen3": readers.qwen3,
     "gemma2": readers.gemma2,
     "gemma3_text": readers.gemma3,
+    "gemma4_text": readers.gemma4,
+    "gemma4_unified_text": readers.gemma4,
     "smollm3": readers.smollm3,
     "olmo2": readers.olmo2,
     "gpt2": readers.gpt2,
@@ -44,10 +46,14 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
 # Models with a vision tower, by what their language model is called where its `text_config` does not say.
 _WITH_VISION = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
+# Those whose head is the embedding where nothing is said.
+_TIED = ("gemma3", "gemma4", "gemma4_unified")
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     family = text.get("model_type", _WITH_VISION[whole])
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"config.json: text_config.model_type {quoted(family)} is not supported")
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", whole == "gemma3")}
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", whole in _TIED)}
     return tied | text | {"model_type": family, "architectures": [WRITTEN[family].transformers_class]}
 
 

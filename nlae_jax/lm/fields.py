@@ -69,6 +69,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10_000.0,
         "tie_word_embeddings": True,
     },
+    "gemma4_text": {
+        "vocab_size": 262_144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_size_per_layer_input": 256,
+        "sliding_window": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "tie_word_embeddings": True,
+    },
     "smollm3": {
         "num_key_value_heads": 4,
         "rope_theta": 2_000_000.0,
@@ -133,6 +150,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+DEFAULTS["gemma4_unified_text"] = DEFAULTS["gemma4_text"] | {"hidden_size_per_layer_input": 0, "sliding_window": 1024}
 DEFAULTS["qwen3_5_moe_text"] = {
     **{key: value for key, value in DEFAULTS["qwen3_5_text"].items() if key != "intermediate_size"},
     "hidden_size": 2048,

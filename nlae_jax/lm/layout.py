@@ -106,6 +106,15 @@ _POST_NORMS = _LLAMA | {
     "mlp_norm": Stored("model.layers.{}.pre_feedforward_layernorm.weight"),
     "mlp_post_norm": Stored("model.layers.{}.post_feedforward_layernorm.weight"),
 }
+_GEMMA4 = _POST_NORMS | {
+    "global_q": Stored("model.layers.{}.self_attn.q_proj.weight", True),
+    "global_k": Stored("model.layers.{}.self_attn.k_proj.weight", True),
+    "global_v": Stored("model.layers.{}.self_attn.v_proj.weight", True),
+    "global_o": Stored("model.layers.{}.self_attn.o_proj.weight", True),
+    "global_q_norm": Stored("model.layers.{}.self_attn.q_norm.weight"),
+    "global_k_norm": Stored("model.layers.{}.self_attn.k_norm.weight"),
+    "layer_scale": Stored("model.layers.{}.layer_scalar"),
+}
 _GPT2 = {
     "embed": Stored("transformer.wte.weight"),
     "positions": Stored("transformer.wpe.weight"),
@@ -208,6 +217,7 @@ _OTHERS: dict[str, dict[str, Stored]] = {
     "gpt_oss": _GPT_OSS,
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": _QWEN3_5_MOE,
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
 }
 # What a model has been saved with under another name.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}

@@ -142,5 +142,12 @@ def stacked_caches(arch: Arch, given: Given, segments: Sequence[Segment]) -> tup
         state = None if delta is None else delta.state
         if state is None and arch.delta is not None:
             state = empty_state(arch.delta, segment.positions.size // length, dtype, (0,))
-        made.append(LayerCache(cached(attention.k, 1), cached(attention.v, 1), state))
+        wide, global_kv = joined("global", number), None
+        if wide is not None:
+            global_kv = cached(wide.k, 1), cached(wide.v, 1)
+        elif arch.global_attention is not None:
+            heads, head_dim = arch.global_attention.num_kv_heads, arch.global_attention.head_dim
+            none = jnp.zeros((0, heads, *batch, length, head_dim), dtype)
+            global_kv = none, none
+        made.append(LayerCache(cached(attention.k, 1), cached(attention.v, 1), state, global_kv))
     return tuple(made)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from nlae_jax.lm.arch import Arch
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32."""
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, offset: float = 0.0) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32; without `weight` it is not scaled."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    if weight is None:
+        return scaled.astype(x.dtype)
     return (scaled * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, QueryGrowth, YarnRope
+from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention, QueryGrowth, YarnRope
 from nlae_jax.lm.fields import Fields, number, table, whole
-from nlae_jax.lm.rope_fields import long_rope, rope_of, turned_of, whole_heads_turn
+from nlae_jax.lm.rope_fields import long_rope, proportional_rope, rope_of, turned_of, whole_heads_turn
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 
@@ -190,6 +190,85 @@ def _gemma(fields: Fields, **differences: Any) -> Arch:
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
         logit_softcap=fields.number("final_logit_softcapping", 0.0),
     )
+
+
+def gemma4(fields: Fields) -> Arch:
+    """The dense ones, whose blocks without a window have heads of another size."""
+    fields.only("hidden_activation", "gelu_pytorch_tanh")
+    fields.only("attention_bias", False)
+    fields.only("use_bidirectional_attention", False, "vision")  # among an image's tokens
+    fields.only("enable_moe_block", False)
+    fields.only("num_kv_shared_layers", 0)
+    for key in ("vocab_size_per_layer_input", "use_double_wide_mlp"):  # nothing without what is refused here
+        fields.pass_over(key)
+    if fields.size("hidden_size_per_layer_input", 0, least=0):
+        raise UserError("config.json: hidden_size_per_layer_input, as Gemma 4 E2B and E4B have it, is not supported")
+    count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
+    sliding = _sliding(fields, [(block + 1) % 6 != 0 for block in range(count)])
+    sliding[-1] = False  # as transformers has it, whatever the file says
+    theta, scaling = rope_of(_rope_parameters(fields, "sliding_attention"), 10_000.0)
+    if scaling is not None:
+        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
+    return Arch(
+        vocab_size=fields.size("vocab_size"),
+        d_model=d_model,
+        num_layers=count,
+        num_heads=fields.size("num_attention_heads"),
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim"),
+        d_ff=fields.size("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        tied_head=fields.flag("tie_word_embeddings"),
+        family=fields.family,
+        activation="gelu_tanh",
+        qk_norm="head",
+        post_norms=True,
+        embed_scale=d_model**0.5,
+        attention_scale=1.0,
+        logit_softcap=fields.number("final_logit_softcapping", 0.0),
+        windows=_windows(fields, sliding),
+        mixers=tuple("attention" if one else "global" for one in sliding),
+        global_attention=_global_attention(fields, sliding),
+        value_norm=True,
+        layer_scales=True,
+    )
+
+
+def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttention:
+    """Attention of the blocks that have no window."""
+    keys_are_values = fields.flag("attention_k_eq_v")
+    kv_heads, head_dim = _global_heads(fields, sliding, keys_are_values)
+    if fields.size("num_attention_heads") % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"global_head_dim = {head_dim} should be even, and num_attention_heads a multiple of "
+            f"num_global_key_value_heads = {kv_heads}"
+        )
+    theta, pairs, factor = proportional_rope(_rope_parameters(fields), 1_000_000.0, head_dim)
+    return GlobalAttention(kv_heads, head_dim, theta, pairs, factor, keys_are_values)
+
+
+def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool) -> tuple[int, int]:
+    """Their heads of keys and values, and a head's size, by `per_layer_config`, as transformers saves them.
+
+    Published files have two fields instead, of which transformers reads the first where keys are values only.
+    """
+    kv_heads, head_dim = fields.size("num_key_value_heads"), fields.size("head_dim")
+    few, wide = fields.size("num_global_key_value_heads", kv_heads), fields.size("global_head_dim", 512)
+    per_layer = fields.table("per_layer_config")
+    if not per_layer:
+        return few if keys_are_values else kv_heads, wide
+    if set(per_layer) - {str(block) for block, one in enumerate(sliding) if not one}:
+        raise UserError("config.json: per_layer_config of blocks that are not full_attention is not supported")
+    own = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    blocks = [str(block) for block, one in enumerate(sliding) if not one]
+    heads = [own | table("per_layer_config", per_layer.get(block, {})) for block in blocks]
+    if any(one != heads[0] or one.keys() != own.keys() for one in heads):
+        raise UserError(
+            "config.json: per_layer_config should have the same head_dim and num_key_value_heads for all "
+            "full_attention blocks, and nothing else"
+        )
+    return whole("num_key_value_heads", heads[0]["num_key_value_heads"]), whole("head_dim", heads[0]["head_dim"])
 
 
 def gpt2(fields: Fields) -> Arch:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlae_jax.lm.arch import Arch, LinearRope, Llama3Rope, LongRope, YarnRope
+from nlae_jax.lm.arch import Arch, GlobalAttention, LinearRope, Llama3Rope, LongRope, YarnRope
 
 
 def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:
@@ -36,6 +36,15 @@ def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def global_rope_table(attention: GlobalAttention, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`rope_table` of blocks with a `GlobalAttention`, each [*positions.shape, head_dim / 2]; later pairs stay."""
+    pairs = jnp.arange(attention.head_dim // 2, dtype=jnp.float32)
+    frequencies = attention.rope_theta ** (-2 * pairs / attention.head_dim) / attention.rope_factor
+    frequencies = jnp.where(pairs < attention.turned_pairs, frequencies, 0.0)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _llama3(scaling: Llama3Rope, frequencies: jax.Array) -> jax.Array:

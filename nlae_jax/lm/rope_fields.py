@@ -50,6 +50,20 @@ def rope_of(parameters: dict[str, Any], default_theta: float, context: int | Non
     raise UserError(f"config.json: rope_type {quoted(kind)} is not supported; default, linear, llama3 and yarn are")
 
 
+def proportional_rope(parameters: dict[str, Any], default_theta: float, head_dim: int) -> tuple[float, int, float]:
+    """RoPE base, how many of a head's pairs turn, and the factor that all frequencies are divided by."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("proportional", "default"):
+        raise UserError(f"config.json: rope_type {quoted(kind)} of full_attention is not supported; proportional is")
+    theta = number("rope_theta", parameters.get("rope_theta") or default_theta)
+    if kind == "default":
+        return theta, head_dim // 2, 1.0
+    part, factor = (number(key, parameters.get(key, 1.0)) for key in ("partial_rotary_factor", "factor"))
+    if part > 1 or factor == 0:
+        raise ValueError(f"partial_rotary_factor = {part} should be at most 1, and factor = {factor} above 0")
+    return theta, int(part * head_dim // 2), factor
+
+
 def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
     """What is not said is taken as transformers takes it."""
     given = {key: value for key, value in parameters.items() if value is not None}

@@ -68,6 +68,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
             at(old.positions, fresh.positions),
             at(old.valid, fresh.valid),
             each(old.state, fresh.state, axis - 1),
+            each(old.global_kv, fresh.global_kv, axis),
         )
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
@@ -100,14 +101,14 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
             return kv
         axis = _row_axis(kv)
         take = lambda part, axis: jax.tree.map(lambda x: jnp.take(x, index, axis=axis), part)  # noqa: E731
-        k, v, state = take(kv.k, axis), take(kv.v, axis), take(kv.state, axis - 1)
-        return KeyValues(k, v, kv.positions[index], kv.valid[index], state)
+        k, v, wide = (take(part, axis) for part in (kv.k, kv.v, kv.global_kv))
+        return KeyValues(k, v, kv.positions[index], kv.valid[index], take(kv.state, axis - 1), wide)
 
     def widened(kv: KeyValues) -> KeyValues:
         kv = moved(kv)
         positions = kv.positions[:, :1] + jnp.arange(capacity, dtype=jnp.int32)
-        k, v = jax.tree.map(lambda x: room(x, x.ndim - 2), (kv.k, kv.v))
-        return KeyValues(k, v, positions, jnp.ones(positions.shape, bool), kv.state)
+        k, v, wide = jax.tree.map(lambda x: room(x, x.ndim - 2), (kv.k, kv.v, kv.global_kv))
+        return KeyValues(k, v, positions, jnp.ones(positions.shape, bool), kv.state, wide)
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
     return Rows(

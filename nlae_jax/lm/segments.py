@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,8 @@ class KeyValues(NamedTuple):
 
     `k`, `v`: [kv_heads, *batch, T, head_dim]; `positions`: [*batch, T] int32; `valid`: [*batch, T] bool. In a block of
     DeltaNet, `state` after the segment in the place of `k` and `v`, which are None. Of all blocks together both are
-    there, each stacked over the blocks that have it; no state where none has.
+    there, each stacked over the blocks that have it; no state where none has. So are the keys and values of blocks of
+    the kind "global", `global_kv`, which in such a block are `k` and `v`.
     """
 
     k: Any
@@ -34,17 +36,28 @@ class KeyValues(NamedTuple):
     positions: jax.Array
     valid: jax.Array
     state: DeltaState | None = None
+    global_kv: tuple[jax.Array, jax.Array] | None = None
 
 
 def of_block(arch: Arch, kv: KeyValues, layer: int) -> KeyValues:
     """What block `layer` has of the keys and values of all blocks."""
     if not arch.mixers:
         return kv._replace(k=kv.k[layer], v=kv.v[layer])
-    place = arch.place("delta_layers", layer)
-    if place is not None:
-        return kv._replace(k=None, v=None, state=jax.tree.map(lambda x: x[place], kv.state))
+    if (place := arch.place("delta_layers", layer)) is not None:
+        return of_kind(kv, "delta", lambda x: x[place])
+    if (place := arch.place("global_layers", layer)) is not None:
+        return of_kind(kv, "global", lambda x: x[place])
     place = arch.place("attention_layers", layer)
-    return kv._replace(k=kv.k[place], v=kv.v[place], state=None)
+    return of_kind(kv, "attention", lambda x: x[place])
+
+
+def of_kind(kv: KeyValues, kind: str, at: Callable[[jax.Array], jax.Array]) -> KeyValues:
+    """Of all blocks' keys and values what a block of this kind has, which `at` takes from its stacks."""
+    if kind == "delta":
+        return kv._replace(k=None, v=None, state=jax.tree.map(at, kv.state), global_kv=None)
+    pair = (kv.k, kv.v) if kind == "attention" else kv.global_kv
+    assert pair is not None  # as there is such a block
+    return kv._replace(k=at(pair[0]), v=at(pair[1]), state=None, global_kv=None)
 
 
 def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int, ...] = ()) -> DeltaState:
@@ -59,7 +72,7 @@ def bytes_of_row(arch: Arch, capacity: int, itemsize: int) -> int:
     """What one row of `empty_caches` takes in all blocks, its keys and values and its states."""
     made = jax.eval_shape(lambda: empty_caches(arch, jnp.zeros(1, jnp.int32), capacity, jnp.float32))
     memory = 0 if made.state is None else made.state.memory.size
-    keys = sum(x.size for x in jax.tree.leaves((made.k, made.v, made.state)))
+    keys = sum(x.size for x in jax.tree.leaves((made.k, made.v, made.state, made.global_kv)))
     return (keys - memory) * itemsize + memory * 4
 
 
@@ -73,7 +86,13 @@ def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) 
     attention = arch.count("attention_layers") if arch.mixers else arch.num_layers
     shape = (attention, arch.num_kv_heads, start.size, capacity, arch.head_dim)
     positions = start.reshape(-1, 1) + jnp.arange(capacity, dtype=jnp.int32)
-    made = KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.ones(positions.shape, bool))
-    if arch.delta is None:
-        return made
-    return made._replace(state=empty_state(arch.delta, start.size, dtype, (arch.count("delta_layers"),)))
+    state = None
+    if arch.delta is not None:
+        state = empty_state(arch.delta, start.size, dtype, (arch.count("delta_layers"),))
+    global_kv = None
+    if arch.global_attention is not None:
+        heads, head_dim = arch.global_attention.num_kv_heads, arch.global_attention.head_dim
+        room = jnp.zeros((arch.count("global_layers"), heads, start.size, capacity, head_dim), dtype)
+        global_kv = room, jnp.zeros_like(room)
+    valid = jnp.ones(positions.shape, bool)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, valid, state, global_kv)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm import head
-from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.arch import MIXERS, Arch, model_weights
 from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.mixed import of_layer, over_blocks, stacked_caches
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.norms import norm
-from nlae_jax.lm.segments import KeyValues, of_block
+from nlae_jax.lm.segments import KeyValues, of_block, of_kind
 from nlae_jax.mesh import DECODE_RULES, Weight, constrained_tree, platform_of
 from nlae_jax.runtime.errors import UserError
 
@@ -31,6 +31,7 @@ REMAT = {
     "linear": jax.checkpoint_policies.save_only_these_names(
         *("q", "k", "v", "attention", "o", "gate", "up", "q_gate"),
         *("delta_q", "delta_k", "delta_v", "delta_z", "delta_o", "shared_gate", "shared_up"),
+        *("global_q", "global_k", "global_v", "global_o"),
     ),
 }
 
@@ -166,6 +167,8 @@ class Transformer(nn.Module):
             return block.neurons(hidden, weights, adapters)
         # Without its MLP's output, what leaves the block is what its MLP reads.
         silent = {**weights, "down": jnp.zeros_like(weights["down"])}
+        if "layer_scale" in weights:
+            silent["layer_scale"] = jnp.ones_like(weights["layer_scale"])
         if "down_bias" in weights:
             silent["down_bias"] = jnp.zeros_like(weights["down_bias"])
         own = {name: adapter for name, adapter in adapters.items() if name != "down"}
@@ -232,22 +235,21 @@ class Transformer(nn.Module):
         layers = layers_of(self.arch)
 
         def step(carry: Any, weights: Any, adapters: Any, number: Any, places: Any) -> tuple[Any, Any]:
-            (x, grown), place = carry, places.get("attention_layers")
+            x, grown = carry
             layer = jax.tree.map(lambda a: jnp.asarray(a)[number], layers)
-            if place is None:
-                place = places["delta_layers"]
-                seen = [kv._replace(k=None, v=None, state=layer_of(kv.state, place)) for kv in contexts]
-            else:
-                seen = [kv._replace(k=layer_of(kv.k, place), v=layer_of(kv.v, place), state=None) for kv in contexts]
-            room = own._replace(k=grown.k, v=grown.v, state=grown.state)
+            kind, place = next((MIXERS[axis], place) for axis, place in places.items() if axis in MIXERS)
+            seen = [of_kind(kv, kind, lambda stack: layer_of(stack, place)) for kv in contexts]
+            room = of_kind(own._replace(**grown._asdict()), kind, lambda stack: stack)
             (x,), (cache,) = block(weights, adapters, (x,), seen, room, offset, layer, jnp.asarray(place))
+            if kind == "global":
+                cache = LayerCache(None, None, global_kv=(cache.k, cache.v))
             kept = {name: part for name, part in cache._asdict().items() if part is not None}
             return (x, grown._replace(**kept)), ()
 
-        carry = x, LayerCache(own.k, own.v, own.state)
+        carry = x, LayerCache(own.k, own.v, own.state, own.global_kv)
         adapters = self._adapters()
         (x, grown), _ = over_blocks(self.arch, self.blocks, adapters, step, carry, 0, self.arch.num_layers)
-        return x, own._replace(k=grown.k, v=grown.v, state=grown.state)
+        return x, own._replace(**grown._asdict())
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [..., d] -> [..., V] float32."""
@@ -281,7 +283,7 @@ class Transformer(nn.Module):
 def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tuple[KeyValues, ...]:
     """What `Transformer.run` kept of segments, as later ones attend to it: stacked over blocks."""
     pairs = zip(caches, segments, strict=True)
-    return tuple(KeyValues(cache.k, cache.v, segment.positions, segment.valid, cache.state) for cache, segment in pairs)
+    return tuple(KeyValues(c.k, c.v, segment.positions, segment.valid, c.state, c.global_kv) for c, segment in pairs)
 
 
 class Decoding(NamedTuple):

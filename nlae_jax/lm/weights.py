@@ -54,6 +54,7 @@ SHARD_BYTES = 5 * 2**30  # of one file that is written
 _BESIDE = (
     *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
     *("model.visual.", "visual.", "mtp.", "model.mtp."),
+    *("model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
 )
 
 # What a tensor is packed into, beside what its name is otherwise.
@@ -192,6 +193,11 @@ def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
     if is_buffer(arch, name) or name.startswith(_BESIDE):
         return True
     return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds more than a config.json."""
+    return any((Path(directory) / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts
+from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
 from nlae_jax.lm.rope_fields import written_rope
 
 
@@ -23,6 +23,16 @@ class Written:
 
 _WINDOW = ("use_sliding_window", "sliding_window", "layer_types")
 _GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window", "layer_types")
+_GEMMA4 = (
+    *("hidden_activation", "final_logit_softcapping", "sliding_window/always", "layer_types/global"),
+    *(
+        "attention_k_eq_v",
+        "global_head_dim",
+        "num_global_key_value_heads",
+        "per_layer_config",
+        "rope_parameters/global",
+    ),
+)
 _GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _DELTA = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
@@ -41,6 +51,8 @@ WRITTEN: dict[str, Written] = {
     "qwen3": Written("Qwen3ForCausalLM", ("hidden_act", "attention_bias", *_WINDOW)),
     "gemma2": Written("Gemma2ForCausalLM", (*_GEMMA, "attn_logit_softcapping")),
     "gemma3_text": Written("Gemma3ForCausalLM", (*_GEMMA, "rope_local_base_freq")),
+    "gemma4_text": Written("Gemma4ForCausalLM", (*_GEMMA4, "hidden_size_per_layer_input"), ("rope_theta",)),
+    "gemma4_unified_text": Written("Gemma4UnifiedForCausalLM", _GEMMA4, ("rope_theta",)),
     "smollm3": Written("SmolLM3ForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", *_WINDOW)),
     "olmo2": Written("Olmo2ForCausalLM", ("hidden_act", "attention_bias")),
     "gpt2": Written(
@@ -104,7 +116,8 @@ def own_fields(arch: Arch) -> dict[str, Any]:
     # Off by a rounding error, because the Arch holds its inverse square root.
     query_scalar = round(arch.attention_scale**-2, 6) if arch.attention_scale else float(arch.head_dim)
     experts, clamped = arch.experts or Experts(0, 0), arch.clamped_gate or ClampedGate(0.0, 0.0)
-    delta = arch.delta or DeltaNet(0, 0, 0, 0)
+    delta, wide = arch.delta or DeltaNet(0, 0, 0, 0), arch.global_attention or GlobalAttention(1, 1, 1.0, 0)
+    wide_heads = {"head_dim": wide.head_dim, "num_key_value_heads": wide.num_kv_heads}
     return {
         "hidden_act": _ACTIVATIONS.get(arch.activation, arch.activation),
         "hidden_activation": "gelu_pytorch_tanh",
@@ -112,8 +125,25 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "mlp_bias": "gate" in arch.biases,
         "use_sliding_window": bool(arch.windows),
         "sliding_window": max(arch.windows, default=0) or None,
+        "sliding_window/always": max(arch.windows, default=512),
         "layer_types": ["sliding_attention" if one else "full_attention" for one in local],
-        "layer_types/mixers": [_MIXERS[mixer] for mixer in arch.mixers],
+        "layer_types/mixers": [_MIXERS.get(mixer) for mixer in arch.mixers],
+        "layer_types/global": ["full_attention" if mixer == "global" else "sliding_attention" for mixer in arch.mixers],
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": wide.keys_are_values,
+        "global_head_dim": wide.head_dim,
+        "num_global_key_value_heads": wide.num_kv_heads if wide.keys_are_values else None,
+        # transformers reads this one; others, and their older files, have the fields before.
+        "per_layer_config": {str(n): wide_heads for n, mixer in enumerate(arch.mixers) if mixer == "global"},
+        "rope_parameters/global": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": arch.rope_theta},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": wide.rope_theta,
+                "partial_rotary_factor": _part_of(2 * wide.turned_pairs, wide.head_dim),
+                **({"factor": wide.rope_factor} if wide.rope_factor != 1.0 else {}),
+            },
+        },
         "no_rope_layers": [int(rope != "none") for rope in arch.ropes],
         "query_pre_attn_scalar": int(query_scalar) if query_scalar.is_integer() else query_scalar,
         "attn_logit_softcapping": arch.attention_softcap or None,
@@ -153,9 +183,12 @@ def own_fields(arch: Arch) -> dict[str, Any]:
 
 def _part(arch: Arch) -> float:
     """Of a head what turns: transformers multiplies and takes the whole part."""
-    turned = arch.head_dim if arch.rotary_dim is None else arch.rotary_dim
-    part = turned / arch.head_dim
-    return part if int(arch.head_dim * part) == turned else (turned + 0.5) / arch.head_dim
+    return _part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
+
+
+def _part_of(turned: int, head_dim: int) -> float:
+    part = turned / head_dim
+    return part if int(head_dim * part) == turned else (turned + 0.5) / head_dim
 
 
 def _rope_parameters(arch: Arch) -> dict[str, Any]:

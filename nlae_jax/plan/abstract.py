@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.bench.flops import Shapes, shapes_of
-from nlae_jax.config import Config, ProtocolConfig, ViewsConfig
+from nlae_jax.config import Config, ViewsConfig
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
@@ -22,16 +22,12 @@ from nlae_jax.lm.pretrained import has_tokenizer, load_tokenizer, resolve_model
 from nlae_jax.mesh import batch_parts, batch_sharding, check_batches, make_mesh, replicated
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Params, Roles, make_roles
-from nlae_jax.roles.protocol import Endings, Protocol, endings, make_protocol
+from nlae_jax.roles.protocol import ASSUMED, Endings, Protocol, assumed_protocol, endings, make_protocol
 from nlae_jax.roles.subject import jitted_reader
 from nlae_jax.roles.views import Marks
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_optimizers
-
-# Without a tokenizer: tokens of the encoder's prompt, which of them is the slot (from 0), and tokens of the opening
-# and closing tags and of the decoder's frame; those of experiments/bench.py with SmolLM2's tokenizer, about.
-PROMPT, SLOT, OPENING, CLOSING, FRAME = 125, 95, 4, 4, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +52,6 @@ class Program(NamedTuple):
     kept: Any
 
 
-def assumed_protocol(config: ProtocolConfig, closing: int = CLOSING) -> Protocol:
-    """A protocol of the usual numbers of tokens; which tokens they are does not matter to a compiler."""
-    suffix = FRAME // 3 if config.decoder_prompt.partition("{explanation}")[2] else 0
-    return Protocol(
-        marker="?",
-        marker_id=1,
-        encoder_template=config.encoder_prompt,
-        decoder_template=config.decoder_prompt,
-        encoder_prefix=(1,) * SLOT,
-        encoder_tail=(1,) * (PROMPT - SLOT - 1),
-        opening_length=OPENING,
-        decoder_prefix=(1,) * (FRAME - suffix),
-        decoder_suffix=(1,) * suffix,
-        closing=tuple(range(1, closing + 1)),
-        eos_id=0,
-        injection_scale=config.injection_scale or 1.0,
-    )
-
-
 def make_planned(config: Config, devices: list[Any]) -> Planned:
     """Reads the model's config.json and, if it is there, its tokenizer; no weights. Raises UserError as a run would."""
     mesh = make_mesh(config.mesh, devices)
@@ -95,8 +72,8 @@ def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, En
         width = len(protocol.decoder_suffix) + 1
         placed = Endings(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
     assumed = (
-        f"no tokenizer in {config.subject.model}: the encoder's prompt is taken to have {PROMPT} tokens with the slot "
-        f"at {SLOT}, tags {OPENING} and {CLOSING}, the decoder's frame {FRAME}"
+        f"no tokenizer in {config.subject.model}: the encoder's prompt is taken to have {ASSUMED.prompt} tokens with "
+        f"the slot at {ASSUMED.slot}, tags {ASSUMED.opening} and {ASSUMED.closing}, the decoder's frame {ASSUMED.frame}"
     )
     return protocol, placed, assumed
 

@@ -199,6 +199,38 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return blank
 
 
+class Lengths(NamedTuple):
+    """In tokens: the encoder's prompt, its slot (from 0), the opening and closing tags, the decoder's frame."""
+
+    prompt: int
+    slot: int
+    opening: int
+    closing: int
+    frame: int
+
+
+ASSUMED = Lengths(125, 95, 4, 4, 12)  # those of experiments/bench.py with SmolLM2's tokenizer, about
+
+
+def assumed_protocol(config: ProtocolConfig, closing: int = ASSUMED.closing) -> Protocol:
+    """For a model without a tokenizer: prompts of the usual lengths. Neither compiler nor clock minds which tokens."""
+    suffix = ASSUMED.frame // 3 if config.decoder_prompt.partition("{explanation}")[2] else 0
+    return Protocol(
+        marker="?",
+        marker_id=1,
+        encoder_template=config.encoder_prompt,
+        decoder_template=config.decoder_prompt,
+        encoder_prefix=(1,) * ASSUMED.slot,
+        encoder_tail=(1,) * (ASSUMED.prompt - ASSUMED.slot - 1),
+        opening_length=ASSUMED.opening,
+        decoder_prefix=(1,) * (ASSUMED.frame - suffix),
+        decoder_suffix=(1,) * suffix,
+        closing=tuple(range(1, closing + 1)),
+        eos_id=0,
+        injection_scale=config.injection_scale or 1.0,
+    )
+
+
 class Endings(NamedTuple):
     """What stands in the decoder's prompt in the place of an explanation's last token, the suffix included.
 

@@ -46,6 +46,8 @@ def export(
         raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
     if adapters and not run.config.lora.rank:
         raise UserError(f"--adapters: {run.workdir} has none; its lora.rank is 0")
+    if not adapters:
+        _check_last_block(run)
     names = ["av", "ar"]
     for name in [*names, *(f"{name}.parquet" for name in SPLIT_OF if datasets)]:
         if (out / name).exists():
@@ -84,6 +86,16 @@ def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, dir
     save_model(directory, arch, _merged(run, base, trained), dtype)
     if role == "ar":
         _write_head(directory, trained, dtype)
+
+
+def _check_last_block(run: PreparedRun) -> None:
+    """Raises UserError where transformers would take the decoder's last block for one of another kind."""
+    arch, layer = run.roles.decoder.arch, run.config.subject.layer
+    if arch.global_attention is not None and arch.mixers[layer] != "global":
+        raise UserError(
+            f"config.subject.layer: transformers reads a {arch.family} only where its last block is of full attention, "
+            f"and the decoder's, {layer}, has a window; export the --adapters alone"
+        )
 
 
 def _write_adapters(run: PreparedRun, role: str, trained: Params, directory: Path, dtype: str) -> None:
