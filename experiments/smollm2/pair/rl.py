@@ -1,4 +1,4 @@
-"""Last stage: reinforcement learning on broad text. The carried pair has not been through it yet.
+"""Last stage: reinforcement learning on broad text. The carried pair has had 45 of these steps.
 
 nlae train --config experiments/smollm2/pair/rl.py --workdir runs/pair/rl
 """
