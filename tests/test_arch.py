@@ -69,7 +69,7 @@ def test_absent_fields_take_the_values_that_transformers_gives_them():
     assert not arch.tied_head
 
 
-@pytest.mark.parametrize("model_type", ["gpt_bigcode", "mixtral", "gemma4", "qwen3_5", "Llama", None])
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "mixtral", "gemma4n", "qwen3_next", "Llama", None])
 def test_an_unsupported_family_is_refused_by_name(model_type):
     with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported; supported: llama"):
         arch_from_hf({**LLAMA, "model_type": model_type})

@@ -47,7 +47,7 @@ def expanded(segments, index):
     rows = []
     for kv in segments:
         own = index[: kv.positions.ndim - 1]
-        rows.append(KeyValues(kv.k[:, *own], kv.v[:, *own], kv.positions[own], kv.valid[own]))
+        rows.append((kv.k[:, *own], kv.v[:, *own], kv.positions[own], kv.valid[own]))
     return tuple(np.concatenate(parts, axis) for parts, axis in zip(zip(*rows, strict=True), (1, 1, 0, 0), strict=True))
 
 

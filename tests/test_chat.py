@@ -104,7 +104,7 @@ def test_the_answer_to_a_large_request_is_not_kept():
         ("{{ [0] * 10 ** 10 }}", "it takes too much memory"),
         (
             "{% set ns = namespace(s='a' * 9) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-            "it takes too much memory",
+            "it takes too much memory|it has not ended",  # whichever is reached first on this machine
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
         ("{{ " + "(" * 50_000, "nested too deeply"),
@@ -122,7 +122,7 @@ def test_a_template_that_does_not_work_is_one_line(template, says):
     with pytest.raises(UserError) as caught:
         chat_ids(tokenizer, "the text")
     message = str(caught.value)
-    assert message.startswith("subject.model: ") and says in message
+    assert message.startswith("subject.model: ") and any(text in message for text in says.split("|"))
     assert message.isprintable() and len(message) < 700
 
 

@@ -143,6 +143,7 @@ def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
+@pytest.mark.slow
 def test_shared_segments_have_the_gradient_of_each_text_by_itself():
     """A constant prefix, a part for each of two rows, three samples of each: values, and the gradient of adapters."""
     params = drawn_params(model_weights(ARCH), 0)

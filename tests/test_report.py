@@ -187,7 +187,7 @@ def test_health_is_beside_its_bounds(tmp_path):
     assert lines.keys() == measured.keys() - {"changed_candidates"}
     assert lines["distinct_explanations"] == ("1.000", "at least 0.95")
     assert lines["distinct_2"] == ("0.800", "–")
-    assert lines["repeated_rate"][:2] == ("0.310", "at most 0.02") and "rl.kl_coef" in lines["repeated_rate"][2]
+    assert lines["repeated_rate"][:2] == ("0.310", "at most 0.02") and "rl.repeat_penalty" in lines["repeated_rate"][2]
     assert lines["fve_gold_gap"][:2] == ("−0.070", "above 0 where fve is above 0") and len(lines["fve_gold_gap"]) == 3
     assert "Bounds crossed: 2." in text
     healthy = render(workdir(tmp_path / "healthy", evaluation=EVALUATION | {"repeated_rate": 0.0}))
