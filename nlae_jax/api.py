@@ -178,6 +178,8 @@ class NLA(Explainer):
         explanations in other words. Raises UserError for an adapted pair.
         """
         self.check_own_subject("eval")
+        out = workdir_path(out)
+        rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         subject = lambda: self.subject  # noqa: E731
         arch = self._roles.encoder.arch
         if rows is None:
@@ -185,9 +187,7 @@ class NLA(Explainer):
         pairing = pairing_of(
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
-        out = workdir_path(out)
         work = Work(pairing, rows, out, seed, bootstrap_samples)
-        rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         say(cost_text(work, sections, arch))
 
         def more_of_text() -> None:

@@ -90,6 +90,14 @@ def test_only_servers_reword(tmp_path, provider):
         rewriter(DescribeConfig(provider=provider), tmp_path)
 
 
+def test_what_keeps_a_server_from_being_asked_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        rewriter(DescribeConfig(provider="openai", model="m"), tmp_path)
+    with pytest.raises(UserError, match=r"describe\.model is empty"):
+        rewriter(DescribeConfig(provider="openai"), tmp_path)
+
+
 def test_the_command_says_what_is_missing(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "--model", "smollm2-135m", "--text", "a", "--out", str(tmp_path), "--reword"])

@@ -139,27 +139,29 @@ def _server_provider(
     api: Api, config: DescribeConfig, resources: DescribeResources, progress: Progress | None, pause: Pause
 ) -> Describer:
     server = Server(api, config, pause)
-    # Local servers often call whatever they serve by one name: the address tells them apart.
-    identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens, config.base_url)
+    identity = _identity(config, INSTRUCTION)
     cache = AnswerCache(resources.cache_directory, *identity, shared=resources.shared_directory)
     return cached_describer(config, cache, server.ask, progress)
 
 
-def rewriter(
-    config: DescribeConfig, directory: AnyPath, progress: Progress | None = None, pause: Pause = _pause
-) -> Callable[[str, Sequence[str]], list[str | None]]:
+def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
+    """What decides a server's answers. Local ones often call all models by one name: the address tells them apart."""
+    return config.provider, config.model, instruction, config.max_new_tokens, config.base_url
+
+
+def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Sequence[str]], list[str | None]]:
     """(instruction, texts) -> what the configured server makes of them, kept in `directory`; None where nothing came.
 
-    Raises UserError where `describe.provider` is not a server.
+    Raises UserError at once where `describe.provider` is not a server, or one that cannot be asked.
     """
-    if (api := {"openai": OPENAI, "anthropic": ANTHROPIC}.get(config.provider)) is None:
-        raise UserError(f"describe.provider: {config.provider!r} rewords nothing: should be openai or anthropic")
+    if config.provider not in SERVERS:
+        raise UserError(f"describe.provider: {config.provider!r} rewords nothing: should be {' or '.join(SERVERS)}")
+    server = SERVERS[config.provider](config)
 
     def rewrite(instruction: str, texts: Sequence[str]) -> list[str | None]:
-        server = Server(api, config, pause, lambda text: f"{instruction}\n\nThe note:\n{text}")
-        identity = (config.provider, config.model, instruction, config.max_new_tokens, config.base_url)
-        ask = cached_describer(config, AnswerCache(directory, *identity), server.ask, progress)
-        return ask([Context("", text, ()) for text in texts])
+        ask = partial(server.ask, make_prompt=lambda text: f"{instruction}\n\nThe note:\n{text}")
+        cache = AnswerCache(directory, *_identity(config, instruction))
+        return cached_describer(config, cache, ask, None)([Context("", text, ()) for text in texts])
 
     return rewrite
 
@@ -167,13 +169,7 @@ def rewriter(
 class Server:
     """One model on one server, asked several things at once."""
 
-    def __init__(
-        self,
-        api: Api,
-        config: DescribeConfig,
-        pause: Pause = _pause,
-        make_prompt: Callable[[str], str] = build_prompt,
-    ) -> None:
+    def __init__(self, api: Api, config: DescribeConfig, pause: Pause = _pause) -> None:
         if not config.model:
             raise UserError(f"describe.model is empty: name the model that describe.provider {config.provider} asks")
         if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_retries < 0:
@@ -181,7 +177,7 @@ class Server:
         base = (config.base_url or api.url).rstrip("/")
         url = _checked_url(base, api)
         self._local = url.host in _LOCAL_HOSTS
-        self._api, self._config, self._pause, self._make_prompt = api, config, pause, make_prompt
+        self._api, self._config, self._pause = api, config, pause
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
         self._certificates = _certificates() if url.scheme == "https" else True
@@ -191,9 +187,12 @@ class Server:
         self._tell_next = 0.0
 
     def ask(
-        self, texts: Sequence[str], keep: Keep = lambda index, answer: None
+        self,
+        texts: Sequence[str],
+        keep: Keep = lambda index, answer: None,
+        make_prompt: Callable[[str], str] = build_prompt,
     ) -> Generator[tuple[int, Answer] | None, None, None]:
-        """Yields and keeps answers as they arrive; see `answers.Ask`.
+        """Yields and keeps answers as they arrive; see `answers.Ask`. `make_prompt` says what is asked about a text.
 
         Raises UserError at once if the server refuses the key, model or address. Closed, or after an error, it sends
         nothing more and waits up to `_DRAIN_SECONDS` for what is under way, which `keep` still gets.
@@ -205,7 +204,7 @@ class Server:
 
         def converse() -> None:
             try:
-                loop.run_until_complete(self._converse(texts, keep, results, stop))
+                loop.run_until_complete(self._converse(texts, make_prompt, keep, results, stop))
             except Exception as error:
                 results.put(error)
             finally:
@@ -230,6 +229,7 @@ class Server:
     async def _converse(
         self,
         texts: Sequence[str],
+        make_prompt: Callable[[str], str],
         keep: Keep,
         results: queue.SimpleQueue[tuple[int, Answer] | Exception],
         stop: asyncio.Event,
@@ -244,7 +244,7 @@ class Server:
                         await asyncio.sleep(_TICK_SECONDS)  # whoever takes them is busy
                     if stop.is_set():
                         return
-                    answer = await self._ask_one(client, text, stop)
+                    answer = await self._ask_one(client, make_prompt(text), stop)
                     if answer.text is not None:
                         keep(index, answer.text)
                     results.put((index, answer))
@@ -272,8 +272,8 @@ class Server:
         except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or no URL
             raise self._error(f"the proxy set here: {error}") from None
 
-    async def _ask_one(self, client: httpx.AsyncClient, text: str, stop: asyncio.Event) -> Answer:
-        prompt, problem = self._make_prompt(text), ""
+    async def _ask_one(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
+        problem = ""
         for attempt in range(self._config.max_retries + 1):
             if stop.is_set():
                 break

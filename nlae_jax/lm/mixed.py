@@ -22,14 +22,15 @@ Step = Callable[[Any, dict[str, Any], dict[str, Any], Any, dict[str, Any]], tupl
 # What blocks gave, each with the block's kind: of the loop, stacked over its repetitions, and of those left.
 Given = tuple[list[tuple[str, Any]], list[tuple[str, Any]]]
 
+_AXES = ("layers", *MIXERS)
+
 
 def of_layer(arch: Arch, stacks: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """What block `layer` has of parameters or adapters, by our names."""
     if not arch.mixers:
         return layer_of(stacks, layer)
     axes = {name: weight.axes[0] for name, weight in block_weights(arch).items()}
-    places = {name: arch.place(axes[name], layer) for name in stacks}
-    return {name: layer_of(stacks[name], place) for name, place in places.items() if place is not None}
+    return _at(stacks, axes, _places(arch, layer))
 
 
 def over_blocks(
@@ -49,9 +50,8 @@ def over_blocks(
     kinds = arch.mixers[start:stop]
     length, groups = _pattern(kinds)
     axes = {name: weight.axes[0] for name, weight in block_weights(arch).items()}
-    names = {"layers", *MIXERS}
-    first = {axis: arch.count(axis, start) for axis in names}
-    per = {axis: arch.count(axis, start + length) - first[axis] for axis in names}
+    first = {axis: arch.count(axis, start) for axis in _AXES}
+    per = {axis: arch.count(axis, start + length) - first[axis] for axis in _AXES}
 
     def grouped(trees: Mapping[str, Any]) -> dict[str, Any]:
         def of(x: jax.Array, axis: str) -> jax.Array:
@@ -73,17 +73,10 @@ def over_blocks(
         group, weights, own = inputs
         given = []
         for number in range(length):
-            within = {axis: _place(arch, axis, start + number, first[axis]) for axis in names}
-            places = {
-                axis: first[axis] + group * per[axis] + index for axis, index in within.items() if index is not None
-            }
-            pick = lambda trees, within=within: {  # noqa: E731
-                name: layer_of(tree, within[axes[name]])
-                for name, tree in trees.items()
-                if within[axes[name]] is not None
-            }
-            read = pick(weights) if whole else _at(stacks, axes, places)
-            carry, out = in_loop(carry, read, pick(own), places["layers"], places)
+            within = {axis: place - first[axis] for axis, place in _places(arch, start + number).items()}
+            places = {axis: first[axis] + group * per[axis] + index for axis, index in within.items()}
+            read = _at(weights, axes, within) if whole else _at(stacks, axes, places)
+            carry, out = in_loop(carry, read, _at(own, axes, within), places["layers"], places)
             given.append(out)
         return carry, tuple(given)
 
@@ -94,7 +87,7 @@ def over_blocks(
         looped = list(zip(kinds[:length], outs, strict=True))
     left: list[tuple[str, Any]] = []
     for layer in range(start + groups * length, stop):
-        places = {axis: place for axis in names if (place := arch.place(axis, layer)) is not None}
+        places = _places(arch, layer)
         weights, own = of_layer(arch, stacks, layer), of_layer(arch, adapters, layer)
         carry, out = after(carry, weights, own, layer, places)
         left.append((arch.mixers[layer], out))
@@ -109,9 +102,9 @@ def _pattern(kinds: Sequence[str]) -> tuple[int, int]:
     return len(kinds), 0
 
 
-def _place(arch: Arch, axis: str, layer: int, first: int) -> int | None:
-    place = arch.place(axis, layer)
-    return None if place is None else place - first
+def _places(arch: Arch, layer: int) -> dict[str, int]:
+    """Where block `layer` stands in the stacks that it is in, by their leading axis."""
+    return {axis: place for axis in _AXES if (place := arch.place(axis, layer)) is not None}
 
 
 def _at(stacks: Mapping[str, Any], axes: Mapping[str, str], places: Mapping[str, Any]) -> dict[str, Any]:

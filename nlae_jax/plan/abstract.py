@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.bench.flops import Shapes, shapes_of
-from nlae_jax.config import Config, ViewsConfig
+from nlae_jax.config import Config
 from nlae_jax.data.activations import NUM_NEXT_TOKENS
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
@@ -24,7 +24,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Params, Roles, make_roles
 from nlae_jax.roles.protocol import ASSUMED, Endings, Protocol, assumed_protocol, endings, make_protocol
 from nlae_jax.roles.subject import jitted_reader
-from nlae_jax.roles.views import Marks
+from nlae_jax.roles.views import Marks, reads_marks
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_optimizers
@@ -110,7 +110,7 @@ def _frozen(planned: Planned) -> Params:
     whole = replicated(planned.mesh)
     baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, planned.arch.d_model), jnp.float32))
     placed = {} if planned.endings is None else {"endings": _like(planned.endings, whole)}
-    if config.views != ViewsConfig() or config.rl.repeat_penalty:
+    if reads_marks(config):
         size = planned.arch.vocab_size
         tables = Marks(np.zeros(size, np.int32), np.zeros(size, bool), np.zeros((size, 3), np.uint32))
         placed["marks"] = _like(tables, whole)

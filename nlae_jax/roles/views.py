@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlae_jax.config import ViewsConfig
+from nlae_jax.config import Config, ViewsConfig
 
 _STOPS = (".", "!", "?", "。", "！", "？")
 _CLOSERS = "\"')]”’»"
@@ -50,6 +50,11 @@ def marks(tokenizer: Any, vocab_size: int) -> Marks:
     return Marks(quotes, stops, pieces)
 
 
+def reads_marks(config: Config) -> bool:
+    """Whether a run needs the tables: to show the decoder a part, or to charge for repeated strings."""
+    return config.views != ViewsConfig() or config.rl.repeat_penalty > 0
+
+
 def _hash(text: str) -> int:
     return zlib.crc32(text.strip().encode()) if text.strip() else 0
 
@@ -70,11 +75,12 @@ def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[j
     return sentence.astype(jnp.int32), quoted, count
 
 
-def repeated_strings(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> jax.Array:
-    """How many quoted strings of each explanation its sentence has quoted before, [N] int32.
+def repeated_strings(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Array:
+    """How many quoted strings of each explanation its sentence has quoted before: ids [..., T] -> [...] int32.
 
     The space around a string does not count. Strings are compared by the sum of their tokens' hashes.
     """
+    ids_NxT, length_N = ids.reshape(-1, ids.shape[-1]), length.reshape(-1)
     sentence, _, _ = sentences(ids_NxT, length_N, tables)
     valid = jnp.arange(ids_NxT.shape[1]) < length_N[:, None]
     held = jnp.where(valid, tables.quotes[ids_NxT], 0)
@@ -92,7 +98,7 @@ def repeated_strings(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> 
     same = (total[:, :, None] == total[:, None, :]) & (where[:, :, None] == where[:, None, :])
     earlier = closed[:, None, :] & (number[:, None] > number)[1::2, 1::2]
     again = closed & (total > 0) & (same & earlier).any(-1)
-    return again.sum(1).astype(jnp.int32)
+    return again.sum(1).astype(jnp.int32).reshape(length.shape)
 
 
 def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:

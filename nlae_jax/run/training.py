@@ -21,7 +21,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
 from nlae_jax.roles.protocol import blank_tokens, endings, response_ids, whole_prompt_ids
 from nlae_jax.roles.roundtrip import read_samples
-from nlae_jax.roles.views import marks
+from nlae_jax.roles.views import marks, reads_marks
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
 from nlae_jax.runtime import processes
 from nlae_jax.runtime.errors import UserError
@@ -63,7 +63,7 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     vocab_size = run.roles.encoder.arch.vocab_size
     if (merged := endings(run.tokenizer, run.protocol, vocab_size)) is not None:
         tables["endings"] = merged
-    if config.views.leading or config.views.unquoted or config.rl.repeat_penalty:
+    if reads_marks(config):
         tables["marks"] = marks(run.tokenizer, vocab_size)
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
 

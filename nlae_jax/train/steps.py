@@ -21,7 +21,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.pair import Params, Roles
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.views import Marks, repeated_strings, shown
+from nlae_jax.roles.views import repeated_strings, shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import RlState, RoleState
 
@@ -208,17 +208,12 @@ def score(
 ) -> tuple[Scores, Params]:
     """One pass gives every sample's mse and the decoder's gradient (its training)."""
     ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
-    repeats = _repeats(ids, written, frozen["marks"]) if config.rl.repeat_penalty else None
+    repeats = repeated_strings(ids, written, frozen["marks"]) if config.rl.repeat_penalty else None
     ids, length, whole = shown(ids, written, frozen.get("marks"), config.views)
     (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
     contrast = objectives.contrast(rebuilt, h_BxD, length > 0) if config.rl.contrastive else None
     return Scores(mse, written, contrast, whole, repeats), gradients
-
-
-def _repeats(ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks) -> jax.Array:
-    found = repeated_strings(ids_BxGxT.reshape(-1, ids_BxGxT.shape[-1]), length_BxG.reshape(-1), tables)
-    return found.reshape(length_BxG.shape)
 
 
 class RlParts(NamedTuple):

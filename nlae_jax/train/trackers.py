@@ -41,9 +41,9 @@ def _wandb(workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
     import wandb
 
     directory = None if is_remote(workdir) else str(workdir)
-    # A repeated step is logged twice there: W&B cannot take back rows, and shows the later one.
     # In full: `runs/mine` is another workdir in another directory.
     name = hashlib.sha256(str(absolute(workdir)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    # A repeated step is logged twice there: W&B cannot take back rows, and shows the later one.
     run = wandb.init(
         project="nlae_jax", id=name, name=workdir.name, dir=directory, resume="allow", reinit="return_previous"
     )
