@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nlae_jax.lm import readers
+from nlae_jax.lm import mixed_readers, readers
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.fields import NAMES, Fields, required
 from nlae_jax.lm.rope_fields import written_rope
@@ -24,8 +24,8 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "qwen3": readers.qwen3,
     "gemma2": readers.gemma2,
     "gemma3_text": readers.gemma3,
-    "gemma4_text": readers.gemma4,
-    "gemma4_unified_text": readers.gemma4,
+    "gemma4_text": mixed_readers.gemma4,
+    "gemma4_unified_text": mixed_readers.gemma4,
     "smollm3": readers.smollm3,
     "olmo2": readers.olmo2,
     "gpt2": readers.gpt2,
@@ -36,11 +36,11 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "phi3": readers.phi3,
     "granite": readers.granite,
     "granitemoehybrid": readers.granitemoehybrid,
-    "qwen3_moe": readers.qwen3_moe,
-    "olmoe": readers.olmoe,
-    "gpt_oss": readers.gpt_oss,
-    "qwen3_5_text": readers.qwen3_5,
-    "qwen3_5_moe_text": readers.qwen3_5_moe,
+    "qwen3_moe": mixed_readers.qwen3_moe,
+    "olmoe": mixed_readers.olmoe,
+    "gpt_oss": mixed_readers.gpt_oss,
+    "qwen3_5_text": mixed_readers.qwen3_5,
+    "qwen3_5_moe_text": mixed_readers.qwen3_5_moe,
 }
 
 # Models with a vision tower, by what their language model is called where its `text_config` does not say.

@@ -1,0 +1,201 @@
+"""Readers of families with experts, with a state in the place of keys, or with attention of several kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
+from nlae_jax.lm.common_fields import common_fields, rope_parameters, sliding_blocks, windows_of
+from nlae_jax.lm.fields import Fields, table, whole
+from nlae_jax.lm.rope_fields import proportional_rope, rope_of
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
+
+_MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
+
+
+def gemma4(fields: Fields) -> Arch:
+    """The dense ones, whose blocks without a window have heads of another size."""
+    fields.only("hidden_activation", "gelu_pytorch_tanh")
+    fields.only("attention_bias", False)
+    fields.only("use_bidirectional_attention", False, "vision")  # among an image's tokens
+    fields.only("enable_moe_block", False)
+    fields.only("num_kv_shared_layers", 0)
+    for key in ("vocab_size_per_layer_input", "use_double_wide_mlp"):  # nothing without what is refused here
+        fields.pass_over(key)
+    if fields.size("hidden_size_per_layer_input", 0, least=0):
+        raise UserError("config.json: hidden_size_per_layer_input, as Gemma 4 E2B and E4B have it, is not supported")
+    count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
+    sliding = sliding_blocks(fields, [(block + 1) % 6 != 0 for block in range(count)])
+    sliding[-1] = False  # as transformers has it, whatever the file says
+    theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), 10_000.0)
+    if scaling is not None:
+        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
+    return Arch(
+        vocab_size=fields.size("vocab_size"),
+        d_model=d_model,
+        num_layers=count,
+        num_heads=fields.size("num_attention_heads"),
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim"),
+        d_ff=fields.size("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        tied_head=fields.flag("tie_word_embeddings"),
+        family=fields.family,
+        activation="gelu_tanh",
+        qk_norm="head",
+        post_norms=True,
+        embed_scale=d_model**0.5,
+        attention_scale=1.0,
+        logit_softcap=fields.number("final_logit_softcapping", 0.0),
+        windows=windows_of(fields, sliding),
+        mixers=tuple("attention" if one else "global" for one in sliding),
+        global_attention=_global_attention(fields, sliding),
+        value_norm=True,
+        layer_scales=True,
+    )
+
+
+def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttention:
+    """Attention of the blocks that have no window."""
+    keys_are_values = fields.flag("attention_k_eq_v")
+    kv_heads, head_dim = _global_heads(fields, sliding, keys_are_values)
+    if fields.size("num_attention_heads") % kv_heads or head_dim % 2:
+        raise ValueError(
+            f"global_head_dim = {head_dim} should be even, and num_attention_heads a multiple of "
+            f"num_global_key_value_heads = {kv_heads}"
+        )
+    theta, pairs, factor = proportional_rope(rope_parameters(fields), 1_000_000.0, head_dim)
+    return GlobalAttention(kv_heads, head_dim, theta, pairs, factor, keys_are_values)
+
+
+def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool) -> tuple[int, int]:
+    """Their heads of keys and values, and a head's size, by `per_layer_config`, as transformers saves them.
+
+    Published files have two fields instead, of which transformers reads the first where keys are values only.
+    """
+    kv_heads, head_dim = fields.size("num_key_value_heads"), fields.size("head_dim")
+    few, wide = fields.size("num_global_key_value_heads", kv_heads), fields.size("global_head_dim", 512)
+    per_layer = fields.table("per_layer_config")
+    if not per_layer:
+        return few if keys_are_values else kv_heads, wide
+    if set(per_layer) - {str(block) for block, one in enumerate(sliding) if not one}:
+        raise UserError("config.json: per_layer_config of blocks that are not full_attention is not supported")
+    own = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    blocks = [str(block) for block, one in enumerate(sliding) if not one]
+    heads = [own | table("per_layer_config", per_layer.get(block, {})) for block in blocks]
+    if any(one != heads[0] or one.keys() != own.keys() for one in heads):
+        raise UserError(
+            "config.json: per_layer_config should have the same head_dim and num_key_value_heads for all "
+            "full_attention blocks, and nothing else"
+        )
+    return whole("num_key_value_heads", heads[0]["num_key_value_heads"]), whole("head_dim", heads[0]["head_dim"])
+
+
+def qwen3_moe(fields: Fields) -> Arch:
+    fields.only("hidden_act", "silu")
+    fields.only("decoder_sparse_step", 1)
+    fields.only("mlp_only_layers", [])
+    fields.pass_over("max_window_layers")
+    fields.pass_over("intermediate_size_mlp")
+    common = common_fields(fields)
+    windows = windows_of(fields, [True] * common["num_layers"])
+    return Arch(
+        **common,
+        biases=("q", "k", "v", "o") if fields.flag("attention_bias") else (),
+        qk_norm="head",
+        windows=windows if fields.flag("use_sliding_window") else (),
+        experts=_experts(fields, fields.flag("norm_topk_prob")),
+    )
+
+
+def olmoe(fields: Fields) -> Arch:
+    fields.only("hidden_act", "silu")
+    return Arch(
+        **common_fields(fields),
+        biases=("q", "k", "v", "o") if fields.flag("attention_bias") else (),
+        qk_norm="all",
+        clip_qkv=fields.number("clip_qkv", 0.0),
+        experts=_experts(fields, fields.flag("norm_topk_prob")),
+    )
+
+
+def gpt_oss(fields: Fields) -> Arch:
+    fields.only("hidden_act", "silu")
+    fields.pass_over("experts_per_token")  # an older name of num_experts_per_tok
+    fields.pass_over("quantization_config")  # `weights` reads MXFP4, and refuses what else it does not know
+    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+        fields.config["rope_parameters"] = {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        }
+    common = common_fields(fields, default_theta=150_000.0)
+    sliding = sliding_blocks(fields, [number % 2 == 0 for number in range(common["num_layers"])])
+    attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
+    return Arch(
+        **common,
+        biases=(*attention, "router", "gate", "up", "down"),
+        windows=windows_of(fields, sliding),
+        sinks=True,
+        experts=_experts(fields, normalised=True),  # a softmax of the chosen ones' logits is that of all, normalised
+        clamped_gate=ClampedGate(fields.number("swiglu_alpha"), fields.number("swiglu_limit")),
+    )
+
+
+def qwen3_5(fields: Fields) -> Arch:
+    """Qwen 3.6's models are called so too."""
+    fields.only("hidden_act", "silu")
+    fields.only("attn_output_gate", True)
+    fields.only("mlp_only_layers", [])
+    fields.pass_over("mamba_ssm_dtype")  # the state is float32 in any case
+    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):  # of blocks that draft tokens: not run
+        fields.pass_over(key)
+    common, kinds = common_fields(fields, partial=True), fields.items("layer_types")
+    interval = fields.size("full_attention_interval", 4)
+    by_interval = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(common["num_layers"])]
+    for kind in kinds:
+        if kind not in _MIXERS:
+            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
+    delta = DeltaNet(
+        key_heads=fields.size("linear_num_key_heads"),
+        value_heads=fields.size("linear_num_value_heads"),
+        key_dim=fields.size("linear_key_head_dim"),
+        value_dim=fields.size("linear_value_head_dim"),
+        width=fields.size("linear_conv_kernel_dim"),
+    )
+    if delta.value_heads % delta.key_heads:
+        raise ValueError(
+            f"linear_num_value_heads = {delta.value_heads} should be a multiple of "
+            f"linear_num_key_heads = {delta.key_heads}"
+        )
+    return Arch(
+        **common,
+        biases=("q", "q_gate", "k", "v", "o") if fields.flag("attention_bias") else (),
+        qk_norm="head",
+        norm_offset=1.0,
+        attention_gate=True,
+        mixers=tuple(_MIXERS[kind] for kind in kinds or by_interval),
+        delta=delta,
+    )
+
+
+def qwen3_5_moe(fields: Fields) -> Arch:
+    fields.only("decoder_sparse_step", 1)
+    fields.only("norm_topk_prob", True)
+    shared = fields.size("shared_expert_intermediate_size")
+    return dataclasses.replace(qwen3_5(fields), experts=dataclasses.replace(_experts(fields, True), shared=shared))
+
+
+def _experts(fields: Fields, normalised: bool) -> Experts:
+    """transformers writes the number of experts under either name."""
+    count = fields.get("num_experts")
+    count = fields.size("num_local_experts") if count is None else fields.size("num_experts")
+    per_token = fields.size("num_experts_per_tok")
+    if per_token > count:
+        raise ValueError(f"num_experts_per_tok = {per_token} should be at most the number of experts, {count}")
+    fields.pass_over("num_local_experts")
+    return Experts(count, per_token, normalised)
