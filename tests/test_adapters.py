@@ -66,6 +66,11 @@ CHECKPOINTS = {
         **{"num_hidden_layers": 3, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
         **{"num_global_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     },
+    "gemma4_text+experts": {
+        **{"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6, "global_head_dim": 8},
+        **{"num_hidden_layers": 2, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"] * 2},
+        **{"enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 7},
+    },
     "qwen3_5_text": {
         **{"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8},
         **{"num_hidden_layers": 3, "full_attention_interval": 2, "linear_num_key_heads": 1},
@@ -78,7 +83,7 @@ CHECKPOINTS = {
 def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(tmp_path: Path, family: str) -> None:
     """On the joined HF matrix, (alpha / r) B A of the pattern's rank is what ours are on the parts."""
     width = "n_inner" if family == "gpt2" else "intermediate_size"
-    arch = arch_from_hf({"model_type": family, "vocab_size": 32, width: 40, **CHECKPOINTS[family]})
+    arch = arch_from_hf({"model_type": family.partition("+")[0], "vocab_size": 32, width: 40, **CHECKPOINTS[family]})
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(jax.random.PRNGKey(0), arch, 3))
     write_adapters(tmp_path, arch, adapters, 6.0, "some/model", "float32")
     jax.tree.map(np.testing.assert_array_equal, adapters, open_adapters(tmp_path).read(arch))
@@ -90,7 +95,8 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
     save_model(tmp_path / "M", arch, lambda name, layer: merged[name] if layer is None else merged[name][layer])
     whole = load_file(tmp_path / "M/model.safetensors")
     modules = {name.rsplit(".lora_", 1)[0] for name in tensors}
-    assert len(modules) == {"phi3": 8, "gpt_neox": 8, "gpt2": 8, "qwen3_5_text": 19, "gemma4_text": 19}[family]
+    counts = {"phi3": 8, "gpt_neox": 8, "gpt2": 8, "qwen3_5_text": 19, "gemma4_text": 19, "gemma4_text+experts": 14}
+    assert len(modules) == counts[family]
     for module in modules:
         a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
         short = module.rpartition(".")[2]

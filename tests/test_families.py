@@ -206,6 +206,7 @@ CASES |= {
     ),
 }
 GEMMA4 = {"hidden_size_per_layer_input": 0, "sliding_window": 6, "num_hidden_layers": 6, "num_attention_heads": 4}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20}
 GEMMA4_ROPES = {
     "full_attention": {
         "rope_type": "proportional",
@@ -239,6 +240,30 @@ CASES |= {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        SMALL
+        | GEMMA4
+        | GEMMA4_EXPERTS
+        | {"num_key_value_heads": 2, "global_head_dim": 14, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {"final_logit_softcapping": 3.0},
+    ),
+    "gemma4_text-experts-odd": (
+        "gemma4_text",
+        WIDE
+        | GEMMA4
+        | {"enable_moe_block": True, "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 9}
+        | {"hidden_size": 27, "intermediate_size": 21, "num_hidden_layers": 5, "sliding_window": 5}
+        | {"global_head_dim": 6, "rope_parameters": GEMMA4_ROPES, "tie_word_embeddings": False}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+    ),
+    "gemma4_text-experts-all": (
+        "gemma4_text",
+        SMALL
+        | GEMMA4
+        | {"enable_moe_block": True, "num_experts": 3, "top_k_experts": 3, "moe_intermediate_size": 16}
+        | {"num_hidden_layers": 3, "global_head_dim": 10, "head_dim": 12},
+    ),
     "gemma4_text-global": (
         "gemma4_text",
         SMALL | GEMMA4 | {"global_head_dim": 12, "layer_types": ["full_attention"] * 6},
@@ -271,6 +296,7 @@ def model_of(family, fields, seed=0):
         del fields["head_dim"]
     torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(family, **fields)
+    config._experts_implementation = "eager"  # grouped products take widths of whole 16 bytes alone
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     offset = 0.0 if family in ("gemma2", "gemma3_text") else 1.0
     with torch.no_grad():
@@ -361,9 +387,10 @@ def test_a_config_is_written_as_it_is_read(case):
     assert arch_from_hf(json.loads(transformers.AutoConfig.for_model(**written).to_json_string())) == arch
 
 
-def test_gemma4_as_it_is_published():
+@pytest.mark.parametrize("case", ["gemma4_text", "gemma4_text-experts"])
+def test_gemma4_as_it_is_published(case):
     """Two fields say what transformers saves block by block; its multimodal config.json has the rest inside."""
-    family, fields = CASES["gemma4_text"]
+    family, fields = CASES[case]
     saved = json.loads(transformers.AutoConfig.for_model(family, **fields).to_json_string())
     published = {name: value for name, value in saved.items() if name != "per_layer_config"}
     published |= {name: fields[name] for name in ("global_head_dim", "num_global_key_value_heads")}
@@ -394,6 +421,7 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         "olmoe": {"experts": Experts(5, 1), "clip_qkv": 0.0},
         "qwen3_5_text-attention-first": {"norm_offset": 0.0, "rotary_dim": None},
         "gemma4_text": {"logit_softcap": 0.0, "global_attention": GlobalAttention(1, 14, 1e6, 0, 1.0, True)},
+        "gemma4_text-experts": {"experts": Experts(5, 1, normalised=True, shared=40, apart=True)},
         "gemma4_text-ropes": {"value_norm": False, "windows": (), "rope_theta": 9.0}
         | {"global_attention": GlobalAttention(2, 6, 50.0, 1, 1.0)},
         "gpt_oss-yarn": {"clamped_gate": ClampedGate(1.2, 9.0), "rope_scaling": None},
@@ -472,7 +500,11 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text", "gemma4_text"]
+    "case",
+    [
+        *("gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text", "gemma4_text"),
+        "gemma4_text-experts",
+    ],
 )
 def test_shared_segments_are_the_plain_forward(tmp_path, case):
     arch, params = loaded(tmp_path, case)
@@ -539,7 +571,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
     [
         *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
         "qwen3_5_moe_text",
-        *("gemma4_text", "gemma4_text-ropes"),
+        *("gemma4_text", "gemma4_text-ropes", "gemma4_text-experts"),
     ],
 )
 def test_what_is_written_is_what_was_read(tmp_path, case):
@@ -568,7 +600,7 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text-experts"])
 def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
     """Values and the gradient of the adapters; where the experts are as many, each device has its own."""
     arch, params = loaded(tmp_path, case)
@@ -690,7 +722,10 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
         ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
         ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input, as Gemma 4 E2B"),
         ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
-        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block"),
+        ("gemma4_unified_text", GEMMA4_EXPERTS, "enable_moe_block"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts"),
+        ("gemma4_text", GEMMA4_EXPERTS | {"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ("gemma4_text", GEMMA4_EXPERTS | {"top_k_experts": 6}, "top_k_experts = 6"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         (
             "gemma4_text",

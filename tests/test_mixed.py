@@ -64,6 +64,9 @@ GLOBAL = Arch(
     value_norm=True,
     layer_scales=True,
 )
+TWO_HEADS = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2)
+SHARED = Experts(count=4, per_token=2, normalised=True, shared=8)
+APART = dataclasses.replace(GLOBAL, d_ff=10, experts=dataclasses.replace(SHARED, apart=True, shared=24))
 
 
 def test_weights_are_stacked_over_the_blocks_that_have_them():
@@ -100,7 +103,7 @@ def logits_of(arch, params, adapters=None):
     return jax.jit(lambda v: Transformer(arch, 0.7).apply(v, ids, mask))(variables)
 
 
-@pytest.mark.parametrize("arch", [ARCH, GLOBAL], ids=["delta", "global"])
+@pytest.mark.parametrize("arch", [ARCH, GLOBAL, APART], ids=["delta", "global", "global experts"])
 def test_merged_is_applied(arch):
     params = drawn_params(model_weights(arch), 0)
     adapters = perturbed(init_adapters(jax.random.PRNGKey(0), arch, 2), 1, 0.2)
@@ -114,7 +117,9 @@ def test_merged_is_applied(arch):
     assert np.abs(applied - base).max() > 0.1 * np.abs(base).max()
 
 
-@pytest.mark.parametrize("arch", [ARCH, PERIODIC, GLOBAL], ids=["left over", "whole patterns", "global"])
+@pytest.mark.parametrize(
+    "arch", [ARCH, PERIODIC, GLOBAL, APART], ids=["left over", "whole patterns", "global", "global experts"]
+)
 def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     """Of all weights and adapters, whatever the backward pass keeps."""
     ids, mask = batch_of()
@@ -235,12 +240,10 @@ def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     assert_close(logits[mask], expected[mask], "long", "qwen3_5_text")
 
 
-TWO_HEADS = dataclasses.replace(PERIODIC, num_heads=4, num_kv_heads=2)
-SHARED = Experts(count=4, per_token=2, normalised=True, shared=8)
-
-
 @pytest.mark.parametrize(
-    "arch", [TWO_HEADS, dataclasses.replace(TWO_HEADS, experts=SHARED), GLOBAL], ids=["delta", "experts", "global"]
+    "arch",
+    [TWO_HEADS, dataclasses.replace(TWO_HEADS, experts=SHARED), GLOBAL, APART],
+    ids=["delta", "experts", "global", "global experts"],
 )
 def test_eight_devices_are_one(arch):
     """Values, and the gradient of adapters; with a shared expert beside routed ones, too."""
@@ -261,7 +264,9 @@ def test_eight_devices_are_one(arch):
     jax.tree.map(assert_near, found, expected)
 
 
-@pytest.mark.parametrize(("arch", "looped"), [(ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True)])
+@pytest.mark.parametrize(
+    ("arch", "looped"), [(ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True), (APART, True)]
+)
 def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, arch, looped):
     """A place that another row has left holds its state no more; tables grow and shrink on the way."""
     if looped:  # as on accelerators

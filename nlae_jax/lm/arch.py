@@ -74,12 +74,17 @@ class Experts:
 
     `normalised`: the chosen ones' weights are scaled to sum to 1. `shared`: the width of one more MLP (0: none), which
     every token passes; what it gives is multiplied by the sigmoid of a projection of what it reads.
+
+    `apart` (Gemma 4): experts and the shared MLP have norms of their own, each of what it reads and of what it gives,
+    and are added as they are. The router reads the residual stream through its own norm. The weight of a chosen
+    expert is multiplied by a number that the expert has.
     """
 
     count: int
     per_token: int
     normalised: bool = False
     shared: int = 0
+    apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +290,11 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
     """Matrices [L, experts, in, out], split over devices by whole experts, and the router [L, d, experts]."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
-    if experts.shared:
+    if experts.apart:
+        weights["expert_scale"] = Weight((layers, experts.count), ("layers", "none"))
+        for name in ("router_norm", "experts_norm", "experts_post_norm", "shared_post_norm"):
+            weights[name] = Weight((layers, arch.d_model), ("layers", "norm"))
+    elif experts.shared:
         weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
     for name, shape, axes in _mlp(arch):
         inside = ["none" if axis == "mlp" else axis for axis in axes]

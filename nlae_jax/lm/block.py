@@ -215,18 +215,24 @@ class Block:
         return _by_column(mixed) if decoding else mixed, LayerCache(None, None, state)
 
     def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
-        if (experts := self.arch.experts) is not None:
-            normed = self._norm(x, weights, "mlp_norm")
+        if (experts := self.arch.experts) is None:
+            return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+        normed = self._norm(x, weights, "mlp_norm")
+        if not experts.apart:
             mixed = mixture(self.arch, experts, weights, normed)
             return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
-        return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
+        mixed = _residual(mixture(self.arch, experts, weights, x), decoding)
+        shared = _residual(self._shared(normed, weights, adapters, decoding), decoding)
+        return self._norm(mixed, weights, "experts_post_norm") + self._norm(shared, weights, "shared_post_norm")
 
     def _shared(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool
     ) -> jax.Array:
-        """What the expert that every token passes makes of what the MLP reads."""
+        """What the MLP beside the experts, which every token passes, makes of what it reads."""
         product = lambda y, name: self._linear(y, weights, adapters, f"shared_{name}", decoding)  # noqa: E731
         out = product(activated(self.arch, lambda name: product(x, name)), "down")
+        if "shared_share" not in weights:
+            return out
         return out * jax.nn.sigmoid(einsum("...i,io->...o", x, weights["shared_share"]))
 
     def neurons(

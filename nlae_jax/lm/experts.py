@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm.arch import Arch, Experts
 from nlae_jax.lm.mlp import activated
+from nlae_jax.lm.norms import norm, rms_norm
 from nlae_jax.lm.products import einsum, precision_of
 
 
@@ -20,16 +21,28 @@ def route(experts: Experts, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return chosen, weights / weights.sum(-1, keepdims=True) if experts.normalised else weights
 
 
+def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -> jax.Array:
+    """[N, d] -> [N, experts], in float32 whatever the model does: which are chosen hangs on small differences.
+
+    What a router's own norm gives is divided by √d.
+    """
+    x_NxD = x_NxD.astype(jnp.float32)
+    if "router_norm" in weights:
+        x_NxD = rms_norm(x_NxD, weights["router_norm"], arch.norm_eps) * arch.d_model**-0.5
+    logits = einsum("nd,de->ne", x_NxD, weights["router"].astype(jnp.float32))
+    return logits + weights["router_bias"].astype(jnp.float32) if "router" in arch.biases else logits
+
+
 def mixture(arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """[..., d] -> [..., d]: the chosen experts' outputs, summed by the router's weights.
 
-    The router computes in float32, whatever the model does: which experts it chooses hangs on small differences.
+    x is what the MLP reads, or the residual stream where router and experts have norms of their own.
     """
     flat_NxD = x.reshape(-1, x.shape[-1])
-    logits = einsum("nd,de->ne", flat_NxD.astype(jnp.float32), weights["router"].astype(jnp.float32))
-    if "router" in arch.biases:
-        logits = logits + weights["router_bias"].astype(jnp.float32)
-    chosen, shares = route(experts, logits)
+    chosen, shares = route(experts, router_logits(arch, weights, flat_NxD))
+    if experts.apart:
+        shares = shares * weights["expert_scale"].astype(jnp.float32)[chosen]
+        flat_NxD = norm(arch, flat_NxD, weights["experts_norm"], None)
 
     order = jnp.argsort(chosen.reshape(-1))  # of a token's choices, expert by expert
     expert, token = chosen.reshape(-1)[order], order // experts.per_token

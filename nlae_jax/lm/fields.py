@@ -164,6 +164,7 @@ DEFAULTS["qwen3_5_moe_text"] = {
 
 # What a family's config.json calls what others call otherwise.
 NAMES: dict[str, dict[str, str]] = {
+    "gemma4_text": {"num_experts_per_tok": "top_k_experts"},
     "gpt2": {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

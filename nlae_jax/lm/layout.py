@@ -115,6 +115,20 @@ _GEMMA4 = _POST_NORMS | {
     "global_k_norm": Stored("model.layers.{}.self_attn.k_norm.weight"),
     "layer_scale": Stored("model.layers.{}.layer_scalar"),
 }
+# Those with experts: all of a block's in one tensor, beside an MLP that is called as the dense ones' is.
+_GEMMA4_MOE = _GEMMA4 | {
+    "shared_gate": _GEMMA4["gate"],
+    "shared_up": _GEMMA4["up"],
+    "shared_down": _GEMMA4["down"],
+    "shared_post_norm": Stored("model.layers.{}.post_feedforward_layernorm_1.weight"),
+    "router": Stored("model.layers.{}.router.proj.weight", True),
+    "router_norm": Stored("model.layers.{}.router.scale"),
+    "expert_scale": Stored("model.layers.{}.router.per_expert_scale"),
+    "experts_norm": Stored("model.layers.{}.pre_feedforward_layernorm_2.weight"),
+    "experts_post_norm": Stored("model.layers.{}.post_feedforward_layernorm_2.weight"),
+    **_shared("model.layers.{}.experts.gate_up_proj", "gate up", True),
+    "down": Stored("model.layers.{}.experts.down_proj", True),
+}
 _GPT2 = {
     "embed": Stored("transformer.wte.weight"),
     "positions": Stored("transformer.wpe.weight"),
@@ -219,6 +233,8 @@ _OTHERS: dict[str, dict[str, Stored]] = {
     "qwen3_5_moe_text": _QWEN3_5_MOE,
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
 }
+# Families of which some models have experts, and others an MLP alone.
+_WITH_EXPERTS = {"gemma4_text": _GEMMA4_MOE}
 # What a model has been saved with under another name.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
 # Buffers that older versions of transformers saved: masks, which no other family may have by these names.
@@ -230,6 +246,8 @@ _BUFFERS = {
 
 def layout(arch: Arch, packed: bool = False) -> dict[str, Stored]:
     """Where every parameter that the family may have stands; `packed`: where a block has its experts in one tensor."""
+    if arch.experts is not None and arch.family in _WITH_EXPERTS:
+        return _WITH_EXPERTS[arch.family]
     return _PACKED[arch.family] if packed else _OTHERS.get(arch.family, _LLAMA)
 
 

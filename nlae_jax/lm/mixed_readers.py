@@ -16,11 +16,10 @@ _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
 
 def gemma4(fields: Fields) -> Arch:
-    """The dense ones, whose blocks without a window have heads of another size."""
+    """Their blocks without a window have heads of another size; some have experts beside the MLP of every block."""
     fields.only("hidden_activation", "gelu_pytorch_tanh")
     fields.only("attention_bias", False)
     fields.only("use_bidirectional_attention", False, "vision")  # among an image's tokens
-    fields.only("enable_moe_block", False)
     fields.only("num_kv_shared_layers", 0)
     for key in ("vocab_size_per_layer_input", "use_double_wide_mlp"):  # nothing without what is refused here
         fields.pass_over(key)
@@ -32,6 +31,7 @@ def gemma4(fields: Fields) -> Arch:
     theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), 10_000.0)
     if scaling is not None:
         raise UserError("config.json: a scaled rope of sliding_attention is not supported")
+    experts = _experts_beside(fields)
     return Arch(
         vocab_size=fields.size("vocab_size"),
         d_model=d_model,
@@ -39,7 +39,7 @@ def gemma4(fields: Fields) -> Arch:
         num_heads=fields.size("num_attention_heads"),
         num_kv_heads=fields.size("num_key_value_heads"),
         head_dim=fields.size("head_dim"),
-        d_ff=fields.size("intermediate_size"),
+        d_ff=fields.size("moe_intermediate_size" if experts else "intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
         rope_theta=theta,
         tied_head=fields.flag("tie_word_embeddings"),
@@ -55,7 +55,19 @@ def gemma4(fields: Fields) -> Arch:
         global_attention=_global_attention(fields, sliding),
         value_norm=True,
         layer_scales=True,
+        experts=experts,
     )
+
+
+def _experts_beside(fields: Fields) -> Experts | None:
+    """Those of Gemma 4, where it has any: only one of its two classes in transformers reads the switch."""
+    if fields.family == "gemma4_unified_text":
+        fields.only("enable_moe_block", False)
+    for key in ("num_experts", "moe_intermediate_size"):  # both do nothing without the switch
+        fields.pass_over(key)
+    if not fields.flag("enable_moe_block"):
+        return None
+    return dataclasses.replace(_experts(fields, True), shared=fields.size("intermediate_size"), apart=True)
 
 
 def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttention:
@@ -192,10 +204,11 @@ def qwen3_5_moe(fields: Fields) -> Arch:
 
 def _experts(fields: Fields, normalised: bool) -> Experts:
     """transformers writes the number of experts under either name."""
-    count = fields.get("num_experts")
-    count = fields.size("num_local_experts") if count is None else fields.size("num_experts")
+    local = fields.get("num_experts") is None and fields.get("num_local_experts") is not None
+    count = fields.size("num_local_experts" if local else "num_experts")
     per_token = fields.size("num_experts_per_tok")
     if per_token > count:
-        raise ValueError(f"num_experts_per_tok = {per_token} should be at most the number of experts, {count}")
+        name = fields.names.get("num_experts_per_tok", "num_experts_per_tok")
+        raise ValueError(f"{name} = {per_token} should be at most the number of experts, {count}")
     fields.pass_over("num_local_experts")
     return Experts(count, per_token, normalised)
