@@ -10,6 +10,7 @@ import pytest
 
 from nlae_jax.config import MeshConfig
 from nlae_jax.lm.arch import Arch, DeltaNet, Experts, GlobalAttention, block_weights, first_blocks, model_weights
+from nlae_jax.lm.experts import router_logits
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
@@ -148,6 +149,18 @@ def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(expected))
 
 
+def test_the_router_of_experts_beside_global_attention_computes_in_float32():
+    """In a bfloat16 model too: norm, scale and product, to what float64 makes of the same numbers."""
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), drawn_params(model_weights(APART), 0))
+    weights = of_layer(APART, params["blocks"], 1)
+    x_NxD = 3 * jax.random.normal(jax.random.PRNGKey(0), (7, APART.d_model), jnp.bfloat16)
+    found = router_logits(APART, weights, x_NxD)
+    x, scale, router = (np.asarray(a, np.float64) for a in (x_NxD, weights["router_norm"], weights["router"]))
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + APART.norm_eps)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, normed * scale @ router * APART.d_model**-0.5, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_shared_segments_have_the_gradient_of_each_text_by_itself():
     """A constant prefix, a part for each of two rows, three samples of each: values, and the gradient of adapters."""
@@ -265,7 +278,11 @@ def test_eight_devices_are_one(arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "looped"), [(ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True), (APART, True)]
+    ("arch", "looped"),
+    [
+        *((ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True)),
+        pytest.param(APART, True, id="global experts"),
+    ],
 )
 def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, arch, looped):
     """A place that another row has left holds its state no more; tables grow and shrink on the way."""
