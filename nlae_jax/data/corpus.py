@@ -138,7 +138,7 @@ def _warm_start_texts() -> Iterator[Text]:
 def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
     """Filters, de-duplicates and orders `texts`. Counts the texts left out in `dropped`, by reason."""
     limit = config.max_documents
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     selected: list[tuple[bytes, Text]] = []
     for source_text in texts:
         text = _clean(source_text.text).lstrip()
@@ -147,10 +147,10 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
             dropped["too short"] += 1
             continue
         digest = _digest(text)
-        if digest in seen:
+        if digest in digests:
             dropped["duplicates"] += 1
             continue
-        seen.add(digest)
+        digests.add(digest)
         selected.append((digest, replace(source_text, text=text)))
         if limit and config.hub and len(selected) == limit:
             break

@@ -303,10 +303,10 @@ class Server:
         """Makes one attempt. Raises TryAgain where another may help, UserError where the user must change something."""
         limit = self._limit_taken or self._limits[0]
         status, reply = await self._exchange(client, prompt, limit)
-        others = [name for name in self._limits if name != limit]
-        if status in (400, 422) and others and self._limit_taken != limit:
+        other_names = [name for name in self._limits if name != limit]
+        if status in (400, 422) and other_names and self._limit_taken != limit:
             # The name of the limit may be the reason: the other one is tried until the server has accepted one.
-            limit = others[0]
+            limit = other_names[0]
             status, reply = await self._exchange(client, prompt, limit)
         if status == 200:
             self._limit_taken = limit

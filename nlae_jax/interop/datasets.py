@@ -197,17 +197,17 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
     return docs, np.concatenate(positions)
 
 
-def check_layers(path: Path, start: int, batch: pa.RecordBatch, layer: int, of: str = "subject.layer") -> None:
+def check_layers(path: Path, start: int, batch: pa.RecordBatch, layer: int, owner: str = "subject.layer") -> None:
     """Raises UserError that names the first row whose activation is of another block than `layer`.
 
-    A file without the column passes. `of` names, in the message, what has that layer.
+    A file without the column passes. `owner` names, in the message, what has that layer.
     """
     if LAYER not in batch.schema.names:
         return
     layers = _whole_numbers(path, start, LAYER, batch.column(LAYER), missing=layer)
     if (differing := np.flatnonzero(layers != layer)).size:
         row = int(differing[0])
-        raise UserError(f"{path}: row {start + row}: {LAYER} is {layers[row]}; {of} is {layer}")
+        raise UserError(f"{path}: row {start + row}: {LAYER} is {layers[row]}; {owner} is {layer}")
 
 
 def read_doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
@@ -247,9 +247,9 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
     contexts: list[tuple[int, str]] = []
     held_out, dropped, first = set(plan.rows_of("held_out").tolist()), 0, 0
     for name, path in _ordered(files):
-        wanted = ["prompt", *(["response"] if name == "av_sft" else [])]
+        columns = ["prompt", *(["response"] if name == "av_sft" else [])]
         optional = [TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
-        for start, batch in _batches(path, wanted, optional):
+        for start, batch in _batches(path, columns, optional):
             for number, row in enumerate(batch.to_pylist(), start):
                 prompt = row["prompt"]
                 if name == "ar_sft":

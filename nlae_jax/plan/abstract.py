@@ -153,7 +153,7 @@ def _reader(planned: Planned) -> list[Program]:
     return [Program("read", jitted_reader(planned.arch, config, mesh, num_next), arguments, ())]
 
 
-def _kept(planned: Planned) -> Params:
+def _subject_weights(planned: Planned) -> Params:
     """Returns the arrays that stay on the devices while a role is warm-started: the subject's weights without LoRA."""
     return {} if planned.config.lora.rank else _base(planned)
 
@@ -165,7 +165,7 @@ def _sft(planned: Planned, make_step: Any, weights: Params, optimizer: Any, toke
     step = compiled(make_step(planned.roles, optimizer, config.microbatches), state, planned.mesh)
     ids, h = (size, sft_width(planned.config)), (size, planned.arch.d_model)
     arrays = {"h": (h, jnp.float32), tokens: (ids, jnp.int32), "length": ((size,), jnp.int32)}
-    return [Program("step", step, (state, _frozen(planned), _batch(planned, **arrays)), _kept(planned))]
+    return [Program("step", step, (state, _frozen(planned), _batch(planned, **arrays)), _subject_weights(planned))]
 
 
 def _encoder_sft(planned: Planned) -> list[Program]:

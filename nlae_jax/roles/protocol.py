@@ -261,11 +261,11 @@ class Endings(NamedTuple):
 def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | None:
     """Computes the endings of all tokens of a vocabulary, or None where every token is followed by the plain suffix."""
     suffix = protocol.decoder_template.partition("{explanation}")[2]
-    width, known = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
+    width, num_tokens = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
     ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))
     ids[:, 0] = np.arange(vocab_size)
     length, changed = np.full(vocab_size, width, np.int32), False
-    texts = tokenizer.batch_decode([[token] for token in range(known)])
+    texts = tokenizer.batch_decode([[token] for token in range(num_tokens)])
     by_themselves = tokenizer(texts, add_special_tokens=False)["input_ids"]
     followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
     for token, (text, by_itself, ending) in enumerate(zip(texts, by_themselves, followed, strict=True)):

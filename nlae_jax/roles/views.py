@@ -44,11 +44,11 @@ def marks(tokenizer: Any, vocab_size: int) -> Marks:
     """Builds the tables of a tokenizer. Ids that the tokenizer does not know get zeros."""
     quotes, stops = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool)
     pieces = np.zeros((vocab_size, 3), np.uint32)
-    known = min(len(tokenizer), vocab_size)
-    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
-        first, *others = _AT_MARKS.split(text)
-        quotes[token] = len(others)
-        pieces[token] = [_hash(first), _hash(others[0] if len(others) > 1 else ""), _hash(others[-1] if others else "")]
+    num_tokens = min(len(tokenizer), vocab_size)
+    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(num_tokens)])):
+        first, *rest = _AT_MARKS.split(text)
+        quotes[token] = len(rest)
+        pieces[token] = [_hash(first), _hash(rest[0] if len(rest) > 1 else ""), _hash(rest[-1] if rest else "")]
         stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
     return Marks(quotes, stops, pieces)
 
@@ -110,9 +110,9 @@ def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[
 
     Returns the moved ids [N, T] and how many each row keeps [N].
     """
-    kept = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
-    order = jnp.argsort(~kept, axis=1, stable=True)
-    length = kept.sum(1).astype(length_N.dtype)
+    selected = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
+    order = jnp.argsort(~selected, axis=1, stable=True)
+    length = selected.sum(1).astype(length_N.dtype)
     moved = jnp.take_along_axis(ids_NxT, order, axis=1)
     return jnp.where(jnp.arange(ids_NxT.shape[1]) < length[:, None], moved, 0), length
 
@@ -140,6 +140,6 @@ def shown(
     sentence, quoted, count = sentences(ids, length, tables)
     per_sample = lambda x: jnp.repeat(x, group)  # noqa: E731
     left = 1 + jnp.floor(per_sample((row + 0.5) / max(cut, 1)) * (count - 1)).astype(jnp.int32)
-    kept = ~(per_sample(is_cut)[:, None] & (sentence >= left[:, None])) & ~(per_sample(is_unquoted)[:, None] & quoted)
-    ids, length = keep(ids, length, kept)
+    view = ~(per_sample(is_cut)[:, None] & (sentence >= left[:, None])) & ~(per_sample(is_unquoted)[:, None] & quoted)
+    ids, length = keep(ids, length, view)
     return ids.reshape(ids_BxGxT.shape), length.reshape(length_BxG.shape), ~(is_cut | is_unquoted)

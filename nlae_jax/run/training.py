@@ -68,7 +68,7 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
 
 
-def _described(
+def _described_rows(
     run: PreparedRun, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns a split's rows that have a description: row numbers [N], token ids [N, T] and their lengths [N].
@@ -158,7 +158,7 @@ def _trained_by_rl(run: PreparedRun, checkpoint: AnyPath) -> tuple[Params, Param
 
 def _encoder_sft(run: PreparedRun) -> None:
     """Trains the encoder to write descriptions."""
-    described = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    described = _described_rows(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
     _warm_start(run, "encoder", described, run.roles, _frozen(run, "encoder_sft"))
 
 
@@ -170,7 +170,7 @@ def _decoder_sft(run: PreparedRun) -> None:
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
         frozen.pop("endings", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
-    _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
+    _warm_start(run, "decoder", _described_rows(run, "decoder_sft", tokenise, frame), roles, frozen)
 
 
 # Role -> the purpose of its random numbers, and the name of the descriptions' token ids in its batches.
@@ -183,7 +183,7 @@ _SFT = {
 def _warm_start(
     run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
 ) -> None:
-    """Trains a role on the rows, token ids and lengths of `_described`. Its step reads `frozen`."""
+    """Trains a role on the rows, token ids and lengths of `_described_rows`. Its step reads `frozen`."""
     config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))

@@ -162,7 +162,7 @@ def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:
 
 
 def _made_with(workdir: AnyPath, leaf: Leaf, config: Config) -> AnyPath | None:
-    """The first file already made with the old value of a field; None if the field may still change."""
+    """Returns the first file already made with the old value of a field, or None if the field may still change."""
     if leaf.name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end now
         path = newest_sealed(workdir / "checkpoints/rl")
         return path if path is not None and int(path.name) > config.rl.num_steps else None
