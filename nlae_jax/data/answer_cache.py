@@ -57,7 +57,7 @@ class AnswerCache:
         self._identity = json.dumps([str(part) for part in identity])
         self._writers: list[_Writer] = [_writer(directory)]
         if shared is not None:
-            self._writers.append(_Lenient(_File(shared)))
+            self._writers.append(_OptionalWriter(_FileWriter(shared)))
         self._put_since, self._due = 0, time.monotonic() + SYNC_SECONDS
 
     def __enter__(self) -> AnswerCache:
@@ -193,7 +193,7 @@ class _Writer(Protocol):
 
 
 def _writer(directory: AnyPath) -> _Writer:
-    return _Objects(directory) if is_remote(directory) else _File(Path(directory))
+    return _BucketWriter(directory) if is_remote(directory) else _FileWriter(Path(directory))
 
 
 def _new_part(directory: AnyPath) -> tuple[int, str]:
@@ -205,7 +205,7 @@ def _name(number: int, mark: str) -> str:
     return f"part-{number:05}-{mark}.jsonl"
 
 
-class _File:
+class _FileWriter:
     """Writes a part in a local directory. Only its owner may read it, because texts may be private."""
 
     def __init__(self, directory: Path) -> None:
@@ -241,7 +241,7 @@ class _File:
             file.close()
 
 
-class _Lenient:
+class _OptionalWriter:
     """Writes a part that the run can do without: the first failure gives a warning, and nothing more is written."""
 
     def __init__(self, writer: _Writer) -> None:
@@ -266,7 +266,7 @@ class _Lenient:
             warn(f"{error}; other workdirs will not find it")
 
 
-class _Objects:
+class _BucketWriter:
     """Writes parts in a bucket. The whole part is uploaded anew at every `sync` until it has `_PART_BYTES`."""
 
     def __init__(self, directory: AnyPath) -> None:

@@ -79,7 +79,7 @@ def read_descriptions(path: Path) -> Iterator[Description]:
         document = _string(row, where, "id" if "id" in row else "doc_id")
         for name in ("offset", "position"):
             if row.get(name) is not None:
-                yield Description(document, (name, _whole(row, where, name)), passage, text)
+                yield Description(document, (name, _whole_number(row, where, name)), passage, text)
                 break
         else:
             raise UserError(f"{where}: should have a `text`, or an `id` with an `offset` or a `position`")
@@ -148,7 +148,7 @@ def _string(row: dict[str, Any], where: str, name: str) -> str:
     return encodable(value)
 
 
-def _whole(row: dict[str, Any], where: str, name: str) -> int:
+def _whole_number(row: dict[str, Any], where: str, name: str) -> int:
     value = row[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(f"{where}: {name} should be a whole number from 0; it is {json.dumps(value)[:60]}")

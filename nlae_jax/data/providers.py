@@ -255,7 +255,7 @@ class Server:
                         await asyncio.sleep(_TICK_SECONDS)  # the consumer is slower than the server
                     if stop.is_set():
                         return
-                    answer = await self._ask_one(client, make_prompt(text), stop)
+                    answer = await self._ask_with_retries(client, make_prompt(text), stop)
                     if answer.text is not None:
                         keep(index, answer.text)
                     results.put((index, answer))
@@ -283,7 +283,7 @@ class Server:
         except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or an invalid URL
             raise self._error(f"the proxy set here: {error}") from None
 
-    async def _ask_one(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
+    async def _ask_with_retries(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
         problem = ""
         for attempt in range(self._config.max_retries + 1):
             if stop.is_set():

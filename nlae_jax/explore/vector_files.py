@@ -108,12 +108,12 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 shapes = {name: _shape(file.zip, name) for name in file.files}
-                key = key if key is not None else _chosen(shapes, width, path)
+                key = key if key is not None else _default_key(shapes, width, path)
                 _check_key(key, shapes, path)
                 return key, file[key]
         with safe_open(path, "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            key = key if key is not None else _chosen(shapes, width, path)
+            key = key if key is not None else _default_key(shapes, width, path)
             _check_key(key, shapes, path)
             return key, file.get_tensor(key)
     except (*_BROKEN, SafetensorError, TypeError) as error:
@@ -135,7 +135,7 @@ def _check_key(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> None
         raise UserError(f"{path}: no key {quoted(key)}; it has {', '.join(sorted(shapes)[:12])}")
 
 
-def _chosen(shapes: dict[str, tuple[int, ...]], width: int, path: Path) -> str:
+def _default_key(shapes: dict[str, tuple[int, ...]], width: int, path: Path) -> str:
     """Returns the key of a dictionary's decoder, or of the only array of that width. Raises UserError without one."""
     for name in _DECODERS:
         if name in shapes:

@@ -69,8 +69,8 @@ def parse_json(content: bytes | str, name: object, kind: type = object, finite: 
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
-        value = json.loads(text, parse_int=_whole, **hooks)
+        hooks: dict[str, Any] = {"parse_float": _finite_float, "parse_constant": _finite_float} if finite else {}
+        value = json.loads(text, parse_int=_bounded_int, **hooks)
         # Only an escape can give a surrogate, or a str that already contains one; decoded bytes contain none.
         if "\\ud" in text or "\\uD" in text or (isinstance(content, str) and _SURROGATES.search(text)):
             value = _encodable(value)
@@ -140,7 +140,7 @@ def _clean_record(record: logging.LogRecord) -> bool:
     return True
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     """Parses a number. Raises ValueError where it is not finite."""
     value = float(text)
     if not math.isfinite(value):
@@ -148,7 +148,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _whole(text: str) -> int:
+def _bounded_int(text: str) -> int:
     """Parses a whole number. Raises ValueError where it has too many digits."""
     if len(text) > _DIGITS:
         raise ValueError(f"a number of {len(text)} digits")

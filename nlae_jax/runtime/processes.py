@@ -68,7 +68,7 @@ def start(spec: str) -> None:
 
     address, number, index = parsed = settings(spec)
     if number != 1 and address is not None and index is not None:
-        _reach(address, index == 0)
+        _await_coordinator(address, index == 0)
     # `supervision.preemptible` handles SIGTERM within a time limit. jax's service would take the signal away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -99,7 +99,7 @@ def start(spec: str) -> None:
             supervision.delay_abort()
 
 
-def _reach(address: str, is_coordinator: bool) -> None:
+def _await_coordinator(address: str, is_coordinator: bool) -> None:
     """Waits for the coordinator to listen. In the coordinator it checks that the port is free.
 
     Raises UserError where that fails, because jax would end the process without a message.

@@ -95,7 +95,7 @@ class Progress:
         self._marks.append((self._began, self.done))
         if _on_terminal() and world.is_first():
             bar = _terminal_bar()
-            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
+            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._bar_text())
             with contextlib.suppress(OSError):  # the terminal is gone
                 bar.start()
                 self._bar = bar
@@ -111,7 +111,7 @@ class Progress:
             self._marks.popleft()  # the first unit includes the compilation, so it does not show the pace
         self._marks.append((self._clock(), self.done))
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, text=self._shown())
+            self._bar.update(self._task, completed=self.done, text=self._bar_text())
         elif self._clock() >= self._next_line_at and self.done != self.total:  # the end gets another line
             self._write_line()
 
@@ -137,7 +137,7 @@ class Progress:
             parts.append(f"{clock_text(pace * max(0, self.total - self.done))} left")
         return "  ".join(parts)
 
-    def _shown(self) -> str:
+    def _bar_text(self) -> str:
         """Writes the text to the right of the bar. The elapsed time is in another column, so that it ticks."""
         pace = self.seconds_per_unit()
         if pace is None:

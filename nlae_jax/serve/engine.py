@@ -209,7 +209,7 @@ class Engine:
                     step()
                 except Exception as error:
                     log.exception("the device's work failed")
-                    self._give_up(error)
+                    self._give_up_all(error)
 
     def _wait(self, idle: Iterator[None]) -> bool:
         """Waits until there is work, and returns False when it is time to stop. Runs the steps of `idle` meanwhile."""
@@ -258,14 +258,14 @@ class Engine:
         self._admit()
         for longest, table in list(self._tables.items()):
             try:
-                self._write_some(table)
+                self._draw_in_table(table)
             except Exception as error:
-                self._lose(longest, error)
+                self._give_up_table(longest, error)
             else:
                 if not len(table):
                     del self._tables[longest]
 
-    def _write_some(self, table: Table) -> None:
+    def _draw_in_table(self, table: Table) -> None:
         """Draws some tokens in each row of a table and tells the watchers."""
         unwatched = self._without_watchers(table.holders)
         table.remove(unwatched.__contains__)
@@ -325,7 +325,7 @@ class Engine:
                 try:
                     table.add(entries, works)
                 except Exception as error:
-                    self._lose(longest, error, works)
+                    self._give_up_table(longest, error, works)
 
     def _without_watchers(self, works: Iterable[Work]) -> set[Work]:
         """Returns the works without watchers, and forgets them, so that no later request can join them."""
@@ -402,13 +402,13 @@ class Engine:
         completion.watcher(tokens.tolist(), done, None)
         return not done
 
-    def _lose(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
+    def _give_up_table(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
         """Gives up the explanations in one table, and `more`, and tells their watchers. The other tables go on."""
         log.error("the device's work failed", exc_info=error)
         works = {*self._tables.pop(longest).holders, *more} - {*self._unscored}
         self._fail(list(works), error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up_all(self, error: Exception) -> None:
         """Gives up all explanations under way and tells their watchers. Later requests begin with new tables."""
         works = [work for table in self._tables.values() for work in table.holders] + list(self._unscored)
         self._tables, self._unscored = {}, collections.deque()

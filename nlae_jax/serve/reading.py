@@ -31,7 +31,7 @@ _PREPARED = 64  # rows of the largest table that is compiled before a request ne
 _READ_BYTES = 256 << 20  # of cached activations
 
 
-def _shown(name: str) -> str:
+def _public_name(name: str) -> str:
     """Returns a name, or only the last part of a local path, so that clients do not learn where files are."""
     return Path(name).resolve().name if Path(name).exists() else name
 
@@ -59,7 +59,7 @@ class Reader:
 
     def __init__(self, explainer: Explainer) -> None:
         roles, pair = explainer.roles, explainer.pair
-        self.name, self.subject_name = _shown(explainer.name), _shown(explainer.subject_name)
+        self.name, self.subject_name = _public_name(explainer.name), _public_name(explainer.subject_name)
         self.rates, self.loaded_at = error_rates(explainer.name), time.time()
         explainer.check_own_subject("serve")
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model

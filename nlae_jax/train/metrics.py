@@ -28,7 +28,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _stored(path: AnyPath) -> bytes:
+def _read_or_empty(path: AnyPath) -> bytes:
     try:
         return read_bytes(path)
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def _parse(path: AnyPath, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def _beyond(row: dict[str, Any], step: int) -> bool:
+def _is_after(row: dict[str, Any], step: int) -> bool:
     """Returns whether the row belongs to a step after `step`. A row without a step does not."""
     return isinstance(row.get("step"), int) and row["step"] > step
 
@@ -61,7 +61,7 @@ def read(path: AnyPath) -> list[dict[str, Any]]:
 
     Raises UserError for any other line that is not a JSON object: that is damage, not an interrupted write.
     """
-    return [row for _, row in _parse(path, _stored(path))]
+    return [row for _, row in _parse(path, _read_or_empty(path))]
 
 
 class MetricsLog:
@@ -77,7 +77,7 @@ class MetricsLog:
         """Opens a new or existing log. A torn last line of an earlier run is removed from the file."""
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._buffer = bytearray(_stored(path)) if is_remote(path) else None
+        self._buffer = bytearray(_read_or_empty(path)) if is_remote(path) else None
         self._unwritten, self._due = False, 0.0
         self._keep(lambda row: True)
 
@@ -118,7 +118,7 @@ class MetricsLog:
 
         Rows of other stages keep their bytes and their order. The file is replaced in one move.
         """
-        self._keep(lambda row: row.get("stage") != stage or not _beyond(row, step))
+        self._keep(lambda row: row.get("stage") != stage or not _is_after(row, step))
 
     def sort(self) -> None:
         """Sorts the rows by their stage's place in `ORDER`. Rows of a stage that ran again were appended at the end."""
@@ -129,7 +129,7 @@ class MetricsLog:
         self, wanted: Callable[[dict[str, Any]], bool], place: Callable[[dict[str, Any]], int] = lambda row: 0
     ) -> None:
         """Keeps only the whole lines whose row is `wanted`, sorted by `place`. Leaves an unchanged file untouched."""
-        before = _stored(self.path) if self._buffer is None else bytes(self._buffer)
+        before = _read_or_empty(self.path) if self._buffer is None else bytes(self._buffer)
         lines = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
         data = b"".join(line for line, _ in sorted(lines, key=lambda entry: place(entry[1])))
         if data != before:
