@@ -397,7 +397,7 @@ def _mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | 
 def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
     """Loads the model whose activations a released pair was made for. Raises UserError where it does not fit."""
     if not (name := name or sidecar.base_model or ""):
-        raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
+        raise UserError(f"{sidecar.path}: names no base_model; name the model as --subject")
     model = LanguageModel.from_pretrained(name, dtype, mesh)
     if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(

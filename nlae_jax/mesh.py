@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [config.data, config.fsdp, config.tensor]
     layout = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: {layout}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"mesh: {layout}: sizes are positive, and at most one is -1 (all remaining devices)")
     if -1 in sizes:
         fixed = -math.prod(sizes)
         if available % fixed:

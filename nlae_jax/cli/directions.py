@@ -67,7 +67,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     except ValueError:
         raise UserError(f"--steps {options.steps}: should be numbers, as 0.25,0.5,1") from None
     if not all(0 < abs(step) < 1e6 for step in steps):
-        raise UserError(f"--steps {options.steps}: should not be 0, and finite")
+        raise UserError(f"--steps {options.steps}: should be finite numbers other than 0")
     for name in ("controls", "contexts", "texts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")

@@ -309,7 +309,10 @@ class _Writer:
         """
         activations = list(_local_rows(read[0], batch.count))
         if not all(np.isfinite(values).all() for _, values in activations):
-            raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
+            raise UserError(
+                f"subject.model: activations of rows {batch.start} and after are not finite; check the model's files, "
+                "or set subject.dtype=float32"
+            )
         parts = [(self._vectors, activations)]
         if self._next_tokens is not None:
             parts.append((self._next_tokens, list(_local_rows(read[1], batch.count))))
@@ -396,7 +399,8 @@ def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.
     except ValueError as error:
         if mode == "create":
             raise
-        raise UserError(f"{path}: missing or damaged ({_reason(error)})") from None
+        remedy = f"restore it, or delete {path.parent} to extract again"
+        raise UserError(f"{path}: missing or damaged ({_reason(error)}); {remedy}") from None
 
 
 def _metadata(shape: tuple[int, int], dtype: type) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def _read(
                         results[key] = read(answer)
         except OSError as error:
             if not lenient:
-                raise UserError(f"{path}: answers cannot be read ({error.strerror or error})") from None
+                problem = error.strerror or error
+                raise UserError(f"{path}: answers cannot be read ({problem}); make the file readable") from None
     return results
 
 
@@ -178,7 +179,7 @@ def _answers(path: AnyPath, quiet: bool) -> Iterator[tuple[str, str | None]]:
             if not torn:
                 yield key, answer
     if damaged and not quiet:
-        warn(f"{path}: {damaged} damaged lines; what they answered is asked again")
+        warn(f"{path}: {damaged} damaged lines; their questions are asked again")
 
 
 # --- writing
@@ -263,7 +264,7 @@ class _OptionalWriter:
             act(self._writer)
         except (OSError, UserError) as error:
             self._writer = None
-            warn(f"{error}; other workdirs will not find it")
+            warn(f"{error}; other workdirs will not find this answer")
 
 
 class _BucketWriter:

@@ -273,7 +273,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
                 if len(raw) > _MOST_BYTES:
                     raise UserError(
-                        f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes; a document is shorter"
+                        f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes, the most that is read"
                     )
                 line = _decode(raw, path, offset)
                 offset += len(raw)

@@ -69,7 +69,7 @@ def read_descriptions(path: Path) -> Iterator[Description]:
         if "explanation>" in text:
             raise UserError(f"{where}: description holds an explanation tag; it should be the text inside the tags")
         if begins_with_thinking(text):
-            raise UserError(f"{where}: description begins with what a model thought; it should be what follows that")
+            raise UserError(f"{where}: description begins with a model's thinking; it should be the text after it")
         if len(text) > _MAX_CHARACTERS:
             raise UserError(f"{where}: description has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
         passage = _string(row, where, "passage") if row.get("passage") is not None else ""

@@ -175,7 +175,7 @@ def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained
             rows.append(row)
             texts.append(passage.shown(0, (row.position or 0) + 1))
     if not rows:
-        raise UserError("nothing was explained; there is nothing to audit")
+        raise UserError("audit: no token was explained; give texts of at least two tokens")
     return Explanations(names, rows, texts)
 
 

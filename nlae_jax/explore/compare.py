@@ -89,7 +89,7 @@ def compare(
     passages = [read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source) for nla in pairs]
     token_texts = [[token.text for token in passage.tokens] for passage in passages]
     if token_texts[0] != token_texts[1]:
-        raise UserError("compare: the two pairs' tokenizers cut the text differently; there is nothing side by side")
+        raise UserError("compare: the tokenizers split the text into different tokens; give pairs of one tokenizer")
     explained = []
     for nla, passage in zip(pairs, passages, strict=True):
         (rows,) = explain_passages(nla, [(passage, picks_of(passage, positions, match, span))], options or Options())

@@ -177,7 +177,9 @@ def steer(
     before, after = np.asarray(nla.rebuild([original, edited]), np.float64)
     delta = after - before
     if not np.linalg.norm(delta) > 1e-6 * np.linalg.norm(before):
-        raise UserError("--edit: the decoder rebuilds the same from it as from the original explanation")
+        raise UserError(
+            "--edit: the decoder rebuilds the same activation as from the original explanation; change more words"
+        )
     rng = np.random.default_rng(settings.seed)
     directions = [("edit", unit(delta))]
     directions += [("random", unit(rng.standard_normal(len(delta)))) for _ in range(settings.controls)]

@@ -148,7 +148,9 @@ def read_pairs(
         rows += [(number, *places[index]) for index in sorted(chosen)]
         texts.append((ids, other_ids))
     if not rows:
-        raise UserError(f"corpus: no text in which tokens of both models end together after {MIN_POSITION} tokens")
+        raise UserError(
+            f"corpus: no text in which tokens of both models end together after {MIN_POSITION} tokens: use longer ones"
+        )
     places_Nx3 = np.array(rows)
     with progress(2 * len(texts), "adapt", unit="text") as bar:
         model_texts, other_texts = ([pair[side] for pair in texts] for side in (0, 1))

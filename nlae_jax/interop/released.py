@@ -100,7 +100,7 @@ def open_released(name: str, role: str) -> Released:
     base = directory if adapters is None else resolve_model(adapters.base_model)
     arch, sidecar = read_arch(base), read_sidecar(directory)
     if sidecar.role != role:
-        raise UserError(f"{sidecar.path}: role is that of {sidecar.role!r}; {name} was given as {role}")
+        raise UserError(f"{sidecar.path}: its role is {sidecar.role!r}; {name} was given as {role!r}")
     if sidecar.d_model != arch.d_model:
         raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
     if role == "ar" and not (directory / VALUE_HEAD).is_file():

@@ -121,7 +121,7 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     (ids,) = prompts_ids(tokenizer, [config.encoder_prompt.replace("{injection_char}", marker)])
     if ids.count(marker_id) != 1:
         raise UserError(
-            f"protocol.encoder_prompt: {quoted(marker)} is {ids.count(marker_id)} times in it as a token, not once"
+            f"protocol.encoder_prompt: should contain {quoted(marker)} as one token; it has {ids.count(marker_id)}"
         )
     slot = ids.index(marker_id)
     if slot == 0:  # the first position is an attention sink, whatever stands there

@@ -112,7 +112,7 @@ def _import(run: Run, files: dict[str, Path]) -> None:
         plan = activations.read_plan(directory)
         if read_json(directory / "dataset.json") != identities(files):
             raise UserError(
-                f"config.dataset: the files are not those that {directory} was begun with; bring those back"
+                f"config.dataset: the files are not those that {directory} was begun with; restore the former ones"
             )
     else:
         say("reading the dataset")

@@ -303,7 +303,7 @@ def _check_identity(run: Run) -> None:
         (run.config.subject.model, *run.config.init.names().values()),
     )
     if path.exists() and read_json(path) != run.identity:
-        raise UserError(f"{path}: made with other weights than there are now in {', '.join(names)}; bring those back")
+        raise UserError(f"{path}: made with other weights than are now in {', '.join(names)}; restore the former ones")
     check_record(run.record, "weights", run.identity, "config.subject.model, config.init", run.workdir)
 
 

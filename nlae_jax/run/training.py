@@ -82,9 +82,13 @@ def _described_rows(
     tokens = [tokenise(descriptions[row]) for row in rows]
     used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < vocab_size]
     if not rows:
-        raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
+        raise UserError(
+            f"describe.provider: no activation of the split {split} got a usable description; change the provider"
+        )
     if not used:
-        raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
+        raise UserError(
+            f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}; raise it"
+        )
     if len(used) < len(rows):
         say(
             f"{split}: {len(rows) - len(used)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "

@@ -85,8 +85,8 @@ def check_record(record: dict[str, Any], name: str, current: Any, where: str, wo
     """
     if name in record and record[name] != current:
         raise UserError(
-            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; bring those back, or "
-            "delete it to train anew"
+            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; restore the former ones, or "
+            "delete the checkpoints to train again"
         )
 
 

@@ -48,7 +48,7 @@ def local_path(name: str | os.PathLike[str], field: str) -> pathlib.Path:
     try:
         path = pathlib.Path(text).expanduser()
     except RuntimeError:  # pathlib's, without an entry for this user and without HOME
-        raise UserError(f"{field} {text}: whose home ~ is cannot be found; write the path in full") from None
+        raise UserError(f"{field} {text}: the home directory of ~ cannot be found; write the path in full") from None
     if "\0" in text:
         raise UserError(f"{field} {text!r}: a path cannot hold a null character")
     return path

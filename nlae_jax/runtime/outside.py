@@ -49,7 +49,7 @@ def read_bytes(path: Path, longest: int = _LONGEST_FILE) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > longest:
-        raise UserError(f"{path}: larger than {longest >> 10} kB; files of this kind are not")
+        raise UserError(f"{path}: larger than {longest >> 10} kB, the most that is read of such a file")
     return content
 
 
@@ -144,7 +144,7 @@ def _finite_float(text: str) -> float:
     """Parses a number. Raises ValueError where it is not finite."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
@@ -173,7 +173,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if (counted := sizes.get(id(node))) is not None:
         if counted == 0:
-            raise ValueError("an alias inside what it stands for")
+            raise ValueError("an alias that contains itself")
         return counted
     sizes[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
@@ -184,7 +184,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     for part in parts:
         size += _expanded_size(part, sizes)
         if size > _YAML_NODES:
-            raise ValueError(f"its aliases stand for more than {_YAML_NODES} values")
+            raise ValueError(f"its aliases expand to more than {_YAML_NODES} values")
     sizes[id(node)] = size
     return size
 

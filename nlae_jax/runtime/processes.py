@@ -119,7 +119,7 @@ def _await_coordinator(address: str, is_coordinator: bool) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except UnicodeError as error:  # a name that no domain can have
-            raise UserError(f"--distributed {address}: {host} is no host's name ({error})") from None
+            raise UserError(f"--distributed {address}: {host} is not a valid host name ({error})") from None
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.2)
