@@ -259,16 +259,16 @@ def counted(progress: AnyPath, name: str, most: int) -> int:
     return count
 
 
-def _local_rows(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+def _local_rows(values_MxW: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (slice, values) for those of the first `count` rows that this process must write.
 
     No row is yielded by two processes.
     """
-    if not isinstance(values, jax.Array) or values.is_fully_addressable:
-        yield slice(0, count), np.asarray(values)[:count]
+    if not isinstance(values_MxW, jax.Array) or values_MxW.is_fully_addressable:
+        yield slice(0, count), np.asarray(values_MxW)[:count]
         return
-    for shard in values.addressable_shards:
-        start, stop, _ = shard.index[0].indices(values.shape[0])
+    for shard in values_MxW.addressable_shards:
+        start, stop, _ = shard.index[0].indices(values_MxW.shape[0])
         if shard.replica_id == 0 and start < count:
             yield slice(start, min(stop, count)), np.asarray(shard.data)[: count - start]
 

@@ -185,12 +185,12 @@ def explain_vectors(
     return [_explained(nla, h, group, token) for h, group, token in zip(vectors_NxD, groups, tokens, strict=True)]
 
 
-def _explained(nla: Explainer, h: np.ndarray, samples: Sequence[Sample], token: Token | None) -> Explained:
+def _explained(nla: Explainer, h_D: np.ndarray, samples: Sequence[Sample], token: Token | None) -> Explained:
     """Makes the result of one activation from its samples."""
     several = len(samples) > 1
     texts = [sample.explanation for sample in samples]
     shown = samples[_medoid(texts)] if several else samples[0]
-    norm = float(np.linalg.norm(h))
+    norm = float(np.linalg.norm(h_D))
     position = None if token is None else token.position
     return Explained(
         position=position,
@@ -239,9 +239,9 @@ def explain_passages(
     return [[next(rows) for _ in passage_picks] for _, passage_picks in selected]
 
 
-def _of_span(nla: Explainer, explanation: Explained, passage: Passage, h: np.ndarray, pick: Pick) -> Explained:
+def _of_span(nla: Explainer, explanation: Explained, passage: Passage, h_TxD: np.ndarray, pick: Pick) -> Explained:
     """Gives the explanation of a mean activation the span's text, positions and `outside`."""
-    norms = np.linalg.norm(h, axis=-1)
+    norms = np.linalg.norm(h_TxD, axis=-1)
     outside = next((reason for p in pick.positions if (reason := nla.statistics.outside(float(norms[p]), p))), "")
     first, last = pick.positions[0], pick.last
     return dataclasses.replace(explanation, token=passage.shown(first, last + 1), outside=outside, span=(first, last))

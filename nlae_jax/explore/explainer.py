@@ -286,10 +286,10 @@ def _as_float32(vectors: Any) -> np.ndarray:
         raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
-def _scores(rebuilt: np.ndarray, vectors: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _scores(rebuilt_NxD: np.ndarray, h_NxD: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (mse, cos), each [N]. An empty text counts as an orthogonal reconstruction."""
-    mse = direction_mse(rebuilt, vectors, np.array([bool(text.strip()) for text in texts]))
-    return mse, 1 - mse / 2
+    mse_N = direction_mse(rebuilt_NxD, h_NxD, np.array([bool(text.strip()) for text in texts]))
+    return mse_N, 1 - mse_N / 2
 
 
 def _written(response: str) -> Written:

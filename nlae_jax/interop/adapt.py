@@ -121,9 +121,9 @@ def mean_scores(fitted: np.ndarray, target: np.ndarray) -> dict[str, float]:
     return {"fve": float(fve), "cos": float((unit @ mean).mean() / (np.linalg.norm(mean) * unit.shape[1] ** 0.5))}
 
 
-def _directions(rows: np.ndarray) -> np.ndarray:
+def _directions(rows_NxD: np.ndarray) -> np.ndarray:
     """Scales rows to directions, as float64."""
-    return np.asarray(direction.unit_direction(jnp.asarray(rows)), np.float64)
+    return np.asarray(direction.unit_direction(jnp.asarray(rows_NxD)), np.float64)
 
 
 def read_pairs(

@@ -114,45 +114,45 @@ def _is_evaluated(workdir: AnyPath) -> bool:
 
 
 def _round_trip(
-    trip: RoundTrip, pair: Pair, h: np.ndarray, seed: int, temperature: float
+    trip: RoundTrip, pair: Pair, h_NxD: np.ndarray, seed: int, temperature: float
 ) -> tuple[np.ndarray, Explanations, np.ndarray]:
     """Returns each activation's mse [N] (2 where nothing was readable), explanation and reconstruction [N, d]."""
-    written = trip.explain(pair, h, seed, temperature)
-    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
-    return direction_mse(rebuilt, h, written.length > 0), written, rebuilt
+    written = trip.explain(pair, h_NxD, seed, temperature)
+    rebuilt_NxD = trip.reconstruct_ids(pair, written.ids, written.length)
+    return direction_mse(rebuilt_NxD, h_NxD, written.length > 0), written, rebuilt_NxD
 
 
 def _uninformed_mse(
-    trip: RoundTrip, pair: Pair, vectors: np.ndarray, h: np.ndarray, seed: int, temperature: float
+    trip: RoundTrip, pair: Pair, vectors_NxD: np.ndarray, h_NxD: np.ndarray, seed: int, temperature: float
 ) -> tuple[np.ndarray, list[str]]:
     """Explains `vectors` [N, d], which say nothing about `h` [N, d], and compares the reconstructions with `h`.
 
     Returns the mse [N] and the texts. Only the first `_UNINFORMED_ROWS` rows are used; the mse is NaN beyond them. Each
     row has the random draws of its true explanation, so an encoder that does not read its vector writes the same text.
     """
-    rows = slice(min(len(h), _UNINFORMED_ROWS))
-    mse = np.full(len(h), np.nan)
-    written = trip.explain(pair, vectors[rows], seed, temperature)
-    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
-    mse[rows] = direction_mse(rebuilt, h[rows], written.length > 0)
-    return mse, written.texts
+    rows = slice(min(len(h_NxD), _UNINFORMED_ROWS))
+    mse_N = np.full(len(h_NxD), np.nan)
+    written = trip.explain(pair, vectors_NxD[rows], seed, temperature)
+    rebuilt_NxD = trip.reconstruct_ids(pair, written.ids, written.length)
+    mse_N[rows] = direction_mse(rebuilt_NxD, h_NxD[rows], written.length > 0)
+    return mse_N, written.texts
 
 
 def _mse_of_parts(
-    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h: np.ndarray
+    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h_NxD: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Returns part of the explanations (see `claims.parts`) -> mse [N] of the reconstructions from that part alone.
 
     It is 2 where the part of a row is empty, and NaN beyond the first `_PART_ROWS` rows.
     """
-    count = min(len(h), _PART_ROWS)
+    count = min(len(h_NxD), _PART_ROWS)
     rows = [parts(text, context) for text, context in zip(texts[:count], contexts, strict=False)]
     mse = {}
     for name in rows[0]:
         part_texts = [row[name] for row in rows]
         rebuilt = trip.reconstruct_texts(pair, part_texts)
-        mse[name] = np.full(len(h), np.nan)
-        mse[name][:count] = direction_mse(rebuilt, h[:count], np.array([bool(text) for text in part_texts]))
+        mse[name] = np.full(len(h_NxD), np.nan)
+        mse[name][:count] = direction_mse(rebuilt, h_NxD[:count], np.array([bool(text) for text in part_texts]))
     return mse
 
 
@@ -171,7 +171,7 @@ def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
     return [run.tokenizer.decode(tokens) for tokens in likeliest]
 
 
-def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
+def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse_N: np.ndarray, gold: np.ndarray) -> None:
     """Writes one JSON line for each evaluated row."""
     plan = run.store.plan
     lines = []
@@ -184,8 +184,8 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
             "token": token,
             "explanation": written.texts[i],
             "gold": str(gold[i]),
-            "cos": float(1 - mse[i] / 2),
-            "mse": float(mse[i]),
+            "cos": float(1 - mse_N[i] / 2),
+            "mse": float(mse_N[i]),
             "closed": bool(written.length[i] > 0),
         }
         lines.append(json_line(sample))

@@ -199,7 +199,7 @@ def _add_texts(app: FastAPI, service: Service, places: asyncio.Semaphore) -> Non
             return await asyncio.to_thread(_extracted, service, passage, vectors)
 
 
-def _extracted(service: Service, passage: Passage, vectors: np.ndarray) -> JSONResponse:
+def _extracted(service: Service, passage: Passage, h_TxD: np.ndarray) -> JSONResponse:
     """Makes the answer of /extract."""
     pieces = service.pieces(passage.ids)
     tokens = [
@@ -210,7 +210,7 @@ def _extracted(service: Service, passage: Passage, vectors: np.ndarray) -> JSONR
             "activation": vector.tolist(),
             "l2_norm": l2_norm(vector),
         }
-        for token, piece, vector in zip(passage.tokens, pieces, vectors, strict=True)
+        for token, piece, vector in zip(passage.tokens, pieces, h_TxD, strict=True)
     ]
     return JSONResponse({"layer_index": service.reader.layer, "tokens": tokens})
 
