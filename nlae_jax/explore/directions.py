@@ -78,7 +78,7 @@ class Sweep:
 
     @property
     def best(self) -> Point:
-        """The point that is heard most."""
+        """The point of the sweep at which the direction is heard most."""
         return max(self.points, key=lambda point: point.heard)
 
 

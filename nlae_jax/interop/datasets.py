@@ -300,12 +300,12 @@ def import_vectors(
 ) -> None:
     """Copies the activations into the workdir's array, which can be read in any order. Resumes where it stopped."""
     progress = directory / "progress.json"
-    done = counted(progress, "batches", rows)
-    vectors = open_vectors(directory, rows, d_model, create=done == 0)
+    copied_batches = counted(progress, "batches", rows)
+    vectors = open_vectors(directory, rows, d_model, create=copied_batches == 0)
     first, number = 0, 0
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
-            if number >= done:
+            if number >= copied_batches:
                 values = read_vectors(path, start, batch.column(VECTOR), d_model)
                 vectors[first + start : first + start + len(values)].write(values).result()
                 write_json(progress, {"batches": number + 1})

@@ -106,7 +106,7 @@ def open_topology(name: str) -> Topology:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Inside, sets those variables that are not set: the library reads them when it is loaded."""
+    """Sets missing environment variables for the `with` block. The library reads them when it is loaded."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -215,7 +215,7 @@ class _Counter:
         stride, value = 0, body.instructions[body.root.operands[place]]
         while value.opcode in ("add", "copy"):
             operands = [body.instructions[name] for name in value.operands]
-            stride += sum(int(operand.given) for operand in operands if operand.opcode == "constant")
+            stride += sum(int(operand.operand_text) for operand in operands if operand.opcode == "constant")
             value = next((operand for operand in operands if operand.opcode != "constant"), operands[0])
         return max(1, stride)
 
@@ -321,7 +321,7 @@ def _integers(instructions: Iterable[Instruction]) -> Iterator[int]:
     """Yields the values of those instructions that are integer constants."""
     for op in instructions:
         if op.opcode == "constant" and op.outputs[0].dtype in ("s32", "u32", "s64") and not op.outputs[0].dims:
-            yield int(op.given)
+            yield int(op.operand_text)
 
 
 def _bytes(shape: Iterable[Array]) -> int:
@@ -457,21 +457,21 @@ def _mesh_groups(mesh: str, along: str) -> list[list[int]]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
     dims: list[int] = []
-    chosen: list[tuple[int, int]] = []  # place in `along`, dimension
+    named_dimensions: list[tuple[int, int]] = []  # place in `along`, dimension
     for axis, size in sizes.items():
         cuts = sorted(
             (int(before or 1), int(length or size), at)
             for at, (name, before, length) in enumerate(parts)
             if name == axis
         )
-        done = 1
+        covered = 1
         for before, length, at in cuts:
-            dims += [before // done] if before > done else []
-            chosen.append((at, len(dims)))
+            dims += [before // covered] if before > covered else []
+            named_dimensions.append((at, len(dims)))
             dims.append(length)
-            done = before * length
-        dims += [size // done] if size > done else []
-    inner = [dimension for _, dimension in sorted(chosen)]
+            covered = before * length
+        dims += [size // covered] if size > covered else []
+    inner = [dimension for _, dimension in sorted(named_dimensions)]
     outer = [dimension for dimension in range(len(dims)) if dimension not in inner]
     members = math.prod(dims[dimension] for dimension in inner)
     return np.arange(math.prod(dims)).reshape(dims).transpose(*outer, *inner).reshape(-1, members).tolist()

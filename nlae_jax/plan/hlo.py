@@ -59,7 +59,7 @@ class Instruction:
     opcode: str
     outputs: tuple[Array, ...]  # the arrays of its flattened shape
     operands: tuple[str, ...]  # names
-    given: str  # the text of the operands
+    operand_text: str  # the text of the operands
     attributes: str  # the text after them
     root: bool  # whether it is the computation's result
 
@@ -101,7 +101,7 @@ class Computation:
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Number -> parameter."""
-        return {int(op.given): op for op in self.instructions.values() if op.opcode == "parameter"}
+        return {int(op.operand_text): op for op in self.instructions.values() if op.opcode == "parameter"}
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:

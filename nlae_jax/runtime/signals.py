@@ -22,7 +22,7 @@ _heed: dict[int, Callable[[], None]] = {}
 
 @contextlib.contextmanager
 def heard(number: int, heed: Callable[[], None], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, a thread calls `heed()` as soon as the signal comes, and the main thread calls `handler` when it can.
+    """In the `with` block, a thread calls `heed()` when the signal comes; the main thread calls `handler` when it can.
 
     It can be entered only in the main thread.
     """
@@ -82,7 +82,7 @@ def raise_if_interrupted() -> None:
 
 @contextlib.contextmanager
 def interruptible(end: Callable[[], Any], seconds: Callable[[], float], tell: Callable[[str], None]) -> Iterator[None]:
-    """Inside, Control-C always raises KeyboardInterrupt in the main thread, or ends the process.
+    """In the `with` block, Control-C always raises KeyboardInterrupt in the main thread, or ends the process.
 
     Python would print and forget an exception in `__del__` or in a callback of the garbage collector, of which jax has
     one: there it is raised once more. While compiled code keeps the main thread busy it cannot be raised: then `end()`

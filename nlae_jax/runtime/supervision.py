@@ -49,8 +49,9 @@ def stop_if_asked() -> None:
 
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
-    """Inside, SIGTERM asks all processes to stop. After `grace` seconds a process ends in any case, with `PREEMPTED`.
+    """In the `with` block, SIGTERM asks all processes to stop.
 
+    After `grace` seconds a process ends in any case, with the status `PREEMPTED`.
     Work that cannot be stopped in order, such as a compilation, is then cut off as by SIGKILL, which every stage
     survives.
     """

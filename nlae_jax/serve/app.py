@@ -237,11 +237,13 @@ def _add_explain(app: FastAPI, service: Service, gate: Gate) -> None:
 
             async def results() -> list[dict[str, Any]]:
                 vectors = await service.activations(passage)
-                chosen = [vectors[position] for position in positions]
-                scored = await service.all_explained(chosen, keys, body.max_new_tokens, body.temperature, body.seed)
+                picked_vectors = [vectors[position] for position in positions]
+                scored = await service.all_explained(
+                    picked_vectors, keys, body.max_new_tokens, body.temperature, body.seed
+                )
                 return [
                     explain_result(passage.tokens[position], l2_norm(vector), explanation)
-                    for position, vector, explanation in zip(positions, chosen, scored, strict=True)
+                    for position, vector, explanation in zip(positions, picked_vectors, scored, strict=True)
                 ]
 
             return JSONResponse({"layer_index": reader.layer, "results": await unless_gone(request, results())})

@@ -39,16 +39,16 @@ async def explain_frames(
 ) -> Frames:
     """Yields the frames of an /explain stream, without `[DONE]`."""
     yield {"layer_index": service.reader.layer, "total": len(positions), "prompt_length": len(passage.tokens)}
-    chosen = [vectors[position] for position in positions]
+    picked_vectors = [vectors[position] for position in positions]
     sent_text: dict[int, str] = {}
-    async with contextlib.aclosing(service.explained(chosen, keys, limit, temperature, seed)) as states:
+    async with contextlib.aclosing(service.explained(picked_vectors, keys, limit, temperature, seed)) as states:
         async for number, state in states:
             position = positions[number]
             if sent_text.get(number) != state.text:
                 sent_text[number] = state.text
                 yield {"position": position, "text": state.text, "done": False}
             if state.final:
-                yield explain_result(passage.tokens[position], l2_norm(chosen[number]), scored(state))
+                yield explain_result(passage.tokens[position], l2_norm(picked_vectors[number]), scored(state))
 
 
 async def describe_frames(service: Service, *arguments: Any) -> Frames:

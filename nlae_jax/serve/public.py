@@ -64,11 +64,11 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
             if body.stream:
                 frames = explain_frames(service, passage, vectors, positions, *arguments)
                 return Events(frames, place.pop_all())
-            chosen = [vectors[position] for position in positions]
-            scored = await unless_gone(request, service.all_explained(chosen, *arguments))
+            picked_vectors = [vectors[position] for position in positions]
+            scored = await unless_gone(request, service.all_explained(picked_vectors, *arguments))
             results = [
                 explain_result(passage.tokens[position], l2_norm(vector), explanation)
-                for position, vector, explanation in zip(positions, chosen, scored, strict=True)
+                for position, vector, explanation in zip(positions, picked_vectors, scored, strict=True)
             ]
             shape = {"layer_index": service.reader.layer, "prompt_length": len(passage.tokens)}
             return JSONResponse({"results": results, **shape})

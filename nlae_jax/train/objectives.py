@@ -42,8 +42,8 @@ def contrast(reconstruction_BxGxD: jax.Array, h_BxD: jax.Array, valid_BxG: jax.A
     """
     rebuilt_BxGxD, true_BxD = unit_direction(reconstruction_BxGxD), unit_direction(h_BxD)
     mse_BxGxB = 2.0 - 2.0 * einsum("bgd,cd->bgc", rebuilt_BxGxD, true_BxD) / h_BxD.shape[-1]
-    chosen = jax.nn.log_softmax(-mse_BxGxB / CONTRAST_TEMPERATURE, axis=-1)
-    score = jnp.einsum("bgb->bg", chosen)
+    log_probability_BxGxB = jax.nn.log_softmax(-mse_BxGxB / CONTRAST_TEMPERATURE, axis=-1)
+    score = jnp.einsum("bgb->bg", log_probability_BxGxB)
     least = -2.0 * jnp.log(jnp.float32(max(h_BxD.shape[0], 2)))
     return jnp.where(valid_BxG, jnp.maximum(score, least), least)
 
