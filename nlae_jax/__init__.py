@@ -12,7 +12,7 @@ __all__ = ["NLA", "LanguageModel"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first used: the command line must set JAX up before anything loads it."""
+    """Imports a name at its first use, because the command line must set JAX up before anything imports it."""
     if name == "NLA":
         from nlae_jax.api import NLA
 

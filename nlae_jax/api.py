@@ -1,4 +1,4 @@
-"""What notebooks and the command line use of a trained pair."""
+"""The class `NLA`: a trained pair as notebooks and the command line use it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path, workdir_path
 from nlae_jax.runtime.progress import say, warn
 
-_STATISTICS_ROWS = 4096  # of a run's activations
+_STATISTICS_ROWS = 4096  # activations of a run that its statistics are computed from
 
 
 class NLA(Explainer):
@@ -57,16 +57,17 @@ class NLA(Explainer):
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
-        """The pair that a run has trained so far: by RL up to its newest checkpoint, else by the warm start.
+        """Loads the pair that a run has trained so far: RL's newest checkpoint, or the warm start without one.
 
-        Changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
-        this machine has the devices for it, on one device otherwise.
+        It changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
+        this machine has the devices for it, on one device otherwise. Raises UserError where `workdir` is not the
+        workdir of a run whose warm start is finished.
         """
         return NLA.from_run(open_run(workdir), str(workdir))
 
     @staticmethod
     def from_run(run: PreparedRun, name: str) -> NLA:
-        """`from_workdir` of a run that is open already."""
+        """Does what `from_workdir` does, for a run that is already open."""
         stops = stop_ids(run.directory, run.tokenizer)
         subject = lambda: LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops)  # noqa: E731
         return NLA(
@@ -86,41 +87,40 @@ class NLA(Explainer):
     def from_pretrained(
         av: str | Path, ar: str | Path = "", subject: str = "", dtype: str = "float32", mesh: Mesh | None = None
     ) -> NLA:
-        """A pair in the reference's layout: directories or hub ids of an encoder and its decoder.
+        """Loads a pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
-        Without `ar`, `av` is both: the name of a shipped pair ("smollm2-135m") or a directory with `av` and `ar`.
-        Either may hold adapters, which need the base model that they name (`lm.adapters`). `av` may also be what
-        `nlae adapt` wrote, of a model that no pair was trained for.
+        Without `ar`, `av` names both: a shipped pair ("smollm2-135m") or a directory with `av` and `ar`. Either may
+        hold adapters, which need the base model that they name (`lm.adapters`). `av` may also be the directory that
+        `nlae adapt` wrote for a model that no pair was trained for.
 
-        Prompts, slot and scale are those of the sidecars, which are checked against the tokenizer. `subject` is the
-        model that `explain_text` reads; if not given, the one that the sidecar names. Weights are kept in `dtype`, on
-        the default device or split over a `mesh`. Raises UserError, naming file and field, where something does not
-        fit.
+        Prompts, slot and scale come from the sidecars, which are checked against the tokenizer. `subject` is the model
+        that `explain_text` reads; without it, the sidecar names that model. Weights are stored in `dtype`, on the
+        default device or split over `mesh`. Raises UserError that names file and field where something does not fit.
         """
         if not ar and is_adapter(directory := local_path(av, "model")):
             return _adapted(directory, subject, dtype, mesh)
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
-        known = _known_statistics(str(av))
+        statistics = _known_statistics(str(av))
         if adapters := encoder.adapters or decoder.adapters:
             if subject and resolve_model(subject).resolve() != encoder.directory.resolve():
                 raise UserError(
                     f"subject: {subject}: the pair's adapters sit on {adapters.base_model}, which is its subject"
                 )
-            return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, known, str(av))
+            return _with_adapters(encoder, decoder, protocol, tokenizer, dtype, mesh, statistics, str(av))
         layer = decoder.decoder_layer
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        read = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
+        load_subject = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
         return NLA(
             roles,
             pair,
             tokenizer,
-            read,
+            load_subject,
             mesh=mesh,
-            statistics=known,
+            statistics=statistics,
             name=str(av),
             subject_name=subject or sidecar.base_model or "subject",
             base_name=sidecar.base_model or "",
@@ -135,25 +135,26 @@ class NLA(Explainer):
         span: str | None = None,
         **options: Any,
     ) -> Rows:
-        """Every token's explanation, or that of the selected ones: dicts of position, token, explanation, cos, mse, ….
+        """Explains every token of a text, or the selected ones: dicts of position, token, explanation, cos, mse, ….
 
-        See `explore.explain.Explained` for the fields, `explore.select` for what can be selected and
-        `explore.explain.Options` for the `options`. Position 0 is an attention sink whose activation holds nothing of
-        the text; read it with that in mind.
+        `explore.explain.Explained` describes the fields, `explore.select` the selection by `positions`, `match` or
+        `span`, and `explore.explain.Options` the `options`. The explanation at position 0 means little, because that
+        position is an attention sink whose activation does not depend on the text. Raises UserError for an empty text,
+        a selection without tokens, or a text that is too long.
         """
         passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
         picks = picks_of(passage, positions, match, span)
-        (found,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
-        return Rows(found, self.name, self.layer)
+        (explained,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
+        return Rows(explained, self.name, self.layer)
 
     def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[Rows]:
-        """The same for several texts, whose tokens are explained together."""
+        """Does what `explain_text` does for several texts, whose tokens are explained in common batches."""
         names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
         vocab_size = self.subject.arch.vocab_size
-        read = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
-        selected = [(passage, picks_of(passage)) for passage in read]
-        found = explain_passages(self, selected, Options(temperature=temperature))
-        return [Rows(explained, self.name, self.layer) for explained in found]
+        passages = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
+        selected = [(passage, picks_of(passage)) for passage in passages]
+        by_text = explain_passages(self, selected, Options(temperature=temperature))
+        return [Rows(explained, self.name, self.layer) for explained in by_text]
 
     def evaluate(
         self,
@@ -170,12 +171,12 @@ class NLA(Explainer):
         corpus: CorpusConfig | None = None,
         reword: DescribeConfig | None = None,
     ) -> dict[str, Any]:
-        """The suite (docs/evaluation.md) on activations of texts and files: every figure by section and name.
+        """Runs the suite (docs/evaluation.md) on activations and returns every figure by section and name.
 
-        Files are texts (.txt, .jsonl, .parquet), or one parquet of activations in the reference's layout; a `corpus` is
-        read, too; or `rows` are given. What is done is kept in `out`/evaluation: the same call goes on from there.
-        `control_steps` trains decoders on other words for so many steps each; `reword` asks a server to say
-        explanations in other words. Raises UserError for an adapted pair.
+        The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
+        .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
+        `out`/evaluation, and the same call goes on from there. `control_steps` trains decoders on other words, each for
+        that many steps. `reword` names a server that rewords explanations. Raises UserError for an adapted pair.
         """
         self.check_own_subject("eval")
         out = workdir_path(out)
@@ -190,11 +191,11 @@ class NLA(Explainer):
         work = Work(pairing, rows, out, seed, bootstrap_samples)
         say(cost_text(work, sections, arch))
 
-        def more_of_text() -> None:
+        def further_text_controls() -> None:
             trained_controls(work, self._roles, self._pair, control_steps)
             rewordings(work, rewrite)
 
-        return run_suite(work, sections, more_of_text)
+        return run_suite(work, sections, further_text_controls)
 
     def explain_chat(
         self,
@@ -205,23 +206,28 @@ class NLA(Explainer):
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> Rows:
-        """The same of a chat, a list of messages with `role` and `content`, in the model's own template.
+        """Explains the tokens of a chat, a list of messages with `role` and `content`, in the model's chat template.
 
-        Rows say in addition whose token it is: `role`, `section` (header, content, footer) and `message_index`.
+        Parameters and errors are those of `explain_text`. Rows also have the token's `role`, `section` (header,
+        content, footer) and `message_index`. `add_generation_prompt` ends the chat with the beginning of an answer.
         """
         vocab_size = self.subject.arch.vocab_size
         passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
-        (found,) = explain_passages(self, [(passage, picks_of(passage, positions, match, span))], Options(**options))
-        return Rows(found, self.name, self.layer)
+        picks = picks_of(passage, positions, match, span)
+        (explained,) = explain_passages(self, [(passage, picks)], Options(**options))
+        return Rows(explained, self.name, self.layer)
 
     def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
-        """Contexts to look for examples in: of a file, else of the run's corpus, else texts of the package."""
+        """Reads `texts` contexts to search for examples: of a file, else of the run's corpus, else of the package."""
         return read_corpus(self, None if path is None else Path(path), texts)
 
     def neuron(
         self, spec: str, corpus: Corpus | None = None, settings: Settings | None = None, side: str = "write"
     ) -> DirectionReport:
-        """MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads, with controls."""
+        """Explains MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads.
+
+        The report includes controls. Raises UserError for a neuron that does not exist, and for an adapted pair.
+        """
         self.check_own_subject("neuron")
         layer, index = parse_neuron(spec, self.subject.arch)
         return explain_neuron(self, layer, index, corpus or self.corpus(), settings, side=side)
@@ -229,7 +235,10 @@ class NLA(Explainer):
     def direction(
         self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: Settings | None = None
     ) -> DirectionReport:
-        """A direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls."""
+        """Explains a direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls.
+
+        Raises UserError for a direction of another width, and for an adapted pair.
+        """
         self.check_own_subject("direction")
         if isinstance(direction, str):
             named = read_direction(direction, self.d_model)
@@ -247,14 +256,16 @@ class NLA(Explainer):
         pattern: str | None = None,
         settings: steering.Settings | None = None,
     ) -> steering.SteerReport:
-        """What the subject writes after a text or chat when an explanation `at` some tokens is edited, with controls.
+        """Steers the subject's continuations of a text or chat by an edited explanation, with controls.
 
-        `at` as `explore.select.parse_at` takes it; hits of `word` or the regular expression `pattern` are counted.
+        `edit` replaces the explanation `original` (default: the encoder's) at the tokens `at`, which
+        `explore.select.parse_at` reads. Continuations with `word` or the regular expression `pattern` are counted.
+        Raises UserError for an adapted pair.
         """
         self.check_own_subject("steer")
         passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)
-        wanted = steering.compile_pattern(word, pattern)
-        return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, wanted, settings)
+        counted = steering.compile_pattern(word, pattern)
+        return steering.steer(self, passage, parse_at(passage, at, "at"), edit, original, counted, settings)
 
     def audit(
         self,
@@ -264,44 +275,45 @@ class NLA(Explainer):
         every: int = 1,
         seed: int = 0,
     ) -> AuditReport:
-        """What the explanations of texts or chats, by their names, say that they do not, held against a permutation.
+        """Audits the explanations of texts or chats, given by name: what they say that the texts do not.
 
-        `placebo` takes explanations of other texts: two texts at least.
+        `terms` are counted in explanations and texts. `placebo` compares with the explanations permuted across texts,
+        which needs at least two texts. Only every `every`-th token is explained.
         """
         if placebo:
             check_several(texts)
         vocab_size = self.subject.arch.vocab_size
         passages = [read_passage(self.tokenizer, vocab_size, source, name) for name, source in texts.items()]
-        found = explained_passages(self, passages, every)
-        placebos = {"permuted": permuted(found, seed)} if placebo else {}
-        return audit(found, {term: term_pattern(term) for term in terms}, placebos)
+        explanations = explained_passages(self, passages, every)
+        placebos = {"permuted": permuted(explanations, seed)} if placebo else {}
+        return audit(explanations, {term: term_pattern(term) for term in terms}, placebos)
 
 
 def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
-    """Those that lie beside the encoder and decoder of a pair's directory; None where there are none."""
+    """Returns a loader of the statistics beside the encoder and decoder of a pair's directory, or None without any."""
     path = (pair_directory(name) or local_path(name, "model")) / FILE
     return (lambda pair: load_statistics(path, pair.d_model)) if path.is_file() else None
 
 
 def _has_activations(run: PreparedRun) -> bool:
-    """They may have been deleted: a pair is used without them."""
+    """Returns whether the run's activations exist. They may have been deleted, and a pair works without them."""
     return (run.workdir / "activations/meta.json").exists()
 
 
 def _run_texts(run: PreparedRun, count: int) -> list[list[int]]:
-    """None of a run on datasets, which bring activations and no tokens."""
+    """Returns the token ids of the run's texts; none for a run on datasets, which have no tokens."""
     return [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)]
 
 
 def _run_statistics(run: PreparedRun) -> Statistics:
-    """Of the activations that a run has extracted: of a part of them taken from everywhere, where there are many."""
+    """Computes the statistics of a run's activations, from a sample spread over all of them if there are many."""
     count = len(run.store.plan.position)
     rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
     return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 
 
 def open_run(workdir: str | Path) -> PreparedRun:
-    """The run of a workdir, for reading: on its own mesh where this machine has the devices, else on one device."""
+    """Opens a workdir's run read-only, on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
@@ -323,31 +335,31 @@ def _with_adapters(
     statistics: Callable[[Explainer], Statistics] | None,
     name: str,
 ) -> NLA:
-    """Both roles' adapters on one frozen base, which is the subject too: in memory once."""
+    """Makes a pair of adapters on one frozen base, which is also the subject and is in memory once."""
     adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
     if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
         raise UserError(
             f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
             f"those in {encoder.sidecar.path.parent}"
         )
-    of_encoder, of_decoder = adapters
-    arch, layer, scale = encoder.arch, decoder.decoder_layer, of_encoder.alpha / of_encoder.rank
-    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=of_encoder.rank)
+    av_file, ar_file = adapters
+    arch, layer, scale = encoder.arch, decoder.decoder_layer, av_file.alpha / av_file.rank
+    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=av_file.rank)
     base = encoder.weights(dtype, mesh)
     trained = {
-        "adapters": of_decoder.read(arch.truncated(layer + 1)),
+        "adapters": ar_file.read(arch.truncated(layer + 1)),
         "value_head": decoder.value_head(mesh),
     }
-    pair = Pair(base, {"adapters": of_encoder.read(arch)}, trained)
+    pair = Pair(base, {"adapters": av_file.read(arch)}, trained)
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(
-        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=of_encoder.base_model
+        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=av_file.base_model
     )
 
 
 def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
-    """A pair behind a map from another model's activations."""
+    """Makes a pair behind a map from another model's activations."""
     adapter = read_adapter(directory)
     if subject:
         raise UserError(f"subject: {directory} maps activations of {adapter.model}; it takes no other subject")
@@ -371,7 +383,7 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
 
 
 def _mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | None) -> LanguageModel:
-    """The model that a map reads. Raises UserError where it is no longer the one that the map was fitted on."""
+    """Loads the model that a map was fitted on. Raises UserError where its shape no longer fits the map."""
     model = LanguageModel.from_pretrained(adapter.model, dtype, mesh)
     arch, width = model.arch, adapter.matrix.shape[0]
     if arch.d_model != width or arch.num_layers <= adapter.layer:
@@ -383,9 +395,9 @@ def _mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | 
 
 
 def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
-    """The model whose activations a released pair was made for."""
+    """Loads the model whose activations a released pair was made for. Raises UserError where it does not fit."""
     if not (name := name or sidecar.base_model or ""):
-        raise UserError(f"{sidecar.path}: names no base_model; say which model is the subject")
+        raise UserError(f"{sidecar.path}: names no base_model; name the model as --subject")
     model = LanguageModel.from_pretrained(name, dtype, mesh)
     if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
         raise UserError(

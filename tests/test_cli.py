@@ -1058,7 +1058,7 @@ def test_a_home_that_is_nobodys(tiny_run, refused, option):
         "--av": ["--av", nobody[1], "--ar", "random:tiny"],
     }
     complaint = refused(["explain", *arguments[option], "--text", "the"])
-    assert "~nobody-of-this-name/x: whose home ~ is cannot be found" in complaint
+    assert "~nobody-of-this-name/x: the home directory of ~ cannot be found" in complaint
     if option == "--model":
         assert "~nobody" in refused(
             ["adapt", "--model", "random:tiny", "--layer", "0", "--to", nobody[1], "--out", "o"]

@@ -330,7 +330,7 @@ def test_home_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", [{"text": LONG}])
     assert len(read_documents(CorpusConfig(path="~/*.jsonl", min_characters=1))) == 1
-    assert "whose home ~ is cannot be found" in error_of(CorpusConfig(path="~nobody-of-this-name/*.jsonl"))
+    assert "the home directory of ~ cannot be found" in error_of(CorpusConfig(path="~nobody-of-this-name/*.jsonl"))
 
 
 def test_bad_paths(tmp_path):

@@ -104,7 +104,7 @@ def test_what_a_model_thought_is_no_description(tmp_path: Path, text: str, fine:
     if fine:
         assert next(read_descriptions(path)).text == text
         return
-    with pytest.raises(UserError, match=r"d\.jsonl:1: description begins with what a model thought"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: description begins with a model's thinking"):
         list(read_descriptions(path))
 
 

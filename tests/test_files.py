@@ -64,7 +64,7 @@ def test_a_home_that_cannot_be_found(name, monkeypatch):
     """A container's user without an entry in passwd, and without HOME."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    with pytest.raises(UserError, match=rf"--workdir {name}: whose home ~ is cannot be found"):
+    with pytest.raises(UserError, match=rf"--workdir {name}: the home directory of ~ cannot be found"):
         workdir_path(name)
 
 

@@ -36,7 +36,7 @@ def test_a_module_is_read():
     assert inner.root.name == "t"
     assert [inner.parameters[number].name for number in (0, 1)] == ["p.0", "p.1"]
     assert [user.name for user in inner.users["p.0"]] == ["t"]
-    assert inner.instructions["two"].given == "2"
+    assert inner.instructions["two"].operand_text == "2"
 
 
 def test_other_text_is_refused():

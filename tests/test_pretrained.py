@@ -400,13 +400,13 @@ def test_the_hubs_cache_is_in_ours_where_there_is_no_home(monkeypatch, tmp_path)
 def test_a_cache_in_a_home_that_cannot_be_found(monkeypatch, variable):
     without_home(monkeypatch)
     monkeypatch.setenv(variable, "~/cache")
-    with pytest.raises(UserError, match=f"{variable} ~/cache: whose home ~ is cannot be found"):
+    with pytest.raises(UserError, match=f"{variable} ~/cache: the home directory of ~ cannot be found"):
         cache_directory()
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/model", "~nobody-of-this-name/model.gguf"])
 def test_a_model_in_a_home_that_cannot_be_found(name):
-    with pytest.raises(UserError, match=f"model {name}: whose home ~ is cannot be found"):
+    with pytest.raises(UserError, match=f"model {name}: the home directory of ~ cannot be found"):
         resolve_model(name)
 
 

@@ -61,8 +61,8 @@ def test_settings_that_make_no_sense(spec):
 
 
 def test_a_coordinator_whose_name_is_none_is_said_at_once():
-    with pytest.raises(UserError, match=r"--distributed a\.\.b:1: a\.\.b is no host's name"):
-        processes._reach("a..b:1", own=False)
+    with pytest.raises(UserError, match=r"--distributed a\.\.b:1: a\.\.b is not a valid host name"):
+        processes._await_coordinator("a..b:1", is_coordinator=False)
 
 
 def test_settings_of_the_environment(monkeypatch):

@@ -271,7 +271,7 @@ def test_home_in_the_config(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("field", ["subject.model", "init.ar", "corpus.path", "dataset.rl"])
 def test_a_home_that_cannot_be_found_is_named_by_the_field(field):
-    with pytest.raises(UserError, match=rf"config\.{field} ~nobody-of-this-name/x: whose home ~ is cannot be found"):
+    with pytest.raises(UserError, match=rf"config\.{field} ~nobody-of-this-name/x: the home directory of ~ cannot be"):
         located(resolve({field: "~nobody-of-this-name/x"}))
 
 

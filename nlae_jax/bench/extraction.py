@@ -1,4 +1,4 @@
-"""How fast real text becomes stored activations, beside the bare forward pass: a part of `nlae bench`."""
+"""Measures how fast real text becomes stored activations, compared with the bare forward pass. Part of `nlae bench`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Batch = tuple[jax.Array, ...]
 def time_extraction(
     config: Config, repeats: int, documents: int = 200, num_next: int = 0
 ) -> dict[str, dict[str, float]]:
-    """`{"extraction": {"tokens_per_second", "bare_tokens_per_second", "ratio"}}`, medians of `repeats`.
+    """Returns `{"extraction": {"tokens_per_second", "bare_tokens_per_second", "ratio"}}`, medians of `repeats`.
 
-    The first counts the documents' own tokens per second of the stage from the first batch to meta.json, after planning
-    and compiling. The second is what the devices could do at most: the same jitted blocks on batches of the same shapes
-    that are on the devices already and have no padding, one under way while the next is sent, one row fetched at the
-    end. Documents are the config's files, else the installed documentation. With `num_next` the upper blocks and the
-    head run in both, as they do for the template describer.
+    `tokens_per_second` counts the documents' tokens, without padding, and the time of the stage from the first batch to
+    meta.json, after planning and compiling. `bare_tokens_per_second` is the devices' limit: the same jitted blocks run
+    on batches of the same shapes that are already on the devices and have no padding, and only one row is fetched at
+    the end. Documents are the config's files, or the installed documentation. With `num_next` the upper blocks and the
+    head run in both measurements, as they do for the template describer.
     """
     config = dataclasses.replace(
         config,
@@ -50,23 +50,23 @@ def time_extraction(
     with tempfile.TemporaryDirectory() as directory:
         run = open_run(config, Path(directory))
         plan, read = activations.plan(read_documents(config.corpus), run.tokenizer, config), reader(run, num_next)
-        split, whole = batch_sharding(run.mesh), replicated(run.mesh)
-        full = [
+        split, everywhere = batch_sharding(run.mesh), replicated(run.mesh)
+        unpadded = [
             jax.device_put(
-                (batch.ids, np.ones_like(batch.mask), batch.rows, batch.columns), (split, split, whole, whole)
+                (batch.ids, np.ones_like(batch.mask), batch.rows, batch.columns), (split, split, everywhere, everywhere)
             )
             for batch in activations.read_batches(plan, config.extract, batch_parts(run.mesh))
         ]
-        for batch in {batch[0].shape: batch for batch in full}.values():
+        for batch in {batch[0].shape: batch for batch in unpadded}.values():
             jax.block_until_ready(read(*batch))  # compiles
-        seconds = [(_extraction(run, plan, read, num_next), _bare(full, read)) for _ in range(repeats)]
+        seconds = [(_extraction(run, plan, read, num_next), _bare(unpadded, read)) for _ in range(repeats)]
     stage, bare = (statistics.median(column) for column in zip(*seconds, strict=True))
-    tokens, padded = sum(map(len, plan.ids)) / stage, sum(batch[0].size for batch in full) / bare
+    tokens, padded = sum(map(len, plan.ids)) / stage, sum(batch[0].size for batch in unpadded) / bare
     return {"extraction": {"tokens_per_second": tokens, "bare_tokens_per_second": padded, "ratio": tokens / padded}}
 
 
 def _extraction(run: Run, plan: activations.Plan, read: Reader, num_next: int) -> float:
-    """Seconds to read and write everything anew."""
+    """Returns the seconds to read and write all activations anew."""
     shutil.rmtree(run.workdir / "activations", ignore_errors=True)
     (run.workdir / "activations").mkdir()
     begin = time.perf_counter()
@@ -75,11 +75,11 @@ def _extraction(run: Run, plan: activations.Plan, read: Reader, num_next: int) -
 
 
 def _bare(batches: Sequence[Batch], read: Reader) -> float:
-    """Seconds to compute on all batches."""
+    """Returns the seconds to compute all batches. Two are under way at a time, as in extraction."""
     begin = time.perf_counter()
-    before = last = read(*batches[0])[0]
+    previous = last = read(*batches[0])[0]
     for batch in batches[1:]:
-        before, last = last, read(*batch)[0]
-        before.block_until_ready()
+        previous, last = last, read(*batch)[0]
+        previous.block_until_ready()
     np.asarray(last[0])
     return time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""FLOPs and bytes that the mathematics of the steps needs, from shapes alone and without recomputation."""
+"""Counts the FLOPs and bytes that the mathematics of the steps needs, from shapes alone and without recomputation."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from nlae_jax.roles.protocol import Protocol
 
 
 class Shapes(NamedTuple):
-    """Tokens of the constant prompt, of slot and tail, of a response, of the decoder's frame; B, G and SFT's batch."""
+    """The sizes of a config's steps, in tokens and rows."""
 
-    prefix: int
-    act: int
+    prefix: int  # tokens of the encoder's prompt before the slot
+    act: int  # the slot and the prompt's tail
     response: int
-    wrap: int
-    activations: int
-    group: int
+    wrap: int  # the decoder's prompt without the explanation
+    activations: int  # B, of an RL step
+    group: int  # G, samples of each activation
     sft_batch: int
 
     @property
     def samples(self) -> int:
+        """The number of samples of an RL step, B · G."""
         return self.activations * self.group
 
     def unshared(self) -> Shapes:
-        """As many samples, each with a prompt of its own."""
+        """Returns the sizes for as many samples, each with its own prompt."""
         return self._replace(prefix=0, act=self.prefix + self.act, activations=self.samples, group=1)
 
 
 def shapes_of(config: Config, protocol: Protocol) -> Shapes:
-    """Those of a config's steps."""
+    """Returns the sizes of a config's steps."""
     return Shapes(
         prefix=len(protocol.encoder_prefix),
         act=1 + len(protocol.encoder_tail),
@@ -66,7 +67,7 @@ def _matrices(arch: Arch, experts: int) -> float:
 
 
 def _widths(arch: Arch) -> tuple[int, int]:
-    """Numbers of one token's queries, and of its keys, in all blocks together."""
+    """Returns how many numbers one token's queries have, and its keys, in all blocks together."""
     count = arch.count("attention_layers") if arch.mixers else arch.num_layers
     queries, keys = count * arch.num_heads * arch.head_dim, count * arch.num_kv_heads * arch.head_dim
     if (wide := arch.global_attention) is not None:
@@ -76,17 +77,20 @@ def _widths(arch: Arch) -> tuple[int, int]:
 
 
 def _memory(arch: Arch) -> int:
-    """Numbers in the matrices that a block of DeltaNet keeps for one row."""
+    """Returns how many numbers a DeltaNet block's state of one row has."""
     return arch.delta.value_heads * arch.delta.key_dim * arch.delta.value_dim if arch.delta else 0
 
 
 def _causal(tokens: int, before: int) -> float:
-    """Keys seen by consecutive tokens with `before` keys before them."""
+    """Counts the keys that consecutive tokens attend to in all, with `before` keys before the first."""
     return tokens * before + tokens * (tokens + 1) / 2
 
 
 def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str, float]:
-    """FLOPs of every phase. A backward pass takes the forward's once for inputs, and again for weights that train."""
+    """Returns the FLOPs of every phase.
+
+    A backward pass takes as many as the forward pass for the inputs, and as many again for weights that are trained.
+    """
     s, head = shapes, 2.0 * arch.d_model * arch.vocab_size
     prompt = block_flops(arch, s.prefix, _causal(s.prefix, 0))
     prompt += s.activations * block_flops(arch, s.act, _causal(s.act, s.prefix))

@@ -1,8 +1,8 @@
-"""`nlae bench`: how long the phases of the real steps take, and what of the machine's peak they use.
+"""`nlae bench`: times the phases of the real steps, and compares them with the machine's measured peaks.
 
-The steps are those of training, on the configured subject's weights and random activations. Responses run to the
-length cap: no row ends early. FLOPs are those that the mathematics needs, without recomputation. Speed needs no trained
-weights: of a model directory that is a config.json alone, the weights are random and the prompts of the usual lengths.
+The steps are those of training, on the configured subject's weights and random activations. All responses run to the
+length limit. FLOPs are those that the mathematics needs, without recomputation. Speed does not depend on the weights'
+values: a model directory may hold only a config.json. Then weights are random and prompts have the usual lengths.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ PHASES = ("extraction", "rollout", "score", "reference", "policy", "encoder_sft"
 
 
 class _Peaks(NamedTuple):
-    """How a machine's peaks are taken: width of the matrices, products and passes in one program, bytes of the array.
+    """How a machine's peaks are measured.
 
-    One program should take milliseconds: an accelerator's answer to the host takes a tenth of one.
+    One program should take milliseconds, because an accelerator's answer to the host takes a tenth of one.
     """
 
-    width: int
-    products: int
-    bytes: int
-    passes: int
+    width: int  # of the square matrices
+    products: int  # in one program
+    bytes: int  # of the array that is read and written
+    passes: int  # over that array in one program
 
 
 _ON_CPU, _ON_ACCELERATOR = _Peaks(2048, 1, 1 << 28, 1), _Peaks(8192, 8, 1 << 30, 16)
 
 
 class UnsharedEncoder(Encoder):
-    """The same encoder with the constant prompt computed for every activation: what the others do, to compare with."""
+    """The encoder with its constant prompt computed for every activation, as others do it. For comparison."""
 
     def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
         prefix, act = super().prompt_segments(h_BxD)
@@ -68,7 +68,7 @@ class UnsharedEncoder(Encoder):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of a compiled function: median seconds of a call, seconds to compile, bytes that it takes while running."""
+    """A compiled function's median seconds per call, seconds to compile, and bytes in use while it runs."""
 
     seconds: float
     compile_seconds: float
@@ -76,7 +76,7 @@ class Timing:
 
 
 def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int) -> Timing:
-    """`arguments()` makes them anew for each call, outside the clock: a step may take their memory over."""
+    """Times a jitted function. `arguments()` makes new ones before each call, because a step may reuse their memory."""
     operands = arguments()
     begin = time.perf_counter()
     program = function.lower(*operands).compile()
@@ -89,21 +89,21 @@ def timed(function: Any, arguments: Callable[[], tuple[Any, ...]], repeats: int)
         jax.block_until_ready(program(*operands))
         seconds.append(time.perf_counter() - begin)
     memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Timing(statistics.median(seconds), compile_seconds, held + memory.temp_size_in_bytes)
+    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Timing(statistics.median(seconds), compile_seconds, resident + memory.temp_size_in_bytes)
 
 
 def matmul_peak(dtype: Any) -> float:
-    """FLOP/s of the best of some products of square matrices on one device, as exact as a model's."""
+    """Measures the best FLOP/s of products of square matrices on one device, in the precision that models use."""
     width, products = _peaks().width, _peaks().products
-    # Scaled so that product after product stays of one size.
+    # Scaled so that the entries of repeated products neither grow nor vanish.
     x = (jax.random.normal(jax.random.PRNGKey(0), (width, width)) * width**-0.5).astype(dtype)
     multiply = lambda a: jax.lax.fori_loop(0, products, lambda _, b: einsum("ij,jk->ik", a, b), a)  # noqa: E731
     return 2.0 * products * width**3 / _best_seconds(multiply, x)
 
 
 def memory_bandwidth() -> float:
-    """Bytes per second of the best of some passes that read and write a large array in place, on one device."""
+    """Measures the best bytes per second of passes that read and write a large array in place, on one device."""
     size, passes = _peaks().bytes, _peaks().passes
     one_pass = lambda _, a: a + 1  # noqa: E731
     add = jax.jit(lambda a: jax.lax.fori_loop(0, passes, one_pass, a), donate_argnums=0)
@@ -116,10 +116,12 @@ def memory_bandwidth() -> float:
 
 
 def _peaks() -> _Peaks:
+    """Returns the sizes to measure this machine's peaks with."""
     return _ON_CPU if jax.devices()[0].platform == "cpu" else _ON_ACCELERATOR
 
 
 def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 5) -> float:
+    """Returns the seconds of a function's fastest call, without compilation."""
     compiled_function, seconds = jax.jit(function), []
     jax.block_until_ready(compiled_function(x))
     for _ in range(repeats):
@@ -130,7 +132,7 @@ def _best_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array, repe
 
 
 class Workload(NamedTuple):
-    """What is timed: the roles, makers of fresh states, what no step changes, one batch."""
+    """The roles, frozen arrays and batch that are timed. `rl_state` makes a new state."""
 
     roles: Roles
     config: Config
@@ -138,16 +140,16 @@ class Workload(NamedTuple):
     rl_state: Callable[[], RlState]
     batch: Params
     shapes: Shapes
-    assumed: str = ""  # what was not known of the model
+    assumed: str = ""  # says which parts of the model were missing
 
 
 def endless(protocol: Protocol) -> Protocol:
-    """The same prompts; no token ends a response."""
+    """Returns a protocol with the same prompts in which no token ends a response."""
     return dataclasses.replace(protocol, closing=(), eos_id=-1)
 
 
 def make_workload(config: Config) -> Workload:
-    """The configured model and shapes, with random activations."""
+    """Makes the workload of the configured model and sizes, with random activations."""
     mesh, directory = make_mesh(config.mesh), resolve_model(config.subject.model)
     arch = read_arch(directory)
     protocol, blank, assumed = _prompts(config, arch, directory)
@@ -156,8 +158,8 @@ def make_workload(config: Config) -> Workload:
     if has_weights(directory):
         base = load_params(directory, arch, config.subject.dtype, shardings=shardings)
     else:
-        drawn = jax.jit(partial(random_params, arch=arch, dtype=config.subject.dtype), out_shardings=shardings)
-        base, assumed = drawn(jax.random.PRNGKey(config.seed)), f"random weights{assumed and '; ' + assumed}"
+        draw_params = jax.jit(partial(random_params, arch=arch, dtype=config.subject.dtype), out_shardings=shardings)
+        base, assumed = draw_params(jax.random.PRNGKey(config.seed)), f"random weights{assumed and '; ' + assumed}"
     key, rl = jax.random.PRNGKey(config.seed), config.rl
     h = np.random.default_rng(config.seed).standard_normal((rl.activations_per_step, arch.d_model)).astype(np.float32)
     optimizers = rl_optimizers(config)
@@ -168,7 +170,7 @@ def make_workload(config: Config) -> Workload:
         return RlState(
             init_role(mesh, roles.encoder_weights(), encoder, optimizers[0]),
             init_role(mesh, roles.decoder_weights(), decoder, optimizers[1]),
-            everywhere(jnp.copy(key)),  # the step takes the state's memory over
+            everywhere(jnp.copy(key)),  # a copy, because the step reuses the state's memory
         )
 
     frozen = {
@@ -184,7 +186,7 @@ def make_workload(config: Config) -> Workload:
 
 
 def _prompts(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, np.ndarray, str]:
-    """The prompts, which tokens are blank [V], and what was assumed of them."""
+    """Returns the protocol, the blank tokens [V] bool, and a text that says what was assumed of them."""
     if not has_tokenizer(directory):
         return assumed_protocol(config.protocol), np.zeros(arch.vocab_size, bool), "no tokenizer"
     tokenizer = load_tokenizer(directory)
@@ -193,7 +195,7 @@ def _prompts(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, np.
 
 
 def unshared(workload: Workload) -> Workload:
-    """The same samples, each with a prompt of its own."""
+    """Returns the workload of as many samples, each with its own prompt."""
     encoder = UnsharedEncoder(
         **{f: getattr(workload.roles.encoder, f) for f in ("arch", "protocol", "lora_scale", "remat", "attention")}
     )
@@ -213,7 +215,10 @@ def unshared(workload: Workload) -> Workload:
 
 
 def time_phases(workload: Workload, repeats: int, names: Sequence[str] = PHASES) -> dict[str, Timing]:
-    """Those named of rollout, score, policy and, where RL has a KL term, reference, each compiled by itself."""
+    """Times the phases in `names`: rollout, score, policy and, where RL has a KL term, reference.
+
+    Each phase is compiled by itself.
+    """
     roles, state = workload.roles, workload.rl_state()
     parts = steps.rl_step(roles, workload.config, *rl_optimizers(workload.config))
     frozen, batch = workload.frozen, workload.batch
@@ -233,12 +238,12 @@ def time_phases(workload: Workload, repeats: int, names: Sequence[str] = PHASES)
 
         return jax.grad(loss, has_aux=True)(trained)
 
-    of_encoder = (state.encoder.trained, frozen, batch["h"], tokens)
+    encoder_arguments = (state.encoder.trained, frozen, batch["h"], tokens)
     phases = {
         "rollout": (rollout, (state, frozen, batch)),
         "score": (jax.jit(parts.score), (state.decoder, frozen, batch, samples)),
-        "reference": (jax.jit(log_probs), of_encoder),
-        "policy": (jax.jit(policy), of_encoder),
+        "reference": (jax.jit(log_probs), encoder_arguments),
+        "policy": (jax.jit(policy), encoder_arguments),
     }
     if not workload.config.rl.kl_coef:
         del phases["reference"]
@@ -250,7 +255,7 @@ def time_phases(workload: Workload, repeats: int, names: Sequence[str] = PHASES)
 
 
 def time_rl_step(workload: Workload, repeats: int) -> Timing:
-    """The fused step, as training runs it."""
+    """Times the fused RL step, as training runs it."""
     parts = steps.rl_step(workload.roles, workload.config, *rl_optimizers(workload.config))
     state = workload.rl_state()
     mesh = jax.tree.leaves(state)[0].sharding.mesh
@@ -260,7 +265,7 @@ def time_rl_step(workload: Workload, repeats: int) -> Timing:
 
 
 def time_encoder_sft(workload: Workload, repeats: int) -> Timing:
-    """The encoder's warm-start step with one response per activation."""
+    """Times the encoder's warm-start step, which has one response per activation."""
     optimizer, mesh = rl_optimizers(workload.config)[0], jax.tree.leaves(workload.rl_state())[0].sharding.mesh
     size, length = workload.shapes.sft_batch, workload.shapes.response
     h = jax.random.normal(jax.random.PRNGKey(1), (size, workload.roles.encoder.arch.d_model))
@@ -273,9 +278,10 @@ def time_encoder_sft(workload: Workload, repeats: int) -> Timing:
 
 
 def bench(config: Config, repeats: int = 3, phases: Sequence[str] = PHASES) -> dict[str, Any]:
-    """The numbers of `nlae bench`: seconds of what `phases` names, FLOPs, fractions of measured peaks, memory."""
-    # First: it holds the weights itself. Several processes would need a directory that all of them see.
-    extraction = time_extraction(config, repeats) if "extraction" in phases and _is_whole(config) else {}
+    """Returns the numbers of `nlae bench`: seconds of the `phases`, FLOPs, fractions of measured peaks, memory."""
+    # Extraction comes first, because it loads the weights itself and frees them. It runs in one process only, because
+    # several would need a directory that all of them see.
+    extraction = time_extraction(config, repeats) if "extraction" in phases and _can_extract(config) else {}
     workload = make_workload(config)
     peaks = [matmul_peak(config.subject.dtype)]
     flops = needed_flops(workload.roles.encoder.arch, config.subject.layer, config.lora.rank, workload.shapes)
@@ -283,9 +289,9 @@ def bench(config: Config, repeats: int = 3, phases: Sequence[str] = PHASES) -> d
     if "encoder_sft" in phases:
         timings["encoder_sft"] = time_encoder_sft(workload, repeats)
     shared = time_rl_step(workload, repeats) if "rl_step" in phases else None
-    by_itself = time_rl_step(unshared(workload), repeats) if "unshared" in phases else None
+    unshared_step = time_rl_step(unshared(workload), repeats) if "unshared" in phases else None
     num_devices = len(workload.batch["h"].sharding.device_set)
-    peaks.append(matmul_peak(config.subject.dtype))  # again, where something else ran during the first
+    peaks.append(matmul_peak(config.subject.dtype))  # measured again, in case another program ran during the first
     peak, device, bandwidth = max(peaks), jax.devices()[0], memory_bandwidth()
     result: dict[str, Any] = {
         "device": f"{num_devices} {device.platform} {device.device_kind}",
@@ -295,8 +301,8 @@ def bench(config: Config, repeats: int = 3, phases: Sequence[str] = PHASES) -> d
         "memory_bandwidth_bytes_per_second": bandwidth,
     }
     if "rollout" in timings:
-        read = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
-        result["rollout_bandwidth_fraction"] = read / timings["rollout"].seconds / (bandwidth * num_devices)
+        needed = decode_bytes(workload.roles.encoder.arch, workload.shapes, jnp.dtype(config.subject.dtype).itemsize)
+        result["rollout_bandwidth_fraction"] = needed / timings["rollout"].seconds / (bandwidth * num_devices)
     result["phases"] = {
         name: {
             "seconds": timing.seconds,
@@ -315,21 +321,21 @@ def bench(config: Config, repeats: int = 3, phases: Sequence[str] = PHASES) -> d
             "peak_memory_bytes": shared.bytes,
             "compile_seconds": shared.compile_seconds,
         }
-    if by_itself:
-        result["rl_step_seconds_unshared"] = by_itself.seconds
-    if shared and by_itself:
-        result["speedup_of_sharing"] = by_itself.seconds / shared.seconds
+    if unshared_step:
+        result["rl_step_seconds_unshared"] = unshared_step.seconds
+    if shared and unshared_step:
+        result["speedup_of_sharing"] = unshared_step.seconds / shared.seconds
     return result | extraction
 
 
-def _is_whole(config: Config) -> bool:
-    """Whether real text can be read: by one process, with a model that has weights and a tokenizer."""
+def _can_extract(config: Config) -> bool:
+    """Returns whether extraction can be timed: in one process, with a model that has weights and a tokenizer."""
     directory = resolve_model(config.subject.model)
     return world.count() == 1 and has_weights(directory) and has_tokenizer(directory)
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    """The numbers of `bench` for a terminal."""
+    """Makes a table of the numbers of `bench`."""
     shapes = result["shapes"]
     title = (
         f"{result['device']}: {shapes['activations']} activations × {shapes['group']} samples, prompt "
@@ -353,7 +359,7 @@ def as_table(result: dict[str, Any]) -> Table:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    """What stands under the table."""
+    """Returns the lines under the table."""
     notes = [result["assumed"]] if result["assumed"] else []
     if "speedup_of_sharing" in result:
         notes.append(f"sharing the prompt: {result['speedup_of_sharing']:.2f}×")

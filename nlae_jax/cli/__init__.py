@@ -1,4 +1,4 @@
-"""The `nlae` command: what is typed, the command that it names, and how an error ends."""
+"""The `nlae` command: it parses the arguments, runs the command that they name, and reports errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nlae_jax.cli.command import LISTS, PATHS, Command
 from nlae_jax.runtime import signals, supervision, world
 from nlae_jax.runtime.errors import UserError, one_line
 
-# What `nlae` knows to do, in the order of its help. Their modules import what they need when they run: `nlae --help`
-# need not wait for it.
+# The commands of `nlae`, in the order of its help. Their modules import JAX and other slow packages only when a command
+# runs, so that `nlae --help` need not wait for them.
 COMMANDS: tuple[Command, ...] = (
     *stages.COMMANDS,
     *evaluate.COMMANDS,
@@ -31,9 +31,9 @@ COMMANDS: tuple[Command, ...] = (
     *measures.COMMANDS,
 )
 
-_NEGATIVE = re.compile(r"-[\d.:]")  # how a list of numbers may begin
+_NEGATIVE = re.compile(r"-[\d.:]")  # a list of numbers may begin like this
 
-# What an error of the system says, with or without its number: libraries hand some on as text -> what to do.
+# (error numbers, texts of errors, what to do): some libraries pass a system's error on as text, without its number.
 _SYSTEM_ERRORS = (
     (
         (errno.ENOSPC, errno.EDQUOT),
@@ -48,39 +48,40 @@ _SYSTEM_ERRORS = (
 
 
 def entry() -> int:
-    """The `nlae` command: what is typed, the command that it names, and how an error ends."""
+    """Runs the command of this process's arguments and returns its exit code."""
     _with_huge_pages()
-    for descriptor in range(3):  # a file opened where a standard stream was closed would get what is printed
+    for descriptor in range(3):  # a file that takes a closed standard stream's number would get the output
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     code = main()
     if code:
-        # What fails in finalizers now, as asyncio's tasks on a loop that is closed, would bury the line that says why.
+        # Errors in finalizers, such as those of asyncio's tasks on a closed loop, would hide the line with the reason.
         sys.unraisablehook = lambda _: None
         logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done. 2: something the user can put right, said in one line. 130: interrupted by hand.
+    """Runs the command of `arguments` (default: this process's) and returns its exit code.
 
-    `supervision.PREEMPTED`: told to stop by SIGTERM, and what was reached is saved if there was time.
-    `supervision.LOST`: another process of the run is gone. After these three the same command continues.
+    0 means done. 2 means that the user must correct something, which one line names. 130 means interrupted.
+    `supervision.PREEMPTED` means asked to stop by SIGTERM; the state is saved if there was time. `supervision.LOST`
+    means that another process of the run is gone. After the last three the same command continues.
     """
     options, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, or somebody else's
-        getattr(sys.stdout, "reconfigure")(errors="replace")  # noqa: B009 (a stream of another kind has none)
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # stdout is missing, closed, or of another type
+        getattr(sys.stdout, "reconfigure")(errors="replace")  # noqa: B009 (a stream of another type has none)
     try:
         with signals.interruptible(supervision.interrupt, supervision.grace, world.tell):
             return _run(options, overrides)
-    except KeyboardInterrupt:  # while the end was being told
+    except KeyboardInterrupt:  # pressed again while the end was being reported
         return supervision.INTERRUPTED
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
-    """The command and its exit code."""
+    """Runs the command, turns its errors into lines on stderr, and returns the exit code."""
     try:
         _resolve_paths(options)
         with supervision.preemptible() if hasattr(options, "distributed") else contextlib.nullcontext():
@@ -90,10 +91,10 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues", None, False, code=supervision.INTERRUPTED)
     except Exception as error:
-        if signals.interrupted():  # within a library that made another error of it
+        if signals.interrupted():  # a library has turned KeyboardInterrupt into another error
             return _fail("interrupted; the same command continues", None, False, code=supervision.INTERRUPTED)
         if supervision.severed(error) and not isinstance(error, UserError):
-            supervision.wait_for_verdict()  # back only where the error is this process's own
+            supervision.wait_for_verdict()  # returns only where no other process is the cause
         if (message := _explained(error, options)) is not None:
             return _fail(message, error, options.debug)
         if world.count() > 1:
@@ -103,61 +104,64 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> str | None:
-    """The line for an error that a person can put right; None for a mistake of ours."""
+    """Returns the line for an error that a user can correct, or None for a fault of this program."""
     if isinstance(error, UserError):
         return str(error)
     place = str(getattr(options, "out", None) or getattr(options, "workdir", None) or "the disk")
     if isinstance(error, OSError) and error.filename is not None and not str(error.filename).startswith(place):
-        place = str(error.filename)  # the cache, say
+        place = str(error.filename)  # such as a file of the cache
     for numbers, texts, message in _SYSTEM_ERRORS:
         if getattr(error, "errno", None) in numbers or any(text in str(error) for text in texts):
             return f"{place}: {message}"
-    if "RESOURCE_EXHAUSTED" in str(error):  # after the disk, which says the same
+    if "RESOURCE_EXHAUSTED" in str(error):  # checked after the disk, whose errors contain the same word
         return "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
     if isinstance(error, MemoryError):
         return "out of memory; smaller batches or bfloat16 need less"
-    if isinstance(error, OSError) and error.filename is not None:  # denied, no directory, a directory, ...
+    if isinstance(error, OSError) and error.filename is not None:  # permission denied, not a directory, ...
         return f"{error.filename}: {error.strerror}"
     return None
 
 
 def _resolve_paths(options: argparse.Namespace) -> None:
-    """Paths as a person writes them, `~` and all, as paths. Raises UserError naming the option."""
+    """Turns the texts of path options, with `~`, into paths. Raises UserError that names the option."""
     from nlae_jax.runtime.files import local_path, workdir_path
     from nlae_jax.runtime.output import check_file
 
     if getattr(options, "workdir", None) is not None:
-        given = options.workdir
-        options.workdir = [workdir_path(one) for one in given] if isinstance(given, list) else workdir_path(given)
+        names = options.workdir
+        options.workdir = [workdir_path(name) for name in names] if isinstance(names, list) else workdir_path(names)
     if str(getattr(options, "out", "") or "").startswith("gs:/"):
         raise UserError("--out: should be a path here; `gcloud storage cp -r` takes it to a bucket")
     for name in PATHS:
-        if (given := getattr(options, name, None)) is not None:
-            several = isinstance(given, list)
-            paths = [local_path(path, f"--{name}") for path in (given if several else [given])]
+        if (value := getattr(options, name, None)) is not None:
+            several = isinstance(value, list)
+            paths = [local_path(path, f"--{name}") for path in (value if several else [value])]
             setattr(options, name, paths if several else paths[0])
     if getattr(options, "html", None) is not None:
         check_file(options.html, "--html")
 
 
 def _with_huge_pages() -> None:
-    """Starts the process again with glibc told to ask for large blocks in pages of 2 MB, unless it was told already.
+    """Restarts the process with glibc set to allocate large blocks in pages of 2 MB, unless it is set already.
 
-    XLA on a CPU takes and returns gigabytes at every step; in pages of 4 kB that alone is a ninth of an RL step. The
-    setting is read before anything runs, so it cannot be made later. Other C libraries ignore it, and so does whoever
-    sets GLIBC_TUNABLES=glibc.malloc.hugetlb=0.
+    XLA on a CPU allocates and frees gigabytes at every step. In pages of 4 kB that alone takes a ninth of an RL step.
+    glibc reads the setting at the start of a process, so it cannot be made later. Other C libraries ignore it.
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 switches it off.
     """
     setting = "glibc.malloc.hugetlb"
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform != "linux" or not sys.executable or sys.gettrace() or setting in tunables:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{setting}=1"]))
-    with contextlib.suppress(OSError):  # it works without, only slower
+    with contextlib.suppress(OSError):  # without the restart the command works, but slower
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2) -> int:
-    """Says it in one line. Where other processes take part, they end likewise, and this one here."""
+    """Prints the message in one line and returns the exit code. The run's other processes end with the same one.
+
+    With `debug` a single process raises the error instead.
+    """
     if debug and error is not None:
         if world.count() == 1:
             raise error
@@ -168,18 +172,22 @@ def _fail(message: str, error: BaseException | None, debug: bool, code: int = 2)
 
 
 def _line(message: str) -> str:
+    """Makes a message one line that is safe to print."""
     return one_line(" ".join(message.split()))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits off `--config.a.b=v` (or `--config.a.b v`) overrides, which argparse cannot know."""
+    """Parses the arguments into options and `--config.a.b=v` (or `--config.a.b v`) overrides.
+
+    Overrides are split off first, because argparse cannot know the config's fields.
+    """
     rest: list[str] = []
     overrides: list[str] = []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
         if argument in LISTS and remaining and _NEGATIVE.match(remaining[0]):
-            argument += f"={remaining.pop(0)}"  # argparse takes -1,2 for options, though not -1
+            argument += f"={remaining.pop(0)}"  # argparse takes -1,2 for an option, although not -1
         if not argument.startswith("--config."):
             rest.append(argument)
             continue

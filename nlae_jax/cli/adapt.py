@@ -1,4 +1,4 @@
-"""`nlae adapt`: a pair for a model that none was trained for."""
+"""`nlae adapt`: fits a map with which a pair explains a model that it was not trained for."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _run_adapt(options: argparse.Namespace, _: list[str]) -> int:
 
     check_directory(options.out, "--out")
     corpus = CorpusConfig(path=options.texts, max_documents=options.documents)
-    chosen = options.model, options.layer, options.to, options.out, corpus, options.places, options.dtype
-    result = adapt_pair(*chosen)  # which adapt.json keeps
+    arguments = options.model, options.layer, options.to, options.out, corpus, options.places, options.dtype
+    result = adapt_pair(*arguments)
     afterwards("no scores shown", lambda: show_result(result, adaptation_table, options.json))
     say(f"{options.out}: `nlae explain --model {options.out}` takes it; {WARNING}")
     return 0

@@ -1,4 +1,4 @@
-"""`nlae audit` and `nlae compare`: many explanations held against placebos; two pairs side by side."""
+"""`nlae audit` compares many explanations with placebos, and `nlae compare` shows two pairs side by side."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 def _add_audit(audit: argparse.ArgumentParser) -> None:
     add_pair(audit)
     audit.add_argument("--input", required=True, help="transcripts: .jsonl or .csv with text or messages, perhaps id")
-    wanted = audit.add_mutually_exclusive_group()
-    wanted.add_argument("--terms", help="a file with one term a line: where do explanations say them?")
-    wanted.add_argument("--pattern", help="the same as one regular expression")
+    terms = audit.add_mutually_exclusive_group()
+    terms.add_argument("--terms", help="a file with one term a line: where do explanations say them?")
+    terms.add_argument("--pattern", help="the same as one regular expression")
     audit.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth token (default 1: all)")
     audit.add_argument("--search", help="show the explanations that have this")
     audit.add_argument("--placebo", action="store_true", help="hold all of it against explanations of other texts")
@@ -60,44 +60,45 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
         check_several(item.id for item in items)
     nla = load_pair(options)
     passages = [read_source(nla, item.id, item.messages if item.text is None else item.text) for item in items]
-    # Before the first explanation: a pair that does not load would cost all of them.
-    others = [(other, [_reread(other, passage) for passage in passages]) for other in _others(options)]
-    found = _explained(nla, passages, options.every, options.out)
+    # Loaded before the first explanation is written: if one of these pairs did not load later, all would be lost.
+    placebo_pairs = [(other, [_reread(other, passage) for passage in passages]) for other in _placebo_pairs(options)]
+    explanations = _explained(nla, passages, options.every, options.out)
     placebos = {}
     if options.placebo:
-        placebos["permuted"] = permuted(found, options.seed)
-    for number, (other, reread) in enumerate(others):
-        # Beside the pair's own; what is in it says whose explanations they are.
+        placebos["permuted"] = permuted(explanations, options.seed)
+    for number, (other, reread) in enumerate(placebo_pairs):
+        # A file beside --out for each placebo pair; its content names the pair.
         path = options.out and options.out.with_name(f"{options.out.stem}.placebo{number}{options.out.suffix}")
-        said = _explained(other, reread, options.every, path)
-        placebos[other.name] = [row.explanation for row in said.rows]
-    report = audit(found, terms, placebos)
+        other_explanations = _explained(other, reread, options.every, path)
+        placebos[other.name] = [row.explanation for row in other_explanations.rows]
+    report = audit(explanations, terms, placebos)
     _show_audit(nla, report, options)
     return 0
 
 
 def _explained(nla: NLA, passages: Sequence[Passage], every: int, path: Path | None) -> Explanations:
+    """Explains the passages. With a `path` the explanations are stored there, text by text."""
     from nlae_jax.explore.audit import explained_passages, kept_passages
 
     return explained_passages(nla, passages, every) if path is None else kept_passages(nla, passages, every, path)
 
 
-def _others(options: argparse.Namespace) -> list[NLA]:
-    """Pairs whose explanations are placebos."""
+def _placebo_pairs(options: argparse.Namespace) -> list[NLA]:
+    """Loads the pairs whose explanations are placebos."""
     from nlae_jax.api import NLA
 
-    others = [] if options.placebo_model is None else [NLA.from_pretrained(options.placebo_model)]
-    return others if options.placebo_workdir is None else [*others, NLA.from_workdir(options.placebo_workdir)]
+    pairs = [] if options.placebo_model is None else [NLA.from_pretrained(options.placebo_model)]
+    return pairs if options.placebo_workdir is None else [*pairs, NLA.from_workdir(options.placebo_workdir)]
 
 
 def _reread(other: NLA, passage: Passage) -> Passage:
-    """The same tokens for another pair. Raises UserError where its model reads other ones."""
+    """Makes the same passage for another pair. Raises UserError where its tokenizer gives other tokens."""
     from nlae_jax.explore.passage import passage_of_ids
 
-    again = passage_of_ids(other.tokenizer, passage.ids, passage.text, passage.name)
-    if [token.text for token in again.tokens] != [token.text for token in passage.tokens]:
+    reread = passage_of_ids(other.tokenizer, passage.ids, passage.text, passage.name)
+    if [token.text for token in reread.tokens] != [token.text for token in passage.tokens]:
         raise UserError(f"{other.name}: its tokenizer reads {passage.name} differently; a placebo needs the same one")
-    return again
+    return reread
 
 
 def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:
 
     row = report.row()
     hits = [dataclasses.asdict(place) for place in report.search(options.search)] if options.search else []
-    if options.html:  # before what a stdout may refuse
+    if options.html:  # written first, because printing may fail
         write_audit_page(options.html, "audit", [row], f"Audit with {nla.name}")
         say(f"page: {options.html}")
     if options.json:
@@ -155,7 +156,7 @@ def _run_compare(options: argparse.Namespace, _: list[str]) -> int:
     selection = options.positions, options.match, options.span
     writing: Options = Options(options.temperature)
     row = compare(first, second, source, writing, *selection).row()
-    if options.html:  # before what a stdout may refuse
+    if options.html:  # written first, because printing may fail
         write_audit_page(options.html, "compare", [row], f"{first.name} and {second.name}")
         say(f"page: {options.html}")
     if options.json:

@@ -1,4 +1,4 @@
-"""What a command is, and what several of them share."""
+"""The definition of a command, and functions that several commands share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LISTS = ("--positions", "--span", "--at", "--steps", "--alphas")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """`nlae NAME`. `run` gets the options and the `--config` overrides, and returns the exit code.
+    """The command `nlae NAME`. `run` gets the options and the `--config` overrides, and returns the exit code.
 
-    `check` says in one line what is wrong with how options are combined; "" where nothing is.
+    `check` returns one line that says what is wrong with the combination of options, or "".
     """
 
     name: str
@@ -34,13 +34,14 @@ class Command:
 
 
 def seed(text: str) -> int:
-    """The value of a --seed: what every random number generator here takes."""
+    """Parses the value of a --seed: a whole number that every random number generator here accepts."""
     if not text.isdecimal() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text} should be a whole number from 0 to {2**31 - 1}")
     return int(text)
 
 
 def add_distributed(command: argparse.ArgumentParser) -> None:
+    """Adds the option --distributed."""
     command.add_argument(
         "--distributed",
         nargs="?",
@@ -52,17 +53,20 @@ def add_distributed(command: argparse.ArgumentParser) -> None:
 
 
 def start_jax(distributed: str | None = None) -> None:
-    """Compiled programs are kept between runs; set before anything is compiled. `distributed`: the flag's value."""
+    """Sets JAX up before anything is compiled: compiled programs are stored between runs.
+
+    `distributed` is the value of the option. With it, this process joins the run's other processes.
+    """
     import jax
 
     from nlae_jax.lm.pretrained import cache_directory
     from nlae_jax.runtime.outside import clean_log
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # transformers would warn at every start that there is no PyTorch; none is needed.
+    # Otherwise transformers warns at every start that PyTorch is missing, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logger = logging.getLogger("nlae_jax")
-    if not logger.handlers:  # counts of what was dropped; other libraries' logs stay as they are
+    if not logger.handlers:  # shows our counts of dropped items; other libraries' logs stay as they are
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -77,7 +81,7 @@ def start_jax(distributed: str | None = None) -> None:
 
 
 def show_result(result: dict[str, Any], as_table: Callable[[dict[str, Any]], Any], as_json: bool) -> None:
-    """Numbers on stdout: one JSON object, or a table."""
+    """Prints numbers on stdout as one JSON object or as a table."""
     from nlae_jax.runtime.output import show_json, show_rich
 
     if as_json:

@@ -1,4 +1,4 @@
-"""`nlae neuron` and `nlae direction`: what a vector of the residual stream says, held against controls."""
+"""`nlae neuron` and `nlae direction`: explain a vector of the residual stream, with controls."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     except ValueError:
         raise UserError(f"--steps {options.steps}: should be numbers, as 0.25,0.5,1") from None
     if not all(0 < abs(step) < 1e6 for step in steps):
-        raise UserError(f"--steps {options.steps}: should not be 0, and finite")
+        raise UserError(f"--steps {options.steps}: should be finite numbers other than 0")
     for name in ("controls", "contexts", "texts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")
@@ -75,7 +75,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _opened(options: argparse.Namespace) -> tuple[NLA, Settings]:
-    """The pair, if it reads its own model, and how directions are explained."""
+    """Loads the pair and reads the settings. Raises UserError for an adapted pair."""
     check_workdir(options)
     start_jax()
     settings = _settings(options)
@@ -121,7 +121,10 @@ def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
-    """A dashboard: neuron after neuron into the file, from where it is whole, and a page of all of them."""
+    """Explains several neurons of a block into a file, and writes a page of all of them.
+
+    An incomplete file of the same settings is continued.
+    """
     import dataclasses
 
     from nlae_jax.data.corpus import read_json_lines
@@ -144,8 +147,8 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     results = Results(options.out, {"neurons": [*made_with, nla.max_new_tokens]})
     with progress(len(neurons), f"neurons of block {layer}", unit="neuron", start=results.done) as bar:
         for place in range(results.done, len(neurons)):
-            one = neurons[place]
-            report = explain_neuron(nla, layer, one, corpus, settings, values[:, place], options.side)
+            neuron = neurons[place]
+            report = explain_neuron(nla, layer, neuron, corpus, settings, values[:, place], options.side)
             results.add(report.row(), ())
             bar.advance()
     reports = [row for _, row in read_json_lines(options.out)]
@@ -161,7 +164,7 @@ def _show(nla: NLA, report: DirectionReport, options: argparse.Namespace) -> Non
     from nlae_jax.runtime.progress import say
 
     row = report.row()
-    if options.html:  # before what a stdout may refuse
+    if options.html:  # written first, because printing may fail
         write_direction_page(options.html, [row], f"{report.name}, {nla.name}")
         say(f"page: {options.html}")
     if options.json:

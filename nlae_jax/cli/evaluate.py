@@ -1,4 +1,4 @@
-"""`nlae eval`: the stage of a run, and the suite on any pair."""
+"""`nlae eval`: runs the stage `eval` of a run, or the evaluation suite on any pair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nlae_jax.cli.stages import run_stage_command
 from nlae_jax.runtime import world
 from nlae_jax.runtime.errors import UserError
 
-# What options must be at least.
+# Option -> the least value that it may have.
 _LEAST = {"num_activations": 2, "temperature": 0, "control_steps": 0, "max_new_tokens": 1}
 
 
@@ -51,7 +51,7 @@ def _check_eval(options: argparse.Namespace) -> str:
 
 
 def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    """The stage, where a config and a workdir are given; and the suite, where it is asked for or no config is."""
+    """Runs the stage where a config and a workdir are given, and the suite where --suite is, or no such config."""
     from nlae_jax.evaluate.suite import sections_of
 
     if overrides and not options.config:

@@ -1,4 +1,4 @@
-"""`nlae explain`: what the activations of texts, chats or files of vectors hold."""
+"""`nlae explain`: explains the activations of texts, chats or files of vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CSV = (
 
 
 def add_source(command: argparse.ArgumentParser, many: bool = False, prompts: bool = False) -> None:
-    """The options that say what is read: one text or chat, `many` of them, or `prompts` with what to do to each."""
+    """Adds the options that name the source: one text or chat, `many` of them, or `prompts` with an edit for each."""
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text", action="append", help="the text itself" + ("; may be given several times" if many else "")
@@ -68,7 +68,7 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def given_texts(options: argparse.Namespace) -> list[str]:
-    """What --text and --file say. Raises UserError where that is nothing."""
+    """Returns the texts of --text and --file. Raises UserError where one is empty."""
     texts = [argument_text(text) for text in options.text or ()]
     if options.file:
         texts = [read_text(options.file).removeprefix("\ufeff")]
@@ -78,6 +78,7 @@ def given_texts(options: argparse.Namespace) -> list[str]:
 
 
 def check_temperature(value: float | None) -> None:
+    """Raises UserError where a temperature is negative or not finite."""
     if value is not None and not 0 <= value < math.inf:
         raise UserError(f"--temperature: {value} should be 0 or more")
 
@@ -108,13 +109,14 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         vectors = nla.mapped(read_vectors(options.vectors, nla.width_read, nla.layer))
         explained = [explain_vectors(nla, vectors, writing)]
     else:
-        selected = [_selected(nla, *named, options) for named in _named(texts, messages)]
+        selected = [_selected(nla, *source, options) for source in _named(texts, messages)]
         explained = explain_passages(nla, selected, writing)
     _show(nla, explained, options)
     return 0
 
 
 def _named(texts: Sequence[str], messages: Any) -> list[tuple[str, Any]]:
+    """Returns (name, source) of each text, or of the chat."""
     if messages is not None:
         return [("chat", messages)]
     return [("text" if len(texts) == 1 else f"text {number}", text) for number, text in enumerate(texts)]
@@ -123,7 +125,7 @@ def _named(texts: Sequence[str], messages: Any) -> list[tuple[str, Any]]:
 def read_source(
     nla: NLA, name: str, source: Any, generate: int = 0, seed: int = 0, chat_goes_on: bool = False
 ) -> Passage:
-    """A text, or the messages of a chat, as the subject reads it, and as it goes on with up to `generate` tokens.
+    """Tokenises a text or the messages of a chat, and lets the subject continue it with up to `generate` tokens.
 
     With `chat_goes_on`, a chat ends where the model's answer begins, even if none is generated here.
     """
@@ -151,6 +153,7 @@ def read_source(
 
 
 def _selected(nla: NLA, name: str, source: Any, options: argparse.Namespace) -> tuple[Passage, list[Pick]]:
+    """Reads a source and selects its tokens by the options."""
     from nlae_jax.explore.select import picks_of
 
     passage = read_source(nla, name, source, options.generate, options.seed)
@@ -158,26 +161,26 @@ def _selected(nla: NLA, name: str, source: Any, options: argparse.Namespace) -> 
 
 
 def _run_many(nla: NLA, items: Sequence[Item], options: argparse.Namespace, writing: Options) -> int:
-    """One item after another into the file, from where it is whole."""
+    """Explains one item after another into the file --out. An incomplete file of the same options is continued."""
     import dataclasses
 
     from nlae_jax.explore.explain import explain_passages
     from nlae_jax.explore.items import Results
     from nlae_jax.runtime.progress import progress, say
 
-    chosen = [options.generate, options.positions, options.match, options.span, nla.max_new_tokens, nla.identity]
+    selection = [options.generate, options.positions, options.match, options.span, nla.max_new_tokens, nla.identity]
     made_with = {
         "items": [dataclasses.asdict(item) for item in items],
-        "options": [*chosen, dataclasses.asdict(writing)],
+        "options": [*selection, dataclasses.asdict(writing)],
     }
     results = Results(options.out, made_with, _CSV)
-    # All of them before the first is explained: the file could not go on behind one that cannot be.
+    # All are checked before the first is explained: an item that cannot be explained would stop the file at its place.
     for item in items[results.done :]:
         _check_item(nla, item, options)
     with progress(len(items), "texts", unit="text", start=results.done) as bar:
         for item in items[results.done :]:
             (explained,) = explain_passages(nla, [_selected(nla, *_source(item), options)], writing)
-            rows = [found.row() for found in explained]
+            rows = [explanation.row() for explanation in explained]
             results.add({"id": item.id, "tokens": rows}, [{"id": item.id, **row} for row in rows])
             bar.advance()
     say(f"explanations: {options.out}")
@@ -185,11 +188,12 @@ def _run_many(nla: NLA, items: Sequence[Item], options: argparse.Namespace, writ
 
 
 def _source(item: Item) -> tuple[str, Any]:
+    """Returns an item's name, and its text or messages."""
     return f"text {item.id}", item.messages if item.text is None else item.text
 
 
 def _check_item(nla: NLA, item: Item, options: argparse.Namespace) -> None:
-    """Raises UserError where an item cannot be read, as far as can be told before it is gone on with."""
+    """Raises UserError where an item cannot be read or selected from, as far as that shows before generation."""
     from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.select import picks_of
 
@@ -203,8 +207,8 @@ def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.
     from nlae_jax.report.table import explanation_table
     from nlae_jax.runtime.output import show_json, show_rich
 
-    rows = [[found.row() for found in text] for text in explained]
-    if options.html:  # before what a stdout may refuse
+    rows = [[explanation.row() for explanation in text] for text in explained]
+    if options.html:  # written first, because printing may fail
         from nlae_jax.report.explanation_page import write_explanation_page
         from nlae_jax.runtime.progress import say
 
@@ -212,8 +216,8 @@ def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.
         say(f"page: {options.html}")
     if options.json:
         results = [{"tokens": tokens} for tokens in rows]
-        said = results[0] if len(results) == 1 else {"texts": results}
-        show_json({**said, "pair": nla.description()})
+        output = results[0] if len(results) == 1 else {"texts": results}
+        show_json({**output, "pair": nla.description()})
     else:
         for tokens in rows:
             show_rich(explanation_table(tokens))

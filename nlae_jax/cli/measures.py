@@ -1,4 +1,4 @@
-"""`nlae export`, `nlae bench` and `nlae plan`."""
+"""`nlae export`, `nlae bench` and `nlae plan`: write a pair, time its steps, and compile them for a pod."""
 
 from __future__ import annotations
 

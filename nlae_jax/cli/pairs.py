@@ -1,4 +1,4 @@
-"""Which pair a command uses: a workdir's, a shipped one, or two directories."""
+"""The options that name a pair (a workdir's, a shipped one, or two directories), and its loading."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from nlae_jax.api import NLA
     from nlae_jax.run.resources import PreparedRun
 
-# Of --workdir, --model, --av, --ar: which are given.
+# Which of --workdir, --model, --av, --ar may be given together.
 _PAIRS = ((True, False, False, False), (False, True, False, False), (False, False, True, True))
 
 
 def add_pair(command: argparse.ArgumentParser) -> None:
+    """Adds the options that name a pair."""
     command.add_argument("--workdir", help="of a trained run")
     command.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
     command.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
@@ -27,9 +28,9 @@ def add_pair(command: argparse.ArgumentParser) -> None:
 
 
 def check_pair(options: argparse.Namespace) -> str:
-    """What is wrong with the options of `add_pair`; "" where nothing is."""
-    given = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
-    if given not in _PAIRS:
+    """Returns one line that says what is wrong with the options of `add_pair`, or ""."""
+    present = tuple(map(bool, (options.workdir, options.model, options.av, options.ar)))
+    if present not in _PAIRS:
         return f"{options.command} takes --workdir, or --model, or --av and --ar"
     if options.workdir and (options.subject or options.dtype):
         return "--subject and --dtype belong to a released pair; the workdir has its own"
@@ -39,13 +40,13 @@ def check_pair(options: argparse.Namespace) -> str:
 
 
 def check_workdir(options: argparse.Namespace) -> None:
-    """Before anything is loaded. Raises UserError where the workdir is none."""
+    """Raises UserError where --workdir is not the workdir of a run. Call it before anything slow is loaded."""
     if options.workdir and not (options.workdir / "config.json").exists():
         raise UserError(f"--workdir {options.workdir}: no config.json there; it should be the workdir of a run")
 
 
 def load_pair(options: argparse.Namespace, run: PreparedRun | None = None) -> NLA:
-    """The pair of `add_pair`'s options; JAX must have been set up. `run`: that of the workdir, if it is open."""
+    """Loads the pair of `add_pair`'s options. JAX must have been set up. `run` is the workdir's, if it is open."""
     from nlae_jax.api import NLA
     from nlae_jax.config import MeshConfig
     from nlae_jax.mesh import make_mesh

@@ -1,4 +1,4 @@
-"""`nlae serve`: a pair over HTTP, with a page."""
+"""`nlae serve`: serves a pair over HTTP, with a page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nlae_jax.cli.command import Command, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.runtime.errors import UserError
 
-_EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")  # what the extra `serve` brings
+_EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn")  # packages of the extra `serve`
 
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:

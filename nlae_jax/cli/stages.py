@@ -1,4 +1,4 @@
-"""`nlae train` and its stages one by one, `nlae report`."""
+"""`nlae train`, the commands of its single stages, and `nlae report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nlae_jax.cli.command import Command, add_distributed, start_jax
 from nlae_jax.runtime import supervision, world
 
-if TYPE_CHECKING:  # importing it takes half a second, and `nlae --help` need not wait
+if TYPE_CHECKING:  # the import takes half a second, for which `nlae --help` should not wait
     from nlae_jax.runtime.files import AnyPath
 
 _STAGES = {
@@ -34,6 +34,7 @@ def _add_stage(command: argparse.ArgumentParser) -> None:
 
 
 def run_stage_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Runs `nlae train` or the command of one stage."""
     from nlae_jax.config import load_experiment
 
     config = load_experiment(str(options.config), overrides)
@@ -62,7 +63,7 @@ def run_stage_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _print_result(workdir: AnyPath) -> None:
-    """What a run shows for it: held-out samples, the FVE with its controls, where the report is."""
+    """Prints the result of a run: held-out samples, the FVE with its controls, and the path of the report."""
     from nlae_jax.report.page import SAMPLES
     from nlae_jax.report.table import held_out_table
     from nlae_jax.runtime.files import read_fields
@@ -83,14 +84,14 @@ def _print_result(workdir: AnyPath) -> None:
 
 
 def _decimals(value: Any) -> str:
-    """A number of eval.json to three decimals, or an interval of two; `unknown` for null."""
+    """Writes a number of eval.json, or an interval, with three decimals; null becomes `unknown`."""
     if isinstance(value, list):
         return f"[{', '.join(map(_decimals, value))}]"
     return f"{value:.3f}" if isinstance(value, int | float) else "unknown"
 
 
 def _run_report(options: argparse.Namespace, _: list[str]) -> int:
-    """Also of a run that is under way: nothing is run, nothing locked."""
+    """Writes the report. It locks nothing, so a run may be training in the workdir."""
     from nlae_jax.report.page import write_report
     from nlae_jax.runtime.output import afterwards, show
 

@@ -1,4 +1,4 @@
-"""`nlae steer`: what an edited explanation does to what the model writes next."""
+"""`nlae steer`: measures the effect of an edited explanation on the model's continuations."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def _add(steer: argparse.ArgumentParser) -> None:
     steer.add_argument("--at", help="tokens to push: -1, 3,5, 10:20, or a part of the text (default: the last 8)")
     steer.add_argument("--edit", help="the explanation as it should be")
     steer.add_argument("--original", help="the explanation that was edited (default: the encoder's own)")
-    wanted = steer.add_mutually_exclusive_group()
-    wanted.add_argument("--word", help="a word that continuations should have: hits are counted")
-    wanted.add_argument("--pattern", help="the same as a regular expression")
+    counted = steer.add_mutually_exclusive_group()
+    counted.add_argument("--word", help="a word that continuations should have: hits are counted")
+    counted.add_argument("--pattern", help="the same as a regular expression")
     steer.add_argument("--alphas", default="0.5,1,2", help="lengths of the push, in units of the activation's")
     steer.add_argument("--controls", type=int, default=3, help="random directions of the same length (at least 3)")
     steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
@@ -64,9 +64,9 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         lines = [{"name": "text", "source": source, **fields}]
     nla = load_pair(options)
     nla.check_own_subject("steer")
-    # All of them are read before the first is worked on: what comes of it is shown at the end.
+    # All prompts are checked before the first is steered: results come at the end, so a late error would lose them.
     prepared = [_prepared(nla, line) for line in lines]
-    reports = [steer(nla, *one, settings) for one in prepared]
+    reports = [steer(nla, *arguments, settings) for arguments in prepared]
     _show(nla, reports, options)
     return 0
 
@@ -82,24 +82,24 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The prompts of a .jsonl file: text or messages, edit, and perhaps at, original, word, pattern."""
+    """Reads the prompts of a .jsonl file: text or messages, edit, and perhaps at, original, word, pattern."""
     from nlae_jax.explore.items import read_rows
     from nlae_jax.explore.passage import check_messages
 
-    found = []
+    prompts = []
     for where, row in read_rows(path):
         text = row.get("text")
         source = text if isinstance(text, str) and text.strip() else check_messages(row.get("messages"), where)
         fields = {name: row.get(name) for name in ("at", "edit", "original", "word", "pattern")}
-        wrong = next((name for name, value in fields.items() if not isinstance(value, str | None)), None)
-        if wrong or not fields["edit"]:
-            raise UserError(f"{where}: {wrong or 'edit'} should be a text")
-        found.append({"name": where, "source": source, **fields})
-    return found
+        invalid = next((name for name, value in fields.items() if not isinstance(value, str | None)), None)
+        if invalid or not fields["edit"]:
+            raise UserError(f"{where}: {invalid or 'edit'} should be a text")
+        prompts.append({"name": where, "source": source, **fields})
+    return prompts
 
 
 def _prepared(nla: NLA, line: dict[str, Any]) -> tuple[Passage, list[int], str, str | None, re.Pattern[str] | None]:
-    """What `explore.steer.steer` takes of one prompt. Raises UserError naming its line where something is wrong."""
+    """Returns the arguments of `explore.steer.steer` for one prompt. Raises UserError that names its line."""
     from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.select import parse_at
     from nlae_jax.explore.steer import compile_pattern
@@ -123,7 +123,7 @@ def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> 
 
     rows = [report.row() for report in reports]
     total = summary(reports)
-    if options.html:  # before what a stdout may refuse
+    if options.html:  # written first, because printing may fail
         write_audit_page(options.html, "steer", rows, f"Steering with {nla.name}")
         say(f"page: {options.html}")
     if options.json:

@@ -1,4 +1,4 @@
-"""Texts that are given on the command line, in files or through pipes."""
+"""Reads texts from the command line, from files and from pipes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from nlae_jax.runtime.errors import UserError
 
-_MOST_TEXT_BYTES = 16 << 20  # of a text to explain; far more than its tokens may be
-_SILENT_SECONDS = 60.0  # that a pipe may take to give more of it
+_MOST_TEXT_BYTES = 16 << 20  # the bound of a text to explain; its tokens are bounded much lower
+_SILENT_SECONDS = 60.0  # reading fails where a pipe gives nothing for this time
 
 
 def argument_text(text: str) -> str:
-    """An argument as text: bytes that are not UTF-8 arrive as lone surrogates, and a byte order mark is no text."""
+    """Cleans an argument: lone surrogates, which stand for bytes that are not UTF-8, and a byte-order mark."""
     return text.encode("utf-8", "replace").decode().removeprefix("\ufeff")
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text, from a pipe too. Raises UserError where it is none, has no end, or is too long to be explained."""
+    """Reads UTF-8 text from a file or a pipe. Raises UserError where it is not UTF-8, does not end, or is too long."""
     try:
         return _read_all(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -28,14 +28,14 @@ def read_text(path: Path) -> str:
 
 
 def _read_all(path: Path) -> bytes:
-    """A file, or what is written into a pipe: at most `_MOST_TEXT_BYTES` of it."""
+    """Reads a file or a pipe to its end. Raises UserError for more than `_MOST_TEXT_BYTES`."""
     data = b""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it would wait for a pipe that nobody writes into
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a blocking open would wait for a pipe without a writer
     try:
         while True:
             try:
                 piece = os.read(descriptor, 1 << 20)
-            except BlockingIOError:  # there is a writer, who says nothing
+            except BlockingIOError:  # the pipe has a writer, but no data yet
                 if select.select([descriptor], [], [], _SILENT_SECONDS)[0]:
                     continue
                 break

@@ -1,10 +1,10 @@
-"""From documents to stored activations: which positions to read, reading them, and the store.
+"""Turns documents into stored activations: the plan of positions to read, the extraction, and the store.
 
-`plan` fixes everything that is written later (positions, splits, batches, row numbers) before any computing is done;
-`extract` then goes through the batches in order, reading one while the one before is written, and can stop anywhere.
-In the workdir:
+`plan` fixes everything that is written later (positions, splits, batches, row numbers) before anything is computed.
+`extract` then goes through the batches in order. It reads one batch while the one before is written, and can stop
+anywhere. The files in the workdir:
 
-    activations/subject.json        which weights were read
+    activations/subject.json        identity of the weights that were read
     activations/documents.parquet   doc_id, split, token ids
     activations/rows.parquet        document, position            (row = activation)
     activations/vectors             zarr3 [N, d] float32, raw, in shards: see `_array`
@@ -39,28 +39,29 @@ from nlae_jax.runtime.progress import warn
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
-# Numbers of tokens that documents are padded to: one compilation each, at most a quarter more than is needed.
+# Documents are padded to one of these numbers of tokens. Each is compiled once, and padding adds at most a quarter.
 _WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
 
-# A file or object of the arrays holds so many rows, and is written whole. Its index, 16 bytes a chunk, is read once.
+# A shard is one file or object of an array and is written whole. Its index, 16 bytes a chunk, is read once.
 SHARD_ROWS = 512
-# Within it a row can be read alone, unless rows are shorter than this: then so many bytes of them together.
+# A chunk is the part of a shard that can be read alone: one row, or several short rows of this many bytes together.
 _CHUNK_BYTES = 2048
-# Of shards' indexes and chunks, kept in memory while a store is read.
+# While a store is read, this many bytes of shards' indexes and chunks stay in memory.
 _CACHE_BYTES = 64 << 20
 
-# Rows that make no whole shard yet are written after so many seconds: what a killed run has to read again.
+# Rows that do not fill a shard yet are written after this time, so that a killed run has to read only these again.
 _UNWRITTEN_SECONDS = 10.0
 
-# How many of the subject's likeliest next tokens are stored, for describers that read them.
+# This many of the subject's likeliest next tokens are stored, for describers that read them.
 NUM_NEXT_TOKENS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be read. Rows are ordered by document, positions ascending within one.
+    """The documents and positions to read. Rows are ordered by document, and by position within one.
 
-    `doc_ids`, `ids` and `split` (index into SPLITS) are per document; `document` and `position` per row.
+    `doc_ids`, `ids` (token ids, int32) and `split` (index into SPLITS) have one entry per document. `document` (index
+    into the documents) and `position` (from 0) have one per row.
     """
 
     doc_ids: list[str]
@@ -70,11 +71,11 @@ class Plan:
     position: np.ndarray
 
     def rows_of(self, split: str) -> np.ndarray:
-        """The row numbers of a split, ascending."""
+        """Returns the row numbers of a split, ascending."""
         return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
 
     def digest(self) -> str:
-        """Tells these documents, splits and rows from others."""
+        """Returns a hash that identifies these documents, splits and rows."""
         digest = hashlib.sha256("\n".join(self.doc_ids).encode("utf-8", "surrogatepass"))
         for array, dtype in ((self.split, np.int8), (self.document, np.int32), (self.position, np.int32)):
             digest.update(np.ascontiguousarray(array, dtype).tobytes())
@@ -85,26 +86,26 @@ def plan(
     documents: Sequence[Document],
     tokenizer: Any,
     config: Config,
-    given: Mapping[str, Collection[int]] = MappingProxyType({}),
+    fixed_positions: Mapping[str, Collection[int]] = MappingProxyType({}),
     vocab_size: int = np.iinfo(np.int32).max,
 ) -> Plan:
-    """Draws positions per document from an RNG keyed by (seed, doc_id) and splits by document.
+    """Draws each document's positions from a generator keyed by (seed, doc_id), and splits by document.
 
-    `given` are the positions of documents that are read nowhere else, by doc_id. Documents are ordered by length, so
-    that batches pad little. Raises UserError where a split stays empty, or a document holds a token that the subject's
-    `vocab_size` embeddings do not reach.
+    `fixed_positions` maps a doc_id to the only positions at which that document is read. Documents are ordered by
+    length, so that batches pad little. Raises UserError where a split stays empty, or a document holds a token beyond
+    the subject's `vocab_size` embeddings.
     """
     extract, begin = config.extract, begin_ids(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids), np.int32)
     chosen: list[tuple[Document, np.ndarray, np.ndarray]] = []
     for document in documents:
-        whole = text_ids(tokenizer, document.text, begin)
-        ids = np.array(whole[: extract.max_tokens], np.int32)
+        all_ids = text_ids(tokenizer, document.text, begin)
+        ids = np.array(all_ids[: extract.max_tokens], np.int32)
         check_ids(ids, vocab_size, tokenizer, f"corpus: document {document.doc_id}")
-        if document.doc_id in given:
-            positions = np.array(sorted(given[document.doc_id]), np.int32)
+        if document.doc_id in fixed_positions:
+            positions = np.array(sorted(fixed_positions[document.doc_id]), np.int32)
         elif document.at_end:
-            positions = np.array([len(ids) - 1] if 1 < len(ids) == len(whole) else [], np.int32)
+            positions = np.array([len(ids) - 1] if 1 < len(ids) == len(all_ids) else [], np.int32)
         else:
             candidates = np.arange(extract.min_position, len(ids))
             candidates = candidates[~np.isin(ids[candidates], special)]
@@ -129,12 +130,16 @@ def plan(
 
 
 def _rng(seed: int, doc_id: str) -> np.random.Generator:
+    """Returns a generator whose draws depend only on the seed and the document."""
     digest = hashlib.sha256(f"{seed}:{doc_id}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))
 
 
 def _split(groups: list[str], config: Config) -> np.ndarray:
-    """Each document's split: groups in the order of a keyed hash, cut at the shares; every split gets one."""
+    """Returns each document's split. Groups are ordered by a keyed hash and cut at the shares.
+
+    Every split gets at least one group.
+    """
     names = sorted(set(groups), key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest())
     shares = np.array([getattr(config.split, name) for name in SPLITS])
     counts = np.maximum(1, np.floor(shares * len(names)).astype(int))
@@ -145,24 +150,24 @@ def _split(groups: list[str], config: Config) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ReadBatch:
-    """Documents padded to one width: `ids`, `mask` [B, T]; `rows`, `columns` [M] with real entries first.
+    """B documents padded to one width T, and the M places in them that are read.
 
-    The first `count` of M are the plan's rows `start` … `start + count`.
+    The first `count` places are the plan's rows from `start` on; the others are padding.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    ids: np.ndarray  # [B, T] int32
+    mask: np.ndarray  # [B, T] bool
+    rows: np.ndarray  # [M] int32: the place's document in the batch
+    columns: np.ndarray  # [M] int32: its position in the document
     start: int
     count: int
 
 
 def read_batches(plan: Plan, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
-    """The plan's documents in order, as many in a batch as fit; a batch's shape depends on its width alone.
+    """Yields the plan's documents in order, as many in a batch as fit. A batch's shape depends only on its width.
 
-    The number of documents is divisible by `parts`, and at least that. As documents ascend in length, no other cut
-    into batches makes fewer of them.
+    A batch's number of documents is a multiple of `parts`. As documents ascend in length, no other cut into batches
+    makes fewer of them.
     """
     first_row = np.searchsorted(plan.document, np.arange(len(plan.ids) + 1))
     widths = [_width(len(ids), config.max_tokens) for ids in plan.ids]
@@ -187,10 +192,11 @@ def read_batches(plan: Plan, config: ExtractConfig, parts: int = 1) -> Iterator[
 
 
 def _width(length: int, max_tokens: int) -> int:
+    """Returns the number of tokens that a document of `length` tokens is padded to."""
     return min(next((width for width in _WIDTHS if length <= width), max_tokens), max_tokens)
 
 
-# What of meta.json is read.
+# The fields of meta.json that the store reads.
 _META = {"num_next_tokens": int, "d_model": int, "norm_p75": float}
 
 # (ids, mask, rows, columns) -> activations [M, d] float32, likeliest next tokens [M, k] int32
@@ -207,17 +213,17 @@ def extract(
     advance: Callable[[int], None],
     parts: int = 1,
 ) -> None:
-    """Reads every batch not yet read and writes the store; `advance(rows)` is called as rows are passed.
+    """Reads every batch that has not been read yet and writes the store. Calls `advance(rows)` as rows are passed.
 
-    `read` may return before it has computed: the next batch is asked for before one is waited for, so devices have
-    work while the host fetches and writes. Rows count when they are on disk: a killed run reads again what it read in
-    the last `_UNWRITTEN_SECONDS`, or its last batch (as one of several processes: the last shard). `parts`: of
-    `read_batches`. Each of several processes writes the rows that its devices hold.
+    `read` may return before it has computed. The next batch is begun before the results of one are fetched, so devices
+    have work while the host fetches and writes. Rows count once they are on disk: a killed run reads again the rows of
+    its last `_UNWRITTEN_SECONDS`, or its last batch (with several processes, its last shard). `parts` is passed to
+    `read_batches`. Each process writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
     sizes = len(plan.position), d_model, num_next
     done = processes.by_first(lambda: _begin(directory, progress, sizes))
-    ahead: tuple[ReadBatch, tuple[Any, Any]] | None = None
+    pending: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, done, *_arrays(directory, *sizes, mode="write")) as writer:
         for batch in read_batches(plan, config, parts):
             if batch.start + batch.count <= done:
@@ -225,103 +231,116 @@ def extract(
                 continue
             try:
                 result = read(batch.ids, batch.mask, batch.rows, batch.columns)
-            finally:  # the one before is whole, whatever becomes of this one
-                if ahead is not None:
-                    writer.put(*ahead)
-                    advance(ahead[0].count)
-            ahead = batch, result
-        if ahead is not None:
-            writer.put(*ahead)
-            advance(ahead[0].count)
+            finally:  # the batch before is complete, even if this one fails
+                if pending is not None:
+                    writer.put(*pending)
+                    advance(pending[0].count)
+            pending = batch, result
+        if pending is not None:
+            writer.put(*pending)
+            advance(pending[0].count)
 
 
 def _begin(directory: AnyPath, progress: AnyPath, sizes: tuple[int, int, int]) -> int:
-    """How many rows are on disk; makes the arrays where there are none."""
+    """Returns the number of rows on disk. Creates the arrays where there are none."""
     done = counted(progress, "rows", sizes[0])
     _arrays(directory, *sizes, mode="write" if done else "create")
     return done
 
 
 def counted(progress: AnyPath, name: str, most: int) -> int:
-    """What progress.json says of `name`, from 0 to `most`; 0 without the file. Raises UserError for anything else."""
+    """Reads the count `name` from progress.json; 0 without the file.
+
+    Raises UserError for a count that is not from 0 to `most`.
+    """
     count = read_fields(progress, {name: int})[name] if progress.exists() else 0
     if not 0 <= count <= most:
         raise UserError(f"{progress}: {name} is {count}; it should be from 0 to {most}. Delete it to begin anew")
     return count
 
 
-def _local_rows(values: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Of the first `count` rows of what was read those that this process writes, each of them one process's."""
-    if not isinstance(values, jax.Array) or values.is_fully_addressable:
-        yield slice(0, count), np.asarray(values)[:count]
+def _local_rows(values_MxW: Any, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (slice, values) for those of the first `count` rows that this process must write.
+
+    No row is yielded by two processes.
+    """
+    if not isinstance(values_MxW, jax.Array) or values_MxW.is_fully_addressable:
+        yield slice(0, count), np.asarray(values_MxW)[:count]
         return
-    for shard in values.addressable_shards:
-        start, stop, _ = shard.index[0].indices(values.shape[0])
+    for shard in values_MxW.addressable_shards:
+        start, stop, _ = shard.index[0].indices(values_MxW.shape[0])
         if shard.replica_id == 0 and start < count:
             yield slice(start, min(stop, count)), np.asarray(shard.data)[: count - start]
 
 
 class _Writer:
-    """Writes batches in order while the caller goes on; leaving it waits for the last one.
+    """Writes batches in order while the caller goes on. Leaving the context waits for the last one.
 
-    Rows are kept until they fill a shard, so that each file or object is written once; part of a shard is written where
-    one process goes on for `_UNWRITTEN_SECONDS` without filling it. (Several go by the number of rows alone: they must
-    all do the same.) One writing at a time, because rows that share a shard are merged with what is on disk.
+    Rows stay in memory until they fill a shard, so that each file or object is written once. A single process also
+    writes part of a shard that it has not filled within `_UNWRITTEN_SECONDS`. Several processes decide by the number of
+    rows alone, because they must all do the same. There is one write at a time, because rows of a shard that is partly
+    written are merged with those on disk.
     """
 
     def __init__(
         self, progress: AnyPath, done: int, vectors: ts.TensorStore, next_tokens: ts.TensorStore | None
     ) -> None:
         self._progress, self._vectors, self._next_tokens = progress, vectors, next_tokens
-        self._written: ts.Future | None = None
-        self._begun = False  # whether any process is writing
-        self._stop = self._read = done  # after the last row that is being written, and that was read
-        self._unwritten: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # rows, and the number of the first
+        self._write: ts.Future | None = None
+        self._is_writing = False  # whether any process is writing
+        self._stop = self._read = done  # the row after the last one being written, and after the last one read
+        self._unwritten: list[tuple[ts.TensorStore, int, np.ndarray]] = []  # (array, number of the first row, rows)
         self._written_at = time.monotonic()
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        together = kind is None or issubclass(kind, supervision.Preempted)  # which all processes are at the same batch
-        if together or world.count() == 1:  # else the others are not here to wait for
+        together = kind is None or issubclass(kind, supervision.Preempted)  # raised by all, at the same batch
+        if together or world.count() == 1:  # after an error of its own a process cannot wait for the others
             self._settle()
             self._begin(self._read)
             self._settle()
 
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
-        """Fetches what was read and, where it fills a shard, begins to write it when the writing before is done."""
+        """Fetches a batch's results. Where they fill a shard, waits for the write before and begins the next one.
+
+        Raises UserError where an activation is not finite.
+        """
         activations = list(_local_rows(read[0], batch.count))
         if not all(np.isfinite(values).all() for _, values in activations):
-            raise UserError(f"subject.model: activations of rows {batch.start} and after are not finite")
+            raise UserError(
+                f"subject.model: activations of rows {batch.start} and after are not finite; check the model's files, "
+                "or set subject.dtype=float32"
+            )
         parts = [(self._vectors, activations)]
         if self._next_tokens is not None:
             parts.append((self._next_tokens, list(_local_rows(read[1], batch.count))))
-        for store, held in parts:
-            for rows, values in held:
+        for store, slices in parts:
+            for rows, values in slices:
                 start = batch.start + rows.start
-                begun = max(0, self._stop - start)  # rows that are on disk: an earlier run stopped within this batch
-                if begun < len(values):
-                    self._unwritten.append((store, start + begun, values[begun:]))
+                on_disk = max(0, self._stop - start)  # more than 0 where an earlier run stopped within this batch
+                if on_disk < len(values):
+                    self._unwritten.append((store, start + on_disk, values[on_disk:]))
         self._read = batch.start + batch.count
-        whole = self._read // SHARD_ROWS * SHARD_ROWS
+        writable = self._read // SHARD_ROWS * SHARD_ROWS
         if world.count() == 1 and time.monotonic() - self._written_at >= _UNWRITTEN_SECONDS:
-            whole = self._read
-        if whole > self._stop:
+            writable = self._read
+        if writable > self._stop:
             self._settle()
-            self._begin(whole)
+            self._begin(writable)
 
     def _begin(self, stop: int) -> None:
-        """Begins to write the rows before `stop`: in one transaction, so that a shard is written once."""
+        """Begins to write the rows before `stop`, in one transaction, so that a shard is written once."""
         transaction, later = ts.Transaction(), []
         for store, start, values in self._unwritten:
-            now = min(max(0, stop - start), len(values))
-            if now:
-                store.with_transaction(transaction)[start : start + now].write(values[:now]).copy.result()
-            if now < len(values):
-                later.append((store, start + now, values[now:]))
-        # Only now: what is counted has been given to be written whole.
-        self._written, self._begun, self._stop, self._unwritten = (
+            count = min(max(0, stop - start), len(values))
+            if count:
+                store.with_transaction(transaction)[start : start + count].write(values[:count]).copy.result()
+            if count < len(values):
+                later.append((store, start + count, values[count:]))
+        # Assigned last and together: only rows that have all been handed to the write may be counted.
+        self._write, self._is_writing, self._stop, self._unwritten = (
             transaction.commit_async(),
             stop > self._stop,
             stop,
@@ -330,15 +349,15 @@ class _Writer:
         self._written_at = time.monotonic()
 
     def _settle(self) -> None:
-        """Waits until what is being written is on disk, everywhere, and counts it."""
-        written, begun, self._written, self._begun = self._written, self._begun, None, False
+        """Waits until all processes have their rows on disk, and counts them in progress.json."""
+        write, is_writing, self._write, self._is_writing = self._write, self._is_writing, None, False
         try:
-            if written is not None:
-                written.result()
+            if write is not None:
+                write.result()
         except BaseException:
-            self._unwritten = []  # nothing may be counted that comes after rows that are not there
+            self._unwritten = []  # later rows must not be counted: the rows before them are not on disk
             raise
-        if begun:
+        if is_writing:
             processes.barrier()
             if world.is_first():
                 write_json(self._progress, {"rows": self._stop})
@@ -352,24 +371,24 @@ def _arrays(
 
 
 def open_vectors(directory: AnyPath, rows: int, d_model: int, create: bool = False) -> ts.TensorStore:
-    """The raw activations [rows, d] float32 on disk; with `create` a new array, in the place of any other."""
+    """Opens the raw activations [rows, d] float32. With `create` it makes a new array, in the place of any other."""
     return _array(directory / "vectors", (rows, d_model), np.float32, "create" if create else "read")
 
 
 def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.TensorStore:
-    """An array [rows, width] on disk, to "read" or "write", or new to write in the place of any other ("create").
+    """Opens an array [rows, width] on disk to "read" or to "write"; "create" makes a new one in the place of any other.
 
-    Shards of `SHARD_ROWS` rows, one file or object each, of chunks that can be read alone. Chunks and the index of
-    them have a CRC-32C. What was never written, or is gone, is an error where it is read: it would be zeros.
-    Raises UserError where there is no such array. Arrays of older runs, in plain chunks without checksums, are opened
-    too: how an array is laid out stands in its own metadata.
+    It consists of shards of `SHARD_ROWS` rows, one file or object each, whose chunks can be read alone. Chunks and
+    their index carry a CRC-32C. Reading rows that were never written, or are gone, is an error and does not give zeros.
+    Raises UserError where there is no such array. Arrays of older runs, in plain chunks without checksums, can be
+    opened too, because an array's metadata describes its layout.
     """
     spec: dict[str, Any] = {
         "driver": "zarr3",
         "kvstore": kvstore(path),
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
-        # What is read does not change any more.
+        # An array that is opened to be read does not change any more.
         "recheck_cached_data": "open" if mode == "read" else True,
     }
     if mode == "create":
@@ -380,11 +399,12 @@ def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.
     except ValueError as error:
         if mode == "create":
             raise
-        raise UserError(f"{path}: missing or damaged ({_reason(error)})") from None
+        remedy = f"restore it, or delete {path.parent} to extract again"
+        raise UserError(f"{path}: missing or damaged ({_reason(error)}); {remedy}") from None
 
 
 def _metadata(shape: tuple[int, int], dtype: type) -> dict[str, Any]:
-    """Of zarr3: the layout of a new array."""
+    """Returns the zarr3 metadata of a new array, which describes its layout."""
     rows, width = shape
     chunk_rows = SHARD_ROWS
     while chunk_rows > 1 and chunk_rows * width * np.dtype(dtype).itemsize > _CHUNK_BYTES:
@@ -404,11 +424,11 @@ def _reason(error: Exception) -> str:
 
 
 def _rows_of(store: ts.TensorStore, rows: np.ndarray | slice, path: AnyPath) -> np.ndarray:
-    """The rows. Raises UserError where they are not as they were written."""
+    """Reads rows. Raises UserError where they are damaged."""
     remedy = f"if it is damaged, restore it, or delete {path.parent} to make it again"
     try:
         values = store[rows].read().result()
-    except ValueError as error:  # tensorstore's, of every kind
+    except ValueError as error:  # tensorstore raises no other kind
         raise UserError(f"{path}: cannot be read ({_reason(error)}); {remedy}") from None
     if values.dtype == np.float32 and not np.isfinite(values).all():
         raise UserError(f"{path}: NaN or infinity among the rows read; {remedy}")
@@ -416,7 +436,7 @@ def _rows_of(store: ts.TensorStore, rows: np.ndarray | slice, path: AnyPath) -> 
 
 
 def write_plan(directory: AnyPath, plan: Plan) -> None:
-    """documents.parquet and, last, rows.parquet: its presence says that the plan is complete."""
+    """Writes documents.parquet and then rows.parquet, whose presence says that the plan is complete."""
     starts = np.cumsum([0, *map(len, plan.ids)])
     ids = pa.LargeListArray.from_arrays(starts, np.concatenate([*plan.ids, np.zeros(0, np.int32)]))
     documents = pa.table({"doc_id": plan.doc_ids, "split": [SPLITS[i] for i in plan.split], "ids": ids})
@@ -426,7 +446,10 @@ def write_plan(directory: AnyPath, plan: Plan) -> None:
 
 
 def read_plan(directory: AnyPath) -> Plan:
-    """What `write_plan` wrote. Raises UserError where a file is missing, damaged or not of the other."""
+    """Reads the plan that `write_plan` wrote.
+
+    Raises UserError where a file is missing or damaged, or where the two files do not belong together.
+    """
     remedy = f"restore it, or delete {directory} to extract again"
     documents = read_parquet(directory / "documents.parquet", remedy, ("doc_id", "split", "ids"))
     rows = read_parquet(directory / "rows.parquet", remedy, ("document", "position"))
@@ -447,14 +470,17 @@ def read_plan(directory: AnyPath) -> Plan:
 
 
 def _views(lists: pa.LargeListArray | pa.ListArray) -> list[np.ndarray]:
-    """Every list as an array, without a copy."""
+    """Returns every list of an arrow array as a numpy array, without a copy."""
     starts = lists.offsets.to_numpy()
     values = lists.values.to_numpy().astype(np.int32, copy=False)
     return [values[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def _is_sound(plan: Plan) -> bool:
-    """Whether every row is one of a document. Those of datasets come in any order, and without token ids."""
+    """Returns whether every row is a position of a document.
+
+    Rows of datasets come in any order, and their documents have no token ids.
+    """
     document, position = plan.document, plan.position
     if len(document) == 0 or document.dtype.kind != "i" or position.dtype.kind != "i":
         return False
@@ -465,7 +491,7 @@ def _is_sound(plan: Plan) -> bool:
 
 
 class ActivationStore:
-    """The finished activations of a workdir. `plan` says what the rows are, `meta` where they come from."""
+    """The finished activations of a workdir. `plan` holds their documents and positions, `meta` their provenance."""
 
     def __init__(self, directory: AnyPath) -> None:
         self.plan = read_plan(directory)
@@ -475,22 +501,22 @@ class ActivationStore:
         self._directory = directory
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """Raw activations [len(rows), d] float32, in the order of `rows`. Raises UserError where they are damaged."""
+        """Reads raw activations [len(rows), d] float32, in the order of `rows`. Raises UserError for damaged ones."""
         return _rows_of(self._vectors, rows, self._directory / "vectors")
 
     def next_tokens(self, rows: np.ndarray) -> np.ndarray:
-        """Likeliest next tokens [len(rows), k] int32; k is 0 where the describer does not read them."""
+        """Reads the likeliest next tokens [len(rows), k] int32; k is 0 where extraction did not store them."""
         if self._next_tokens is None:
             return np.zeros((len(rows), 0), np.int32)
         return _rows_of(self._next_tokens, rows, self._directory / "next_tokens")
 
     def context_ids(self, row: int) -> np.ndarray:
-        """The tokens up to and including the row's position; none where the activations come from a dataset."""
+        """Returns the token ids up to and including the row's position; none for activations from a dataset."""
         return self.plan.ids[self.plan.document[row]][: self.plan.position[row] + 1]
 
     @cached_property
     def contexts(self) -> dict[int, str]:
-        """Held-out row -> text up to its position, of activations that come from a dataset."""
+        """Held-out row -> text up to its position, for activations from a dataset."""
         path = self._directory / "contexts.parquet"
         if not path.exists():
             return {}
@@ -499,7 +525,7 @@ class ActivationStore:
 
 
 def write_meta(directory: AnyPath, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
-    """meta.json: provenance, counts, and statistics of the stored vectors, read shard by shard."""
+    """Writes meta.json: provenance, counts, and statistics of the stored vectors, which are read shard by shard."""
     vectors, _ = _arrays(directory, len(plan.position), d_model, num_next)
     norms, mean_direction = np.empty(len(plan.position)), np.zeros(d_model)
     for start in range(0, len(norms), SHARD_ROWS):

@@ -1,10 +1,10 @@
-"""Answers that were paid for, kept so that nobody is asked twice: in the workdir, wherever that is.
+"""Stores answers that were paid for in the workdir, local or in a bucket, so that no question is paid for twice.
 
-A directory of answers holds parts, `part-00000-3f9c2a81.jsonl`, of one JSON object a line: `key` tells what was asked,
-`answer` is the text that came back, or null where an earlier answer is taken back. Later lines count. A part is written
-by one process and never added to by another, so a killed process leaves at most one torn line, the last of its own
-part, and two processes never write into each other's. The same layout serves a directory here and a bucket, so a
-workdir keeps its answers when it is moved from one to the other.
+A directory of answers holds parts such as `part-00000-3f9c2a81.jsonl`, with one JSON object a line. `key` is a hash of
+the question, `answer` is the text that came back, or null where an earlier answer is withdrawn. The last line of a key
+counts. Only one process writes a part, so a killed process leaves at most one torn line, the last of its part, and two
+processes never write into the same file. Local directories and buckets have the same layout, so a workdir keeps its
+answers when it is moved from one to the other.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ from nlae_jax.runtime.progress import warn
 
 T = TypeVar("T")
 
-# What a machine that is switched off, or a process killed while it writes to a bucket, may take with it.
+# At most the answers of this time or number are lost where a machine is switched off, or a process that writes to a
+# bucket is killed.
 SYNC_SECONDS = 10.0
 SYNC_ANSWERS = 256
 
 _PART = re.compile(r"part-(\d+)[-\w]*\.jsonl")
-_PART_BYTES = 4_000_000  # of an object that is written anew every few seconds until it is as long as this
+_PART_BYTES = 4_000_000  # a bucket's part is rewritten every few seconds until it is this long; then the next begins
 
 
 class AnswerCache:
-    """Answers to the questions of one `identity`. A context manager: left, all are stored and files are closed.
+    """The answers to questions of one `identity`. It is a context manager: leaving it stores all and closes the files.
 
-    In a directory here an answer is in its file when `put` returns, and survives the process. In a bucket it is held
-    until `sync`, because nothing can be added to an object. Safe for threads and for processes.
+    In a local directory an answer is in its file when `put` returns, and survives the process. In a bucket it stays in
+    memory until `sync`, because objects cannot be appended to. Threads and processes may share a directory.
     """
 
     def __init__(self, directory: AnyPath, *identity: object, shared: Path | None = None) -> None:
-        """`identity`: whatever besides the text decides what is answered (provider, model, instruction, length).
+        """Opens the answers in `directory`.
 
-        `shared`: a second directory, which all workdirs of this machine read and write: what one of them has asked, the
-        others need not. An answer that is found there is copied into `directory`.
+        `identity` is everything besides the text that decides an answer: provider, model, instruction, length.
+        `shared` is a second directory, which all workdirs of this machine read and write, so that a question of one
+        workdir is not asked again in another. An answer that is found there is copied into `directory`.
         """
         self._directory, self._shared = directory, shared
         self._identity = json.dumps([str(part) for part in identity])
         self._writers: list[_Writer] = [_writer(directory)]
         if shared is not None:
-            self._writers.append(_Lenient(_File(shared)))
+            self._writers.append(_OptionalWriter(_FileWriter(shared)))
         self._put_since, self._due = 0, time.monotonic() + SYNC_SECONDS
 
     def __enter__(self) -> AnswerCache:
@@ -71,31 +73,31 @@ class AnswerCache:
         except Exception as problem:
             if error is None:
                 raise
-            # The error that ended the run is the one to report, but what is lost with it must be said.
+            # The error that ended the run is the one to report, but the user must learn that answers are lost.
             warn(f"{self._directory}: the last answers could not be stored ({problem})")
 
     def get(self, text: str) -> str | None:
-        """The stored answer, or None; a damaged line counts as none."""
+        """Returns the stored answer, or None. A damaged line counts as no answer."""
         return self.lookup([text], str).get(text)
 
     def lookup(self, texts: Iterable[str], read: Callable[[str], T]) -> dict[str, T]:
-        """Those of the texts that have an answer -> what `read` makes of it. Reads every part once.
+        """Returns text -> `read(answer)`, for the texts that have an answer. Reads every part once.
 
-        Raises UserError where a part of the workdir's cannot be read: its answers would be paid for again.
+        Raises UserError where a part in the workdir cannot be read: its answers would be paid for again.
         """
-        asked = {self._key(text): text for text in texts}
-        found = _read(self._directory, asked, read)
-        missing = {key: text for key, text in asked.items() if key not in found}
+        text_of_key = {self._key(text): text for text in texts}
+        results = _read(self._directory, text_of_key, read)
+        missing = {key: text for key, text in text_of_key.items() if key not in results}
         if self._shared is not None and missing:
-            elsewhere = _read(self._shared, missing, str, lenient=True)
-            for key, answer in elsewhere.items():
+            shared_answers = _read(self._shared, missing, str, lenient=True)
+            for key, answer in shared_answers.items():
                 self._writers[0].append(_line(key, answer))
-            self._put_since += len(elsewhere)
-            found |= {key: read(answer) for key, answer in elsewhere.items()}
-        return {text: found[key] for key, text in asked.items() if key in found}
+            self._put_since += len(shared_answers)
+            results |= {key: read(answer) for key, answer in shared_answers.items()}
+        return {text: results[key] for key, text in text_of_key.items() if key in results}
 
     def put(self, text: str, answer: str) -> None:
-        """Records an answer. Raises UserError where that is not possible."""
+        """Records an answer. Raises UserError where it cannot be written."""
         self._record(text, answer)
 
     def withdraw(self, texts: Iterable[str]) -> None:
@@ -104,9 +106,9 @@ class AnswerCache:
             self._record(text, None)
 
     def sync(self, at_once: bool = False) -> None:
-        """Makes what was put outlive this machine; called often, it does so every `SYNC_SECONDS` or `SYNC_ANSWERS`.
+        """Stores the answers so far durably, at most every `SYNC_SECONDS` or `SYNC_ANSWERS` unless `at_once`.
 
-        Not thread-safe; `put` may go on meanwhile.
+        Only one thread may call it at a time. Other threads may call `put` meanwhile.
         """
         if not at_once and self._put_since < SYNC_ANSWERS and time.monotonic() < self._due:
             return
@@ -115,7 +117,7 @@ class AnswerCache:
             writer.sync()
 
     def _record(self, text: str, answer: str | None) -> None:
-        if not world.is_first():  # where several compute the answers, all have the same
+        if not world.is_first():  # where several processes compute answers, all have the same ones
             return
         line = _line(self._key(text), answer)
         for writer in self._writers:
@@ -136,29 +138,34 @@ def _line(key: str, answer: str | None) -> bytes:
 def _read(
     directory: AnyPath, wanted: Mapping[str, object], read: Callable[[str], T], lenient: bool = False
 ) -> dict[str, T]:
-    """The newest answer of each wanted key. `lenient`: what this user may not read is passed over."""
-    found: dict[str, T] = {}
+    """Returns key -> `read(answer)` for the newest answer of each wanted key.
+
+    With `lenient`, parts that cannot be read are skipped. Otherwise they raise UserError.
+    """
+    results: dict[str, T] = {}
     for _, path in sorted(_parts(directory), key=lambda part: (part[0], part[1].name)):
         try:
             for key, answer in _answers(path, quiet=lenient):
                 if key in wanted:
-                    found.pop(key, None)
+                    results.pop(key, None)
                     if answer is not None:
-                        found[key] = read(answer)
+                        results[key] = read(answer)
         except OSError as error:
             if not lenient:
-                raise UserError(f"{path}: answers cannot be read ({error.strerror or error})") from None
-    return found
+                problem = error.strerror or error
+                raise UserError(f"{path}: answers cannot be read ({problem}); make the file readable") from None
+    return results
 
 
 def _parts(directory: AnyPath) -> Iterator[tuple[int, AnyPath]]:
+    """Yields (number, path) of each part."""
     for path in children(directory):
         if match := _PART.fullmatch(path.name):
             yield int(match[1]), path
 
 
 def _answers(path: AnyPath, quiet: bool) -> Iterator[tuple[str, str | None]]:
-    """(key, answer) of each whole line. The last one may be torn; another that is damaged is told of."""
+    """Yields (key, answer) of each whole line. The last line may be torn; other damaged lines give a warning."""
     damaged, torn = 0, False
     with path.open("rb") as file:
         for line in file:
@@ -172,14 +179,14 @@ def _answers(path: AnyPath, quiet: bool) -> Iterator[tuple[str, str | None]]:
             if not torn:
                 yield key, answer
     if damaged and not quiet:
-        warn(f"{path}: {damaged} damaged lines; what they answered is asked again")
+        warn(f"{path}: {damaged} damaged lines; their questions are asked again")
 
 
 # --- writing
 
 
 class _Writer(Protocol):
-    """What writes a part. `close` gives up nothing: what is added after it begins another part."""
+    """A writer of parts. After `close`, another `append` begins a new part."""
 
     def append(self, line: bytes) -> None: ...
     def sync(self) -> None: ...
@@ -187,11 +194,11 @@ class _Writer(Protocol):
 
 
 def _writer(directory: AnyPath) -> _Writer:
-    return _Objects(directory) if is_remote(directory) else _File(Path(directory))
+    return _BucketWriter(directory) if is_remote(directory) else _FileWriter(Path(directory))
 
 
 def _new_part(directory: AnyPath) -> tuple[int, str]:
-    """Number and mark of a part that is to be read after those that are there; the mark is no other process's."""
+    """Returns number and mark of a new part. It is read after the existing ones, and its mark is unique."""
     return 1 + max((number for number, _ in _parts(directory)), default=-1), uuid.uuid4().hex[:8]
 
 
@@ -199,8 +206,8 @@ def _name(number: int, mark: str) -> str:
     return f"part-{number:05}-{mark}.jsonl"
 
 
-class _File:
-    """A part in a directory here, made with the first line. Only its owner may read it: texts may be private."""
+class _FileWriter:
+    """Writes a part in a local directory. Only its owner may read it, because texts may be private."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -212,7 +219,7 @@ class _File:
             with self._lock:
                 self._file = self._file or self._open()
                 end = os.fstat(self._file.fileno()).st_size
-                if self._file.write(line) != len(line):  # the disk filled up: what follows must not join it
+                if self._file.write(line) != len(line):  # the disk filled up: the next line must not join the torn one
                     self._file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -235,8 +242,8 @@ class _File:
             file.close()
 
 
-class _Lenient:
-    """A part that is good to have: where it cannot be written, that is said once, and the run goes on."""
+class _OptionalWriter:
+    """Writes a part that the run can do without: the first failure gives a warning, and nothing more is written."""
 
     def __init__(self, writer: _Writer) -> None:
         self._writer: _Writer | None = writer
@@ -257,11 +264,11 @@ class _Lenient:
             act(self._writer)
         except (OSError, UserError) as error:
             self._writer = None
-            warn(f"{error}; other workdirs will not find it")
+            warn(f"{error}; other workdirs will not find this answer")
 
 
-class _Objects:
-    """Parts in a bucket: each is written anew, with what was added, until it is long enough and the next one begins."""
+class _BucketWriter:
+    """Writes parts in a bucket. The whole part is uploaded anew at every `sync` until it has `_PART_BYTES`."""
 
     def __init__(self, directory: AnyPath) -> None:
         self._directory = directory
@@ -285,9 +292,9 @@ class _Objects:
         if len(data) >= _PART_BYTES:
             number, mark = self._part
             with self._lock:
-                # In this order: interrupted in between, lines are written twice rather than never.
+                # In this order, an interruption between the two makes lines be written twice rather than never.
                 self._part, self._written = (number + 1, mark), 0
                 del self._buffer[: len(data)]
 
     def close(self) -> None:
-        """Nothing is open between two writings."""
+        """Does nothing: no file is open between two uploads."""

@@ -1,4 +1,4 @@
-"""What the describers that ask a language model share: the instruction, the parsing, the cache, the bookkeeping."""
+"""Parts that all describers share that ask a language model: instruction, parsing, cache, bookkeeping."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ INSTRUCTION = (
 )
 
 _MIN_CHARACTERS = 20
-_MAX_CHARACTERS = 1_600  # about 400 tokens: three times what was asked for
-_MAX_ANSWER_CHARACTERS = 200_000  # kept of an answer, thinking included
+_MAX_CHARACTERS = 1_600  # about 400 tokens: three times the length that the instruction asks for
+_MAX_ANSWER_CHARACTERS = 200_000  # of an answer, thinking included
 
 _UNUSABLE = "no usable <explanation>"
-_MIN_CHECKED = 16  # answers after which the share of lost ones is looked at
+_MIN_CHECKED = 16  # the share of lost answers is first checked after this many answers
 
 
-# --- what an answer says
+# --- parsing an answer
 
-# Names and signs that models put around what they think before they answer.
+# Names and signs that models put around their thinking before they answer.
 _THINKING = "think|thinking|thought|reasoning|reflection|scratchpad|seed:think"
 _TAG = re.compile(
     r"(?=[<\[◁])(?:"  # eight times as fast as trying every alternative at every character
@@ -52,16 +52,16 @@ _THOUGHT = re.compile(rf"<({_THINKING})\s{{0,9}}>[^<]*</\1\s{{0,9}}>", re.IGNORE
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])(?:\s+|$)")  # of one line
 _QUOTES = tuple("\"'“‘`«")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Control characters that are no white space, and marks that reorder what stands beside them.
+# Control characters that are not white space, and marks that change the direction of the text.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt. `text` None: nothing did, and `problem` says why in a few words.
+    """The answer to one prompt. `text` is None where none came; `problem` then says why in a few words.
 
-    The text is clean: valid Unicode of bounded length without control characters. With a text, `problem` is what to say
-    if there is no explanation in it.
+    The text is clean: valid Unicode of bounded length without control characters. Where there is a text, `problem` is
+    the reason to report if it holds no explanation.
     """
 
     text: str | None
@@ -73,8 +73,8 @@ class Answer:
 
 
 def _clean(text: str) -> str:
-    """Outside text as everything here takes it; of one that is too long only what `parse_answer` would find in it."""
-    if _SURROGATE.search(text):  # two that belong together are one character
+    """Cleans text from outside, see `Answer`. Of a text that is too long only its explanation is kept."""
+    if _SURROGATE.search(text):  # a pair of surrogates is one character; a lone one is invalid
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     text = _CONTROL.sub("", text)
     if len(text) > _MAX_ANSWER_CHARACTERS:
@@ -84,14 +84,14 @@ def _clean(text: str) -> str:
 
 
 def build_prompt(text: str) -> str:
-    """The user message that asks for a description of `text`."""
+    """Returns the user message that asks for a description of `text`."""
     return f"{INSTRUCTION}\n\nThe text:\n{text.encode('utf-8', 'replace').decode('utf-8')}"
 
 
 def parse_answer(answer: str) -> str | None:
-    """The explanation inside an answer as one line of plain text; None if there is none worth keeping.
+    """Returns an answer's explanation as one line of plain text, or None if there is no usable one.
 
-    It is what stands between the last two tags that belong together and are no part of what the model thought before.
+    The explanation stands between the last pair of tags that is not part of the model's thinking.
     """
     body = _scan(_clean(answer)).explanation
     if body is None:
@@ -102,14 +102,14 @@ def parse_answer(answer: str) -> str | None:
 
 
 def explanation_of(response: str) -> str | None:
-    """The same as it stands there, whatever it is like; None where there is none or nothing is in it."""
+    """Returns an answer's explanation unchanged but stripped, or None where there is none or it is empty."""
     return (_scan(_clean(response)).explanation or "").strip() or None
 
 
 def begins_with_thinking(text: str) -> bool:
-    """Whether the first tag of `text` opens what a model thought, at its very beginning, or closes it.
+    """Returns whether the first tag of `text` closes a model's thinking, or opens it at the text's very beginning.
 
-    A tag in quotation marks is spoken of.
+    A tag in quotation marks does not count: the text is about it.
     """
     tags = (tag for tag in _TAG.finditer(text) if text[max(0, tag.start() - 1) : tag.start()] not in _QUOTES)
     first = next(tags, None)
@@ -119,7 +119,7 @@ def begins_with_thinking(text: str) -> bool:
 
 
 def thinks_at_end(text: str) -> bool:
-    """Whether `text` ends inside of what a model thinks, as the prompts of some chat templates do."""
+    """Returns whether `text` ends inside a model's thinking, as the prompts of some chat templates do."""
     return _scan(text).thinking > 0
 
 
@@ -129,14 +129,14 @@ class _Scan(NamedTuple):
 
 
 def _scan(text: str) -> _Scan:
-    """One pass over the tags. A tag of thinking inside of a complete explanation is a quotation.
+    """Finds the explanation in one pass over the tags. A thinking tag inside a complete explanation is a quotation.
 
-    Where thinking is closed that was never opened, the prompt had opened it: all before was thinking. Where it is never
-    closed, the answer was cut off in it. Thinking that quotes an opening tag of its own kind reads as that, too: a lost
-    answer is counted and told of, a draft taken for the answer would not be.
+    Where thinking is closed but was never opened, the prompt opened it: all text before was thinking. Where thinking is
+    never closed, the answer was cut off in it. Thinking that quotes its own opening tag reads like that too. This loses
+    an answer, which is counted and reported; taking a draft for the answer would go unnoticed.
     """
     thinking, explanation = 0, None
-    start, thinking_before = -1, 0  # of the explanation that is open: where it begins, and `thinking` there
+    start, thinking_before = -1, 0  # where the open explanation begins, and the value of `thinking` there
     for tag in _TAG.finditer(text):
         match tag.lastgroup:
             case "begin":
@@ -161,15 +161,15 @@ def _scan(text: str) -> _Scan:
 # --- asking
 
 
-Keep = Callable[[int, str], None]  # records the answer about the text of that index; from any thread
+Keep = Callable[[int, str], None]  # (index of the text, answer): records the answer; may be called from any thread
 
 
 class Ask(Protocol):
     def __call__(self, texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer] | None, None, None]:
-        """Yields (index of the text, the answer about it) in any order, and None now and then where nothing comes.
+        """Yields (index of the text, answer) in any order, and None now and then while no answer comes.
 
-        An answer with a text is handed to `keep` the moment it is there, before anything can go wrong with it. Closing
-        the generator stops what is under way.
+        An answer with a text is handed to `keep` as soon as it arrives, before anything can fail. Closing the generator
+        stops the requests under way.
         """
         ...
 
@@ -182,14 +182,15 @@ def cached_describer(
     together: int = 1,
     by_all: bool = False,
 ) -> Describer:
-    """A describer that asks only what the cache lacks. Raises UserError when more than half of the answers are lost.
+    """Makes a describer that asks only about texts that the cache has no answer to.
 
-    `together` consecutive texts are asked as a whole or not at all: where an answer depends on the other prompts of
-    its batch, a killed run then continues with the batches, and so the answers, of a run that was not killed. With
-    `by_all` every process asks, of the same texts: those that the first has no answer to. Only it knows stored answers.
+    Raises UserError when more than half of the answers are lost. The share is checked after the first `_MIN_CHECKED`
+    answers (or all, if there are fewer) and after each further `4 * concurrency`, so that a wrong model or a dead
+    server ends the run early. Usable answers stay stored.
 
-    The share is looked at after the first `_MIN_CHECKED` answers (or all, if there are fewer) and after each
-    further `4 * concurrency`, so that a wrong model or a dead server ends the run early; what was answered is kept.
+    `together` consecutive texts are asked as a whole or not at all. Where an answer depends on the other prompts of its
+    batch, a resumed run then has the batches, and so the answers, of a run that was never killed. With `by_all` every
+    process asks about the same texts: those that the first process has no answer to. Only that one reads the cache.
     """
     window = _Window(config, cache)
     report = progress or (lambda _: None)
@@ -199,20 +200,20 @@ def cached_describer(
         texts = list(count)
         lines = _stored_by_first(cache, texts) if by_all else _stored(cache, texts)
         groups = [texts[start : start + together] for start in range(0, len(texts), together)]
-        asked = [text for group in groups if not all(text in lines for text in group) for text in group]
-        for text in asked:
+        to_ask = [text for group in groups if not all(text in lines for text in group) for text in group]
+        for text in to_ask:
             lines.pop(text, None)
         if lines:
             report(sum(count[text] for text in lines))
         unanswered: Counter[str] = Counter()
         window.begin(proven=any(lines.values()))
-        with cache, window, closing(ask(asked, lambda index, answer: window.keep(asked[index], answer))) as results:
+        with cache, window, closing(ask(to_ask, lambda index, answer: window.keep(to_ask[index], answer))) as results:
             for result in results:
                 cache.sync()
                 if result is None:
                     report(0)
                     continue
-                text, answer = asked[result[0]], result[1]
+                text, answer = to_ask[result[0]], result[1]
                 line = None if answer.text is None else parse_answer(answer.text)
                 window.add(text, line, answer)
                 if answer.text is not None:
@@ -224,7 +225,7 @@ def cached_describer(
         dropped = unanswered + Counter({_UNUSABLE: sum(line is None for line in lines.values())})
         logger.info(
             "describe: %d texts, %d answered anew, %d dropped%s",
-            len(texts), len(asked), dropped.total(), f" ({_counts(dropped)})" if dropped else "",
+            len(texts), len(to_ask), dropped.total(), f" ({_counts(dropped)})" if dropped else "",
         )  # fmt: skip
         return [lines.get(context.text) for context in contexts]
 
@@ -232,15 +233,19 @@ def cached_describer(
 
 
 def _stored(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str | None]:
-    """Text -> what its stored answer says. Unusable ones count only beside usable ones: a server that never gave any
-    was set up wrong, and is asked again.
+    """Returns text -> its stored explanation, or None for an unusable answer.
+
+    Without any usable answer it returns {}: a server that never gave one was set up wrong, and is asked again.
     """
     lines = cache.lookup(texts, parse_answer)
     return lines if any(lines.values()) else {}
 
 
 def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str | None]:
-    """The same, decided by the first process alone; the others learn which lines are usable, and not what they say."""
+    """Returns what `_stored` does, read by the first process alone.
+
+    The other processes learn which texts have a usable answer, but not the answers.
+    """
     lines: dict[str, str | None] = {}
 
     def look() -> str:
@@ -248,15 +253,15 @@ def _stored_by_first(cache: AnswerCache, texts: Sequence[str]) -> dict[str, str 
         return "".join("0" if text not in lines else "1" if lines[text] else "-" for text in texts)
 
     marks = processes.by_first(look)
-    known = {"1": "known to the first process", "-": None}
-    return {text: lines.get(text, known[mark]) for text, mark in zip(texts, marks, strict=True) if mark in known}
+    value_of = {"1": "known to the first process", "-": None}
+    return {text: lines.get(text, value_of[mark]) for text, mark in zip(texts, marks, strict=True) if mark in value_of}
 
 
 class _Window:
-    """Stores answers, and stops the run when a window of them is mostly lost.
+    """Stores answers, and stops the run when most answers of a window are lost.
 
-    Unusable answers are taken back when their window fails: those of a server that was set up wrong are not kept.
-    A window of a few answers is judged only as long as nothing usable was ever answered. A context manager, left when
+    Unusable answers are withdrawn when their window fails, because a server that was set up wrong must be asked again.
+    A last window of only a few answers is judged only if no usable answer ever came. It is a context manager, left when
     no more answers come.
     """
 
@@ -273,7 +278,7 @@ class _Window:
         self._unusable: list[str] = []
 
     def begin(self, proven: bool) -> None:
-        """A new call; `proven`: usable answers are in the cache already."""
+        """Begins a new call of the describer. `proven` says that the cache already holds usable answers."""
         self._proven |= proven
         self._reset()
 
@@ -287,13 +292,13 @@ class _Window:
         self._unjudged.clear()
 
     def keep(self, text: str, answer: str) -> None:
-        """Stores an answer that has come, judged or not: it was paid for. From any thread."""
+        """Stores an answer at once, because it was paid for. May be called from any thread."""
         self._cache.put(text, answer)
         if parse_answer(answer) is None:
             self._unjudged.add(text)
 
     def add(self, text: str, line: str | None, answer: Answer) -> None:
-        """Judges an answer, whose text says `line`."""
+        """Counts an answer whose explanation is `line`, and judges the window if it is full."""
         self._seen += 1
         if line is None:
             self._problems[answer.problem or _UNUSABLE] += 1
@@ -302,7 +307,7 @@ class _Window:
             self._check()
 
     def finish(self) -> None:
-        """The rest, if there is enough of it to judge."""
+        """Judges the last, incomplete window, if it has enough answers."""
         if not self._proven or self._seen >= _MIN_CHECKED:
             self._check()
 
@@ -320,4 +325,5 @@ class _Window:
 
 
 def _counts(problems: Mapping[str, int]) -> str:
+    """Lists problems with their counts, for a message."""
     return ", ".join(f"{count} {problem}" for problem, count in sorted(problems.items()))

@@ -1,8 +1,8 @@
-"""Documents: read from the user's files, from a hub dataset, or from the installed documentation.
+"""Reads documents from the user's files, from a hub dataset, or from the installed documentation.
 
-The path "warmstart" is the corpus that the package carries. Whatever the source, documents come de-duplicated and
-ordered by the sha256 of their text, so that the first n are a fair sample of all and the same text has the same place
-and the same `doc_id` on every machine.
+The path "warmstart" names the corpus that the package carries. Documents of every source are de-duplicated and ordered
+by the sha256 of their text. So the first n are a fair sample of all, and a text has the same place and the same
+`doc_id` on every machine.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from nlae_jax.runtime.outside import parse_json
 
 logger = logging.getLogger(__name__)
 
-_HUB_SHUFFLE_BUFFER = 10_000  # rows; a fair sample of a dataset that is too large to read
+_HUB_SHUFFLE_BUFFER = 10_000  # rows; makes a fair sample of a dataset that is too large to read
 _ROWS_PER_BATCH = 1_024
-_MOST_BYTES = 64 << 20  # of one document with all that stands beside it: a line without end would fill the memory
+_MOST_BYTES = 64 << 20  # of a line or .txt file: without a bound, a line that never ends would fill the memory
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a source gives: a text, and what the source says of it.
+    """A text from a source, with the source's data about it.
 
-    `name` is the source's own `id`. Texts of one `passage` are never in two splits. `at_end`: the text is read at its
-    last token rather than at positions drawn at random, and may be short.
+    `name` is its `id` in the source. Texts of one `passage` are never in two splits. A text `at_end` is read at its
+    last token, not at positions drawn at random, and may be short.
     """
 
     text: str
@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `doc_id` is the beginning of the sha256 of its normalised text: 16 hexadecimal digits.
+    """One document of the corpus. `doc_id` is the first 16 hexadecimal digits of its normalised text's sha256.
 
     The other fields are those of `Text`.
     """
@@ -64,18 +64,18 @@ class Document:
 
     @property
     def group(self) -> str:
-        """Documents of one group are in one split."""
+        """The name of the document's group. All documents of a group are in one split."""
         return self.passage or self.doc_id
 
 
 def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
-    """The document that `text` is when it comes by itself."""
+    """Makes the document of a text that does not come from a corpus."""
     clean = _clean(text).lstrip()
     return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end)
 
 
 def read_documents(config: CorpusConfig) -> list[Document]:
-    """The corpus: distinct texts of at least `min_characters`, by sha256, at most `max_documents` (None: all).
+    """Reads the corpus: distinct texts of at least `min_characters`, by sha256, at most `max_documents` (None: all).
 
     With `corpus.hub` and `max_documents`, reading stops as soon as there are enough documents; a buffered shuffle with
     a fixed seed then makes the sample fair. Raises UserError if a source cannot be read or nothing is left.
@@ -85,22 +85,20 @@ def read_documents(config: CorpusConfig) -> list[Document]:
     if (config.max_documents or 0) < 0 or config.min_characters < 0:
         raise UserError("corpus.max_documents and corpus.min_characters must be 0 or more")
     dropped: Counter[str] = Counter()
-    kept = _select(_texts(config), config, dropped)
-    source, read = _source_name(config), len(kept) + sum(dropped.values())
+    documents = _select(_texts(config), config, dropped)
+    source, total = _source_name(config), len(documents) + sum(dropped.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
-    if not kept:
+    if not documents:
         raise UserError(
-            f"{source}: no document is left of {read} read; dropped: {reasons} "
+            f"{source}: no document is left of {total} read; dropped: {reasons} "
             f"(corpus.min_characters is {config.min_characters})"
         )
-    logger.info(
-        "corpus: %d documents kept of %d read from %s; dropped: %s", len(kept), read, _source_name(config), reasons
-    )
-    return kept
+    logger.info("corpus: %d documents kept of %d read from %s; dropped: %s", len(documents), total, source, reasons)
+    return documents
 
 
 def read_named_documents(config: CorpusConfig, option: str) -> list[Document]:
-    """`read_documents` of a path that was given as an option of a command, which errors then name."""
+    """Runs `read_documents` on the path of a command's `option`. Error messages name that option."""
     try:
         return read_documents(config)
     except UserError as error:
@@ -108,12 +106,12 @@ def read_named_documents(config: CorpusConfig, option: str) -> list[Document]:
 
 
 def normalise(text: str) -> str:
-    """What two texts share if they count as one: Unicode form, case and white space are ignored."""
+    """Normalises Unicode form, case and white space. Two texts with one normal form count as duplicates."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _digest(text: str) -> bytes:
-    """Of the normalised text; white space at its end counts where it was kept: the text is read there."""
+    """Hashes the normalised text with the white space at its end, because a text `at_end` is read there."""
     return hashlib.sha256((normalise(text) + text[len(text.rstrip()) :]).encode()).digest()
 
 
@@ -132,37 +130,37 @@ def _texts(config: CorpusConfig) -> Iterable[Text]:
 
 
 def _warm_start_texts() -> Iterator[Text]:
-    """The texts of the notes that the package carries, each read at its end."""
+    """Yields the texts of the notes that the package carries. Each is read at its end."""
     for where, row in read_json_lines(WARMSTART_NOTES):
         yield Text(_text_of(row, where, "text"), passage=row["passage"], at_end=True)
 
 
 def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
-    """Filters, de-duplicates and orders `texts`; counts in `dropped` what is left out, by reason."""
+    """Filters, de-duplicates and orders `texts`. Counts the texts left out in `dropped`, by reason."""
     limit = config.max_documents
-    seen: set[bytes] = set()
-    kept: list[tuple[bytes, Text]] = []
-    for found in texts:
-        text = _clean(found.text).lstrip()
-        text = text if found.at_end else text.rstrip()
-        if not text.strip() or (len(text) < config.min_characters and not found.at_end):
+    digests: set[bytes] = set()
+    selected: list[tuple[bytes, Text]] = []
+    for source_text in texts:
+        text = _clean(source_text.text).lstrip()
+        text = text if source_text.at_end else text.rstrip()
+        if not text.strip() or (len(text) < config.min_characters and not source_text.at_end):
             dropped["too short"] += 1
             continue
         digest = _digest(text)
-        if digest in seen:
+        if digest in digests:
             dropped["duplicates"] += 1
             continue
-        seen.add(digest)
-        kept.append((digest, replace(found, text=text)))
-        if limit and config.hub and len(kept) == limit:
+        digests.add(digest)
+        selected.append((digest, replace(source_text, text=text)))
+        if limit and config.hub and len(selected) == limit:
             break
-        if limit and len(kept) >= 2 * limit + 1_000:  # bounded memory however large the corpus is
-            kept = _first(kept, limit, dropped)
-    return [Document(digest.hex()[:16], **vars(text)) for digest, text in _first(kept, limit, dropped)]
+        if limit and len(selected) >= 2 * limit + 1_000:  # bounded memory however large the corpus is
+            selected = _first(selected, limit, dropped)
+    return [Document(digest.hex()[:16], **vars(text)) for digest, text in _first(selected, limit, dropped)]
 
 
-def _first(kept: list[tuple[bytes, Text]], limit: int | None, dropped: Counter[str]) -> list[tuple[bytes, Text]]:
-    ordered = sorted(kept, key=lambda item: item[0])
+def _first(selected: list[tuple[bytes, Text]], limit: int | None, dropped: Counter[str]) -> list[tuple[bytes, Text]]:
+    ordered = sorted(selected, key=lambda item: item[0])
     if limit and len(ordered) > limit:
         dropped["beyond corpus.max_documents"] += len(ordered) - limit
         return ordered[:limit]
@@ -170,7 +168,7 @@ def _first(kept: list[tuple[bytes, Text]], limit: int | None, dropped: Counter[s
 
 
 def _clean(text: str) -> str:
-    r"""`text` as valid Unicode: a lone surrogate (`"\ud800"` in JSON) becomes U+FFFD. A byte-order mark is not text."""
+    r"""Makes `text` valid Unicode: a lone surrogate (`"\ud800"` in JSON) becomes U+FFFD. Drops a byte-order mark."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text.removeprefix("\ufeff"))
 
 
@@ -197,8 +195,8 @@ def _matching_files(pattern: str) -> list[Path]:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """`glob.glob(pattern, recursive=True)`, but below `**` no directory is entered twice: links may go in circles."""
-    if "**" not in pattern.split("/"):  # within a name it means no more than *
+    """Does what `glob.glob(pattern, recursive=True)` does, but enters no directory twice: links may form circles."""
+    if "**" not in pattern.split("/"):  # within a name, ** means no more than *
         yield from glob.glob(pattern)
         return
     parts = pattern.split("/")
@@ -212,14 +210,14 @@ def _glob(pattern: str) -> Iterator[str]:
 
 
 def _directories(start: str) -> Iterator[str]:
-    """`start` and every directory below it, hidden ones aside, through links too; each once."""
-    known: set[tuple[int, int]] = set()
+    """Yields `start` and every directory below it once, through links too, but no hidden directories."""
+    visited: set[tuple[int, int]] = set()
     for directory, names, _ in os.walk(start, followlinks=True):
         status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in known:
+        if (status.st_dev, status.st_ino) in visited:
             names.clear()
             continue
-        known.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield directory
 
@@ -237,7 +235,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _decode(data: bytes, path: Path, start: int) -> str:
-    """UTF-8 text of `data`, which begins `start` bytes into the file; a byte-order mark is not text."""
+    """Decodes UTF-8 `data` that begins `start` bytes into the file. Drops a byte-order mark."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -263,9 +261,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl or .jsonl.gz file, each with `path:line`. Raises UserError naming both where it is none.
+    """Yields (`path:line`, object) of each line of a .jsonl or .jsonl.gz file.
 
-    Lines end with a line feed; other characters that end lines in Unicode stand for themselves.
+    Raises UserError that names path and line where a line is not a JSON object. Only a line feed ends a line; Unicode's
+    other line separators are ordinary characters.
     """
     empty, offset, number = True, 0, 0
     try:
@@ -274,7 +273,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 number += 1
                 if len(raw) > _MOST_BYTES:
                     raise UserError(
-                        f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes; a document is shorter"
+                        f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes, the most that is read"
                     )
                 line = _decode(raw, path, offset)
                 offset += len(raw)
@@ -292,7 +291,7 @@ def _unpacked(path: Path, stored: BinaryIO) -> BinaryIO | gzip.GzipFile:
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
-    # A corpus says much beside its texts: a score that is NaN there is nobody's business here.
+    # A corpus has many fields beside its texts: a score of NaN in one of them does no harm here.
     row = parse_json(line, where, finite=False)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__}, but every line must be an object")
@@ -343,7 +342,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Text]]] = {
 
 
 def _hub_texts(config: CorpusConfig) -> Iterator[Text]:
-    """Texts of the dataset `owner/name` or `owner/name:configuration`, streamed."""
+    """Streams the texts of the dataset `owner/name` or `owner/name:configuration`."""
     try:
         import datasets
     except ImportError:

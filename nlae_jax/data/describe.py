@@ -1,7 +1,7 @@
-"""Warm-start descriptions: what a text up to one position says about what a model holds there.
+"""Warm-start descriptions: from a text up to one position, they say what a model may hold in mind there.
 
-The encoder learns to write them and the decoder to read them before reinforcement learning begins. A provider
-is a factory in `PROVIDERS`; `template` is below and needs nothing, the others ask a language model (providers.py).
+The encoder learns to write them and the decoder to read them before reinforcement learning begins. A provider is a
+factory in `PROVIDERS`. `template` needs no model, `file` reads descriptions from a file, and the others ask a model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from nlae_jax.runtime.errors import UserError
 
 
 def make_describer(config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None) -> Describer:
-    """The describer that `describe.provider` names. Raises UserError if it is unknown or cannot be set up."""
+    """Makes the describer that `describe.provider` names. Raises UserError if it is unknown or cannot be set up."""
     if config.provider not in PROVIDERS:
         raise UserError(f"describe.provider {config.provider!r} is unknown: use one of {', '.join(PROVIDERS)}")
     return PROVIDERS[config.provider](config, resources, progress)
 
 
 def file_provider(config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None) -> Describer:
-    """The file says which positions are read, so its descriptions come with them (`data.described`): never asked."""
+    """Raises UserError: the file's descriptions are stored at extraction (`data.described`), which has not read it."""
     raise UserError(
         'describe.provider = "file": activations/ was made without that file; delete activations/ to extract at the '
         "positions that it describes"

@@ -1,15 +1,15 @@
-"""Descriptions made elsewhere, by annotators or a batch API: `describe.provider = "file"`.
+"""Reads descriptions made elsewhere, by annotators or a batch API: `describe.provider = "file"`.
 
 `describe.path` is a JSONL file, or "warmstart" for the notes that the package carries. A line has a `description` (or
-`note`) and says where it belongs, in one of three ways:
+`note`) and names its position in one of three ways:
 
     {"text": "The Thames rises in", "description": "…"}      the text up to the position; no other corpus is needed
     {"id": "d7", "offset": 19, "description": "…"}           a document of the corpus, by its `id` there or by our
-                                                             doc_id, and how many of its characters have been read
-    {"id": "d7", "position": 4, "description": "…"}          the same, counted in tokens of the subject from 0
+                                                             doc_id, and the number of its characters that were read
+    {"id": "d7", "position": 4, "description": "…"}          the same document, and the token's number from 0
 
-`passage` names what several texts are taken from: no passage is in two splits. The positions of a described document
-are those of its descriptions; other documents of the corpus get theirs at random, as ever.
+`passage` names the source that several texts are taken from: no passage is in two splits. A described document is read
+at the positions of its descriptions. Other documents of the corpus are read at random positions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_CHARACTERS = 20_000  # of one description
 
 @dataclass(frozen=True)
 class Description:
-    """One line of the file: where in which text, and what is said there.
+    """One line of the file: the document, the place in it, and the description `text`.
 
     `place` is ("text", text), ("offset", characters) or ("position", token).
     """
@@ -48,28 +48,28 @@ class Description:
 
 @dataclass(frozen=True)
 class Described:
-    """The corpus with the file's own texts added, and doc_id -> token position -> description."""
+    """The corpus with the file's texts added, and doc_id -> token position -> description."""
 
     documents: list[Document]
     positions: Mapping[str, Mapping[int, str]]
-    dropped: Counter[str]  # reason -> number of lines that fit nowhere
+    dropped: Counter[str]  # reason -> number of lines without a place in the corpus
 
 
 def described_path(name: str) -> Path:
-    """The file that `describe.path` names."""
+    """Returns the file that `describe.path` names."""
     if name == WARMSTART and not Path(name).exists():
         return WARMSTART_NOTES
     return local_path(name, "config.describe.path")
 
 
 def read_descriptions(path: Path) -> Iterator[Description]:
-    """The file's lines. Raises UserError naming file, line and field where one is not as it should be."""
+    """Yields the file's descriptions. Raises UserError that names file, line and field where one is invalid."""
     for where, row in read_json_lines(path):
         text = _string(row, where, "note" if "note" in row and "description" not in row else "description")
         if "explanation>" in text:
             raise UserError(f"{where}: description holds an explanation tag; it should be the text inside the tags")
         if begins_with_thinking(text):
-            raise UserError(f"{where}: description begins with what a model thought; it should be what follows that")
+            raise UserError(f"{where}: description begins with a model's thinking; it should be the text after it")
         if len(text) > _MAX_CHARACTERS:
             raise UserError(f"{where}: description has {len(text)} characters; at most {_MAX_CHARACTERS} are read")
         passage = _string(row, where, "passage") if row.get("passage") is not None else ""
@@ -79,7 +79,7 @@ def read_descriptions(path: Path) -> Iterator[Description]:
         document = _string(row, where, "id" if "id" in row else "doc_id")
         for name in ("offset", "position"):
             if row.get(name) is not None:
-                yield Description(document, (name, _whole(row, where, name)), passage, text)
+                yield Description(document, (name, _whole_number(row, where, name)), passage, text)
                 break
         else:
             raise UserError(f"{where}: should have a `text`, or an `id` with an `offset` or a `position`")
@@ -88,9 +88,9 @@ def read_descriptions(path: Path) -> Iterator[Description]:
 def match(
     descriptions: Iterator[Description], documents: Sequence[Document], tokenizer: Any, max_tokens: int
 ) -> Described:
-    """Finds every description's document and token; only the first `max_tokens` of a document count.
+    """Finds every description's document and token among the first `max_tokens` of each document.
 
-    An offset belongs to the token that ends there; where none does, the description fits nowhere, and is counted.
+    An offset belongs to the token that ends there. A description without a token is left out and counted.
     """
     texts = sorted(documents, key=lambda document: document.text)
     keys = [document.text for document in texts]
@@ -121,22 +121,22 @@ def match(
             dropped["of a position that has one already"] += 1
         else:
             positions[document.doc_id][position] = description.text
-    kept = {doc_id: dict(sorted(found.items())) for doc_id, found in positions.items() if found}
-    known = {document.doc_id for document in documents}
-    used = [document for doc_id, document in added.items() if doc_id in kept and doc_id not in known]
-    return Described([*documents, *used], kept, dropped)
+    described = {doc_id: dict(sorted(by_position.items())) for doc_id, by_position in positions.items() if by_position}
+    corpus_ids = {document.doc_id for document in documents}
+    used = [document for doc_id, document in added.items() if doc_id in described and doc_id not in corpus_ids]
+    return Described([*documents, *used], described, dropped)
 
 
 def _passage_of(text: str, texts: Sequence[Document], keys: Sequence[str]) -> str:
-    """The passage of the corpus's document that begins with `text`; '' where there is none."""
+    """Returns the group of the corpus's document that begins with `text`, or '' where there is none."""
     index = bisect.bisect_left(keys, text)
     return texts[index].group if index < len(keys) and keys[index].startswith(text) else ""
 
 
 def _token_ends(text: str, tokenizer: Any, max_tokens: int) -> dict[int, int]:
-    """Characters read -> number of the token that ends there, of tokens that stand for characters."""
+    """Returns number of characters -> number of the token that ends there. Tokens without characters are left out."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    before = len(text_ids(tokenizer, text)) - len(encoded["input_ids"])  # a beginning of sequence
+    before = len(text_ids(tokenizer, text)) - len(encoded["input_ids"])  # the beginning-of-sequence token, if any
     ends = {stop: before + token for token, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start}
     return {stop: token for stop, token in ends.items() if token < max_tokens}
 
@@ -148,7 +148,7 @@ def _string(row: dict[str, Any], where: str, name: str) -> str:
     return encodable(value)
 
 
-def _whole(row: dict[str, Any], where: str, name: str) -> int:
+def _whole_number(row: dict[str, Any], where: str, name: str) -> int:
     value = row[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise UserError(f"{where}: {name} should be a whole number from 0; it is {json.dumps(value)[:60]}")

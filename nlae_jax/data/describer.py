@@ -1,4 +1,4 @@
-"""What a provider of descriptions is: the contexts it is asked about, and what it may draw on."""
+"""The interface of a provider of descriptions: the contexts that it describes, and the resources that it may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlae_jax.runtime.files import AnyPath
 
 @dataclass(frozen=True)
 class Context:
-    """A position in a document, and what the subject expects there."""
+    """A position in a document, and the subject's likeliest next tokens there."""
 
     doc_id: str
     text: str  # up to and including the position
@@ -22,19 +22,19 @@ class Context:
 
 @dataclass(frozen=True)
 class DescribeResources:
-    """What providers may draw on besides the configuration."""
+    """The resources that providers may use besides the configuration."""
 
-    document_frequency: Mapping[str, int]  # word -> number of the corpus's documents that hold it
+    document_frequency: Mapping[str, int]  # word -> number of the corpus's documents that contain it
     num_documents: int
     generate: Callable[[list[str]], list[str]] | None  # chat prompts -> completions of the subject itself
-    cache_directory: AnyPath  # of answers, in the workdir: it belongs to one subject, which has no other name
-    shared_directory: Path | None = None  # of this machine, for answers of servers that other workdirs may ask, too
+    cache_directory: AnyPath  # the workdir's answers: all from one subject, whose weights no name identifies
+    shared_directory: Path | None = None  # this machine's answers of servers, shared by all workdirs
 
 
-Describer = Callable[[Sequence[Context]], list[str | None]]  # one line per context; None: dropped
+Describer = Callable[[Sequence[Context]], list[str | None]]  # one description per context, None where there is none
 
 
-# Called with the number of contexts done since the last call; with 0 now and then where a provider waits.
+# Called with the number of contexts done since the last call, and with 0 now and then while a provider waits.
 Progress = Callable[[int], None]
 
 

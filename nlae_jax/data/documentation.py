@@ -1,7 +1,7 @@
 """The default corpus: the documentation that is installed with Python and its packages.
 
-It needs no network and is prose about one broad subject. Docstrings are read from the source files' syntax
-trees: no package is imported and nothing in one is executed.
+It needs no network and is prose about one broad subject. Docstrings are read from the source files' syntax trees: no
+package is imported or executed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SKIPPED_DIRECTORIES = frozenset({"__pycache__", "_vendor", "dist-packages", "idl
     "tests",
 }
 MAX_FILE_BYTES = 400_000
-# Of source read per package: a package twenty times larger than the others must not be the corpus.
+# The bytes of source read per package: a package twenty times larger than the others must not dominate the corpus.
 MAX_PACKAGE_BYTES = 4_000_000
 MIN_DOCSTRING_BYTES = 300  # a file without a quoted block this long is not worth parsing
 
 _MIN_LETTERS = 0.82  # share of the characters that are letters or white space
-_MIN_FUNCTION_WORDS = 0.22  # share of the words that hold sentences together; lists and code have few
+_MIN_FUNCTION_WORDS = 0.22  # share of the words that are function words; lists and code have few
 _MAX_KNOWN_SHINGLES = 0.5
 
 _LEGAL = re.compile(r"copyright|licen[sc]ed? |all rights reserved|spdx|warrant(y|ies)|redistribut", re.IGNORECASE)
@@ -41,22 +41,23 @@ _RULE = re.compile(r"^[ \t]*([-=~^*#+\"'`_])\1{2,}[ \t]*\n?", re.MULTILINE)
 _DIRECTIVE = re.compile(r"^[ \t]*\.\.( .*)?$\n?", re.MULTILINE)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
 _EMPTY_SECTION = re.compile(r"(?:\A|\n)\s*(?:examples?|references?|see also|notes?|usage)\s*:*\s*\Z", re.IGNORECASE)
-_EXAMPLE = re.compile(r"\A\s*examples?\s*:*\s*\Z", re.IGNORECASE)  # whose doctest is gone
+_EXAMPLE = re.compile(r"\A\s*examples?\s*:*\s*\Z", re.IGNORECASE)  # a heading whose doctest was removed
 _LETTERS_OR_SPACE = re.compile(r"[^\W\d_]+|\s+")
 _WORD = re.compile(r"[A-Za-z]+")
 
 
 def installed_roots() -> list[Path]:
-    """The directories of the standard library and of the installed packages, each once."""
+    """Returns the directories of the standard library and of the installed packages, each once."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys(Path(paths[key]).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 def documentation_texts(roots: Sequence[Path] | None = None) -> list[str]:
-    """Docstrings and language topics below `roots` (default: everything installed), one text each.
+    """Returns the docstrings and language topics below `roots` (default: everything installed), one text each.
 
-    Texts are cleaned, mostly English prose, and ordered by content. A text that repeats half of what came
-    before it (many classes share most of their docstring) is left out, so that splits by document are honest.
+    Texts are cleaned, mostly English prose, and ordered by a hash of their content. A text of which more than half
+    occurred in earlier texts (many classes share most of their docstring) is left out, so that splits by document share
+    no text.
     """
     raw: set[str] = set()
     for root in installed_roots() if roots is None else roots:
@@ -68,7 +69,7 @@ def documentation_texts(roots: Sequence[Path] | None = None) -> list[str]:
 
 
 def clean(docstring: str) -> str:
-    """The prose of a docstring: without indentation, doctests, code fences, markup and licences."""
+    """Returns the prose of a docstring: without indentation, doctests, code fences, markup and licences."""
     text = inspect.cleandoc(docstring).encode("utf-8", "ignore").decode("utf-8")
     text = _ROLE.sub(r"\1", _DIRECTIVE.sub("", _RULE.sub("", _FENCE.sub("", text)))).replace("``", "`")
     paragraphs = (_without_doctest(paragraph) for paragraph in re.split(r"\n\s*\n", text))
@@ -77,7 +78,7 @@ def clean(docstring: str) -> str:
 
 
 def is_prose(text: str) -> bool:
-    """Whether `text` is mostly sentences: enough letters, and enough of the words that join sentences."""
+    """Returns whether `text` is mostly sentences: it has enough letters and enough function words."""
     words = _WORD.findall(text.lower())
     letters = len(text) - len(_LETTERS_OR_SPACE.sub("", text))
     joining = sum(word in FUNCTION_WORDS for word in words)
@@ -89,7 +90,7 @@ def _digest(text: str) -> bytes:
 
 
 def _files_by_package(root: Path) -> dict[str, list[tuple[str, int]]]:
-    """Package (first part of the path, "" for lone modules) -> its source files and their sizes in bytes."""
+    """Returns package (first part of the path, "" for single modules) -> its source files and their sizes in bytes."""
     packages: dict[str, list[tuple[str, int]]] = {}
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in SKIPPED_DIRECTORIES]
@@ -106,7 +107,7 @@ def _files_by_package(root: Path) -> dict[str, list[tuple[str, int]]]:
 
 
 def _sample(files: list[tuple[str, int]], root: Path) -> Iterator[str]:
-    """A package's files in an order that its layout does not bias, up to `MAX_PACKAGE_BYTES`."""
+    """Yields a package's files up to `MAX_PACKAGE_BYTES`, in an order that does not depend on its layout."""
     total = 0
     for path, size in sorted(files, key=lambda file: _digest(os.path.relpath(file[0], root))):
         if path.endswith(os.path.join("pydoc_data", "topics.py")):
@@ -117,7 +118,7 @@ def _sample(files: list[tuple[str, int]], root: Path) -> Iterator[str]:
 
 
 def _docstrings(path: str) -> Iterator[str]:
-    """Long docstrings of one file, as written; the values of its dict if it is pydoc's file of topics."""
+    """Yields the long docstrings of one file, or the values of its dict if it is pydoc's file of topics."""
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -128,7 +129,7 @@ def _docstrings(path: str) -> Iterator[str]:
             warnings.simplefilter("ignore")  # invalid escapes in other people's sources
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # source for another version of Python, or a file that is no source at all
+        return  # source for another version of Python, or not Python source
     yield from _topics(tree) if topics else _walk(tree)
 
 
@@ -137,7 +138,7 @@ def _has_long_block(source: bytes) -> bool:
 
 
 def _walk(node: ast.AST) -> Iterator[str]:
-    """Docstrings below `node`: definitions are looked for in bodies of statements only, which is most of the speed."""
+    """Yields the docstrings below `node`. It looks for definitions in bodies of statements only, for speed."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node, clean=False)
         if docstring and len(docstring) >= MIN_DOCSTRING_BYTES:
@@ -149,6 +150,7 @@ def _walk(node: ast.AST) -> Iterator[str]:
 
 
 def _topics(tree: ast.Module) -> Iterator[str]:
+    """Yields the texts of pydoc's dict of language topics."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for value in node.value.values:
@@ -157,7 +159,7 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 
 
 def _without_doctest(paragraph: str) -> str:
-    """The paragraph's lines before its first interpreter prompt; what follows one is output."""
+    """Returns the paragraph's lines before its first interpreter prompt; the lines after it are code and output."""
     lines = paragraph.split("\n")
     for i, line in enumerate(lines):
         if line.lstrip().startswith((">>>", "In [", "$ ")):
@@ -166,15 +168,15 @@ def _without_doctest(paragraph: str) -> str:
 
 
 def _without_near_duplicates(texts: Iterable[str]) -> Iterator[str]:
-    """Texts of which at most half of the runs of six words occurred in a text before.
+    """Yields the texts of which at most half of the runs of six words occurred in an earlier text.
 
-    One run in four is looked at (those whose checksum is divisible by four): enough to decide, and the set stays small.
+    Only one run in four is compared (those whose checksum is divisible by four), which keeps the set of runs small.
     """
-    known: set[int] = set()
+    seen: set[int] = set()
     for text in texts:
         words = _WORD.findall(text.lower())
         checksums = {zlib.crc32(" ".join(words[i : i + 6]).encode()) for i in range(max(1, len(words) - 5))}
         sampled = {checksum for checksum in checksums if checksum % 4 == 0}
-        if len(sampled & known) <= _MAX_KNOWN_SHINGLES * len(sampled):
-            known |= sampled
+        if len(sampled & seen) <= _MAX_KNOWN_SHINGLES * len(sampled):
+            seen |= sampled
             yield text

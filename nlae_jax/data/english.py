@@ -1,4 +1,4 @@
-"""English words that hold sentences together and say nothing of what a text is about."""
+"""English function words: they join sentences and say nothing about a text's topic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows exchanged between documents: the control that every comparison with another document's row shares."""
+"""Exchanges rows between documents, for every control that compares a row with a row of another document."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 def mismatched(documents: np.ndarray, seed: int) -> np.ndarray:
-    """A permutation of rows under which every row meets one of another document, as far as the counts allow.
+    """Returns a permutation [N] int64 that gives every row a row of another document, as far as the counts allow.
 
-    `documents` [N] names each row's document. Rows are laid out document by document in random order and rotated by
-    the largest document's size. Where one document has more than half of the rows, some meet their own: `of_others`
-    leaves them out.
+    `documents` [N] names each row's document. The rows are ordered by document, the documents at random, and rotated by
+    the largest document's size. Where one document has more than half of the rows, some rows get one of their own
+    document: `of_others` leaves these out.
     """
     rng = np.random.default_rng(seed)
     names, counts = np.unique(documents, return_counts=True)
@@ -22,6 +22,6 @@ def mismatched(documents: np.ndarray, seed: int) -> np.ndarray:
 
 
 def of_others(values: np.ndarray, documents: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`values` [N, ...] of rows that met rows `other` [N], NaN where those are of the same document, float64."""
-    own = (documents[other] == documents).reshape(-1, *[1] * (values.ndim - 1))
-    return np.where(own, np.nan, values)
+    """Returns `values` [N, ...] with NaN at rows whose exchanged row `other` [N] is of the same document, float64."""
+    same_document = (documents[other] == documents).reshape(-1, *[1] * (values.ndim - 1))
+    return np.where(same_document, np.nan, values)

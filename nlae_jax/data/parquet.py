@@ -1,4 +1,4 @@
-"""Parquet files of others: whatever is wrong with one is said in one line that names it."""
+"""Reads parquet files made by other programs. Every problem with a file raises a UserError that names the file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nlae_jax.runtime.files import open_regular
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A file to be read in pieces. Inside, errors of reading it are UserErrors that name it.
+    """Opens a file to be read in pieces. Inside the context, errors of reading it become UserErrors that name it.
 
-    One of them is a page that is not as its checksum says, where it has one. Buffered: else the whole of a column's row
-    group, which may be the whole file, is read at once.
+    Pages that have a checksum are checked against it. Reading is buffered: otherwise a column's whole row group, which
+    may be the whole file, would be read at once.
     """
     try:
         open_regular(path).close()
@@ -30,27 +30,27 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds strings, in any of their layouts."""
+    """Returns whether a column holds strings, in any of arrow's layouts."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def check_batch(path: Path, start: int, batch: pa.RecordBatch) -> None:
-    """Raises UserError naming the first row whose values are not what their type says, such as text that is not UTF-8.
+    """Raises UserError that names the first row with values that do not fit their type, such as text that is not UTF-8.
 
-    Arrow itself believes the file. `start` is the number of the batch's first row.
+    Arrow does not check this by itself. `start` is the number of the batch's first row.
     """
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
-        found = _unreadable(batch)
-        where = f"rows {start} and after" if found is None else f"row {start + found[0]}: {found[1]}"
+        unreadable = _unreadable(batch)
+        where = f"rows {start} and after" if unreadable is None else f"row {start + unreadable[0]}: {unreadable[1]}"
         raise UserError(f"{path}: {where}: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 def _unreadable(batch: pa.RecordBatch) -> tuple[int, str] | None:
-    """The first row with a value that Python cannot have, and its column."""
+    """Returns the first row with a value that cannot become a Python value, and its column; None if there is none."""
     for row in range(len(batch)):
         for name in batch.schema.names:
             try:

@@ -1,4 +1,4 @@
-"""Training batches: grain shuffles row numbers, a loader turns a batch of them into arrays."""
+"""Makes training batches: grain shuffles row numbers, and a loader turns a batch of them into arrays."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-_EPOCHS = 2**30  # without end; grain's own infinite `repeat()` overflows with batches of one row
+_EPOCHS = 2**30  # practically endless; grain's infinite `repeat()` overflows with batches of one row
 
-_WINDOW_BATCHES = 16  # that rows are sorted by length within: enough to fill every width's batches, few in an epoch
+# Rows are sorted by length within windows of this many batches: enough to fill every width's batches, few in an epoch.
+_WINDOW_BATCHES = 16
 
 
 def batches(num_rows: int, batch_size: int, seed: int, load: Callable[[np.ndarray], Batch]) -> grain.DatasetIterator:
-    """An endless iterator of `load(row numbers)`, reshuffled every epoch; `get_state` and `set_state` resume it."""
+    """Returns an endless iterator of `load(row numbers)`, reshuffled every epoch.
+
+    Its `get_state` and `set_state` resume it.
+    """
     dataset = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat(_EPOCHS).batch(batch_size).map(load)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 def bucket_widths(length: np.ndarray, buckets: int) -> np.ndarray:
-    """At most so many widths, ascending: quantiles of `length` [N] rounded up to multiples of 8, the longest too."""
+    """Returns at most `buckets` widths, ascending: quantiles of `length` [N], rounded up to multiples of 8.
+
+    The last one holds the longest row.
+    """
     shares = np.arange(1, buckets + 1) / buckets
     return np.unique(-(-np.quantile(length, shares, method="inverted_cdf").astype(int) // 8) * 8)
 
@@ -30,13 +37,13 @@ def bucket_widths(length: np.ndarray, buckets: int) -> np.ndarray:
 def bucketed_batches(
     length: np.ndarray, widths: np.ndarray, batch_size: int, seed: int, load: Callable[[np.ndarray, int], Batch]
 ) -> grain.DatasetIterator:
-    """As `batches`, with rows of similar `length` [N] together: an endless iterator of `load(row numbers, width)`.
+    """Returns an endless iterator of `load(row numbers, width)` that puts rows of similar `length` [N] together.
 
     `width` is the smallest of `widths` that holds the batch. Every epoch is shuffled anew and epochs follow each other
-    without a gap, as in `batches`; within each window of a few batches rows are then sorted by the width they need,
-    otherwise left in random order, and the window's batches shuffled. So every row comes once an epoch, up to a window
-    at its end. Where the loss is a mean over a batch's tokens, a batch of short rows weighs as much as one of long
-    rows: a token in a short row weighs more than without buckets.
+    without a gap, as in `batches`. Within each window of `_WINDOW_BATCHES`, rows are then sorted by the width that they
+    need and keep their random order otherwise, and the window's batches are shuffled. So every row comes once an epoch,
+    but for the window at its end. Where the loss is a mean over a batch's tokens, a batch of short rows weighs as much
+    as one of long rows: a token in a short row weighs more than without buckets.
     """
     num_rows, needed = len(length), np.searchsorted(widths, length)
     window = max(1, min(_WINDOW_BATCHES, num_rows // batch_size))

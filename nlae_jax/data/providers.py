@@ -1,6 +1,6 @@
 """Describers that ask a language model: the subject itself, an OpenAI-compatible server, or Anthropic's.
 
-Keys come from the environment; they are sent to the server and go nowhere else: not into logs, files or messages.
+Keys come from the environment. They are sent to the server only, and never written to logs, files or messages.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from nlae_jax.runtime.progress import say
 _SUBJECT_BATCH = 32  # prompts handed to the subject at once
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
-_TICK_SECONDS = 0.2  # after which whoever waits for an answer may look for something else
-_DRAIN_SECONDS = 5.0  # for answers that are under way when the run is stopped: they are being paid for
-_MAX_PAUSE_SECONDS = 120.0  # before the next attempt, whatever a server asks for
-_TOLD_PAUSE_SECONDS = 5.0  # a pause from this length on is told of,
-_TOLD_EVERY_SECONDS = 30.0  # at most this often: many wait at once
+_TICK_SECONDS = 0.2  # the caller gets control back this often while it waits for an answer
+_DRAIN_SECONDS = 5.0  # a stopped run waits so long for answers under way, because they are being paid for
+_MAX_PAUSE_SECONDS = 120.0  # the longest pause before the next attempt, whatever a server asks for
+_TOLD_PAUSE_SECONDS = 5.0  # pauses of at least this length are reported
+_TOLD_EVERY_SECONDS = 30.0  # at most one report in this time, because many requests pause at once
 
 
 # --- the subject
@@ -55,7 +55,7 @@ _TOLD_EVERY_SECONDS = 30.0  # at most this often: many wait at once
 def subject_provider(
     config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
 ) -> Describer:
-    """The subject describes its own texts. Raises UserError if it cannot be asked."""
+    """Makes a describer that asks the subject itself. Raises UserError if it cannot generate text."""
     generate = resources.generate
     if generate is None:
         raise UserError("describe.provider subject needs a subject that can generate text; use template instead")
@@ -69,7 +69,7 @@ def subject_provider(
             yield from answers
 
     identity = (config.provider, config.model, INSTRUCTION, config.max_new_tokens)
-    # Not shared: the subject has no name that tells its weights.
+    # Not shared with other workdirs, because no name identifies the subject's weights.
     cache = AnswerCache(resources.cache_directory, *identity)
     return cached_describer(config, cache, ask, progress, _SUBJECT_BATCH, by_all=True)
 
@@ -79,14 +79,14 @@ def subject_provider(
 
 @dataclass(frozen=True)
 class Api:
-    """How one kind of server is spoken to."""
+    """The HTTP interface of one kind of server."""
 
     key_variable: str
     url: str  # used if describe.base_url is empty
     path: str
-    headers: Callable[[str], dict[str, str]]  # from the key, which may be empty
-    limits: tuple[str, ...]  # names that the length of an answer may go by
-    content: Callable[[Any], tuple[Any, bool]]  # from the decoded reply; see `replies.find_answer`
+    headers: Callable[[str], dict[str, str]]  # key, which may be empty -> headers
+    limits: tuple[str, ...]  # possible names of the field that limits an answer's length
+    content: Callable[[Any], tuple[Any, bool]]  # decoded reply -> (content, was cut off); see `replies.find_answer`
 
 
 OPENAI = Api(
@@ -106,7 +106,7 @@ ANTHROPIC = Api(
     content=anthropic_content,
 )
 
-# Waits so many seconds, or until the event is set; None: there is nothing to wait for.
+# (event, seconds): waits so long, or until the event is set. A result of None means that there is nothing to wait for.
 Pause = Callable[[asyncio.Event, float], Awaitable[object] | None]
 
 
@@ -121,7 +121,10 @@ def openai_provider(
     progress: Progress | None = None,
     pause: Pause = _pause,
 ) -> Describer:
-    """Asks `{base_url}/chat/completions` of any OpenAI-compatible server; key from OPENAI_API_KEY."""
+    """Makes a describer that asks `{base_url}/chat/completions` of an OpenAI-compatible server.
+
+    The key comes from OPENAI_API_KEY. Raises UserError where the settings or the key are missing or invalid.
+    """
     return _server_provider(OPENAI, config, resources, progress, pause)
 
 
@@ -131,7 +134,10 @@ def anthropic_provider(
     progress: Progress | None = None,
     pause: Pause = _pause,
 ) -> Describer:
-    """Asks `{base_url}/v1/messages` of Anthropic's server or one like it; key from ANTHROPIC_API_KEY."""
+    """Makes a describer that asks `{base_url}/v1/messages` of Anthropic's server or a compatible one.
+
+    The key comes from ANTHROPIC_API_KEY. Raises UserError where the settings or the key are missing or invalid.
+    """
     return _server_provider(ANTHROPIC, config, resources, progress, pause)
 
 
@@ -145,14 +151,18 @@ def _server_provider(
 
 
 def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
-    """What decides a server's answers. Local ones often call all models by one name: the address tells them apart."""
+    """Returns everything besides the text that decides a server's answers.
+
+    The address is part of it, because local servers often give all models the same name.
+    """
     return config.provider, config.model, instruction, config.max_new_tokens, config.base_url
 
 
 def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Sequence[str]], list[str | None]]:
-    """(instruction, texts) -> what the configured server makes of them, kept in `directory`; None where nothing came.
+    """Returns a function (instruction, texts) -> the texts as the configured server rewords them.
 
-    Raises UserError at once where `describe.provider` is not a server, or one that cannot be asked.
+    A text without an answer gives None. Answers are stored in `directory`. Raises UserError at once where
+    `describe.provider` is not a server, or where its settings or key are missing or invalid.
     """
     if config.provider not in SERVERS:
         raise UserError(f"describe.provider: {config.provider!r} rewords nothing: should be {' or '.join(SERVERS)}")
@@ -167,7 +177,7 @@ def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Seque
 
 
 class Server:
-    """One model on one server, asked several things at once."""
+    """One model on one server. It is sent several requests at once."""
 
     def __init__(self, api: Api, config: DescribeConfig, pause: Pause = _pause) -> None:
         if not config.model:
@@ -181,9 +191,9 @@ class Server:
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
         self._certificates = _certificates() if url.scheme == "https" else True
-        # OpenAI's own newer models refuse max_tokens; most other servers know nothing else.
+        # OpenAI's newer models refuse max_tokens; most other servers know only that name.
         self._limits = api.limits[::-1] if config.base_url else api.limits
-        self._limit_taken = ""  # of these, the one that the server has answered to
+        self._limit_taken = ""  # the name of the limit that the server has accepted
         self._tell_next = 0.0
 
     def ask(
@@ -192,10 +202,11 @@ class Server:
         keep: Keep = lambda index, answer: None,
         make_prompt: Callable[[str], str] = build_prompt,
     ) -> Generator[tuple[int, Answer] | None, None, None]:
-        """Yields and keeps answers as they arrive; see `answers.Ask`. `make_prompt` says what is asked about a text.
+        """Yields answers as they arrive and hands them to `keep`; see `answers.Ask`.
 
-        Raises UserError at once if the server refuses the key, model or address. Closed, or after an error, it sends
-        nothing more and waits up to `_DRAIN_SECONDS` for what is under way, which `keep` still gets.
+        `make_prompt` makes a text's prompt.
+        Raises UserError at once if the server refuses the key, model or address. After an error, or when closed, it
+        sends no more requests and waits up to `_DRAIN_SECONDS` for those under way. `keep` still gets their answers.
         """
         if not texts:
             return
@@ -211,7 +222,7 @@ class Server:
                 loop.run_until_complete(loop.shutdown_asyncgens())
                 loop.close()
 
-        # A thread of its own: this one may be interrupted at any point, and is not while an answer is being stored.
+        # In another thread: signals may interrupt this one at any point, but must not while an answer is being stored.
         thread = threading.Thread(target=converse, name="describe", daemon=True)
         thread.start()
         try:
@@ -222,7 +233,7 @@ class Server:
                     raise result
                 yield result
         finally:
-            with contextlib.suppress(RuntimeError):  # it has ended by itself
+            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
                 loop.call_soon_threadsafe(stop.set)
             thread.join(_DRAIN_SECONDS + 5)
 
@@ -234,17 +245,17 @@ class Server:
         results: queue.SimpleQueue[tuple[int, Answer] | Exception],
         stop: asyncio.Event,
     ) -> None:
-        """Puts one result for each text, or an error, unless it is stopped."""
+        """Puts one result for each text into `results`, or an error, until it is stopped."""
         numbered = iter(enumerate(texts))
 
         async def work(client: httpx.AsyncClient) -> None:
             try:
                 for index, text in numbered:
                     while results.qsize() > 4 * self._config.concurrency and not stop.is_set():
-                        await asyncio.sleep(_TICK_SECONDS)  # whoever takes them is busy
+                        await asyncio.sleep(_TICK_SECONDS)  # the consumer is slower than the server
                     if stop.is_set():
                         return
-                    answer = await self._ask_one(client, make_prompt(text), stop)
+                    answer = await self._ask_with_retries(client, make_prompt(text), stop)
                     if answer.text is not None:
                         keep(index, answer.text)
                     results.put((index, answer))
@@ -265,14 +276,14 @@ class Server:
             return httpx.AsyncClient(
                 headers={"accept-encoding": "identity"} | self._headers,
                 verify=self._certificates,
-                timeout=None,  # the whole of a request has a bound: `_exchange`
+                timeout=None,  # `_exchange` bounds the time of a whole request
                 limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
                 trust_env=not self._local,  # a proxy from the environment cannot reach this machine's own servers
             )
-        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or no URL
+        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or an invalid URL
             raise self._error(f"the proxy set here: {error}") from None
 
-    async def _ask_one(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
+    async def _ask_with_retries(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
         problem = ""
         for attempt in range(self._config.max_retries + 1):
             if stop.is_set():
@@ -280,27 +291,27 @@ class Server:
             try:
                 return await self._answer(client, prompt)
             except TryAgain as error:
-                problem, asked_for = error.problem, error.seconds
+                problem, seconds_asked_for = error.problem, error.seconds
             if attempt < self._config.max_retries:
-                seconds = min(max(asked_for, _backoff(attempt)), _MAX_PAUSE_SECONDS)
-                self._tell(problem, asked_for, seconds)
+                seconds = min(max(seconds_asked_for, _backoff(attempt)), _MAX_PAUSE_SECONDS)
+                self._tell(problem, seconds_asked_for, seconds)
                 if (waiting := self._pause(stop, seconds)) is not None:
                     await waiting
         return Answer(None, problem)
 
     async def _answer(self, client: httpx.AsyncClient, prompt: str) -> Answer:
-        """One attempt. Raises TryAgain where another may help, UserError where nothing but a person can."""
+        """Makes one attempt. Raises TryAgain where another may help, UserError where the user must change something."""
         limit = self._limit_taken or self._limits[0]
         status, reply = await self._exchange(client, prompt, limit)
-        others = [name for name in self._limits if name != limit]
-        if status in (400, 422) and others and self._limit_taken != limit:
-            # The name of the limit may be at fault: the other one is tried until the server has answered to one.
-            limit = others[0]
+        other_names = [name for name in self._limits if name != limit]
+        if status in (400, 422) and other_names and self._limit_taken != limit:
+            # The name of the limit may be the reason: the other one is tried until the server has accepted one.
+            limit = other_names[0]
             status, reply = await self._exchange(client, prompt, limit)
         if status == 200:
             self._limit_taken = limit
             return find_answer(self._api.content, reply)
-        if status in (400, 413, 422):  # this prompt may be at fault: too long, or refused
+        if status in (400, 413, 422):  # this prompt may be the reason: too long, or refused
             return Answer(None, f"with status {status}")
         if status in (401, 403):
             raise self._error(
@@ -315,7 +326,10 @@ class Server:
         )
 
     async def _exchange(self, client: httpx.AsyncClient, prompt: str, limit: str) -> tuple[int, Any]:
-        """(status, decoded reply) of one request, which takes `describe.timeout_seconds` at most. Raises TryAgain."""
+        """Makes one request of at most `describe.timeout_seconds` and returns (status, decoded reply).
+
+        Raises TryAgain where the connection or the server failed for the moment.
+        """
         body = {
             "model": self._config.model,
             limit: self._config.max_new_tokens,
@@ -344,12 +358,12 @@ class Server:
             raise TryAgain(f"with status {status}", asked_to_wait(response.headers))
         return status, reply
 
-    def _tell(self, problem: str, asked_for: float, seconds: float) -> None:
-        """Says that a longer pause is made, and why: without it, a run that only waits looks like one that hangs."""
+    def _tell(self, problem: str, seconds_asked_for: float, seconds: float) -> None:
+        """Reports a longer pause and its reason: otherwise a run that only waits would seem to hang."""
         if seconds < _TOLD_PAUSE_SECONDS or time.monotonic() < self._tell_next:
             return
         self._tell_next = time.monotonic() + _TOLD_EVERY_SECONDS
-        wish = f"; the server asks to wait {asked_for:.0f} s" if asked_for else ""
+        wish = f"; the server asks to wait {seconds_asked_for:.0f} s" if seconds_asked_for else ""
         say(f"describe: requests end {problem}{wish}; asking again in {seconds:.0f} s")
 
     def _error(self, message: str) -> UserError:
@@ -374,7 +388,10 @@ async def _cancel_after_drain(tasks: Sequence[asyncio.Task[None]], stop: asyncio
 
 
 def _checked_url(base_url: str, api: Api) -> httpx.URL:
-    """A base URL without credentials in it: these would be shown and stored with the configuration."""
+    """Parses a base URL. Raises UserError if it is invalid or holds credentials.
+
+    Credentials in it would be shown and stored with the configuration.
+    """
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
@@ -388,15 +405,18 @@ def _checked_url(base_url: str, api: Api) -> httpx.URL:
 
 
 def _certificates() -> ssl.SSLContext:
-    """The certificates that servers are believed by: SSL_CERT_FILE's and SSL_CERT_DIR's, or those that httpx brings."""
+    """Loads the trusted certificates: those of SSL_CERT_FILE and SSL_CERT_DIR, or httpx's if neither is set.
+
+    Raises UserError where they cannot be read.
+    """
     file, directory = (os.environ.get(name) or None for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"))
     if file is None and directory is None:
         return httpx.create_ssl_context(trust_env=False)
     try:
         if directory is not None:
-            os.listdir(directory)  # OpenSSL passes over one that is missing
+            os.listdir(directory)  # raises; OpenSSL would silently ignore a missing directory
         return ssl.create_default_context(cafile=file, capath=directory)
-    except OSError as error:  # ssl's own errors are some, too
+    except OSError as error:  # also ssl's errors
         named = {"SSL_CERT_FILE": file, "SSL_CERT_DIR": directory}
         where = " or ".join(f"{name} {value}" for name, value in named.items() if value)
         raise UserError(f"{where}: no certificates can be read there ({cause_of(error)})") from None
@@ -406,18 +426,18 @@ def _read_key(variable: str, required: bool) -> str:
     key = os.environ.get(variable, "").strip()
     if not key and required:
         raise UserError(f"{variable} is not set: put the provider's API key into this environment variable")
-    # An exception of the HTTP library about a bad header would quote it.
+    # Checked here, because the HTTP library's exception about a bad header would quote the key.
     if not all("!" <= character <= "~" for character in key):
         raise UserError(f"{variable} holds white space or characters outside ASCII: copy the key again")
     return key
 
 
 def _backoff(attempt: int) -> float:
-    """Seconds before the next attempt: doubling up to a minute, half of it random so that requests spread out."""
+    """Returns the seconds before the next attempt. They double up to a minute; half is random, to spread requests."""
     return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
 
 
-# Making one checks the settings and the key and asks nothing yet.
+# Making a server checks the settings and the key, and sends no request yet.
 SERVERS: dict[str, Callable[[DescribeConfig], Server]] = {
     "openai": partial(Server, OPENAI),
     "anthropic": partial(Server, ANTHROPIC),

@@ -1,6 +1,6 @@
-"""What the replies of language model servers mean: the text in them, the errors, how long to wait.
+"""Interprets the replies of language model servers: their text, their errors, and the time that they ask to wait.
 
-Nothing here quotes a reply in a message: a server may echo the key.
+No message here quotes a reply, because a server may echo the key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import httpx
 
 from nlae_jax.data.answers import Answer
 
-BODY_BYTES = 4_000_000  # of a reply, and of what it unpacks to: a hundred times the longest answer
+BODY_BYTES = 4_000_000  # the bound of a reply, packed and unpacked: a hundred times the longest answer
 _CUT = "cut off by describe.max_new_tokens"
 
 
 class TryAgain(Exception):
-    """No answer came, and asking again may help. `seconds`: the server wants to be left alone for so long."""
+    """Raised where no answer came and asking again may help. `seconds` is the time that the server asks to wait."""
 
     def __init__(self, problem: str, seconds: float = 0.0) -> None:
         super().__init__(problem)
@@ -37,9 +37,9 @@ class TryAgain(Exception):
 
 
 async def read_body(response: httpx.Response) -> bytes:
-    """The body of a reply, unpacked. Raises TryAgain where it is longer than `BODY_BYTES` or cannot be unpacked.
+    """Reads and unpacks the body of a reply. Raises TryAgain if it exceeds `BODY_BYTES` or cannot be unpacked.
 
-    httpx would unpack each piece that arrives as a whole, however large it gets.
+    It does not use httpx's unpacking, which has no bound on the size of an unpacked piece.
     """
     raw = bytearray()
     async for piece in cast(httpx.AsyncByteStream, response.stream):
@@ -49,7 +49,7 @@ async def read_body(response: httpx.Response) -> bytes:
     match response.headers.get("content-encoding", "").strip().lower():
         case "" | "identity":
             return bytes(raw)
-        case "gzip" | "x-gzip" | "deflate":  # not asked for, but some proxies pack all they pass on
+        case "gzip" | "x-gzip" | "deflate":  # not asked for, but some proxies pack every reply
             return _unpacked(bytes(raw))
     raise TryAgain("with a reply in an encoding that was not asked for")
 
@@ -66,7 +66,7 @@ def _unpacked(raw: bytes) -> bytes:
 
 
 def decoded(body: bytes) -> Any:
-    """The JSON value in a body, or None. A byte that is no UTF-8 spoils one character and not the answer."""
+    """Returns the JSON value in a body, or None. An invalid UTF-8 byte spoils one character, not the whole answer."""
     try:
         return json.loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -77,7 +77,7 @@ def decoded(body: bytes) -> Any:
 
 
 def find_answer(find: Callable[[Any], tuple[Any, bool]], reply: Any) -> Answer:
-    """The answer that `find` finds in a decoded reply; one without text where the reply has another form."""
+    """Returns the answer that `find` finds in a decoded reply, or one without text for a reply of another form."""
     try:
         content, cut = find(reply)
         text = _joined(content)
@@ -87,20 +87,20 @@ def find_answer(find: Callable[[Any], tuple[Any, bool]], reply: Any) -> Answer:
 
 
 def openai_content(reply: Any) -> tuple[Any, bool]:
-    """(content, whether it was cut off) of a chat completion. What was thought stands in fields of other names."""
+    """Returns (content, whether it was cut off) of a chat completion. Thinking is in other fields and left out."""
     choice = reply["choices"][0]
     return choice["message"].get("content"), choice.get("finish_reason") == "length"
 
 
 def anthropic_content(reply: Any) -> tuple[Any, bool]:
-    """The same of Anthropic's messages."""
+    """Returns (content, whether it was cut off) of a reply of Anthropic's messages API."""
     return reply["content"], reply.get("stop_reason") == "max_tokens"
 
 
 def _joined(content: Any) -> str:
-    """Content as one text: a string, or a part or a list of parts of which those that are text count; None is empty.
+    """Returns content as one text. Content is a string, a part, a list of parts, or None, which gives ''.
 
-    Raises TypeError, LookupError or AttributeError for anything else.
+    Only parts of text count. Raises TypeError, LookupError or AttributeError for any other content.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -118,7 +118,7 @@ def _part_text(part: Any) -> str:
 
 
 def status_of(reply: Any) -> int:
-    """The HTTP status that a decoded reply sent with status 200 should have had: 200, or that of the error in it."""
+    """Returns 200 for a decoded reply without an error, else the HTTP status that fits the error in it."""
     error = _error_in(reply)
     if not error:
         return 200
@@ -135,7 +135,7 @@ def status_of(reply: Any) -> int:
 
 
 def _error_in(reply: Any) -> Any:
-    """The error in a reply, of any type; None or something empty where there is none."""
+    """Returns the error in a reply, of any type; None or an empty value where there is none."""
     if not isinstance(reply, dict):
         return None
     if "error" in (reply.get("object"), reply.get("type")):
@@ -145,7 +145,7 @@ def _error_in(reply: Any) -> Any:
     return reply.get("error") or first.get("error")
 
 
-# How errors are called where they have no number.
+# Words of errors that have no number -> the HTTP status that fits.
 _WORDS = (
     (r"rate.?limit|quota|exhausted|too.many|overload|capacity", 429),
     (r"auth|permission|api.key|forbidden|denied", 401),
@@ -155,7 +155,7 @@ _WORDS = (
 
 
 def asked_to_wait(headers: Mapping[str, str]) -> float:
-    """Seconds that `Retry-After` (a number or a date) asks for; 0 if it does not say."""
+    """Returns the seconds that `Retry-After` (a number or a date) asks for; 0 without it."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -171,26 +171,25 @@ def asked_to_wait(headers: Mapping[str, str]) -> float:
 
 
 def certificate_problem(error: BaseException) -> str:
-    """Why the server's certificate is not trusted; empty where a connection failed for another reason."""
-    found = (link for link in _links(error) if isinstance(link, ssl.SSLCertVerificationError))
-    return next((link.verify_message or "it cannot be verified" for link in found), "")
+    """Returns why the server's certificate is not trusted, or '' where a connection failed for another reason."""
+    problems = (link for link in _links(error) if isinstance(link, ssl.SSLCertVerificationError))
+    return next((link.verify_message or "it cannot be verified" for link in problems), "")
 
 
 def cause_of(error: BaseException) -> str:
-    """Why a connection failed, in a few words that hold nothing of the request."""
+    """Says why a connection failed, in a few words that contain nothing of the request."""
     for link in _links(error):
         if isinstance(link, ssl.SSLError) and link.reason:
             return f"TLS: {link.reason.lower().replace('_', ' ')}"
         if isinstance(link, OSError) and link.errno and link.strerror:
-            own = isinstance(
-                link, socket.gaierror
-            )  # numbers of its own; asyncio puts the address into the others' text
-            return (link.strerror if own else os.strerror(link.errno)).lower()
+            # A gaierror has its own numbers; into the text of other errors asyncio puts the address.
+            is_lookup = isinstance(link, socket.gaierror)
+            return (link.strerror if is_lookup else os.strerror(link.errno)).lower()
     return type(error).__name__
 
 
 def _links(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and the members of groups."""
+    """Yields an error, the errors that it was raised from, and the members of exception groups."""
     while error is not None:
         yield error
         if isinstance(error, BaseExceptionGroup):

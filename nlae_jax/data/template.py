@@ -1,4 +1,4 @@
-"""The provider `template`: describes without a language model, offline and deterministic."""
+"""The provider `template`: it describes texts without a language model, offline and deterministically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nlae_jax.data.english import FUNCTION_WORDS
 
 
 def document_frequencies(texts: Iterable[str]) -> dict[str, int]:
-    """Word -> number of `texts` that hold it; for `DescribeResources`."""
+    """Returns word -> number of `texts` that contain it, for `DescribeResources`."""
     frequencies: Counter[str] = Counter()
     for text in texts:
         frequencies.update({word for word in _topic_candidates(text)})
@@ -31,7 +31,7 @@ _MAX_ENDING_BYTES = 60  # scripts with many bytes a character also have many tok
 _CANDIDATE = re.compile(r"(?<![^\W\d_])[^\W\d_]{3,20}(?![^\W\d_])")  # whole words; longer ones would fill the line
 _SPECIAL_TOKEN = re.compile(r"<[|｜][^<>]*[|｜]>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[(BOS|EOS|PAD)\]")
 _END_OF_TEXT = re.compile(r"end|eot|eos|^</s>$", re.IGNORECASE)
-# Tokens that the quoted form would spoil.
+# Tokens that have no readable quoted form.
 _NAMED_TOKENS = {
     "<": "a less-than sign",
     ">": "a greater-than sign",
@@ -55,7 +55,7 @@ _PLAIN = str.maketrans({"<": "(", ">": ")", '"': "'"} | dict.fromkeys("“”„
 def template_provider(
     config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
 ) -> Describer:
-    """Describes without a language model: offline, deterministic, one line of about 40 tokens."""
+    """Makes a describer that writes one line of about 40 tokens without a language model."""
 
     def describe(contexts: Sequence[Context]) -> list[str | None]:
         lines: list[str | None] = [describe_by_template(context, resources) for context in contexts]
@@ -67,10 +67,10 @@ def template_provider(
 
 
 def describe_by_template(context: Context, resources: DescribeResources) -> str:
-    """Next tokens, topic and last words as sentences: one line without `<`, `>` or curly quotes, never empty.
+    """Writes next tokens, topic and last words as sentences: one line without `<`, `>` or curly quotes, never empty.
 
-    Words are the corpus's own, so the text may be in any script. The last words come last: they matter most for
-    the position, and the decoder reads its output at the end.
+    Words are taken from the text, which may be in any script. The last words come last: they matter most for the
+    position, and the decoder is read at the end.
     """
     sentences = []
     if tokens := expected(context.next_tokens, context.text):
@@ -83,17 +83,17 @@ def describe_by_template(context: Context, resources: DescribeResources) -> str:
 
 
 def expected(next_tokens: Iterable[str], text: str) -> str:
-    """The likeliest tokens after `text` as a reader sees them: `"a", "b" or a new line`; empty without any."""
+    """Lists the likeliest tokens after `text` for a reader: `"a", "b" or a new line`; '' without any."""
     tokens = _unique(_name_token(token, text) for token in next_tokens)[:NUM_NEXT_TOKENS]
     return _enumerate(tokens, "or") if tokens else ""
 
 
 def topic_words(text: str, document_frequency: Mapping[str, int], num_documents: int) -> list[str]:
-    """At most three words that set `text` apart from the corpus, the most telling first.
+    """Returns at most three words that distinguish `text` from the corpus, the highest score first.
 
-    Score: sqrt of the recency-weighted count, times the inverse document frequency. Later words weigh up to twice
-    as much as the first. A word that fewer than three documents of a large corpus hold is halved: nobody
-    who reads the description has met it. Ties go to the word that occurs first.
+    The score is the square root of the recency-weighted count, times the inverse document frequency. Later words weigh
+    up to twice as much as the first. The score is halved for a word that fewer than three documents of a large corpus
+    contain, because a reader of the description has hardly ever met it. Ties go to the word that occurs first.
     """
     words = _topic_candidates(text)
     weights: dict[str, float] = {}
@@ -114,7 +114,7 @@ def _topic_candidates(text: str) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """`text` without characters that are invisible, invalid or would turn the line around."""
+    """Returns `text` without characters that are invisible, invalid or change the direction of the line."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c for c in text if c.isspace() or c in "\u200c\u200d" or unicodedata.category(c) not in _HIDDEN)
@@ -134,7 +134,7 @@ def _enumerate(items: list[str], conjunction: str) -> str:
 
 
 def _name_token(token: str, text: str) -> str:
-    """A token as a reader sees it: quoted, or in words where it is white space, markup or half a character."""
+    """Names a token for a reader: quoted, or in words where it is white space, markup or part of a character."""
     core = token.strip()
     if not token:
         return ""
@@ -159,7 +159,7 @@ def _name_space(space: str) -> str:
 
 
 def _ending(text: str) -> str:
-    """`The text ends: …`, unquoted: then the decoder's prompt ends on the very token that the activation is of."""
+    """Writes `The text ends: …`, unquoted, so that the description ends on the very token of the activation."""
     visible = text.rstrip()
     words = _printable(visible[-400:]).replace("\ufffd", "").translate(_PLAIN).split()
     shown = " ".join(words[-_NUM_LAST_WORDS:])[-_MAX_ENDING_CHARACTERS:].strip()

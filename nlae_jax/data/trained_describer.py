@@ -1,6 +1,6 @@
 """The provider `describer`: the describer that the package carries writes the descriptions, offline.
 
-See `roles.describer` for what it is, and `experiments/smollm2/describer.py` for how it was trained.
+`roles.describer` holds the model, and `experiments/smollm2/describer.py` trained it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nlae_jax.roles.describer import prompt_ids
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 
-_BATCH = 32  # texts of similar length written about at once
-_TOGETHER = 256  # texts that are sorted by length, and kept together: what a killed run does again
+_BATCH = 32  # texts of similar length that are described at once
+_TOGETHER = 256  # texts that are sorted by length together: a killed run describes at most these again
 _MAX_NEW_TOKENS = 96
 _TEMPERATURE = 0.5
 
@@ -38,7 +38,7 @@ class TextDescriber:
 
     @staticmethod
     def from_directory(directory: Path) -> TextDescriber:
-        """From adapters and the base model that they name. Raises UserError where one of them is missing."""
+        """Loads adapters and the base model that they name. Raises UserError where one of them is missing."""
         adapters = open_adapters(directory)
         base = resolve_model(adapters.base_model)
         arch = read_arch(base)
@@ -48,30 +48,30 @@ class TextDescriber:
     def describe(
         self, texts: Sequence[str], seed: int = 0, advance: Callable[[int], None] = lambda texts: None
     ) -> list[str | None]:
-        """A note on each text as far as it goes, one line without angle brackets; None where nothing came.
+        """Writes a note on each text: one line without angle brackets, or None where the note was cut off or empty.
 
-        The same texts with the same `seed` get the same notes. `advance` is told how many texts are done.
+        The same texts with the same `seed` get the same notes. `advance` is called with the number of texts done.
         """
         tokenizer = self._model.tokenizer
         notes: list[str | None] = [None] * len(texts)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         order = sorted(range(len(texts)), key=lambda index: len(prompts[index]))
         for number, start in enumerate(range(0, len(order), _BATCH)):
-            chosen = order[start : start + _BATCH]
+            batch = order[start : start + _BATCH]
             replies = self._model.generate(
-                [prompts[index] for index in chosen], _MAX_NEW_TOKENS, _TEMPERATURE, seed + number
+                [prompts[index] for index in batch], _MAX_NEW_TOKENS, _TEMPERATURE, seed + number
             )
-            for index, reply in zip(chosen, replies, strict=True):
-                whole = len(reply) < _MAX_NEW_TOKENS
-                notes[index] = _clean(tokenizer.decode(reply, skip_special_tokens=True)) if whole else None
-            advance(len(chosen))
+            for index, reply in zip(batch, replies, strict=True):
+                is_finished = len(reply) < _MAX_NEW_TOKENS
+                notes[index] = _clean(tokenizer.decode(reply, skip_special_tokens=True)) if is_finished else None
+            advance(len(batch))
         return notes
 
 
 def describer_provider(
     config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
 ) -> Describer:
-    """The describer that the package carries describes the texts. Raises UserError where it carries none."""
+    """Makes a describer from the adapters that the package carries. Raises UserError where it carries none."""
     directory = describer_directory()
     if not has_adapters(directory):
         raise UserError("describe.provider: this installation carries no describer; use another provider")
@@ -90,12 +90,12 @@ def describer_provider(
 
 
 def _merged(params: dict[str, Any], file: AdapterFile, adapters: dict[str, Any]) -> dict[str, Any]:
-    """The base's parameters with the adapters added in."""
+    """Returns the base's parameters with the adapters added."""
     combine, scale = jax.jit(merge, static_argnums=2), file.alpha / file.rank
     blocks = {name: combine(weight, adapters.get(name), scale) for name, weight in params["blocks"].items()}
     return {**params, "blocks": blocks}
 
 
 def _clean(note: str) -> str | None:
-    """One line without angle brackets, which mark an explanation's ends."""
+    """Makes a note one line without angle brackets, which would look like an explanation's tags."""
     return " ".join(note.translate({ord("<"): "(", ord(">"): ")"}).split()) or None

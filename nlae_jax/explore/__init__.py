@@ -1,1 +1,1 @@
-"""What people ask of a trained pair: explanations of what they select, directions and neurons, steering, audits."""
+"""Explores a trained pair: explanations of selected tokens, directions and neurons, steering, audits, comparisons."""

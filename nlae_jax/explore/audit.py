@@ -1,7 +1,7 @@
-"""Audits of many explanations: where terms occur, what explanations say that the text does not, held against placebos.
+"""Audits many explanations: where terms occur, and what explanations say that their text does not, beside placebos.
 
-A placebo is the same table made of explanations that belong to other texts (permuted) or come from another pair. What
-the real ones do not say more, or less, often than a placebo, the activations did not say.
+A placebo is the same table of explanations that belong to other texts (permuted) or come from another pair. A word that
+the real explanations do not have more (or less) often than a placebo's does not come from the activations.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from nlae_jax.explore.steer import wilson
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.progress import progress
 
-_MOST_WORDS = 30  # of a list of recurring words
+_MOST_WORDS = 30  # the length of the list of recurring words
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One explained token: of which text, where, and whether the text up to there says a term itself."""
+    """One explained token of a text. `in_text` says whether the text up to the token contains the term itself."""
 
     text: str
     position: int
@@ -43,12 +43,13 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """How often explanations have a term, and how often those of a placebo do.
+    """Counts of one term in explanations and in the placebos' explanations.
 
-    `hits` of `count` explanations have it; `unsaid` of these hits stand where the text up to there does not have it.
-    `placebos`: name -> share of the placebo's explanations. `difference`: the share minus the largest of those, None
-    without a placebo. `places`: the hits, in the order of texts and positions. `first_said`: text -> the first position
-    by which the text itself has the term.
+    `hits` of `count` explanations contain the term. For `unsaid` of these hits the text up to the token does not
+    contain it. `placebos` maps a placebo's name to the share of its explanations with the term, and `placebos_unsaid`
+    to the share of its unsaid hits. `difference` is `share` minus the largest share of a placebo, None without one.
+    `places` holds the hits in the order of texts and positions. `first_said` maps a text to the first position by which
+    the text itself contains the term.
     """
 
     term: str
@@ -66,11 +67,12 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class AuditReport:
-    """`terms`; and of all explanations the mean share of content words that the text up to the token does not have.
+    """The result of an audit.
 
-    `unsaid_share` says that of the real ones, `unsaid_placebos` of each placebo: real explanations should have fewer
-    such words. `recurring`: words that explanations say and texts do not, with the number of explanations, and the
-    same in the placebos per as many explanations.
+    `unsaid_share` is the mean over explanations of the share of their content words that the text up to the token does
+    not contain. `unsaid_placebos` is the same of each placebo: real explanations should have fewer such words.
+    `recurring` lists words that explanations contain and their texts do not, with the number of explanations that do,
+    and that number in each placebo, which has as many explanations.
     """
 
     num_texts: int
@@ -82,7 +84,7 @@ class AuditReport:
     explanations: tuple[Place, ...]
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it; what an auditor reads first comes first: the differences from the placebos."""
+        """Returns the report as JSON has it. The differences from the placebos come first, as the main result."""
         differences = {term.term: term.difference for term in self.terms}
         best = min(self.unsaid_placebos.values(), default=None)
         lead = {
@@ -92,12 +94,12 @@ class AuditReport:
         return {"differences": lead, **dataclasses.asdict(self)}
 
     def search(self, phrase: str) -> list[Place]:
-        """The explained tokens whose explanation has a phrase, in any case."""
-        wanted = phrase.casefold()
-        return [place for place in self.explanations if wanted in place.explanation.casefold()]
+        """Returns the explained tokens whose explanation contains a phrase, in any case."""
+        folded = phrase.casefold()
+        return [place for place in self.explanations if folded in place.explanation.casefold()]
 
     def to_frame(self) -> Any:
-        """One row an explanation as a pandas data frame."""
+        """Returns a pandas data frame with one row per explanation. Raises UserError where pandas is missing."""
         return frame([dataclasses.asdict(place) for place in self.explanations])
 
     def _repr_html_(self) -> str:
@@ -107,12 +109,12 @@ class AuditReport:
 
 
 def term_pattern(term: str) -> re.Pattern[str]:
-    """A term as it stands by itself in a text, in any case."""
+    """Compiles a pattern that finds a term as a whole word, in any case."""
     return re.compile(rf"(?<!\w){re.escape(term)}(?!\w)", re.IGNORECASE)
 
 
 def read_terms(text: str, name: str) -> dict[str, re.Pattern[str]]:
-    """One term a line; empty lines and those that begin with # are left out."""
+    """Reads one term per line. Skips empty lines and those that begin with #. Raises UserError without any term."""
     lines = [line.strip() for line in text.splitlines()]
     terms = dict.fromkeys(line for line in lines if line and not line.startswith("#"))
     if not terms:
@@ -122,7 +124,7 @@ def read_terms(text: str, name: str) -> dict[str, re.Pattern[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Explanations:
-    """What an audit is of: explained tokens with what the text says up to each, and which text it is."""
+    """The input of an audit: explained tokens, each with the name of its text and the text up to it."""
 
     names: list[str]
     rows: list[Explained]
@@ -130,125 +132,147 @@ class Explanations:
 
     @property
     def words(self) -> list[set[str]]:
+        """The content words of each explanation."""
         return [content_words(row.explanation) for row in self.rows]
 
 
 def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int = 1) -> Explanations:
-    """Every Nth token of passages explained, but the first one, which is an attention sink."""
+    """Explains every Nth token of the passages, but never the first one, which is an attention sink."""
     return gathered(passages, explain_every(nla, passages, every))
 
 
 def explain_every(nla: Explainer, passages: Sequence[Passage], every: int) -> list[list[Explained]]:
-    """The same by passage."""
-    picks = [[Pick((at,)) for at in range(min(every, len(one.tokens) - 1), len(one.tokens), every)] for one in passages]
+    """Does what `explained_passages` does, and returns one list of explained tokens per passage."""
+    lengths = [len(passage.tokens) for passage in passages]
+    picks = [[Pick((at,)) for at in range(min(every, length - 1), length, every)] for length in lengths]
     return explain_passages(nla, list(zip(passages, picks, strict=True)), Options())
 
 
 def kept_passages(nla: Explainer, passages: Sequence[Passage], every: int, path: Path) -> Explanations:
-    """`explained_passages`, kept in a file of results passage by passage: run again, it goes on behind the last one.
+    """Does what `explained_passages` does, and stores the results passage by passage in a file.
 
-    Raises UserError where the file is of another pair or of other passages.
+    Called again, it goes on after the last stored passage. Raises UserError where the file belongs to another pair or
+    to other passages.
     """
-    read = [[passage.name, passage.ids] for passage in passages]
-    results = Results(path, {"audit": [nla.identity, nla.max_new_tokens, every, read]})
+    names_and_ids = [[passage.name, passage.ids] for passage in passages]
+    results = Results(path, {"audit": [nla.identity, nla.max_new_tokens, every, names_and_ids]})
     for passage in passages:
         check_length(passage)
     with progress(len(passages), "audit", unit="text", start=results.done) as bar:
         for passage in passages[results.done :]:
-            (found,) = explain_every(nla, [passage], every)
-            results.add({"id": passage.name, "tokens": [row.row() for row in found]}, ())
+            (explained,) = explain_every(nla, [passage], every)
+            results.add({"id": passage.name, "tokens": [row.row() for row in explained]}, ())
             bar.advance()
     return gathered(passages, [[Explained(**row) for row in line["tokens"]] for _, line in read_json_lines(path)])
 
 
 def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained]]) -> Explanations:
-    """The explained tokens of passages, as `explain_passages` gives them."""
+    """Joins the explained tokens of passages, one list per passage. Raises UserError where there are none."""
     names, rows, texts = [], [], []
-    for passage, some in zip(passages, explained, strict=True):
-        for row in some:
+    for passage, explained_tokens in zip(passages, explained, strict=True):
+        for row in explained_tokens:
             names.append(passage.name)
             rows.append(row)
             texts.append(passage.shown(0, (row.position or 0) + 1))
     if not rows:
-        raise UserError("nothing was explained; there is nothing to audit")
+        raise UserError("audit: no token was explained; give texts of at least two tokens")
     return Explanations(names, rows, texts)
 
 
 def check_several(names: Iterable[str]) -> None:
-    """Raises UserError where all explanations are of one text: there is no other text's to hold them against."""
+    """Raises UserError where all explanations are of one text: a placebo needs those of another."""
     if len(set(names)) < 2:
         raise UserError("--placebo: takes explanations of other texts; there is only one text: give at least two")
 
 
-def permuted(found: Explanations, seed: int) -> list[str]:
-    """For every explanation one of another text: exchanged, or drawn where the numbers of texts do not allow it.
+def permuted(explanations: Explanations, seed: int) -> list[str]:
+    """Returns, for every explanation, one of another text.
 
-    Raises UserError where there is one text.
+    Explanations are exchanged between texts, or drawn at random where one text has more than half of them. Raises
+    UserError where there is only one text.
     """
-    check_several(found.names)
-    names, rng = np.array(found.names), np.random.default_rng(seed)
+    check_several(explanations.names)
+    names, rng = np.array(explanations.names), np.random.default_rng(seed)
     order = mismatched(names, seed)
     for row in np.flatnonzero(names[order] == names):
         order[row] = rng.choice(np.flatnonzero(names != names[row]))
-    return [found.rows[index].explanation for index in order]
+    return [explanations.rows[index].explanation for index in order]
 
 
 def audit(
-    found: Explanations,
+    explanations: Explanations,
     terms: Mapping[str, re.Pattern[str]],
     placebos: Mapping[str, Sequence[str]] | None = None,
 ) -> AuditReport:
-    """`placebos`: name -> an explanation for every row of `found`, which has nothing to do with it."""
+    """Counts `terms` and unsaid words in explanations.
+
+    `placebos` maps a name to an unrelated explanation for every row of `explanations`.
+    """
     placebos = placebos or {}
-    texts = [row.explanation for row in found.rows]
-    seen = [content_words(text) for text in found.texts]
-    wanted = [_term(term, pattern, found, placebos) for term, pattern in terms.items()]
-    recurring = Counter(word for said, known in zip(found.words, seen, strict=True) for word in said - known)
-    fake = {
-        name: Counter(word for text, known in zip(some, seen, strict=True) for word in content_words(text) - known)
-        for name, some in placebos.items()
+    texts = [row.explanation for row in explanations.rows]
+    words_of_text = [content_words(text) for text in explanations.texts]
+    counted_terms = [_term(term, pattern, explanations, placebos) for term, pattern in terms.items()]
+    recurring = Counter(
+        word
+        for explanation_words, text_words in zip(explanations.words, words_of_text, strict=True)
+        for word in explanation_words - text_words
+    )
+    placebo_words = {
+        name: Counter(
+            word
+            for text, text_words in zip(placebo_texts, words_of_text, strict=True)
+            for word in content_words(text) - text_words
+        )
+        for name, placebo_texts in placebos.items()
     }
-    lists: list[dict[str, Any]] = [
-        {"word": word, "explanations": count, "placebos": {name: counts[word] for name, counts in fake.items()}}
+    rows: list[dict[str, Any]] = [
+        {
+            "word": word,
+            "explanations": count,
+            "placebos": {name: counts[word] for name, counts in placebo_words.items()},
+        }
         for word, count in recurring.items()
     ]
-    lists.sort(key=lambda one: -(one["explanations"] - max(one["placebos"].values(), default=0)))
+    rows.sort(key=lambda row: -(row["explanations"] - max(row["placebos"].values(), default=0)))
     return AuditReport(
-        num_texts=len(set(found.names)),
+        num_texts=len(set(explanations.names)),
         num_explanations=len(texts),
-        terms=tuple(wanted),
-        unsaid_share=_unsaid_share(texts, seen),
-        unsaid_placebos={name: _unsaid_share(some, seen) for name, some in placebos.items()},
-        recurring=tuple(lists[:_MOST_WORDS]),
+        terms=tuple(counted_terms),
+        unsaid_share=_unsaid_share(texts, words_of_text),
+        unsaid_placebos={name: _unsaid_share(placebo_texts, words_of_text) for name, placebo_texts in placebos.items()},
+        recurring=tuple(rows[:_MOST_WORDS]),
         explanations=tuple(
             Place(name, row.position or 0, row.token, row.explanation, False)
-            for name, row in zip(found.names, found.rows, strict=True)
+            for name, row in zip(explanations.names, explanations.rows, strict=True)
         ),
     )
 
 
-def _unsaid_share(texts: Sequence[str], seen: Sequence[set[str]]) -> float:
-    """Mean over explanations of the share of their content words that the text does not have; 0 for empty ones."""
+def _unsaid_share(texts: Sequence[str], words_of_text: Sequence[set[str]]) -> float:
+    """Returns the mean share of an explanation's content words that its text does not contain; 0 for empty ones."""
     shares = [
-        len(said - known) / len(said) if (said := content_words(text)) else 0.0
-        for text, known in zip(texts, seen, strict=True)
+        len(words - text_words) / len(words) if (words := content_words(text)) else 0.0
+        for text, text_words in zip(texts, words_of_text, strict=True)
     ]
     return float(np.mean(shares))
 
 
-def _term(term: str, pattern: re.Pattern[str], found: Explanations, placebos: Mapping[str, Sequence[str]]) -> Term:
-    in_text = [pattern.search(text) is not None for text in found.texts]
+def _term(
+    term: str, pattern: re.Pattern[str], explanations: Explanations, placebos: Mapping[str, Sequence[str]]
+) -> Term:
+    """Counts one term."""
+    in_text = [pattern.search(text) is not None for text in explanations.texts]
     first: dict[str, int] = {}
-    for name, row, said in zip(found.names, found.rows, in_text, strict=True):
-        if said:
+    for name, row, is_in_text in zip(explanations.names, explanations.rows, in_text, strict=True):
+        if is_in_text:
             first.setdefault(name, row.position or 0)
     places = [
-        Place(name, row.position or 0, row.token, row.explanation, said)
-        for name, row, said in zip(found.names, found.rows, in_text, strict=True)
+        Place(name, row.position or 0, row.token, row.explanation, is_in_text)
+        for name, row, is_in_text in zip(explanations.names, explanations.rows, in_text, strict=True)
         if pattern.search(row.explanation)
     ]
-    count, unsaid = len(found.rows), sum(not place.in_text for place in places)
-    matches = {name: [pattern.search(text) is not None for text in some] for name, some in placebos.items()}
+    count, unsaid = len(explanations.rows), sum(not place.in_text for place in places)
+    matches = {name: [pattern.search(text) is not None for text in texts] for name, texts in placebos.items()}
     shares = {name: float(np.mean(hits)) for name, hits in matches.items()}
     return Term(
         term=term,
@@ -259,7 +283,7 @@ def _term(term: str, pattern: re.Pattern[str], found: Explanations, placebos: Ma
         unsaid=unsaid,
         placebos=shares,
         placebos_unsaid={
-            name: float(np.mean([hit and not said for hit, said in zip(hits, in_text, strict=True)]))
+            name: float(np.mean([hit and not is_in_text for hit, is_in_text in zip(hits, in_text, strict=True)]))
             for name, hits in matches.items()
         },
         difference=len(places) / count - max(shares.values()) if shares else None,

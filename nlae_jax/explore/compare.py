@@ -1,4 +1,4 @@
-"""Two pairs, or two checkpoints of one, on the same tokens."""
+"""Compares two pairs, or two checkpoints of one, on the same tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SUBJECTS_DIFFER = "the pairs read different models: scores are of each one's own
 class Compared:
     """One selected token as both pairs explain it.
 
-    `overlap`: shared content words / content words of either. `reconstruction_cos`: the cosine of what the two decoders
-    rebuild, where that is the same block of the same model; else None.
+    `overlap` is the number of shared content words divided by that of the words of either. `reconstruction_cos` is the
+    cosine of the two decoders' reconstructions, or None where they do not rebuild the same block of the same model.
     """
 
     a: Explained
@@ -40,7 +40,10 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`names` and `layers` of the two pairs, `tokens` in the order of selection, and what to keep in mind."""
+    """The comparison of two pairs: their names and layers, the `tokens` in the order of selection, and `notes`.
+
+    Notes say where the two pairs' results cannot be compared.
+    """
 
     names: tuple[str, str]
     layers: tuple[int, int]
@@ -50,16 +53,16 @@ class Comparison:
     notes: tuple[str, ...]
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it."""
-        tokens = [{**dataclasses.asdict(one), "a": one.a.row(), "b": one.b.row()} for one in self.tokens]
+        """Returns the comparison as JSON has it."""
+        tokens = [{**dataclasses.asdict(token), "a": token.a.row(), "b": token.b.row()} for token in self.tokens]
         return {**dataclasses.asdict(self), "tokens": tokens}
 
     def to_frame(self) -> Any:
-        """One row a token as a pandas data frame."""
+        """Returns a pandas data frame with one row per token. Raises UserError where pandas is missing."""
         rows = [
-            {"position": one.a.position, "token": one.a.token, "overlap": one.overlap}
-            | {f"{name}_{side}": value for side in "ab" for name, value in getattr(one, side).row().items()}
-            for one in self.tokens
+            {"position": token.a.position, "token": token.a.token, "overlap": token.overlap}
+            | {f"{name}_{side}": value for side in "ab" for name, value in getattr(token, side).row().items()}
+            for token in self.tokens
         ]
         return frame(rows)
 
@@ -78,27 +81,30 @@ def compare(
     match: str | None = None,
     span: str | None = None,
 ) -> Comparison:
-    """A text, or a chat's messages, explained by both. Raises UserError where they read it as different tokens."""
+    """Explains a text, or a chat's messages, with both pairs.
+
+    Raises UserError where their tokenizers give different tokens.
+    """
     pairs = (first, second)
     passages = [read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source) for nla in pairs]
-    cut = [[token.text for token in passage.tokens] for passage in passages]
-    if cut[0] != cut[1]:
-        raise UserError("compare: the two pairs' tokenizers cut the text differently; there is nothing side by side")
-    found = []
+    token_texts = [[token.text for token in passage.tokens] for passage in passages]
+    if token_texts[0] != token_texts[1]:
+        raise UserError("compare: the tokenizers split the text into different tokens; give pairs of one tokenizer")
+    explained = []
     for nla, passage in zip(pairs, passages, strict=True):
         (rows,) = explain_passages(nla, [(passage, picks_of(passage, positions, match, span))], options or Options())
-        found.append(rows)
+        explained.append(rows)
     (base, layer), (other_base, other_layer) = first.rebuilds, second.rebuilds
-    same = (base, layer, first.d_model) == (other_base, other_layer, second.d_model)
+    same_target = (base, layer, first.d_model) == (other_base, other_layer, second.d_model)
     read_alike = first.subject.arch == second.subject.arch
-    cos = [None] * len(found[0])
-    if same:
-        both = zip(pairs, found, strict=True)
-        rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in both]
+    cos = [None] * len(explained[0])
+    if same_target:
+        with_rows = zip(pairs, explained, strict=True)
+        rebuilt = [nla.rebuild([row.explanation for row in rows]) for nla, rows in with_rows]
         cos = cosine(*rebuilt).tolist()
     tokens = tuple(
         Compared(a, b, overlap(content_words(a.explanation), content_words(b.explanation)), c)
-        for a, b, c in zip(found[0], found[1], cos, strict=True)
+        for a, b, c in zip(explained[0], explained[1], cos, strict=True)
     )
     notes = [LAYERS_DIFFER] if layer != other_layer or (read_alike and first.layer != second.layer) else []
     if base != other_base:
@@ -109,11 +115,12 @@ def compare(
         (first.name, second.name),
         (first.layer, second.layer),
         tokens,
-        (_mean(found[0], "mse"), _mean(found[1], "mse")),
-        (_mean(found[0], "relative_mse"), _mean(found[1], "relative_mse")),
+        (_mean(explained[0], "mse"), _mean(explained[1], "mse")),
+        (_mean(explained[0], "relative_mse"), _mean(explained[1], "relative_mse")),
         tuple(notes),
     )
 
 
 def _mean(rows: Sequence[Explained], name: str) -> float:
+    """Returns the mean of a field over explained tokens."""
     return float(np.mean([getattr(row, name) for row in rows]))

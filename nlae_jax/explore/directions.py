@@ -1,8 +1,8 @@
-"""What a direction of the residual stream says, held against directions that should say nothing.
+"""Explains a direction of the residual stream, beside control directions that should mean nothing.
 
 A direction by itself lies far from any activation. So the encoder is given μ + r·‖h‖·u for several r: the mean
-activation, pushed along the unit direction u. What it then says of the push is *heard* as far as the decoder rebuilds
-the push from it.
+activation, pushed along the unit direction u. The push is *heard* as far as the decoder rebuilds it from the resulting
+explanation.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from nlae_jax.explore.surprisal import Surprisal
 
 STEPS = (0.25, 0.5, 1.0, 2.0)  # r of the sweep
 
-# Sentences that have nothing to do with any context: what an explanation's surprisal is held against.
+# Sentences unrelated to any context. An explanation's effect on surprisal is compared with theirs.
 _UNRELATED = (
     "The text goes on in the way that it began.",
     "Somebody wrote this down a while ago, and nobody has changed it since.",
 )
 _BINS = 24
-_LEAST_CHANGE = 1e-5  # of a unit vector: float32 rounds to less
+_LEAST_CHANGE = 1e-5  # smaller changes of a unit vector may come from float32 rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How thoroughly a direction is looked at.
+    """How thoroughly a direction is examined.
 
-    `steps`: r of the sweep. `controls`: random directions, and as many shuffles of the direction's own components.
-    `contexts`: top activating ones; as many that do not activate are drawn for the surprisal.
+    `steps` are the r of the sweep. `controls` is the number of random directions, and also of shuffles of the
+    direction's components. `contexts` is the number of top activating contexts; as many inactive ones are drawn for the
+    surprisal. `max_new_tokens` limits explanations (default: the pair's limit).
     """
 
     steps: tuple[float, ...] = STEPS
@@ -47,11 +48,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One r of a sweep: what the encoder says there.
+    """One r of a sweep, and the encoder's explanation there.
 
-    `heard`: the cosine of the push (what r·u changes in the direction of the activation) and of what the explanation
-    changes in the direction of the reconstruction, both against r = 0. 0 where the explanation is that of the mean.
-    Changes are taken across the direction that they start from: any change at all leads away from it.
+    `heard` is the cosine of two changes against r = 0: that of the activation's direction by r·u, and that of the
+    reconstruction's direction by the explanation. It is 0 where the explanation is that of the mean. Both changes are
+    taken orthogonal to the direction that they start from, because any change leads away from that one. `cut` says that
+    the encoder did not end the explanation within the limit.
     """
 
     r: float
@@ -62,10 +64,11 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """All points of one direction. `kind`: "direction", "random" or "shuffled".
+    """All points of one direction. `kind` is "direction", "random" or "shuffled".
 
-    `agreement`: the cosine of what its explanation, and of what those of the top contexts, change in the reconstruction
-    against the mean's explanation. `auc`: how well its explanation tells activating from other contexts by surprisal.
+    `agreement` is the cosine of two changes of the reconstruction against the mean's explanation: by the direction's
+    explanation, and by the explanations of the top contexts. `auc` says how well the explanation tells activating from
+    other contexts by surprisal; 0.5 is chance.
     """
 
     kind: str
@@ -75,13 +78,13 @@ class Sweep:
 
     @property
     def best(self) -> Point:
-        """Where it is heard most."""
+        """The point of the sweep at which the direction is heard most."""
         return max(self.points, key=lambda point: point.heard)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A token of the corpus at which the direction is active, and what the pair says of the activation there."""
+    """A token of the corpus at which the direction is active, and the pair's explanation of the activation there."""
 
     before: str
     token: str
@@ -92,12 +95,12 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class DirectionReport:
-    """What a direction says, and whether to believe it.
+    """The explanation of a direction, and the measures that say whether to believe it.
 
     `explained` is True only where the direction beats every control, and chance, in all three measures: `heard`,
-    `agreement` and `auc`. Chance is 3/√d for a cosine, which two random directions seldom reach, and a half for the
-    AUC. `beats` says in which of them it does. `heard_at` are the r at which it is
-    heard better than every control at that r.
+    `agreement` and `auc`. Chance is 3/√d for a cosine, which two random directions seldom reach, and 0.5 for the AUC.
+    `beats` says which measures are beaten. `heard_at` lists the r at which the direction is heard better than every
+    control at the same r. `promoted` and `suppressed` are the tokens of `token_effects`.
     """
 
     name: str
@@ -117,13 +120,13 @@ class DirectionReport:
     notes: tuple[str, ...] = ()
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Returns the report as JSON has it."""
         row = dataclasses.asdict(self)
         row["r"] = self.sweep.best.r
         return row
 
     def to_frame(self) -> Any:
-        """Every point of every sweep as a pandas data frame."""
+        """Returns a pandas data frame with every point of every sweep. Raises UserError where pandas is missing."""
         rows = [
             {"kind": sweep.kind, "number": number, **dataclasses.asdict(point)}
             for number, sweep in enumerate((self.sweep, *self.controls))
@@ -138,51 +141,51 @@ class DirectionReport:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Scaled to length 1 along the last axis; zero stays zero."""
+    """Scales vectors [..., d] to length 1 along the last axis, float64; zero stays zero."""
     vectors = np.asarray(vectors, np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Along the last axis; 0 where either is zero."""
+    """Returns the cosine along the last axis, float64; 0 where either vector is zero."""
     return (unit(a) * unit(b)).sum(-1)
 
 
 def change(directions: np.ndarray, origin_D: np.ndarray) -> np.ndarray:
-    """Directions minus the one they start from, without their part along it: [..., d] float64, zero where equal."""
+    """Returns the part of unit directions [..., d] orthogonal to `origin_D`, float64; zero where they are equal."""
     origin_D = unit(origin_D)
-    whole = unit(directions)
-    across = whole - (whole @ origin_D)[..., None] * origin_D
-    # What rounding leaves of equal directions would be a direction like any other.
-    return np.where(np.linalg.norm(across, axis=-1, keepdims=True) > _LEAST_CHANGE, across, 0.0)
+    units = unit(directions)
+    orthogonal = units - (units @ origin_D)[..., None] * origin_D
+    # Equal directions differ by rounding only, which must not count as a direction.
+    return np.where(np.linalg.norm(orthogonal, axis=-1, keepdims=True) > _LEAST_CHANGE, orthogonal, 0.0)
 
 
 def heard_of(rebuilt: np.ndarray, pushed: np.ndarray) -> np.ndarray:
-    """`Point.heard` of all rows but the first, which is the mean's: [N, d] and [N, d] -> [N - 1] float64."""
+    """Returns `Point.heard` of all rows but the first, which is the mean's: [N, d] and [N, d] -> [N - 1] float64."""
     return cosine(change(rebuilt[1:], rebuilt[0]), change(pushed[1:], pushed[0]))
 
 
 def control_directions(u_D: np.ndarray, count: int, seed: int) -> list[tuple[str, np.ndarray]]:
-    """Directions of the same length that nobody looked for: `count` isotropic ones, and `count` shuffles of u's own."""
+    """Returns control directions of length 1: `count` isotropic ones, and `count` shuffles of u's components."""
     rng = np.random.default_rng(seed)
     random = [("random", unit(rng.standard_normal(len(u_D)))) for _ in range(count)]
     return [*random, *(("shuffled", unit(rng.permutation(u_D))) for _ in range(count))]
 
 
 def token_effects(nla: Explainer, u_D: np.ndarray, count: int = 10) -> tuple[Any, Any]:
-    """The tokens that u promotes and suppresses most through the unembedding, with its effect in standard deviations.
+    """Returns the tokens that u promotes and suppresses most, with the effect on their logits in standard deviations.
 
-    u passes the final norm's weights, as a small part of the residual stream would.
+    u passes the final norm's weights and the unembedding, as a small part of the residual stream would.
     """
     subject = nla.subject
     head = np.asarray(subject.params.get("head", subject.params["embed"]), np.float32)
     scale = np.asarray(subject.params["final_norm"], np.float32) + subject.arch.norm_offset
     effect = head @ (unit(u_D).astype(np.float32) * scale)
     effect = (effect - effect.mean()) / max(float(effect.std()), 1e-30)
-    known = min(len(effect), len(subject.tokenizer))
-    order = np.argsort(-effect[:known])
-    shown = lambda rows: tuple((subject.tokenizer.decode([int(row)]), float(effect[row])) for row in rows)  # noqa: E731
-    return shown(order[:count]), shown(order[::-1][:count])
+    num_tokens = min(len(effect), len(subject.tokenizer))
+    order = np.argsort(-effect[:num_tokens])
+    named = lambda rows: tuple((subject.tokenizer.decode([int(row)]), float(effect[row])) for row in rows)  # noqa: E731
+    return named(order[:count]), named(order[::-1][:count])
 
 
 def explain_direction(
@@ -194,9 +197,10 @@ def explain_direction(
     values_N: np.ndarray | None = None,
     notes: Sequence[str] = (),
 ) -> DirectionReport:
-    """A direction of any length, as the pair's layer has it.
+    """Explains a direction of the pair's layer, of any length, beside controls.
 
-    `values_N`: its activations on the corpus; if not given, its projections (h − μ)·u.
+    `values_N` are its activations on the corpus; without them the projections (h − μ)·u are used. Raises UserError for
+    an adapted pair.
     """
     nla.check_own_subject("direction")
     settings = settings or Settings()
@@ -204,15 +208,15 @@ def explain_direction(
     if values_N is None:
         values_N = (corpus.h_NxD - nla.statistics.mean) @ u_D
     order = np.argsort(-values_N, kind="stable")
-    top = corpus.apart(order, settings.contexts)
+    top = corpus.spaced_rows(order, settings.contexts)
     directions = [("direction", u_D), *control_directions(u_D, settings.controls, settings.seed)]
     pushed = pushed_along(nla, [direction for _, direction in directions], settings.steps)
     limit = settings.max_new_tokens
     written = nla.write(np.concatenate([pushed, corpus.h_NxD[top]]), 0.0, limit)
     texts, count = [text for text, _ in written], len(pushed)
     rebuilt = np.asarray(nla.rebuild(texts))
-    said = change(rebuilt, rebuilt[0])
-    contexts_change = said[count:].mean(0)
+    changes = change(rebuilt, rebuilt[0])
+    contexts_change = changes[count:].mean(0)
     heard = heard_of(rebuilt[:count], pushed)
     surprisal = _surprisal(nla, corpus, values_N, top, settings)
     sweeps = []
@@ -223,7 +227,7 @@ def explain_direction(
             for r, row in zip(settings.steps, rows, strict=True)
         )
         best = rows[int(np.argmax([point.heard for point in points]))]
-        agreement = float(cosine(said[best], contexts_change))
+        agreement = float(cosine(changes[best], contexts_change))
         sweeps.append(Sweep(kind, points, agreement, surprisal.auc([texts[best]])[0]))
     promoted, suppressed = token_effects(nla, u_D)
     return _report(
@@ -243,35 +247,38 @@ def explain_direction(
     )
 
 
-def _report(nla: Explainer, name: str, sweeps: Sequence[Sweep], **found: Any) -> DirectionReport:
-    """The verdict: what is better than every control."""
-    own, controls = sweeps[0], sweeps[1:]
+def _report(nla: Explainer, name: str, sweeps: Sequence[Sweep], **fields: Any) -> DirectionReport:
+    """Compares the direction's sweep, which is the first, with the controls' and makes the report."""
+    sweep, controls = sweeps[0], sweeps[1:]
     chance = 3 / math.sqrt(nla.d_model)
     beats = {
-        "heard": own.best.heard > max([chance, *(control.best.heard for control in controls)]),
-        "agreement": own.agreement > max([chance, *(control.agreement for control in controls)]),
-        "auc": own.auc > max([0.5, *(control.auc for control in controls)]),
+        "heard": sweep.best.heard > max([chance, *(control.best.heard for control in controls)]),
+        "agreement": sweep.agreement > max([chance, *(control.agreement for control in controls)]),
+        "auc": sweep.auc > max([0.5, *(control.auc for control in controls)]),
     }
     heard_at = tuple(
         point.r
-        for index, point in enumerate(own.points)
+        for index, point in enumerate(sweep.points)
         if point.heard > max([chance, *(control.points[index].heard for control in controls)])
     )
     return DirectionReport(
         name=name,
         layer=nla.layer,
-        explanation=own.best.explanation,
+        explanation=sweep.best.explanation,
         explained=all(beats.values()),
         beats=beats,
         heard_at=heard_at,
-        sweep=own,
+        sweep=sweep,
         controls=tuple(controls),
-        **found,
+        **fields,
     )
 
 
 def pushed_along(nla: Explainer, directions: Sequence[np.ndarray], steps: Sequence[float]) -> np.ndarray:
-    """μ, then μ + r·‖h‖·u for every direction and r: [1 + directions · steps, d] float32."""
+    """Returns μ, then μ + r·‖h‖·u for every direction and r: [1 + directions · steps, d] float32.
+
+    ‖h‖ is the median norm of the pair's data.
+    """
     mean, norm = nla.statistics.mean, nla.statistics.norm_median
     return np.stack([mean, *(mean + r * norm * u for u in directions for r in steps)]).astype(np.float32)
 
@@ -279,14 +286,15 @@ def pushed_along(nla: Explainer, directions: Sequence[np.ndarray], steps: Sequen
 def _surprisal(
     nla: Explainer, corpus: Corpus, values_N: np.ndarray, top: Sequence[int], settings: Settings
 ) -> Surprisal:
-    """Against contexts drawn from the less active half of the corpus."""
+    """Makes the surprisal of the top contexts against contexts drawn from the less active half of the corpus."""
     low = np.flatnonzero(values_N <= np.median(values_N))
     drawn = np.random.default_rng([settings.seed, 1]).permutation(low)
-    inactive = corpus.apart(drawn, len(top))
+    inactive = corpus.spaced_rows(drawn, len(top))
     active, others = ([corpus.window(row) for row in rows] for rows in (top, inactive))
     return Surprisal(nla.subject, active, others, _UNRELATED)
 
 
 def _histogram(values: np.ndarray) -> dict[str, list[float]]:
+    """Counts values in `_BINS` equal bins."""
     counts, edges = np.histogram(values, _BINS)
     return {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]}

@@ -1,4 +1,4 @@
-"""Explanations of what is selected, with everything a reader needs to judge them."""
+"""Explains selected activations, with the scores and warnings that a reader needs to judge an explanation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nlae_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One of several explanations of the same activation, with its own scores."""
+    """One of several explanations of the same activation, with its scores."""
 
     explanation: str
     cos: float
@@ -31,17 +31,19 @@ class Sample:
 class Explained:
     """One explained activation.
 
-    - `position`, `token`: of the token, or of a span's last one; None and "" for a bare vector;
-    - `explanation`: as far as it goes where it is `cut`; that of the sample that shares most words with the others
-      where there are several `samples`;
-    - `cos`, `mse`: how well the decoder rebuilds the activation's direction from those words; mse = 2 (1 − cos);
+    - `position`, `token`: the token's position and text; of a span, the last position and the span's text; None and ""
+      for a bare vector;
+    - `explanation`: the explanation, incomplete where it is `cut`; of several `samples`, the one that shares most words
+      with the others;
+    - `cos`, `mse`: how well the decoder rebuilds the activation's direction from the explanation; mse = 2 (1 − cos);
     - `relative_mse`: mse / variance of the pair's data (`Statistics.variance`): 0 perfect, 1 no better than the mean;
     - `norm`: ‖h‖; `outside`: "position 0" or "norm" where the pair was not trained on such activations, else "";
-    - `cut`: the encoder did not end it within the limit; `repeated`: it repeats an item in a list or a sentence;
+    - `cut`: the encoder did not end the explanation within the limit; `repeated`: it repeats an item in a list or a
+      sentence;
     - `agreement`: of several samples, the mean over pairs of the share of content words that both have, 0 to 1;
-      `consensus`: the content words that more than half of them have;
+      `consensus`: the content words that more than half of the samples have;
     - `span`: the positions that were averaged, `(first, last)`; None for a single token;
-    - `role`, `section`, `message_index`: in a chat (see `Token`); `generated`: the model wrote the token itself.
+    - `role`, `section`, `message_index`: of a chat's token (see `Token`); `generated`: the model wrote the token.
     """
 
     position: int | None
@@ -64,21 +66,21 @@ class Explained:
     generated: bool = False
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it. What does not apply (samples, spans, chats) is left out."""
+        """Returns the fields as JSON has them. Fields that do not apply (samples, spans, chats) are left out."""
         row = dataclasses.asdict(self)
         left_out = [name for name, default in _OPTIONAL.items() if row[name] == default]
         return {name: value for name, value in row.items() if name not in left_out}
 
 
 class Rows(list[dict[str, Any]]):
-    """The rows of one explained passage, a list of dicts that a notebook shows as a page."""
+    """The rows of one explained passage: a list of dicts that a notebook shows as a page."""
 
     def __init__(self, explained: Sequence[Explained], name: str, layer: int) -> None:
-        super().__init__(one.row() for one in explained)
+        super().__init__(explanation.row() for explanation in explained)
         self._name, self._layer = name, layer
 
     def to_frame(self) -> Any:
-        """One row a token as a pandas data frame."""
+        """Returns a pandas data frame with one row per token. Raises UserError where pandas is missing."""
         return frame(self)
 
     def _repr_html_(self) -> str:
@@ -103,49 +105,53 @@ _OPTIONAL = {
 
 
 def repeats(text: str) -> bool:
-    """Whether an explanation repeats an item in a list or a sentence."""
+    """Returns whether an explanation repeats an item in a list or a sentence."""
     return has_repeated_item(text) or has_repeated_sentence(text)
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text that say what it is about."""
+    """Returns the words of a text that are not function words."""
     return {word for word in words(text) if word not in FUNCTION_WORDS}
 
 
 def agreement(texts: Sequence[str]) -> float | None:
-    """Mean over pairs of texts of shared content words / content words of either (Jaccard); None without a pair.
-
-    Two texts without content words agree where they are equal.
-    """
-    found = [content_words(text) for text in texts]
-    pairs = [(i, j) for i in range(len(found)) for j in range(i)]
-    return sum(overlap(found[i], found[j]) for i, j in pairs) / len(pairs) if pairs else None
+    """Returns the mean `overlap` of the content words over all pairs of texts, 0 to 1; None for fewer than two."""
+    word_sets = [content_words(text) for text in texts]
+    pairs = [(i, j) for i in range(len(word_sets)) for j in range(i)]
+    return sum(overlap(word_sets[i], word_sets[j]) for i, j in pairs) / len(pairs) if pairs else None
 
 
 def overlap(a: set[str], b: set[str]) -> float:
-    """Words of both / words of either (Jaccard); 1 for two without words."""
+    """Returns the number of common words divided by that of all words (Jaccard index); 1 for two empty sets."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def consensus(texts: Sequence[str]) -> str:
-    """The content words that more than half of the texts have, those of most texts first, each with their number."""
-    found = [content_words(text) for text in texts]
-    counts = {word: sum(word in some for some in found) for word in dict.fromkeys(w for t in texts for w in words(t))}
-    kept = sorted((word for word in counts if counts[word] * 2 > len(texts)), key=lambda word: -counts[word])
-    shown = ", ".join(f"{word} {counts[word]}/{len(texts)}" for word in kept)
+    """Lists the content words that more than half of the texts have, each with its number of texts, largest first."""
+    word_sets = [content_words(text) for text in texts]
+    counts = {
+        word: sum(word in word_set for word_set in word_sets)
+        for word in dict.fromkeys(w for t in texts for w in words(t))
+    }
+    frequent = sorted((word for word in counts if counts[word] * 2 > len(texts)), key=lambda word: -counts[word])
+    shown = ", ".join(f"{word} {counts[word]}/{len(texts)}" for word in frequent)
     return shown or "no content word is in more than half of the samples"
 
 
 def _medoid(texts: Sequence[str]) -> int:
-    """The text that shares most content words with the others."""
-    found = [content_words(text) for text in texts]
-    shared = [sum(overlap(a, b) for j, b in enumerate(found) if j != i) for i, a in enumerate(found)]
+    """Returns the index of the text that shares most content words with the others."""
+    word_sets = [content_words(text) for text in texts]
+    shared = [sum(overlap(a, b) for j, b in enumerate(word_sets) if j != i) for i, a in enumerate(word_sets)]
     return int(np.argmax(shared))
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How explanations are written. With several `samples`, the temperature must not be 0: all would be equal."""
+    """How explanations are written.
+
+    `temperature` is by default 0 for one sample and 1 for several. With several `samples` it must not be 0, because all
+    would be equal. `max_new_tokens` is by default the pair's limit. Raises UserError for invalid values.
+    """
 
     temperature: float | None = None
     max_new_tokens: int | None = None
@@ -160,14 +166,14 @@ class Options:
 
     @property
     def heat(self) -> float:
-        """The temperature: if not given, 0 for one sample and 1 for several."""
+        """The temperature, or its default: 0 for one sample and 1 for several."""
         return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
 
 
 def explain_vectors(
     nla: Explainer, vectors_NxD: np.ndarray, options: Options, tokens: Sequence[Token | None] = ()
 ) -> list[Explained]:
-    """Raw activations [N, d] -> what the pair says of each. `tokens` are those that they come from, if any."""
+    """Explains raw activations [N, d]. `tokens` are the tokens that they come from, if there are any."""
     repeated = np.repeat(vectors_NxD, options.samples, axis=0)
     written = nla.write(repeated, options.heat, options.max_new_tokens, options.seed)
     mse, cos = nla.score_written([text for text, _ in written], repeated)
@@ -179,11 +185,12 @@ def explain_vectors(
     return [_explained(nla, h, group, token) for h, group, token in zip(vectors_NxD, groups, tokens, strict=True)]
 
 
-def _explained(nla: Explainer, h: np.ndarray, samples: Sequence[Sample], token: Token | None) -> Explained:
+def _explained(nla: Explainer, h_D: np.ndarray, samples: Sequence[Sample], token: Token | None) -> Explained:
+    """Makes the result of one activation from its samples."""
     several = len(samples) > 1
     texts = [sample.explanation for sample in samples]
     shown = samples[_medoid(texts)] if several else samples[0]
-    norm = float(np.linalg.norm(h))
+    norm = float(np.linalg.norm(h_D))
     position = None if token is None else token.position
     return Explained(
         position=position,
@@ -209,27 +216,32 @@ def _explained(nla: Explainer, h: np.ndarray, samples: Sequence[Sample], token: 
 def explain_passages(
     nla: Explainer, selected: Iterable[tuple[Passage, Sequence[Pick]]], options: Options
 ) -> list[list[Explained]]:
-    """What was selected of several passages, written together: one list a passage, in the order of its picks.
+    """Explains the selected tokens of several passages in common batches: one list per passage, in its picks' order.
 
-    A span's activation is the mean of its tokens' raw ones. It is `outside` where one of them is.
+    A span's activation is the mean of its tokens' raw activations. It is `outside` where one of them is.
     """
     selected = list(selected)
-    read = nla.read([passage for passage, _ in selected])
-    picks = [(passage, h, pick) for (passage, some), h in zip(selected, read, strict=True) for pick in some]
+    activations = nla.read([passage for passage, _ in selected])
+    picks = [
+        (passage, h, pick)
+        for (passage, passage_picks), h in zip(selected, activations, strict=True)
+        for pick in passage_picks
+    ]
     if not picks:
         return [[] for _ in selected]
     vectors = np.stack([h[list(pick.positions)].mean(0, dtype=np.float64) for _, h, pick in picks]).astype(np.float32)
     tokens = [passage.tokens[pick.last] for passage, _, pick in picks]
     explained = explain_vectors(nla, vectors, options, tokens)
     rows = iter(
-        found if not pick.is_span else _of_span(nla, found, passage, h, pick)
-        for found, (passage, h, pick) in zip(explained, picks, strict=True)
+        explanation if not pick.is_span else _of_span(nla, explanation, passage, h, pick)
+        for explanation, (passage, h, pick) in zip(explained, picks, strict=True)
     )
-    return [[next(rows) for _ in some] for _, some in selected]
+    return [[next(rows) for _ in passage_picks] for _, passage_picks in selected]
 
 
-def _of_span(nla: Explainer, found: Explained, passage: Passage, h: np.ndarray, pick: Pick) -> Explained:
-    norms = np.linalg.norm(h, axis=-1)
-    outside = next((why for p in pick.positions if (why := nla.statistics.outside(float(norms[p]), p))), "")
+def _of_span(nla: Explainer, explanation: Explained, passage: Passage, h_TxD: np.ndarray, pick: Pick) -> Explained:
+    """Gives the explanation of a mean activation the span's text, positions and `outside`."""
+    norms = np.linalg.norm(h_TxD, axis=-1)
+    outside = next((reason for p in pick.positions if (reason := nla.statistics.outside(float(norms[p]), p))), "")
     first, last = pick.positions[0], pick.last
-    return dataclasses.replace(found, token=passage.shown(first, last + 1), outside=outside, span=(first, last))
+    return dataclasses.replace(explanation, token=passage.shown(first, last + 1), outside=outside, span=(first, last))

@@ -1,4 +1,4 @@
-"""A pair at work: activations to words and back, and the subject that it reads. What everything else here asks."""
+"""The class `Explainer`: turns activations into explanations and back, and holds the subject. Other modules use it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.progress import progress
 
-_SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 of them than for 8
-_BATCH_TOKENS = 1024  # that the subject reads at once
-_WIDTH = 64  # passages are padded to multiples of it: one compilation each
-_TEXTS, _TEXT_TOKENS = 64, 64  # that the statistics of a pair are made from, where it brings none
-MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with its square
+_SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 rows than for 8
+_BATCH_TOKENS = 1024  # the subject reads at most this many tokens at once
+_WIDTH = 64  # passages are padded to multiples of it, each compiled once
+_TEXTS, _TEXT_TOKENS = 64, 64  # texts, and tokens of each, that a pair's statistics are made from if it has none
+MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with the square
 
 
 class Written(NamedTuple):
-    """An explanation as far as it goes. `closed`: the encoder ended it by itself."""
+    """An explanation. Where it is not `closed`, the encoder did not end it and it is incomplete."""
 
     text: str
     closed: bool
@@ -61,14 +61,14 @@ class Explainer:
         reader: Any = None,
         base_name: str = "",
     ) -> None:
-        """`mesh`: that the pair's parameters are on, to split batches over.
+        """Takes a loaded pair. Raises UserError where its prompts hold tokens that its models do not have.
 
-        `statistics`: makes those of the pair's training data when they are first asked for; where there is no such
-        function, they are made from the texts that come with the package. `name`, `subject_name`: what pages and
-        reports call the pair and its subject. `run_texts(count)`: token ids of so many texts that the pair was trained
-        on, where those are at hand. `adapter`: maps the subject's activations into those that the pair reads; `reader`
-        is then the tokenizer of the subject, which is another model's. `base_name`: the model whose activations the
-        decoder rebuilds, if not the subject.
+        `subject` loads the subject at its first use. `mesh` is the mesh that the pair's parameters are on; batches are
+        split over it. `statistics` makes the statistics of the pair's training data at their first use; without it they
+        are made from texts of the package. `name` and `subject_name` name the pair and its subject in pages and
+        reports. `run_texts(count)` returns the token ids of texts that the pair was trained on, if there are any.
+        `adapter` maps the subject's activations to those that the pair reads; `reader` is then the subject's tokenizer.
+        `base_name` is the model whose activations the decoder rebuilds, if it is not the subject.
         """
         self.layer, self.tokenizer, self.max_new_tokens, self.name = (
             roles.decoder.layer if adapter is None else adapter.layer,
@@ -85,7 +85,7 @@ class Explainer:
 
     @cached_property
     def subject(self) -> LanguageModel:
-        """The model whose activations are explained, loaded when first asked for."""
+        """The model whose activations are explained, loaded at its first use."""
         return self._make_subject()
 
     @cached_property
@@ -96,9 +96,11 @@ class Explainer:
         )
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
-        """[B, d] raw activations -> one explanation each; '' where the encoder did not close its tag.
+        """Writes one explanation of each raw activation [B, d]; '' where the encoder did not close its tag.
 
-        `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows.
+        `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows. A
+        `temperature` of 0 takes the likeliest token at each step. Raises UserError for vectors of another width, and
+        for NaN or infinity in them.
         """
         vectors = self._checked(vectors)
         self._checked_limit(max_new_tokens)
@@ -107,7 +109,10 @@ class Explainer:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
-        """Explanations -> activations [B, d] float32, raw as the decoder's head gives them."""
+        """Rebuilds activations [B, d] float32 from explanations. They are the raw output of the decoder's head.
+
+        Raises UserError for a text with a token that the decoder has no embedding for.
+        """
         if isinstance(texts, str):
             raise UserError("texts: should be a list of explanations; it is one text")
         if not len(texts):
@@ -118,11 +123,18 @@ class Explainer:
         return self._trip.reconstruct_texts(self._pair, texts)
 
     def rebuild(self, texts: Sequence[str]) -> np.ndarray:
-        """`reconstruct` of what the encoder wrote: pieces that spell a token without an embedding are left out."""
+        """Does what `reconstruct` does for texts of the encoder: tokens without an embedding are left out.
+
+        A text that was sampled piece by piece may spell such a token.
+        """
         return self._trip.reconstruct_texts(self._pair, texts)
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos)."""
+        """Returns (mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos).
+
+        An empty text has mse 2. Raises UserError as `reconstruct` does, and where the numbers of texts and vectors
+        differ.
+        """
         if not len(texts):
             return np.zeros(0), np.zeros(0)
         vectors = self._checked(vectors)
@@ -131,73 +143,73 @@ class Explainer:
         return _scores(self.reconstruct(texts), vectors, texts)
 
     def score_written(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of texts that the encoder wrote."""
+        """Does what `score` does for texts of the encoder, see `rebuild`."""
         return _scores(self.rebuild(texts), vectors, texts)
 
     def write(
         self, vectors: Any, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0
     ) -> list[Written]:
-        """[B, d] raw activations -> one explanation each, as far as it goes where the encoder did not end it."""
+        """Writes one explanation of each raw activation [B, d], also where the encoder did not end it."""
         vectors = self._checked(vectors)
         limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
         check_temperature(temperature)
         with progress(len(vectors), "explain", unit="activation") as bar:
-            found = self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit)
-        return [_written(response) for response in found.responses]
+            sampled = self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit)
+        return [_written(response) for response in sampled.responses]
 
     def read(self, passages: Sequence[Passage]) -> list[np.ndarray]:
-        """The activations of every token of every passage, [T, d] float32 each, read together.
+        """Reads the activations [T, d] float32 of every token of each passage, in common batches.
 
         Raises UserError for a passage of more than `MAX_TOKENS` tokens.
         """
         for passage in passages:
             check_length(passage)
         residual = lambda ids, mask: self.subject.residual(ids, self.layer, mask=mask)  # noqa: E731
-        read = read_batches([passage.ids for passage in passages], residual)
-        return [self.mapped(rows) for rows in read]
+        activations = read_batches([passage.ids for passage in passages], residual)
+        return [self.mapped(rows) for rows in activations]
 
     @property
     def width_read(self) -> int:
-        """Of the activations that are explained: `d_model`, but for a pair behind a map from another model."""
+        """The width of the subject's activations: `d_model`, except for a pair behind a map from another model."""
         return self.d_model if self.adapter is None else len(self.adapter.matrix)
 
     def mapped(self, h_NxD: np.ndarray) -> np.ndarray:
-        """Activations [N, width_read] of the model that is read -> those that the pair explains, [N, d_model]."""
+        """Maps activations [N, width_read] of the subject to those that the pair explains, [N, d_model]."""
         return h_NxD if self.adapter is None else self.adapter(h_NxD)
 
-    def check_own_subject(self, what: str) -> None:
-        """Raises UserError where the pair was made for another model than the one that it reads."""
+    def check_own_subject(self, command: str) -> None:
+        """Raises UserError where the pair is adapted, that is, trained for another model than its subject."""
         if self.adapter is not None:
-            raise UserError(f"{what}: {self.name} is a map to another model's pair, which explains activations only")
+            raise UserError(f"{command}: {self.name} is a map to another model's pair, which explains activations only")
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What the pair's activations are like as a whole, made when first asked for."""
+        """The statistics of the pair's activations, made at their first use."""
         if self._make_statistics is None:
             return package_statistics(self)
         return self._make_statistics(self)
 
     def description(self) -> dict[str, Any]:
-        """What scores of this pair are held against, as JSON has it."""
-        known = self.statistics
+        """Returns the pair's name, layer and the statistics that its scores are compared with, as JSON has them."""
+        statistics = self.statistics
         return {
             "name": self.name,
             "layer": self.layer,
-            "variance": known.variance,
-            "usual_norms": [known.norm_low, known.norm_high],
-            "statistics_of": known.source,
+            "variance": statistics.variance,
+            "usual_norms": [statistics.norm_low, statistics.norm_high],
+            "statistics_of": statistics.source,
             "relative_mse_is": "mse / variance: 0 is perfect, 1 no better than predicting the data's mean direction",
         }
 
     @property
     def rebuilds(self) -> tuple[str, int]:
-        """The model and its block whose activations the decoder rebuilds: behind a map, not those that are read."""
+        """The model and the block whose activations the decoder rebuilds. Behind a map they are not the subject's."""
         path = local_path(self._base_name, "model")
         return (str(path.resolve()) if path.exists() else self._base_name), self._roles.decoder.layer
 
     @cached_property
     def identity(self) -> str:
-        """What tells the pair, its subject and its map from any others, wherever their files are."""
+        """A text that identifies the pair, its subject and its map by their parameters, wherever the files are."""
         adapter = self.adapter
         arrays = None if adapter is None else (adapter.matrix, adapter.mean, adapter.target_mean)
         sums = parameter_sums((self._pair, self.subject.params, arrays))
@@ -205,14 +217,17 @@ class Explainer:
 
     @property
     def roles(self) -> Roles:
+        """The two modules."""
         return self._roles
 
     @property
     def pair(self) -> Pair:
+        """The parameters of both roles."""
         return self._pair
 
     @property
     def d_model(self) -> int:
+        """The width of the activations that the pair explains."""
         return self._roles.encoder.arch.d_model
 
     @property
@@ -221,11 +236,13 @@ class Explainer:
         return self._roles.encoder.protocol
 
     def _checked_limit(self, max_new_tokens: int) -> int:
+        """Raises UserError where the closing tag does not fit into the limit."""
         if max_new_tokens <= (least := len(self.protocol.closing)):
             raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         return max_new_tokens
 
     def _checked(self, vectors: Any) -> np.ndarray:
+        """Returns vectors as [B, d] float32. Raises UserError for another shape, and for NaN or infinity."""
         vectors = _as_float32(vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.d_model:
             raise UserError(f"vectors: shape {vectors.shape} should be [number, {self.d_model}]")
@@ -237,13 +254,13 @@ class Explainer:
 
 
 def check_temperature(value: float) -> None:
-    """Raises UserError where tokens cannot be drawn at it; below 0 the least likely ones would be the likeliest."""
+    """Raises UserError for a temperature that is negative or not finite."""
     if not 0 <= value < math.inf:
         raise UserError(f"temperature: {value} should be 0 or more")
 
 
 def check_length(passage: Passage, more: int = 0) -> None:
-    """Raises UserError where a passage, with so many tokens `more`, is longer than the subject is asked to read."""
+    """Raises UserError where a passage, with `more` tokens after it, exceeds `MAX_TOKENS`."""
     if len(passage.tokens) + more > MAX_TOKENS:
         following = f" and {more} are to follow" if more else ""
         raise UserError(
@@ -253,7 +270,7 @@ def check_length(passage: Passage, more: int = 0) -> None:
 
 
 def _as_float32(vectors: Any) -> np.ndarray:
-    """Any library's array, or a list of them, as float32. Raises UserError where it is not one of numbers."""
+    """Converts any library's array, or a list of arrays, to float32. Raises UserError where it holds other values."""
     if isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
         vectors = [_as_float32(row) for row in vectors]
     try:
@@ -261,7 +278,7 @@ def _as_float32(vectors: Any) -> np.ndarray:
             vectors = vectors.detach().cpu().to_dense()
             vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
         host = np.asarray(jax.device_get(vectors))
-        if host.dtype.kind in "cOSUmMb":  # complex numbers would lose a part, without a word
+        if host.dtype.kind in "cOSUmMb":  # complex numbers would silently lose a part
             raise TypeError(f"it is {host.dtype}")
         with np.errstate(over="ignore"):
             return host.astype(np.float32, copy=False)
@@ -269,24 +286,27 @@ def _as_float32(vectors: Any) -> np.ndarray:
         raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
-def _scores(rebuilt: np.ndarray, vectors: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(mse, cos); a text that says nothing rebuilds nothing."""
-    mse = direction_mse(rebuilt, vectors, np.array([bool(text.strip()) for text in texts]))
-    return mse, 1 - mse / 2
+def _scores(rebuilt_NxD: np.ndarray, h_NxD: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (mse, cos), each [N]. An empty text counts as an orthogonal reconstruction."""
+    mse_N = direction_mse(rebuilt_NxD, h_NxD, np.array([bool(text.strip()) for text in texts]))
+    return mse_N, 1 - mse_N / 2
 
 
 def _written(response: str) -> Written:
-    """The explanation in a sampled response, opening tag included."""
+    """Returns the explanation in a sampled response that begins with the opening tag."""
     text, closing, _ = response.removeprefix(OPENING).partition(CLOSING)
-    if not closing:  # cut within the tag, it may be
-        begun = next((n for n in range(len(CLOSING) - 1, 0, -1) if text.endswith(CLOSING[:n])), 0)
-        text = text[: len(text) - begun]
+    if not closing:  # the response may have been cut within the closing tag
+        cut_tag = next((n for n in range(len(CLOSING) - 1, 0, -1) if text.endswith(CLOSING[:n])), 0)
+        text = text[: len(text) - cut_tag]
     return Written(text.strip(), bool(closing))
 
 
 def read_batches(sequences: Sequence[Sequence[int]], read: Callable[[np.ndarray, np.ndarray], Any]) -> list[np.ndarray]:
-    """`read(ids, mask)` [B, T, ...] of token sequences, in batches of few shapes: one array [length, ...] for each."""
-    found: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    """Applies `read(ids, mask)` -> [B, T, ...] to token sequences, in batches of few shapes.
+
+    Returns one array [length, ...] for each sequence.
+    """
+    results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     while order:
         width = -(-len(sequences[order[-1]]) // _WIDTH) * _WIDTH
@@ -295,12 +315,12 @@ def read_batches(sequences: Sequence[Sequence[int]], read: Callable[[np.ndarray,
         ids, length = pad([sequences[index] for index in batch], width)
         result = np.asarray(read(ids, np.arange(width) < length[:, None]))
         for index, row, count in zip(batch, result, length, strict=True):
-            found[index] = row[:count]
-    return found
+            results[index] = row[:count]
+    return results
 
 
 def package_statistics(pair: Explainer) -> Statistics:
-    """Of texts that come with the package, where nothing is known of those that the pair was trained on."""
+    """Computes statistics on texts of the package, for a pair whose training data are unknown."""
     passages = [
         read_text(pair.tokenizer, pair.subject.arch.vocab_size, text, "passage") for text in package_texts(_TEXTS)
     ]
@@ -310,6 +330,6 @@ def package_statistics(pair: Explainer) -> Statistics:
 
 
 def package_texts(count: int) -> list[str]:
-    """The first passages that the package carries."""
+    """Returns the first `count` passages that the package carries."""
     rows = itertools.islice(read_json_lines(WARMSTART_PASSAGES), count)
     return [row["text"] for _, row in rows]

@@ -1,4 +1,4 @@
-"""Tables for notebooks."""
+"""Makes data frames for notebooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nlae_jax.runtime.errors import UserError
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows as a pandas data frame. Raises UserError where pandas, which nothing else here needs, is not installed."""
+    """Makes a pandas data frame of rows. Raises UserError where pandas, an optional package, is not installed."""
     try:
         pandas = importlib.import_module("pandas")
     except ImportError:

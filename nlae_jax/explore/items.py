@@ -1,4 +1,4 @@
-"""Many texts or chats from a file, and a file of results that a later run of the same command goes on with."""
+"""Reads many texts or chats from a file, and writes a file of results that a later run of the command continues."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nlae_jax.runtime.outside import encodable, quoted
 
 _FIELDS = "an object with text, or with messages"
 _ANOTHER = "give another --out, or delete it"
-_MOST_CHARACTERS = 1 << 28  # of one file: what is packed may be a thousand times as large as it looks
+_MOST_CHARACTERS = 1 << 28  # of one file: a packed file may be a thousand times as large as it looks
 csv.field_size_limit(1 << 24)
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One text, or one chat's `messages`. `id` is the file's own, else the item's number."""
+    """One text, or one chat's `messages`. `id` is the file's, or the item's number where the file has none."""
 
     id: str
     text: str | None = None
@@ -35,16 +35,16 @@ class Item:
 
 
 def read_items(path: Path) -> list[Item]:
-    """Texts and chats of a .jsonl[.gz] or .csv file with `text` or `messages`, and perhaps `id`.
+    """Reads texts and chats from a .jsonl[.gz] or .csv file with `text` or `messages`, and perhaps `id`.
 
-    Raises UserError naming the line that is none, or an id that occurs twice.
+    Raises UserError that names the first line without either, or with an id that occurred before.
     """
-    items, seen = [], set()
+    items, names = [], set()
     for number, (where, row) in enumerate(read_rows(path)):
         name = str(row["id"]) if isinstance(row.get("id"), str | int) and row["id"] != "" else str(number)
-        if name in seen:
+        if name in names:
             raise UserError(f"{where}: id {name} occurs twice")
-        seen.add(name)
+        names.add(name)
         if isinstance(row.get("text"), str) and row["text"].strip():
             items.append(Item(name, text=row["text"]))
         elif row.get("messages") is not None:
@@ -57,9 +57,10 @@ def read_items(path: Path) -> list[Item]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a .jsonl[.gz] or .csv file of texts, each with `path:line`, all of which are kept in memory.
+    """Yields (`path:line`, fields) of each line of a .jsonl[.gz] or .csv file of texts.
 
-    Raises UserError naming the line that is none, or from which on they are too many.
+    Callers keep all lines in memory, so their size is bounded. Raises UserError that names the first invalid line, or
+    the line at which they become too many.
     """
     size = 0
     for where, row in _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path):
@@ -70,6 +71,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (`path:line`, fields) of each row of a .csv file with a column `text`."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,7 +85,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: column {quoted(twice[0])} is there twice")
         for row in reader:
             where = f"{path}:{reader.line_num}"
-            if None in row:  # what is beyond the columns
+            if None in row:  # DictReader puts cells beyond the columns there
                 raise UserError(f"{where}: more cells than columns; a text with commas should be in quotation marks")
             yield where, row
     except csv.Error as error:
@@ -91,54 +93,55 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Results:
-    """A file of results (.jsonl or .csv) that grows item by item; run again, it goes on after the last whole one.
+    """A file of results (.jsonl or .csv) that grows item by item. A later run goes on after the last complete item.
 
-    A file beside it says how far it is whole, and with what it was begun: another input or other options are refused.
-    One process at a time writes it.
+    A progress file beside it holds the number of complete items and bytes, and a hash of the input and options, so that
+    other ones are refused. Only one process at a time writes it.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any], columns: Sequence[str] = ()) -> None:
-        """`columns`: of a .csv file, which has one line per row; the rest of each row is left out.
+        """Opens the file, new or to be continued, and locks it.
 
-        Raises UserError where the file is not one that can be gone on with, and leaves it as it is.
+        `columns` are those of a .csv file, which has one line per row; other fields of a row are left out. Raises
+        UserError, and leaves the file unchanged, where it cannot be continued.
         """
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: should be a file; it is a directory, a pipe or a device")
         self._path, self._columns = path, tuple(columns) if path.suffix.lower() == ".csv" else ()
-        self._marks = path.with_name(f"{path.name}.progress.json")
+        self._progress_path = path.with_name(f"{path.name}.progress.json")
         self._digest = hashlib.sha256(json.dumps(plain(made_with), sort_keys=True).encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
         hold(path, str(path), "another nlae process is writing it", "start no second command that writes it")
-        self._items, self._bytes = self._whole()
+        self._items, self._bytes = self._completed()
         os.truncate(path, self._bytes)
-        # Before anything is added: a file without marks is somebody else's.
-        self._mark()
+        # Written before anything is added: a file without a progress file is refused as another program's.
+        self._write_progress()
         if self._columns and not self._bytes:
             self._append(_csv_lines([self._columns]), 0)
 
-    def _whole(self) -> tuple[int, int]:
-        """Items and bytes that are whole."""
+    def _completed(self) -> tuple[int, int]:
+        """Returns the numbers of complete items and bytes. Raises UserError where the file cannot be continued."""
         size = self._path.stat().st_size
-        if not self._marks.exists():
+        if not self._progress_path.exists():
             if size:
                 raise UserError(f"{self._path}: exists, and was not begun by this command; {_ANOTHER}")
             return 0, 0
-        found = read_fields(self._marks, {"made_with": str, "items": int, "bytes": int})
-        if min(found["items"], found["bytes"]) < 0:
-            raise UserError(f"{self._marks}: items and bytes should be 0 or more")
-        if found["made_with"] != self._digest:
+        progress = read_fields(self._progress_path, {"made_with": str, "items": int, "bytes": int})
+        if min(progress["items"], progress["bytes"]) < 0:
+            raise UserError(f"{self._progress_path}: items and bytes should be 0 or more")
+        if progress["made_with"] != self._digest:
             raise UserError(f"{self._path}: begun with another input or other options; {_ANOTHER}")
-        if 0 < size < found["bytes"]:
-            raise UserError(f"{self._path}: {size} bytes of the {found['bytes']} that it had; {_ANOTHER}")
-        return (found["items"], found["bytes"]) if size else (0, 0)
+        if 0 < size < progress["bytes"]:
+            raise UserError(f"{self._path}: {size} bytes of the {progress['bytes']} that it had; {_ANOTHER}")
+        return (progress["items"], progress["bytes"]) if size else (0, 0)
 
     @property
     def done(self) -> int:
-        """Items that are in the file already."""
+        """The number of items that are in the file."""
         return self._items
 
     def add(self, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """One item: a line of JSON (`record`), or a line per row of CSV."""
+        """Adds one item: a line of JSON (`record`), or a line of CSV for each of `rows`."""
         if self._columns:
             self._append(_csv_lines([[row.get(name) for name in self._columns] for row in rows]), 1)
         else:
@@ -152,20 +155,21 @@ class Results:
             os.fsync(file.fileno())
         self._items += items
         self._bytes += len(data)
-        self._mark()
+        self._write_progress()
 
-    def _mark(self) -> None:
-        write_json(self._marks, {"made_with": self._digest, "items": self._items, "bytes": self._bytes})
+    def _write_progress(self) -> None:
+        write_json(self._progress_path, {"made_with": self._digest, "items": self._items, "bytes": self._bytes})
 
 
 def _csv_lines(rows: Sequence[Sequence[Any]]) -> str:
-    """Lines that end in a line feed.
+    """Writes CSV lines that end in a line feed.
 
-    A cell with a carriage return is quoted, as Python does only where one ends the lines.
+    A cell with a carriage return is quoted. Python quotes it only if lines end in one, so lines are written like that
+    first.
     """
     lines = []
     for row in rows:
-        written = io.StringIO()
-        csv.writer(written, lineterminator="\r\n").writerow(["" if cell is None else cell for cell in row])
-        lines.append(written.getvalue().removesuffix("\r\n") + "\n")
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\r\n").writerow(["" if cell is None else cell for cell in row])
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
     return "".join(lines)

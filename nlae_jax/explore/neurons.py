@@ -1,4 +1,4 @@
-"""MLP neurons: their directions in the residual stream, what activates them, which of them to look at."""
+"""MLP neurons: their directions in the residual stream, their activations, and the choice of neurons to examine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _SPEC = re.compile(r"(\d{1,6}):(\d{1,9})")
 
 
 def check_layer(arch: Arch, layer: int) -> int:
-    """The block, if its neurons can be read. Raises UserError where there is none such, or neurons without a gate."""
+    """Returns the block's number if its neurons can be read.
+
+    Raises UserError where the block does not exist, or its MLP has experts or no gate.
+    """
     if arch.experts is not None or not arch.gated:
         raise UserError(f"neuron: those of {arch.family} cannot be read: its blocks have experts, or no gate")
     if not 0 <= layer < arch.num_layers:
@@ -26,7 +29,7 @@ def check_layer(arch: Arch, layer: int) -> int:
 
 
 def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
-    """`L:I`, block and neuron counted from 0. Raises UserError where there is none such."""
+    """Parses `L:I`, block and neuron counted from 0. Raises UserError where that neuron does not exist."""
     match = _SPEC.fullmatch(spec.strip())
     if match is None:
         raise UserError(f"neuron: {quoted(spec)} should be BLOCK:NEURON, as 20:7")
@@ -37,10 +40,11 @@ def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
 
 
 def neuron_directions(nla: Explainer, layer: int, index: int) -> dict[str, np.ndarray]:
-    """A neuron's vectors in the residual stream, [d] float32 each.
+    """Returns a neuron's vectors in the residual stream, [d] float32 each.
 
-    `write`: what it adds for each unit of its activation, through the norm after the MLP where there is one. `gate` and
-    `up`: what its two inputs read, through the norm before the MLP.
+    `write` is added for each unit of its activation, scaled by the norm after the MLP where there is one. `gate` and
+    `up` are the directions that its two inputs read, scaled by the norm before the MLP. Raises UserError for an adapted
+    pair.
     """
     nla.check_own_subject("neuron")
     subject = nla.subject
@@ -67,9 +71,9 @@ def explain_neuron(
     values_N: np.ndarray | None = None,
     side: str = "write",
 ) -> DirectionReport:
-    """A neuron by what it writes, or by what its `gate` or `up` input reads (`side`).
+    """Explains a neuron by the direction that it writes, or that its `gate` or `up` input reads (`side`).
 
-    `values_N`: its activations on the corpus, where they are known already.
+    `values_N` are its activations on the corpus; without them they are computed. Raises UserError for another `side`.
     """
     vectors = neuron_directions(nla, layer, index)
     if side not in vectors:
@@ -84,18 +88,18 @@ def explain_neuron(
 
 
 def choose_neurons(nla: Explainer, corpus: Corpus, layer: int, count: int, drawn: bool, seed: int) -> list[int]:
-    """`count` neurons of a block: drawn at random, or those whose peak stands out most (maximum / root mean square)."""
+    """Chooses `count` neurons of a block: at random (`drawn`), or by the largest ratio maximum / root mean square."""
     d_ff = nla.subject.arch.d_ff
     if count < 1:
         raise UserError(f"--top: {count} should be at least 1")
     if drawn:
         return sorted(np.random.default_rng(seed).permutation(d_ff)[:count].tolist())
-    kept = neuron_values(nla, corpus, layer, lambda values: (values.max(0), np.square(values).sum(0)))
-    peak = np.max([most for most, _ in kept], axis=0)
-    square = np.sum([squares for _, squares in kept], axis=0) / len(corpus.h_NxD)
+    statistics = neuron_values(nla, corpus, layer, lambda values: (values.max(0), np.square(values).sum(0)))
+    peak = np.max([maximum for maximum, _ in statistics], axis=0)
+    square = np.sum([squares for _, squares in statistics], axis=0) / len(corpus.h_NxD)
     return np.argsort(-peak / np.maximum(np.sqrt(square), 1e-30), kind="stable")[:count].tolist()
 
 
 def values_of(nla: Explainer, corpus: Corpus, layer: int, neurons: list[int]) -> np.ndarray:
-    """Activations [N, len(neurons)] on the corpus."""
+    """Returns the activations [N, len(neurons)] of neurons on the corpus."""
     return np.concatenate(neuron_values(nla, corpus, layer, lambda values: values[:, neurons]))

@@ -1,4 +1,4 @@
-"""What a pair's activations are like as a whole: what an mse, a norm or a direction is held against."""
+"""Statistics of a pair's activations. An mse, a norm or a direction is judged by comparison with them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nlae_jax.runtime.errors import UserError
 
 FILE = "statistics.safetensors"
 
-# The middle part of the data's norms that counts as usual.
+# Norms between these quantiles of the data's norms count as usual.
 _LOW, _HIGH = 0.001, 0.999
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of `count` activations at positions from 1 on; `source` says which.
+    """Statistics of `count` activations at positions from 1 on; `source` names them.
 
     `mean` [d] float32 is their raw mean. `variance` is the mean over them of ‖ĥ − mean(ĥ)‖²/d, ĥ scaled to norm √d: the
     mse of predicting the mean, which FVE and relative mse divide by. Norms outside `norm_low` to `norm_high`, the
@@ -36,16 +36,17 @@ class Statistics:
     source: str
 
     def outside(self, norm: float, position: int | None) -> str:
-        """Why an activation is outside of what the pair was trained on: "position 0", "norm", or ""."""
+        """Returns why an activation is unlike those that the pair was trained on: "position 0", "norm", or ""."""
         if position == 0:
             return "position 0"
         return "" if self.norm_low <= norm <= self.norm_high else "norm"
 
     def relative(self, mse: float) -> float:
-        """Relative mse: 0 for a perfect reconstruction, 1 for one that is no better than the mean."""
+        """Returns mse / variance: 0 for a perfect reconstruction, 1 for one that is no better than the mean."""
         return mse / self.variance if self.variance > 0 else float("inf")
 
     def save(self, path: Path) -> None:
+        """Writes the statistics to a safetensors file."""
         numbers = [self.variance, self.norm_low, self.norm_median, self.norm_high]
         tensors: dict[str, np.ndarray] = {
             "mean": self.mean.astype(np.float32),
@@ -55,7 +56,7 @@ class Statistics:
 
 
 def statistics_of(h_NxD: np.ndarray, source: str) -> Statistics:
-    """From activations themselves, [N, d] float32."""
+    """Computes the statistics of raw activations [N, d] float32."""
     norms = np.linalg.norm(h_NxD.astype(np.float64), axis=1)
     low, median, high = np.quantile(norms, [_LOW, 0.5, _HIGH])
     mean = h_NxD.mean(0, dtype=np.float64).astype(np.float32)
@@ -63,7 +64,7 @@ def statistics_of(h_NxD: np.ndarray, source: str) -> Statistics:
 
 
 def load_statistics(path: Path, width: int | None = None) -> Statistics:
-    """What `Statistics.save` wrote, of activations of `width`. Raises UserError where it is something else."""
+    """Reads a file of `Statistics.save`, of activations of `width`. Raises UserError for any other file."""
     try:
         tensors = load_file(path)
         with safe_open(path, "np") as file:

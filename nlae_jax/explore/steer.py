@@ -1,6 +1,6 @@
-"""Steering by an edited explanation: what the edit changes in the reconstruction is added to the residual stream.
+"""Steers the subject by an edited explanation: the reconstruction's change by the edit is added to the residual stream.
 
-Beside it, random directions of the same length: a push of any kind changes what a model writes.
+Random directions of the same length serve as controls, because any push changes a model's continuations.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from nlae_jax.runtime.progress import progress
 
 _LEAST_CONTROLS = 3
 _LONGEST_PATTERN = 200
-_ROWS = 16  # that the subject continues together
+_ROWS = 16  # rows that the subject continues together
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`alphas`: lengths of what is added, in units of ‖h‖. `controls`: random directions, at least 3.
+    """How steering is done and measured.
 
-    `samples` continuations of up to `max_new_tokens` tokens are drawn for each of them.
+    `alphas` are the lengths of the added vector, in units of ‖h‖. `controls` is the number of random directions, at
+    least 3. For each condition `samples` continuations of up to `max_new_tokens` tokens are drawn. Raises UserError for
+    invalid values.
     """
 
     alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -56,12 +58,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the subject wrote under one condition.
+    """The subject's continuations under one condition.
 
-    `kind`: "none" (nothing added), "edit" or "random". `hits` of `len(continuations)` have the pattern; `hit_rate_ci95`
-    is Wilson's interval. `nll`: mean −log p per token of the continuations under the subject as it is, in nats: how
-    strange they are. `distinct_2`: different pairs of words / pairs of words, within a continuation: low where it
-    repeats itself.
+    `kind` is "none" (nothing added), "edit" or "random". `hits` of `len(continuations)` match the pattern;
+    `hit_rate_ci95` is Wilson's interval of `hit_rate`. `nll` is the mean −log p per token of the continuations under
+    the unsteered subject, in nats: it is high for strange ones. `distinct_2` is the number of different pairs of words
+    divided by that of all pairs, within a continuation: it is low where a continuation repeats itself.
     """
 
     kind: str
@@ -76,9 +78,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class SteerReport:
-    """Continuations before and after. `beats_controls` holds the edit against the best random direction at its α.
+    """The continuations without and with the edit, and with random directions.
 
-    It says whether the edit has more hits than each of them at the α where it has most; None without a pattern.
+    `best_alpha` is the α at which the edit has most hits. `beats_controls` says whether it has more hits there than
+    every random direction at the same α. Both are None without a pattern.
     """
 
     text: str
@@ -94,12 +97,12 @@ class SteerReport:
     best_alpha: float | None
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Returns the report as JSON has it."""
         return dataclasses.asdict(self)
 
     def to_frame(self) -> Any:
-        """One row a condition as a pandas data frame."""
-        return frame([dataclasses.asdict(one) for one in (self.before, *self.edits, *self.controls)])
+        """Returns a pandas data frame with one row per condition. Raises UserError where pandas is missing."""
+        return frame([dataclasses.asdict(outcome) for outcome in (self.before, *self.edits, *self.controls)])
 
     def _repr_html_(self) -> str:
         from nlae_jax.report.audit_page import steer_card
@@ -108,17 +111,20 @@ class SteerReport:
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); wide for few, and never empty."""
+    """Returns the 95 % interval of the share hits / count (Wilson 1927). It is never empty, also for few."""
     z = 1.959964
     share, spread = hits / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    # Rounding must not leave the share itself outside.
+    # The share itself must stay inside the interval, in spite of rounding.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | None:
-    """A word by itself, in any case, or a regular expression. Raises UserError where that is none."""
+    """Compiles a pattern for a whole word, in any case, or a regular expression; None without either.
+
+    Raises UserError where the word is empty or the expression is invalid.
+    """
     if word is not None:
         if not word.strip():
             raise UserError("--word: empty; should be a word to look for")
@@ -136,11 +142,11 @@ def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | 
 
 
 def distinct_2(texts: Sequence[str]) -> float | None:
-    """Mean over texts of different pairs of words / pairs of words; None where no text has a pair."""
+    """Returns the mean over texts of different pairs of words / all pairs of words; None where no text has a pair."""
     shares = []
     for text in texts:
-        found = words(text)
-        pairs = list(itertools.pairwise(found))
+        text_words = words(text)
+        pairs = list(itertools.pairwise(text_words))
         if pairs:
             shares.append(len(set(pairs)) / len(pairs))
     return float(np.mean(shares)) if shares else None
@@ -155,11 +161,12 @@ def steer(
     pattern: re.Pattern[str] | None = None,
     settings: Settings | None = None,
 ) -> SteerReport:
-    """Adds α‖h‖·Δ/‖Δ‖, Δ = AR(edited) − AR(original), at `positions` and lets the subject go on from the passage's end.
+    """Adds α‖h‖·Δ/‖Δ‖ at `positions`, Δ = decoder(edited) − decoder(original), and lets the subject continue.
 
-    `original`: if not given, what the encoder says of the mean activation of these positions. A position whose
-    activation is of unusual length (position 0) gets the data's median length as ‖h‖. Single tokens are rarely enough:
-    what is said at other tokens wins; spans work better. Raises UserError where the edit changes nothing.
+    Without `original`, it is the encoder's explanation of the mean activation of these positions. A position whose
+    activation has an unusual length (position 0) gets the data's median length as ‖h‖. A span works better than a
+    single token, because the activations of other tokens outweigh one. Raises UserError where the edit does not change
+    the reconstruction, and for an adapted pair.
     """
     nla.check_own_subject("steer")
     settings = settings or Settings()
@@ -170,18 +177,20 @@ def steer(
     before, after = np.asarray(nla.rebuild([original, edited]), np.float64)
     delta = after - before
     if not np.linalg.norm(delta) > 1e-6 * np.linalg.norm(before):
-        raise UserError("--edit: the decoder rebuilds the same from it as from the original explanation")
+        raise UserError(
+            "--edit: the decoder rebuilds the same activation as from the original explanation; change more words"
+        )
     rng = np.random.default_rng(settings.seed)
     directions = [("edit", unit(delta))]
     directions += [("random", unit(rng.standard_normal(len(delta)))) for _ in range(settings.controls)]
     norms = np.linalg.norm(h_TxD, axis=-1)
-    usual = [
+    lengths = [
         float(norms[p]) if not nla.statistics.outside(float(norms[p]), p) else nla.statistics.norm_median for p in at
     ]
 
     def added(direction: np.ndarray, alpha: float) -> np.ndarray:
         push = np.zeros(h_TxD.shape, np.float32)
-        push[at] = alpha * np.array(usual)[:, None] * direction
+        push[at] = alpha * np.array(lengths)[:, None] * direction
         return push
 
     conditions = [("none", 0.0, np.zeros(h_TxD.shape, np.float32))]
@@ -190,7 +199,7 @@ def steer(
     edits = [outcome for outcome in outcomes if outcome.kind == "edit"]
     controls = [outcome for outcome in outcomes if outcome.kind == "random"]
     best = max(edits, key=_hits) if pattern is not None else None
-    rivals = [_hits(control) for control in controls if best is not None and control.alpha == best.alpha]
+    control_hits = [_hits(control) for control in controls if best is not None and control.alpha == best.alpha]
     return SteerReport(
         text=passage.shown(),
         at=tuple(at),
@@ -201,26 +210,26 @@ def steer(
         before=outcomes[0],
         edits=tuple(edits),
         controls=tuple(controls),
-        beats_controls=None if best is None else _hits(best) > max(rivals),
+        beats_controls=None if best is None else _hits(best) > max(control_hits),
         best_alpha=None if best is None else best.alpha,
     )
 
 
 def _hits(outcome: Outcome) -> int:
-    """0 too where nothing was looked for."""
+    """Returns the number of hits, 0 where there is no pattern."""
     return outcome.hits or 0
 
 
 def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
-    """Of many prompts: on how many the edit beats the best random direction, with Wilson's interval of that share.
+    """Summarises many prompts: on how many the edit beats the best random direction, with Wilson's interval.
 
-    `hit_rate` and `control_hit_rate` are means over prompts at each one's best α, the latter of the best control.
+    `hit_rate` and `control_hit_rate` are means over prompts at each prompt's best α, the latter of the best control.
     """
     judged = [report for report in reports if report.beats_controls is not None]
     rates: list[tuple[float, float, float]] = []
     for report in judged:
         edit, control = (
-            max(_hits(one) / len(one.continuations) for one in outcomes if one.alpha == report.best_alpha)
+            max(_hits(item) / len(item.continuations) for item in outcomes if item.alpha == report.best_alpha)
             for outcomes in (report.edits, report.controls)
         )
         rates.append((_hits(report.before) / len(report.before.continuations), edit, control))
@@ -246,14 +255,14 @@ def _outcomes(
     pattern: re.Pattern[str] | None,
     settings: Settings,
 ) -> list[Outcome]:
-    """What the subject writes under every condition, `settings.samples` times each."""
+    """Lets the subject continue the passage under every condition, `settings.samples` times each."""
     subject, count = nla.subject, settings.samples
     written: list[list[int]] = []
     with progress(len(conditions), "steer", unit="condition") as bar:
-        together = max(1, _ROWS // count)
-        for start in range(0, len(conditions), together):
-            pushes = [push for _, _, push in conditions[start : start + together] for _ in range(count)]
-            # The same seed for all calls: what differs between them is what was added.
+        conditions_per_call = max(1, _ROWS // count)
+        for start in range(0, len(conditions), conditions_per_call):
+            pushes = [push for _, _, push in conditions[start : start + conditions_per_call] for _ in range(count)]
+            # All calls have the same seed, so that only the added vectors differ between them.
             written += subject.steer(
                 [passage.ids] * len(pushes),
                 pushes,
@@ -269,7 +278,7 @@ def _outcomes(
         rows = slice(number * count, (number + 1) * count)
         texts = [nla.tokenizer.decode(ids) for ids in written[rows]]
         hits = None if pattern is None else sum(pattern.search(text) is not None for text in texts)
-        known = nll[rows][np.isfinite(nll[rows])]
+        finite = nll[rows][np.isfinite(nll[rows])]
         outcomes.append(
             Outcome(
                 kind,
@@ -278,7 +287,7 @@ def _outcomes(
                 hits,
                 None if hits is None else hits / count,
                 None if hits is None else wilson(hits, count),
-                float(known.mean()) if len(known) else None,
+                float(finite.mean()) if len(finite) else None,
                 distinct_2(texts),
             )
         )

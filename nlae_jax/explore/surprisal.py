@@ -1,4 +1,4 @@
-"""Whether an explanation tells which texts it is of: what reading it first does to the surprise at a text."""
+"""Measures whether an explanation fits some texts better than others, by the subject's surprisal after reading it."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ _BETWEEN = "\n\n"
 
 
 def mean_nll(subject: LanguageModel, pairs: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
-    """Mean −log p per token of each text's ids after its preface, in nats: [N] float64."""
+    """Returns the mean −log p per token, in nats, of each text's ids after its preface: [N] float64."""
     prefaces = {preface: text_ids(subject.tokenizer, preface + _BETWEEN) for preface, _ in pairs}
     return mean_nll_after(subject, [(prefaces[preface], ids) for preface, ids in pairs])
 
 
 def mean_nll_after(subject: LanguageModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
-    """The same after the ids of a preface, of one token at least; NaN for a text without tokens."""
+    """Does what `mean_nll` does, for prefaces given as ids of at least one token. NaN for a text without tokens."""
 
     def read(ids: Any, mask: Any) -> np.ndarray:
         log_probs = np.asarray(subject.log_probs(ids, mask))
-        return np.pad(log_probs, ((0, 0), (1, 0)))  # of each token, the first one's unknown
+        return np.pad(log_probs, ((0, 0), (1, 0)))  # the first token has no log-probability
 
-    found = read_batches([[*preface, *ids] for preface, ids in pairs], read)
+    log_probs_of = read_batches([[*preface, *ids] for preface, ids in pairs], read)
     return np.array(
         [
             -row[len(preface) :].mean(dtype=np.float64) if len(ids) else np.nan
-            for row, (preface, ids) in zip(found, pairs, strict=True)
+            for row, (preface, ids) in zip(log_probs_of, pairs, strict=True)
         ]
     )
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The share of (positive, negative) pairs in which the positive is larger, ties counting half; 0.5 is chance."""
+    """Returns the share of (positive, negative) pairs whose positive is larger. Ties count half; chance is 0.5."""
     difference = np.asarray(positive)[:, None] - np.asarray(negative)[None]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
 class Surprisal:
-    """Scores explanations against fixed texts: those that activate and those that do not.
+    """Scores explanations on fixed texts, of which some are active and the others inactive.
 
-    The score of a text x is NLL(x | unrelated sentences) − NLL(x | explanation), averaged over the unrelated ones: how
-    much more the explanation prepares the subject for x than something unrelated does.
+    The score of a text x is NLL(x | unrelated sentence) − NLL(x | explanation), averaged over the unrelated sentences.
+    It says how much better the explanation prepares the subject for x than an unrelated sentence does.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Surprisal:
         self._without = mean_nll(subject, pairs).reshape(len(self._texts), len(unrelated)).mean(1)
 
     def auc(self, explanations: Sequence[str]) -> list[float]:
-        """Of each explanation, how well its scores tell the active texts from the others."""
+        """Returns, for each explanation, how well its scores tell the active texts from the inactive ones."""
         pairs = [(explanation, ids) for explanation in explanations for ids in self._texts]
         scores = self._without - mean_nll(self._subject, pairs).reshape(len(explanations), -1)
         return [auc(row[: self._split], row[self._split :]) for row in scores]

@@ -1,7 +1,7 @@
-"""Activations made elsewhere: parquet files in the schema of the PyTorch reference, into a workdir and out of one.
+"""Imports parquet files in the schema of the PyTorch reference into a workdir, and exports a workdir's rows to them.
 
 Files are read and written in pieces, so they may be larger than memory. Prompts are used as they are stored: the
-encoder's must be the same in every row, and the decoder's are kept whole.
+encoder's must be the same in every row, and the decoder's are used whole.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_
 VECTOR, INJECT = "activation_vector", "<INJECT>"
 TEXT = "detokenized_text_truncated"
 LAYER = "activation_layer"
-_ROWS = 1024  # read or written at a time
-_MOST_TOKENS = 2**31 - 1  # that a position can be said of
-_CONTEXT_CHARACTERS = 2000  # of a held-out row's text, kept for the report
+_ROWS = 1024  # rows that are read or written at a time
+_MOST_TOKENS = 2**31 - 1  # positions are stored as int32
+_CONTEXT_CHARACTERS = 2000  # of a held-out row's text, stored for the report
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def dataset_files(config: DatasetConfig) -> dict[str, Path]:
-    """The files that are given, by the reference's names. Raises UserError where one cannot be opened."""
+    """Returns the configured files by the reference's names. Raises UserError where one does not exist."""
     files = {
         name: local_path(path, f"config.dataset.{name}") for name, path in dataclasses.asdict(config).items() if path
     }
@@ -50,18 +50,18 @@ def dataset_files(config: DatasetConfig) -> dict[str, Path]:
 
 
 def identities(files: dict[str, Path]) -> dict[str, str]:
-    """What tells each file from another of its name: a hash of its size and of its end, where a parquet's footer is."""
-    found = {}
+    """Returns a hash of each file's size and end, where a parquet file's footer is, to tell other files from it."""
+    hashes = {}
     for name, path in files.items():
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(0, size - (1 << 16)))
-            found[name] = hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
-    return found
+            hashes[name] = hashlib.sha256(f"{size} ".encode() + file.read()).hexdigest()
+    return hashes
 
 
 def check_datasets(config: Config) -> None:
-    """Raises UserError where a file that a stage needs is not named, or there is a corpus too."""
+    """Raises UserError where a stage needs a file that is not configured, or where a corpus is configured too."""
     if not any(dataclasses.asdict(config.dataset).values()):
         return
     reasons = {
@@ -77,7 +77,7 @@ def check_datasets(config: Config) -> None:
 
 
 def dataset_sidecar(files: dict[str, Path], d_model: int, layer: int) -> Sidecar:
-    """What all files' sidecars say, with the prompt that the rows hold. Raises UserError where they disagree."""
+    """Combines all files' sidecars, with the prompt that the rows hold. Raises UserError where they disagree."""
     sidecars = {name: read_sidecar(path) for name, path in files.items()}
     first = sidecars["rl"]
     scaled = [sidecar for sidecar in sidecars.values() if sidecar.injection_scale is not None]
@@ -113,25 +113,26 @@ def check_same_prompt(released: Sidecar, data: Sidecar | None) -> None:
 
 
 def _stored_prompt(path: Path) -> str:
-    """The encoder's prompt as the first row has it, with `{injection_char}` for the slot."""
+    """Returns the encoder's prompt of the first row, with `{injection_char}` for the slot."""
     for _, batch in _batches(path, ["prompt"]):
         return _encoder_template(path, 0, batch.column("prompt")[0].as_py())
     raise UserError(f"{path}: the file has no rows")
 
 
 def _encoder_template(path: Path, row: int, messages: Any) -> str:
-    whole = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict)
-    content = messages[0].get("content") if whole and messages[0].get("role") == "user" else None
+    """Returns a row's encoder prompt as a template. Raises UserError where it is not one user message with a slot."""
+    is_one_message = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict)
+    content = messages[0].get("content") if is_one_message and messages[0].get("role") == "user" else None
     if not isinstance(content, str) or content.count(INJECT) != 1:
         raise UserError(f"{path}: row {row}: prompt should be one user message that holds {INJECT} once")
     return content.replace(INJECT, "{injection_char}")
 
 
 def import_plan(files: dict[str, Path], config: Config) -> Plan:
-    """What the rows are: those of one file after those of another, in the order of `SPLIT_OF`.
+    """Makes the plan of the rows of all files, one file after the other in the order of `SPLIT_OF`.
 
-    Documents have no token ids. Where there is no file `held_out`, a share (`split.held_out`) of the documents that
-    are in `rl` alone is held out. Raises UserError naming file and column or row.
+    Documents have no token ids. Without a file `held_out`, a share (`split.held_out`) of the documents that are only in
+    `rl` is held out. Raises UserError that names the file and its column or row.
     """
     columns = {name: _provenance(path, config.subject.layer) for name, path in _ordered(files)}
     doc_ids: list[str] = []
@@ -161,14 +162,14 @@ def import_plan(files: dict[str, Path], config: Config) -> Plan:
 
 
 def _refuse_overlap(path: Path, columns: dict[str, tuple[list[str], np.ndarray]]) -> None:
-    """Nothing may be trained on that is evaluated. Other files may share documents."""
+    """Raises UserError where a held-out document is also trained on. The other files may share documents."""
     trained = {doc for name, (docs, _) in columns.items() if name != "held_out" for doc in docs}
     if shared := trained.intersection(columns["held_out"][0]):
         raise UserError(f"{path}: {len(shared)} of its documents are also trained on, such as {min(shared)!r}")
 
 
 def _held_out(documents: Sequence[str], config: Config) -> set[str]:
-    """A keyed share of the documents, one at least, but not all."""
+    """Chooses a share of the documents by a keyed hash: at least one, but not all."""
     if len(documents) < 2:
         raise UserError(f"config.dataset.rl: {len(documents)} documents are in it alone; to hold one out takes two")
     ordered = sorted(documents, key=lambda doc: hashlib.sha256(f"{config.seed}:{doc}".encode()).digest())
@@ -176,7 +177,7 @@ def _held_out(documents: Sequence[str], config: Config) -> set[str]:
 
 
 def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
-    """Each row's document and position; 0 where the file does not say."""
+    """Reads each row's document and position. The position is 0 where the file has none."""
     docs: list[str] = []
     positions = []
     for start, batch in _batches(path, ["doc_id"], ["n_raw_tokens", LAYER]):
@@ -184,8 +185,8 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
         counts = np.ones(len(batch), np.int64)
         if "n_raw_tokens" in batch.schema.names:
             counts = _whole_numbers(path, start, "n_raw_tokens", batch.column("n_raw_tokens"), missing=0)
-        if (wrong := np.flatnonzero((counts < 0) | (counts > _MOST_TOKENS))).size:
-            row = int(wrong[0])
+        if (out_of_range := np.flatnonzero((counts < 0) | (counts > _MOST_TOKENS))).size:
+            row = int(out_of_range[0])
             raise UserError(
                 f"{path}: row {start + row}: n_raw_tokens is {counts[row]}; it counts a text's tokens from 1"
             )
@@ -196,21 +197,21 @@ def _provenance(path: Path, layer: int) -> tuple[list[str], np.ndarray]:
     return docs, np.concatenate(positions)
 
 
-def check_layers(path: Path, start: int, batch: pa.RecordBatch, layer: int, of: str = "subject.layer") -> None:
-    """Raises UserError naming the first row whose activation is another block's than `layer`, where the file says.
+def check_layers(path: Path, start: int, batch: pa.RecordBatch, layer: int, owner: str = "subject.layer") -> None:
+    """Raises UserError that names the first row whose activation is of another block than `layer`.
 
-    `of`: what has that layer, for the message.
+    A file without the column passes. `owner` names, in the message, what has that layer.
     """
     if LAYER not in batch.schema.names:
         return
     layers = _whole_numbers(path, start, LAYER, batch.column(LAYER), missing=layer)
-    if (wrong := np.flatnonzero(layers != layer)).size:
-        row = int(wrong[0])
-        raise UserError(f"{path}: row {start + row}: {LAYER} is {layers[row]}; {of} is {layer}")
+    if (differing := np.flatnonzero(layers != layer)).size:
+        row = int(differing[0])
+        raise UserError(f"{path}: row {start + row}: {LAYER} is {layers[row]}; {owner} is {layer}")
 
 
 def read_doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
-    """Names of documents: text, or numbers as text."""
+    """Reads the names of documents. Numbers become text. Raises UserError for nulls and other types."""
     if column.null_count:
         row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise UserError(f"{path}: row {row}: doc_id is null; splits are by document")
@@ -220,33 +221,35 @@ def read_doc_ids(path: Path, start: int, column: pa.Array) -> list[str]:
 
 
 def _whole_numbers(path: Path, start: int, name: str, column: pa.Array, missing: int) -> np.ndarray:
-    """A column as [rows] int64, nulls as `missing`. Raises UserError naming the first row that is no whole number.
+    """Reads a column as [rows] int64, with `missing` for nulls.
 
-    Columns of floats will do: some writers turn whole numbers into them where one is missing.
+    Columns of floats are accepted, because some writers turn whole numbers into floats where one is missing. Raises
+    UserError that names the first row whose value is not a whole number.
     """
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(f"{path}: the column {name} should hold whole numbers; it is {column.type}")
-    given = column.to_numpy(zero_copy_only=False).astype(np.float64)
-    values = np.where(column.is_null().to_numpy(zero_copy_only=False), missing, given)
-    if (wrong := np.flatnonzero(~((np.abs(values) < 2**53) & (values == np.round(values))))).size:
-        row = int(wrong[0])
+    floats = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    values = np.where(column.is_null().to_numpy(zero_copy_only=False), missing, floats)
+    if (fractional := np.flatnonzero(~((np.abs(values) < 2**53) & (values == np.round(values))))).size:
+        row = int(fractional[0])
         raise UserError(f"{path}: row {start + row}: {name} is {column[row].as_py()}; it should be a whole number")
     return values.astype(np.int64)
 
 
 def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
-    """Descriptions (row, description), contexts of held-out rows (row, text), and how many responses had no tags.
+    """Reads the descriptions (row, description) and the contexts of held-out rows (row, text).
 
-    An `av_sft` row's description is what stands between its last tags outside of thinking; an `ar_sft` row's is its
-    whole prompt. Raises UserError where a prompt differs from the others.
+    The third result is the number of responses without tags, which have no description. The description of an `av_sft`
+    row stands between its last tags outside of thinking; that of an `ar_sft` row is its whole prompt. Raises UserError
+    where a prompt differs from the others.
     """
     described: list[tuple[int, str]] = []
     contexts: list[tuple[int, str]] = []
     held_out, dropped, first = set(plan.rows_of("held_out").tolist()), 0, 0
     for name, path in _ordered(files):
-        wanted = ["prompt", *(["response"] if name == "av_sft" else [])]
+        columns = ["prompt", *(["response"] if name == "av_sft" else [])]
         optional = [TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
-        for start, batch in _batches(path, wanted, optional):
+        for start, batch in _batches(path, columns, optional):
             for number, row in enumerate(batch.to_pylist(), start):
                 prompt = row["prompt"]
                 if name == "ar_sft":
@@ -267,14 +270,17 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
 
 
 def _text(path: Path, row: int, name: str, value: Any) -> str:
-    """A text of a row; "" for null."""
+    """Returns a text of a row, "" for null. Raises UserError where the value is not a string."""
     if not isinstance(value, str | None):
         raise UserError(f"{path}: row {row}: {name} should be a string; it is {type(value).__name__}")
     return value or ""
 
 
 def _check_decoder_prompt(path: Path, row: int, prompt: Any, sidecar: Sidecar) -> None:
-    """It is used as it is; but later the decoder reads other explanations in the same frame."""
+    """Raises UserError where a prompt is not the sidecar's decoder template with an explanation in it.
+
+    The prompt itself is used as it is, but later the decoder reads other explanations in the sidecar's template.
+    """
     before, _, after = (sidecar.decoder_template or "{explanation}").partition("{explanation}")
     if not (isinstance(prompt, str) and prompt.startswith(before) and prompt.endswith(after)):
         raise UserError(
@@ -283,6 +289,7 @@ def _check_decoder_prompt(path: Path, row: int, prompt: Any, sidecar: Sidecar) -
 
 
 def _texts(rows: list[tuple[int, str]], name: str) -> pa.Table:
+    """Makes a table of row numbers and texts."""
     return pa.table(
         {"row": pa.array([r for r, _ in rows], pa.int64()), name: pa.array([t for _, t in rows], pa.string())}
     )
@@ -291,14 +298,14 @@ def _texts(rows: list[tuple[int, str]], name: str) -> pa.Table:
 def import_vectors(
     directory: AnyPath, files: dict[str, Path], rows: int, d_model: int, advance: Callable[[int], None]
 ) -> None:
-    """Copies the activations into the workdir's array, readable in any order; resumes where it stopped."""
+    """Copies the activations into the workdir's array, which can be read in any order. Resumes where it stopped."""
     progress = directory / "progress.json"
-    done = counted(progress, "batches", rows)
-    vectors = open_vectors(directory, rows, d_model, create=done == 0)
+    copied_batches = counted(progress, "batches", rows)
+    vectors = open_vectors(directory, rows, d_model, create=copied_batches == 0)
     first, number = 0, 0
     for _, path in _ordered(files):
         for start, batch in _batches(path, [VECTOR]):
-            if number >= done:
+            if number >= copied_batches:
                 values = read_vectors(path, start, batch.column(VECTOR), d_model)
                 vectors[first + start : first + start + len(values)].write(values).result()
                 write_json(progress, {"batches": number + 1})
@@ -308,7 +315,10 @@ def import_vectors(
 
 
 def read_vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
-    """A column of lists as [rows, d] float32. Raises UserError naming the first row that is not d finite numbers."""
+    """Reads a column of lists as [rows, d] float32.
+
+    Raises UserError that names the first row that does not hold d finite numbers.
+    """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     kind = column.type
@@ -322,15 +332,15 @@ def read_vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.n
         lengths = np.full(len(column), kind.list_size)
     else:
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    if (wrong := np.flatnonzero(lengths != d_model)).size:
-        row = int(wrong[0])
+    if (bad_rows := np.flatnonzero(lengths != d_model)).size:
+        row = int(bad_rows[0])
         raise UserError(
             f"{path}: row {start + row}: {VECTOR} has {lengths[row]} numbers; the subject's width is {d_model}"
         )
-    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+    with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, which is checked below
         values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, d_model)
-    if (wrong := np.flatnonzero(~np.isfinite(values).all(1))).size:
-        raise UserError(f"{path}: row {start + int(wrong[0])}: {VECTOR} has NaN or infinity in it")
+    if (bad_rows := np.flatnonzero(~np.isfinite(values).all(1))).size:
+        raise UserError(f"{path}: row {start + int(bad_rows[0])}: {VECTOR} has NaN or infinity in it")
     return values
 
 
@@ -339,7 +349,7 @@ def _ordered(files: dict[str, Path]) -> list[tuple[str, Path]]:
 
 
 def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of the first row, batch) through a file. Raises UserError naming a column that is missing."""
+    """Yields (number of the first row, batch) through a file. Raises UserError that names a missing column."""
     with opened(path) as file:
         present = file.schema_arrow.names
         for column in columns:
@@ -359,7 +369,7 @@ def _num_rows(path: Path) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What a workdir gives away: `rows` in order, and per row what the columns hold."""
+    """The rows of a workdir to export, in order, and functions that read their columns."""
 
     rows: np.ndarray
     vectors: Callable[[np.ndarray], np.ndarray]  # rows -> [n, d]
@@ -372,7 +382,7 @@ class Exported:
 def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, extraction: dict[str, Any]) -> None:
     """Writes the rows as a file `name` of `SPLIT_OF` in the reference's schema, with its sidecar.
 
-    `extraction` holds the sidecar's fields of that name. The file appears complete or not at all.
+    `extraction` holds the fields of the sidecar's section `extraction`. The file appears complete or not at all.
     """
     prompt = [{"role": "user", "content": protocol.encoder_template.replace("{injection_char}", INJECT)}]
     columns: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
@@ -402,12 +412,12 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
             for start in range(0, len(source.rows), _ROWS):
                 rows = source.rows[start : start + _ROWS]
                 values = pa.array(np.ascontiguousarray(source.vectors(rows)).reshape(-1), pa.float32())
-                made = {
+                arrays = {
                     key: pa.array([make(row) for row in rows.tolist()], kind)
                     for key, (kind, make) in (columns | provenance).items()
                 }
-                made[VECTOR] = pa.FixedSizeListArray.from_arrays(values, type=vector)
-                writer.write_table(pa.table({field.name: made[field.name] for field in schema}, schema=schema))
+                arrays[VECTOR] = pa.FixedSizeListArray.from_arrays(values, type=vector)
+                writer.write_table(pa.table({field.name: arrays[field.name] for field in schema}, schema=schema))
 
     write_atomically(path, write)
     stage = "rl" if name == "held_out" else name

@@ -1,8 +1,8 @@
-"""Encoder and decoder directories in the reference's layout: opened and checked.
+"""Opens and checks encoder and decoder directories in the reference's layout.
 
-An encoder ("av") is an ordinary model directory; a decoder ("ar") holds the first K + 1 blocks and
-`value_head.safetensors`. Either may hold adapters instead of a model (`adapters.py`). Both have a sidecar, see
-`sidecar.py`.
+An encoder ("av") is an ordinary model directory. A decoder ("ar") holds the first K + 1 blocks and
+`value_head.safetensors`. Either may hold adapters instead of a model (`lm/adapters.py`). Both have a sidecar
+(`sidecar.py`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ VALUE_HEAD = "value_head.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """One directory: its architecture (a decoder's has no head) and what its sidecar says.
+    """One released encoder or decoder: its directory, architecture (a decoder has no LM head) and sidecar.
 
-    Where it holds `adapters`, `directory` and `arch` are the base model's.
+    Where it holds `adapters`, `directory` and `arch` are those of the base model.
     """
 
     directory: Path
@@ -44,24 +44,28 @@ class Released:
 
     @property
     def layer(self) -> int | None:
+        """The block K that the sidecar names, or None."""
         return self.sidecar.layer
 
     @property
     def decoder_layer(self) -> int:
-        """The block whose output a decoder rebuilds: `open_released` takes none that does not know it."""
+        """The block whose output a decoder rebuilds. `open_released` refuses decoders that do not say it."""
         assert self.sidecar.layer is not None
         return self.sidecar.layer
 
     @property
     def identity(self) -> str:
-        """What tells its weights from others."""
+        """A hash that identifies the weights."""
         if self.adapters is not None:
             return self.adapters.identity
         return fingerprint(self.directory, *([VALUE_HEAD] if self.sidecar.role == "ar" else []))
 
     @property
     def injection_scale(self) -> float:
-        """What an encoder was trained with; 0: vectors as they are."""
+        """The injection scale that an encoder was trained with; 0 injects activations unscaled.
+
+        Raises UserError where the sidecar has none.
+        """
         if self.sidecar.injection_scale is None:
             raise UserError(
                 f"{self.sidecar.path}: extraction.injection_scale is missing; an encoder needs the one it learned"
@@ -69,34 +73,34 @@ class Released:
         return self.sidecar.injection_scale
 
     def weights(self, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
-        """The parameters, sharded over the mesh if there is one."""
-        trunk = self.sidecar.role == "ar"
+        """Loads the parameters, sharded over the mesh if there is one."""
+        is_decoder = self.sidecar.role == "ar"
         shardings = tree_shardings(mesh, model_weights(self.arch)) if mesh else None
-        params = load_params(self.directory, self.arch, dtype, trunk, shardings)
-        if trunk:  # never applied, but the module declares them
+        params = load_params(self.directory, self.arch, dtype, is_decoder, shardings)
+        if is_decoder:  # its final norm is never applied, but the module declares it
             norm = jnp.ones(self.arch.d_model, params["embed"].dtype)
             for name in model_weights(self.arch).keys() - params.keys():
                 params[name] = norm if shardings is None else place(norm, shardings[name])
         return params
 
     def value_head(self, mesh: Mesh | None = None) -> jax.Array:
-        """The decoder's head [d, d] float32, as y = x @ head; the file holds y = W x."""
+        """Reads the decoder's head [d, d] float32 for y = x @ head. The file holds its transpose W, y = W x."""
         width = self.arch.d_model
         head = read_tensor(self.sidecar.path.parent / VALUE_HEAD, "weight", (width, width)).T
         return place(head, replicated(mesh)) if mesh else head
 
 
 def open_released(name: str, role: str) -> Released:
-    """The encoder ("av") or decoder ("ar") `name`: a directory, a hub id, or a pair's directory or shipped name.
+    """Opens the encoder ("av") or decoder ("ar") `name`: a directory, a hub id, or a pair's directory or shipped name.
 
-    Raises UserError, naming the file and field, where it is something else or its parts do not fit each other.
+    Raises UserError that names file and field where it is none of these, or where its parts do not fit each other.
     """
     directory = _directory(name, role)
     adapters = open_adapters(directory) if has_adapters(directory) else None
     base = directory if adapters is None else resolve_model(adapters.base_model)
     arch, sidecar = read_arch(base), read_sidecar(directory)
     if sidecar.role != role:
-        raise UserError(f"{sidecar.path}: role is that of {sidecar.role!r}; {name} was given as {role}")
+        raise UserError(f"{sidecar.path}: its role is {sidecar.role!r}; {name} was given as {role!r}")
     if sidecar.d_model != arch.d_model:
         raise UserError(f"{sidecar.path}: d_model {sidecar.d_model} should be config.json's {arch.d_model}")
     if role == "ar" and not (directory / VALUE_HEAD).is_file():
@@ -121,26 +125,26 @@ def open_released(name: str, role: str) -> Released:
 
 
 def _directory(name: str, role: str) -> Path:
-    """Where a role's files are."""
+    """Returns the directory of a role's files."""
     pair = pair_directory(name) or local_path(name, "model")
     return pair / role if (pair / role).is_dir() else resolve_model(name)
 
 
 def pair_sidecar(av: Released, ar: Released) -> Sidecar:
-    """What both sidecars say together; the decoder's prompt is its own. Raises UserError where they disagree."""
-    mine, other = av.sidecar, ar.sidecar
-    if mine.d_model != other.d_model:
-        raise UserError(f"{other.path}: d_model {other.d_model} should be the encoder's {mine.d_model}")
-    if mine.layer not in (None, other.layer):
-        raise UserError(f"{other.path}: reads block {other.layer}; the encoder was made for block {mine.layer}")
-    both = combined(mine, other)
-    if both.decoder_template is None:
-        raise UserError(f"{other.path}: prompt_templates.ar (or critic) is missing")
-    return both
+    """Combines the sidecars of a pair, with the decoder's own prompt. Raises UserError where they disagree."""
+    encoder, decoder = av.sidecar, ar.sidecar
+    if encoder.d_model != decoder.d_model:
+        raise UserError(f"{decoder.path}: d_model {decoder.d_model} should be the encoder's {encoder.d_model}")
+    if encoder.layer not in (None, decoder.layer):
+        raise UserError(f"{decoder.path}: reads block {decoder.layer}; the encoder was made for block {encoder.layer}")
+    sidecar = combined(encoder, decoder)
+    if sidecar.decoder_template is None:
+        raise UserError(f"{decoder.path}: prompt_templates.ar (or critic) is missing")
+    return sidecar
 
 
 def pair_tokenizer(av: Released, ar: Released) -> Any:
-    """The encoder's tokenizer, which the decoder shares. Raises UserError where theirs differ."""
+    """Loads the encoder's tokenizer, which the decoder shares. Raises UserError where the two differ."""
     tokenizer = load_tokenizer(av.directory)
     check_same_tokenizer(tokenizer, load_tokenizer(ar.directory), str(ar.directory))
     return tokenizer

@@ -1,6 +1,6 @@
-"""The sidecar `nla_meta.yaml` beside released models and datasets: which prompts, which slot, which scales.
+"""Reads and writes the sidecar `nla_meta.yaml` of released models and datasets: prompts, slot and scales.
 
-The format is that of the PyTorch reference, both of its spellings of roles and templates. Its templates are Python
+The format is that of the PyTorch reference, in both of its spellings of roles and templates. Its templates are Python
 format strings, in which a brace of the text is doubled.
 """
 
@@ -29,10 +29,11 @@ _SPELLINGS = {"av": ("av", "actor"), "ar": ("ar", "critic")}
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What a sidecar says, under one spelling; None where it says nothing.
+    """The content of a sidecar, under one spelling. A field is None where the sidecar has none.
 
     `role` is "av" (encoder), "ar" (decoder) or "" (a dataset). `layer` is K. `injection_scale` is a norm, or 0 for
-    vectors injected as they are. Templates hold their placeholder once and single braces otherwise.
+    activations injected unscaled. `neighbours` are the token ids on both sides of the slot. Templates contain their
+    placeholder once; other braces are single.
     """
 
     path: Path
@@ -50,12 +51,15 @@ class Sidecar:
 
 
 def path_of(target: Path) -> Path:
-    """Where the sidecar of a model directory or of a dataset file lies."""
+    """Returns the path of the sidecar of a model directory or a dataset file."""
     return target / NAME if target.is_dir() else target.with_name(f"{target.name}.{NAME}")
 
 
 def read_sidecar(target: Path) -> Sidecar:
-    """The sidecar of a model directory or dataset file. Raises UserError naming the field that is missing or wrong."""
+    """Reads the sidecar of a model directory or dataset file.
+
+    Raises UserError that names the field that is missing or wrong.
+    """
     path = path_of(target)
     try:
         content = read_yaml(path)
@@ -97,9 +101,9 @@ def read_sidecar(target: Path) -> Sidecar:
 
 
 def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, injection_scale: float) -> Protocol:
-    """The protocol that a sidecar describes, with the live tokenizer's ids.
+    """Makes the protocol that a sidecar describes, with the ids of `tokenizer`.
 
-    `config` stands in for a decoder's template that the sidecar lacks. Raises UserError where the tokenizer is not the
+    `config` provides the decoder's template where the sidecar has none. Raises UserError where the tokenizer is not the
     one that the sidecar was written with.
     """
     templates = dataclasses.replace(
@@ -116,10 +120,10 @@ def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, inject
     if sidecar.marker_id == tokenizer.unk_token_id:
         raise UserError(f"{path}: tokens.injection_char: {quoted(marker)} is unknown to this tokenizer")
     protocol = make_protocol(tokenizer, templates, injection_scale, marker)
-    found = neighbours(protocol)
-    for name, live, stored in zip(("left", "right"), found, sidecar.neighbours, strict=True):
-        if live != stored:
-            raise UserError(f"{path}: tokens.injection_{name}_neighbor_id: {stored}, but this tokenizer gives {live}")
+    actual_ids = neighbours(protocol)
+    for name, actual, stored in zip(("left", "right"), actual_ids, sidecar.neighbours, strict=True):
+        if actual != stored:
+            raise UserError(f"{path}: tokens.injection_{name}_neighbor_id: {stored}, but this tokenizer gives {actual}")
     suffix = sidecar.suffix_ids
     if suffix is not None and sidecar.decoder_template and protocol.decoder_suffix[-len(suffix) :] != suffix:
         raise UserError(
@@ -130,7 +134,10 @@ def protocol_of(sidecar: Sidecar, tokenizer: Any, config: ProtocolConfig, inject
 
 
 def combined(encoder: Sidecar, decoder: Sidecar) -> Sidecar:
-    """Slot and encoder's prompt of the one; layer and decoder's prompt of the other, as far as it says."""
+    """Combines two sidecars: slot and encoder's prompt of `encoder`, layer and decoder's prompt of `decoder`.
+
+    Where `decoder` has no layer or no decoder's prompt, that of `encoder` is used.
+    """
     source = decoder if decoder.decoder_template else encoder
     return dataclasses.replace(
         encoder,
@@ -141,14 +148,14 @@ def combined(encoder: Sidecar, decoder: Sidecar) -> Sidecar:
 
 
 def neighbours(protocol: Protocol) -> tuple[int, int]:
-    """The tokens on both sides of the slot."""
+    """Returns the token ids on both sides of the slot."""
     return protocol.encoder_prefix[-1], protocol.encoder_tail[0]
 
 
 def tokens_and_templates(protocol: Protocol) -> dict[str, Any]:
-    """The part of a sidecar that every kind has."""
+    """Returns the sections of a sidecar that models and datasets share."""
     left, right = neighbours(protocol)
-    # Its first token may merge with what stands before it, so the reference leaves it out.
+    # The reference leaves out the suffix's first token, which may merge with the text before it.
     suffix = list(protocol.decoder_suffix[1:])
     return {
         "tokens": {
@@ -168,7 +175,10 @@ def tokens_and_templates(protocol: Protocol) -> dict[str, Any]:
 def model_sidecar(
     protocol: Protocol, role: str, d_model: int, layer: int, base_model: str, corpus: str
 ) -> dict[str, Any]:
-    """The sidecar of an exported encoder ("av") or decoder ("ar"). The reference's client wants scales as numbers."""
+    """Returns the sidecar of an exported encoder ("av") or decoder ("ar").
+
+    Scales are numbers, because the reference's client reads no other form.
+    """
     layers = {"extraction_layer_index": layer}
     return {
         "kind": "nla_model",
@@ -191,12 +201,16 @@ def model_sidecar(
 
 
 def write_sidecar(target: Path, content: dict[str, Any]) -> None:
+    """Writes the sidecar of a model directory or a dataset file."""
     text = yaml.safe_dump(content, sort_keys=False)
     write_atomically(path_of(target), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _get(path: Path, content: Any, field: str, kind: type, optional: bool = False) -> Any:
-    """The value at `a.b`. Raises UserError where it is missing, unless optional, or of another type."""
+    """Returns the value of a field such as `a.b`.
+
+    Raises UserError where it is missing, unless it is optional, or of another type.
+    """
     value = content
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -208,7 +222,7 @@ def _get(path: Path, content: Any, field: str, kind: type, optional: bool = Fals
 
 
 def _layer(path: Path, content: dict[str, Any]) -> int | None:
-    """K. A decoder's own field is authoritative; its first spelling said `num_hidden_layers` and meant K too."""
+    """Reads K. A decoder's field counts first. Its earlier spelling `num_hidden_layers` means K too."""
     fields = [f"{role}.{name}" for name in ("extraction_layer_index", "num_hidden_layers") for role in _SPELLINGS["ar"]]
     for field in (*fields, "extraction.layer_index", "extraction_layer_index"):
         if (layer := _get(path, content, field, int, optional=True)) is not None:
@@ -217,7 +231,7 @@ def _layer(path: Path, content: dict[str, Any]) -> int | None:
 
 
 def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
-    """extraction.injection_scale: None where it is not there, 0 for null, which means raw vectors."""
+    """Reads extraction.injection_scale: None where it is missing, 0 for null, which means raw vectors."""
     extraction = _get(path, content, "extraction", dict, optional=True) or {}
     if "injection_scale" not in extraction:
         return None
@@ -238,7 +252,7 @@ def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
 
 
 def _template(path: Path, content: dict[str, Any], role: str) -> str | None:
-    """A prompt template as our protocols hold it; None where the sidecar has none."""
+    """Reads a prompt template as a protocol has it. Returns None where the sidecar has none."""
     for name in _SPELLINGS[role]:
         if template := _get(path, content, f"prompt_templates.{name}", str, optional=True):
             break
@@ -246,7 +260,7 @@ def _template(path: Path, content: dict[str, Any], role: str) -> str | None:
         return None
     slot = _SLOTS[role]
     try:
-        # Taken apart rather than filled in: a format string from outside may ask for a terabyte of blanks.
+        # Parsed and not formatted, because a format string from outside may ask for a terabyte of blanks.
         parts = list(string.Formatter().parse(template))
     except ValueError:
         parts = []
@@ -260,5 +274,5 @@ def _template(path: Path, content: dict[str, Any], role: str) -> str | None:
 
 
 def _format_string(template: str, slot: str) -> str:
-    """The inverse: a template as a Python format string."""
+    """Writes a protocol's template as a Python format string, the inverse of `_template`."""
     return slot.join(part.replace("{", "{{").replace("}", "}}") for part in template.split(slot))

@@ -1,1 +1,1 @@
-"""`nlae plan`: what the real steps of a config take on a TPU pod, found out by compiling them, without one."""
+"""`nlae plan`: finds the memory and time of a config's real steps on a TPU pod by compiling them, without the pod."""

@@ -1,4 +1,4 @@
-"""The real steps of a config as shapes alone: what they are compiled from where there are no weights and no devices."""
+"""The real steps of a config with abstract arguments (shapes), to compile them without weights and devices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_opt
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What all steps share. `assumed` says what was not known."""
+    """The parts that all steps share. `assumed` says what was assumed where the model's files are missing."""
 
     config: Config
     mesh: Mesh
@@ -44,7 +44,7 @@ class Planned:
 
 
 class Program(NamedTuple):
-    """A jitted function, its abstract arguments, and what else the devices hold while it runs (`kept`)."""
+    """A jitted function, its abstract arguments, and the other arrays on the devices while it runs (`kept`)."""
 
     name: str
     function: Any
@@ -53,82 +53,90 @@ class Program(NamedTuple):
 
 
 def make_planned(config: Config, devices: list[Any]) -> Planned:
-    """Reads the model's config.json and, if it is there, its tokenizer; no weights. Raises UserError as a run would."""
+    """Reads the model's config.json and, if there is one, its tokenizer, but no weights.
+
+    Raises UserError where a run would, for an invalid mesh, batch or model.
+    """
     mesh = make_mesh(config.mesh, devices)
     check_batches(config, mesh)
     directory = resolve_model(config.subject.model, weights=False)
     arch = read_arch(directory)
-    protocol, placed, assumed = _protocol(config, arch, directory)
-    return Planned(config, mesh, arch, make_roles(config, arch, protocol), placed, shapes_of(config, protocol), assumed)
+    protocol, endings_table, assumed = _protocol(config, arch, directory)
+    return Planned(
+        config, mesh, arch, make_roles(config, arch, protocol), endings_table, shapes_of(config, protocol), assumed
+    )
 
 
 def _protocol(config: Config, arch: Arch, directory: Path) -> tuple[Protocol, Endings | None, str]:
+    """Returns the protocol, the decoder's endings, and a text that says what was assumed of them."""
     if has_tokenizer(directory):
         tokenizer = load_tokenizer(directory)
         protocol = make_protocol(tokenizer, config.protocol, config.protocol.injection_scale or 1.0)
         return protocol, endings(tokenizer, protocol, arch.vocab_size), ""
-    protocol, placed = assumed_protocol(config.protocol), None
+    protocol, endings_table = assumed_protocol(config.protocol), None
     if protocol.decoder_suffix:  # most tokenizers merge across the explanation's end
         width = len(protocol.decoder_suffix) + 1
-        placed = Endings(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
+        endings_table = Endings(np.zeros((arch.vocab_size, width), np.int32), np.zeros(arch.vocab_size, np.int32))
     assumed = (
         f"no tokenizer in {config.subject.model}: the encoder's prompt is taken to have {ASSUMED.prompt} tokens with "
         f"the slot at {ASSUMED.slot}, tags {ASSUMED.opening} and {ASSUMED.closing}, the decoder's frame {ASSUMED.frame}"
     )
-    return protocol, placed, assumed
+    return protocol, endings_table, assumed
 
 
 def programs(planned: Planned, step: str) -> list[Program]:
-    """What a step of `STEPS` runs one after another: one program, or the three of the split RL step."""
+    """Returns the programs that a step of `STEPS` runs one after another: one, or the three of the split RL step."""
     return _PROGRAMS[step](planned)
 
 
 def _like(tree: Any, sharding: NamedSharding) -> Any:
-    """Shapes and dtypes of a tree, laid out so."""
+    """Returns the shapes and dtypes of a tree's arrays, with one sharding for all."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _frozen_weights(planned: Planned, weights: Params) -> Params:
-    """Declared weights in the dtype that models compute in."""
+    """Returns abstract weights in the dtype that models compute in."""
 
-    def computed_with(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def in_compute_dtype(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, planned.config.subject.dtype, sharding=x.sharding)
 
-    return jax.tree.map(computed_with, abstract_params(planned.mesh, weights))
+    return jax.tree.map(in_compute_dtype, abstract_params(planned.mesh, weights))
 
 
 def _base(planned: Planned) -> Params:
+    """Returns the subject's abstract weights."""
     return _frozen_weights(planned, model_weights(planned.arch))
 
 
 def _frozen(planned: Planned) -> Params:
-    """As `run.training` has it (`_frozen`)."""
+    """Returns the abstract arrays that no step changes. It must agree with `run.training._frozen`."""
     config, base = planned.config, _base(planned)
     bases: Params = {"base": base if config.lora.rank else {}}
     if config.lora.rank and (config.init.av or config.init.ar):
         bases["decoder_base"] = base
-    whole = replicated(planned.mesh)
+    everywhere = replicated(planned.mesh)
     baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, planned.arch.d_model), jnp.float32))
-    placed = {} if planned.endings is None else {"endings": _like(planned.endings, whole)}
+    placed = {} if planned.endings is None else {"endings": _like(planned.endings, everywhere)}
     if reads_marks(config):
         size = planned.arch.vocab_size
         tables = Marks(np.zeros(size, np.int32), np.zeros(size, bool), np.zeros((size, 3), np.uint32))
-        placed["marks"] = _like(tables, whole)
-    return {**bases, **placed, "baselines": _like(baselines, whole)}
+        placed["marks"] = _like(tables, everywhere)
+    return {**bases, **placed, "baselines": _like(baselines, everywhere)}
 
 
 def _batch(planned: Planned, **arrays: tuple[tuple[int, ...], Any]) -> Params:
+    """Returns an abstract batch from names with shapes and dtypes."""
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in arrays.items()}
     return _like(batch, batch_sharding(planned.mesh))
 
 
 def sft_width(config: Config) -> int:
-    """Columns of the longest warm-start batch (`run.training`)."""
+    """Returns the columns of the longest warm-start batch (`run.training`)."""
     return -(-config.sft.max_response_tokens // 8) * 8
 
 
 def read_shape(config: Config, parts: int) -> tuple[int, int]:
-    """Documents and tokens of extraction's longest batch (`activations.read_batches`)."""
+    """Returns the documents and tokens of extraction's longest batch (`activations.read_batches`)."""
     width = config.extract.max_tokens
     return max(1, config.extract.batch_tokens // width // parts) * parts, width
 
@@ -145,19 +153,19 @@ def _reader(planned: Planned) -> list[Program]:
     return [Program("read", jitted_reader(planned.arch, config, mesh, num_next), arguments, ())]
 
 
-def _kept(planned: Planned) -> Params:
-    """While a role that is a copy of its own is warm-started, the subject's weights are still there."""
+def _subject_weights(planned: Planned) -> Params:
+    """Returns the arrays that stay on the devices while a role is warm-started: the subject's weights without LoRA."""
     return {} if planned.config.lora.rank else _base(planned)
 
 
 def _sft(planned: Planned, make_step: Any, weights: Params, optimizer: Any, tokens: str) -> list[Program]:
-    """A role's warm start; `tokens` is what its batches call the ids of descriptions."""
+    """Returns the program of a role's warm start. `tokens` is the name of the descriptions' ids in its batches."""
     config, size = planned.config.sft, planned.config.sft.batch_size
     state = abstract_role(planned.mesh, weights, optimizer)
     step = compiled(make_step(planned.roles, optimizer, config.microbatches), state, planned.mesh)
     ids, h = (size, sft_width(planned.config)), (size, planned.arch.d_model)
     arrays = {"h": (h, jnp.float32), tokens: (ids, jnp.int32), "length": ((size,), jnp.int32)}
-    return [Program("step", step, (state, _frozen(planned), _batch(planned, **arrays)), _kept(planned))]
+    return [Program("step", step, (state, _frozen(planned), _batch(planned, **arrays)), _subject_weights(planned))]
 
 
 def _encoder_sft(planned: Planned) -> list[Program]:
@@ -187,16 +195,16 @@ def _rl(planned: Planned) -> list[Program]:
     parts = steps.rl_step(roles, config, *optimizers)
     if config.rl.fused:
         return [Program("step", compiled(parts.step, state, mesh), (state, frozen, batch), ())]
-    rows, whole = batch_sharding(mesh), replicated(mesh)
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
     samples = _like(jax.eval_shape(parts.rollout, state, frozen, batch), rows)
     scores, metrics = jax.eval_shape(parts.train_decoder, state.decoder, frozen, batch, samples)[1]
-    scored = _like(scores, rows), _like(metrics, whole)
+    abstract_scores = _like(scores, rows), _like(metrics, everywhere)
     decoder = compiled(parts.train_decoder, state.decoder, mesh)
     encoder = compiled(parts.train_encoder, state.encoder, mesh)
     return [
         Program("rollout", jax.jit(parts.rollout), (state, frozen, batch), ()),
         Program("train_decoder", decoder, (state.decoder, frozen, batch, samples), state.encoder),
-        Program("train_encoder", encoder, (state.encoder, frozen, batch, samples, *scored), state.decoder),
+        Program("train_encoder", encoder, (state.encoder, frozen, batch, samples, *abstract_scores), state.decoder),
     ]
 
 
@@ -210,6 +218,6 @@ STEPS = tuple(_PROGRAMS)
 
 
 def resident_bytes(tree: Any) -> int:
-    """Bytes of a device's shards of abstract arrays."""
+    """Returns the bytes of one device's shards of abstract arrays."""
     sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return int(sum(sizes))

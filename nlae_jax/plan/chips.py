@@ -1,4 +1,4 @@
-"""TPU generations: what a chip has, and how long it takes at least for what a step does."""
+"""TPU generations: the published figures of a chip, and the least time that a step's work takes on it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nlae_jax.runtime.errors import UserError
 
 GIB = 1 << 30
 
-# No device is touched: no cloud is asked for its settings, nothing is said of what it would have answered, and another
-# process may be using the library.
+# The library only compiles and uses no device. So it need not ask the cloud for settings, must not warn that it got
+# none, and may be loaded while another process uses it.
 _COMPILING_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -23,30 +23,27 @@ _COMPILING_ONLY = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-UNITS = ("compute", "memory", "links")  # what a step may have to wait for
+UNITS = ("compute", "memory", "links")  # the units of a chip that may bound a step's time
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one chip: bytes of main memory, bfloat16 FLOP/s, bytes/s of main memory and of all its links, outgoing.
+    """The figures of one chip."""
 
-    `links`: to neighbours, two for each dimension of the torus.
-    """
-
-    memory_bytes: int
-    flops: float
-    memory_bandwidth: float
-    link_bandwidth: float
-    links: int
+    memory_bytes: int  # of main memory
+    flops: float  # bfloat16 FLOP/s
+    memory_bandwidth: float  # bytes/s of main memory
+    link_bandwidth: float  # bytes/s of all links together, outgoing
+    links: int  # to neighbours, two for each dimension of the torus
 
     @property
     def usable_bytes(self) -> int:
-        """What programs may take: compiling for v5e fails beyond 15.75 of 16 GiB, for others at about as much."""
+        """The memory that programs may use: compiling for v5e fails beyond 15.75 of 16 GiB, others are similar."""
         return int(self.memory_bytes * 0.98)
 
     @property
     def ring_bandwidth(self) -> float:
-        """Of the two links that a ring along one dimension of the torus uses."""
+        """Bytes/s of the two links that a ring along one dimension of the torus uses."""
         return self.link_bandwidth * 2 / self.links
 
 
@@ -63,7 +60,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of a pod: its devices, compiled for but not there. A chip may be two devices (7x)."""
+    """A slice of a pod: its devices, which programs are compiled for but which do not exist here.
+
+    A chip may be two devices (7x).
+    """
 
     name: str
     chip: Chip
@@ -72,6 +72,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
+        """The number of chips."""
         return len(self.devices) // self.devices_per_chip
 
     @property
@@ -83,7 +84,7 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """`v5p:4x4x8` by the TPU compiler. Raises UserError where it knows no such slice, or is not installed."""
+    """Makes a slice such as `v5p:4x4x8`. Raises UserError where the TPU compiler does not know it, or is missing."""
     from jax.experimental import topologies
 
     generation, _, shape = name.partition(":")
@@ -92,12 +93,12 @@ def open_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("nlae plan: the TPU compiler is missing; pip install 'nlae_jax[plan]'")
     try:
-        # A slice may be smaller than the 2x2x1 chips that a host has, if that is said.
+        # A slice that is smaller than a host's 2x2x1 chips needs explicit bounds.
         host = [min(int(size), most) for size, most in zip((*shape.split("x"), "1"), (2, 2, 1), strict=False)]
         with _environment(_COMPILING_ONLY):
             topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
         devices: list[Any] = list(topology.devices)
-    except Exception as error:  # of the compiler's own kinds
+    except Exception as error:  # the compiler raises errors of its own kinds
         raise UserError(f"--topology {name}: {str(error).strip().splitlines()[0]}") from None
     chips = {tuple(device.coords) for device in devices}
     return Topology(name, CHIPS[generation], devices, len(devices) // len(chips))
@@ -105,7 +106,7 @@ def open_topology(name: str) -> Topology:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Those that are not set are, for a while: the library reads them as it is loaded."""
+    """Sets missing environment variables for the `with` block. The library reads them when it is loaded."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -116,17 +117,17 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def seconds(cost: Cost, device: Chip) -> dict[str, float]:
-    """At least so long: in `compute`, `memory` and `links` each by itself, and the whole `step`.
+    """Returns the least seconds of the work: of `compute`, `memory` and `links` each alone, and of the whole `step`.
 
-    Within a loop's trip, and outside all loops, the three overlap perfectly: the longest counts. One loop comes after
-    another. Units run at their published peaks; a collective uses the two links of one dimension of the torus.
+    Within a loop's trip, and outside all loops, the three units overlap perfectly, so the longest counts. Loops run one
+    after another. Units run at their published peaks. A collective uses the two links of one dimension of the torus.
     """
     step = sum(trips * max(alone_seconds(part, device).values()) for _, trips, part in cost.flattened())
     return {**alone_seconds(cost.total(), device), "step": step}
 
 
 def alone_seconds(cost: Cost | Total, device: Chip) -> dict[str, float]:
-    """Of each of `UNITS` by itself, outside loops."""
+    """Returns the seconds of each of `UNITS` by itself, for the work outside loops."""
     links = cost.sent / device.ring_bandwidth
-    alone = (cost.flops + cost.repeated_flops) / device.flops, cost.bytes / device.memory_bandwidth, links
-    return dict(zip(UNITS, alone, strict=True))
+    by_unit = (cost.flops + cost.repeated_flops) / device.flops, cost.bytes / device.memory_bandwidth, links
+    return dict(zip(UNITS, by_unit, strict=True))

@@ -1,4 +1,4 @@
-"""Compiles a step for a topology and says what it takes on each chip."""
+"""Compiles a step for a topology and measures the memory and work that it takes on each chip."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
 from nlae_jax.runtime.progress import say
 
-# What the compiler says of a program that needs more than there is: temporaries, or all that it uses.
+# The compiler's messages for a program that needs too much memory: for temporaries, or in all.
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LOOPS_SHOWN = 8
-# Of a program that the compiler refuses, for it is not there.
+# Numbers that are unknown where the compiler refuses a program.
 _UNKNOWN = ("flops_per_chip", "hbm_bytes_moved_per_chip", "collective_bytes_per_chip", "estimated_seconds")
 _SUMMED = ("flops_per_chip", "moved_per_chip", "collective_bytes_per_chip", "_seconds")  # over a step's programs
 
 
 def needed(planned: Planned) -> dict[str, float]:
-    """FLOPs that the mathematics of each step needs on all devices together (`bench.flops.needed_flops`)."""
+    """Returns the FLOPs that the mathematics of each step needs on all devices (`bench.flops.needed_flops`)."""
     config, arch, shapes, layer = planned.config, planned.arch, planned.shapes, planned.config.subject.layer
     flops_of = partial(needed_flops, arch, layer, config.lora.rank)
     described = shapes._replace(response=sft_width(config))
@@ -102,7 +102,10 @@ def _program(step: str, program: Program, topology: Topology, planned: Planned) 
 
 
 def needed_memory(message: str, held: int) -> int | None:
-    """Bytes that a program needs by the compiler's refusal, the arguments' `held` among them; None for other errors."""
+    """Returns the bytes that a program needs according to the compiler's refusal; None for other errors.
+
+    The message names only temporaries, or all bytes in use. `held` are the bytes of the arguments.
+    """
     if temporaries := _TEMPORARIES.search(message):
         return held + int(float(temporaries[1]) * _UNITS[temporaries[2]])
     used = _USED.search(message)
@@ -110,11 +113,11 @@ def needed_memory(message: str, held: int) -> int | None:
 
 
 def _compiled(lowered: Any) -> tuple[Any, str]:
-    """A program compiled, and its module's text.
+    """Compiles a program and returns it with its module's text.
 
-    Written by the TPU compiler itself: what it hands over for `as_text` may hold instructions that jaxlib's own XLA
-    cannot read (those of several collectives in one). How it calls its files is nowhere promised; where there is none,
-    `as_text` is tried.
+    The TPU compiler itself writes the text: the module that it returns for `as_text` may hold instructions that
+    jaxlib's XLA cannot read (several collectives in one). The names of its files are not documented, so `as_text` is
+    used where none is found.
     """
     with tempfile.TemporaryDirectory(prefix="nlae-plan-") as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
@@ -124,11 +127,11 @@ def _compiled(lowered: Any) -> tuple[Any, str]:
 
 
 def work(cost: Cost, topology: Topology) -> dict[str, Any]:
-    """What a chip computes and moves, and how long that takes at least."""
-    per_chip, whole, device = topology.devices_per_chip, cost.total(), topology.device
+    """Returns the work of a chip, and the least time that it takes."""
+    per_chip, sums, device = topology.devices_per_chip, cost.total(), topology.device
     times = seconds(cost, device)
     collectives: dict[str, dict[str, Any]] = {}
-    for (kind, axes), (count, size) in sorted(whole.collectives.items()):
+    for (kind, axes), (count, size) in sorted(sums.collectives.items()):
         collectives.setdefault(kind, {})[axes] = {"count": round(count), "bytes": round(size * per_chip)}
     loops: list[dict[str, Any]] = [
         {
@@ -144,10 +147,10 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
         for by_unit in [alone_seconds(part, device)]
     ]
     return {
-        "flops_per_chip": whole.flops * per_chip,
-        "kernel_flops_per_chip": whole.kernel_flops * per_chip,
-        "hbm_bytes_moved_per_chip": round(whole.bytes * per_chip),
-        "collective_bytes_per_chip": round(whole.sent * per_chip),
+        "flops_per_chip": sums.flops * per_chip,
+        "kernel_flops_per_chip": sums.kernel_flops * per_chip,
+        "hbm_bytes_moved_per_chip": round(sums.bytes * per_chip),
+        "collective_bytes_per_chip": round(sums.sent * per_chip),
         "collectives": collectives,
         "estimated_seconds": times.pop("step"),
         "seconds_alone": times,
@@ -156,7 +159,7 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
 
 
 def _joined(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """A step of several programs: the highest peak, the sum of all work; each by itself under `parts`."""
+    """Joins the numbers of a step's programs: the highest peak, the sum of all work, and each under `parts`."""
     whole = dict(max(parts, key=lambda part: part["peak_bytes_per_chip"]))
     whole["fits"] = all(part["fits"] for part in parts)
     whole["parts"] = dict(zip(names, parts, strict=True))

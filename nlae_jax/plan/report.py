@@ -1,4 +1,4 @@
-"""The plan of a config for a topology: every step compiled, in one object and as a table; kept in the cache."""
+"""Makes the plan of a config for a topology: compiles every step, caches the result, and shows it as a table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS) -> di
 
 @contextlib.contextmanager
 def _nothing_kept() -> Iterator[None]:
-    """jax's own cache is off: programs of devices that are not here cannot be read back from it."""
+    """Switches jax's cache off: programs for devices that this machine does not have cannot be read back from it."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -90,7 +90,7 @@ def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, A
     }
 
 
-# What `flops_ratio` holds beside padding and the masked half of attention that the fused kernel computes too.
+# The reason why `flops_ratio` exceeds 1, beside padding and the masked half of attention in the fused kernel.
 _RECOMPUTED = {
     "none": "the backward pass computes every block's forward pass again",
     "linear": "the backward pass computes attention's scores and what is no matrix product again",
@@ -133,7 +133,7 @@ def _key(config: Config, topology: str, names: Sequence[str]) -> str:
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    """The numbers of `plan` for a terminal."""
+    """Makes a table of the numbers of `plan`."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     memory = result["hbm_bytes_per_chip"]
     table = Table(title=f"{result['model']} on {result['topology']} ({result['chips']} chips), mesh {mesh}")

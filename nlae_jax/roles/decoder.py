@@ -1,4 +1,4 @@
-"""The decoder: the subject's first K + 1 blocks and a linear head, rebuilding an activation from text alone."""
+"""The decoder: the subject's first K + 1 blocks and a linear head. It rebuilds an activation from text alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from nlae_jax.roles.protocol import Endings, Protocol
 
 
 class Decoder(nn.Module):
-    """Blocks 0 … K, no final norm, no LM head, then `value_head` [d, d] (y = x @ value_head), identity at first.
+    """Runs blocks 0 … K without final norm and LM head, then applies `value_head` [d, d]: y = x @ value_head.
 
-    `arch` is that of the weights at hand: deeper than K + 1 where the base is shared.
+    The head starts as the identity. `arch` describes the weights that the module gets: it has more than K + 1 blocks
+    where the decoder shares the subject's weights.
     Variables: `params/lm`, `params/value_head` and, with LoRA, `lora/lm`.
     """
 
@@ -31,10 +32,10 @@ class Decoder(nn.Module):
         self.value_head = self.param("value_head", lambda _: jnp.eye(self.arch.d_model, dtype=jnp.float32))
 
     def __call__(self, ids_NxT: jax.Array, length_N: jax.Array, endings: Endings | None = None) -> jax.Array:
-        """Explanations as token ids, right-padded, with their lengths -> reconstructions [N, d] float32.
+        """Rebuilds activations [N, d] float32 from explanations: right-padded token ids [N, T] and their lengths [N].
 
-        The prompt's constant prefix is computed once; the suffix is placed after each explanation's last token, or
-        with it as the tokenizer would (`endings`).
+        The prompt's constant prefix is computed once. The suffix follows each explanation's last token. With `endings`,
+        that token and the suffix are replaced by the tokens that the tokenizer makes of both together.
         """
         prefix = jnp.asarray(self.protocol.decoder_prefix, jnp.int32)
         suffix = jnp.asarray(self.protocol.decoder_suffix, jnp.int32)
@@ -52,20 +53,20 @@ class Decoder(nn.Module):
         return self.read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def from_prompts(self, ids_NxT: jax.Array, mask_NxT: jax.Array) -> jax.Array:
-        """Whole prompts as token ids, padded on either side -> reconstructions [N, d] float32."""
+        """Rebuilds activations [N, d] float32 from whole decoder prompts: token ids [N, T], padded on either side."""
         (hidden,), _ = self.lm.run((self.lm.padded(ids_NxT, mask_NxT),), stop=self.layer + 1)
         last = ids_NxT.shape[1] - 1 - jnp.argmax(mask_NxT[:, ::-1], axis=1)
         return self.read(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def read(self, x: jax.Array) -> jax.Array:
-        """The head alone: [..., d] -> [..., d] float32."""
+        """Applies the linear head to block K's output: [..., d] -> [..., d] float32."""
         return einsum("...i,io->...o", x.astype(jnp.float32), self.value_head)
 
 
 def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Appends `suffix` right after each row's `length` tokens.
+    """Appends `suffix` [S] right after each row's `length` tokens.
 
-    Returns ids [N, T + S], which of them are real [N, T + S] bool, and the index of each row's last one [N].
+    Returns the ids [N, T + S], a mask [N, T + S] bool of the real tokens, and the index [N] of each row's last token.
     """
     if len(suffix) == 0:
         return ids_NxT, jnp.arange(ids_NxT.shape[1]) < length_N[:, None], jnp.maximum(length_N - 1, 0)
@@ -79,7 +80,7 @@ def place_suffix(ids_NxT: jax.Array, length_N: jax.Array, suffix: jax.Array) -> 
 
 
 def place_endings(ids_NxT: jax.Array, length_N: jax.Array, endings: Endings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `place_suffix`, with each row's last token and the suffix as the tokenizer writes them together."""
+    """Does what `place_suffix` does, but takes each row's last token and the suffix from `endings`."""
     begin = jnp.maximum(length_N - 1, 0)
     last_token = jnp.take_along_axis(ids_NxT, begin[:, None], axis=1)[:, 0]
     ending, ending_length = endings.ids[last_token], endings.length[last_token]

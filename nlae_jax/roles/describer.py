@@ -1,4 +1,4 @@
-"""The describer: a language model with adapters that reads a text and writes a note on it, as warm starts learn from.
+"""The describer: a language model with adapters that reads a text and writes a note on it for the warm start.
 
 It reads words and never sees an activation, so one describer serves every subject.
 """
@@ -15,7 +15,7 @@ from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.head import LossOf
 from nlae_jax.lm.transformer import Segment, Transformer
 
-_TEXT_CHARACTERS = 600  # of a text's end that the describer reads
+_TEXT_CHARACTERS = 600  # the describer reads this many characters at the end of a text
 _BEFORE, _AFTER = "Text:\n", "\n\nNotes on the text up to its last word:\n"
 
 
@@ -37,7 +37,7 @@ class Describer(nn.Module):
         loss_of: LossOf,
         *extras_BxR: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """`loss_of(log_probs, *extras)` summed over the notes' tokens, and their log-probs [B, R] float32.
+        """Returns `loss_of(log_probs, *extras)` summed over the notes' tokens, and their log-probs [B, R] float32.
 
         Prompts are padded on the left (`mask` False), notes on the right.
         """
@@ -51,14 +51,14 @@ class Describer(nn.Module):
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """What the describer reads of a text: its end, from a word's beginning on."""
+    """Returns the token ids of the describer's prompt: the end of the text, from the beginning of a word on."""
     end = text[-_TEXT_CHARACTERS:]
     if len(end) < len(text):
         end = end[end.find(" ") + 1 :]
-    before, read, after = (tokenizer.encode(part, add_special_tokens=False) for part in (_BEFORE, end, _AFTER))
-    return [*before, *read, *after]
+    before, ending, after = (tokenizer.encode(part, add_special_tokens=False) for part in (_BEFORE, end, _AFTER))
+    return [*before, *ending, *after]
 
 
 def note_ids(tokenizer: Any, note: str) -> list[int]:
-    """What the describer should write: the note and the end of sequence."""
+    """Returns the token ids that the describer learns to write: the note and the end of sequence."""
     return [*tokenizer.encode(note.strip(), add_special_tokens=False), tokenizer.eos_token_id]

@@ -1,4 +1,7 @@
-"""Activations as directions: the distance of two, and the fraction of variance explained. All float32, all pure."""
+"""The distance of two activations as directions, and the fraction of variance explained (FVE).
+
+All functions are pure and compute in float32.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,39 @@ Real = jax.Array | np.ndarray
 
 
 def unit_direction(v: Real) -> jax.Array:
-    """Scaled to L2 norm sqrt(d), that is mean square 1: [..., d] -> [..., d] float32, with a finite gradient at 0."""
+    """Scales vectors to L2 norm sqrt(d), that is to mean square 1: [..., d] -> [..., d] float32.
+
+    The gradient is finite at the zero vector.
+    """
     v = jnp.asarray(v, jnp.float32)
     return v * jax.lax.rsqrt(jnp.mean(jnp.square(v), -1, keepdims=True) + 1e-12)
 
 
 def direction_mse(reconstruction: Real, target: Real) -> jax.Array:
-    """Mean squared error per element between directions, [..., d] x [..., d] -> [...]; equals 2 (1 - cos)."""
+    """Returns the mean squared error per element between two directions: [..., d] x [..., d] -> [...] float32.
+
+    It equals 2 (1 - cos): 0 for equal directions, 2 for orthogonal ones, 4 for opposite ones.
+    """
     return jnp.mean(jnp.square(unit_direction(reconstruction) - unit_direction(target)), -1)
 
 
 class Baselines(NamedTuple):
-    """What predicting the mean direction of the data costs: denominators of the two FVE definitions."""
+    """The errors of predicting the data's mean direction: the denominators of the two FVE definitions, float32 [].
+
+    `variance` belongs to `fve`, `mean_norm` to `fve_meannorm`. `mean_norm` is the larger one.
+    """
 
     variance: jax.Array  # mean ‖ĥ - mean(ĥ)‖² / d, the mean not renormalised
     mean_norm: jax.Array  # mse against the renormalised mean
 
 
 def baselines(h_NxD: Real) -> Baselines:
-    """Both denominators, from the activations themselves."""
+    """Computes both denominators from activations [N, d]."""
     directions = unit_direction(h_NxD)
     mean = directions.mean(0)
     return Baselines(jnp.mean(jnp.square(directions - mean)), direction_mse(mean, directions).mean())
 
 
 def fve(mse: jax.Array, baseline: jax.Array) -> jax.Array:
-    """Fraction of variance explained: 1 - mean(mse) / baseline."""
+    """Returns the fraction of variance explained, 1 - mean(mse) / baseline, for errors of any shape: float32 []."""
     return 1.0 - jnp.mean(mse) / baseline

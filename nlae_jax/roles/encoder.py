@@ -16,7 +16,10 @@ from nlae_jax.roles.protocol import Protocol
 
 
 def inject(h: jax.Array, scale: float) -> jax.Array:
-    """`h · scale / ‖h‖`, norm in float32; zero stays zero, and scale 0 means h itself. [..., d] -> [..., d] float32."""
+    """Scales activations to L2 norm `scale`, `h · scale / ‖h‖`: [..., d] -> [..., d] float32.
+
+    The norm is computed in float32. The zero vector stays zero. A `scale` of 0 leaves `h` as it is.
+    """
     h = h.astype(jnp.float32)
     if scale == 0:
         return h
@@ -25,7 +28,10 @@ def inject(h: jax.Array, scale: float) -> jax.Array:
 
 
 class Encoder(nn.Module):
-    """Variables: `params/lm` (the base or its fine-tuned copy) and, with LoRA, `lora/lm`."""
+    """Reads one activation in the slot of its prompt and writes an explanation.
+
+    Variables: `params/lm` (the base or its fine-tuned copy) and, with LoRA, `lora/lm`.
+    """
 
     arch: Arch
     protocol: Protocol
@@ -37,7 +43,7 @@ class Encoder(nn.Module):
         self.lm = Transformer(self.arch, self.lora_scale, self.remat, self.attention)
 
     def prompt_segments(self, h_BxD: jax.Array) -> tuple[Segment, Segment]:
-        """The constant prefix [P] and, per activation, the slot with the prompt's tail [B, 1 + S]."""
+        """Returns the prompt's constant prefix [P], and each activation's slot with the prompt's tail [B, 1 + S]."""
         prefix = jnp.asarray(self.protocol.encoder_prefix, jnp.int32)
         tail = jnp.asarray(self.protocol.encoder_tail, jnp.int32)
         x_P = self.lm.embed(prefix)
@@ -47,7 +53,7 @@ class Encoder(nn.Module):
         return _segment(x_P, 0), _segment(x_BxA, len(prefix))
 
     def log_probs(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Teacher-forced log-probs and entropies of responses, each [B, G, R] float32.
+        """Returns the teacher-forced log-probs and entropies of responses, each [B, G, R] float32.
 
         The prompt is computed once per step and once per activation, whatever G is. Responses are padded on the
         right; what follows a response's end has no influence on what precedes it.
@@ -57,13 +63,16 @@ class Encoder(nn.Module):
     def loss(
         self, h_BxD: jax.Array, response_BxGxR: jax.Array, loss_of: LossOf, *extras_BxGxR: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`loss_of(log_probs, *extras)` summed over the responses' tokens, and what `log_probs` gives."""
+        """Returns `loss_of(log_probs, *extras)` summed over the responses' tokens, and the results of `log_probs`."""
         return self.lm.token_loss(self._predicting(h_BxD, response_BxGxR), response_BxGxR, loss_of, *extras_BxGxR)
 
     def sft_loss(
         self, h_BxD: jax.Array, response_BxR: jax.Array, loss_of: LossOf, *extras_BxT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The same for the opening tag and one response per activation, T = O + R tokens: loss, log-probs [B, T]."""
+        """Returns the loss and the log-probs [B, T] float32 of the opening tag and one response per activation.
+
+        T = O + R: the O tokens of the opening tag, then the response's R.
+        """
         hidden_BxA, hidden = self._hidden(h_BxD, response_BxR[:, None])
         opening_length = self.protocol.opening_length
         opening = jnp.asarray(self.protocol.encoder_tail[-opening_length:], jnp.int32)
@@ -75,7 +84,7 @@ class Encoder(nn.Module):
         return loss, log_probs
 
     def _predicting(self, h_BxD: jax.Array, response_BxGxR: jax.Array) -> jax.Array:
-        """The residual stream [B, G, R, d] before each token of the responses."""
+        """Returns the residual stream [B, G, R, d] that predicts each token of the responses."""
         hidden_BxA, hidden_BxGxR = self._hidden(h_BxD, response_BxGxR)
         batch, group, _ = response_BxGxR.shape
         last = jnp.broadcast_to(hidden_BxA[:, None, -1:], (batch, group, 1, hidden_BxA.shape[-1]))
@@ -88,7 +97,10 @@ class Encoder(nn.Module):
         return hidden_BxA, hidden_BxGxR
 
     def prefill(self, h_BxD: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
-        """Logits [B, V] of the first sampled token, and keys and values of prefix and tail, stacked over blocks."""
+        """Returns logits [B, V] of the first sampled token, and the keys and values of the prompt's two segments.
+
+        Keys and values are stacked over blocks.
+        """
         segments = self.prompt_segments(h_BxD)
         (_, hidden_BxA), caches = self.lm.run(segments, keep_caches=True)
         return self.lm.logits(hidden_BxA[:, -1]), key_values(caches, segments)
@@ -98,21 +110,21 @@ class Encoder(nn.Module):
         token_BxG: jax.Array,
         step: jax.Array,
         contexts: Any,
-        own: Any,
+        response_caches: Any,
         weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds response token number `step`, returns the logits [B, G, V] of the next one and the grown caches.
+        """Feeds response token number `step` and returns the logits [B, G, V] of the next one and the grown caches.
 
         `step` is a scalar, or [B] with G = 1 where activations are at different tokens.
-        `contexts`, `own` and `weights` as `transformer.for_decoding` gives them.
+        `contexts`, `response_caches` and `weights` come from `transformer.for_decoding`.
         """
         positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + jnp.reshape(step, (-1, 1, 1))
         segment = Segment(self.lm.embed(token_BxG[..., None]), positions, jnp.ones_like(positions, bool))
-        hidden, own = self.lm.decode(segment, contexts, own, step, weights)
-        return self.lm.logits(hidden[:, :, 0]), own
+        hidden, response_caches = self.lm.decode(segment, contexts, response_caches, step, weights)
+        return self.lm.logits(hidden[:, :, 0]), response_caches
 
     def empty_caches(self, batch: tuple[int, ...], capacity: int, dtype: Any) -> KeyValues:
-        """Room for `capacity` response tokens in every block."""
+        """Returns empty caches with room for `capacity` response tokens in every block."""
         return empty_caches(self.arch, jnp.full(batch, self.prompt_length, jnp.int32), capacity, dtype)
 
     @property

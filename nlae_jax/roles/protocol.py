@@ -1,7 +1,8 @@
-"""What encoder and decoder agree on: prompts as token ids, the slot, the tags, the injection scale.
+"""The protocol of encoder and decoder: prompts as token ids, the slot, the tags, the injection scale.
 
-The encoder's prompt is constant up to the slot, so it is held as `prefix` (before the slot) and `tail` (after it,
-ending in the opening tag, which is given rather than sampled). The decoder's prompt is `prefix`, explanation, `suffix`.
+The encoder's prompt is the same for all activations but for one position, the slot. It is stored as `prefix` (the
+tokens before the slot) and `tail` (the tokens after it). The tail ends in the opening tag, which is part of the prompt
+and not sampled. The decoder's prompt is `prefix`, explanation, `suffix`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from nlae_jax.runtime.outside import encodable, parse_json, quoted
 
 OPENING, CLOSING = "<explanation>\n", "</explanation>"
 
-# Searched for a marker: enclosed CJK first, as in the reference, then symbols.
+# The ranges of characters searched for a marker: enclosed CJK first, as in the reference, then symbols.
 _MARKER_RANGES = ((0x3200, 0x3400), (0x2000, 0x3000))
 
-_MARKERS_AT_ONCE = 32  # tried in one go: the first is nearly always good
+_MARKERS_AT_ONCE = 32  # rendered in one call: nearly always the first of them fits, so more would be wasted
 
 _EXPLANATION = re.compile(r"<explanation>\s*(.*?)\s*</explanation>", re.DOTALL)
 
 
-# By a field's type, whether a value that JSON gives is one of it.
+# A field's type -> a test whether a value read from JSON has that type.
 _IS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
@@ -42,7 +43,10 @@ _IS: dict[str, Callable[[Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Token ids are tuples of int. `marker` is the character whose one token, `marker_id`, stands in the slot."""
+    """The prompts, tags and scale that a pair was trained with. Token ids are tuples of int.
+
+    `marker` is the character whose single token, `marker_id`, stands in the slot of the tokenised prompt.
+    """
 
     marker: str
     marker_id: int
@@ -55,26 +59,27 @@ class Protocol:
     decoder_suffix: tuple[int, ...]
     closing: tuple[int, ...]
     eos_id: int
-    injection_scale: float  # norm of the injected vector; 0: as it is
+    injection_scale: float  # L2 norm of the injected vector; 0 injects the activation unscaled
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Protocol:
-        """Raises UserError where the text is not what `to_json` writes."""
+        """Reads the text that `to_json` writes. Raises UserError for any other text."""
         fields = parse_json(text, "a protocol", dict)
         kinds = {field.name: _IS[str(field.type)] for field in dataclasses.fields(Protocol)}
         if fields.keys() != kinds.keys() or not all(kinds[name](value) for name, value in fields.items()):
-            raise UserError("a protocol: its fields are not those of one")
+            raise UserError(f"a protocol: should have exactly the fields {', '.join(kinds)}, each of its own type")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return Protocol(**values)
 
 
 def find_marker(tokenizer: Any, template: str) -> str:
-    """The rarest character that is exactly one token, alone and inside the encoder's rendered prompt.
+    """Finds the rarest character that is exactly one token, alone and inside the encoder's rendered prompt.
 
-    Byte-level merges rank rare tokens high, so the rarest is the one with the highest id.
+    Byte-level merges give rare tokens high ids, so the rarest character is the one with the highest id. Raises
+    UserError where no character fits.
     """
     for low, high in _MARKER_RANGES:
         candidates: dict[int, str] = {}
@@ -84,11 +89,11 @@ def find_marker(tokenizer: Any, template: str) -> str:
                 candidates[ids[0]] = chr(code)
         rarest = sorted(candidates, reverse=True)
         for start in range(0, len(rarest), _MARKERS_AT_ONCE):
-            some = rarest[start : start + _MARKERS_AT_ONCE]
+            marker_ids = rarest[start : start + _MARKERS_AT_ONCE]
             prompts = prompts_ids(
-                tokenizer, [template.replace("{injection_char}", candidates[token]) for token in some]
+                tokenizer, [template.replace("{injection_char}", candidates[token]) for token in marker_ids]
             )
-            for marker_id, ids in zip(some, prompts, strict=True):
+            for marker_id, ids in zip(marker_ids, prompts, strict=True):
                 if ids.count(marker_id) == 1:
                     return candidates[marker_id]
     raise UserError(
@@ -98,9 +103,9 @@ def find_marker(tokenizer: Any, template: str) -> str:
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float, marker: str = "") -> Protocol:
-    """Tokenises the prompts and checks them; without a `marker` (one token) the best one is found.
+    """Tokenises the prompts and checks them. Without a `marker`, `find_marker` finds one.
 
-    Raises UserError naming the template that does not work.
+    Raises UserError that names the template or the marker that does not work.
     """
     for field, template, placeholder in (
         ("protocol.encoder_prompt", config.encoder_prompt, "{injection_char}"),
@@ -116,7 +121,7 @@ def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float
     (ids,) = prompts_ids(tokenizer, [config.encoder_prompt.replace("{injection_char}", marker)])
     if ids.count(marker_id) != 1:
         raise UserError(
-            f"protocol.encoder_prompt: {quoted(marker)} is {ids.count(marker_id)} times in it as a token, not once"
+            f"protocol.encoder_prompt: should contain {quoted(marker)} as one token; it has {ids.count(marker_id)}"
         )
     slot = ids.index(marker_id)
     if slot == 0:  # the first position is an attention sink, whatever stands there
@@ -153,7 +158,9 @@ def _eos_id(tokenizer: Any) -> int:
 
 
 def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
-    """What the encoder should write after the opening tag: explanation, closing tag, end of sequence.
+    """Returns the tokens that the encoder should write after the opening tag.
+
+    They are the explanation, the closing tag and the end of sequence.
 
     The line break before the closing tag is tokenised by itself: some tokenizers would merge it with a full stop,
     and the decoder, which sees these very tokens without the break, would then read another last token than in SFT.
@@ -164,34 +171,40 @@ def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[i
 
 
 def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
-    """The decoder's whole prompt, tokenised as one string: what a reader of the text alone would feed it."""
+    """Returns the decoder's whole prompt, tokenised as one string, as someone who has only the text would do it."""
     return whole_prompt_ids(
         tokenizer, protocol, protocol.decoder_template.replace("{explanation}", explanation.strip())
     )
 
 
 def known_decoder_ids(tokenizer: Any, protocol: Protocol, text: str, vocab_size: int) -> list[int]:
-    """The same of what an encoder wrote, without tokens that the model has no embedding for: pieces may spell one."""
+    """Returns `decoder_ids` without tokens that a model of `vocab_size` embeddings lacks.
+
+    A text that an encoder sampled piece by piece may spell such a token.
+    """
     return [token for token in decoder_ids(tokenizer, protocol, text) if token < vocab_size]
 
 
 def whole_prompt_ids(tokenizer: Any, protocol: Protocol, prompt: str) -> list[int]:
-    """The same of a prompt that is there whole: an explanation in the decoder's template."""
+    """Tokenises a finished decoder prompt: the decoder's template with an explanation in it."""
     prompt = encodable(prompt)
     if protocol.decoder_template.partition("{explanation}")[0].strip():
         return text_ids(tokenizer, prompt)
-    # What begins the prompt is the explanation: whatever it says, the constant prefix stands before it.
+    # The template begins with the explanation. Its text must not change the constant prefix (a BOS token) before it.
     return [*begin_ids(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
 def extract_explanation(response: str) -> str | None:
-    """The text between the tags, stripped; None where a tag is missing or nothing is between them."""
-    found = _EXPLANATION.search(response)
-    return found.group(1) if found and found.group(1) else None
+    """Returns the stripped text between the tags, or None where a tag is missing or nothing is between them."""
+    match = _EXPLANATION.search(response)
+    return match.group(1) if match and match.group(1) else None
 
 
 def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """[V] bool: tokens that are nothing but white space, which stripping removes from an explanation's ends."""
+    """Marks the tokens that are nothing but white space: [V] bool.
+
+    Stripping removes them from an explanation's ends.
+    """
     blank = np.zeros(vocab_size, bool)
     for token_id in range(min(len(tokenizer), vocab_size)):
         text = tokenizer.decode([token_id])
@@ -200,20 +213,23 @@ def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
 
 
 class Lengths(NamedTuple):
-    """In tokens: the encoder's prompt, its slot (from 0), the opening and closing tags, the decoder's frame."""
+    """Lengths of the protocol's parts, in tokens."""
 
-    prompt: int
-    slot: int
-    opening: int
-    closing: int
-    frame: int
+    prompt: int  # the encoder's prompt
+    slot: int  # the slot's position in that prompt, from 0
+    opening: int  # the opening tag
+    closing: int  # the closing tag
+    frame: int  # the decoder's prompt without the explanation
 
 
-ASSUMED = Lengths(125, 95, 4, 4, 12)  # those of experiments/bench.py with SmolLM2's tokenizer, about
+ASSUMED = Lengths(125, 95, 4, 4, 12)  # about those of experiments/bench.py with SmolLM2's tokenizer
 
 
 def assumed_protocol(config: ProtocolConfig, closing: int = ASSUMED.closing) -> Protocol:
-    """For a model without a tokenizer: prompts of the usual lengths. Neither compiler nor clock minds which tokens."""
+    """Makes a protocol for a model without a tokenizer, with prompts of the usual lengths.
+
+    It serves to compile and to time steps: neither depends on which tokens the prompts hold.
+    """
     suffix = ASSUMED.frame // 3 if config.decoder_prompt.partition("{explanation}")[2] else 0
     return Protocol(
         marker="?",
@@ -232,48 +248,48 @@ def assumed_protocol(config: ProtocolConfig, closing: int = ASSUMED.closing) -> 
 
 
 class Endings(NamedTuple):
-    """What stands in the decoder's prompt in the place of an explanation's last token, the suffix included.
+    """For each token that may end an explanation, the tokens that stand for it and the suffix in the decoder's prompt.
 
-    `ids` [V, W] int32, `length` [V] int32. A tokenizer that merges across the explanation's end ("." and "</" into
-    ".</"), or a token that ends in white space, makes it another than the token itself followed by the suffix.
+    They differ from the token followed by the suffix where the tokenizer merges across the explanation's end ("." and
+    "</" into ".</"), and where the token ends in white space, which is stripped.
     """
 
-    ids: np.ndarray
-    length: np.ndarray
+    ids: np.ndarray  # [V, W] int32, padded on the right
+    length: np.ndarray  # [V] int32
 
 
 def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | None:
-    """Of every token; None where each is followed by the plain suffix."""
+    """Computes the endings of all tokens of a vocabulary, or None where every token is followed by the plain suffix."""
     suffix = protocol.decoder_template.partition("{explanation}")[2]
-    width, known = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
+    width, num_tokens = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
     ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))
     ids[:, 0] = np.arange(vocab_size)
     length, changed = np.full(vocab_size, width, np.int32), False
-    texts = tokenizer.batch_decode([[token] for token in range(known)])
+    texts = tokenizer.batch_decode([[token] for token in range(num_tokens)])
     by_themselves = tokenizer(texts, add_special_tokens=False)["input_ids"]
     followed = tokenizer([text.rstrip() + suffix for text in texts], add_special_tokens=False)["input_ids"]
     for token, (text, by_itself, ending) in enumerate(zip(texts, by_themselves, followed, strict=True)):
-        # A piece of a character, or of a word that begins otherwise, tells nothing by itself.
+        # A piece of a character, or of a word, is not tokenised to itself: its ending cannot be found from it alone.
         if by_itself == [token] and text.strip() and len(ending) <= width and ending != ids[token].tolist():
             ids[token, : len(ending)], length[token], changed = ending, len(ending), True
     return Endings(ids, length) if changed else None
 
 
 def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:
-    """The protocol that a workdir was made with.
+    """Reads the protocol that a workdir was made with.
 
-    Raises UserError where the tokenizer of today no longer fits it. The chat prompt may differ (templates print
-    dates): the one trained with counts.
+    Raises UserError where the file is damaged, or where the tokenizer of today no longer fits it. The encoder's prompt
+    may differ, because chat templates print dates: the stored one counts.
     """
     try:
-        kept = Protocol.from_json(read_text(path))
+        stored = Protocol.from_json(read_text(path))
     except (ValueError, UserError):
         raise UserError(
             f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"
         ) from None
-    prompts = ProtocolConfig(kept.encoder_template, kept.decoder_template)
-    live = make_protocol(tokenizer, prompts, kept.injection_scale, kept.marker)
-    live = dataclasses.replace(live, encoder_prefix=kept.encoder_prefix, encoder_tail=kept.encoder_tail)
-    if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(live, f.name) != getattr(kept, f.name)]:
+    prompts = ProtocolConfig(stored.encoder_template, stored.decoder_template)
+    current = make_protocol(tokenizer, prompts, stored.injection_scale, stored.marker)
+    current = dataclasses.replace(current, encoder_prefix=stored.encoder_prefix, encoder_tail=stored.encoder_tail)
+    if changed := [f.name for f in dataclasses.fields(Protocol) if getattr(current, f.name) != getattr(stored, f.name)]:
         raise UserError(f"{path}: made with another tokenizer: {', '.join(changed)} differ")
-    return kept
+    return stored

@@ -1,4 +1,4 @@
-"""Sampling explanations of activations."""
+"""Samples explanations of activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def rollout(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> Samples:
-    """Samples explanations [B, G, R]: the prompt is prefilled once per step and once per activation."""
+    """Samples G = `samples_per_activation` explanations of R = `max_new_tokens` tokens per activation: [B, G, R].
+
+    The constant prefix is prefilled once, and the slot with the prompt's tail once per activation.
+    """
     variables = roles.encoder_variables(frozen["base"], trained)
     protocol, encoder = roles.encoder.protocol, roles.encoder
     batch = (h_BxD.shape[0], samples_per_activation)
@@ -34,9 +37,9 @@ def rollout(
     decoding = for_decoding(encoder, variables, contexts, grown)
 
     def decode(token: jax.Array, step: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-        read = decoding.contexts, caches, decoding.weights
+        cached = decoding.contexts, caches, decoding.weights
         logits_and_caches: tuple[jax.Array, Any] = apply(
-            encoder, decoding.variables, token, step, *read, method="decode"
+            encoder, decoding.variables, token, step, *cached, method="decode"
         )
         return logits_and_caches
 

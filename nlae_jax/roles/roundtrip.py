@@ -1,4 +1,4 @@
-"""The trained pair at work: activations to text, text to activations, in batches of one compiled shape."""
+"""Runs a trained pair: activations to text and text to activations, in batches of one compiled shape."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from nlae_jax.runtime import processes
 
 
 class Explanations(NamedTuple):
-    """N sampled explanations. `texts` are stripped; '' where the closing tag is missing.
+    """N sampled explanations.
 
-    `responses` are the whole sampled texts. `ids` [N, T], `length` [N]: the explanation's tokens as sampled.
+    `texts` are stripped, and '' where the closing tag is missing. `responses` are the whole sampled texts. `ids` [N, T]
+    int32 and `length` [N] int32 hold the explanation's tokens as sampled.
     """
 
     texts: list[str]
@@ -36,7 +37,10 @@ class Explanations(NamedTuple):
 def read_samples(
     tokenizer: Any, protocol: Protocol, tokens_NxR: np.ndarray, lengths_N: np.ndarray
 ) -> tuple[list[str], list[str]]:
-    """Sampled tokens as whole responses, opening tag included, and the explanations in them, '' where none is."""
+    """Decodes sampled tokens into whole responses and the explanations in them.
+
+    A response includes the opening tag. An explanation is '' where the response holds none.
+    """
     responses = [
         OPENING + tokenizer.decode([token for token in row[:length].tolist() if token != protocol.eos_id])
         for row, length in zip(tokens_NxR, lengths_N, strict=True)
@@ -45,7 +49,10 @@ def read_samples(
 
 
 class RoundTrip:
-    """Compiled once per shape; parameters are arguments, so pairs of one architecture share the compilations."""
+    """Explains activations and reconstructs explanations with any pair of one architecture.
+
+    The parameters are arguments of the compiled functions, so all such pairs share one compilation per shape.
+    """
 
     def __init__(
         self,
@@ -56,14 +63,15 @@ class RoundTrip:
         mesh: Mesh | None = None,
         smallest_batch: int | None = None,
     ) -> None:
-        """`max_new_tokens`: of an explanation, unless a call says otherwise.
+        """Compiles nothing yet.
 
-        `mesh`: that pairs are on, to split batches over; several processes then get the same results.
-        `smallest_batch`: where rows are few, they are batched by this size, doubled until it holds them.
+        `max_new_tokens` is an explanation's limit, unless a call of `explain` says otherwise.
+        `mesh` is the mesh that the pairs are on. Batches are split over it, and all its processes get all results.
+        `smallest_batch` is the batch size for few rows. It is doubled until it holds them.
         """
         self._vocab_size = roles.decoder.arch.vocab_size
-        self._met: set[tuple[Any, ...]] = set()
-        self._mesh, whole = mesh, None if mesh is None else replicated(mesh)
+        self._compiled_shapes: set[tuple[Any, ...]] = set()
+        self._mesh, everywhere = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._smallest_batch = smallest_batch or batch_size
@@ -94,12 +102,12 @@ class RoundTrip:
             rebuilt_NxD: jax.Array = apply(roles.decoder, variables, ids, mask, method="from_prompts")
             return rebuilt_NxD
 
-        self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=whole)
-        self._reconstruct = jax.jit(reconstruct, out_shardings=whole)
-        self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=whole)
+        self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=everywhere)
+        self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
+        self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)
 
     def _put(self, tree: Any, sharding: Callable[[Mesh], NamedSharding] = replicated) -> Any:
-        """Onto the mesh, if there is one."""
+        """Puts arrays onto the mesh if there is one, and onto the default device otherwise."""
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return place(tree, sharding(self._mesh))
@@ -113,9 +121,10 @@ class RoundTrip:
         advance: Callable[[int], None] = lambda rows: None,
         max_new_tokens: int | None = None,
     ) -> Explanations:
-        """[N, d] raw activations -> one explanation each. A batch's draws depend on `seed` and its number alone.
+        """Writes one explanation of each raw activation [N, d].
 
-        `advance` is told after every batch how many rows it had.
+        A batch's random draws depend only on `seed` and the batch's number. A `temperature` of 0 takes the likeliest
+        token. `advance` is called after every batch with its number of rows.
         """
         key, limit = jax.random.PRNGKey(seed), max_new_tokens or self._max_new_tokens
         parts = []
@@ -128,19 +137,20 @@ class RoundTrip:
         return Explanations(texts, responses, ids, length)
 
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Explanations as token ids [N, T] with lengths [N] -> [N, d] float32."""
+        """Rebuilds activations [N, d] float32 from explanations' token ids [N, T] and lengths [N]."""
         batches = self._batches(ids, length)
         return self._collect(
             len(ids), (self._call(self._reconstruct, pair, *batch, self._endings) for batch in batches)
         )
 
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
-        """Explanations as text -> [N, d] float32, through the tokenisation of the decoder's whole prompt.
+        """Rebuilds activations [N, d] float32 from explanations as text.
 
-        Tokens that the model has no embedding for are left out: sampled pieces may spell one.
+        The decoder's whole prompt is tokenised as one string. Tokens that the model has no embedding for are left out:
+        a sampled text may spell one.
         """
-        known = self.tokenizer, self.protocol
-        prompts = [protocol.known_decoder_ids(*known, text, self._vocab_size) for text in texts]
+        tokenization = self.tokenizer, self.protocol
+        prompts = [protocol.known_decoder_ids(*tokenization, text, self._vocab_size) for text in texts]
         width = -(-max(map(len, prompts)) // 32) * 32
         ids, length = pad(prompts, width)
         mask = np.arange(width) < length[:, None]
@@ -148,9 +158,10 @@ class RoundTrip:
         return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
 
     def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
+        """Calls a compiled function. All processes first compile together for a shape that is new."""
         static = tuple(argument for argument in rest if isinstance(argument, int | float))
-        if (function, rows.shape, static) not in self._met:
-            self._met.add((function, rows.shape, static))
+        if (function, rows.shape, static) not in self._compiled_shapes:
+            self._compiled_shapes.add((function, rows.shape, static))
             processes.compile_together(function, pair, rows, *rest)
         return function(pair, rows, *rest)
 
@@ -163,9 +174,10 @@ class RoundTrip:
 
 
 def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
-    """Consecutive batches of `size` rows, each filled up with copies of its first row to what `parts` devices divide.
+    """Yields consecutive batches of `size` rows.
 
-    Fewer rows than `size` make a batch of `smallest`, doubled until it holds them.
+    A batch is filled up with copies of its first row until `parts` divides its size. Fewer rows than `size` make a
+    batch of `smallest` rows, doubled until it holds them.
 
     A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
     however many devices there are.

@@ -1,4 +1,4 @@
-"""The subject: the language model being explained. Frozen; its residual stream is read."""
+"""The subject: the language model being explained. It is frozen, and its residual stream is read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nlae_jax.mesh import batch_sharding
 
 
 class Spliced(NamedTuple):
-    """What `Subject.splice` gives for C vectors and the S tokens read, all float32.
+    """The result of `Subject.splice` for C vectors and the S tokens read. All arrays are float32.
 
-    `h` [B, d]: the true activation. `kl` [B, C, S]: divergence, in nats, of the next-token distribution with a vector
-    from the one without. `log_p` [B, 1 + C, S]: of the true next token, first without any splicing; of the last column
-    it has no meaning.
+    `h` [B, d] is the true activation. `kl` [B, C, S] is the divergence, in nats, of the next-token distribution with a
+    vector from the one without. `log_p` [B, 1 + C, S] holds the log-probability of the true next token: first without
+    any vector, then with each of the C. The last token read has no successor, so the last column has no meaning.
     """
 
     h: jax.Array
@@ -31,7 +31,7 @@ class Spliced(NamedTuple):
 
 
 class Subject(nn.Module):
-    """Variables: `params/lm`."""
+    """The frozen language model. Variables: `params/lm`."""
 
     arch: Arch
     attention: str = "auto"
@@ -40,18 +40,18 @@ class Subject(nn.Module):
         self.lm = Transformer(self.arch, attention=self.attention)
 
     def logits(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """[B, T] -> [B, T, V] float32."""
+        """Returns next-token logits: [B, T] -> [B, T, V] float32."""
         return self.lm(ids_BxT, mask_BxT)
 
     def residual(self, ids_BxT: jax.Array, mask_BxT: jax.Array, layer: int) -> jax.Array:
-        """Output of block `layer` after its residual add: [B, T, d]. Later blocks are not run."""
+        """Returns the output of block `layer` after its residual add: [B, T, d]. Later blocks are not run."""
         (hidden,), _ = self.lm.run((self.lm.padded(ids_BxT, mask_BxT),), stop=layer + 1)
         return hidden
 
     def read(
         self, ids_BxT: jax.Array, mask_BxT: jax.Array, rows: jax.Array, columns: jax.Array, layer: int, num_next: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Activations [M, d] float32 at (rows, columns), and the ids [M, num_next] of the likeliest next tokens.
+        """Returns activations [M, d] float32 at (rows, columns) and the ids [M, num_next] of the likeliest next tokens.
 
         With `num_next` = 0 the blocks after `layer` and the head are not run.
         """
@@ -67,7 +67,10 @@ class Subject(nn.Module):
     def run_with(
         self, ids_BxT: jax.Array, mask_BxT: jax.Array, h_BxD: jax.Array, column_B: jax.Array, layer: int
     ) -> jax.Array:
-        """Logits [B, T, V] float32 with the output of block `layer` replaced by `h` in one column of each row."""
+        """Returns logits [B, T, V] float32 of a run in which `h` replaces one column of block `layer`'s output.
+
+        `column_B` names the replaced column of each row.
+        """
         segment = self.lm.padded(ids_BxT, mask_BxT)
         (hidden,), _ = self.lm.run((segment,), stop=layer + 1)
         hidden = hidden.at[jnp.arange(hidden.shape[0]), column_B].set(h_BxD.astype(hidden.dtype))
@@ -83,26 +86,26 @@ class Subject(nn.Module):
         h_BxCxD: jax.Array,
         layer: int,
     ) -> Spliced:
-        """What C vectors do to the model in the place of the activation of `read`'s first token.
+        """Measures the effect of C vectors put in the place of the activation of `read`'s first token.
 
-        `context` holds the tokens before that one, padded on the right; `read` the token itself and those after it.
-        The context is computed once for all vectors: they share its keys, as samples share a prompt's.
+        `context` holds the tokens before that token, padded on the right. `read` holds the token and those after it.
+        The context is computed once: all vectors share its keys, as samples share a prompt's.
         """
         start = context_mask_BxT.sum(-1).astype(jnp.int32)
         context = self.lm.padded(context_BxT, context_mask_BxT)
         positions = start[:, None] + jnp.arange(read_BxS.shape[1], dtype=jnp.int32)
         read = Segment(self.lm.embed(read_BxS), positions, read_mask_BxS.astype(bool))
-        (before, own), _ = self.lm.run((context, read), stop=layer + 1)
-        ways = 1 + h_BxCxD.shape[1]
-        x = jnp.broadcast_to(own[:, None], (own.shape[0], ways, *own.shape[1:]))
-        x = x.at[:, 1:, 0].set(h_BxCxD.astype(x.dtype))  # the first way is the model as it is
-        spread = lambda of: jnp.broadcast_to(of[:, None], (of.shape[0], ways, *of.shape[1:]))  # noqa: E731
+        (context_BxTxD, hidden_BxSxD), _ = self.lm.run((context, read), stop=layer + 1)
+        runs = 1 + h_BxCxD.shape[1]
+        x = jnp.broadcast_to(hidden_BxSxD[:, None], (hidden_BxSxD.shape[0], runs, *hidden_BxSxD.shape[1:]))
+        x = x.at[:, 1:, 0].set(h_BxCxD.astype(x.dtype))  # the first run keeps the true activation
+        spread = lambda array: jnp.broadcast_to(array[:, None], (array.shape[0], runs, *array.shape[1:]))  # noqa: E731
         spliced = Segment(x, spread(positions), spread(read.valid))
-        (_, final), _ = self.lm.run((context._replace(x=before), spliced), start=layer + 1)
+        (_, final), _ = self.lm.run((context._replace(x=context_BxTxD), spliced), start=layer + 1)
         targets = jnp.pad(read_BxS[:, 1:], ((0, 0), (0, 1)))
 
-        def at(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            """One column at a time: the logits of all of them would be the largest array by far."""
+        def compare_column(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            """Computes one column at a time: the logits of all columns would be the largest array by far."""
             x_BxCxD, target_B = column
             log_p = jax.nn.log_softmax(self.lm.logits(x_BxCxD))
             # As p and q both sum to 1, Σ p (q/p - 1 - log q/p): no term is negative, and none is lost to rounding.
@@ -110,13 +113,13 @@ class Subject(nn.Module):
             kl = (jnp.exp(log_p[:, :1]) * (jnp.expm1(ratio) - ratio)).sum(-1)
             return kl, jnp.take_along_axis(log_p, target_B[:, None, None], -1)[..., 0]
 
-        kl, log_p = jax.lax.map(at, (jnp.moveaxis(final, 2, 0), targets.T))
-        return Spliced(own[:, 0].astype(jnp.float32), jnp.moveaxis(kl, 0, -1), jnp.moveaxis(log_p, 0, -1))
+        kl, log_p = jax.lax.map(compare_column, (jnp.moveaxis(final, 2, 0), targets.T))
+        return Spliced(hidden_BxSxD[:, 0].astype(jnp.float32), jnp.moveaxis(kl, 0, -1), jnp.moveaxis(log_p, 0, -1))
 
     def continuations(
         self, notes_BxT: jax.Array, notes_mask_BxT: jax.Array, after_BxCxS: jax.Array, after_mask_BxCxS: jax.Array
     ) -> jax.Array:
-        """log p of each of C continuations after a row's notes, summed over its tokens: [B, C] float32.
+        """Returns log p of each of C continuations after a row's notes, summed over its tokens: [B, C] float32.
 
         Notes are padded on the right and computed once for all their continuations.
         """
@@ -133,16 +136,22 @@ class Subject(nn.Module):
         return jnp.where(after_mask_BxCxS, log_p, 0.0).sum(-1)
 
     def neurons(self, ids_BxT: jax.Array, mask_BxT: jax.Array, layer: int) -> jax.Array:
-        """Activations of the MLP's neurons in block `layer`, [B, T, d_ff]: what its down-projection reads."""
+        """Returns the MLP's neurons in block `layer`, [B, T, d_ff]: the input of its down-projection."""
         return self.lm.neurons(self.lm.padded(ids_BxT, mask_BxT), layer)
 
     def log_probs(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """log p of every token after the first, given those before it: [B, T - 1] float32; any number at padding."""
+        """Returns log p of every token after the first, given those before it: [B, T - 1] float32.
+
+        Entries at padding have no meaning.
+        """
         (hidden,), _ = self.lm.run((self.lm.padded(ids_BxT, mask_BxT),))
         return self.lm.token_log_probs(hidden[:, :-1], ids_BxT[:, 1:])[0]
 
     def prefill(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, tuple[KeyValues, ...]]:
-        """Logits [B, V] after each row's last real token, and the prompts' keys and values, stacked over blocks."""
+        """Returns logits [B, V] after each row's last real token, and the prompts' keys and values.
+
+        Keys and values are stacked over blocks.
+        """
         segment = self.lm.padded(ids_BxT, mask_BxT)
         (hidden,), caches = self.lm.run((segment,), keep_caches=True)
         return self._after_last(hidden, mask_BxT), key_values(caches, (segment,))
@@ -150,7 +159,7 @@ class Subject(nn.Module):
     def steered_prefill(
         self, ids_BxT: jax.Array, mask_BxT: jax.Array, added_BxTxD: jax.Array, layer: int
     ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
-        """The same with something added to the output of block `layer`."""
+        """Does what `prefill` does, with `added` [B, T, d] added to the output of block `layer`."""
         segment = self.lm.padded(ids_BxT, mask_BxT)
         (hidden,), low = self.lm.run((segment,), stop=layer + 1, keep_caches=True)
         changed = segment._replace(x=hidden + added_BxTxD.astype(hidden.dtype))
@@ -159,7 +168,7 @@ class Subject(nn.Module):
         return self._after_last(hidden, mask_BxT), key_values(caches, (segment,))
 
     def _after_last(self, hidden_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """Logits [B, V] after each row's last real token."""
+        """Returns logits [B, V] after each row's last real token."""
         last = mask_BxT.shape[1] - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=1)
         return self.lm.logits(jnp.take_along_axis(hidden_BxTxD, last[:, None, None], axis=1)[:, 0])
 
@@ -169,31 +178,32 @@ class Subject(nn.Module):
         step: jax.Array,
         start_B: jax.Array,
         contexts: Any,
-        own: Any,
+        generated_caches: Any,
         weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds generated token number `step` of rows whose prompts have `start` tokens; returns the next logits.
+        """Feeds generated token number `step` and returns the next token's logits [B, V] and the grown caches.
 
-        `step` is a scalar, or [B] where rows are at different tokens.
+        `start_B` holds the number of tokens in each row's prompt. `step` is a scalar, or [B] where rows are at
+        different tokens.
         """
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
-        hidden, own = self.lm.decode(segment, contexts, own, step, weights)
-        return self.lm.logits(hidden[:, 0]), own
+        hidden, generated_caches = self.lm.decode(segment, contexts, generated_caches, step, weights)
+        return self.lm.logits(hidden[:, 0]), generated_caches
 
     def likeliest(self, ids_BxT: jax.Array, mask_BxT: jax.Array, count: int) -> jax.Array:
-        """Ids [B, count] int32 of the likeliest tokens after each row's last real one, likeliest first."""
+        """Returns the ids [B, count] int32 of the likeliest tokens after each row's last real one, likeliest first."""
         return jax.lax.top_k(self.prefill(ids_BxT, mask_BxT)[0], count)[1].astype(jnp.int32)
 
     def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
-        """Room for `capacity` tokens after prompts of `start` tokens."""
+        """Returns empty caches with room for `capacity` tokens after prompts of `start_B` tokens."""
         return empty_caches(self.arch, start_B, capacity, dtype)
 
 
 def jitted_reader(arch: Arch, config: Config, mesh: Mesh, num_next: int) -> Any:
-    """`(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`; see `Subject.read`.
+    """Compiles `Subject.read` as `(base, ids, mask, rows, columns) -> (activations, likeliest next tokens)`.
 
-    The results' rows are split over the mesh, to be written by the processes that hold them.
+    The results' rows are split over the mesh: each process writes the rows that its devices hold.
     """
     subject, layer = Subject(arch, config.attention), config.subject.layer
 

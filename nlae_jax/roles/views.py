@@ -1,4 +1,6 @@
-"""An explanation's sentences and quoted strings, found on its tokens: what the decoder is shown of it, what it repeats.
+"""The sentences and quoted strings of an explanation, found on its tokens.
+
+They decide which part of an explanation the decoder is shown, and how often an explanation repeats itself.
 
 An encoder that is only ever scored on whole explanations learns to quote the last words of the context and to say
 nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
@@ -23,35 +25,36 @@ _STOPS = (".", "!", "?", "。", "！", "？")
 _CLOSERS = "\"')]”’»"
 _MARKS = '"“”'
 _AT_MARKS = re.compile(f"[{_MARKS}]")
-_MOST_MARKS = 32  # of an explanation, that are looked at for repeated strings; written notes have ten at most
+_MOST_MARKS = 32  # repeated strings are searched among the first 32 quotation marks; written notes have ten at most
 
 
 class Marks(NamedTuple):
-    """Tables over the vocabulary: how many quotation marks a token holds, whether it can end a sentence, and hashes.
+    """Tables over the V tokens of a vocabulary.
 
-    The hashes are of what stands before the token's first mark, between its first two, and after its last.
+    `quotes` counts the quotation marks in a token. `stops` says whether a token can end a sentence. `pieces` holds
+    three hashes: of the text before the token's first mark, between its first two marks, and after its last mark.
     """
 
     quotes: jax.Array | np.ndarray  # [V] int32
     stops: jax.Array | np.ndarray  # [V] bool
-    pieces: jax.Array | np.ndarray  # [V, 3] uint32; 0 where nothing but space stands there
+    pieces: jax.Array | np.ndarray  # [V, 3] uint32; 0 for a text of nothing but white space
 
 
 def marks(tokenizer: Any, vocab_size: int) -> Marks:
-    """The tables of a tokenizer; tokens beyond it hold nothing."""
+    """Builds the tables of a tokenizer. Ids that the tokenizer does not know get zeros."""
     quotes, stops = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool)
     pieces = np.zeros((vocab_size, 3), np.uint32)
-    known = min(len(tokenizer), vocab_size)
-    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
-        first, *others = _AT_MARKS.split(text)
-        quotes[token] = len(others)
-        pieces[token] = [_hash(first), _hash(others[0] if len(others) > 1 else ""), _hash(others[-1] if others else "")]
+    num_tokens = min(len(tokenizer), vocab_size)
+    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(num_tokens)])):
+        first, *rest = _AT_MARKS.split(text)
+        quotes[token] = len(rest)
+        pieces[token] = [_hash(first), _hash(rest[0] if len(rest) > 1 else ""), _hash(rest[-1] if rest else "")]
         stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
     return Marks(quotes, stops, pieces)
 
 
 def reads_marks(config: Config) -> bool:
-    """Whether a run needs the tables: to show the decoder a part, or to charge for repeated strings."""
+    """Returns whether a run needs the tables: to show the decoder a part, or to charge for repeated strings."""
     return config.views != ViewsConfig() or config.rl.repeat_penalty > 0
 
 
@@ -60,15 +63,16 @@ def _hash(text: str) -> int:
 
 
 def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which sentence each token is of [N, T] int32 from 0, whether it is quoted [N, T] bool, sentences in all [N].
+    """Returns each token's sentence number [N, T] int32 from 0, whether it is quoted [N, T] bool, and the counts [N].
 
-    A token is quoted that stands between quotation marks or holds one. A sentence ends with a stop outside of them.
+    The counts are of the sentences in each row. A token is quoted if it stands between quotation marks or holds one.
+    A sentence ends with a stop outside of quotation marks.
     """
     valid = jnp.arange(ids_NxT.shape[1]) < length_N[:, None]
-    held = jnp.where(valid, tables.quotes[ids_NxT], 0)
-    after = jnp.cumsum(held, axis=1) % 2 == 1
-    before = (jnp.cumsum(held, axis=1) - held) % 2 == 1
-    quoted = valid & (before | after | (held > 0))
+    marks_NxT = jnp.where(valid, tables.quotes[ids_NxT], 0)
+    after = jnp.cumsum(marks_NxT, axis=1) % 2 == 1
+    before = (jnp.cumsum(marks_NxT, axis=1) - marks_NxT) % 2 == 1
+    quoted = valid & (before | after | (marks_NxT > 0))
     ends = valid & tables.stops[ids_NxT] & ~after
     sentence = jnp.cumsum(ends, axis=1) - ends
     count = jnp.max(jnp.where(valid, sentence, -1), axis=1) + 1
@@ -76,36 +80,39 @@ def sentences(ids_NxT: jax.Array, length_N: jax.Array, tables: Marks) -> tuple[j
 
 
 def repeated_strings(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Array:
-    """How many quoted strings of each explanation its sentence has quoted before: ids [..., T] -> [...] int32.
+    """Counts each explanation's quoted strings that their sentence has quoted before: ids [..., T] -> [...] int32.
 
-    The space around a string does not count. Strings are compared by the sum of their tokens' hashes.
+    The white space around a string does not count. Strings are compared by the sum of their tokens' hashes.
     """
     ids_NxT, length_N = ids.reshape(-1, ids.shape[-1]), length.reshape(-1)
     sentence, _, _ = sentences(ids_NxT, length_N, tables)
     valid = jnp.arange(ids_NxT.shape[1]) < length_N[:, None]
-    held = jnp.where(valid, tables.quotes[ids_NxT], 0)
-    after = jnp.cumsum(held, axis=1)
-    before = after - held
+    marks_NxT = jnp.where(valid, tables.quotes[ids_NxT], 0)
+    after = jnp.cumsum(marks_NxT, axis=1)
+    before = after - marks_NxT
     pieces = jnp.where(valid[..., None], jnp.asarray(tables.pieces)[ids_NxT], 0)
     # Piece number m stands behind m marks; those of odd number are quoted, and closed where there are more marks.
     number = jnp.arange(_MOST_MARKS)
     places = jnp.stack([before, before + 1, after], axis=-1)
-    at = places[..., None] == number  # [N, T, 3, M]
-    at &= jnp.stack([valid, held > 1, held > 0], axis=-1)[..., None]
-    total = jnp.where(at, pieces[..., None], 0).sum((1, 2), dtype=jnp.uint32)[:, 1::2]
-    where = jnp.max(jnp.where(at, sentence[..., None, None], -1), (1, 2))[:, 1::2]
+    holds = places[..., None] == number  # [N, T, 3, M]
+    holds &= jnp.stack([valid, marks_NxT > 1, marks_NxT > 0], axis=-1)[..., None]
+    total = jnp.where(holds, pieces[..., None], 0).sum((1, 2), dtype=jnp.uint32)[:, 1::2]
+    sentence_of_string = jnp.max(jnp.where(holds, sentence[..., None, None], -1), (1, 2))[:, 1::2]
     closed = number[1::2] < after[:, -1:]
-    same = (total[:, :, None] == total[:, None, :]) & (where[:, :, None] == where[:, None, :])
+    same = (total[:, :, None] == total[:, None, :]) & (sentence_of_string[:, :, None] == sentence_of_string[:, None, :])
     earlier = closed[:, None, :] & (number[:, None] > number)[1::2, 1::2]
-    again = closed & (total > 0) & (same & earlier).any(-1)
-    return again.sum(1).astype(jnp.int32).reshape(length.shape)
+    repeated = closed & (total > 0) & (same & earlier).any(-1)
+    return repeated.sum(1).astype(jnp.int32).reshape(length.shape)
 
 
 def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The tokens of `kept` moved together on the left, zeros after them, and how many there are [N]."""
-    kept = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
-    order = jnp.argsort(~kept, axis=1, stable=True)
-    length = kept.sum(1).astype(length_N.dtype)
+    """Moves the tokens marked in `kept` [N, T] bool together on the left, with zeros after them.
+
+    Returns the moved ids [N, T] and how many each row keeps [N].
+    """
+    selected = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
+    order = jnp.argsort(~selected, axis=1, stable=True)
+    length = selected.sum(1).astype(length_N.dtype)
     moved = jnp.take_along_axis(ids_NxT, order, axis=1)
     return jnp.where(jnp.arange(ids_NxT.shape[1]) < length[:, None], moved, 0), length
 
@@ -113,9 +120,9 @@ def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[
 def shown(
     ids_BxGxT: jax.Array, length_BxG: jax.Array, tables: Marks | None, config: ViewsConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What the decoder sees of a batch's explanations, its lengths, and which activations [B] it sees whole.
+    """Returns the tokens [B, G, T] that the decoder sees, their lengths [B, G], and the activations [B] it sees whole.
 
-    Without shares or `tables` it sees everything, and None stands for all activations.
+    Without `tables` or with the default `config`, the decoder sees everything and the third result is None.
 
     The first `leading` of the batch's activations lose sentences at the end: at least one is left, at least one goes
     where there are several, and how many is spread evenly over the activations. Half of them and others, `unquoted` in
@@ -133,6 +140,6 @@ def shown(
     sentence, quoted, count = sentences(ids, length, tables)
     per_sample = lambda x: jnp.repeat(x, group)  # noqa: E731
     left = 1 + jnp.floor(per_sample((row + 0.5) / max(cut, 1)) * (count - 1)).astype(jnp.int32)
-    kept = ~(per_sample(is_cut)[:, None] & (sentence >= left[:, None])) & ~(per_sample(is_unquoted)[:, None] & quoted)
-    ids, length = keep(ids, length, kept)
+    view = ~(per_sample(is_cut)[:, None] & (sentence >= left[:, None])) & ~(per_sample(is_unquoted)[:, None] & quoted)
+    ids, length = keep(ids, length, view)
     return ids.reshape(ids_BxGxT.shape), length.reshape(length_BxG.shape), ~(is_cut | is_unquoted)

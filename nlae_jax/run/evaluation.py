@@ -1,4 +1,4 @@
-"""The last stage: how well explanations of held-out activations rebuild them."""
+"""The last stage: it measures how well explanations of held-out activations rebuild them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, json_line, read_fields, write_json, write_text
 from nlae_jax.runtime.progress import progress, say, warn
 
-# Explained from vectors that say nothing about them. Three rollouts more, for numbers that need not be exact.
+# Rows of the controls whose explanations are written from uninformed vectors. They cost three more rollouts, and their
+# numbers need not be exact.
 _UNINFORMED_ROWS = 64
 
-# Rebuilt from parts of their explanations too, one pass of the decoder for each part.
+# Rows that are also rebuilt from parts of their explanations, with one pass of the decoder for each part.
 _PART_ROWS = 128
 
-# Fields of eval.json that whoever shows it counts on.
+# Fields of eval.json that the report and other readers need.
 _NEEDED = {"fve", "fve_ci95", "fve_before_rl", "fve_gain", "fve_gain_ci95", "fve_shuffled", "fve_text", "num_documents"}
 
 
 def is_evaluated(run: Run) -> bool:
-    """Whether eval.json and the samples are there. Several processes ask together: the first looks."""
+    """Returns whether eval.json and the samples exist. All processes must call it together; the first one looks."""
     return processes.by_first(lambda: _is_evaluated(run.workdir))
 
 
 def evaluate(run: PreparedRun) -> None:
-    """Held-out activations through the pair before and after RL -> eval.json and samples/held_out.jsonl."""
+    """Runs held-out activations through the pair before and after RL. Writes eval.json and samples/held_out.jsonl."""
     if is_evaluated(run):
         return
     after, before = trained_pair(run), warm_started_pair(run)
@@ -62,13 +63,13 @@ def evaluate(run: PreparedRun) -> None:
         bar.advance()
         measured: dict[str, float | None] = {**health(written.texts, run.protocol.marker)}
         for name, vectors in uninformed(h, seed).items():
-            mse_uninformed[name], texts = _of_uninformed(trip, after, vectors, h, seed, config.temperature)
+            mse_uninformed[name], texts = _uninformed_mse(trip, after, vectors, h, seed, config.temperature)
             measured[f"identical_to_{name}"] = share_among(written.texts[: len(texts)], texts)
             bar.advance()
         contexts = [_context(run, row)[0] for row in rows.tolist()]
-        in_parts = _of_parts(trip, after, written.texts, contexts, h)
+        mse_of_parts = _mse_of_parts(trip, after, written.texts, contexts, h)
         bar.advance()
-        top = _likeliest_tokens(run, rows)
+        likeliest = _likeliest_tokens(run, rows)
     other = mismatched(documents, seed)
     if len(np.unique(documents)) < 2:
         warn(ONE_DOCUMENT)
@@ -79,7 +80,7 @@ def evaluate(run: PreparedRun) -> None:
         "shuffled": of_others(direction_mse(rebuilt[other], h, (written.length > 0)[other]), documents, other),
         "gold": np.where(gold != "", direction_mse(from_gold, h), np.nan),
         **mse_uninformed,
-        **in_parts,
+        **mse_of_parts,
     }
 
     def write() -> None:
@@ -89,8 +90,8 @@ def evaluate(run: PreparedRun) -> None:
             warn(f"eval: no finite number, null in eval.json: {', '.join(unknown)}; are all activations alike?")
         summary["extraction_rate"] = float((written.length > 0).mean())
         summary["temperature"] = config.temperature
-        met = [None if documents[j] == documents[i] else int(j) for i, j in enumerate(other)]
-        summary |= claims(written.texts, contexts, top, met)
+        exchanged_with = [None if documents[j] == documents[i] else int(j) for i, j in enumerate(other)]
+        summary |= claims(written.texts, contexts, likeliest, exchanged_with)
         summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
         _write_samples(run, rows, written, mse_after, gold)
         write_json(run.workdir / "eval.json", summary)
@@ -100,7 +101,7 @@ def evaluate(run: PreparedRun) -> None:
 
 
 def _is_evaluated(workdir: AnyPath) -> bool:
-    """Whether both files are there. eval.json is the last to be written; what is no result is made again."""
+    """Returns whether both files exist and eval.json has all needed fields. eval.json is the last to be written."""
     if not (workdir / "eval.json").exists():
         return False
     missing = not (workdir / SAMPLES).exists()
@@ -113,49 +114,52 @@ def _is_evaluated(workdir: AnyPath) -> bool:
 
 
 def _round_trip(
-    trip: RoundTrip, pair: Pair, h: np.ndarray, seed: int, temperature: float
+    trip: RoundTrip, pair: Pair, h_NxD: np.ndarray, seed: int, temperature: float
 ) -> tuple[np.ndarray, Explanations, np.ndarray]:
-    """Per activation its mse (2 where nothing was readable), its explanation and its reconstruction [N, d]."""
-    written = trip.explain(pair, h, seed, temperature)
-    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
-    return direction_mse(rebuilt, h, written.length > 0), written, rebuilt
+    """Returns each activation's mse [N] (2 where nothing was readable), explanation and reconstruction [N, d]."""
+    written = trip.explain(pair, h_NxD, seed, temperature)
+    rebuilt_NxD = trip.reconstruct_ids(pair, written.ids, written.length)
+    return direction_mse(rebuilt_NxD, h_NxD, written.length > 0), written, rebuilt_NxD
 
 
-def _of_uninformed(
-    trip: RoundTrip, pair: Pair, vectors: np.ndarray, h: np.ndarray, seed: int, temperature: float
+def _uninformed_mse(
+    trip: RoundTrip, pair: Pair, vectors_NxD: np.ndarray, h_NxD: np.ndarray, seed: int, temperature: float
 ) -> tuple[np.ndarray, list[str]]:
-    """What explanations of vectors [N, d] that say nothing about `h` are worth to it, of the first rows alone.
+    """Explains `vectors` [N, d], which say nothing about `h` [N, d], and compares the reconstructions with `h`.
 
-    mse [N] against `h`, NaN beyond those rows, and their texts. Each row has the draws of its true explanation: an
-    encoder that does not read its vector writes the same text.
+    Returns the mse [N] and the texts. Only the first `_UNINFORMED_ROWS` rows are used; the mse is NaN beyond them. Each
+    row has the random draws of its true explanation, so an encoder that does not read its vector writes the same text.
     """
-    rows = slice(min(len(h), _UNINFORMED_ROWS))
-    mse = np.full(len(h), np.nan)
-    written = trip.explain(pair, vectors[rows], seed, temperature)
-    rebuilt = trip.reconstruct_ids(pair, written.ids, written.length)
-    mse[rows] = direction_mse(rebuilt, h[rows], written.length > 0)
-    return mse, written.texts
+    rows = slice(min(len(h_NxD), _UNINFORMED_ROWS))
+    mse_N = np.full(len(h_NxD), np.nan)
+    written = trip.explain(pair, vectors_NxD[rows], seed, temperature)
+    rebuilt_NxD = trip.reconstruct_ids(pair, written.ids, written.length)
+    mse_N[rows] = direction_mse(rebuilt_NxD, h_NxD[rows], written.length > 0)
+    return mse_N, written.texts
 
 
-def _of_parts(
-    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h: np.ndarray
+def _mse_of_parts(
+    trip: RoundTrip, pair: Pair, texts: list[str], contexts: list[str], h_NxD: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """By part of the explanations (`claims.parts`) its mse [N]; 2 where nothing is left, NaN beyond the first rows."""
-    count = min(len(h), _PART_ROWS)
+    """Returns part of the explanations (see `claims.parts`) -> mse [N] of the reconstructions from that part alone.
+
+    It is 2 where the part of a row is empty, and NaN beyond the first `_PART_ROWS` rows.
+    """
+    count = min(len(h_NxD), _PART_ROWS)
     rows = [parts(text, context) for text, context in zip(texts[:count], contexts, strict=False)]
     mse = {}
     for name in rows[0]:
-        left = [row[name] for row in rows]
-        rebuilt = trip.reconstruct_texts(pair, left)
-        mse[name] = np.full(len(h), np.nan)
-        mse[name][:count] = direction_mse(rebuilt, h[:count], np.array([bool(text) for text in left]))
+        part_texts = [row[name] for row in rows]
+        rebuilt = trip.reconstruct_texts(pair, part_texts)
+        mse[name] = np.full(len(h_NxD), np.nan)
+        mse[name][:count] = direction_mse(rebuilt, h_NxD[:count], np.array([bool(text) for text in part_texts]))
     return mse
 
 
 def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
-    """What the subject finds likeliest after each row's context; '' where that is not known.
+    """Returns the subject's likeliest next token, as text, after each row's context; '' where it is not known.
 
-    Where extraction did not store it, the subject is asked, if it is in this process's memory anyhow.
+    Where extraction did not store the tokens, the subject computes them, if its weights are in memory anyhow.
     """
     stored = run.store.next_tokens(rows)
     if stored.shape[1]:
@@ -167,7 +171,8 @@ def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
     return [run.tokenizer.decode(tokens) for tokens in likeliest]
 
 
-def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.ndarray, gold: np.ndarray) -> None:
+def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse_N: np.ndarray, gold: np.ndarray) -> None:
+    """Writes one JSON line for each evaluated row."""
     plan = run.store.plan
     lines = []
     for i, row in enumerate(rows.tolist()):
@@ -179,8 +184,8 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
             "token": token,
             "explanation": written.texts[i],
             "gold": str(gold[i]),
-            "cos": float(1 - mse[i] / 2),
-            "mse": float(mse[i]),
+            "cos": float(1 - mse_N[i] / 2),
+            "mse": float(mse_N[i]),
             "closed": bool(written.length[i] > 0),
         }
         lines.append(json_line(sample))
@@ -188,7 +193,7 @@ def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse: np.nd
 
 
 def _context(run: Run, row: int) -> tuple[str, str]:
-    """The text up to the row's position and its last token; '' where a dataset does not say."""
+    """Returns the text up to the row's position, and its last token. Both are '' where a dataset has no text."""
     if run.config.dataset.rl:
         text = run.store.contexts.get(row, "")
         return text, run.tokenizer.decode(run.tokenizer.encode(text, add_special_tokens=False)[-1:])

@@ -1,4 +1,4 @@
-"""A trained pair, and the activations it learned from, in the reference's layout: `nlae export`."""
+"""Writes a trained pair, and the activations it learned from, in the reference's layout: `nlae export`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ from nlae_jax.runtime.progress import progress, warn
 def export(
     run: PreparedRun, pair: Pair, out: Path, dtype: str = "bfloat16", datasets: bool = False, adapters: bool = False
 ) -> None:
-    """Writes `out/av` and `out/ar`: model directories that transformers loads, adapters merged, with sidecars.
+    """Writes `out/av` and `out/ar`: model directories that transformers loads, with merged adapters and sidecars.
 
-    With `adapters` the directories hold the adapters alone, as `lm.adapters` describes. With `datasets` also the
-    run's activations, see `export_datasets`. All is made in a directory beside and moved into place at the end. Raises
-    UserError where a part is there already.
+    With `adapters` the directories hold only the adapters, as `lm.adapters` describes. With `datasets` the run's
+    activations are written too, see `export_datasets`. Everything is written into a temporary directory in `out` and
+    moved into place at the end. Raises UserError where a part of the export exists already, where `adapters` or
+    `datasets` ask for something that the run does not have, and where transformers could not load the decoder.
     """
     if datasets and run.config.dataset.rl:
         raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
@@ -74,22 +75,23 @@ def export(
 
 
 def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:
+    """Writes a role's merged model: config, tokenizer, weights and the decoder's head."""
     source, arch = _source(run, role), run.roles.encoder.arch
     if role == "ar":
-        # A decoder has no head; tied, transformers finds nothing missing.
+        # A decoder has no LM head. Declared as tied, transformers finds no weight missing.
         arch = dataclasses.replace(run.roles.decoder.arch.truncated(run.config.subject.layer + 1), tied_head=True)
     directory.mkdir()
     special = _special_tokens(source, run.tokenizer)
     write_json(directory / "config.json", hf_config(arch) | special | {"torch_dtype": dtype})
     write_json(directory / "generation_config.json", {k: v for k, v in special.items() if k.endswith("token_id")})
-    _copy_tokenizer(source, directory, role)  # before what takes long: it may be refused
+    _copy_tokenizer(source, directory, role)  # before the weights, which take long: it may raise
     save_model(directory, arch, _merged(run, base, trained), dtype)
     if role == "ar":
         _write_head(directory, trained, dtype)
 
 
 def _check_last_block(run: PreparedRun) -> None:
-    """Raises UserError where transformers would take the decoder's last block for one of another kind."""
+    """Raises UserError where transformers would read the decoder's last block as a block of another kind."""
     arch, layer = run.roles.decoder.arch, run.config.subject.layer
     if arch.global_attention is not None and arch.mixers[layer] != "global":
         raise UserError(
@@ -99,7 +101,7 @@ def _check_last_block(run: PreparedRun) -> None:
 
 
 def _write_adapters(run: PreparedRun, role: str, trained: Params, directory: Path, dtype: str) -> None:
-    """A role's adapters, beside the model that they sit on, and the decoder's head."""
+    """Writes a role's adapters with the name of the model that they sit on, and the decoder's head."""
     if (released := run.released.get(role)) is not None:
         base = released.adapters.base_model if released.adapters else run.config.init.names()[role]
     else:
@@ -123,24 +125,27 @@ def _write_sidecar(run: PreparedRun, role: str, directory: Path) -> None:
 
 
 def _special_tokens(source: Path, tokenizer: Any) -> dict[str, Any]:
-    """Fields of the source's config that are no maths. A generator should stop at whatever the source stops at."""
+    """Reads the fields of the source's config that do not describe the computation.
+
+    `eos_token_id` holds all tokens that the source stops at, so that generation stops at the same ones.
+    """
     config = read_hf_config(source)
     files = [config, language_config(config)]
     if (path := source / "generation_config.json").is_file():
         files.append(outside.read_json(path))
-    kept = {"max_position_embeddings", "bos_token_id", "pad_token_id"}
-    fields = {key: value for file in files for key, value in file.items() if key in kept and value is not None}
+    names = {"max_position_embeddings", "bos_token_id", "pad_token_id"}
+    fields = {key: value for file in files for key, value in file.items() if key in names and value is not None}
     stops = stop_ids(source, tokenizer)
     return fields | {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
 def _source(run: PreparedRun, role: str) -> Path:
-    """The model directory that the role started from."""
+    """Returns the model directory that the role started from."""
     return run.released[role].directory if role in run.released else run.directory
 
 
 def _merged(run: PreparedRun, base: Params, trained: Params) -> Callable[[str, int | None], Any]:
-    """(our name, layer) -> the trained parameter, its adapter added in."""
+    """Returns a function (parameter name, layer) -> the trained parameter with its adapter added."""
     if run.config.lora.rank == 0:
         lm, adapters = trained["lm"], {}
     else:
@@ -157,33 +162,36 @@ def _merged(run: PreparedRun, base: Params, trained: Params) -> Callable[[str, i
 
 
 def _copy_tokenizer(source: Path, directory: Path, role: str) -> None:
-    """The tokenizer's files as they are, but for what would have other programs read other prompts.
+    """Copies the tokenizer's files, and changes them only where other programs would read other prompts.
 
-    Encoder: a chat template that prints the date prints the one of training, and a base model gets one. Decoder:
-    nothing is put after a text, and a tokenizer that names a token for the beginning of a text but does not add it
-    names none, since the reference's client takes a named one for one that is added. Raises UserError where a file
-    lies elsewhere.
+    Encoder: a chat template that prints the date gets the date of training, and a base model gets a chat template.
+    Decoder: the tokenizer puts no token after a text. A tokenizer that names a beginning-of-sequence token but does not
+    add it names none, because the reference's client assumes that a named one is added. Raises UserError where a file
+    is a link to another directory.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(_own_file(source, name), directory / name)
+            shutil.copyfile(_file_inside(source, name), directory / name)
     tokenizer = load_tokenizer(directory)
     if role == "av":
         return _fix_date(directory, tokenizer)
     if text_ids(tokenizer, "x") != tokenizer.encode("x"):
-        _take_end_away(directory, tokenizer)
+        _remove_end_tokens(directory, tokenizer)
     if tokenizer.bos_token_id is None or tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
         return
-    _change(directory, [_SETTINGS, _SPECIAL], bos_token=None)
-    if (left := load_tokenizer(directory).bos_token) is not None:
-        raise RuntimeError(f"{directory}: the tokenizer still names {left!r} as the beginning of a text")
+    _change_settings(directory, [_SETTINGS, _SPECIAL], bos_token=None)
+    if (bos_token := load_tokenizer(directory).bos_token) is not None:
+        raise RuntimeError(f"{directory}: the tokenizer still names {bos_token!r} as the beginning of a text")
 
 
-def _own_file(source: Path, name: str) -> Path:
-    """A file of a model directory. Raises UserError where it is a link to one elsewhere: an export is given away."""
+def _file_inside(source: Path, name: str) -> Path:
+    """Returns the real path of a model directory's file.
+
+    Raises UserError where it is a link out of the directory: an export is given away, and must hold no other files.
+    """
     root, path = source.resolve(), (source / name).resolve()
     roots = [root]
-    if root.parent.name == "snapshots":  # of the hub's cache, whose files are links to `blobs`, by hash
+    if root.parent.name == "snapshots":  # in the hub's cache every file is a link to `blobs`
         roots.append(root.parent.parent / "blobs")
     if not any(path.is_relative_to(root) for root in roots):
         raise UserError(
@@ -195,22 +203,25 @@ def _own_file(source: Path, name: str) -> Path:
 _SETTINGS, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 
-def _change(directory: Path, names: Sequence[str], **fields: Any) -> None:
-    """Fields of the tokenizer's settings, in those of the files that are there."""
+def _change_settings(directory: Path, names: Sequence[str], **fields: Any) -> None:
+    """Sets `fields` in those of the tokenizer's settings files `names` that exist."""
     for name in names:
         if (path := directory / name).is_file():
             changed = outside.read_json(path) | fields
             path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _take_end_away(directory: Path, tokenizer: Any) -> None:
-    """From a tokenizer that puts tokens after every text: the decoder is read at the last token of its prompt."""
+def _remove_end_tokens(directory: Path, tokenizer: Any) -> None:
+    """Makes a tokenizer put no tokens after a text, because the decoder is read at its prompt's last token.
+
+    Raises UserError where the tokenizer's files cannot express that.
+    """
     ids, backend = begin_ids(tokenizer), tokenizer.backend_tokenizer
     begin = list(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
     single = [*(token for token, _ in begin), "$A"]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=begin)
     backend.save(str(directory / "tokenizer.json"))
-    _change(directory, [_SETTINGS], add_eos_token=False)
+    _change_settings(directory, [_SETTINGS], add_eos_token=False)
     changed = load_tokenizer(directory)
     if changed.encode("x") != text_ids(tokenizer, "x"):
         raise UserError(
@@ -219,7 +230,10 @@ def _take_end_away(directory: Path, tokenizer: Any) -> None:
 
 
 def _fix_date(directory: Path, tokenizer: Any) -> None:
-    """In the chat template, wherever it is kept; where there is none, one that writes plain prompts."""
+    """Fixes the date that the chat template prints to that of training, in whichever file holds the template.
+
+    A base model without a chat template gets one that writes plain prompts.
+    """
     expected = prompts_ids(tokenizer, ["x"])
     if tokenizer.chat_template is None:
         (directory / "chat_template.jinja").write_text(plain_template(tokenizer), encoding="utf-8")
@@ -238,20 +252,20 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
             if not isinstance(template, list)
             else [
                 named | {"template": with_its_date(named["template"])}
-                for named in template  # of several, by name
+                for named in template  # several templates, each with a name
             ]
         )
         if changed == template:
             return
-        _change(directory, [_SETTINGS], chat_template=changed)
+        _change_settings(directory, [_SETTINGS], chat_template=changed)
     if chats_ids(load_tokenizer(directory), ["x"]) != expected:
         warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
 
 
 def export_datasets(run: PreparedRun, out: Path) -> None:
-    """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars, rows in random order.
+    """Writes `out/av_sft.parquet`, `ar_sft`, `rl` and `held_out` with their sidecars. Rows are in random order.
 
-    A row of the warm start without a description is left out.
+    Rows of the warm start that have no description are left out.
     """
     plan, described = run.store.plan, descriptions_of(run) if run.config.sft.learns else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
@@ -266,7 +280,7 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
     }
     with progress(len(SPLIT_OF), "export", unit="dataset") as bar:
         for name, split in SPLIT_OF.items():
-            # The reference reads a file in order, and ours is ordered by the documents' lengths.
+            # The reference reads a file in order, and our rows are ordered by their documents' lengths.
             rows = np.random.default_rng([run.config.seed, 2]).permutation(plan.rows_of(split))
             if name in ("av_sft", "ar_sft"):
                 rows = np.array([row for row in rows.tolist() if row in described], np.int64)

@@ -1,9 +1,9 @@
-"""Which keys a config needs from the environment: what the launch scripts take along to other machines.
+"""Lists the keys that a config needs from the environment. The launch scripts forward them to other machines.
 
     python -m nlae_jax.run.keys CONFIG [--config.field=value ...]
 
-prints the names of the variables, one a line, and never what is in them. Where one is missing it ends with code 2 and
-one line: before a machine is paid for that would only find this out.
+prints the names of the variables, one a line, and never their values. Where a key is missing it prints one line and
+ends with code 2, before anyone pays for a machine that would stop for the same reason.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class Key(NamedTuple):
-    """A variable, what asks for it, and the least that it must be: a "value", "set" (to anything), or "nothing".
+    """An environment variable that holds a key, and why a config needs it.
 
-    `empty`: where nothing in it will do.
+    `least` is the least that the variable must be: it must have a "value", it must be "set" (perhaps to nothing), or
+    "nothing" is required. `empty` says when an empty value is enough.
     """
 
     variable: str
@@ -37,29 +38,32 @@ class Key(NamedTuple):
 
 
 def keys_of(config: Config) -> Iterator[Key]:
-    """Every key that a run of this config may read on a machine of its own."""
+    """Yields every key that a run of this config may read on another machine."""
     describe = config.describe
     if describe.provider in _PROVIDERS and config.sft.learns and not config.dataset.rl:
-        local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server there may ask for none
+        local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server on this machine may need no key
         reason = f"describe.provider is {describe.provider}"
         yield Key(_PROVIDERS[describe.provider], reason, "nothing" if local else "value")
     models = {"subject.model": config.subject.model, "init.av": config.init.av, "init.ar": config.init.ar}
     hub = [f"{field} is {name}" for field, name in models.items() if _on_hub(name)]
     if config.corpus.hub and not config.dataset.rl:
         hub.append(f"corpus.hub is {config.corpus.hub}")
-    if hub:  # no name tells whether it is public
+    if hub:  # a name does not tell whether the model is public
         yield Key("HF_TOKEN", hub[0], "set")
     if config.track == "wandb":
         yield Key("WANDB_API_KEY", "track is wandb", "set", "W&B is logged in or offline there")
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a model's name can only be a hub id: none of this machine's directories or files."""
+    """Returns whether a model's name can only be a hub id, because no file or directory here has that name."""
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
 
 
 def variables(keys: Iterable[Key], environment: Mapping[str, str]) -> list[str]:
-    """The names of those that hold something. Raises UserError where one is missing or holds no key."""
+    """Returns the names of the variables that have a value.
+
+    Raises UserError where a required variable is missing, or its value cannot be a key.
+    """
     names = []
     for key in keys:
         value = environment.get(key.variable)
@@ -74,11 +78,12 @@ def variables(keys: Iterable[Key], environment: Mapping[str, str]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Prints the names of the variables that the config needs. Returns the exit code."""
     try:
         if not arguments:
             raise UserError("usage: python -m nlae_jax.run.keys CONFIG [--config.field=value ...]")
         config, *rest = arguments
-        overrides = [each.removeprefix("--config.") for each in rest if each.startswith("--config.")]
+        overrides = [argument.removeprefix("--config.") for argument in rest if argument.startswith("--config.")]
         for name in variables(keys_of(load_experiment(config, overrides)), os.environ):
             print(name)
     except UserError as error:

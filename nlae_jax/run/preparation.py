@@ -1,4 +1,4 @@
-"""The stages before training: text to activations, activations to descriptions."""
+"""The stages before training: `extract` turns text into activations, `describe` gives activations descriptions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from nlae_jax.runtime.progress import Progress, progress, say
 
 
 def extract(run: Run) -> None:
-    """Text -> activations/."""
+    """Reads the corpus, or a dataset, into activations/."""
     directory, config = run.workdir / "activations", run.config
     if processes.by_first((directory / "meta.json").exists):
         return
@@ -41,13 +41,13 @@ def extract(run: Run) -> None:
         return processes.by_first(lambda: _import(run, files))
     processes.by_first(lambda: _plan(run))
     plan = activations.read_plan(directory)
-    # Only the template describer reads the subject's expectations; without them the upper blocks are not run.
+    # Only the template describer reads the subject's next tokens. Without them the upper blocks need not run.
     num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
     read_activations(run, plan, reader(run, num_next), num_next)
 
 
 def _plan(run: Run) -> None:
-    """Documents and rows, if they are not there."""
+    """Writes the plan (documents and rows) and claims the workdir, unless the plan exists."""
     directory = run.workdir / "activations"
     if (directory / "rows.parquet").exists():
         return
@@ -62,35 +62,36 @@ def _plan(run: Run) -> None:
         documents = described.documents
     positions = described.positions if described else {}
     plan = activations.plan(documents, run.tokenizer, config, positions, run.arch.vocab_size)
-    _ = run.base  # a model that cannot be read is found out before anything is written
+    _ = run.base  # read now: a model that cannot be read must raise before anything is written
     claim(run.workdir, run.config)
     write_json(directory / "subject.json", run.identity)
     if described is not None:
-        write_parquet(directory / "descriptions.parquet", _table(_given(plan, described)))
+        write_parquet(directory / "descriptions.parquet", _table(_descriptions_by_row(plan, described)))
     activations.write_plan(directory, plan)
 
 
-def _given(plan: activations.Plan, described: Described) -> dict[int, str]:
-    """Row -> description, of the rows that the file describes."""
+def _descriptions_by_row(plan: activations.Plan, described: Described) -> dict[int, str]:
+    """Returns row -> description, for the rows that the file describes."""
     places = zip(plan.document.tolist(), plan.position.tolist(), strict=True)
     texts = (described.positions.get(plan.doc_ids[document], {}).get(position) for document, position in places)
     return {row: text for row, text in enumerate(texts) if text is not None}
 
 
 def _table(descriptions: dict[int, str]) -> pa.Table:
+    """Makes the table of descriptions.parquet."""
     columns = {"row": pa.array(descriptions, pa.int64()), "description": pa.array(descriptions.values(), pa.string())}
     return pa.table(columns)
 
 
 def reader(run: Run, num_next: int) -> activations.Reader:
-    """The subject on a batch of documents, each call begun and not waited for."""
+    """Returns a function that runs the subject on a batch of documents. It does not wait for the results."""
     read = jitted_reader(run.arch, run.config, run.mesh, num_next)
-    split, whole = batch_sharding(run.mesh), replicated(run.mesh)
-    return lambda *batch: read(run.base, *place(batch, (split, split, whole, whole)))
+    split, everywhere = batch_sharding(run.mesh), replicated(run.mesh)
+    return lambda *batch: read(run.base, *place(batch, (split, split, everywhere, everywhere)))
 
 
 def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
-    """The vectors as far as they are missing, then meta.json."""
+    """Reads the activations that the store does not have yet, then writes meta.json."""
     directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
     with progress(len(plan.position), "extract", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh)
@@ -105,18 +106,18 @@ def read_activations(run: Run, plan: activations.Plan, read: activations.Reader,
 
 
 def _import(run: Run, files: dict[str, Path]) -> None:
-    """Parquet files -> activations/, descriptions included."""
+    """Imports parquet files, with their descriptions, into activations/."""
     directory, d_model = run.workdir / "activations", run.arch.d_model
     if (directory / "rows.parquet").exists():
         plan = activations.read_plan(directory)
         if read_json(directory / "dataset.json") != identities(files):
             raise UserError(
-                f"config.dataset: the files are not those that {directory} was begun with; bring those back"
+                f"config.dataset: the files are not those that {directory} was begun with; restore the former ones"
             )
     else:
         say("reading the dataset")
         plan, sidecar = import_plan(files, run.config), sidecar_of(run)
-        assert sidecar is not None  # a dataset has one
+        assert sidecar is not None  # a dataset always has a sidecar
         descriptions, contexts, dropped = import_texts(files, plan, sidecar)
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
@@ -133,7 +134,10 @@ def _import(run: Run, files: dict[str, Path]) -> None:
 
 
 def _advance_together(bar: Progress, mesh: Mesh) -> Callable[[int], None]:
-    """Counts rows that all processes pass alike, and stops all of them where one is asked to."""
+    """Returns a function that advances the bar, and stops all processes together once one is asked to stop.
+
+    All processes must call it equally often.
+    """
     stop = processes.Agreement(mesh)
 
     def advance(rows: int) -> None:
@@ -145,19 +149,23 @@ def _advance_together(bar: Progress, mesh: Mesh) -> Callable[[int], None]:
 
 
 def _advance_alone(bar: Progress, rows: int) -> None:
+    """Advances the bar in a process that works alone, and stops it if it is asked to stop."""
     if rows:
         bar.advance(rows)
     supervision.stop_if_asked()
 
 
 def describe(run: Run) -> None:
-    """Contexts of the SFT splits and of the rows evaluated -> activations/descriptions.parquet, if there is any SFT."""
+    """Describes the contexts of the SFT splits and of the rows evaluated, in activations/descriptions.parquet.
+
+    Does nothing in a run without SFT.
+    """
     path = run.workdir / "activations/descriptions.parquet"
     if not run.config.sft.learns or processes.by_first(path.exists):
         return
     if run.config.dataset.rl:
         raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
-    if run.config.describe.provider == "subject":  # it is computed by all
+    if run.config.describe.provider == "subject":  # all processes compute it together
         stops = stop_ids(run.directory, run.tokenizer)
         _describe(run, path, LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops))
         processes.barrier()
@@ -166,7 +174,7 @@ def describe(run: Run) -> None:
 
 
 def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
-    """Asks the provider, or the `model`, and writes the table."""
+    """Asks the provider, or `model` if it is given, and writes the table of descriptions."""
     plan, config = run.store.plan, run.config.describe
     rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
@@ -180,7 +188,7 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
         for row, tokens in zip(rows.tolist(), expected.tolist(), strict=True)
     ]
     resources = DescribeResources(
-        # Counted over the whole corpus, for the template alone: no other provider reads it.
+        # Only the template provider reads the counts, and counting the whole corpus takes time.
         document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
         num_documents=len(plan.ids),
         generate=None if model is None else partial(_chat, run, model),
@@ -190,17 +198,17 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
     with progress(len(rows), "describe", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh) if model else partial(_advance_alone, bar)
         described = make_describer(config, resources, advance)(contexts)
-    kept = {row: text for row, text in zip(rows.tolist(), described, strict=True) if text}
-    if len(kept) < len(rows):
-        say(f"describe: {len(rows) - len(kept)} of {len(rows)} activations got no usable description")
+    by_row = {row: text for row, text in zip(rows.tolist(), described, strict=True) if text}
+    if len(by_row) < len(rows):
+        say(f"describe: {len(rows) - len(by_row)} of {len(rows)} activations got no usable description")
     if world.is_first():
-        write_parquet(path, _table(kept))
+        write_parquet(path, _table(by_row))
 
 
 def _chat(run: Run, model: LanguageModel, prompts: list[str]) -> list[str]:
-    """The subject's replies; every group of prompts draws random numbers of its own, whichever came before.
+    """Returns the subject's replies. The random seed of a group of prompts depends on its first prompt only.
 
-    Where the chat template opens the model's thinking, each reply is given the tag: it begins inside of it.
+    Where the chat template opens the model's thinking, a reply begins inside of it: each reply gets the opening tag.
     """
     seed = run.seed(zlib.crc32(prompts[0].encode()))
     replies = model.chat(prompts, run.config.describe.max_new_tokens, seed=seed)

@@ -1,9 +1,9 @@
-"""What the stages of a run share: made once, by the functions here, and changed by none of them.
+"""The resources that the stages of a run share. They are made once, by the functions here, and no stage changes them.
 
-`open_run` takes a workdir for a config; `prepare` lays the protocol down. Both give plain frozen dataclasses. Two
-things in them are read only when asked for, because many commands do without them and they are large: models' weights
-(`Weights`; 0.5 GB and 1.7 s for SmolLM2-135M, 140 GB for a 70B) and the table of the activations' documents and rows
-(`Run.store`; 0.2 GB and 1.1 s for 100,000 documents).
+`open_run` checks a config and opens a workdir for it. `prepare` fixes the protocol. Both return plain frozen
+dataclasses. Two resources are large and many commands do without them, so they are read at their first use: the models'
+weights (`Weights`; 0.5 GB and 1.7 s for SmolLM2-135M, 140 GB for a 70B) and the table of the activations' documents and
+rows (`Run.store`; 0.2 GB and 1.1 s for 100,000 documents).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nlae_jax.train.trackers import check_tracker
 
 
 class Purpose(enum.IntEnum):
-    """What random numbers are drawn for: each has a seed of its own."""
+    """The purposes that random numbers are drawn for. Each has its own seed."""
 
     ENCODER_SFT = 2
     DECODER_SFT = 3
@@ -50,20 +50,27 @@ class Purpose(enum.IntEnum):
 
 
 class Weights:
-    """Weights of the models that a run starts from, on its mesh; each read when first asked for, and kept."""
+    """The weights of the models that a run starts from, on its mesh. Each model is read at its first use, then kept."""
 
     def __init__(self, config: Config, mesh: Mesh, directory: Path, arch: Arch, released: dict[str, Released]) -> None:
-        """`directory` and `arch`: the subject's. `released`: models that the roles "av" and "ar" start from instead."""
+        """Reads nothing yet.
+
+        `directory` and `arch` are the subject's. `released` holds the models that the roles "av" and "ar" start from
+        instead of the subject.
+        """
         self._config, self._mesh, self._directory, self._arch, self._released = config, mesh, directory, arch, released
 
     @cached_property
     def base(self) -> Params:
-        """The subject's, frozen."""
+        """The subject's frozen weights."""
         shardings = tree_shardings(self._mesh, model_weights(self._arch))
         return load_params(self._directory, self._arch, self._config.subject.dtype, shardings=shardings)
 
     def start(self, role: str) -> Params:
-        """Those that the role "av" or "ar" starts from: to be trained themselves in all their bits."""
+        """Returns the weights that the role "av" or "ar" starts from.
+
+        A released model that is trained itself (`lora.rank` is 0) is read as float32, so that no bits are lost.
+        """
         if role in self._released and self._released[role].adapters is None:
             dtype = self._config.subject.dtype if self._config.lora.rank else "float32"
             return self._released[role].weights(dtype, self._mesh)
@@ -71,27 +78,27 @@ class Weights:
 
     @cached_property
     def bases(self) -> dict[str, Params]:
-        """`base`, the frozen model that adapters sit on, and `decoder_base` where the decoder's sit on another."""
+        """The frozen models that adapters sit on: `base`, and `decoder_base` where the decoder's sit on another."""
         if not self._config.lora.rank:
             return {"base": {}}
         encoder, decoder = self.start("av"), self.start("ar")
         return {"base": encoder} if encoder is decoder else {"base": encoder, "decoder_base": decoder}
 
     def forget_base(self) -> None:
-        """Frees the subject's weights where no role sits on them; asked for again, they are read again."""
-        base = self.__dict__.get("base")  # not asked for, which would read them where nothing has yet
+        """Frees the subject's weights where no role's adapters sit on them. The next use of `base` reads them again."""
+        base = self.__dict__.get("base")  # not `self.base`, which would read weights that nobody has used yet
         if not any(base is frozen for frozen in self.bases.values()):
             self.__dict__.pop("base", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config over a workdir, as `open_run` has checked them.
+    """A config and its workdir, checked by `open_run`.
 
-    `directory`, `arch` and `tokenizer` are the subject's; where an encoder is released, the tokenizer is its own, with
-    its chat template. `released` are the models that the roles "av" and "ar" start from instead of the subject.
-    `identity` tells the weights that roles start from: adapters mean nothing on others. `record` is what the newest
-    checkpoint was made with.
+    `directory`, `arch` and `tokenizer` are the subject's. Where the run starts from a released encoder, the tokenizer
+    is that encoder's, with its chat template. `released` holds the models that the roles "av" and "ar" start from
+    instead of the subject. `identity` identifies the weights that the roles start from: adapters mean nothing on other
+    weights. `record` says what the newest checkpoint was made with, see `workdir.recorded`.
     """
 
     config: Config
@@ -109,41 +116,44 @@ class Run:
 
     @property
     def base(self) -> Params:
-        """The subject's weights, read when first asked for."""
+        """The subject's weights, read at their first use."""
         return self.weights.base
 
     @property
     def store(self) -> ActivationStore:
-        """The activations; opened when first asked for, since explaining needs none and they may be gone."""
+        """The activations, opened at their first use: explaining needs none, and they may have been deleted."""
         return self.open_store()
 
     def held_out_rows(self) -> np.ndarray:
-        """The rows that evaluation uses, in random order; drawn once, by the seed."""
+        """Returns the rows that evaluation uses, in a random order that depends on the seed only."""
         rows = self.store.plan.rows_of("held_out")
         return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
 
     def seed(self, purpose: int) -> int:
-        """A number of its own for each purpose, and for each seed: 31 bits."""
+        """Returns the random seed of a purpose, which depends on the config's seed: 31 bits."""
         return int(np.random.SeedSequence([self.config.seed, purpose]).generate_state(1)[0] >> 1)
 
     def key(self, purpose: int) -> jax.Array:
-        """The same as a PRNG key."""
+        """Returns the PRNG key made from `seed`."""
         return jax.random.PRNGKey(self.seed(purpose))
 
     def on_mesh(self, tree: Any) -> Any:
-        """Arrays whole on every device."""
+        """Puts a copy of every array on each device of the mesh."""
         return place(tree, replicated(self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun(Run):
-    """A run whose prompts are laid down: what training, evaluation and use of a pair need."""
+    """A run whose protocol is fixed, which training, evaluation and use of a pair need."""
 
     protocol: Protocol
     roles: Roles
 
     def made_with(self) -> dict[str, Any]:
-        """What checkpoints of this run are made with: to tell them from those of another, whatever is lost."""
+        """Returns the record that this run's checkpoints carry.
+
+        It tells them from those of another run, also when other files of the workdir are lost.
+        """
         return {
             "config": dataclasses.asdict(self.config),
             "weights": self.identity,
@@ -153,10 +163,10 @@ class PreparedRun(Run):
 
 
 def open_run(config: Config, workdir: AnyPath, read_only: bool = False) -> Run:
-    """Checks a config against its models and the workdir, and takes the workdir for it.
+    """Checks a config against its models and the workdir, and locks the workdir for it.
 
-    `read_only`: for using what was trained, beside a run that goes on training there if need be. Raises UserError,
-    naming field or file, where something does not fit; whatever can be found out before extraction is.
+    With `read_only` the workdir is neither locked nor changed, so another run may be training there. Raises UserError
+    that names the field or file where something does not fit. All that can be checked before extraction is checked.
     """
     config = located(config)
     mesh = make_mesh(config.mesh)
@@ -193,40 +203,43 @@ def open_run(config: Config, workdir: AnyPath, read_only: bool = False) -> Run:
 
 
 def prepare(run: Run) -> PreparedRun:
-    """Lays the protocol down, if the workdir has none; then no field of it can be changed any more."""
+    """Fixes the protocol, and writes it if the workdir has none. After that none of its fields can change any more."""
     protocol = _protocol(run)
     archs = {role: model.arch for role, model in run.released.items() if model.adapters is None}
     roles = make_roles(run.config, run.arch, protocol, archs.get("av"), archs.get("ar"))
-    known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return PreparedRun(**known, protocol=protocol, roles=roles)
+    run_fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return PreparedRun(**run_fields, protocol=protocol, roles=roles)
 
 
 def sidecar_of(run: Run) -> Sidecar | None:
-    """Where prompts and slot are laid down: by a released pair, else by a dataset; None for the config's own."""
+    """Returns the sidecar that fixes prompts and slot: a released pair's, else a dataset's, else None.
+
+    Without a sidecar the config's prompts are used.
+    """
     files, released = dataset_files(run.config.dataset), run.released
-    data = dataset_sidecar(files, run.arch.d_model, run.config.subject.layer) if files else None
+    of_dataset = dataset_sidecar(files, run.arch.d_model, run.config.subject.layer) if files else None
     if "av" in released:
-        check_same_prompt(released["av"].sidecar, data)
+        check_same_prompt(released["av"].sidecar, of_dataset)
     if len(released) == 2:
         return pair_sidecar(released["av"], released["ar"])
     for role, model in released.items():
-        theirs = model.sidecar
-        return combined(theirs, data or theirs) if role == "av" else combined(data or theirs, theirs)
-    return data
+        of_role = model.sidecar
+        return combined(of_role, of_dataset or of_role) if role == "av" else combined(of_dataset or of_role, of_role)
+    return of_dataset
 
 
 def descriptions_of(run: Run) -> dict[int, str]:
-    """Row number -> description, of the rows that have one."""
+    """Reads row number -> description, for the rows that have one. Raises UserError where the file is missing."""
     path = run.workdir / "activations/descriptions.parquet"
     if not path.exists():
         raise UserError(f"{run.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
-    again = "delete activations/ to import again" if run.config.dataset.rl else "delete it to describe again"
-    table = read_parquet(path, again, ("row", "description"))
+    remedy = "delete activations/ to import again" if run.config.dataset.rl else "delete it to describe again"
+    table = read_parquet(path, remedy, ("row", "description"))
     return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
 
 def _open_store(workdir: AnyPath, record: dict[str, Any]) -> ActivationStore:
-    """Raises UserError where there are no activations, or others than checkpoints were trained with."""
+    """Opens the store. Raises UserError where it does not exist, or where checkpoints were trained with another."""
     if not (workdir / "activations/meta.json").exists():
         raise UserError(f"{workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
     store = ActivationStore(workdir / "activations")
@@ -235,7 +248,10 @@ def _open_store(workdir: AnyPath, record: dict[str, Any]) -> ActivationStore:
 
 
 def _open_released(config: Config, directory: Path, arch: Arch) -> dict[str, Released]:
-    """The directories that roles start from instead of the subject: "av", "ar", both or none."""
+    """Opens the models that the roles "av" and "ar" start from instead of the subject: both, one or none.
+
+    Raises UserError where one does not fit the subject.
+    """
     released = {role: open_released(name, role) for role, name in config.init.names().items()}
     for role, model in released.items():
         if model.layer not in (None, config.subject.layer):
@@ -251,7 +267,10 @@ def _open_released(config: Config, directory: Path, arch: Arch) -> dict[str, Rel
 
 
 def _check_adapters(config: Config, directory: Path, role: str, released: Released) -> None:
-    """Adapters go on being trained as they are: on the same base, of the same rank and scale."""
+    """Raises UserError where released adapters cannot be trained further with this config.
+
+    They need the same base model, rank and scale.
+    """
     if (adapters := released.adapters) is None:
         return
     lora = config.lora
@@ -266,7 +285,10 @@ def _check_adapters(config: Config, directory: Path, role: str, released: Releas
 
 
 def _tokenizer(directory: Path, released: dict[str, Released]) -> Any:
-    """The subject's; where an encoder is released, its own with its chat template, which must read text alike."""
+    """Loads the subject's tokenizer, or the released encoder's with its chat template if there is one.
+
+    Raises UserError where a released model's tokenizer reads text otherwise than the subject's.
+    """
     subject = load_tokenizer(directory)
     tokenizers = {role: load_tokenizer(model.directory) for role, model in released.items()}
     for role, tokenizer in tokenizers.items():
@@ -275,18 +297,21 @@ def _tokenizer(directory: Path, released: dict[str, Released]) -> Any:
 
 
 def _check_identity(run: Run) -> None:
-    """Raises UserError where activations or checkpoints are of other weights."""
+    """Raises UserError where the workdir's activations or checkpoints were made with other weights."""
     path, names = (
         run.workdir / "activations/subject.json",
         (run.config.subject.model, *run.config.init.names().values()),
     )
     if path.exists() and read_json(path) != run.identity:
-        raise UserError(f"{path}: made with other weights than there are now in {', '.join(names)}; bring those back")
+        raise UserError(f"{path}: made with other weights than are now in {', '.join(names)}; restore the former ones")
     check_record(run.record, "weights", run.identity, "config.subject.model, config.init", run.workdir)
 
 
 def _check_before_extraction(run: Run) -> None:
-    """What would otherwise be found out after hours: datasets, a tracker, prompts with this tokenizer, a key."""
+    """Raises UserError for problems that would otherwise show only after hours.
+
+    It checks the datasets, the tracker, the prompts with this tokenizer, and the key of the provider.
+    """
     config = run.config
     check_datasets(config)
     check_tracker(config.track)
@@ -300,16 +325,16 @@ def _check_before_extraction(run: Run) -> None:
         )
     described = (run.workdir / "activations/descriptions.parquet").exists() or config.dataset.rl
     if config.describe.provider in SERVERS and config.sft.learns and not described and world.is_first():
-        SERVERS[config.describe.provider](config.describe)  # it asks
+        SERVERS[config.describe.provider](config.describe)  # making the server checks its settings and key
 
 
 def _protocol(run: Run) -> Protocol:
-    """As the workdir was made with it; made at first, the same by every process."""
+    """Reads the protocol that the workdir was made with, or makes one. Every process makes the same one."""
     if (path := run.workdir / "protocol.json").exists():
-        protocol, then = kept_protocol(path, run.tokenizer), run.record.get("protocol", {})
-        now = json.loads(protocol.to_json())
-        # Fields may have been added since.
-        check_record(run.record, "protocol", {name: now.get(name) for name in then}, str(path), run.workdir)
+        protocol, trained_with = kept_protocol(path, run.tokenizer), run.record.get("protocol", {})
+        fields = json.loads(protocol.to_json())
+        # Only the recorded fields are compared: later versions may have added fields.
+        check_record(run.record, "protocol", {name: fields.get(name) for name in trained_with}, str(path), run.workdir)
         return protocol
     require(run.workdir, "protocol.json", (ANY_CHECKPOINT,))
     sidecar = sidecar_of(run)
@@ -326,11 +351,11 @@ def _new_protocol(run: Run, sidecar: Sidecar | None, injection_scale: float) -> 
 
 
 def _injection_scale(run: Run, sidecar: Sidecar | None) -> float:
-    """The config's, else the released encoder's, else the dataset's, else what the activations suggest."""
+    """Returns the config's scale, else the released encoder's, else the dataset's, else the activations' 75 % norm."""
     if scale := run.config.protocol.injection_scale:
         return scale
     if "av" in run.released:
         return run.released["av"].injection_scale
     if sidecar is not None and sidecar.injection_scale is not None:
-        return sidecar.injection_scale  # 0: vectors as they are
+        return sidecar.injection_scale  # 0: vectors are injected unscaled
     return run.store.meta["norm_p75"]

@@ -1,4 +1,4 @@
-"""The stages of a run, in order, and the driver that runs them. Each does what is left of it, once and for all."""
+"""The stages of a run, in order, and the driver that runs them. A stage that was interrupted goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ STAGES: dict[str, Callable[[Any], None]] = {
     "rl": rl,
     "eval": evaluate,
 }
-# The first that reads prompts: once they are laid down, fields of the protocol cannot be changed any more.
+# The first stage that reads prompts: from here on the protocol's fields cannot change any more.
 _FIRST_PREPARED = "sft"
 
-# Stages whose results stand without the files of those before.
+# Stages that can be finished although files of earlier stages are gone -> a test whether they are.
 _FINISHED: dict[str, Callable[[Run], bool]] = {"rl": rl_is_finished, "eval": is_evaluated}
 
 
 def run_stage(run: Run, name: str) -> None:
-    """What is left of one stage; before it, what is left of those that it needs."""
+    """Runs what is left of one stage, after what is left of the stages before it."""
     if name not in _FINISHED or not _FINISHED[name](run):
         run_stages(run, name)
 

@@ -1,4 +1,4 @@
-"""The suite on a run's own held-out activations, and where its figures are written."""
+"""Prepares a run's held-out activations for the evaluation suite, and writes the suite's figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nlae_jax.runtime.files import AnyPath, read_json, write_json
 
 _REFERENCE = 4096  # activations that principal directions are fitted on
 
-# Fields of eval.json that a run's own evaluation has, too -> where the suite has them.
+# Fields of eval.json that the stage `eval` writes too -> their section and key in the suite's figures.
 _CONTRACT = {
     "fve": ("reconstruction", "fve"),
     "fve_meannorm": ("reconstruction", "fve_meannorm"),
@@ -28,58 +28,63 @@ _CONTROLS = {"fve_shuffled": "permuted", "fve_gold": "gold"}
 
 
 def rows_of_run(run: Run, count: int) -> Rows:
-    """At most `count` of the held-out rows that evaluation uses, with what follows them and their descriptions."""
+    """Returns at most `count` of the held-out rows that evaluation uses.
+
+    They come with the tokens that follow them and with their descriptions.
+    """
     rows = run.held_out_rows()[:count]
     plan, h = run.store.plan, run.store.vectors(rows)
     if run.config.dataset.rl:
         texts = [run.store.contexts.get(row, "") for row in rows.tolist()]
         ids = [text_ids(run.tokenizer, text) if text else [] for text in texts]
         return without_following(h, [plan.doc_ids[plan.document[row]] for row in rows], ids, texts)
-    others = np.concatenate([plan.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
-    others = np.sort(np.random.default_rng([run.config.seed, 7]).permutation(others)[:_REFERENCE])
+    fitted = np.concatenate([plan.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
+    fitted = np.sort(np.random.default_rng([run.config.seed, 7]).permutation(fitted)[:_REFERENCE])
     context_ids = [run.store.context_ids(row).tolist() for row in rows.tolist()]
-    after = [plan.ids[plan.document[row]][plan.position[row] + 1 :][:SUFFIX].tolist() for row in rows]
-    described = _descriptions(run)
+    following_ids = [plan.ids[plan.document[row]][plan.position[row] + 1 :][:SUFFIX].tolist() for row in rows]
+    descriptions = _descriptions(run)
     return Rows(
         h=h,
         document=plan.document[rows].astype(int),
         position=plan.position[rows].astype(int),
         context_ids=context_ids,
-        following_ids=after,
+        following_ids=following_ids,
         contexts=[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
         domain=["text"] * len(rows),
-        gold=[described.get(row, "") for row in rows.tolist()],
-        reference=run.store.vectors(others) if len(others) else h,
-        reference_document=plan.document[others].astype(int) if len(others) else plan.document[rows].astype(int),
+        gold=[descriptions.get(row, "") for row in rows.tolist()],
+        reference=run.store.vectors(fitted) if len(fitted) else h,
+        reference_document=plan.document[fitted].astype(int) if len(fitted) else plan.document[rows].astype(int),
     )
 
 
 def _descriptions(run: Run) -> Mapping[int, str]:
+    """Returns row -> description, or {} where the run has none."""
     with contextlib.suppress(UserError):  # a run that starts from a pair has none
         return descriptions_of(run)
     return {}
 
 
 def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
-    """Adds the sections to `directory/eval.json`, beside the numbers that a run's own evaluation has put there.
+    """Adds the suite's sections to `directory/eval.json` and returns its path.
 
-    Where there are none, the suite's are put there under their names.
+    Numbers that the stage `eval` has written stay. Where there are none, the suite's are written under their names.
+    Raises UserError where the file holds no JSON object.
     """
     path = directory / "eval.json"
-    found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict):
+    stored = read_json(path) if path.exists() else {}
+    if not isinstance(stored, dict):
         raise UserError(f"{path}: should hold a JSON object; delete it and run `nlae eval` again")
-    own: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, (section, key) in _CONTRACT.items():
         if (figure := figures.get(section, {}).get(key)) is not None:
-            own[name] = figure["value"]
+            summary[name] = figure["value"]
             if name == "fve":
-                own["fve_ci95"] = figure["ci95"]
+                summary["fve_ci95"] = figure["ci95"]
                 for field, control in _CONTROLS.items():
-                    own[field] = figure.get("controls", {}).get(control, {}).get("value")
-    own |= {name: figures["suite"][name] for name in ("num_activations", "num_documents")}
-    if "fve_before_rl" in found:
-        own = {}
+                    summary[field] = figure.get("controls", {}).get(control, {}).get("value")
+    summary |= {name: figures["suite"][name] for name in ("num_activations", "num_documents")}
+    if "fve_before_rl" in stored:
+        summary = {}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**found, **own, **{name: figures[name] for name in (*SECTIONS, "suite") if name in figures}})
+    write_json(path, {**stored, **summary, **{name: figures[name] for name in (*SECTIONS, "suite") if name in figures}})
     return path

@@ -1,4 +1,4 @@
-"""The stages that train: the encoder's warm start, the decoder's, then both by reinforcement learning."""
+"""The stages that train: the warm starts (SFT) of encoder and decoder, then reinforcement learning of both."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from nlae_jax.train.state import (
     sft_schedule,
 )
 
-# Rows that the FVE denominators of the training metrics are computed from.
+# The FVE denominators of the training metrics are computed from this many rows.
 _BASELINE_ROWS = 4096
 
 
 def sft(run: PreparedRun) -> None:
-    """Encoder, then decoder, on descriptions."""
+    """Trains the encoder, then the decoder, on descriptions."""
     for role, train in (("encoder", _encoder_sft), ("decoder", _decoder_sft)):
         num_steps = getattr(run.config.sft, f"{role}_steps")
         if num_steps and not is_whole(last_checkpoint(run.workdir, f"{role}_sft", num_steps)):
@@ -55,9 +55,9 @@ def sft(run: PreparedRun) -> None:
 
 
 def _frozen(run: PreparedRun, split: str) -> Params:
-    """What every training step reads and none changes."""
+    """Returns the arrays that training steps read and never change, see `train.steps`."""
     rows, config = run.store.plan.rows_of(split), run.config
-    # Rows are ordered by their documents' lengths, so a part of them is taken from everywhere.
+    # Rows are ordered by their documents' lengths, so the sample is spread evenly over all of them.
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
     tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
     vocab_size = run.roles.encoder.arch.vocab_size
@@ -68,55 +68,61 @@ def _frozen(run: PreparedRun, split: str) -> Params:
     return {**run.weights.bases, **{name: run.on_mesh(table) for name, table in tables.items()}}
 
 
-def _described(
+def _described_rows(
     run: PreparedRun, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A split's rows that have a description: row numbers, token ids [N, T], lengths [N].
+    """Returns a split's rows that have a description: row numbers [N], token ids [N, T] and their lengths [N].
 
-    Too long ones are dropped, and those with a token that the role has no embedding for. `frame` is how many tokens are
-    not the description's.
+    Descriptions that are too long are dropped, and so are those with a token that the role has no embedding for.
+    `frame` is the number of tokens that `tokenise` adds around a description. Raises UserError if no row is left.
     """
     limit, descriptions = run.config.sft.max_response_tokens + frame, descriptions_of(run)
-    known = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
+    vocab_size = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
     rows = [row for row in run.store.plan.rows_of(split).tolist() if row in descriptions]
     tokens = [tokenise(descriptions[row]) for row in rows]
-    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < known]
+    used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < vocab_size]
     if not rows:
-        raise UserError(f"describe.provider: no activation of the split {split} got a usable description")
-    if not kept:
-        raise UserError(f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}")
-    if len(kept) < len(rows):
+        raise UserError(
+            f"describe.provider: no activation of the split {split} got a usable description; change the provider"
+        )
+    if not used:
+        raise UserError(
+            f"sft.max_response_tokens: all {len(rows)} descriptions of {split} are longer than {limit}; raise it"
+        )
+    if len(used) < len(rows):
         say(
-            f"{split}: {len(rows) - len(kept)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "
+            f"{split}: {len(rows) - len(used)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "
             "that the model does not know: left out"
         )
-    width = -(-max(len(tokens[i]) for i in kept) // 8) * 8
-    ids, length = pad([tokens[i] for i in kept], width)
-    return np.array(rows)[kept], ids, length
+    width = -(-max(len(tokens[i]) for i in used) // 8) * 8
+    ids, length = pad([tokens[i] for i in used], width)
+    return np.array(rows)[used], ids, length
 
 
 def _sft_batches(
     config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
 ) -> tuple[Any, tuple[Batch, ...]]:
-    """The stage's batches, and one of each width where there are several; `load` takes row numbers and a width.
+    """Returns the stage's batches, and one example batch of each width where there are several.
 
-    Every process draws the same row numbers, and loads its share of them.
+    `load` takes row numbers and a width. Every process draws the same row numbers, and loads its share of them.
     """
     widths, load_share = bucket_widths(length, config.buckets), lambda i, width: load(share(mesh, i), width)
     if len(widths) == 1:
         return batches(len(length), config.batch_size, seed, lambda i: load_share(i, None)), ()
-    some = np.arange(config.batch_size) % len(length)
-    examples = tuple(load_share(some, int(width)) for width in widths)
+    example_rows = np.arange(config.batch_size) % len(length)
+    examples = tuple(load_share(example_rows, int(width)) for width in widths)
     return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
 
 
 def _initial_encoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
+    """Returns the encoder's state before SFT."""
     base = {} if run.config.lora.rank else run.weights.start("av")
     trained = init_encoder(run.roles, base, run.key(Purpose.ENCODER_SFT), _adapters(run, "av", run.arch.num_layers))
     return init_role(run.mesh, run.roles.encoder_weights(), trained, optimizer)
 
 
 def _initial_decoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
+    """Returns the decoder's state before SFT."""
     base = {} if run.config.lora.rank else run.weights.start("ar")
     head = run.released["ar"].value_head() if "ar" in run.released else None
     adapters = _adapters(run, "ar", run.config.subject.layer + 1)
@@ -125,7 +131,7 @@ def _initial_decoder(run: PreparedRun, optimizer: optax.GradientTransformation) 
 
 
 def _adapters(run: PreparedRun, role: str, depth: int) -> Params | None:
-    """The released adapters that the role "av" or "ar" goes on from, `depth` blocks of them; None without any."""
+    """Reads `depth` blocks of the released adapters that the role "av" or "ar" starts from; None without any."""
     released = run.released.get(role)
     if released is None or released.adapters is None:
         return None
@@ -136,7 +142,7 @@ _INITIAL = {"encoder": _initial_encoder, "decoder": _initial_decoder}
 
 
 def _trained_by_sft(run: PreparedRun, role: str) -> Params:
-    """What SFT made of the role `encoder` or `decoder`, without its optimiser. Raises UserError until it is done."""
+    """Restores the parameters of `encoder` or `decoder` after SFT. Raises UserError where SFT is not finished."""
     if not (num_steps := getattr(run.config.sft, f"{role}_steps")):
         return _INITIAL[role](run, optax.identity()).trained
     abstract = {"trained": abstract_params(run.mesh, getattr(run.roles, f"{role}_weights")())}
@@ -146,7 +152,7 @@ def _trained_by_sft(run: PreparedRun, role: str) -> Params:
 
 
 def _trained_by_rl(run: PreparedRun, checkpoint: AnyPath) -> tuple[Params, Params]:
-    """What RL made of encoder and decoder up to a checkpoint, without their optimisers."""
+    """Restores the parameters of encoder and decoder from a checkpoint of RL. Raises UserError if it is damaged."""
     weights = {"encoder": run.roles.encoder_weights(), "decoder": run.roles.decoder_weights()}
     abstract = {role: {"trained": abstract_params(run.mesh, declared)} for role, declared in weights.items()}
     if (state := restore_part(checkpoint, abstract)) is None:
@@ -155,23 +161,23 @@ def _trained_by_rl(run: PreparedRun, checkpoint: AnyPath) -> tuple[Params, Param
 
 
 def _encoder_sft(run: PreparedRun) -> None:
-    """The encoder learns to write descriptions."""
-    described = _described(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    """Trains the encoder to write descriptions."""
+    described = _described_rows(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
     _warm_start(run, "encoder", described, run.roles, _frozen(run, "encoder_sft"))
 
 
 def _decoder_sft(run: PreparedRun) -> None:
-    """The decoder learns to read descriptions."""
+    """Trains the decoder to rebuild activations from descriptions."""
     roles, tokenise = run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
     frozen, frame = _frozen(run, "decoder_sft"), 0
-    if run.config.dataset.rl:  # its prompts are whole, and read as they are
+    if run.config.dataset.rl:  # a dataset holds whole decoder prompts
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
         frozen.pop("endings", None)
         frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
-    _warm_start(run, "decoder", _described(run, "decoder_sft", tokenise, frame), roles, frozen)
+    _warm_start(run, "decoder", _described_rows(run, "decoder_sft", tokenise, frame), roles, frozen)
 
 
-# By role: what random numbers are drawn for, what its batches call the ids of descriptions.
+# Role -> the purpose of its random numbers, and the name of the descriptions' token ids in its batches.
 _SFT = {
     "encoder": (Purpose.ENCODER_SFT, "response"),
     "decoder": (Purpose.DECODER_SFT, "ids"),
@@ -181,7 +187,7 @@ _SFT = {
 def _warm_start(
     run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
 ) -> None:
-    """Trains a role on what `_described` gave; `frozen` is what its step reads."""
+    """Trains a role on the rows, token ids and lengths of `_described_rows`. Its step reads `frozen`."""
     config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
@@ -201,7 +207,7 @@ def _warm_start(
 
 
 def rl(run: PreparedRun) -> None:
-    """Encoder and decoder, both warm-started, learn from how well the round trip works."""
+    """Trains the warm-started encoder and decoder by reinforcement learning on the round trip."""
     config = run.config.rl
     if config.num_steps == 0 or rl_is_finished(run):
         return
@@ -212,7 +218,7 @@ def rl(run: PreparedRun) -> None:
     blank = blank_tokens(run.tokenizer, run.roles.encoder.arch.vocab_size)
     frozen = {**_frozen(run, "rl"), "blank": run.on_mesh(blank)}
     if config.kl_coef:
-        # A copy: the state's own buffers are given away to the first step.
+        # A copy, because the first step takes over the state's buffers (donation).
         frozen["reference"] = run.roles.reference(encoder)
     state = RlState(
         init_role(run.mesh, run.roles.encoder_weights(), encoder, optimizers[0]),
@@ -252,25 +258,26 @@ def rl(run: PreparedRun) -> None:
 
 
 def rl_is_finished(run: Run) -> bool:
-    """Whether RL has made all its steps."""
+    """Returns whether RL has made all its steps."""
     return is_whole(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))
 
 
 def _forget_evaluation(path: Path) -> None:
+    """Deletes an evaluation that was made before RL went on."""
     if path.exists():
         say("rl goes on: the evaluation will be made again")
         path.unlink()
 
 
 def trained_pair(run: PreparedRun) -> Pair:
-    """The pair as trained so far: by RL up to its newest checkpoint, else by the warm start. Only reads."""
+    """Restores the pair as trained so far: RL's newest checkpoint, or the warm start without one. Writes nothing."""
     if (checkpoint := newest_sealed(run.workdir / "checkpoints/rl")) is None:
         return warm_started_pair(run)
     return _pair(run, *_trained_by_rl(run, checkpoint))
 
 
 def warm_started_pair(run: PreparedRun) -> Pair:
-    """The pair before RL. Only reads."""
+    """Restores the pair before RL. Writes nothing."""
     return _pair(run, _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder"))
 
 

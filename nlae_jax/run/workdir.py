@@ -1,4 +1,4 @@
-"""What a workdir says of how it was made, which config fits it, what must not be missing from it; and its lock."""
+"""A workdir's lock, the record of how it was made, and the checks that a config fits it and that no file is missing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from nlae_jax.train.checkpoint import newest_sealed, read_data, sealed
 from nlae_jax.train.metrics import ORDER
 
 
-def _fields_that_name(what: str) -> tuple[str, ...]:
-    return tuple(leaf.name for leaf in leaves() if leaf.option.names == what)
+def _fields_that_name(kind: str) -> tuple[str, ...]:
+    """Returns the config fields whose value names a "model", a "file" or a "dataset"."""
+    return tuple(leaf.name for leaf in leaves() if leaf.option.names == kind)
 
 
-# What matters of a model is its weights, which activations/subject.json tells from others.
+# A model's name may change as long as its weights do not: activations/subject.json identifies the weights.
 _MODELS = _fields_that_name("model")
-# These may name what the package carries instead.
+# These may also name a file that the package carries.
 _FILES = _fields_that_name("file")
 _DATASETS = _fields_that_name("dataset")
 
 ANY_CHECKPOINT = "checkpoints/*/*/manifest.json"
 
-# What says how other files were made -> those files: they are not used without it.
+# A record of how files were made -> those files. They are not used without the record.
 _RECORDS = {
     "config.json": (
         "activations/subject.json",
@@ -47,20 +48,20 @@ _RECORDS = {
 
 
 def located(config: Config) -> Config:
-    """The config with every path in full: what it is used from may be another directory the next time."""
-    flat = flatten(dataclasses.asdict(config))
-    paths = {name: flat[name] for name in _MODELS if not flat[name].startswith(("random:", "pypi:"))}
+    """Returns the config with absolute paths, because the next command may run in another directory."""
+    values = flatten(dataclasses.asdict(config))
+    paths = {name: values[name] for name in _MODELS if not values[name].startswith(("random:", "pypi:"))}
     paths = {name: text for name, text in paths.items() if text and local_path(text, f"config.{name}").exists()}
-    names = [name for name in (*_FILES, *_DATASETS) if flat[name] and "://" not in flat[name]]
-    paths |= {name: flat[name] for name in names if flat[name] != WARMSTART or os.path.exists(WARMSTART)}
-    return resolve(flat | {name: os.path.abspath(local_path(text, f"config.{name}")) for name, text in paths.items()})
+    names = [name for name in (*_FILES, *_DATASETS) if values[name] and "://" not in values[name]]
+    paths |= {name: values[name] for name in names if values[name] != WARMSTART or os.path.exists(WARMSTART)}
+    return resolve(values | {name: os.path.abspath(local_path(text, f"config.{name}")) for name, text in paths.items()})
 
 
 def take(workdir: AnyPath, config: Config, record: dict[str, Any]) -> None:
-    """Locks a workdir, and gives it a config that is the same as its own or that it may be changed to.
+    """Locks a workdir for a config, and stores the config if it differs from the workdir's in fields that may change.
 
-    What is missing of config.json and protocol.json is made again from `record`, see `recorded`. Raises UserError where
-    another process has the workdir, or something in it was made with a config that computes something else.
+    A missing config.json or protocol.json is written again from `record`, see `recorded`. Raises UserError where
+    another process holds the workdir, or a file in it was made with a config that computes something else.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
@@ -73,28 +74,34 @@ def take(workdir: AnyPath, config: Config, record: dict[str, Any]) -> None:
 
 
 def claim(workdir: AnyPath, config: Config) -> None:
-    """Writes config.json: from here on the workdir belongs to this config."""
+    """Writes config.json. From then on the workdir belongs to this config."""
     write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
-def check_record(record: dict[str, Any], name: str, found: Any, where: str, workdir: AnyPath) -> None:
-    """Raises UserError where checkpoints were made with other `name` than are `found`; `record` as of `recorded`."""
-    if name in record and record[name] != found:
+def check_record(record: dict[str, Any], name: str, current: Any, where: str, workdir: AnyPath) -> None:
+    """Raises UserError where the checkpoints' `record` has another value of `name` than `current`.
+
+    `record` comes from `recorded`. `where` is the file or field that `current` was read from.
+    """
+    if name in record and record[name] != current:
         raise UserError(
-            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; bring those back, or "
-            "delete it to train anew"
+            f"{where}: other {name} than {workdir / 'checkpoints'} was trained with; restore the former ones, or "
+            "delete the checkpoints to train again"
         )
 
 
 def _restore(path: AnyPath, record: dict[str, Any], name: str, write: Callable[[AnyPath, Any], None]) -> None:
-    """Makes a file that is missing again, if the newest checkpoint says what was in it."""
+    """Writes a missing file again, if the newest checkpoint's record has its content."""
     if not path.exists() and name in record:
         say(f"{path} is missing: made again, as the newest checkpoint has it")
         write(path, record[name])
 
 
 def _lock(workdir: AnyPath) -> None:
-    """Two runs in one workdir would overwrite each other. A bucket has no lock that ends with its process: no lock."""
+    """Locks a local workdir, because two runs in one workdir would overwrite each other.
+
+    A bucket is not locked: it has no lock that ends with the process that holds it.
+    """
     if not is_remote(workdir):
         name = f"--workdir {workdir}"
         hold(
@@ -103,7 +110,7 @@ def _lock(workdir: AnyPath) -> None:
 
 
 def recorded(workdir: AnyPath) -> dict[str, Any]:
-    """What the newest readable checkpoint says that it was made with; {} where none says."""
+    """Returns the record `made_with` of the newest readable checkpoint, or {} where none has one."""
     for stage in reversed(ORDER):
         for path in sealed(workdir / "checkpoints" / stage):
             with contextlib.suppress(UserError, OSError):
@@ -113,7 +120,10 @@ def recorded(workdir: AnyPath) -> dict[str, Any]:
 
 
 def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
-    """Raises UserError where the file is missing and there is something that was made with it."""
+    """Raises UserError where the file `name` is missing although files exist that were made with it.
+
+    `others` are glob patterns of such files. Without them `_RECORDS` says which they are.
+    """
     if (workdir / name).exists():
         return
     for pattern in others or _RECORDS[name]:
@@ -122,39 +132,42 @@ def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
 
 
 def differs(workdir: AnyPath, config: Config) -> bool:
-    """Whether the workdir's config is another. Raises UserError where that would compute something else."""
-    now = flatten(dataclasses.asdict(config))
-    before = flatten(dataclasses.asdict(located(load_config(workdir / "config.json"))))
-    changed = [leaf for leaf in leaves() if before[leaf.name] != now[leaf.name]]
-    same = _same_content(workdir, config)
-    kept = [
-        f"{leaf.name} {before[leaf.name]!r} -> {now[leaf.name]!r} ({path.relative_to(workdir)} was made with it)"
+    """Returns whether the workdir's config differs from `config`.
+
+    Raises UserError where an existing file was made with another value of a field that decides its content.
+    """
+    new = flatten(dataclasses.asdict(config))
+    old = flatten(dataclasses.asdict(located(load_config(workdir / "config.json"))))
+    changed = [leaf for leaf in leaves() if old[leaf.name] != new[leaf.name]]
+    free_fields = _same_content(workdir, config)
+    bound = [
+        f"{leaf.name} {old[leaf.name]!r} -> {new[leaf.name]!r} ({path.relative_to(workdir)} was made with it)"
         for leaf in changed
-        if leaf.name not in same and (path := _made_with(workdir, leaf, config)) is not None
+        if leaf.name not in free_fields and (path := _made_with(workdir, leaf, config)) is not None
     ]
-    if kept:
-        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(kept)}")
+    if bound:
+        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(bound)}")
     return bool(changed)
 
 
 def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:
-    """Fields that may name another place, because what lies there is known to be what was read."""
-    same: tuple[str, ...] = ()
-    if (workdir / "activations/subject.json").exists():  # compared before
-        same += _MODELS
+    """Returns the fields whose value may change, because the new place is known to hold the same content."""
+    fields: tuple[str, ...] = ()
+    if (workdir / "activations/subject.json").exists():  # `open_run` has compared the weights
+        fields += _MODELS
     path = workdir / "activations/dataset.json"
     if path.exists() and read_json(path) == identities(dataset_files(config.dataset)):
-        same += _DATASETS
-    return same
+        fields += _DATASETS
+    return fields
 
 
 def _made_with(workdir: AnyPath, leaf: Leaf, config: Config) -> AnyPath | None:
-    """The first file already made with the old value of a field; None if the field may still change."""
-    if leaf.name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end where it is
+    """Returns the first file already made with the old value of a field, or None if the field may still change."""
+    if leaf.name == "rl.num_steps":  # no step reads it: RL may go on for longer, or end now
         path = newest_sealed(workdir / "checkpoints/rl")
         return path if path is not None and int(path.name) > config.rl.num_steps else None
     order = list(Binds)
-    for made in order[order.index(leaf.binds) : order.index(Binds.NEVER)]:
-        if (path := min(workdir.glob(made.value), default=None)) is not None:
+    for artefacts in order[order.index(leaf.binds) : order.index(Binds.NEVER)]:
+        if (path := min(workdir.glob(artefacts.value), default=None)) is not None:
             return path
     return None

@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, in a directory here or below a prefix of a bucket (`gs://`)."""
+"""Reads and writes small files, in a local directory or in a bucket (`gs://`). They are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from etils import epath
 
 from nlae_jax.runtime.errors import UserError
 
-# Where a workdir's files are. Both kinds share the methods that this project uses on them.
+# The path of a workdir's file, local or in a bucket. Both types have the methods that this project uses.
 AnyPath: TypeAlias = "pathlib.Path | epath.Path"
 
 _GS = "gs://"
 
-# Characters that JSON leaves as they are, and that many readers of lines do not: they stand within strings only.
+# JSON does not escape these characters, but many readers end lines at them. In JSON they occur within strings only.
 _LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
-_TEMPORARY = ".tmp"  # how the names of files end that are being written
+_TEMPORARY = ".tmp"  # the ending of the names of files that are being written
 
-_MOST_BYTES = 1 << 30  # of a small file: what is larger is none of ours
+_MOST_BYTES = 1 << 30  # the bound of a small file: this project writes none that is larger
 
 
 def local_path(name: str | os.PathLike[str], field: str) -> pathlib.Path:
-    """A path on this machine as a person writes it: `~` is their home. `field` names it in errors.
+    """Returns the local path that a user has written; `~` is the user's home. `field` names it in errors.
 
     Raises UserError where the name is empty or cannot be a path.
     """
@@ -48,14 +48,14 @@ def local_path(name: str | os.PathLike[str], field: str) -> pathlib.Path:
     try:
         path = pathlib.Path(text).expanduser()
     except RuntimeError:  # pathlib's, without an entry for this user and without HOME
-        raise UserError(f"{field} {text}: whose home ~ is cannot be found; write the path in full") from None
+        raise UserError(f"{field} {text}: the home directory of ~ cannot be found; write the path in full") from None
     if "\0" in text:
         raise UserError(f"{field} {text!r}: a path cannot hold a null character")
     return path
 
 
 def workdir_path(name: str | os.PathLike[str]) -> AnyPath:
-    """A directory here or, for `gs://BUCKET/NAME`, the objects whose names begin so.
+    """Returns the path of a workdir: a local directory, or the objects below `gs://BUCKET/NAME`.
 
     Raises UserError where the name is neither, the client for buckets is not installed, or the bucket cannot be read.
     """
@@ -74,7 +74,7 @@ def workdir_path(name: str | os.PathLike[str]) -> AnyPath:
     _use_gcs(text)
     try:
         problem = "" if epath.Path(_GS + bucket).exists() else "there is no such bucket"
-    except Exception as error:  # of three libraries: no network, no credentials, no permission
+    except Exception as error:  # three libraries raise: no network, no credentials, no permission
         problem = " ".join(str(error).split()) or type(error).__name__
     if problem:
         raise UserError(f"--workdir {text}: bucket {bucket} cannot be read ({problem})")
@@ -82,14 +82,17 @@ def workdir_path(name: str | os.PathLike[str]) -> AnyPath:
 
 
 def _use_gcs(name: str) -> None:
-    """Before any path on a bucket is used: one client for all of them, without a memory."""
+    """Sets up one client for all paths in buckets, without a cache. It must run before the first such path is used.
+
+    Raises UserError where the client's packages are not installed.
+    """
     import fsspec
 
-    # What is tested is what is used: where tensorflow is installed, epath would take its client instead, and gcsfs has
-    # a second one for zonal buckets.
+    # Only the tested client may be used: where tensorflow is installed, epath would use that one's, and gcsfs has a
+    # second one for zonal buckets.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # tensorstore and orbax write to the same bucket: a listing that is remembered is one that is out of date.
+    # tensorstore and orbax write to the same bucket, so a cached listing would be out of date.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs, with a traceback, the errors that it raises
     try:
@@ -100,21 +103,22 @@ def _use_gcs(name: str) -> None:
 
 
 def is_remote(path: AnyPath) -> bool:
-    """Whether the path is an object's: written whole by itself, never added to, and far away."""
+    """Returns whether the path is in a bucket, where objects are written whole and cannot be appended to."""
     return os.fspath(path).startswith(_GS)
 
 
 def absolute(path: AnyPath) -> AnyPath:
+    """Returns the absolute path."""
     return path if is_remote(path) else path.absolute()
 
 
 def children(directory: AnyPath) -> Iterator[AnyPath]:
-    """What is directly below; nothing where there is no such directory."""
+    """Returns the paths directly below a directory; none where it does not exist."""
     return directory.iterdir() if directory.exists() else iter(())
 
 
 def move(source: AnyPath, target: AnyPath) -> None:
-    """Renames a directory and all below it. In a bucket the store copies every object, then the old ones go."""
+    """Renames a directory. In a bucket the store copies every object, then the old ones are deleted."""
     if not is_remote(source):
         source.rename(target)
         return
@@ -130,9 +134,9 @@ def move(source: AnyPath, target: AnyPath) -> None:
         new = bucket.blob(new_prefix + blob.name.removeprefix(prefix))
         try:
             token = new.rewrite(blob)[0]
-            while token is not None:  # of large objects a part at a time
+            while token is not None:  # large objects are copied in parts
                 token = new.rewrite(blob, token=token)[0]
-        except GoogleAPICallError:  # a store that does not copy by itself
+        except GoogleAPICallError:  # a store that cannot copy
             new.upload_from_string(blob.download_as_bytes())
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -142,12 +146,12 @@ def move(source: AnyPath, target: AnyPath) -> None:
 
 
 def remove(directory: AnyPath) -> None:
-    """A directory and all below it."""
+    """Deletes a directory and everything below it."""
     epath.Path(directory).rmtree() if is_remote(directory) else shutil.rmtree(directory)
 
 
 def kvstore(path: AnyPath) -> dict[str, str]:
-    """The same place as tensorstore names it."""
+    """Returns tensorstore's name of a path."""
     if not is_remote(path):
         return {"driver": "file", "path": os.path.abspath(path)}  # it takes no ".." in a path
     bucket, _, prefix = str(path).removeprefix(_GS).partition("/")
@@ -155,12 +159,12 @@ def kvstore(path: AnyPath) -> dict[str, str]:
 
 
 def object_checksums(directory: epath.Path) -> dict[str, str]:
-    """Every object below `directory`, by its path from there -> its CRC-32C in base64, as the store has it."""
+    """Returns relative path -> CRC-32C in base64, as the store has it, for every object below `directory`."""
     import fsspec
 
     prefix = str(directory).removeprefix(_GS) + "/"
-    found = fsspec.filesystem("gcs").find(prefix, detail=True)
-    return {name.removeprefix(prefix): info["crc32c"] for name, info in found.items() if not name.endswith("/")}
+    objects = fsspec.filesystem("gcs").find(prefix, detail=True)
+    return {name.removeprefix(prefix): info["crc32c"] for name, info in objects.items() if not name.endswith("/")}
 
 
 def upload(path: epath.Path, data: bytes) -> None:
@@ -174,9 +178,9 @@ def upload(path: epath.Path, data: bytes) -> None:
 
 
 def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], object]) -> None:
-    """`write` fills a temporary sibling, which then takes the place of `path`; an object is uploaded from one here.
+    """Lets `write` fill a temporary file, then moves it to `path`, or uploads it if `path` is in a bucket.
 
-    Several processes may write one path at a time: the last one to finish has its content there.
+    Several processes may write one path at a time: the content of the last one to finish stays.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as directory:
@@ -194,7 +198,7 @@ def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], object]) -> 
 
 @contextlib.contextmanager
 def _temporary_sibling(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new hidden file beside `path`, locked as long as it is in use; gone afterwards unless it was moved."""
+    """Makes a hidden file beside `path`. It is locked while in use, and deleted afterwards unless it was moved."""
     while True:
         temporary = path.with_name(f".{path.name[:128]}.{secrets.token_hex(6)}{_TEMPORARY}")
         with temporary.open("xb") as file:
@@ -202,7 +206,7 @@ def _temporary_sibling(path: pathlib.Path) -> Iterator[pathlib.Path]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # `remove_abandoned` was faster
                 continue
-            except OSError:  # a file system without locks, where nothing is taken for abandoned either
+            except OSError:  # a file system without locks; `remove_abandoned` removes nothing there
                 pass
             if not temporary.exists():
                 continue
@@ -214,9 +218,9 @@ def _temporary_sibling(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def remove_abandoned(directory: AnyPath, *below: str) -> None:
-    """Removes what killed processes have left of `write_atomically` in `directory` and in the directories `below` it.
+    """Removes the temporary files that killed processes have left in `directory` and in directories `below` it.
 
-    `below` are patterns. Temporary files that are in use stay.
+    `below` are glob patterns. Temporary files of `write_atomically` that are in use stay.
     """
     if is_remote(directory):
         return
@@ -227,7 +231,7 @@ def remove_abandoned(directory: AnyPath, *below: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: scalars of array libraries unwrapped, numbers that JSON lacks as None."""
+    """Converts a value for JSON: scalars of array libraries are unwrapped, NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -241,18 +245,18 @@ def plain(value: Any) -> Any:
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """UTF-8. A lone surrogate, which UTF-8 cannot say, is written as JSON would: `\\udc80`."""
+    """Writes UTF-8. A lone surrogate, which UTF-8 cannot encode, is written as JSON would: `\\udc80`."""
     data = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: AnyPath, value: Any) -> None:
-    """JSON with sorted keys, so that equal values are equal files. NaN and infinity, which JSON lacks, become null."""
+    """Writes JSON with sorted keys, so that equal values give equal files. NaN and infinity become null."""
     write_text(path, json.dumps(plain(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def json_line(value: Any, separators: tuple[str, str] | None = None) -> str:
-    """One line of JSON, also to readers that end lines at whatever Unicode calls a line break. NaN becomes null."""
+    """Returns one line of JSON, also for readers that end lines at Unicode's other line breaks. NaN becomes null."""
     text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=separators)
     return text.translate(_LINE_BREAKS)
 
@@ -267,7 +271,7 @@ def open_regular(path: pathlib.Path) -> BinaryIO:
 
 
 def read_bytes(path: AnyPath, most: int = _MOST_BYTES) -> bytes:
-    """A whole file. Raises UserError where it is no regular file or larger than `most` bytes."""
+    """Reads a whole file. Raises UserError where it is not a regular file or is larger than `most` bytes."""
     if is_remote(path):
         return path.read_bytes()
     with open_regular(path) as file:
@@ -277,12 +281,12 @@ def read_bytes(path: AnyPath, most: int = _MOST_BYTES) -> bytes:
 
 
 def read_text(path: AnyPath) -> str:
-    """UTF-8, whatever the locale: epath does not hand an encoding on."""
+    """Reads UTF-8, whatever the locale: epath does not pass an encoding on."""
     return read_bytes(path).decode("utf-8")
 
 
 def read_json(path: AnyPath) -> Any:
-    """What `write_json` wrote. Raises UserError where the file is damaged."""
+    """Reads a file of `write_json`. Raises UserError where it is damaged."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError, MemoryError):
@@ -290,9 +294,9 @@ def read_json(path: AnyPath) -> Any:
 
 
 def read_fields(path: AnyPath, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """A JSON object that has at least these fields, of these types (an integer will do for a float).
+    """Reads a JSON object that has at least the fields `kinds`, of these types. An integer is accepted for a float.
 
-    Raises UserError where it has not.
+    Raises UserError for any other file.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -307,12 +311,12 @@ def read_fields(path: AnyPath, kinds: Mapping[str, type]) -> dict[str, Any]:
 
 
 def write_parquet(path: AnyPath, table: pa.Table) -> None:
-    """With a checksum of every page, which `read_parquet` looks at."""
+    """Writes a table with a checksum of every page, which `read_parquet` verifies."""
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
 def read_parquet(path: AnyPath, remedy: str, columns: Sequence[str] = ()) -> pa.Table:
-    """A table that this project wrote, with at least `columns`.
+    """Reads a table that this project wrote, with at least `columns`.
 
     Raises UserError with the `remedy` where the file is missing or damaged.
     """
@@ -328,7 +332,7 @@ def read_parquet(path: AnyPath, remedy: str, columns: Sequence[str] = ()) -> pa.
     except (pa.ArrowException, MemoryError, ValueError):
         raise UserError(f"{path}: damaged; {remedy}") from None
     except OSError as error:
-        if error.errno is not None:  # the system's, not one of a page whose checksum differs
+        if error.errno is not None:  # an error of the system; a wrong checksum of a page has no errno
             raise
         raise UserError(f"{path}: damaged; {remedy}") from None
     if missing := sorted(set(columns) - set(table.column_names)):

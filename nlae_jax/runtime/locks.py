@@ -1,4 +1,4 @@
-"""Locks on files that one process at a time may write. They end with the process, however it ends."""
+"""Locks files that only one process at a time may write. A lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import BinaryIO
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.progress import warn
 
-# Held while the process lives; a notebook may open one file several times.
-_HELD: dict[Path, BinaryIO] = {}
+# The files that this process has locked, by path: a notebook may lock one file several times.
+_LOCKED: dict[Path, BinaryIO] = {}
 
 
 def hold(path: Path, name: str, busy: str, alone: str) -> None:
-    """Locks a file, which is made if it is not there, for this process.
+    """Locks a file for this process, and makes it if it does not exist.
 
-    Raises UserError `name: busy` where another process has it. File systems that are shared over a network may have no
-    locks: then a warning says `alone`, what nobody should do.
+    Raises UserError `name: busy` where another process has locked it. Network file systems may have no locks: then a
+    warning ends with `alone`, which tells the user what not to do.
     """
     path = path.resolve()
-    held = _HELD.get(path)
-    # A file that was deleted meanwhile is another one, which anybody may have locked.
-    if held is not None and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+    locked = _LOCKED.get(path)
+    # If the file was deleted meanwhile, the path is another file, which another process may have locked.
+    if locked is not None and path.exists() and os.path.samestat(os.fstat(locked.fileno()), path.stat()):
         return
     file = path.open("ab")
     try:
@@ -31,6 +31,6 @@ def hold(path: Path, name: str, busy: str, alone: str) -> None:
     except BlockingIOError:
         file.close()
         raise UserError(f"{name}: {busy}") from None
-    except OSError as error:  # of many kinds
+    except OSError as error:  # file systems without locks raise errors of many kinds
         warn(f"{name}: cannot be locked ({error.strerror}); {alone}")
-    _HELD[path] = file
+    _LOCKED[path] = file

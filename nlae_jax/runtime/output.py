@@ -1,4 +1,4 @@
-"""What a command prints on stdout. A stdout that takes it badly, or not at all, is told from a command that failed."""
+"""Prints a command's results on stdout. A stdout that cannot take them is reported as such, not as a failed command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nlae_jax.runtime.progress import warn
 
 
 def afterwards(missing: str, work: Callable[[], Any]) -> None:
-    """What follows when everything asked for is done and on disk: it may fail, but the command has not."""
+    """Does work that follows a command whose results are already on disk. A failure gives a warning `missing: …`."""
     try:
         work()
     except Exception as error:
@@ -26,27 +26,28 @@ def afterwards(missing: str, work: Callable[[], Any]) -> None:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Before the work whose result goes into a file. Raises UserError where it could not be written."""
+    """Raises UserError where a file cannot be written. Call it before the work whose result goes into the file."""
     if path.exists() and not path.is_file():
         raise UserError(f"{option} {path}: should be a file; it is a directory, a pipe or a device")
     _check_parent(path, option)
 
 
 def check_directory(path: Path, option: str) -> None:
-    """The same of a directory."""
+    """Raises UserError where a directory cannot be made or written into. Call it before the work."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path}: should be a directory; it is a file")
     _check_parent(path / "file", option)
 
 
 def _check_parent(path: Path, option: str) -> None:
-    parent = next(one for one in path.absolute().parents if one.exists())
+    """Raises UserError where the nearest existing directory above `path` cannot be written into."""
+    parent = next(directory for directory in path.absolute().parents if directory.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{option} {path}: nothing can be written into {parent}")
 
 
 def show(text: str) -> None:
-    """A text on stdout. Raises UserError where that does not take it."""
+    """Prints a text on stdout. Raises UserError where stdout is closed or broken."""
     problem = "it is closed" if sys.stdout is None else ""
     try:
         if not problem:
@@ -59,21 +60,21 @@ def show(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """One JSON object on stdout, in characters that it can say."""
+    """Prints one JSON object on stdout, in ASCII unless stdout takes UTF-8."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
     show(json.dumps(plain(value), ensure_ascii=not unicode, allow_nan=False))
 
 
 def show_rich(*parts: Any) -> None:
-    """Tables and texts on stdout, as wide as the terminal. Nothing in a text is markup.
+    """Prints tables and texts on stdout, as wide as the terminal. Texts are printed as they are, without markup.
 
-    Raises UserError where stdout does not take them.
+    Raises UserError where stdout is closed or broken.
     """
     try:
         console = Console(markup=False, emoji=False, highlight=False)
         with console.capture() as shown:
             for part in parts:
                 console.print(part)
-    except ValueError as error:  # of a stdout that is closed, which a console looks at first
+    except ValueError as error:  # a console examines stdout first, and fails on a closed one
         raise UserError(f"stdout: {error}") from None
     show(shown.get().removesuffix("\n"))

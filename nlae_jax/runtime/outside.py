@@ -1,4 +1,4 @@
-"""Small files that others wrote (JSON, YAML), read so that whatever is wrong with one is a UserError that names it.
+"""Reads small files that others wrote (JSON, YAML). Every problem with a file raises a UserError that names it.
 
 Sizes, depths and numbers are bounded, and strings can be encoded as UTF-8 afterwards.
 """
@@ -16,17 +16,17 @@ import yaml
 
 from nlae_jax.runtime.errors import UserError, one_line
 
-_LONGEST_FILE = 64 << 20  # bytes: an index of a large model's tensors has some MB
+_LONGEST_FILE = 64 << 20  # bytes: the tensor index of a large model has a few MB
 _LONGEST_YAML = 256 << 10  # PyYAML takes seconds for more
-_YAML_NODES = 100_000  # with every alias written out
-_DIGITS = 300  # of a whole number: all of them are a float64 too
+_YAML_NODES = 100_000  # of a document with every alias expanded
+_DIGITS = 300  # of a whole number, so that every one fits a float64
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUOTED = 120  # characters of a value that a message quotes
 _KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def quoted(value: object) -> str:
-    """A value from outside as a message quotes it: short, whatever it is."""
+    """Quotes a value from outside for a message. The result is short, whatever the value is."""
     try:
         return one_line(repr(value), _QUOTED)
     except (ValueError, RecursionError, MemoryError):  # a number of 5,000 digits, a list 100,000 deep
@@ -34,9 +34,10 @@ def quoted(value: object) -> str:
 
 
 def read_bytes(path: Path, longest: int = _LONGEST_FILE) -> bytes:
-    """A file of at most so many bytes. Raises FileNotFoundError, and UserError for one that cannot be read.
+    """Reads a file of at most `longest` bytes.
 
-    A pipe or a device, which might never end, is not read at all.
+    Raises FileNotFoundError where it does not exist, and UserError where it is larger or cannot be read. A pipe or a
+    device, which might never end, is refused.
     """
     try:
         if path.exists() and not path.is_file():
@@ -48,26 +49,29 @@ def read_bytes(path: Path, longest: int = _LONGEST_FILE) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > longest:
-        raise UserError(f"{path}: larger than {longest >> 10} kB; files of this kind are not")
+        raise UserError(f"{path}: larger than {longest >> 10} kB, the most that is read of such a file")
     return content
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file that holds a `kind` (dict, list or object for anything). Raises as `read_bytes` and `parse_json`."""
+    """Reads a JSON file whose value is a `kind`: dict, list, or object for any value.
+
+    Raises as `read_bytes` and `parse_json` do.
+    """
     return parse_json(read_bytes(path), path, kind)
 
 
 def parse_json(content: bytes | str, name: object, kind: type = object, finite: bool = True) -> Any:
-    """JSON whose outermost value is a `kind`. Raises UserError naming `name` for anything that is not.
+    """Parses JSON whose outermost value is a `kind`. Raises UserError that names `name` for any other content.
 
-    With `finite`, NaN, infinities and numbers beyond float64 are refused: no JSON has them, but Python's reader takes
-    them. Unpaired surrogates, which "\\ud83d" stands for, become U+FFFD.
+    With `finite`, NaN, infinities and numbers beyond float64 are refused: they are not JSON, although Python's parser
+    accepts them. Unpaired surrogates, such as the escape "\\ud83d", become U+FFFD.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
-        value = json.loads(text, parse_int=_whole, **hooks)
-        # Nothing else is a surrogate: a str may hold it as it is, bytes cannot.
+        hooks: dict[str, Any] = {"parse_float": _finite_float, "parse_constant": _finite_float} if finite else {}
+        value = json.loads(text, parse_int=_bounded_int, **hooks)
+        # Only an escape can give a surrogate, or a str that already contains one; decoded bytes contain none.
         if "\\ud" in text or "\\uD" in text or (isinstance(content, str) and _SURROGATES.search(text)):
             value = _encodable(value)
     except UnicodeDecodeError as error:
@@ -86,16 +90,16 @@ def parse_json(content: bytes | str, name: object, kind: type = object, finite: 
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """A YAML file that holds a mapping. Raises as `read_bytes`, and UserError naming the file.
+    """Reads a YAML file that holds a mapping. Raises as `read_bytes` does, and UserError for invalid content.
 
-    Tags that make Python objects are refused. Aliases are followed as far as what they stand for, written out, stays
-    small. Numbers are finite and of 64 bits.
+    Tags that make Python objects are refused. Aliases are allowed as long as the expanded document stays small. Numbers
+    are finite and have at most 64 bits.
     """
     content = read_bytes(path, _LONGEST_YAML)
     try:
         loader = yaml.SafeLoader(content.decode("utf-8"))
         if (node := loader.get_single_node()) is not None:
-            _written_out(node, {})
+            _expanded_size(node, {})
         value = None if node is None else _bounded(loader.construct_document(node))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
@@ -107,10 +111,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
     except MemoryError:
         raise UserError(f"{path}: too large for this machine's memory") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number of 5,000 digits, a control character
+    except (yaml.YAMLError, ValueError) as error:  # an invalid date, a number of 5,000 digits, a control character
         problem = "a number of too many digits" if "digits" in str(error) else one_line(error, _QUOTED)
         raise UserError(f"{path}: not valid YAML ({problem})") from None
-    except (TypeError, ArithmeticError, LookupError, AttributeError):  # PyYAML takes a tag at its word
+    except (TypeError, ArithmeticError, LookupError, AttributeError):  # PyYAML does not check that a value fits its tag
         raise UserError(f"{path}: not valid YAML (a value that does not fit its tag)") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold fields with values; it holds {quoted(value)}")
@@ -118,12 +122,12 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def encodable(text: str) -> str:
-    """The text with unpaired surrogates, which no tokenizer and no file takes, as U+FFFD."""
+    """Replaces unpaired surrogates, which no tokenizer and no file accepts, by U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
 
 
 def clean_log(name: str) -> None:
-    """What the library of this logger logs, file names and tokens of models among it, is made safe to print."""
+    """Makes the messages of a library's logger safe to print: they quote file names and tokens of models."""
     logger = logging.getLogger(name)
     for filters in (logger, *logger.handlers):
         if _clean_record not in filters.filters:
@@ -131,25 +135,28 @@ def clean_log(name: str) -> None:
 
 
 def _clean_record(record: logging.LogRecord) -> bool:
+    """Makes a record's message safe to print. As a filter it lets every record pass."""
     record.msg, record.args = one_line(record.getMessage()), ()
     return True
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
+    """Parses a number. Raises ValueError where it is not finite."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
-def _whole(text: str) -> int:
+def _bounded_int(text: str) -> int:
+    """Parses a whole number. Raises ValueError where it has too many digits."""
     if len(text) > _DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
 def _encodable(value: Any) -> Any:
-    """The same with every string `encodable`, those that name fields too."""
+    """Makes every string in a JSON value `encodable`, field names too."""
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, list):
@@ -159,15 +166,15 @@ def _encodable(value: Any) -> Any:
     return value
 
 
-def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many nodes this is with its aliases written out. Raises ValueError where those are too many, or endless.
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Counts the nodes of a document with its aliases expanded. Raises ValueError where they are too many or endless.
 
-    `sizes` has the nodes met; 0 for one that is not finished, and meets itself.
+    `sizes` holds the sizes of the nodes visited, and 0 for a node whose parts are still being counted.
     """
-    if (known := sizes.get(id(node))) is not None:
-        if known == 0:
-            raise ValueError("an alias inside what it stands for")
-        return known
+    if (counted := sizes.get(id(node))) is not None:
+        if counted == 0:
+            raise ValueError("an alias that contains itself")
+        return counted
     sizes[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
         parts = [part for pair in node.value for part in pair]
@@ -175,15 +182,15 @@ def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
         parts = node.value if isinstance(node, yaml.SequenceNode) else []
     size = 1
     for part in parts:
-        size += _written_out(part, sizes)
+        size += _expanded_size(part, sizes)
         if size > _YAML_NODES:
-            raise ValueError(f"its aliases stand for more than {_YAML_NODES} values")
+            raise ValueError(f"its aliases expand to more than {_YAML_NODES} values")
     sizes[id(node)] = size
     return size
 
 
 def _bounded(value: Any) -> Any:
-    """What YAML gave, its strings `encodable`. Raises ValueError for a number that is none or is too large."""
+    """Makes every string of a YAML value `encodable`. Raises ValueError for NaN, infinity and too large numbers."""
     if isinstance(value, bool):
         return value
     if (isinstance(value, int) and abs(value) >= 2**63) or (isinstance(value, float) and not math.isfinite(value)):

@@ -1,10 +1,10 @@
-"""Several processes as one run: they start together, agree on what decides, and end together.
+"""Lets several processes work as one run: they start together, take the same decisions, and end together.
 
-One process needs none of it: it is the first, passes every barrier and gets its own values back. Between processes
-small values go through the coordinator's key-value store (`jax.distributed`), arrays through the mesh.
+A single process is the first one, passes every barrier and gets its own values back. Several processes exchange small
+values through the coordinator's key-value store (`jax.distributed`), and arrays through the mesh.
 
-Whatever a process decides by looking at files or clocks, all must decide alike, or they wait for each other for ever:
-such decisions are the first process's (`by_first`), or are made on the devices (`Agreement`).
+All processes must take the same decisions, or they wait for each other for ever. So a decision that depends on files or
+clocks is taken by the first process for all (`by_first`), or on the devices (`Agreement`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from nlae_jax.runtime.world import is_first, world
 T = TypeVar("T")
 
 
-CONNECT_SECONDS = 120.0  # for all processes to find each other
+CONNECT_SECONDS = 120.0  # all processes must have found each other within this time
 
 
 # --- starting
 
 
 def settings(spec: str) -> tuple[str | None, int | None, int | None]:
-    """(HOST:PORT, number of processes, this one's index) of `--distributed`; None for what the cluster has to tell.
+    """Parses `--distributed` into (HOST:PORT, number of processes, this process's index).
 
-    `auto` takes what JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; of these jax itself reads
-    the first only. Raises UserError.
+    A part is None where the cluster must provide it. `auto` reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, of which jax reads only the first. Raises UserError for an invalid value.
     """
     if spec == "auto":
         address = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -59,22 +59,22 @@ def settings(spec: str) -> tuple[str | None, int | None, int | None]:
 
 
 def start(spec: str) -> None:
-    """Joins the other processes, before anything is computed. `spec`: of `--distributed`.
+    """Joins the other processes, before anything is computed. `spec` is the value of `--distributed`.
 
-    Raises UserError where no cluster is found, or the others do not come within `CONNECT_SECONDS`.
+    Raises UserError where no cluster is found, or where not all processes have joined within `CONNECT_SECONDS`.
     """
     import jax
     from jax._src import distributed  # the client that barriers and small values go through has no public name
 
-    address, number, index = given = settings(spec)
+    address, number, index = parsed = settings(spec)
     if number != 1 and address is not None and index is not None:
-        _reach(address, index == 0)
-    # SIGTERM is heeded with a bound by `supervision.preemptible`. What jax would install takes the signal away.
+        _await_coordinator(address, index == 0)
+    # `supervision.preemptible` handles SIGTERM within a time limit. jax's service would take the signal away from it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            *given,
-            cluster_detection_method=None if None in given else "deactivate",
+            *parsed,
+            cluster_detection_method=None if None in parsed else "deactivate",
             initialization_timeout=int(CONNECT_SECONDS),
         )
         index, number = jax.process_index(), jax.process_count()
@@ -84,12 +84,12 @@ def start(spec: str) -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID are not all set; give HOST:PORT,COUNT,INDEX "
             f"({first_line(error)})"
         ) from error
-    except Exception as error:  # jax's own, of many kinds
+    except Exception as error:  # jax raises errors of many kinds
         raise UserError(
             f"--distributed: the processes did not come together within {CONNECT_SECONDS:.0f} s ({first_line(error)})"
         ) from error
     world.index, world.count, world.client = index, number, distributed.global_state.client
-    world.coordinates = index == 0  # jax has the first process start the coordinator
+    world.coordinates = index == 0  # the first process runs jax's coordinator
     if number > 1:
         world.answered = time.monotonic()
         threading.Thread(target=supervision.watch, name="watch", daemon=True).start()
@@ -99,10 +99,13 @@ def start(spec: str) -> None:
             supervision.delay_abort()
 
 
-def _reach(address: str, own: bool) -> None:
-    """Waits for the coordinator, or finds out that its port here is taken: jax would end the process without a word."""
+def _await_coordinator(address: str, is_coordinator: bool) -> None:
+    """Waits for the coordinator to listen. In the coordinator it checks that the port is free.
+
+    Raises UserError where that fails, because jax would end the process without a message.
+    """
     host, _, port = address.rpartition(":")
-    if own:
+    if is_coordinator:
         try:
             with contextlib.closing(socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,7 +119,7 @@ def _reach(address: str, own: bool) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except UnicodeError as error:  # a name that no domain can have
-            raise UserError(f"--distributed {address}: {host} is no host's name ({error})") from None
+            raise UserError(f"--distributed {address}: {host} is not a valid host name ({error})") from None
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.2)
@@ -127,13 +130,16 @@ def _reach(address: str, own: bool) -> None:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called it."""
     if world.count > 1:
         world.client.wait_at_barrier(world.name("barrier"), supervision.FOREVER_MS)
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """What `work` gives the first process, in all of them; it alone does it. JSON values; UserErrors are shared too."""
+    """Runs `work` in the first process only, and returns its result in all processes.
+
+    The result must be a JSON value. A UserError or Preempted that `work` raises is raised in all processes.
+    """
     if world.count == 1:
         return work()
     key, client = world.name("value"), world.client
@@ -157,9 +163,10 @@ def by_first(work: Callable[[], T]) -> T:
 
 
 def compile_together(function: Any, *arguments: Any) -> None:
-    """Compiles a jitted function for what it is about to be called with, and waits until all processes have.
+    """Compiles a jitted function for the given arguments, and waits until all processes have compiled it.
 
-    They may take minutes more or less to compile; on CPUs, gloo waits for half a minute at a program's first exchange.
+    Compiling may take minutes longer in one process, but on CPUs gloo waits only half a minute at a program's first
+    exchange.
     """
     if world.count > 1:
         function.lower(*arguments).compile()
@@ -167,10 +174,10 @@ def compile_together(function: Any, *arguments: Any) -> None:
 
 
 class Agreement:
-    """Whether any process was asked to stop: the same answer in all of them, which all must ask for equally often.
+    """Returns, when called, whether any process was asked to stop. All processes get the same answer.
 
-    Between processes it is a reduction on the devices, in order with what they compute, and is waited for one call
-    later: nothing stands still for it.
+    All processes must call it equally often. The answer is a reduction on the devices, in order with their other
+    programs. Each call returns the reduction of the call before, so that no process waits for it.
     """
 
     def __init__(self, mesh: Any) -> None:

@@ -1,6 +1,6 @@
-"""What a person sees while a stage runs: a bar on a terminal, a line now and then in a log. All of it on stderr.
+"""Shows the progress of a stage on stderr: a bar on a terminal, a line now and then in a log.
 
-Of several processes only the first says anything.
+Of several processes only the first prints anything.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rich.text import Text
 from nlae_jax.runtime import signals, world
 from nlae_jax.runtime.errors import one_line
 
-LINE_EVERY_SECONDS = 10.0  # at most this often in a log
-WINDOW = 16  # calls of `advance` that the rate is taken over
+LINE_EVERY_SECONDS = 10.0  # a log gets at most one line in this time
+WINDOW = 16  # the rate is computed over this many calls of `advance`
 
 
 def say(message: str) -> None:
-    """One plain status line on stderr; a running bar stays below it. What it quotes is made safe to print."""
+    """Prints a status line on stderr, above a running bar. Text that it quotes is made safe to print."""
     if world.is_first():
         world.tell(one_line(message))
 
 
 def warn(message: str) -> None:
-    """One line on stderr that starts with `warning:`, yellow on a terminal."""
+    """Prints a line on stderr that starts with `warning:`, in yellow on a terminal."""
     label = "\x1b[33mwarning:\x1b[0m" if _on_terminal() else "warning:"
     if world.is_first():
         world.tell(f"{label} {one_line(message)}")
@@ -47,14 +47,14 @@ def _on_terminal() -> bool:
 
 
 def clock_text(seconds: float) -> str:
-    """A duration as `m:ss` or `h:mm:ss`, rounded to the second."""
-    whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    """Writes a duration as `m:ss` or `h:mm:ss`, rounded to the second."""
+    total = max(0, round(seconds))
+    hours, minutes, rest = total // 3600, total // 60 % 60, total % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def rate_text(seconds_per_unit: float, unit: str) -> str:
-    """A pace as `3.1 s/step`, or as `12.4 step/s` where a unit takes less than a second."""
+    """Writes a pace as `3.1 s/step`, or as `12.4 step/s` where a unit takes less than a second."""
     if seconds_per_unit >= 1.0:
         return f"{seconds_per_unit:.1f} s/{unit}"
     per_second = 1.0 / max(seconds_per_unit, 1e-9)
@@ -62,7 +62,7 @@ def rate_text(seconds_per_unit: float, unit: str) -> str:
 
 
 def metric_text(metrics: dict[str, Any]) -> str:
-    """`name value` pairs, two spaces apart; floats to three digits, None as a dash."""
+    """Writes `name value` pairs, two spaces apart, with floats of three digits and None as a dash."""
     return "  ".join(f"{name} {_value_text(value)}" for name, value in metrics.items())
 
 
@@ -77,7 +77,7 @@ def _value_text(value: Any) -> str:
 
 
 class Progress:
-    """Counts the units of one stage and shows them; a context manager. Made by `progress`."""
+    """Counts the units of one stage and shows them. It is a context manager; `progress` makes it."""
 
     def __init__(
         self, total: int | None, name: str, unit: str, start: int, clock: Callable[[], float] = time.monotonic
@@ -95,35 +95,35 @@ class Progress:
         self._marks.append((self._began, self.done))
         if _on_terminal() and world.is_first():
             bar = _terminal_bar()
-            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._shown())
+            self._task = bar.add_task(self.name, total=self.total, completed=self.done, text=self._bar_text())
             with contextlib.suppress(OSError):  # the terminal is gone
                 bar.start()
                 self._bar = bar
         return self
 
     def advance(self, n: int = 1, **shown_metrics: Any) -> None:
-        """`n` more units are done. `shown_metrics` stay on display until a later call gives them again."""
+        """Counts `n` more units. `shown_metrics` stay on display until a later call replaces them."""
         signals.raise_if_interrupted()
         self.done += n
         self._metrics.update(shown_metrics)
         self._advances += 1
         if self._advances == 2:
-            self._marks.popleft()  # the first unit carries the compilation: it says nothing about the pace
+            self._marks.popleft()  # the first unit includes the compilation, so it does not show the pace
         self._marks.append((self._clock(), self.done))
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, text=self._shown())
-        elif self._clock() >= self._next_line_at and self.done != self.total:  # the end has a line of its own
+            self._bar.update(self._task, completed=self.done, text=self._bar_text())
+        elif self._clock() >= self._next_line_at and self.done != self.total:  # the end gets another line
             self._write_line()
 
     def seconds_per_unit(self) -> float | None:
-        """The recent pace, or None before it can be told from the first call's compilation."""
+        """Returns the recent pace, or None until a unit without the first call's compilation is done."""
         (since, done_then), (now, done_now) = self._marks[0], self._marks[-1]
         if self._advances < 2 or done_now <= done_then:
             return None
         return (now - since) / (done_now - done_then)
 
     def line(self, ended: bool = False) -> str:
-        """The state as one line: `rl 12/40  3.1 s/step  1:27 left  fve 0.12`."""
+        """Writes the state as one line: `rl 12/40  3.1 s/step  1:27 left  fve 0.12`."""
         count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done} {self.unit}"
         parts = (f"{self.name} {count}", self._pace(ended), metric_text(self._metrics))
         return "  ".join(part for part in parts if part)
@@ -137,8 +137,8 @@ class Progress:
             parts.append(f"{clock_text(pace * max(0, self.total - self.done))} left")
         return "  ".join(parts)
 
-    def _shown(self) -> str:
-        """The part right of the bar; the elapsed time has a column of its own there, so that it ticks."""
+    def _bar_text(self) -> str:
+        """Writes the text to the right of the bar. The elapsed time is in another column, so that it ticks."""
         pace = self.seconds_per_unit()
         if pace is None:
             return metric_text(self._metrics)
@@ -162,31 +162,31 @@ class Progress:
 
 
 class _Elapsed(ProgressColumn):
-    """Time since the bar started, as `clock_text` writes it."""
+    """Shows the time since the bar started, as `clock_text` writes it."""
 
     def render(self, task: Any) -> Text:
         return Text(clock_text(task.finished_time or task.elapsed or 0.0), style="dim")
 
 
 def _terminal_bar() -> RichProgress:
-    """A bar on stderr whose right side is text that `Progress` writes, so bar and log agree on the numbers."""
+    """Makes a bar on stderr. `Progress` writes the text at its right, so bar and log show the same numbers."""
     console = Console(stderr=True)
-    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # in a narrow window this column gives way, alone
+    text_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # only this column shrinks in a narrow window
     return RichProgress(
         TextColumn("{task.description}", markup=False, style="bold"),
         BarColumn(bar_width=20 if console.width >= 100 else 10),
         MofNCompleteColumn(),
         _Elapsed(),
-        TextColumn("{task.fields[text]}", markup=False, table_column=rest),
+        TextColumn("{task.fields[text]}", markup=False, table_column=text_column),
         console=console,
         expand=True,
     )
 
 
 def progress(total: int | None, name: str, unit: str = "step", start: int = 0) -> Progress:
-    """`with progress(40, "rl", start=12) as bar: bar.advance(fve=0.12)`.
+    """Makes a progress display: `with progress(40, "rl", start=12) as bar: bar.advance(fve=0.12)`.
 
-    `total` counts from 0 and includes the `start` units that an earlier run has done; None if it is not known.
+    `total` counts from 0 and includes the `start` units that an earlier run has done. It is None if it is unknown.
     On a terminal stderr shows a live bar; otherwise it gets a line at the first call, one every ten seconds at most,
     and one at the end.
     """

@@ -1,4 +1,4 @@
-"""Signals, heard at once by a thread: Python's own handlers wait for the main thread, which may compile for minutes."""
+"""Handles signals at once in a thread. Python's handlers wait for the main thread, which may compile for minutes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-_TOGETHER_SECONDS = 1.0  # a terminal and a wrapper may both hand on the one Control-C
-_AGAIN_SECONDS = 0.1  # after an interrupt was swallowed
+_TOGETHER_SECONDS = 1.0  # signals this close are one Control-C: a terminal and a wrapper may both pass it on
+_AGAIN_SECONDS = 0.1  # an interrupt that was swallowed is raised again after this time
 
-# Signal -> what the thread does when it comes.
+# Signal -> the function that the thread calls when the signal comes.
 _heed: dict[int, Callable[[], None]] = {}
 
 
 @contextlib.contextmanager
 def heard(number: int, heed: Callable[[], None], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Inside, `heed()` is called in a thread as soon as the signal comes, and `handler` in the main thread as ever.
+    """In the `with` block, a thread calls `heed()` when the signal comes; the main thread calls `handler` when it can.
 
-    Only for the main thread.
+    It can be entered only in the main thread.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -45,56 +45,60 @@ def heard(number: int, heed: Callable[[], None], handler: Callable[[int, FrameTy
 
 
 def _listen(reader: int) -> None:
-    while numbers := os.read(reader, 64):  # nothing once the other end is closed
+    """Calls the function of each signal whose number arrives in the pipe."""
+    while numbers := os.read(reader, 64):  # empty once the other end is closed
         for number in numbers:
             if (heed := _heed.get(number)) is not None:
                 heed()
 
 
 class _Interrupt:
-    """What has become of a Control-C."""
+    """The state of a Control-C."""
 
     def __init__(self) -> None:
-        self.pressed_at: float | None = None  # as the listening thread knows; the main thread may know before
+        self.pressed_at: float | None = None  # set by the listening thread, perhaps after `handled`
         self.handled = False
-        self.raised = threading.Event()  # it has reached the main thread, or there is nothing to reach any more
-        self.own = 0  # signals that are ours: an interrupt that was swallowed, once more
-        self.timers: list[threading.Timer] = []  # that send them
+        self.raised = threading.Event()  # the main thread has been reached, or has left `interruptible`
+        self.repeats_due = 0  # signals still to come from our timers, which repeat a swallowed interrupt
+        self.timers: list[threading.Timer] = []  # they send the repeated signals
 
 
 _interrupt: _Interrupt | None = None
 
 
 def interrupted() -> bool:
-    """Whether Control-C was pressed inside `interruptible`."""
+    """Returns whether Control-C was pressed inside `interruptible`."""
     return _interrupt is not None and (_interrupt.handled or _interrupt.pressed_at is not None)
 
 
 def raise_if_interrupted() -> None:
-    """For work that goes on although an interrupt was raised: some library has swallowed it."""
+    """Raises KeyboardInterrupt in the main thread if Control-C was pressed.
+
+    Long work calls it now and then, because a library may have swallowed the first KeyboardInterrupt.
+    """
     if threading.current_thread() is threading.main_thread() and interrupted():
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def interruptible(end: Callable[[], Any], seconds: Callable[[], float], tell: Callable[[str], None]) -> Iterator[None]:
-    """Inside, Control-C raises KeyboardInterrupt in the main thread for certain, or ends the process.
+    """In the `with` block, Control-C always raises KeyboardInterrupt in the main thread, or ends the process.
 
-    Where Python would print and forget it (in `__del__`, or in a callback of the garbage collector, of which jax has
-    one) it is raised once more. Where the main thread cannot be reached, in compiled code, `end()` is called after
-    `seconds()`; so it is when Control-C is pressed a second time. Nothing is changed where SIGINT is ignored, as in a
-    background job, or has a handler of somebody else's.
+    Python would print and forget an exception in `__del__` or in a callback of the garbage collector, of which jax has
+    one: there it is raised once more. While compiled code keeps the main thread busy it cannot be raised: then `end()`
+    is called after `seconds()`, or as soon as Control-C is pressed a second time. Nothing changes where SIGINT is
+    ignored, as in a background job, or has another handler.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     global _interrupt
     before, hook, state = _interrupt, sys.unraisablehook, _Interrupt()
 
     def heed() -> None:
-        if state.own:
-            state.own -= 1
+        if state.repeats_due:
+            state.repeats_due -= 1
         elif state.pressed_at is None:
             state.pressed_at = time.monotonic()
             threading.Thread(target=watch, name="interrupt", daemon=True).start()
@@ -112,11 +116,11 @@ def interruptible(end: Callable[[], Any], seconds: Callable[[], float], tell: Ca
         state.raised.set()
         raise KeyboardInterrupt
 
-    def unraisable(what: Any) -> None:
-        if not issubclass(what.exc_type, KeyboardInterrupt):
-            hook(what)
+    def unraisable(details: Any) -> None:
+        if not issubclass(details.exc_type, KeyboardInterrupt):
+            hook(details)
             return
-        state.own += 1
+        state.repeats_due += 1
         timer = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
         timer.daemon = True
         state.timers.append(timer)

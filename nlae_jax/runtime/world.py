@@ -1,6 +1,6 @@
-"""What a process knows of the run's other processes, and how it speaks to a person.
+"""The state that a process has about the run's other processes, and its lines on stderr.
 
-One process alone is the first of one.
+A single process is the first of one.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any, TextIO
 
 @dataclasses.dataclass
 class World:
-    """What this process knows of the others. `calls` counts what all processes call in the same order."""
+    """The state that this process has about the others."""
 
     index: int = 0
-    count: int = 1
-    client: Any = None
-    coordinates: bool = False
-    calls: int = 0
-    grace: float = 25.0
-    answered: float = 0.0  # when the coordinator last did, by this process's monotonic clock
-    asked: threading.Event = dataclasses.field(default_factory=threading.Event)
-    settled: threading.Event = dataclasses.field(default_factory=threading.Event)
-    over: threading.Event = dataclasses.field(default_factory=threading.Event)
+    count: int = 1  # of processes
+    client: Any = None  # of jax's coordinator
+    coordinates: bool = False  # whether this process runs the coordinator
+    calls: int = 0  # of `name`, which all processes call in the same order
+    grace: float = 25.0  # seconds after SIGTERM after which a process ends in any case
+    answered: float = 0.0  # when the coordinator last answered, by this process's monotonic clock
+    asked: threading.Event = dataclasses.field(default_factory=threading.Event)  # asked to stop
+    settled: threading.Event = dataclasses.field(default_factory=threading.Event)  # outside of `preemptible`
+    over: threading.Event = dataclasses.field(default_factory=threading.Event)  # the run has ended
 
     def name(self, kind: str) -> str:
+        """Returns a key that is the same in all processes, and new at every call."""
         self.calls += 1
         return f"nlae/{kind}/{self.calls}"
 
@@ -37,17 +38,17 @@ world = World()
 
 
 def count() -> int:
-    """How many processes compute this run."""
+    """Returns the number of processes that compute this run."""
     return world.count
 
 
 def is_first() -> bool:
-    """Whether this is the process that reads the corpus, asks providers, decides, and writes all small files."""
+    """Returns whether this is the first process, which reads the corpus, asks providers and writes all small files."""
     return world.index == 0
 
 
 def tell(line: str) -> None:
-    """A line on stderr, if there is one that takes it: what cannot be said must not end a run."""
+    """Prints a line on stderr. A closed or broken stderr is ignored, because it must not end a run."""
     try:
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
@@ -56,8 +57,8 @@ def tell(line: str) -> None:
 
 
 def mute(stream: TextIO) -> None:
-    """Sends what a broken stream still holds nowhere: Python would fail on it once more at its end."""
+    """Redirects a broken stream to the null device: otherwise Python would fail on its buffer once more at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

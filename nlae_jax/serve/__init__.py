@@ -1,1 +1,1 @@
-"""A pair over HTTP: the interface of Neuronpedia's NLA server, and a page to look at explanations with."""
+"""Serves a pair over HTTP: the interface of Neuronpedia's NLA server, and a page that shows explanations."""

@@ -44,16 +44,17 @@ from nlae_jax.serve.wire import (
     explain_result,
 )
 
-_BODY_BYTES = 128 << 20  # of one request: 512 activations of width 8192 as JSON
+_BODY_BYTES = 128 << 20  # the bound of a request's body: 512 activations of width 8192 as JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`secret`: that requests must bring; none if empty. `hosts`: names that browsers may know this server by, if any.
+    """Access and limits of the server.
 
-    `explains`, `describes` (comparisons and the page's directions count as such) and `scores` say how many requests of
-    a kind are worked on at once; what is beyond is refused with 429. `sources` is the same for texts to extract and for
-    completions; what is beyond waits.
+    `secret` must come with every request, unless it is empty. `hosts` are the only host names that requests may use;
+    empty allows all. `explains`, `describes` (with comparisons and the page's directions) and `scores` bound the
+    requests of a kind that are worked on at once; further ones are refused with 429. `sources` bounds texts to extract,
+    and also completions; further ones wait.
     """
 
     secret: str = ""
@@ -65,7 +66,7 @@ class Settings:
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The server around an engine, which is started and stopped with it."""
+    """Makes the server around an engine, which starts and stops with the server."""
     service = Service(engine)
 
     @contextlib.asynccontextmanager
@@ -75,7 +76,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         await asyncio.to_thread(engine.stop)
 
     secret = _secret_check(settings.secret)
-    # Swagger's pages would load scripts from elsewhere; /openapi.json stays.
+    # Swagger's pages would load scripts from other servers. /openapi.json stays.
     app = FastAPI(title="nlae_jax", docs_url=None, redoc_url=None, lifespan=life, dependencies=[Depends(secret)])
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Gone, _gone)
@@ -100,10 +101,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 def _secret_check(secret: str) -> Callable[..., None]:
-    """Raises HTTPException 401 or 403 unless the request brings the secret, if there is one."""
+    """Returns a check that raises HTTPException 401 or 403 unless a request brings the secret, if there is one."""
 
     def check(request: Request, x_secret_key: Annotated[str | None, Header()] = None) -> None:
-        if not secret or wants_page(request):  # the page itself holds nothing; what it asks for then does
+        if not secret or wants_page(request):  # the page holds no data; its later requests are checked
             return
         if x_secret_key is None:
             raise HTTPException(401, "X-SECRET-KEY header required")
@@ -118,7 +119,7 @@ def _too_many(name: str) -> Callable[[int], HTTPException]:
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # the client has gone and will not read it
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
@@ -126,12 +127,12 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _broken(_: Request, error: Exception) -> JSONResponse:
-    """An answer like any other: what is raised further would end the connection, and the client's next request."""
+    """Answers 500. An exception that is raised further would close the connection under the client's next request."""
     return JSONResponse({"detail": str(error)}, 500)
 
 
 class _KnownHosts:
-    """Refuses requests to a name that is not this server's: a web page whose name is made to lead here has another."""
+    """Refuses requests to other host names, against DNS rebinding: a web page whose name is made to resolve to here."""
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
         self._app, self._hosts = app, hosts
@@ -198,7 +199,8 @@ def _add_texts(app: FastAPI, service: Service, places: asyncio.Semaphore) -> Non
             return await asyncio.to_thread(_extracted, service, passage, vectors)
 
 
-def _extracted(service: Service, passage: Passage, vectors: np.ndarray) -> JSONResponse:
+def _extracted(service: Service, passage: Passage, h_TxD: np.ndarray) -> JSONResponse:
+    """Makes the answer of /extract."""
     pieces = service.pieces(passage.ids)
     tokens = [
         {
@@ -208,7 +210,7 @@ def _extracted(service: Service, passage: Passage, vectors: np.ndarray) -> JSONR
             "activation": vector.tolist(),
             "l2_norm": l2_norm(vector),
         }
-        for token, piece, vector in zip(passage.tokens, pieces, vectors, strict=True)
+        for token, piece, vector in zip(passage.tokens, pieces, h_TxD, strict=True)
     ]
     return JSONResponse({"layer_index": service.reader.layer, "tokens": tokens})
 
@@ -217,29 +219,31 @@ def _add_explain(app: FastAPI, service: Service, gate: Gate) -> None:
     @app.post("/explain")
     async def explain(body: Explain, request: Request) -> Response:
         reader = service.reader
-        with contextlib.ExitStack() as held:
-            held.enter_context(gate.enter())
+        with contextlib.ExitStack() as place:
+            place.enter_context(gate.enter())
             service.check_limit(body.max_new_tokens)
             passage = await service.passage(body)
             positions = service.positions(passage, body.positions)
             if body.reverse:
                 positions.reverse()
-            # Explanations at temperature 0 are the same whoever asks.
+            # Explanations at temperature 0 depend on the activation only, so all requests share them.
             keys = [None if body.temperature else prefix_key(passage.ids, position) for position in positions]
             if body.stream:
-                read = await unless_gone(request, service.activations(passage))
+                vectors = await unless_gone(request, service.activations(passage))
                 frames = explain_frames(
-                    service, passage, read, positions, keys, body.max_new_tokens, body.temperature, body.seed
+                    service, passage, vectors, positions, keys, body.max_new_tokens, body.temperature, body.seed
                 )
-                return Events(frames, held.pop_all())
+                return Events(frames, place.pop_all())
 
             async def results() -> list[dict[str, Any]]:
                 vectors = await service.activations(passage)
-                chosen = [vectors[position] for position in positions]
-                done = await service.all_explained(chosen, keys, body.max_new_tokens, body.temperature, body.seed)
+                picked_vectors = [vectors[position] for position in positions]
+                scored = await service.all_explained(
+                    picked_vectors, keys, body.max_new_tokens, body.temperature, body.seed
+                )
                 return [
-                    explain_result(passage.tokens[position], l2_norm(vector), one)
-                    for position, vector, one in zip(positions, chosen, done, strict=True)
+                    explain_result(passage.tokens[position], l2_norm(vector), explanation)
+                    for position, vector, explanation in zip(positions, picked_vectors, scored, strict=True)
                 ]
 
             return JSONResponse({"layer_index": reader.layer, "results": await unless_gone(request, results())})
@@ -249,16 +253,16 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
     @app.post("/describe")
     async def describe(body: Describe, request: Request) -> Response:
         _ = service.reader
-        with contextlib.ExitStack() as held:
-            held.enter_context(describes.enter())
+        with contextlib.ExitStack() as place:
+            place.enter_context(describes.enter())
             service.check_limit(body.max_new_tokens)
             vectors = [service.vector(values, "activations") for values in body.activations]
             keys = [None if body.temperature else vector.tobytes() for vector in vectors]
-            asked = vectors, keys, body.max_new_tokens, body.temperature, body.seed
+            arguments = vectors, keys, body.max_new_tokens, body.temperature, body.seed
             if body.stream:
-                return Events(describe_frames(service, *asked), held.pop_all())
-            done = await unless_gone(request, service.all_explained(*asked))
-            return JSONResponse({"results": [one.fields() for one in done]})
+                return Events(describe_frames(service, *arguments), place.pop_all())
+            scored = await unless_gone(request, service.all_explained(*arguments))
+            return JSONResponse({"results": [explanation.fields() for explanation in scored]})
 
     @app.post("/score")
     async def score(body: Score, request: Request) -> JSONResponse:
@@ -267,8 +271,8 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
             vector = service.vector(body.activation, "activation")
             if not vector.any():
                 raise HTTPException(400, "activation: all zeros; there is no direction to compare with")
-            (one,) = await unless_gone(request, service.scores([body.description], vector[None]))
-            fields = one.fields()
+            (scored,) = await unless_gone(request, service.scores([body.description], vector[None]))
+            fields = scored.fields()
             return JSONResponse({key: fields[key] for key in ("mse", "cosine_similarity")})
 
     @app.post("/compare")
@@ -283,9 +287,9 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
             if not np.isfinite(difference).all():
                 raise HTTPException(400, "activation_a - activation_b: a number is beyond float32")
             keys = [None if body.temperature else difference.tobytes()]
-            asked = [difference], keys, body.max_new_tokens, body.temperature, body.seed
-            (one,) = await unless_gone(request, service.all_explained(*asked))
-            fields = one.fields()
+            arguments = [difference], keys, body.max_new_tokens, body.temperature, body.seed
+            (scored,) = await unless_gone(request, service.all_explained(*arguments))
+            fields = scored.fields()
             return JSONResponse({"description": fields.pop("description"), "diff_norm": l2_norm(difference), **fields})
 
 

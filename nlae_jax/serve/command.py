@@ -1,4 +1,4 @@
-"""`nlae serve`: a socket, the server on it, and its end."""
+"""`nlae serve`: binds a socket, runs the server on it, and ends it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from nlae_jax.serve.page import PATH
 from nlae_jax.serve.reading import Reader
 
 SECRET = "SECRET"  # the environment variable that Neuronpedia's server reads, too
-_MOST_CONNECTIONS = 1024  # beyond which everything is answered 503
-_SHUTDOWN_SECONDS = 5  # that answers under way have when the server is told to stop
+_MOST_CONNECTIONS = 1024  # with more, every request is answered 503
+_SHUTDOWN_SECONDS = 5  # answers under way have this time when the server is asked to stop
 
 
 def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains: int) -> None:
-    """Serves until it is told to stop. `load` is run while the server already answers (503).
+    """Serves until it is asked to stop. While `load` runs, the server already answers with 503.
 
-    Raises UserError where the address is not to be had, or open to others without a token, and whatever `load` raises.
+    Raises UserError where the address cannot be bound, or is open to other machines without a token. Errors of `load`
+    pass through.
     """
     token = token or os.environ.get(SECRET, "")
     if not _is_loopback(host) and not token:
@@ -34,8 +35,8 @@ def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains
         )
     if not token.isascii() or token != token.strip():
         raise UserError("--token: should be ASCII without spaces around it: it travels in a header")
-    bound = _bound(host, port)
-    port = bound.getsockname()[1]
+    listener = _bound(host, port)
+    port = listener.getsockname()[1]
     hosts = () if token else ("127.0.0.1", "localhost", "::1", host.lower())
     engine = Engine(load)
     app = make_app(engine, Settings(secret=token, hosts=tuple(dict.fromkeys(hosts)), explains=explains))
@@ -56,12 +57,13 @@ def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains
     engine.on_ready = lambda: say(f"ready: http://{shown}:{port}{PATH}")
     engine.on_failure = failed
     say(f"nlae serve: http://{shown}:{port} answers; the pair is loading")
-    server.run(sockets=[bound])
+    server.run(sockets=[listener])
     if engine.failure is not None:
         raise engine.failure
 
 
 def _is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -71,15 +73,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that nobody else has. Raises UserError."""
+    """Returns a socket bound to the address. Raises UserError where that is not possible."""
     if not 0 <= port < 65536:
         raise UserError(f"--port: {port} should be from 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except (OSError, UnicodeError) as error:  # a name that no domain can have is a UnicodeError
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: cannot be served on ({problem})") from None
-    return bound
+    return listener

@@ -1,8 +1,8 @@
-"""The device at work for many at once: one thread that owns it, and what others ask of that thread.
+"""Runs the device for many requests at once: one thread owns the device, and other threads hand it work.
 
-Explanations of all requests are written in the same tables, a few tokens at a time; between two rounds whatever else
-needs the device is done (a text is read, a description scored, a completion goes on). A request's rows wait in a queue
-of its own, and the queues take turns, so that a long text does not keep a single token waiting.
+Explanations of all requests are written in the same tables, a few tokens in a round. Between two rounds the thread does
+all other work: it reads texts, scores descriptions and continues completions. Each request has its own queue of rows,
+and the queues take turns, so that a long text does not keep a single token waiting.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.tables import CAPACITIES, Entry, Table, room_for
 
-_ROUND_SECONDS = 0.25  # that a round of decoding should take: words are to come as if somebody wrote them
-_STOP_SECONDS = 10  # that a round, or loading, may take to come to its end
-_QUIET_SECONDS = 2.0  # after which the device prepares for what was not asked for yet
-_MOST_TOKENS = 16  # a round's
+_ROUND_SECONDS = 0.25  # the intended time of a round of decoding: words should appear as if somebody wrote them
+_STOP_SECONDS = 10  # a round, or loading, has this time to end when the engine is stopped
+_QUIET_SECONDS = 2.0  # after this time without work the device compiles sizes that were not needed yet
+_MOST_TOKENS = 16  # of a round
 _SCORED_AT_ONCE = 16
-_CACHED = 20_000  # explanations that are kept
+_CACHED = 20_000  # explanations in the cache
 
 log = logging.getLogger("nlae_jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """What is known of an explanation: `text` is everything that the encoder has written, the opening tag included.
+    """The state of an explanation. `text` is everything that the encoder has written, with the opening tag.
 
-    `description` is there once it has ended, `mse` and `cos` once it is scored; `cos` is NaN for a vector of zeros.
-    `error` says why there will be nothing more.
+    `description` is set once the explanation has ended, `mse` and `cos` once it is scored; `cos` is NaN for a vector of
+    zeros. `error` says why the explanation was given up.
     """
 
     text: str = OPENING
@@ -50,12 +50,13 @@ class Explained:
 
     @property
     def final(self) -> bool:
+        """Whether the state will not change any more."""
         return self.mse is not None or self.error is not None
 
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """An explanation to be written, and who waits for it. Several may: the same vector is explained once."""
+    """An explanation to be written, and the watchers of its state. Requests for the same vector share one."""
 
     vector: np.ndarray
     limit: int
@@ -66,6 +67,7 @@ class Work:
     state: Explained = Explained()
 
     def tell(self, state: Explained) -> None:
+        """Sets the state and calls all watchers with it."""
         self.state = state
         for watcher in list(self.watchers):
             watcher(state)
@@ -73,7 +75,7 @@ class Work:
 
 @dataclasses.dataclass(eq=False)
 class Completion:
-    """A text that the subject goes on with. `watcher` is told all its new ids so far, and whether they are all."""
+    """A text that the subject continues. `watcher` gets all new ids so far, whether it has ended, and an error text."""
 
     ids: Sequence[int]
     limit: int
@@ -85,12 +87,15 @@ class Completion:
 
 
 def description_of(text: str) -> str:
-    """What stands between the tags, stripped; everything after the opening tag where it was never closed."""
+    """Returns the stripped text between the tags, or everything after the opening tag where it was not closed."""
     return text.removeprefix(OPENING).partition(CLOSING)[0].strip()
 
 
 class Engine:
-    """`load` makes the `Reader`; it runs in the engine's thread, and `reader` is there when it is done."""
+    """Owns the device. `load` makes the `Reader` in the engine's thread, which then sets `reader`.
+
+    With `warm` it also compiles the sizes that requests will need, before `on_ready` is called and when idle.
+    """
 
     def __init__(self, load: Callable[[], Reader], warm: bool = True) -> None:
         self.reader: Reader | None = None
@@ -114,16 +119,16 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """After the round that is under way; nobody is told anything more."""
+        """Stops after the round under way. No watcher is called after that."""
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
         self._thread.join(timeout=_STOP_SECONDS)
 
-    # What other threads ask for.
+    # Called by other threads.
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Runs `function` in the device's thread, before the next round."""
+        """Runs `function` in the device's thread, before the next round, and returns its future."""
         future: Future[Any] = Future()
         with self._wake:
             self._calls.append((function, future))
@@ -139,34 +144,34 @@ class Engine:
         seeds: Sequence[int],
         watch: Callable[[int, Explained], None],
     ) -> Callable[[], None]:
-        """Explanations of a request's vectors. Returns what cancels those that nobody else waits for.
+        """Begins to explain a request's vectors. Returns a function that cancels those that no other request watches.
 
-        `watch(number, state)` is called from the device's thread, or at once for what is known already. A `key` says
-        that explanations with the same key, limit and temperature are the same: they are written once, and kept.
+        `watch(number, state)` is called from the device's thread, or at once for explanations in the cache.
+        Explanations with the same `key` (not None), limit and temperature are equal: they are written once and cached.
         """
         queue: collections.deque[Work] = collections.deque()
         joined: list[tuple[Work, Callable[[Explained], None]]] = []
-        known: list[tuple[int, Explained]] = []
+        cached: list[tuple[int, Explained]] = []
         with self._wake:
             for number, (vector, key, seed) in enumerate(zip(vectors, keys, seeds, strict=True)):
-                full = None if key is None else hashlib.sha256(b"%d %r " % (limit, temperature) + key).digest()
-                if full is not None and (found := self._known.get(full)) is not None:
-                    self._known.move_to_end(full)
-                    known.append((number, found))
+                cache_key = None if key is None else hashlib.sha256(b"%d %r " % (limit, temperature) + key).digest()
+                if cache_key is not None and (cached_state := self._known.get(cache_key)) is not None:
+                    self._known.move_to_end(cache_key)
+                    cached.append((number, cached_state))
                     continue
                 watcher = lambda state, number=number: watch(number, state)  # noqa: E731
-                work = self._flying.get(full) if full is not None else None
+                work = self._flying.get(cache_key) if cache_key is not None else None
                 if work is None:
-                    work = Work(np.asarray(vector, np.float32), limit, temperature, seed, full, [])
+                    work = Work(np.asarray(vector, np.float32), limit, temperature, seed, cache_key, [])
                     queue.append(work)
-                    if full is not None:
-                        self._flying[full] = work
+                    if cache_key is not None:
+                        self._flying[cache_key] = work
                 work.watchers.append(watcher)
                 joined.append((work, watcher))
             if queue:
                 self._queues.append(queue)
                 self._wake.notify_all()
-        for number, state in known:
+        for number, state in cached:
             watch(number, state)
 
         def cancel() -> None:
@@ -178,11 +183,12 @@ class Engine:
         return cancel
 
     def complete(self, completion: Completion) -> None:
+        """Begins a completion. It ends early once its `cancelled` is set."""
         with self._wake:
             self._completions.append(completion)
             self._wake.notify_all()
 
-    # The device's thread.
+    # Run in the device's thread.
 
     def _run(self) -> None:
         try:
@@ -190,7 +196,7 @@ class Engine:
             if self._warm:
                 reader.warm()
             self.reader = reader
-        except BaseException as error:  # also an exit that a library asks for: this thread is not the one to do it
+        except BaseException as error:  # also SystemExit of a library: only the main thread may end the process
             self.failure = error
             self.on_failure()
             return
@@ -198,39 +204,41 @@ class Engine:
         more = reader.warm_more() if self._warm else iter(())
         while self._wait(more):
             self._do_calls()
-            for step in (self._write, self._score, self._go_on):
+            for step in (self._write, self._score, self._continue_completions):
                 try:
                     step()
                 except Exception as error:
                     log.exception("the device's work failed")
-                    self._give_up(error)
+                    self._give_up_all(error)
 
     def _wait(self, idle: Iterator[None]) -> bool:
-        """Until there is something to do; False when it is time to stop. What `idle` yields between is done first."""
-        asked = lambda: (  # noqa: E731
+        """Waits until there is work, and returns False when it is time to stop. Runs the steps of `idle` meanwhile."""
+        has_work = lambda: (  # noqa: E731
             self._calls or self._queues or self._tables or self._unscored or self._completions
         )
         while True:
             with self._wake:
-                # A moment of quiet first: whoever has just asked for something often asks for more.
-                if self._wake.wait_for(lambda: self._stopped or asked(), _QUIET_SECONDS):
+                # A pause before an idle step: a client that has just sent a request often sends another one.
+                if self._wake.wait_for(lambda: self._stopped or has_work(), _QUIET_SECONDS):
                     return not self._stopped
             try:
-                left = next(idle, self) is not self
-            except Exception:  # it was only a preparation
+                has_idle_work = next(idle, self) is not self
+            except Exception:  # an idle step only prepares, so requests can still be served
                 log.exception("the device cannot prepare for more")
-                left = False
-            if not left:
+                has_idle_work = False
+            if not has_idle_work:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._stopped or asked())
+                    self._wake.wait_for(lambda: self._stopped or has_work())
                     return not self._stopped
 
     @property
     def _ready(self) -> Reader:
+        """The reader, once it is loaded."""
         assert self.reader is not None
         return self.reader
 
     def _do_calls(self) -> None:
+        """Runs the functions that other threads have handed over."""
         while True:
             with self._wake:
                 if not self._calls:
@@ -246,20 +254,21 @@ class Engine:
                 future.set_exception(error)
 
     def _write(self) -> None:
-        """A round of every table: who is gone leaves, who waits comes, all write some tokens."""
+        """Runs a round of every table: admits waiting rows, removes unwatched ones, and draws some tokens in each."""
         self._admit()
         for longest, table in list(self._tables.items()):
             try:
-                self._write_some(table)
+                self._draw_in_table(table)
             except Exception as error:
-                self._lose(longest, error)
+                self._give_up_table(longest, error)
             else:
                 if not len(table):
                     del self._tables[longest]
 
-    def _write_some(self, table: Table) -> None:
-        gone = self._without_watchers(table.holders)
-        table.remove(gone.__contains__)
+    def _draw_in_table(self, table: Table) -> None:
+        """Draws some tokens in each row of a table and tells the watchers."""
+        unwatched = self._without_watchers(table.holders)
+        table.remove(unwatched.__contains__)
         began, size = time.perf_counter(), table.size
         ended: list[Work] = []
         rows = table.advance(self._count(size))
@@ -271,7 +280,7 @@ class Engine:
                 ended.append(work)
                 self._unscored.append(work)
             else:
-                text = text.rstrip("\ufffd")  # the rest of a character is still to come
+                text = text.rstrip("\ufffd")  # the last character may be incomplete
             if text != work.state.text or done:
                 work.tell(Explained(text, description_of(text) if done else None))
         if rows:
@@ -279,16 +288,18 @@ class Engine:
         table.remove(set(ended).__contains__)
 
     def _count(self, size: tuple[object, ...]) -> int:
-        """Tokens of the next round."""
+        """Returns the number of tokens of the next round, from the pace at this size."""
         seconds = self._pace.get(size)
         return 4 if seconds is None else max(1, min(_MOST_TOKENS, round(_ROUND_SECONDS / seconds)))
 
     def _learn_pace(self, size: tuple[object, ...], seconds: float, tokens: int) -> None:
+        """Records the seconds per token at this size."""
         if tokens and size != (0, 0):
             self._pace[size] = seconds / tokens
 
     def _admit(self) -> None:
-        taken: dict[int, list[Work]] = collections.defaultdict(list)
+        """Moves waiting rows into tables as far as there is room. The requests' queues take turns."""
+        admitted: dict[int, list[Work]] = collections.defaultdict(list)
         with self._wake:
             waiting = len(self._queues)
             while self._queues and waiting:
@@ -300,43 +311,45 @@ class Engine:
                     continue
                 longest = room_for(queue[0].limit, self._ready.most_new_tokens)
                 table = self._tables.get(longest) or Table(self._ready.encoder, longest)
-                if table.room > len(taken[longest]):
-                    taken[longest].append(queue.popleft())
+                if table.room > len(admitted[longest]):
+                    admitted[longest].append(queue.popleft())
                     waiting = len(self._queues) + 1
                 else:
                     waiting -= 1
                 if queue:
                     self._queues.append(queue)
-        for longest, works in taken.items():
+        for longest, works in admitted.items():
             if works:
                 table = self._tables.setdefault(longest, Table(self._ready.encoder, longest))
                 entries = [Entry(work.vector, work.limit, work.temperature, work.seed) for work in works]
                 try:
                     table.add(entries, works)
                 except Exception as error:
-                    self._lose(longest, error, works)
+                    self._give_up_table(longest, error, works)
 
     def _without_watchers(self, works: Iterable[Work]) -> set[Work]:
-        """Those that nobody waits for: nobody will from here on, since they cannot be found any more."""
+        """Returns the works without watchers, and forgets them, so that no later request can join them."""
         with self._wake:
-            gone = {work for work in works if not work.watchers}
-            for work in gone:
+            unwatched = {work for work in works if not work.watchers}
+            for work in unwatched:
                 self._forget(work)
-        return gone
+        return unwatched
 
     def _forget(self, work: Work) -> None:
+        """Removes a work from those that later requests may join. The lock must be held."""
         if work.key is not None and self._flying.get(work.key) is work:
             del self._flying[work.key]
 
     def _score(self) -> None:
+        """Scores some of the explanations that have ended."""
         works = [self._unscored.popleft() for _ in range(min(_SCORED_AT_ONCE, len(self._unscored)))]
-        gone = self._without_watchers(works)
-        works = [work for work in works if work not in gone]
+        unwatched = self._without_watchers(works)
+        works = [work for work in works if work not in unwatched]
         if works:
             self._score_together(works)
 
     def _score_together(self, works: Sequence[Work]) -> None:
-        """Where this fails, each by itself: one description that cannot be read is no fault of the others."""
+        """Scores explanations in one batch. If it fails, each is scored by itself, so that only the bad one fails."""
         try:
             scores = self._ready.score([w.state.description or "" for w in works], np.stack([w.vector for w in works]))
         except Exception as error:
@@ -357,24 +370,24 @@ class Engine:
                         self._known.popitem(last=False)
             work.tell(state)
 
-    def _go_on(self) -> None:
-        """A round of every completion."""
+    def _continue_completions(self) -> None:
+        """Runs a round of every completion."""
         for completion in list(self._completions):
             error = None
             if not completion.cancelled:
                 try:
-                    if self._one_more(completion):
+                    if self._draw(completion):
                         continue
                 except Exception as failure:
                     log.exception("a completion failed")
-                    error = _said(failure)
+                    error = _error_text(failure)
             with self._wake:
                 self._completions.remove(completion)
             if error:
                 completion.watcher([], True, error)
 
-    def _one_more(self, completion: Completion) -> bool:
-        """Whether there is more to come."""
+    def _draw(self, completion: Completion) -> bool:
+        """Draws some tokens of a completion and calls its watcher. Returns whether it goes on."""
         if completion.table is None:
             source = self._ready.padded(completion.ids, left=True, room=completion.limit)
             most = self._ready.subject.arch.most_tokens
@@ -389,25 +402,27 @@ class Engine:
         completion.watcher(tokens.tolist(), done, None)
         return not done
 
-    def _lose(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
-        """What is written in one table is lost, and `more`: those who wait are told so; the other tables go on."""
+    def _give_up_table(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
+        """Gives up the explanations in one table, and `more`, and tells their watchers. The other tables go on."""
         log.error("the device's work failed", exc_info=error)
         works = {*self._tables.pop(longest).holders, *more} - {*self._unscored}
         self._fail(list(works), error)
 
-    def _give_up(self, error: Exception) -> None:
-        """Whatever is being written is lost: those who wait are told so, and the next ones begin afresh."""
+    def _give_up_all(self, error: Exception) -> None:
+        """Gives up all explanations under way and tells their watchers. Later requests begin with new tables."""
         works = [work for table in self._tables.values() for work in table.holders] + list(self._unscored)
         self._tables, self._unscored = {}, collections.deque()
         self._fail(works, error)
 
     def _fail(self, works: Sequence[Work], error: Exception) -> None:
+        """Tells the watchers of works that these have failed."""
         with self._wake:
             for work in works:
                 self._forget(work)
         for work in works:
-            work.tell(dataclasses.replace(work.state, error=_said(error)))
+            work.tell(dataclasses.replace(work.state, error=_error_text(error)))
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
+    """Returns an error's type and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"

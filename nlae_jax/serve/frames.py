@@ -1,4 +1,4 @@
-"""Answers put together from what the service gives, whole and as the frames of streams."""
+"""Makes answers from the service's results, whole or as the frames of a stream."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ Frames = AsyncGenerator[dict[str, Any], None]
 
 
 def tokenized(passage: Passage) -> dict[str, Any]:
-    """What /tokenize answers."""
+    """Returns the answer of /tokenize."""
     tokens = [token_info(token) for token in passage.tokens]
     return {"tokens": tokens, "prompt_length": len(tokens), "text": passage.text}
 
 
 def l2_norm(vector: np.ndarray) -> float:
+    """Returns the L2 norm, computed in float64."""
     return float(np.linalg.norm(vector.astype(np.float64)))
 
 
@@ -36,26 +37,27 @@ async def explain_frames(
     temperature: float,
     seed: int | None,
 ) -> Frames:
-    """The frames of an /explain stream, `[DONE]` left out."""
+    """Yields the frames of an /explain stream, without `[DONE]`."""
     yield {"layer_index": service.reader.layer, "total": len(positions), "prompt_length": len(passage.tokens)}
-    chosen = [vectors[position] for position in positions]
-    told: dict[int, str] = {}
-    async with contextlib.aclosing(service.explained(chosen, keys, limit, temperature, seed)) as states:
+    picked_vectors = [vectors[position] for position in positions]
+    sent_text: dict[int, str] = {}
+    async with contextlib.aclosing(service.explained(picked_vectors, keys, limit, temperature, seed)) as states:
         async for number, state in states:
             position = positions[number]
-            if told.get(number) != state.text:
-                told[number] = state.text
+            if sent_text.get(number) != state.text:
+                sent_text[number] = state.text
                 yield {"position": position, "text": state.text, "done": False}
             if state.final:
-                yield explain_result(passage.tokens[position], l2_norm(chosen[number]), scored(state))
+                yield explain_result(passage.tokens[position], l2_norm(picked_vectors[number]), scored(state))
 
 
-async def describe_frames(service: Service, *asked: Any) -> Frames:
-    told: dict[int, str] = {}
-    async with contextlib.aclosing(service.explained(*asked)) as states:
+async def describe_frames(service: Service, *arguments: Any) -> Frames:
+    """Yields the frames of a /describe stream, without `[DONE]`. `arguments` are those of `Service.explained`."""
+    sent_text: dict[int, str] = {}
+    async with contextlib.aclosing(service.explained(*arguments)) as states:
         async for number, state in states:
-            if told.get(number) != state.text:
-                told[number] = state.text
+            if sent_text.get(number) != state.text:
+                sent_text[number] = state.text
                 yield {"index": number, "text": state.text, "done": False}
             if state.final:
                 yield scored(state).fields()
@@ -64,10 +66,10 @@ async def describe_frames(service: Service, *asked: Any) -> Frames:
 async def completion_frames(
     service: Service, passage: Passage, limit: int, temperature: float, seed: int, places: asyncio.Semaphore
 ) -> Frames:
-    """The frames of a /completion stream, `[DONE]` left out."""
+    """Yields the frames of a /completion stream, without `[DONE]`."""
     async with places:
-        before = [token_info(token) for token in passage.tokens]
-        yield {"type": "prompt", "prompt_length": len(before), "tokens": before}
+        prompt = [token_info(token) for token in passage.tokens]
+        yield {"type": "prompt", "prompt_length": len(prompt), "tokens": prompt}
         ids = list(passage.ids)
         async with contextlib.aclosing(service.completed(passage, limit, temperature, seed)) as rounds:
             async for tokens in rounds:
@@ -78,7 +80,7 @@ async def completion_frames(
 
 
 async def completed(frames: Frames) -> dict[str, Any]:
-    """What a plain /completion answers: its stream put together."""
+    """Returns the answer of a /completion that is not streamed, made from its frames."""
     answer: dict[str, Any] = {}
     async with contextlib.aclosing(frames):
         async for frame in frames:

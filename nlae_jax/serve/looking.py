@@ -1,6 +1,6 @@
-"""A neuron or direction in a few seconds: what the pair says when the mean activation is pushed along it.
+"""Examines a neuron or direction in a few seconds: it explains the mean activation pushed along the direction.
 
-`nlae neuron` and `nlae direction` look at contexts and surprisal too, which takes minutes.
+`nlae neuron` and `nlae direction` also examine contexts and surprisal, which takes minutes.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from nlae_jax.explore.directions import STEPS, control_directions, heard_of, pus
 from nlae_jax.explore.neurons import neuron_directions, parse_neuron
 from nlae_jax.serve.service import Service
 
-_TOKENS = 8  # that are promoted, and as many that are suppressed
+_TOKENS = 8  # promoted tokens, and as many suppressed ones
 
 
 async def look_at(service: Service, vector: np.ndarray | None, neuron: str, side: str) -> dict[str, Any]:
-    """A neuron's `write`, `gate` or `up` direction, or a `vector` [d], beside a random direction and a shuffle of it.
+    """Examines a neuron's `write`, `gate` or `up` direction, or a `vector` [d], beside two controls.
 
-    Raises UserError where there is no such neuron.
+    The controls are a random direction and a shuffle of the components. Raises UserError where the neuron does not
+    exist.
     """
     reader = service.reader
     if vector is None:
         layer, index = parse_neuron(neuron, reader.subject.arch)
-        found = await service.on_device(lambda: neuron_directions(reader.explainer, layer, index))
-        vector = found[side]
+        vectors = await service.on_device(lambda: neuron_directions(reader.explainer, layer, index))
+        vector = vectors[side]
     kinds = [("direction", unit(vector)), *control_directions(unit(vector), 1, 0)]
     pushed = await service.on_device(lambda: pushed_along(reader.explainer, [u for _, u in kinds], STEPS))
     keys = [h.tobytes() for h in pushed]
     limit = min(reader.explainer.max_new_tokens, reader.most_new_tokens)
-    said = await service.all_explained(list(pushed), keys, limit, 0.0, 0)
-    texts = [one.description for one in said]
+    explanations = await service.all_explained(list(pushed), keys, limit, 0.0, 0)
+    texts = [explanation.description for explanation in explanations]
     rebuilt = await service.on_device(lambda: reader.reconstruct(texts))
     heard = heard_of(rebuilt, pushed).tolist()
     promoted, suppressed = await service.on_device(lambda: token_effects(reader.explainer, vector, _TOKENS))

@@ -1,4 +1,4 @@
-"""The page that the server shows to people, and what only the page asks for."""
+"""The server's page for people, and the endpoints that only the page uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nlae_jax.serve.wire import LIMITS, Description, Input, Text, Vector
 
 PATH = "/viewer"
 
-_STEERED_TOKENS = 24  # of a continuation: the device does nothing else meanwhile
+_STEERED_TOKENS = 24  # of a continuation: few, because the device does nothing else meanwhile
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -34,11 +34,13 @@ _HEADERS = {
 
 
 class Texts(BaseModel):
+    """Several explanations."""
+
     texts: Annotated[list[Description], Field(max_length=16)]
 
 
 class Edit(Input):
-    """An edit of an explanation, for the subject to go on with; `alpha`: how far it is pushed, in units of ‖h‖."""
+    """An edit of an explanation to steer by. `alpha` is the length of the push, in units of ‖h‖."""
 
     positions: Annotated[list[int], Field(min_length=1, max_length=LIMITS["max_positions_per_request"])]
     original: Description
@@ -47,7 +49,7 @@ class Edit(Input):
 
 
 class Look(BaseModel):
-    """A neuron as `BLOCK:NEURON`, or a vector of the residual stream, which wins."""
+    """A neuron as `BLOCK:NEURON`, or a vector of the residual stream. With both, the vector counts."""
 
     neuron: Annotated[Text, Field(max_length=40)] = ""
     side: Literal["write", "gate", "up"] = "write"
@@ -55,19 +57,21 @@ class Look(BaseModel):
 
 
 class OwnWords(Input):
+    """A reader's description of the activation at one position of a text."""
+
     position: int
     description: Description
 
 
 def wants_page(request: Request) -> bool:
-    """A browser's navigation: it asks for HTML, which programs do not."""
+    """Returns whether a request is a browser's navigation, which accepts HTML; programs do not ask for it."""
     path, accepted = request.url.path, request.headers.get("accept", "")
     return request.method in ("GET", "HEAD") and (path == PATH or (path == "/" and "text/html" in accepted))
 
 
 @functools.cache
 def _page() -> tuple[str, str]:
-    """The page, and the policy that lets it run its own script, whatever a text or an explanation holds."""
+    """Returns the page and its content security policy, which allows only the page's scripts, never one in a text."""
     page = VIEWER.read_text(encoding="utf-8")
     digests = [hashlib.sha256(script.encode()).digest() for script in _SCRIPT.findall(page)]
     scripts = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
@@ -78,12 +82,13 @@ def _page() -> tuple[str, str]:
 
 
 def page_response() -> Response:
+    """Returns the page with its headers."""
     page, policy = _page()
     return HTMLResponse(page, headers={**_HEADERS, "content-security-policy": policy})
 
 
 def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
-    """`describes`: how many directions may be looked at at once, together with what else explains vectors."""
+    """Adds the page and its endpoints. `describes` bounds directions together with other requests of vectors."""
 
     @app.get(PATH)
     async def viewer() -> Response:
@@ -91,26 +96,26 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
 
     @app.get("/api/page")
     async def info() -> JSONResponse:
-        """What the page says of the pair. 503 while it loads."""
+        """Returns the page's information about the pair; 503 while it loads."""
         return JSONResponse(await _info(service))
 
     @app.post("/api/page/agreement")
     async def agree(body: Texts) -> JSONResponse:
-        """How much several explanations of one token have in common."""
+        """Returns the agreement of several explanations of one token."""
         return JSONResponse({"agreement": agreement(body.texts), "consensus": consensus(body.texts)})
 
     @app.post("/api/page/score")
     async def score(body: OwnWords, request: Request) -> JSONResponse:
-        """A reader's own words scored against a token's activation."""
+        """Scores a reader's description against a token's activation."""
         passage = await service.passage(body)
         (position,) = service.positions(passage, [body.position])
         vectors = await unless_gone(request, service.activations(passage))
-        (one,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
-        return JSONResponse(one.fields())
+        (scored,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
+        return JSONResponse(scored.fields())
 
     @app.post("/api/page/direction")
     async def direction(body: Look, request: Request) -> JSONResponse:
-        """What the pair says along a neuron or direction, beside controls."""
+        """Explains pushes along a neuron or direction, beside controls."""
         _ = service.reader
         with describes.enter():
             vector = None if body.vector is None else service.vector(body.vector, "vector")
@@ -122,7 +127,7 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
 
     @app.post("/api/page/steer")
     async def steer_(body: Edit, request: Request) -> JSONResponse:
-        """What the subject writes next: as it is, pushed by the edit, and pushed as far in random directions.
+        """Returns the subject's continuations: unsteered, pushed by the edit, and pushed in random directions.
 
         The device does nothing else meanwhile.
         """
@@ -131,20 +136,26 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
         positions, reader = service.positions(passage, body.positions), service.reader
         settings = Settings((body.alpha,), controls=3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0)
         with one_at_a_time.enter():
-            asked = reader.explainer, passage, positions, body.edited, body.original, None, settings
-            found = await unless_gone(request, service.on_device(lambda: steer(*asked)))
-        outcomes = (found.before, *found.edits, *found.controls)
-        return JSONResponse({"outcomes": [_outcome(one) for one in outcomes]})
+            arguments = reader.explainer, passage, positions, body.edited, body.original, None, settings
+            report = await unless_gone(request, service.on_device(lambda: steer(*arguments)))
+        outcomes = (report.before, *report.edits, *report.controls)
+        return JSONResponse({"outcomes": [_outcome(outcome) for outcome in outcomes]})
 
 
-def _outcome(one: Outcome) -> dict[str, Any]:
-    """`nll`: how strange the subject as it is finds what it wrote, in nats a token."""
-    return {"kind": one.kind, "alpha": one.alpha, "text": one.continuations[0], "nll": one.nll}
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    """Returns an outcome as JSON. `nll` is −log p per token of the text under the unsteered subject, in nats."""
+    return {
+        "kind": outcome.kind,
+        "alpha": outcome.alpha,
+        "text": outcome.continuations[0],
+        "nll": outcome.nll,
+    }
 
 
 async def _info(service: Service) -> dict[str, Any]:
+    """Collects the page's information about the pair."""
     reader = service.reader
-    known = await service.on_device(lambda: reader.statistics)
+    statistics = await service.on_device(lambda: reader.statistics)
     return {
         "name": reader.name,
         "subject": reader.subject_name,
@@ -153,10 +164,10 @@ async def _info(service: Service) -> dict[str, Any]:
         "chat": service.has_chat_template,
         "blocks": reader.subject.arch.num_layers,
         "neurons": reader.subject.arch.d_ff,
-        "variance": known.variance,
-        "norm_low": known.norm_low,
-        "norm_high": known.norm_high,
-        "statistics": known.source,
+        "variance": statistics.variance,
+        "norm_low": statistics.norm_low,
+        "norm_high": statistics.norm_high,
+        "statistics": statistics.source,
         "rates": reader.rates,
         "max_new_tokens": min(reader.explainer.max_new_tokens, reader.most_new_tokens),
         "steer": True,

@@ -1,4 +1,4 @@
-"""The encoder and the subject as programs of `tables`: what begins a row, and how a token is fed."""
+"""Makes the encoder and the subject programs of `tables`: how a row begins, and how a token is fed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlae_jax.serve.tables import Program
 
 
 def encoder_program(roles: Roles, pair: Pair) -> Program:
-    """Explanations; a row's source is an activation [d] float32."""
+    """Makes the program of explanations. A row's source is an activation [d] float32."""
     encoder = roles.encoder
 
     def prefill(variables: Any, h_BxD: jax.Array) -> tuple[jax.Array, Any]:
@@ -23,9 +23,9 @@ def encoder_program(roles: Roles, pair: Pair) -> Program:
     def caches(h_BxD: jax.Array, capacity: int, dtype: Any) -> Any:
         return encoder.empty_caches((h_BxD.shape[0], 1), capacity, dtype)
 
-    def decode(variables: Any, weights: Any, token: jax.Array, step: jax.Array, contexts: Any, own: Any) -> Any:
-        logits, own = encoder.apply(variables, token[:, None], step, contexts, own, weights, method="decode")
-        return logits[:, 0], own
+    def decode(variables: Any, weights: Any, token: jax.Array, step: jax.Array, contexts: Any, grown: Any) -> Any:
+        logits, grown = encoder.apply(variables, token[:, None], step, contexts, grown, weights, method="decode")
+        return logits[:, 0], grown
 
     protocol = encoder.protocol
     variables = roles.encoder_variables(pair.base, pair.encoder)
@@ -33,7 +33,7 @@ def encoder_program(roles: Roles, pair: Pair) -> Program:
 
 
 def subject_program(subject: LanguageModel) -> Program:
-    """Completions; a row's source is its prompt's ids and mask, [T] int32 and [T] bool, padded on the left."""
+    """Makes the program of completions. A row's source is a prompt's ids [T] int32 and mask [T] bool, padded left."""
     role = Subject(subject.arch)
 
     def prefill(variables: Any, source: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
@@ -42,10 +42,10 @@ def subject_program(subject: LanguageModel) -> Program:
     def caches(source: tuple[jax.Array, jax.Array], capacity: int, dtype: Any) -> Any:
         return role.empty_caches(source[1].sum(-1).astype(jnp.int32), capacity, dtype)
 
-    def decode(variables: Any, weights: Any, token: jax.Array, step: jax.Array, contexts: Any, own: Any) -> Any:
-        # The positions of what is written follow the prompt's; the room knows where they begin.
-        start = (own[0] if isinstance(own, list) else own).positions[:, 0]
-        return role.apply(variables, token, step, start, contexts, own, weights, method="decode")
+    def decode(variables: Any, weights: Any, token: jax.Array, step: jax.Array, contexts: Any, grown: Any) -> Any:
+        # A row's positions begin after its prompt. Its caches know that position.
+        start = (grown[0] if isinstance(grown, list) else grown).positions[:, 0]
+        return role.apply(variables, token, step, start, contexts, grown, weights, method="decode")
 
     variables = {"params": {"lm": subject.params}}
     return Program(role, variables, prefill, caches, decode, (), tuple(subject.stop_ids))

@@ -1,4 +1,4 @@
-"""`/api/nla/*`: what Neuronpedia's public site offers to programs, with the pair that is served as its only source."""
+"""`/api/nla/*`: the interface of Neuronpedia's public site for programs. The served pair is its only source."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _HEADERS = {
 
 
 def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: str) -> ASGIApp:
-    """An application of its own: its errors are `{"error": …}`, and web pages of other origins may read its answers.
+    """Makes a separate application, whose errors are `{"error": …}` and whose answers other origins may read.
 
-    They may not send it JSON: nothing here answers their preflight.
+    Web pages of other origins cannot send it JSON, because no endpoint answers their preflight.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(_key_check(secret))])
     app.add_exception_handler(StarletteHTTPException, _failed)
@@ -52,23 +52,23 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
 
     @app.post("/explain")
     async def explain(body: PublicExplain, request: Request) -> Response:
-        given = _input(body)
-        with contextlib.ExitStack() as held:
-            held.enter_context(gate.enter())
-            passage = await service.passage(given)
+        parsed = _input(body)
+        with contextlib.ExitStack() as place:
+            place.enter_context(gate.enter())
+            passage = await service.passage(parsed)
             positions = _positions(passage, body.positions)
-            # Asked again, it answers the same, whatever the temperature.
+            # As on the public site, a repeated request gets the same answer, whatever the temperature.
             keys: list[bytes | None] = [prefix_key(passage.ids, position) for position in positions]
             vectors = await unless_gone(request, service.activations(passage))
-            asked = keys, min(_NEW_TOKENS, service.reader.most_new_tokens), body.temperature, None
+            arguments = keys, min(_NEW_TOKENS, service.reader.most_new_tokens), body.temperature, None
             if body.stream:
-                frames = explain_frames(service, passage, vectors, positions, *asked)
-                return Events(frames, held.pop_all())
-            chosen = [vectors[position] for position in positions]
-            done = await unless_gone(request, service.all_explained(chosen, *asked))
+                frames = explain_frames(service, passage, vectors, positions, *arguments)
+                return Events(frames, place.pop_all())
+            picked_vectors = [vectors[position] for position in positions]
+            scored = await unless_gone(request, service.all_explained(picked_vectors, *arguments))
             results = [
-                explain_result(passage.tokens[position], l2_norm(vector), one)
-                for position, vector, one in zip(positions, chosen, done, strict=True)
+                explain_result(passage.tokens[position], l2_norm(vector), explanation)
+                for position, vector, explanation in zip(positions, picked_vectors, scored, strict=True)
             ]
             shape = {"layer_index": service.reader.layer, "prompt_length": len(passage.tokens)}
             return JSONResponse({"results": results, **shape})
@@ -88,7 +88,7 @@ def public_app(service: Service, gate: Gate, places: asyncio.Semaphore, secret: 
 
 
 async def source(service: Service) -> dict[str, Any]:
-    """The pair as the site lists one. `norm` is what mse is divided by: that of predicting the mean of the data."""
+    """Describes the pair as the site lists a source. `norm`, which mse is divided by, is the variance of the data."""
     reader = service.reader
     norm = await service.on_device(lambda: reader.statistics.variance)
     model = {"id": reader.subject_name, "displayName": reader.subject_name, "openRouterAvailable": False}
@@ -109,24 +109,24 @@ async def source(service: Service) -> dict[str, Any]:
 
 
 def _key_check(secret: str) -> Callable[..., None]:
-    """Raises HTTPException 401 or 403 unless one of the two headers has the secret, if there is one."""
+    """Returns a check that raises HTTPException 401 or 403 unless a header has the secret, if there is one."""
 
     def check(
         x_secret_key: Annotated[str | None, Header()] = None, x_api_key: Annotated[str | None, Header()] = None
     ) -> None:
-        given = x_secret_key or x_api_key
+        key = x_secret_key or x_api_key
         if not secret:
             return
-        if given is None:
+        if key is None:
             raise HTTPException(401, "X-SECRET-KEY or x-api-key header required")
-        if not secrets.compare_digest(given.encode(), secret.encode()):
+        if not secrets.compare_digest(key.encode(), secret.encode()):
             raise HTTPException(403, "Invalid secret key")
 
     return check
 
 
 def _input(body: PublicInput, enable_thinking: bool | None = None) -> Input:
-    """The request as the server takes it. Here a text wins over messages."""
+    """Turns a request into the server's `Input`. Here a text counts before messages. Raises HTTPException 400."""
     if body.text and len(body.text) > _TEXT_CHARACTERS:
         raise HTTPException(400, f"text: {len(body.text)} characters; at most {_TEXT_CHARACTERS} are read")
     if body.text:
@@ -137,13 +137,14 @@ def _input(body: PublicInput, enable_thinking: bool | None = None) -> Input:
     return Input(messages=body.messages, add_generation_prompt=prompt, enable_thinking=enable_thinking)
 
 
-def _positions(passage: Passage, wanted: list[int] | None) -> list[int]:
-    if not wanted:
+def _positions(passage: Passage, requested: list[int] | None) -> list[int]:
+    """Returns the positions, sorted and without repeats. Raises HTTPException 400 for one that does not exist."""
+    if not requested:
         raise HTTPException(400, "positions is required: a list of token positions, counted from 0")
-    for position in wanted:
+    for position in requested:
         if not 0 <= position < len(passage.tokens):
             raise HTTPException(400, f"Position {position} out of range (0..{len(passage.tokens) - 1})")
-    return sorted(set(wanted))
+    return sorted(set(requested))
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
@@ -165,7 +166,7 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 class _WithHeaders:
-    """The same headers on every answer, errors too."""
+    """Adds the same headers to every answer, also to errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What the server reads and scores with: the subject's activations of a text, the decoder on descriptions."""
+"""The class `Reader`: the server's pair and subject. It reads activations of texts and scores descriptions."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from nlae_jax.runtime.outside import read_json
 from nlae_jax.serve.programs import encoder_program, subject_program
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket, room_for
 
-_WIDTHS = tuple(64 * 2**n for n in range(10))  # that texts are padded to
-_SCORED = (1, 4, 16)  # descriptions that the decoder reads at once
-_PREPARED = 64  # rows of the largest table that is compiled before anybody needs it
-_READ_BYTES = 256 << 20  # of activations that are kept
+_WIDTHS = tuple(64 * 2**n for n in range(10))  # texts are padded to one of these
+_SCORED = (1, 4, 16)  # the decoder reads this many descriptions at once
+_PREPARED = 64  # rows of the largest table that is compiled before a request needs it
+_READ_BYTES = 256 << 20  # of cached activations
 
 
-def _shown(name: str) -> str:
-    """A name, or the last part of a path here: where somebody's files are is nobody else's business."""
+def _public_name(name: str) -> str:
+    """Returns a name, or only the last part of a local path, so that clients do not learn where files are."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def error_rates(name: str) -> dict[str, str]:
-    """What is known of how often a pair is wrong, in words: of the `eval.json` in its directory. {} without one."""
+    """Reads a pair's error rates from the `eval.json` in its directory, as label -> text. {} without that file."""
     path = (pair_directory(name) or Path(name)) / "eval.json"
     try:
-        found = read_json(path)
+        results = read_json(path)
     except (FileNotFoundError, UserError):
         return {}
     rates = {}
-    if is_shown(found.get("fve")):
-        interval = interval_text(interval_of(found.get("fve_ci95")), 2)
-        rates["FVE (1 is perfect, 0 the mean of the data)"] = f"{number(found['fve'], 2)} {interval}".rstrip()
-    if is_shown(found.get("fve_shuffled")):
-        rates["with another token's explanation"] = number(found["fve_shuffled"], 2)
-    if is_shown(found.get("repeated_rate")):
-        rates["explanations that repeat themselves"] = f"{number(100 * found['repeated_rate'], 0)} %"
+    if is_shown(results.get("fve")):
+        interval = interval_text(interval_of(results.get("fve_ci95")), 2)
+        rates["FVE (1 is perfect, 0 the mean of the data)"] = f"{number(results['fve'], 2)} {interval}".rstrip()
+    if is_shown(results.get("fve_shuffled")):
+        rates["with another token's explanation"] = number(results["fve_shuffled"], 2)
+    if is_shown(results.get("repeated_rate")):
+        rates["explanations that repeat themselves"] = f"{number(100 * results['repeated_rate'], 0)} %"
     return rates
 
 
 class Reader:
-    """A pair and its subject, with everything compiled for a few sizes. Used from one thread."""
+    """A pair and its subject, with all functions compiled for a few sizes. Only one thread may use it."""
 
     def __init__(self, explainer: Explainer) -> None:
         roles, pair = explainer.roles, explainer.pair
-        self.name, self.subject_name = _shown(explainer.name), _shown(explainer.subject_name)
+        self.name, self.subject_name = _public_name(explainer.name), _public_name(explainer.subject_name)
         self.rates, self.loaded_at = error_rates(explainer.name), time.time()
         explainer.check_own_subject("serve")
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
@@ -76,32 +76,33 @@ class Reader:
 
     @cached_property
     def completer(self) -> Compiled:
-        """The subject, where it writes."""
+        """The compiled program with which the subject writes completions."""
         shared = self.encoder.weights if self._pair.base is self.subject.params else None
         return subject_program(self.subject).compiled(shared)
 
     @property
     def statistics(self) -> Statistics:
-        """What the pair's activations are like as a whole; made when first asked for."""
+        """The statistics of the pair's activations, made at their first use."""
         return self.explainer.statistics
 
     @property
     def vocab_size(self) -> int:
+        """The number of the subject's embeddings."""
         return self.subject.arch.vocab_size
 
     @property
     def most_new_tokens(self) -> int:
-        """Of an explanation: as many as the model can be run on after the encoder's prompt."""
+        """The most tokens of an explanation: as many as the model can be run on after the encoder's prompt."""
         encoder = self._roles.encoder
         most = encoder.arch.most_tokens
         return min(CAPACITIES[-1], most - encoder.prompt_length) if most else CAPACITIES[-1]
 
     def table(self, limit: int) -> Table:
-        """An empty table for explanations of up to `limit` tokens."""
+        """Makes an empty table for explanations of up to `limit` tokens."""
         return Table(self.encoder, room_for(limit, self.most_new_tokens))
 
     def warm(self) -> None:
-        """Compiles what a first click needs, so that nobody waits for it."""
+        """Compiles the functions that a first request needs, so that it need not wait."""
         vector = self.activations(self.tokenizer.encode("the text"))[-1]
         table = self.table(CAPACITIES[1])
         table.add([Entry(vector, 4, 0.0, 0)], [0])
@@ -111,12 +112,12 @@ class Reader:
         self._example = vector
 
     def warm_more(self) -> Iterator[None]:
-        """The same for longer texts, a step at a time: for when nobody asks for anything."""
+        """Compiles the functions of larger requests, one step at a time, while there is no other work."""
         for size in (size for size in SIZES[1:] if size <= min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))):
             table, entry = self.table(CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
-            for left in range(size, 0, -16):
-                some = min(left, 16)
-                table.add([entry] * some, list(range(some)))
+            for missing in range(size, 0, -16):
+                added = min(missing, 16)
+                table.add([entry] * added, list(range(added)))
             yield
             table.advance(1)
             yield
@@ -125,12 +126,15 @@ class Reader:
             yield
 
     def decoded(self, tokens: np.ndarray) -> str:
-        """What was written, without the end of sequence."""
+        """Decodes tokens without the end of sequence."""
         end = self._roles.encoder.protocol.eos_id
         return self.tokenizer.decode([token for token in tokens.tolist() if token != end])
 
     def padded(self, ids: Sequence[int], left: bool = False, room: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask [T] of a text, of one of few widths. `room`: tokens that the subject is to write after it."""
+        """Pads a text to one of few widths T: ids [T] int32 and mask [T] bool.
+
+        `room` is the number of tokens that the subject will write after it.
+        """
         width, most = bucket(len(ids), _WIDTHS), self.subject.arch.most_tokens
         width = min(width, most - room) if most else width
         if left:
@@ -140,21 +144,24 @@ class Reader:
         return padded[0], np.arange(width) < length
 
     def activations(self, ids: Sequence[int]) -> np.ndarray:
-        """The residual stream [T, d] float32 of a text after block `layer`."""
+        """Reads the output [T, d] float32 of block `layer` for a text. Recent results are cached."""
         key = tuple(ids)
         if key in self._read:
             self._read.move_to_end(key)
             return self._read[key]
         padded, mask = self.padded(ids)
         residual = self.subject.residual(padded[None], self.layer, mask=mask[None])
-        found = np.asarray(residual, np.float32)[0, : len(ids)]
-        self._read[key] = found
-        while sum(kept.nbytes for kept in self._read.values()) > _READ_BYTES and len(self._read) > 1:
+        activations = np.asarray(residual, np.float32)[0, : len(ids)]
+        self._read[key] = activations
+        while sum(cached.nbytes for cached in self._read.values()) > _READ_BYTES and len(self._read) > 1:
             self._read.popitem(last=False)
-        return found
+        return activations
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
-        """Descriptions, empty ones too, -> activations [N, d] float32, raw as the decoder's head gives them."""
+        """Rebuilds activations [N, d] float32 from descriptions, also empty ones. They are the head's raw output.
+
+        Raises UserError for a description that is too long for the decoder.
+        """
         protocol, vocab_size = self._roles.decoder.protocol, self._roles.decoder.arch.vocab_size
         prompts = [known_decoder_ids(self.tokenizer, protocol, text, vocab_size) for text in texts]
         width = bucket(max(map(len, prompts)), _WIDTHS)
@@ -164,14 +171,14 @@ class Reader:
         most = max(1, _SCORED[-1] * 256 // width) if width > 256 else _SCORED[-1]
         parts = []
         for start in range(0, len(prompts), most):
-            some = prompts[start : start + most]
-            ids, length = pad([*some, *[some[0]] * (bucket(len(some), _SCORED) - len(some))], width)
+            batch = prompts[start : start + most]
+            ids, length = pad([*batch, *[batch[0]] * (bucket(len(batch), _SCORED) - len(batch))], width)
             mask = np.arange(width) < length[:, None]
-            parts.append(np.asarray(self._reconstruct(self._pair, ids, mask))[: len(some)])
+            parts.append(np.asarray(self._reconstruct(self._pair, ids, mask))[: len(batch)])
         return np.concatenate(parts)
 
     def score(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(mse, cos), each [N], of what descriptions rebuild against activations [N, d]; mse = 2 (1 - cos).
+        """Returns (mse, cos), each [N], of descriptions' reconstructions and activations [N, d]; mse = 2 (1 - cos).
 
         A vector of zeros has no direction: its mse is 1, its cos NaN.
         """

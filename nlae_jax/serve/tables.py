@@ -1,7 +1,7 @@
-"""Explanations and completions being written: tables of rows on the device, of a few compiled sizes.
+"""Tables of rows on the device, of a few compiled sizes, in which explanations and completions are written.
 
-A program is compiled for a size, and a row costs what it costs whether somebody is in it or not. So a table has one of
-`SIZES` rows and one of `CAPACITIES` tokens of room, and goes from one to the next as rows come, grow and go.
+A program is compiled for a size, and an empty row costs as much as a used one. So a table has one of `SIZES` rows and
+room for one of `CAPACITIES` tokens, and changes its size as rows come, grow and go.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from nlae_jax.mesh import platform_of
 
 SIZES = (1, 4, 16, 32, 64, 128, 256)
 CAPACITIES = (128, 256, 1024, 4096)
-_ROOM_BYTES = 3 << 29  # of keys and values that a table has at most, where the device does not say how much it has
-_ROOM_PART = 0.15  # of its memory, where it does
-_PREFILL = 16  # rows that begin in one go: the others' next words wait for it
+_ROOM_BYTES = 3 << 29  # the most bytes of a table's keys and values, where the device does not report its memory
+_ROOM_PART = 0.15  # the most of the device's memory for them, where it does
+_PREFILL = 16  # rows that begin together: few, because the other rows wait for their prefill
 
 
 def bucket(number: int, sizes: Sequence[int]) -> int:
-    """The smallest of `sizes`, which ascend, that has room for `number`; the largest where none has."""
+    """Returns the smallest of the ascending `sizes` that has room for `number`, or the largest where none has."""
     return next((size for size in sizes if size >= number), sizes[-1])
 
 
 def room_for(limit: int, most: int) -> int:
-    """Tokens of room of the table for a row of up to `limit` tokens: few sizes, none beyond `most`."""
+    """Returns the capacity of the table for a row of up to `limit` tokens: one of few sizes, at most `most`."""
     return min(bucket(max(limit, CAPACITIES[1]), CAPACITIES), most)
 
 
 def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
-    """Of a table whose rows may become `capacity` tokens long: one of `SIZES`."""
+    """Returns the most rows, one of `SIZES`, of a table whose rows may become `capacity` tokens long."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     room = _ROOM_BYTES if memory is None else int(memory * _ROOM_PART)
     row = bytes_of_row(arch, capacity, itemsize)
@@ -48,7 +48,7 @@ def most_rows(arch: Arch, capacity: int, itemsize: int) -> int:
 
 
 class Entry(NamedTuple):
-    """What begins a row: `source` is what the program's prefill reads, one row of it."""
+    """The beginning of a row. `source` is one row of the input of the program's prefill."""
 
     source: Any
     limit: int
@@ -58,10 +58,11 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """How a role begins rows and feeds tokens; parameters are arguments of everything compiled.
+    """How a role begins rows and feeds tokens. Parameters are arguments of all compiled functions.
 
-    `prefill(variables, sources)` gives logits [B, V], contexts and, by `caches(sources, capacity, dtype)`, empty room.
-    `decode(variables, weights, token, step, contexts, own)` feeds a token to each row.
+    `prefill(variables, sources)` returns logits [B, V] and contexts. `caches(sources, capacity, dtype)` returns empty
+    caches of the rows. `decode(variables, weights, token, step, contexts, own)` feeds a token to each row, whose caches
+    are `own`.
     """
 
     role: nn.Module
@@ -73,31 +74,31 @@ class Program:
     stops: tuple[int, ...]
 
     def compiled(self, weights: Any = None) -> Compiled:
-        """`weights`: another program's, whose base is this one's too."""
+        """Compiles the program. `weights` may be those of another compiled program with the same base model."""
         return Compiled(self, weights)
 
 
 class Compiled:
-    """A program's jitted functions, one compilation for each size of a table."""
+    """A program's jitted functions, each compiled once for each size of a table."""
 
     def __init__(self, program: Program, weights: Any = None) -> None:
         self.variables, self.arch = program.variables, program.role.arch
         self._itemsize = program.variables["params"]["lm"]["embed"].dtype.itemsize
         role = program.role
         on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
-        apart = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
-        # On a CPU a block's weights are read where they lie together; see `for_decoding`.
+        block_weights = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
+        # On a CPU decoding is faster with each block's weights in separate arrays; see `for_decoding`.
         self.weights: Any = None
         if on_cpu and weights is not None:
             self.weights = [(base, {}) for base, _ in weights]
         elif on_cpu:
-            self.weights = apart(program.variables)
+            self.weights = block_weights(program.variables)
 
         def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> Rows:
             source, limit, temperature, seed = entries
             logits, contexts = program.prefill(variables, source)
-            own = program.caches(source, capacity, contexts[0].k.dtype)
-            given = for_decoding(role, variables, contexts, own)
+            caches = program.caches(source, capacity, contexts[0].k.dtype)
+            decoding = for_decoding(role, variables, contexts, caches)
             count = logits.shape[0]
             return Rows(
                 logits=logits,
@@ -107,8 +108,8 @@ class Compiled:
                 temperature=temperature,
                 seed=seed,
                 done=~used,
-                contexts=given.contexts,
-                own=given.own,
+                contexts=decoding.contexts,
+                own=decoding.own,
             )
 
         def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:
@@ -124,16 +125,17 @@ class Compiled:
         self.resized = jax.jit(resized, static_argnums=2)
 
     def most_rows(self, capacity: int) -> int:
+        """Returns the most rows of a table of this program, see the function `most_rows`."""
         return most_rows(self.arch, capacity, self._itemsize)
 
 
 class Table:
-    """Rows of one program. `longest` is how many tokens a row may become long at most, as `room_for` gives it."""
+    """The rows of one program. `longest` is the most tokens of a row, from `room_for`."""
 
     def __init__(self, compiled: Compiled, longest: int) -> None:
         self._compiled, self._longest, self._most = compiled, longest, compiled.most_rows(longest)
         self._rows: Rows | None = None
-        self._holders: list[Any] = []  # who is in each place; None: nobody
+        self._holders: list[Any] = []  # the holder of each place, None for a free one
         self._steps = np.zeros(0, np.int32)
         self.drawn = 0  # tokens that the last round drew in its longest row
 
@@ -142,7 +144,7 @@ class Table:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows and tokens of room; zeros while nobody is in it."""
+        """The number of rows and the capacity in tokens; zeros while the table is empty."""
         if self._rows is None:
             return 0, 0
         rows, capacity = self._rows.tokens.shape
@@ -150,17 +152,17 @@ class Table:
 
     @property
     def holders(self) -> list[Any]:
-        """Whose rows there are."""
+        """The holders of the rows."""
         return [holder for holder in self._holders if holder is not None]
 
     @property
     def room(self) -> int:
-        """How many may come now."""
+        """The number of rows that may be added now."""
         return min(_PREFILL, self._most - len(self))
 
     def add(self, entries: Sequence[Entry], holders: Sequence[Any]) -> None:
-        """Begins rows, at most `room` of them; `holders` say whose they are when they are read."""
-        wanted = bucket(len(self) + len(entries), SIZES)
+        """Begins at most `room` rows. `holders` identify them in the results of `advance`."""
+        size = bucket(len(self) + len(entries), SIZES)
         batch = bucket(len(entries), SIZES)
         filled = [*entries, *[entries[0]] * (batch - len(entries))]
         source = jax.tree.map(lambda *rows: np.stack(rows), *(entry.source for entry in filled))
@@ -172,10 +174,10 @@ class Table:
             self._rows = self._compiled.begun(self._compiled.variables, arrays, used, self._first_capacity)
             self._holders = [*holders, *[None] * (batch - len(holders))]
             self._steps = np.zeros(batch, np.int32)
-            self._resize(wanted)
+            self._resize(size)
             return
-        if wanted > len(self._holders):
-            self._resize(wanted)
+        if size > len(self._holders):
+            self._resize(size)
         free = [place for place, holder in enumerate(self._holders) if holder is None]
         places = np.full(batch, len(self._holders), np.int32)
         places[: len(entries)] = free[: len(entries)]
@@ -184,7 +186,7 @@ class Table:
             self._holders[place], self._steps[place] = holder, 0
 
     def advance(self, count: int) -> list[tuple[Any, np.ndarray, bool]]:
-        """Draws up to `count` tokens in each row. Returns (holder, all its tokens so far, whether it has ended)."""
+        """Draws up to `count` tokens in each row. Returns (holder, all tokens so far, whether it has ended) of each."""
         if self._rows is None:
             return []
         capacity = self._rows.tokens.shape[1]
@@ -196,11 +198,11 @@ class Table:
         self._rows = self._compiled.advanced(
             self._compiled.variables, self._compiled.weights, self._rows, np.int32(count)
         )
-        before = self._steps
+        steps_before = self._steps
         tokens, self._steps, done = (
             np.array(x) for x in jax.device_get((self._rows.tokens, self._rows.steps, self._rows.done))
         )
-        self.drawn = int((self._steps - before).max())
+        self.drawn = int((self._steps - steps_before).max())
         return [
             (holder, tokens[place, : self._steps[place]], bool(done[place]))
             for place, holder in enumerate(self._holders)
@@ -208,7 +210,7 @@ class Table:
         ]
 
     def remove(self, gone: Callable[[Any], bool]) -> None:
-        """Frees the places of all holders that are `gone`, and the memory where nobody is left."""
+        """Frees the places of all holders that are `gone`, and the table's memory if it becomes empty."""
         self._holders = [None if holder is None or gone(holder) else holder for holder in self._holders]
         if not len(self):
             self._rows, self._holders = None, []
@@ -217,17 +219,18 @@ class Table:
 
     @property
     def _first_capacity(self) -> int:
-        """A row that is allowed a thousand tokens rarely needs them."""
+        """The capacity of a new table: smaller than `longest`, because rows rarely need all of it."""
         return next((size for size in reversed(CAPACITIES) if size < self._longest), self._longest)
 
     def _resize(self, size: int, capacity: int | None = None) -> None:
+        """Changes the number of rows and the capacity, and moves the used rows together."""
         if self._rows is None:
             return
         capacity = capacity or self.size[1]
         if (size, capacity) == self.size and len(self._holders) == size:
             return
-        kept = [place for place, holder in enumerate(self._holders) if holder is not None]
-        kept += [-1] * (size - len(kept))
-        self._rows = self._compiled.resized(self._rows, np.array(kept, np.int32), capacity)
-        self._holders = [None if place < 0 else self._holders[place] for place in kept]
-        self._steps = np.array([0 if place < 0 else self._steps[place] for place in kept], np.int32)
+        places = [place for place, holder in enumerate(self._holders) if holder is not None]
+        places += [-1] * (size - len(places))
+        self._rows = self._compiled.resized(self._rows, np.array(places, np.int32), capacity)
+        self._holders = [None if place < 0 else self._holders[place] for place in places]
+        self._steps = np.array([0 if place < 0 else self._steps[place] for place in places], np.int32)

@@ -1,4 +1,4 @@
-"""HTTP itself: streams that end when their reader goes, bodies of bounded size, errors as JSON that can be written."""
+"""HTTP details: streams that end when the client hangs up, bodies of bounded size, errors as valid JSON."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from nlae_jax.runtime.outside import encodable
 
 T = TypeVar("T")
 
-_MOST_ERRORS = 20  # that one answer lists
-_LONGEST_INPUT = 200  # characters of what was sent that an answer quotes
+_MOST_ERRORS = 20  # listed in one answer
+_LONGEST_INPUT = 200  # characters of the request that an answer quotes
 
 DONE = b"data: [DONE]\n\n"
 
 
 class Gone(Exception):
-    """The client is not there any more."""
+    """Raised where the client has hung up."""
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; it is cancelled, and Gone raised, when the client hangs up first."""
+    """Returns the result of `work`. If the client hangs up first, cancels it and raises Gone."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_hung_up(request.receive))
     try:
@@ -38,8 +38,8 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             raise Gone
         return task.result()
     finally:
-        for one in (task, watcher):
-            one.cancel()
+        for future in (task, watcher):
+            future.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
 
@@ -50,17 +50,17 @@ async def _hung_up(receive: Receive) -> None:
 
 
 class Events(Response):
-    """Frames as server-sent events: one line of JSON each, `data: [DONE]` at the end.
+    """Sends frames as server-sent events: one line of JSON each, and `data: [DONE]` at the end.
 
-    What goes wrong on the way is a frame with `error`, not silence. The frames' generator is closed, and what is `held`
-    given back, when the client hangs up, whatever it waits for.
+    An error on the way becomes a frame with `error`. When the client hangs up, the frames' generator is closed and
+    `held` is closed, which gives back the request's place, whatever the generator waits for.
     """
 
     def __init__(self, frames: AsyncGenerator[dict[str, Any], None], held: contextlib.ExitStack | None = None) -> None:
         self.status_code, self.background, self._frames = 200, None, frames
         self._held = held or contextlib.ExitStack()
         self.media_type = "text/event-stream"
-        # No proxy may keep words back.
+        # Proxies must not buffer the stream.
         self.init_headers({"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
@@ -91,7 +91,7 @@ class Events(Response):
 
 
 def event(frame: dict[str, Any]) -> bytes:
-    """One event, compact. Some clients end a line at whatever Unicode calls a line break."""
+    """Encodes one event compactly. Unicode's line breaks are escaped, because some clients end lines at them."""
     return b"data: " + json_line(frame, (",", ":")).encode() + b"\n\n"
 
 
@@ -134,44 +134,48 @@ class BoundedBody:
 
 
 class _TooLarge(BaseException):
-    """No Exception: a framework that reads bodies would make a 400 of it."""
+    """Not an Exception, because the framework turns exceptions while it reads a body into status 400."""
 
 
 async def invalid(_: Request, error: Exception) -> JSONResponse:
-    """422 as FastAPI has it, with what was sent quoted only where it is short and can be written."""
+    """Answers 422 as FastAPI does, but quotes the input only where it is short and valid Unicode."""
     assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": [_plain(one) for one in error.errors()[:_MOST_ERRORS]]}, 422)
+    return JSONResponse({"detail": [_plain(item) for item in error.errors()[:_MOST_ERRORS]]}, 422)
 
 
 def invalid_text(error: RequestValidationError) -> str:
-    """The same as one line."""
+    """Returns the first validation error as one line."""
     first = _plain(error.errors()[0])
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 def _plain(error: Any) -> dict[str, Any]:
+    """Makes one validation error JSON that can be encoded, with a short quotation of the input."""
     plain: dict[str, Any] = {key: error[key] for key in ("type", "loc", "msg") if key in error}
     plain["loc"] = [part if isinstance(part, int) else encodable(str(part)) for part in error.get("loc", ())]
     plain["msg"] = encodable(str(error.get("msg", "")))
-    given = error.get("input")
-    short = given is None or isinstance(given, bool) or (isinstance(given, int) and abs(given) < 2**53)
-    plain["input"] = given if short else encodable(repr(given)[:_LONGEST_INPUT])
-    if isinstance(given, str) and len(given) <= _LONGEST_INPUT:
-        plain["input"] = encodable(given)
+    sent = error.get("input")
+    short = sent is None or isinstance(sent, bool) or (isinstance(sent, int) and abs(sent) < 2**53)
+    plain["input"] = sent if short else encodable(repr(sent)[:_LONGEST_INPUT])
+    if isinstance(sent, str) and len(sent) <= _LONGEST_INPUT:
+        plain["input"] = encodable(sent)
     if context := error.get("ctx"):
         plain["ctx"] = {key: encodable(str(value)[:_LONGEST_INPUT]) for key, value in context.items()}
     return plain
 
 
 class Gate:
-    """So many at once; the next is refused at once."""
+    """Admits at most `most` requests at once, and refuses further ones immediately."""
 
     def __init__(self, most: int, refuse: Callable[[int], Exception]) -> None:
         self.most, self._refuse, self._inside = most, refuse, 0
 
     def enter(self) -> contextlib.ExitStack:
-        """Raises what `refuse` gives where all places are taken. The place is given back when the stack is closed."""
+        """Takes a place, which is given back when the returned stack is closed.
+
+        Raises `refuse(most)` where all places are taken.
+        """
         if self._inside >= self.most:
             raise self._refuse(self.most)
         self._inside += 1

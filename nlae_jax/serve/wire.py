@@ -1,6 +1,6 @@
 """Requests and answers as Neuronpedia's NLA server has them: names, limits, order of fields.
 
-Field names are frozen: answers are stored as they are by those who ask. Unknown fields are ignored, as there.
+Field names must not change, because clients store answers as they are. Unknown fields are ignored, as on that server.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LIMITS = {
     "max_description_chars": 8192,
     "max_completion_tokens": 512,
 }
-_MOST_MESSAGES = 512  # the template is run twice for each
+_MOST_MESSAGES = 512  # the chat template is rendered twice for each message
 
-# What is no text (one half of a surrogate pair, which JSON can spell) is U+FFFD from here on: it could not be written.
+# A lone surrogate, which JSON can spell, becomes U+FFFD here, because it could not be encoded in an answer.
 Text = Annotated[str, AfterValidator(encodable)]
 Description = Annotated[Text, Field(max_length=LIMITS["max_description_chars"])]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -42,12 +42,12 @@ class Message(BaseModel):
 
 
 def characters(message: Message) -> int:
-    """Of all that a message holds."""
+    """Returns the number of characters in a message's role, content and channel."""
     return len(message.role) + len(message.content) + len(message.channel or "")
 
 
 class Input(BaseModel):
-    """A text, or a chat, which wins where both are given."""
+    """A text or a chat. With both, the chat counts."""
 
     text: Annotated[Text, Field(max_length=LIMITS["max_input_chars"])] | None = None
     messages: Annotated[list[Message], Field(max_length=_MOST_MESSAGES)] | None = None
@@ -57,7 +57,7 @@ class Input(BaseModel):
 
 
 class Sampling(BaseModel):
-    """`seed` is this server's own: with it, the same request draws the same words."""
+    """Sampling options. `seed` is an addition of this server: the same request and seed draw the same words."""
 
     temperature: Temperature = 0.7
     max_new_tokens: NewTokens = 200
@@ -95,7 +95,7 @@ class Complete(Input):
 
 
 class PublicInput(BaseModel):
-    """What the public site's endpoints take."""
+    """The common fields of requests to the public site's endpoints."""
 
     modelId: str | None = None
     nlaSourceId: str | None = None
@@ -115,7 +115,7 @@ class PublicComplete(PublicInput):
 
 
 def token_info(token: Token) -> dict[str, Any]:
-    """A token as /tokenize has it."""
+    """Returns a token as /tokenize has it."""
     return {
         "token": token.text,
         "token_id": token.token_id,
@@ -131,18 +131,19 @@ def token_info(token: Token) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A description with its scores, as all answers have them."""
+    """A description with its scores, as all answers have it."""
 
     description: str
     mse: float | None
     cos: float | None
 
     def fields(self) -> dict[str, Any]:
+        """Returns the fields of an answer. NaN becomes null."""
         return {"description": self.description, "mse": _number(self.mse), "cosine_similarity": _number(self.cos)}
 
 
 def explain_result(token: Token, l2_norm: float, scored: Scored) -> dict[str, Any]:
-    """One result of /explain."""
+    """Returns one result of /explain."""
     info = token_info(token)
     return {
         "token": info["token"],
@@ -159,5 +160,5 @@ def explain_result(token: Token, l2_norm: float, scored: Scored) -> dict[str, An
 
 
 def _number(value: float | None) -> float | None:
-    """JSON knows no NaN."""
+    """Replaces NaN, which JSON does not have, by None."""
     return None if value is None or math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""The loop that every training stage runs: resume, step, log one step late, checkpoint."""
+"""The loop of every training stage: it resumes, runs steps, logs each one step late, and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nlae_jax.train.state import shardings_of
 from nlae_jax.train.steps import OBSERVED
 from nlae_jax.train.trackers import Log, tracker
 
-# Updates that may be skipped from the start on: whatever begins with more has no gradient to learn from.
+# After this many steps a stage ends if all its updates were skipped: it has no finite gradient to learn from.
 _PATIENCE = 10
 
 SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
@@ -33,13 +33,13 @@ SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage: `steps` times the jitted `step`, on batches of `iterator`.
+    """One training stage: `steps` calls of the jitted `step`, on batches of `iterator`.
 
-    Where batches come in several shapes, `examples` has one of each: they are compiled before the first step.
-    The process that logs hands `observe` what the step has in its metrics under `steps.OBSERVED`, as host arrays, and
-    logs the numbers that it returns with the step's own. It calls `at_checkpoint` with the step's number after the row
-    of every step that is saved.
-    `made_with` is saved with every checkpoint: what it was trained with, as JSON.
+    Where batches come in several shapes, `examples` has one batch of each: all are compiled before the first step.
+    The process that logs calls `observe` with the arrays that the step's metrics hold under `steps.OBSERVED`, as host
+    arrays, and logs the returned numbers in the step's row. It calls `at_checkpoint` with the step's number after the
+    row of every step that is saved.
+    `made_with` says, as JSON, what the stage is trained with. It is saved in every checkpoint.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Stage:
 
 
 def compiled(step: Callable[..., tuple[Any, Any]], state: Any, mesh: Mesh) -> Any:
-    """The step jitted: the old state's memory is reused, the new one keeps its shardings."""
+    """Jits a step. The new state takes over the old one's memory (donation) and keeps its shardings."""
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
 
 
 def run_stage(stage: Stage, state: Any, frozen: Any, mesh: Mesh, config: Config, workdir: AnyPath) -> Any:
-    """Runs what is left of a stage and returns its final state. `state` is where it starts if nothing is saved.
+    """Runs the remaining steps of a stage and returns its final state.
 
-    Rows logged after the checkpoint that is resumed from are dropped, and their steps done again: the same numbers.
-    Raises `supervision.Preempted`, with the last step saved, once any process is asked to stop, and UserError where
-    every update was skipped.
+    `state` is the first state, used where no checkpoint exists. Rows logged after the checkpoint that is resumed from
+    are dropped, and their steps are run again with the same numbers. Raises `supervision.Preempted`, after saving the
+    last step, once any process is asked to stop. Raises UserError where every update was skipped.
     """
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(Checkpoints(workdir / "checkpoints" / stage.name, config.checkpoint.keep))
@@ -84,12 +84,12 @@ def _run(
     log: MetricsLog | None,
     track: Log,
 ) -> Any:
-    """`run_stage` from its `newest` checkpoint on, between the opening and the closing of what it writes."""
+    """Runs a stage from its `newest` checkpoint on. `run_stage` opens and closes the files that it writes."""
     stop, start = processes.Agreement(mesh), 0
     if newest is not None:
         abstract = abstract_of(state)
         for leaf in jax.tree.leaves(state):
-            leaf.delete()  # whoever made it still holds it, and there may be room for one state only
+            leaf.delete()  # the caller still holds this state, and the device may have room for one only
         start = newest
         state, data = checkpoints.restore_step(abstract, newest)
         stage.iterator.set_state(data["iterator"])
@@ -98,14 +98,14 @@ def _run(
         log.sort()
     if start == stage.steps:
         return state
-    known, met = set(), set()
+    announced_shapes, seen_shapes = set(), set()
     for example in stage.examples:
         batch = put_batch(example, mesh)
         stage.step.lower(state, frozen, batch).compile()
-        known.add(_shapes(batch))
+        announced_shapes.add(_shapes(batch))
     processes.barrier()
-    compiled_before, expected = stage.step._cache_size(), max(1, len(known))
-    clock, slowed = time.perf_counter(), False
+    compiled_before, expected = stage.step._cache_size(), max(1, len(announced_shapes))
+    clock, warned = time.perf_counter(), False
     pending: tuple[int, Any] | None = None
 
     def flush() -> None:
@@ -119,26 +119,26 @@ def _run(
             tokens = values.pop("tokens")
             row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
             if log is not None:
-                seen = {} if stage.observe is None else stage.observe(jax.device_get(observed))
-                log.append({"stage": stage.name, "step": number, **row, **seen})
-                track(number, {**row, **seen})
+                observations = {} if stage.observe is None else stage.observe(jax.device_get(observed))
+                log.append({"stage": stage.name, "step": number, **row, **observations})
+                track(number, {**row, **observations})
             bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
             pending = None
 
     with progress(stage.steps, stage.name, unit="step", start=start) as bar:
         for number in range(start + 1, stage.steps + 1):
             batch = put_batch(next(stage.iterator), mesh)
-            if number == start + 1 and not known:
+            if number == start + 1 and not announced_shapes:
                 processes.compile_together(stage.step, state, frozen, batch)
-            met.add(_shapes(batch))
-            if known and met - known:
+            seen_shapes.add(_shapes(batch))
+            if announced_shapes and seen_shapes - announced_shapes:
                 raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step(state, frozen, batch)
-            if not slowed and stage.step._cache_size() - compiled_before > expected:
-                slowed = True
+            if not warned and stage.step._cache_size() - compiled_before > expected:
+                warned = True
                 warn(f"{stage.name}: step {number} was compiled anew; {expected} compilations are expected in all")
-            # The step before is fetched only now, while this one runs.
+            # The previous step's metrics are fetched only now, so that the device never waits for the host.
             flush()
             checkpoints.poll()
             pending, stopping = (number, metrics), stop()
@@ -148,7 +148,7 @@ def _run(
             if stopping or number % config.checkpoint.every_steps == 0 or number == stage.steps:
                 flush()
                 if log is not None:
-                    log.sync()  # a checkpoint that counts has its rows
+                    log.sync()  # a complete checkpoint must not be ahead of its rows
                     if stage.at_checkpoint is not None:
                         stage.at_checkpoint(number)
                 checkpoints.save(number, state, {"iterator": stage.iterator.get_state(), "made_with": stage.made_with})
@@ -159,18 +159,18 @@ def _run(
         if log is not None:
             log.sort()
     finally:
-        checkpoints.finish()  # whatever else fails
+        checkpoints.finish()  # also where the log fails
     return state
 
 
 def _check_learned(stage: str, steps: int, state: Any) -> None:
-    """Raises UserError where an optimiser has skipped every update: it would have learned nothing, without a word."""
+    """Raises UserError where an optimiser has skipped every update: the stage would silently learn nothing."""
     for path, count in optax.tree_utils.tree_get_all_with_path(state, "count"):
         if int(count) == 0:
             role = getattr(path[0], "name", "")
-            whose = f"of the {role} " if role in ("encoder", "decoder") else ""
+            of_role = f"of the {role} " if role in ("encoder", "decoder") else ""
             raise UserError(
-                f"{stage}: none of the first {steps} updates {whose}was made, because no gradient was finite; the "
+                f"{stage}: none of the first {steps} updates {of_role}was made, because no gradient was finite; the "
                 "weights or activations are too large for subject.dtype, or a learning rate is too high"
             )
 
@@ -180,5 +180,5 @@ def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def last_checkpoint(workdir: AnyPath, stage: str, steps: int) -> AnyPath:
-    """Where a stage of so many steps leaves its final state."""
+    """Returns the directory in which a stage of `steps` steps leaves its final state."""
     return workdir / "checkpoints" / stage / str(steps)

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object per step, appended as the run goes and cut back when it resumes.
 
-A row is `{"stage": str, "step": int, ...}`. A run may be killed at any byte: a last line that is not a
-whole JSON object is taken as never written, by the reader and by the next writer alike.
+A row is `{"stage": str, "step": int, ...}`. A run may be killed at any byte. Readers and the next writer therefore
+ignore a last line that is not a whole JSON object, as if it had never been written.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, is_remote, plain, read_bytes, upload, write_atomically
 
-# The order that stages run in, and their rows stand in.
+# The order in which stages run. Their rows have the same order in the file.
 ORDER = ("encoder_sft", "decoder_sft", "rl")
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The object on one line, or None if the line is not a whole JSON object."""
+    """Parses one line. Returns None if it is not a whole JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError, MemoryError):  # also UnicodeDecodeError: a cut may fall inside a character
@@ -28,7 +28,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _stored(path: AnyPath) -> bytes:
+def _read_or_empty(path: AnyPath) -> bytes:
     try:
         return read_bytes(path)
     except FileNotFoundError:
@@ -36,7 +36,10 @@ def _stored(path: AnyPath) -> bytes:
 
 
 def _parse(path: AnyPath, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of the file's `data` (with a newline) and its row; blank lines and a torn last one dropped."""
+    """Splits the file's `data` into (line with its newline, row). Drops blank lines and a torn last line.
+
+    Raises UserError for any other line that is not a JSON object.
+    """
     lines = [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     parsed = []
     for index, (number, line) in enumerate(lines):
@@ -48,41 +51,41 @@ def _parse(path: AnyPath, data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def _beyond(row: dict[str, Any], step: int) -> bool:
-    """Whether the row belongs to a later step; a row without a step belongs to none."""
+def _is_after(row: dict[str, Any], step: int) -> bool:
+    """Returns whether the row belongs to a step after `step`. A row without a step does not."""
     return isinstance(row.get("step"), int) and row["step"] > step
 
 
 def read(path: AnyPath) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file in order; no file is no rows, and a torn last line is left out.
+    """Reads the rows of a JSON-lines file in order. A missing file has no rows, and a torn last line is left out.
 
     Raises UserError for any other line that is not a JSON object: that is damage, not an interrupted write.
     """
-    return [row for _, row in _parse(path, _stored(path))]
+    return [row for _, row in _parse(path, _read_or_empty(path))]
 
 
 class MetricsLog:
     """Appends rows to one `metrics.jsonl`. One process writes; any number may read.
 
-    NaN and infinite values are written as null, since JSON has no such numbers and a reader must not fail on them.
+    NaN and infinite values are written as null, because JSON has no such numbers and a reader must not fail on them.
 
-    Nothing can be added to an object. On a bucket all rows are held here and the object is written anew: by `sync`,
-    which comes before a checkpoint, and in between so that readers see the run go on, as often as `_pause` says.
+    Objects in a bucket cannot be appended to. There all rows stay in memory and the whole object is written anew: by
+    `sync`, before every checkpoint, and in between as often as `_pause` allows, so that readers see the run go on.
     """
 
     def __init__(self, path: AnyPath) -> None:
-        """Opens the log, new or existing; a torn last line of an earlier run is removed from the file."""
+        """Opens a new or existing log. A torn last line of an earlier run is removed from the file."""
         self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._buffer = bytearray(_stored(path)) if is_remote(path) else None
+        self._buffer = bytearray(_read_or_empty(path)) if is_remote(path) else None
         self._unwritten, self._due = False, 0.0
         self._keep(lambda row: True)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row and hands it to the operating system before returning.
 
-        Numbers are Python's or anything with `.item()` (numpy and jax scalars); floats are written so that
-        reading gives the same float64. Raises ValueError without a string `stage` and an integer `step`.
+        Numbers are Python's or have `.item()` (numpy and jax scalars). Floats are written so that reading them gives
+        the same float64. Raises ValueError for a row without a string `stage` and an integer `step`.
         """
         clean = {str(key): plain(value) for key, value in row.items()}
         if not isinstance(clean.get("stage"), str) or type(clean.get("step")) is not int:
@@ -98,7 +101,7 @@ class MetricsLog:
             self.sync()
 
     def sync(self) -> None:
-        """Returns when every row so far would outlive this process; in a directory here that is so anyway."""
+        """Writes the rows that are only in memory, if there are any. A log on a local disk has none."""
         if self._buffer is not None and self._unwritten:
             upload(self.path, bytes(self._buffer))
             self._unwritten, self._due = False, time.monotonic() + _pause(len(self._buffer))
@@ -111,29 +114,32 @@ class MetricsLog:
             self.sync()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the rows of `stage` beyond `step`, so that a run resumed from that step writes each row once.
+        """Drops the rows of `stage` after `step`, so that a run resumed from that step writes each row once.
 
-        Rows of other stages keep their bytes and their order. The file changes in one move, or not at all.
+        Rows of other stages keep their bytes and their order. The file is replaced in one move.
         """
-        self._keep(lambda row: row.get("stage") != stage or not _beyond(row, step))
+        self._keep(lambda row: row.get("stage") != stage or not _is_after(row, step))
 
     def sort(self) -> None:
-        """Puts the rows in the order of stages, as far as `ORDER` has them: a stage that is done again comes late."""
-        place = {stage: number for number, stage in enumerate(ORDER)}
-        self._keep(lambda row: True, lambda row: place.get(str(row.get("stage")), len(place)))
+        """Sorts the rows by their stage's place in `ORDER`. Rows of a stage that ran again were appended at the end."""
+        places = {stage: number for number, stage in enumerate(ORDER)}
+        self._keep(lambda row: True, lambda row: places.get(str(row.get("stage")), len(places)))
 
     def _keep(
         self, wanted: Callable[[dict[str, Any]], bool], place: Callable[[dict[str, Any]], int] = lambda row: 0
     ) -> None:
-        """Leaves only the whole lines whose row is `wanted`, sorted by `place`; does not touch a file that is so."""
-        before = _stored(self.path) if self._buffer is None else bytes(self._buffer)
-        kept = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
-        data = b"".join(line for line, _ in sorted(kept, key=lambda entry: place(entry[1])))
+        """Keeps only the whole lines whose row is `wanted`, sorted by `place`. Leaves an unchanged file untouched."""
+        before = _read_or_empty(self.path) if self._buffer is None else bytes(self._buffer)
+        lines = [(line, row) for line, row in _parse(self.path, before) if wanted(row)]
+        data = b"".join(line for line, _ in sorted(lines, key=lambda entry: place(entry[1])))
         if data != before:
             write_atomically(self.path, lambda temporary: temporary.write_bytes(data))
             self._buffer = None if self._buffer is None else bytearray(data)
 
 
 def _pause(size: int) -> float:
-    """Seconds between two writings of an object of so many bytes: at most one in ten seconds, and 100 kB a second."""
+    """Returns the seconds to wait before an object of `size` bytes is written again.
+
+    That is at most one write in ten seconds, and at most 100 kB a second.
+    """
     return max(10.0, size / 100_000)

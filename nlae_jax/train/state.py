@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it starts."""
+"""The state that training carries from step to step, and its first values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nlae_jax.roles.pair import Params, Roles
 
 
 class RoleState(NamedTuple):
-    """One trained role: `step` [] int32, `trained` parameters, the optimiser's state."""
+    """The state of one trained role: `step` [] int32, the `trained` parameters, the optimiser's state."""
 
     step: jax.Array
     trained: Params
@@ -25,7 +25,7 @@ class RoleState(NamedTuple):
 
 
 class RlState(NamedTuple):
-    """Both roles and the one PRNG key, which is folded with the step and never split."""
+    """The states of both roles and the one PRNG key, which is folded with the step and never split."""
 
     encoder: RoleState
     decoder: RoleState
@@ -33,12 +33,12 @@ class RlState(NamedTuple):
 
 
 def _master_copy(weight: jax.Array) -> jax.Array:
-    """float32, whatever the base is kept in: an update of 1e-5 is lost in a bfloat16 weight."""
+    """Copies a weight as float32: an update of 1e-5 would be lost in a bfloat16 weight."""
     return jnp.array(weight, jnp.float32, copy=True)
 
 
 def init_encoder(roles: Roles, base: Params, key: jax.Array, adapters: Params | None = None) -> Params:
-    """Trained parameters that leave the encoder equal to `base`, or to `base` with `adapters` where they are given."""
+    """Returns trained parameters with which the encoder equals `base`, or `base` with `adapters` if they are given."""
     if roles.rank == 0:
         return {"lm": jax.tree.map(_master_copy, base)}
     return {"adapters": adapters or init_adapters(key, roles.encoder.arch, roles.rank)}
@@ -47,9 +47,9 @@ def init_encoder(roles: Roles, base: Params, key: jax.Array, adapters: Params | 
 def init_decoder(
     roles: Roles, base: Params, key: jax.Array, head: jax.Array | None = None, adapters: Params | None = None
 ) -> Params:
-    """Trained parameters that leave the decoder equal to the first blocks of `base`; without a `head`, the identity.
+    """Returns trained parameters with which the decoder equals the first blocks of `base`, with `adapters` if given.
 
-    `adapters` are those to go on from.
+    Without a `head` [d, d] the value head is the identity.
     """
     arch, depth = roles.decoder.arch, roles.decoder.layer + 1
     head = jnp.eye(arch.d_model, dtype=jnp.float32) if head is None else head
@@ -61,7 +61,7 @@ def init_decoder(
 
 
 def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip."""
+    """Makes AdamW (Loshchilov and Hutter 2019) behind a clip of the gradient's global norm."""
     optimizer = config.optimizer
     adamw = optax.adamw(learning_rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
     if optimizer.moment_dtype != "float32":
@@ -70,7 +70,7 @@ def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> opt
 
 
 def kept_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimiser, computing in float32, its moments kept in `dtype` from step to step.
+    """Makes an optimiser compute in float32 but store its moments in `dtype` from step to step.
 
     Both of Adam's moments may be bfloat16 as long as they forget quickly. Rounding to its 8 bits loses relative changes
     below 2^-8. With b2 = 0.95 a step changes ν by 0.05 (g²/ν - 1) of itself: ν follows g² to 8 %, so the step size to
@@ -90,20 +90,23 @@ def kept_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.Gradie
 
 
 def sft_schedule(learning_rate: float, steps: int, warmup_fraction: float) -> optax.Schedule:
-    """Linear warm-up, then cosine to zero. No step has a rate of zero: optax counts from 0, the steps from 1."""
+    """Makes a schedule of linear warm-up, then cosine decay to zero.
+
+    No step has a rate of zero: optax counts updates from 0, and the schedule counts steps from 1.
+    """
     warmup = max(1, round(steps * warmup_fraction))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup) + 1)
     return lambda count: schedule(count + 1)
 
 
 def rl_optimizers(config: Config) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """The encoder's in RL, and the decoder's."""
+    """Returns RL's two optimisers, the encoder's and the decoder's."""
     rl = config.rl
     return make_optimizer(config, rl.encoder_learning_rate), make_optimizer(config, rl.decoder_learning_rate)
 
 
 def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.GradientTransformation) -> RoleState:
-    """A role at step 0, on the mesh."""
+    """Puts a role's trained parameters on the mesh and returns its state at step 0."""
     trained = place(trained, tree_shardings(mesh, weights))
     opt_shardings = shardings_of(abstract_role(mesh, weights, optimizer).opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
@@ -111,8 +114,8 @@ def init_role(mesh: Mesh, weights: Params, trained: Params, optimizer: optax.Gra
 
 
 def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransformation) -> RoleState:
-    """Shapes and shardings of what `init_role` makes."""
-    trained, whole = abstract_params(mesh, weights), replicated(mesh)
+    """Returns the shapes and shardings of the state that `init_role` makes."""
+    trained, everywhere = abstract_params(mesh, weights), replicated(mesh)
 
     def placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -122,14 +125,14 @@ def abstract_role(mesh: Mesh, weights: Params, optimizer: optax.GradientTransfor
         placed,
         jax.eval_shape(optimizer.init, trained),
         tree_shardings(mesh, weights),
-        transform_non_params=lambda x: placed(x, whole),
+        transform_non_params=lambda x: placed(x, everywhere),
     )
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     return RoleState(step, trained, opt_state)
 
 
 def abstract_params(mesh: Mesh, weights: Params) -> Params:
-    """Shapes and shardings of a role's trained parameters, for restoring them."""
+    """Returns the shapes and shardings of a role's trained parameters, to restore them with."""
     abstract: Params = jax.tree.map(
         lambda weight, sharding: jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding),
         weights,

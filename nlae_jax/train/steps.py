@@ -1,8 +1,9 @@
 """The jitted steps: encoder SFT, decoder SFT, and the RL step in its three parts.
 
-Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds what no step changes: `base`
-(the subject's weights; `decoder_base` where the decoder's adapters sit on others), `baselines` (FVE denominators of the
-data), `endings` where the tokenizer needs them, and in RL with a KL term `reference` (the warm-started encoder).
+Each step is a pure function `(state, frozen, batch) -> (state, metrics)`. `frozen` holds the arrays that no step
+changes: `base` (the subject's weights), `decoder_base` where the decoder's adapters sit on other weights, `baselines`
+(the data's FVE denominators), `endings` where the tokenizer needs them, `marks` where explanations are shown in part or
+charged for repeats, and in RL `blank` and, with a KL term, `reference` (the warm-started encoder).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nlae_jax.roles.views import repeated_strings, shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import RlState, RoleState
 
-Metrics = dict[str, Any]  # scalars, and under OBSERVED arrays that the loop hands to `Stage.observe`
+Metrics = dict[str, Any]  # scalars; under OBSERVED, arrays that the loop hands to `Stage.observe`
 OBSERVED = "observed"
 Step = Callable[[Any, Params, Params], tuple[Any, Metrics]]
 
@@ -33,7 +34,10 @@ Step = Callable[[Any, Params, Params], tuple[Any, Metrics]]
 def apply_update(
     state: RoleState, gradients: Params, optimizer: optax.GradientTransformation
 ) -> tuple[RoleState, jax.Array, jax.Array]:
-    """One optimiser step, skipped where the gradient's norm is not finite. Returns also the norm and 1 if skipped."""
+    """Makes one optimiser step, or skips it where the gradient's norm is not finite.
+
+    Returns the new state, the gradient's norm float32 [], and 1.0 if the step was skipped, else 0.0.
+    """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
@@ -47,22 +51,25 @@ def apply_update(
     return stepped, norm, 1.0 - finite.astype(jnp.float32)
 
 
-# (trained parameters, part of a batch) -> (its share of the loss, anything that it gives for each row [rows, ...])
+# (trained parameters, part of a batch) -> (the part's share of the loss, arrays [rows, ...] with one entry per row)
 Loss = Callable[[Params, Any], tuple[jax.Array, Any]]
 
 
 def in_microbatches(loss_fn: Loss, trained: Params, batch: Any, count: int) -> tuple[tuple[jax.Array, Any], Params]:
-    """`jax.value_and_grad(loss_fn, has_aux=True)(trained, batch)`, in `count` parts of the rows one after another.
+    """Computes `jax.value_and_grad(loss_fn, has_aux=True)(trained, batch)` in `count` parts, one after another.
 
-    What the parts' losses divide by must be the whole batch's, so that they add up to its loss, and the gradients to
-    its gradient; the sums are float32. What is given for each row comes back in the batch's order.
+    Each part's loss must be divided by the whole batch's count, so that the parts' losses and gradients add up to those
+    of the batch. The sums are float32. The arrays per row come back in the batch's order.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if count == 1:
         return value_and_grad(trained, batch)
 
     def split(x: jax.Array) -> jax.Array:
-        """[B, ...] -> [count, B / count, ...]. Every count-th row: devices that hold consecutive rows keep them."""
+        """Splits [B, ...] into [count, B / count, ...].
+
+        A part takes every count-th row, so that each device keeps the rows that it holds.
+        """
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def joined(x: jax.Array) -> jax.Array:
@@ -78,7 +85,10 @@ def in_microbatches(loss_fn: Loss, trained: Params, batch: Any, count: int) -> t
 
 
 def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Step:
-    """Batch: `h` [B, d], `response` [B, R] int32, `length` [B]. Loss on the opening tag and the response only."""
+    """Makes the encoder's SFT step. The loss is on the opening tag and the response only.
+
+    A batch holds `h` [B, d], `response` [B, R] int32 and its `length` [B] int32.
+    """
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(batch["response"].shape[1]) < batch["length"][:, None]
@@ -104,7 +114,10 @@ def encoder_sft_step(roles: Roles, optimizer: optax.GradientTransformation, micr
 
 
 def describer_sft_step(describer: Describer, optimizer: optax.GradientTransformation) -> Step:
-    """Batch: `prompt` [B, P] int32 with `mask` [B, P] bool, `note` [B, R] int32, `length` [B]. Loss on notes only."""
+    """Makes the describer's SFT step. The loss is on notes only.
+
+    A batch holds `prompt` [B, P] int32 with `mask` [B, P] bool, `note` [B, R] int32 and its `length` [B] int32.
+    """
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(batch["note"].shape[1]) < batch["length"][:, None]
@@ -137,9 +150,9 @@ def reconstruction(
     length_BxG: jax.Array,
     microbatches: int,
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, jax.Array]], Params]:
-    """Mean direction mse over the explanations that are not empty (`length` > 0), and the gradient.
+    """Returns ((loss, (mse [B, G], reconstructions [B, G, d])), gradient).
 
-    Between the two, every explanation's mse [B, G] and what was rebuilt from it [B, G, d].
+    The loss is the mean direction mse over the explanations that are not empty (`length` > 0).
     """
     count = objectives.count(length_BxG > 0)
 
@@ -164,7 +177,7 @@ def decoder_sft_step(
     microbatches: int = 1,
     views: ViewsConfig = ViewsConfig(),
 ) -> Step:
-    """Batch: `h` [B, d], `ids` [B, T] explanations' tokens, `length` [B]."""
+    """Makes the decoder's SFT step. A batch holds `h` [B, d], explanations' token `ids` [B, T] and `length` [B]."""
 
     def step(state: RoleState, frozen: Params, batch: Params) -> tuple[RoleState, Metrics]:
         ids, length, whole = shown(batch["ids"][:, None], batch["length"][:, None], frozen.get("marks"), views)
@@ -179,7 +192,7 @@ def decoder_sft_step(
 
 
 def _fve(mse_BxG: jax.Array, whole_B: jax.Array | None, frozen: Params) -> Metrics:
-    """FVE of the activations whose explanations were seen whole, and of the others where there are any."""
+    """Computes the FVE of activations whose explanations were seen whole, and that of the others if there are any."""
     variance, mean_norm = frozen["baselines"]
     if whole_B is None:
         return {"fve": direction.fve(mse_BxG, variance), "fve_meannorm": direction.fve(mse_BxG, mean_norm)}
@@ -190,10 +203,11 @@ def _fve(mse_BxG: jax.Array, whole_B: jax.Array | None, frozen: Params) -> Metri
 
 
 class Scores(NamedTuple):
-    """What the decoder makes of sampled explanations: `mse` [B, G] (the reward), `length` [B, G] in tokens.
+    """The decoder's results for sampled explanations. Rewards are computed from them.
 
-    `contrast` [B, G] is `objectives.contrast`, where it is rewarded. `whole` [B] marks activations whose explanations
-    were seen whole, where not all were. `repeats` [B, G] counts repeated quoted strings, where they are charged for.
+    `mse` [B, G] is the direction mse, `length` [B, G] an explanation's number of tokens. `contrast` [B, G] is
+    `objectives.contrast`, if it is rewarded. `whole` [B] marks activations whose explanations were seen whole, if not
+    all were. `repeats` [B, G] counts repeated quoted strings, if they are charged for.
     """
 
     mse: jax.Array
@@ -206,14 +220,14 @@ class Scores(NamedTuple):
 def score(
     roles: Roles, config: Config, trained: Params, frozen: Params, h_BxD: jax.Array, samples: Samples
 ) -> tuple[Scores, Params]:
-    """One pass gives every sample's mse and the decoder's gradient (its training)."""
-    ids, written = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
-    repeats = repeated_strings(ids, written, frozen["marks"]) if config.rl.repeat_penalty else None
-    ids, length, whole = shown(ids, written, frozen.get("marks"), config.views)
+    """Computes every sample's scores and, in the same pass, the decoder's gradient."""
+    ids, written_length = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
+    repeats = repeated_strings(ids, written_length, frozen["marks"]) if config.rl.repeat_penalty else None
+    ids, length, whole = shown(ids, written_length, frozen.get("marks"), config.views)
     (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
     contrast = objectives.contrast(rebuilt, h_BxD, length > 0) if config.rl.contrastive else None
-    return Scores(mse, written, contrast, whole, repeats), gradients
+    return Scores(mse, written_length, contrast, whole, repeats), gradients
 
 
 class RlParts(NamedTuple):
@@ -235,10 +249,11 @@ def rl_step(
     encoder_optimizer: optax.GradientTransformation,
     decoder_optimizer: optax.GradientTransformation,
 ) -> RlParts:
-    """Batch: `h` [B, d]. Rollout, score, update of both roles; strictly on-policy, one update per rollout.
+    """Makes the RL step: rollout, score, update of both roles. It is strictly on-policy, with one update per rollout.
 
-    `frozen` holds also `blank` (`protocol.blank_tokens`) and `reference`, the encoder that the KL term compares with.
-    With `rl.kl_coef` = 0 there is no reference: none is held or computed, and the metrics have no `kl`.
+    A batch holds `h` [B, d]. `frozen` also holds `blank` (`protocol.blank_tokens`) and `reference`, the encoder that
+    the KL term compares with. With `rl.kl_coef` = 0 there is no reference: none is stored or computed, and the metrics
+    have no `kl`.
     """
     rl = config.rl
 
@@ -317,8 +332,8 @@ def rl_step(
             "skipped_updates": metrics["skipped_updates"] + skipped,
             "grad_norm_encoder": norm,
             "tokens": samples.lengths.sum(),
-            # More than scalars, for what scalars cannot show: that all explanations became one text, or repeat
-            # themselves, can only be read off the words. 4 bytes a token, fetched while the next step computes.
+            # Whether all explanations became one text, or repeat themselves, can only be seen from the tokens. They
+            # take 4 bytes each and are fetched while the next step computes.
             OBSERVED: {"tokens": samples.tokens, "lengths": samples.lengths},
         }
 
@@ -332,13 +347,13 @@ def rl_step(
 
 
 class SplitStep:
-    """`parts.step` as three compiled functions: less memory at once, and each can be timed by itself.
+    """Runs `parts.step` as three compiled functions. It needs less memory at once, and each part can be timed.
 
-    The decoder is updated before the encoder's gradient is begun: the two roles' gradients are never there together.
+    The decoder is updated before the encoder's gradient is begun, so the two gradients never take memory together.
     """
 
     def __init__(self, parts: RlParts, train_decoder: Any, train_encoder: Any) -> None:
-        """Both are those of `parts`, compiled so that a new state takes the old one's place (`loop.compiled`)."""
+        """Takes the functions of `parts` compiled so that a new state takes the old one's memory (`loop.compiled`)."""
         self.parts: tuple[Any, Any, Any] = jax.jit(parts.rollout), train_decoder, train_encoder
 
     def __call__(self, state: RlState, frozen: Params, batch: Params) -> tuple[RlState, Metrics]:
@@ -349,7 +364,7 @@ class SplitStep:
         return RlState(encoder, decoder, state.key), metrics
 
     def lower(self, state: RlState, frozen: Params, batch: Params) -> Any:
-        """Of the first part alone: it shows what is to be compiled for the others."""
+        """Lowers the first part only, because the others read its results."""
         return self.parts[0].lower(state, frozen, batch)
 
     def _cache_size(self) -> int:

@@ -1,7 +1,7 @@
 """Copies of the rows of `metrics.jsonl` in an experiment tracker: TensorBoard's files, or Weights & Biases.
 
-Names are those of `metrics.jsonl`, after the stage. A resumed stage goes on in the same tracker's run. Trackers are
-beside the run: what goes wrong in one is said once, and training goes on.
+A value's name is its name in `metrics.jsonl` after the stage's. A resumed stage goes on in the same run of the tracker.
+A tracker cannot stop training: its first failure is printed once, and training goes on without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Log = Callable[[int, Mapping[str, float]], None]  # a step's number and its valu
 
 @contextlib.contextmanager
 def _tensorboard(workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
-    """Event files in `workdir/tensorboard/STAGE`. What was logged beyond `start` is marked as taken back."""
+    """Writes event files in `workdir/tensorboard/STAGE`. Values logged after step `start` are marked as withdrawn."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(
@@ -37,11 +37,11 @@ def _tensorboard(workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _wandb(workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
-    """One run of Weights & Biases per workdir. WANDB_PROJECT, WANDB_MODE and others say where and how."""
+    """Logs to one run of Weights & Biases per workdir. WANDB_PROJECT, WANDB_MODE and its other variables apply."""
     import wandb
 
     directory = None if is_remote(workdir) else str(workdir)
-    # In full: `runs/mine` is another workdir in another directory.
+    # The absolute path: `runs/mine` is another workdir in another directory.
     name = hashlib.sha256(str(absolute(workdir)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     # A repeated step is logged twice there: W&B cannot take back rows, and shows the later one.
     run = wandb.init(
