@@ -9,7 +9,7 @@ import pytest
 
 from nlae_jax.bench import flops, steps
 from nlae_jax.cli import main
-from nlae_jax.lm.arch import Arch, DeltaNet, GlobalAttention, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, Experts, GlobalAttention, model_weights
 from nlae_jax.lm.transformer import Transformer
 from tests.conftest import drawn_params, tiny_config, vectors
 from tests.tiny_run import EXPERIMENT
@@ -62,6 +62,22 @@ def test_flops_of_heads_of_another_size_count():
     shapes = flops.Shapes(prefix=10, act=0, response=1, wrap=0, activations=1, group=1, sft_batch=1)
     longer = flops.decode_bytes(arch, shapes, 2) - flops.decode_bytes(arch, shapes._replace(prefix=0), 2)
     assert longer == 2 * 2 * 10 * (2 * 32 + 64)
+
+
+def test_of_experts_those_count_that_a_token_passes():
+    """Two of eight experts are an MLP twice as wide as one, and a router."""
+    sizes = {"vocab_size": 64, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    biased = ("q", "router", "gate", "up", "down")
+    arch = Arch(**sizes, d_ff=256, experts=Experts(count=8, per_token=2), biases=biased)
+    dense, tokens, router = Arch(**sizes, d_ff=512, biases=("q",)), 10, 128 * 8
+    mine = flops.block_flops(arch, tokens, 100.0)
+    assert mine == flops.block_flops(dense, tokens, 100.0) + 2 * tokens * router
+    # One sample reads two experts of each block at every token, four samples may read all.
+    shapes = flops.Shapes(prefix=0, act=0, response=1, wrap=0, activations=1, group=1, sft_batch=1)
+    for samples, width in ((1, 512), (4, 2048), (40, 2048)):
+        shapes = shapes._replace(activations=samples)
+        read = flops.decode_bytes(dataclasses.replace(dense, d_ff=width), shapes, 2) + 2 * arch.num_layers * router
+        assert flops.decode_bytes(arch, shapes, 2) == read
 
 
 def test_the_unshared_step_computes_the_same(workload):

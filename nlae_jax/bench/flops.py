@@ -47,11 +47,22 @@ def block_flops(arch: Arch, tokens: int, seen: float) -> float:
     """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values.
 
     Where blocks differ, of their mean. DeltaNet corrects and reads its matrix once a token, however many came before.
+    Of experts those count that a token passes.
     """
-    matrices = sum(math.prod(w.shape) for w in block_weights(arch).values() if len(w.shape) == 3) / arch.num_layers
+    matrices = _matrices(arch, arch.experts.per_token if arch.experts else 0) / arch.num_layers
     queries, _ = _widths(arch)
     delta = arch.count("delta_layers") / arch.num_layers if arch.mixers else 0.0
     return 2.0 * matrices * tokens + 4.0 * queries / arch.num_layers * seen + delta * 6.0 * _memory(arch) * tokens
+
+
+def _matrices(arch: Arch, experts: int) -> float:
+    """Numbers in the matrices of all blocks together, with so many of each block's experts."""
+    share = experts / arch.experts.count if arch.experts else 0.0
+    return sum(
+        math.prod(weight.shape) * (share if "experts" in weight.axes else 1.0)
+        for weight in block_weights(arch).values()
+        if weight.fan_in
+    )
 
 
 def _widths(arch: Arch) -> tuple[int, int]:
@@ -98,9 +109,12 @@ def needed_flops(arch: Arch, layer: int, rank: int, shapes: Shapes) -> dict[str,
 
 
 def decode_bytes(arch: Arch, shapes: Shapes, itemsize: int) -> float:
-    """Bytes that decoding has to read: every weight, key and value once a token; states are also written."""
-    matrices = sum(math.prod(w.shape) for w in block_weights(arch).values() if len(w.shape) == 3)
-    weights = shapes.response * (matrices + arch.d_model * arch.vocab_size)
+    """Bytes that decoding has to read: every weight, key and value once a token; states are also written.
+
+    Of experts as many count as a token of all samples can pass at most.
+    """
+    passed = min(arch.experts.count, shapes.samples * arch.experts.per_token) if arch.experts else 0
+    weights = shapes.response * (_matrices(arch, passed) + arch.d_model * arch.vocab_size)
     of_responses = shapes.samples * shapes.response * (shapes.response + 1) / 2
     of_prompts = shapes.response * (shapes.prefix + shapes.activations * shapes.act)
     _, keys = _widths(arch)

@@ -217,7 +217,7 @@ class Block:
     def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
         if (experts := self.arch.experts) is not None:
             normed = self._norm(x, weights, "mlp_norm")
-            mixed = mixture(self.arch, experts, weights, normed)
+            mixed = mixture(self.arch, experts, weights, normed, decoding)
             return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
         return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
 
