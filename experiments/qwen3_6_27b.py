@@ -10,6 +10,6 @@ from nlae_jax.config import inherit
 
 def get_config() -> ConfigDict:
     config = inherit("qwen2_5_7b.py", beside=__file__)
-    config.subject.model, config.subject.layer = "Qwen/Qwen3.6-27B", 42
+    config.subject.model, config.subject.layer = "Qwen/Qwen3.6-27B", 43
     config.rl.num_steps = 6000
     return config

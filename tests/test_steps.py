@@ -14,7 +14,7 @@ import pytest
 
 from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm import transformer
-from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.arch import Arch, Experts, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Roles, make_roles
@@ -230,17 +230,17 @@ def most_exchanged(arch, protocol, sizes) -> int:
     return max(sum(math.prod(map(int, filter(None, s.split(",")))) for s in result) for result in shapes)
 
 
+@pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2)], ids=["dense", "experts"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, protocol, monkeypatch):
+def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, protocol, monkeypatch):
     """Every part of a matrix that would have to be gathered is larger than anything that rows exchange.
 
     Layers are unrolled on a CPU and scanned elsewhere.
     """
     monkeypatch.setattr(transformer, "platform_of", lambda x: platform)
-    arch = Arch(
-        vocab_size=128, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=512, tied_head=True
-    )
+    sizes_of = {"vocab_size": 128, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    arch = Arch(**sizes_of, d_ff=512, tied_head=True, experts=experts)
     smallest = arch.d_model * arch.num_kv_heads * arch.head_dim // sizes[2]
     assert most_exchanged(arch, protocol, sizes) <= BATCH * arch.d_model + BATCH * 4 < smallest
     if sizes == (1, 8, 1):  # where weights stay as training has them, they are gathered at every token
