@@ -207,8 +207,8 @@ def test_eight_devices_are_one_device(rank, sizes, settings, alone):
     assert_metrics_close(train(settings[rank], sizes).metrics, alone(rank).metrics, 1e-4)
 
 
-def most_exchanged(arch, protocol, sizes) -> int:
-    """Numbers in the largest exchange between devices inside the decode loop of a rollout, compiled from shapes."""
+def exchanges(arch, protocol, sizes, inside="decode/while/body") -> list[tuple[str, int]]:
+    """Kind and numbers of every exchange between devices inside a rollout's decode loop, compiled from shapes."""
     mesh, config = make_mesh(MeshConfig(*sizes)), tiny_config()
     roles = make_roles(config, arch, protocol)
     weights = {"trained": roles.encoder_weights(), "base": model_weights(arch)}
@@ -224,10 +224,14 @@ def most_exchanged(arch, protocol, sizes) -> int:
     results = [
         re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line)
         for line in program.as_text().splitlines()
-        if "decode/while/body" in line
+        if inside in line
     ]
-    shapes = [re.findall(r"\[([\d,]*)\]", found[1]) for found in results if found]
-    return max(sum(math.prod(map(int, filter(None, s.split(",")))) for s in result) for result in shapes)
+    shapes = [(found[2], re.findall(r"\[([\d,]*)\]", found[1])) for found in results if found]
+    return [(kind, sum(math.prod(map(int, filter(None, s.split(",")))) for s in result)) for kind, result in shapes]
+
+
+def most_exchanged(arch, protocol, sizes) -> int:
+    return max(numbers for _, numbers in exchanges(arch, protocol, sizes))
 
 
 @pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2)], ids=["dense", "experts"])
@@ -246,6 +250,22 @@ def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, pro
     if sizes == (1, 8, 1):  # where weights stay as training has them, they are gathered at every token
         monkeypatch.setattr(transformer, "constrained_tree", lambda tree, *_: tree)
         assert most_exchanged(arch, protocol, sizes) >= smallest
+
+
+def test_a_block_exchanges_two_sums_while_decoding(protocol, monkeypatch):
+    """And what changes from columns to rows; the residual stream is whole where every matrix reads it."""
+    monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
+    arch = Arch(vocab_size=128, d_model=256, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16, d_ff=256)
+    found = exchanges(arch, protocol, (1, 8, 1), "_scanned_decode/while/body")
+    streams = [kind for kind, numbers in found if numbers >= BATCH * arch.d_model]
+    assert streams == ["all-reduce"] * 2
+
+
+def test_logits_go_to_their_rows_in_parts(protocol, monkeypatch):
+    """The head is split over two axes, rows over one: no device gets all rows' logits in between."""
+    monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
+    sizes = {"vocab_size": 4096, "d_model": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8}
+    assert most_exchanged(Arch(**sizes, d_ff=64), protocol, (1, 4, 2)) < BATCH * 4096
 
 
 @pytest.mark.slow
