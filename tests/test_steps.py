@@ -14,7 +14,7 @@ import pytest
 
 from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm import transformer
-from nlae_jax.lm.arch import Arch, Experts, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, Experts, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Roles, make_roles
@@ -252,13 +252,16 @@ def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, pro
         assert most_exchanged(arch, protocol, sizes) >= smallest
 
 
-def test_a_block_exchanges_two_sums_while_decoding(protocol, monkeypatch):
+@pytest.mark.parametrize("mixers", [(), ("delta", "attention")], ids=["attention", "delta"])
+def test_a_block_exchanges_two_sums_while_decoding(mixers, protocol, monkeypatch):
     """And what changes from columns to rows; the residual stream is whole where every matrix reads it."""
     monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
-    arch = Arch(vocab_size=128, d_model=256, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16, d_ff=256)
-    found = exchanges(arch, protocol, (1, 8, 1), "_scanned_decode/while/body")
+    sizes = {"vocab_size": 128, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+    delta = DeltaNet(key_heads=4, value_heads=8, key_dim=16, value_dim=16) if mixers else None
+    arch = Arch(**sizes, d_ff=256, mixers=mixers * 2, delta=delta)
+    found = exchanges(arch, protocol, (1, 8, 1), "ed_decode/while/body")
     streams = [kind for kind, numbers in found if numbers >= BATCH * arch.d_model]
-    assert streams == ["all-reduce"] * 2
+    assert streams == ["all-reduce"] * 2 * max(1, len(mixers))
 
 
 def test_logits_go_to_their_rows_in_parts(protocol, monkeypatch):

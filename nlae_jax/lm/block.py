@@ -189,6 +189,8 @@ class Block:
         """
         delta, decoding = self.arch.delta, own is not None
         assert delta is not None  # as the block has its weights
+        if decoding:  # split by rows, as the narrow products would have it, it was gathered for each wide one
+            x = residual(x, decoding)
         rows = math.prod(x.shape[:-2])
         before = (seen[-1].state if seen else None) or empty_state(delta, rows, x.dtype)
         before = jax.tree.map(lambda s: _repeated(s, rows), before)
