@@ -45,7 +45,8 @@ def mixture(
     by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
     local = functools.partial(_of_device, arch, experts, among)
     split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
-    return split_up(own, x)
+    mixed: jax.Array = split_up(own, x)
+    return mixed
 
 
 def _of_device(
