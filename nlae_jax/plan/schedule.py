@@ -24,7 +24,6 @@ from nlae_jax.plan.chips import open_topology
 from nlae_jax.runtime.files import write_json
 
 _MODULE = "*.after_optimizations_after_buffer_assignment.txt"
-_MODULE_FOLLOWED_BY = "*.debug_options"  # once this is there, the module is written to its end
 _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
 _COLOR = re.compile(r"\bcolor (\d+)\b")
@@ -47,8 +46,12 @@ def scheduled(config: Config, topology_name: str, step: str, index: int) -> Sche
         command = [sys.executable, "-m", __name__, name, topology_name, step, str(index)]
         with open(directory / "said", "wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
             try:
-                while not list(directory.glob(_MODULE_FOLLOWED_BY)) and process.poll() is None:
+                written = 0
+                while process.poll() is None:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
+                    before, written = written, sum(path.stat().st_size for path in directory.glob(_MODULE))
+                    if written and written == before:  # to its end: it is written at once
+                        break
             finally:
                 process.kill()
         modules, buffers = (sorted(directory.glob(pattern)) for pattern in (_MODULE, _BUFFERS))
