@@ -15,4 +15,5 @@ def get_config() -> ConfigDict:
     config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4
     config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-4
     config.rl.num_steps = 2400
+    config.sft.microbatches, config.rl.microbatches = 4, 4
     return config
