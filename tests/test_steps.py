@@ -247,7 +247,7 @@ def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, pro
     arch = Arch(**sizes_of, d_ff=512, tied_head=True, experts=experts)
     smallest = arch.d_model * arch.num_kv_heads * arch.head_dim // sizes[2]
     assert most_exchanged(arch, protocol, sizes) <= BATCH * arch.d_model + BATCH * 4 < smallest
-    if sizes == (1, 8, 1) and experts is None:  # where weights stay as training has them, they are gathered at every token
+    if sizes == (1, 8, 1) and experts is None:  # weights that stay as training has them are gathered at every token
         monkeypatch.setattr(transformer, "constrained_tree", lambda tree, *_: tree)
         assert most_exchanged(arch, protocol, sizes) >= smallest
 
