@@ -2,6 +2,9 @@
 
     nlae train --config experiments/qwen3_6_27b.py --workdir runs/qwen3_6_27b
 
+Hardware: not planned yet. The frozen base that all roles share is 54 GB in bfloat16, and there twice while it decodes;
+DeltaNet's states of 512 samples are 77 GB beside it.
+
 Expected: no published numbers for this model. This file has not been run to its end yet. Needs what `qwen2_5_7b.py`
 needs.
 """

@@ -79,7 +79,7 @@ def test_a_quick_plan_has_the_same_numbers(config, result, monkeypatch, tmp_path
     found, whole = quick["steps"]["decoder_sft"], result["steps"]["decoder_sft"]
     assert found["code_bytes"] == 0
     assert found["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.01)
-    assert found["peak_bytes_per_chip"] == pytest.approx(whole["peak_bytes_per_chip"] - whole["code_bytes"], rel=0.05)
+    assert found["peak_bytes_per_chip"] == pytest.approx(whole["peak_bytes_per_chip"] - whole["code_bytes"], rel=0.1)
     for name in ("flops_per_chip", "collectives", "collective_bytes_per_chip", "needed_flops_per_chip"):
         assert found[name] == whole[name]
     assert found["estimated_seconds"] == pytest.approx(whole["estimated_seconds"], rel=0.02)
