@@ -71,6 +71,30 @@ def test_every_step_is_planned(result):
     assert "no tokenizer" in result["assumed"][0]
 
 
+def test_a_quick_plan_has_the_same_numbers(config, result, monkeypatch, tmp_path):
+    """All but the bytes of the code, which is not made, and what comes and goes with it."""
+    monkeypatch.setenv("NLAE_CACHE", str(tmp_path))
+    quick = report.plan(config, "v5e:2x2", ["decoder_sft"], quick=True)
+    assert (quick["compiled"], result["compiled"]) == ("as far as the schedule", "whole")
+    found, whole = quick["steps"]["decoder_sft"], result["steps"]["decoder_sft"]
+    assert found["code_bytes"] == 0
+    assert found["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.01)
+    assert found["peak_bytes_per_chip"] == pytest.approx(whole["peak_bytes_per_chip"] - whole["code_bytes"], rel=0.1)
+    for name in ("flops_per_chip", "collectives", "collective_bytes_per_chip", "needed_flops_per_chip"):
+        assert found[name] == whole[name]
+    assert found["estimated_seconds"] == pytest.approx(whole["estimated_seconds"], rel=0.02)
+
+
+def test_a_quick_plan_says_what_does_not_fit(config):
+    many = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_tokens=2**28))
+    topology = chips.open_topology("v5e:2x2")
+    planned = make_planned(many, topology.devices)
+    with report._nothing_kept():
+        step = measure("extract", programs(planned, "extract"), topology, planned, quick=True)
+    assert not step["fits"]
+    assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
+
+
 def test_flops_are_near_what_is_needed(result):
     """More by what is padded, masked or recomputed."""
     for name, step in result["steps"].items():

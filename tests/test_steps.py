@@ -14,7 +14,7 @@ import pytest
 
 from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm import transformer
-from nlae_jax.lm.arch import Arch, model_weights
+from nlae_jax.lm.arch import Arch, DeltaNet, Experts, model_weights
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Roles, make_roles
@@ -207,8 +207,8 @@ def test_eight_devices_are_one_device(rank, sizes, settings, alone):
     assert_metrics_close(train(settings[rank], sizes).metrics, alone(rank).metrics, 1e-4)
 
 
-def most_exchanged(arch, protocol, sizes) -> int:
-    """Numbers in the largest exchange between devices inside the decode loop of a rollout, compiled from shapes."""
+def exchanges(arch, protocol, sizes, inside="decode/while/body") -> list[tuple[str, int]]:
+    """Kind and numbers of every exchange between devices inside a rollout's decode loop, compiled from shapes."""
     mesh, config = make_mesh(MeshConfig(*sizes)), tiny_config()
     roles = make_roles(config, arch, protocol)
     weights = {"trained": roles.encoder_weights(), "base": model_weights(arch)}
@@ -224,28 +224,51 @@ def most_exchanged(arch, protocol, sizes) -> int:
     results = [
         re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line)
         for line in program.as_text().splitlines()
-        if "decode/while/body" in line
+        if inside in line
     ]
-    shapes = [re.findall(r"\[([\d,]*)\]", found[1]) for found in results if found]
-    return max(sum(math.prod(map(int, filter(None, s.split(",")))) for s in result) for result in shapes)
+    shapes = [(found[2], re.findall(r"\[([\d,]*)\]", found[1])) for found in results if found]
+    return [(kind, sum(math.prod(map(int, filter(None, s.split(",")))) for s in result)) for kind, result in shapes]
 
 
+def most_exchanged(arch, protocol, sizes) -> int:
+    return max(numbers for _, numbers in exchanges(arch, protocol, sizes))
+
+
+@pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2)], ids=["dense", "experts"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, protocol, monkeypatch):
+def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, protocol, monkeypatch):
     """Every part of a matrix that would have to be gathered is larger than anything that rows exchange.
 
     Layers are unrolled on a CPU and scanned elsewhere.
     """
     monkeypatch.setattr(transformer, "platform_of", lambda x: platform)
-    arch = Arch(
-        vocab_size=128, d_model=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=512, tied_head=True
-    )
+    sizes_of = {"vocab_size": 128, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    arch = Arch(**sizes_of, d_ff=512, tied_head=True, experts=experts)
     smallest = arch.d_model * arch.num_kv_heads * arch.head_dim // sizes[2]
     assert most_exchanged(arch, protocol, sizes) <= BATCH * arch.d_model + BATCH * 4 < smallest
-    if sizes == (1, 8, 1):  # where weights stay as training has them, they are gathered at every token
+    if sizes == (1, 8, 1) and experts is None:  # weights that stay as training has them are gathered at every token
         monkeypatch.setattr(transformer, "constrained_tree", lambda tree, *_: tree)
         assert most_exchanged(arch, protocol, sizes) >= smallest
+
+
+@pytest.mark.parametrize("mixers", [(), ("delta", "attention")], ids=["attention", "delta"])
+def test_a_block_exchanges_two_sums_while_decoding(mixers, protocol, monkeypatch):
+    """And what changes from columns to rows; the residual stream is whole where every matrix reads it."""
+    monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
+    sizes = {"vocab_size": 128, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16}
+    delta = DeltaNet(key_heads=4, value_heads=8, key_dim=16, value_dim=16) if mixers else None
+    arch = Arch(**sizes, d_ff=256, mixers=mixers * 2, delta=delta)
+    found = exchanges(arch, protocol, (1, 8, 1), "ed_decode/while/body")
+    streams = [kind for kind, numbers in found if numbers >= BATCH * arch.d_model]
+    assert streams == ["all-reduce"] * 2 * max(1, len(mixers))
+
+
+def test_logits_go_to_their_rows_in_parts(protocol, monkeypatch):
+    """The head is split over two axes, rows over one: no device gets all rows' logits in between."""
+    monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
+    sizes = {"vocab_size": 4096, "d_model": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2, "head_dim": 8}
+    assert most_exchanged(Arch(**sizes, d_ff=64), protocol, (1, 4, 2)) < BATCH * 4096
 
 
 @pytest.mark.slow

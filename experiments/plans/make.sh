@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the plans in this directory: models that must fit, and how what 7B exchanges grows from 8 to 256 chips.
 #   experiments/plans/make.sh [NAME...]     (all without a name; needs the extra [plan], no TPU)
-# What was planned before with the same code is read from the cache.
+# What was planned before with the same code is read from the cache. Those with --quick know nothing of the code's own bytes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
@@ -28,6 +28,10 @@ plan gemma3-27b_v5p-2x4x4 gemma3_27b gemma-3-27b-it v5p:2x4x4 64
 plan llama3.3-70b-lora_v5p-2x2x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:2x2x4 64
 plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --config.lora.rank=0 \
     --config.mesh.tensor=2 --config.sft.microbatches=1 --config.rl.microbatches=1
+plan llama3.3-70b_v5p-4x4x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x4 64 --quick --steps rl --config.lora.rank=0 \
+    --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.sft.microbatches=1 --config.rl.microbatches=1
+plan gpt-oss-20b-lora_v5p-2x2x1 gpt_oss_20b gpt-oss-20b v5p:2x2x1 64 --quick \
+    --config.rl.microbatches=4 --config.sft.microbatches=4
 
 # Weak scaling: 8 activations a chip, parameters split over 8 chips and copied over the rest.
 for slice in 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8; do

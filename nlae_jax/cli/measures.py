@@ -69,6 +69,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--config", required=True, help="experiment file with get_config()")
     plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
     plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
+    plan.add_argument(
+        "--quick", action="store_true", help="compile as far as memory and schedule are known: a tenth of the time"
+    )
     plan.add_argument("--out", help="file that gets the plan as JSON too")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -84,7 +87,8 @@ def _run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from nlae_jax.plan.report import STEPS, as_table, plan
     from nlae_jax.runtime.files import write_json
 
-    result = plan(config, options.topology, options.steps.split(",") if options.steps else STEPS)
+    names = options.steps.split(",") if options.steps else STEPS
+    result = plan(config, options.topology, names, options.quick)
     if options.out:
         write_json(options.out, result)
     show_result(result, as_table, options.json)

@@ -110,7 +110,7 @@ class Block:
         layer, decoding = layer or Layer(), own is not None
         seen, outs, caches = list(contexts), [], []
         for i, x in enumerate(xs):
-            x = _residual(x, decoding)
+            x = residual(x, decoding)
             with jax.named_scope("attention"):
                 normed = self._norm(x, weights, "attn_norm")
                 out = next(name for name in ("o", "delta_o", "global_o") if name in weights)
@@ -119,11 +119,11 @@ class Block:
                 else:
                     mixed, grown = self._delta(i, weights, adapters, normed, seen, own, offset, place)
                 caches.append(grown)
-                mixed = _residual(self._linear(mixed, weights, adapters, out, decoding), decoding)
-                before, x = x, x + self._added(mixed, weights, "attn_post_norm")
+                mixed = residual(self._linear(mixed, weights, adapters, out, decoding), decoding)
+                before, x = x, _sum(x, self._added(mixed, weights, "attn_post_norm"), decoding)
             with jax.named_scope("mlp"):
                 mixed = self._mlp(before if self.arch.parallel else x, weights, adapters, decoding)
-                x = x + self._added(_residual(mixed, decoding), weights, "mlp_post_norm")
+                x = _sum(x, self._added(residual(mixed, decoding), weights, "mlp_post_norm"), decoding)
             if self.arch.layer_scales:
                 x = x * jax.lax.stop_gradient(weights["layer_scale"]).astype(x.dtype)
             outs.append(x)
@@ -189,6 +189,8 @@ class Block:
         """
         delta, decoding = self.arch.delta, own is not None
         assert delta is not None  # as the block has its weights
+        if decoding:  # split by rows, as the narrow products would have it, it was gathered for each wide one
+            x = residual(x, decoding)
         rows = math.prod(x.shape[:-2])
         before = (seen[-1].state if seen else None) or empty_state(delta, rows, x.dtype)
         before = jax.tree.map(lambda s: _repeated(s, rows), before)
@@ -219,10 +221,10 @@ class Block:
             return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
         normed = self._norm(x, weights, "mlp_norm")
         if not experts.apart:
-            mixed = mixture(self.arch, experts, weights, normed)
+            mixed = mixture(self.arch, experts, weights, normed, decoding)
             return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
-        mixed = _residual(mixture(self.arch, experts, weights, x), decoding)
-        shared = _residual(self._shared(normed, weights, adapters, decoding), decoding)
+        mixed = residual(mixture(self.arch, experts, weights, x, decoding), decoding)
+        shared = residual(self._shared(normed, weights, adapters, decoding), decoding)
         return self._norm(mixed, weights, "experts_post_norm") + self._norm(shared, weights, "shared_post_norm")
 
     def _shared(
@@ -334,9 +336,18 @@ def _training_rows(x: jax.Array, columns: str | None) -> jax.Array:
     return constrained(x, (rows, *[None] * (x.ndim - 2), columns))
 
 
-def _residual(x: jax.Array, decoding: bool) -> jax.Array:
+def residual(x: jax.Array, decoding: bool) -> jax.Array:
     """A residual stream [*batch, T, d] split over devices by its rows alone."""
     return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _training_rows(x, None)
+
+
+def _sum(x: jax.Array, added: jax.Array, decoding: bool) -> jax.Array:
+    """The residual stream after an addition.
+
+    Decoding's is where every matrix reads it: split by rows in between, as sampled tokens are, it was gathered before
+    each product, half as much again as the products' own sums exchange.
+    """
+    return residual(x + added, decoding) if decoding else x + added
 
 
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:

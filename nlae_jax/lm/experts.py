@@ -6,13 +6,20 @@ tokens have experts, whatever their shares. Nothing is dropped, and no expert ha
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from nlae_jax.lm.arch import Arch, Experts
+from nlae_jax.lm.arch import Arch, Experts, block_weights
 from nlae_jax.lm.mlp import activated
 from nlae_jax.lm.norms import norm, rms_norm
 from nlae_jax.lm.products import einsum, precision_of
+from nlae_jax.mesh import DECODE_RULES, RULES, split
+
+# Weights of a mixture that every device has whole.
+_EVERYWHERE = ("router", "router_bias", "router_norm", "expert_scale", "experts_norm")
 
 
 def route(experts: Experts, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,9 +29,10 @@ def route(experts: Experts, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -> jax.Array:
-    """[N, d] -> [N, experts], in float32 whatever the model does: which are chosen hangs on small differences.
+    """Returns the router's logits [N, experts] in float32.
 
-    What a router's own norm gives is divided by √d.
+    The router computes in float32, whatever the model does: which experts it chooses hangs on small differences. A
+    router with a norm of its own divides the norm's output by √d.
     """
     x_NxD = x_NxD.astype(jnp.float32)
     if "router_norm" in weights:
@@ -33,28 +41,59 @@ def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -
     return logits + weights["router_bias"].astype(jnp.float32) if "router" in arch.biases else logits
 
 
-def mixture(arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """[..., d] -> [..., d]: the chosen experts' outputs, summed by the router's weights.
+def mixture(
+    arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array, decoding: bool = False
+) -> jax.Array:
+    """[*batch, T, d] -> [*batch, T, d]: the chosen experts' outputs, summed by the router's weights.
 
     x is what the MLP reads, or the residual stream where router and experts have norms of their own.
+
+    On a mesh each device takes the rows and the experts that it has, and what they make of a row is added up: left to
+    XLA, all rows are sorted and multiplied on every device.
     """
+    axes = {name: weight.axes[1:] for name, weight in block_weights(arch).items() if "experts" in weight.axes}
+    own = {name: weights[name] for name in (*axes, *_EVERYWHERE) if name in weights}
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.size == 1:
+        return _of_device(arch, experts, None, own, x)
+    rules, rows = (DECODE_RULES, "rows") if decoding else (RULES, "batch")
+    among = split(mesh, "experts", experts.count, rules)
+    stacked = {name: PartitionSpec(among) if name in axes else PartitionSpec() for name in own}
+    by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
+    local = functools.partial(_of_device, arch, experts, among)
+    split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
+    mixed: jax.Array = split_up(own, x)
+    return mixed
+
+
+def _of_device(
+    arch: Arch, experts: Experts, among: str | tuple[str, ...] | None, weights: dict[str, jax.Array], x: jax.Array
+) -> jax.Array:
+    """`mixture` of a device's rows; the mesh axes `among` split the experts, as many each."""
     flat_NxD = x.reshape(-1, x.shape[-1])
     chosen, shares = route(experts, router_logits(arch, weights, flat_NxD))
     if experts.apart:
         shares = shares * weights["expert_scale"].astype(jnp.float32)[chosen]
         flat_NxD = norm(arch, flat_NxD, weights["experts_norm"], None)
 
-    order = jnp.argsort(chosen.reshape(-1))  # of a token's choices, expert by expert
-    expert, token = chosen.reshape(-1)[order], order // experts.per_token
-    sizes = jnp.bincount(expert, length=experts.count).astype(jnp.int32)
+    held = weights["up"].shape[0]
+    first = jax.lax.axis_index(among) * held if among else 0
+    numbers = ((chosen - first) % experts.count).reshape(-1)  # the device's own are the first
+    order = jnp.argsort(numbers)  # of a token's choices, expert by expert
+    expert, token = numbers[order], order // experts.per_token
+    sizes = jnp.bincount(expert, length=experts.count)[:held].astype(jnp.int32)
+    # A ragged product leaves open what it makes of rows after the last group, and so does its gradient.
+    here = (expert < held)[:, None]
+    only_here = lambda rows: jnp.where(here, rows, 0) if among else rows  # noqa: E731
 
     def product(rows: jax.Array, name: str) -> jax.Array:
         matrices = weights[name]
         out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
-        return out + weights[f"{name}_bias"][expert] if name in arch.biases else out
+        return out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] if name in arch.biases else out
 
-    rows = flat_NxD[token]
-    rows = product(activated(arch, lambda name: product(rows, name)), "down")
+    rows = only_here(flat_NxD[token])
+    rows = only_here(product(activated(arch, lambda name: product(rows, name)), "down"))
     rows = rows * shares.reshape(-1)[order][:, None].astype(rows.dtype)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)
+    summed = jax.lax.psum(summed, among) if among else summed
     return summed.astype(x.dtype).reshape(x.shape)

@@ -91,9 +91,12 @@ def sample(
     stops = jnp.asarray([eos_id] if isinstance(eos_id, int) else list(eos_id), jnp.int32)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Made where the head is split, drawn from where the row is.
-        logits = constrained(logits, ("rows", *[None] * (logits.ndim - 2), "vocab"), DECODE_RULES)
-        logits = constrained(logits, ("batch", *[None] * (logits.ndim - 1)))
+        # Made where the head is split, drawn from where the row is. In one step where the head is split over two axes,
+        # XLA summed whole logits over all devices.
+        between = [None] * (logits.ndim - 2)
+        logits = constrained(logits, ("rows", *between, "vocab"), DECODE_RULES)
+        logits = constrained(logits, ("batch", *between, "vocab"))
+        logits = constrained(logits, ("batch", *between, None))
         if temperature < jnp.finfo(jnp.float32).tiny:
             token = jnp.argmax(logits, -1)
         else:

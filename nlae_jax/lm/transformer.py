@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nlae_jax.lm import head
 from nlae_jax.lm.arch import MIXERS, Arch, model_weights
-from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of
+from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of, residual
 from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.mixed import of_layer, over_blocks, stacked_caches
 from nlae_jax.lm.modules import apply
@@ -199,6 +199,7 @@ class Transformer(nn.Module):
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
         parts = (*contexts, own) if weights is None else (*contexts[0], own[0])
         x = self._placed(segment.x, segment.positions, sum(kv.positions.shape[-1] for kv in parts))
+        x = residual(x, decoding=True)
         if weights is None:
             return self._scanned_decode(block, x, contexts, own, offset)
         xs: tuple[jax.Array, ...] = (x,)

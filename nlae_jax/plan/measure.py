@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from nlae_jax.bench.flops import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
@@ -18,6 +16,7 @@ from nlae_jax.plan.abstract import Planned, Program, read_shape, resident_bytes,
 from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
+from nlae_jax.plan.schedule import scheduled
 from nlae_jax.runtime.progress import say
 
 # The compiler's messages for a program that needs too much memory: for temporaries, or in all.
@@ -50,9 +49,17 @@ def needed(planned: Planned) -> dict[str, float]:
     }
 
 
-def measure(name: str, programs: Sequence[Program], topology: Topology, planned: Planned) -> dict[str, Any]:
-    """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak."""
-    parts = [_program(name, program, topology, planned) for program in programs]
+def measure(
+    name: str, programs: Sequence[Program], topology: Topology, planned: Planned, quick: bool = False
+) -> dict[str, Any]:
+    """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak.
+
+    `quick`: as `plan.schedule` compiles them, without machine code.
+    """
+    parts = []
+    for index, program in enumerate(programs):
+        compiled = partial(_scheduled, planned, topology, name, index) if quick else partial(_whole, program)
+        parts.append(_program(name, program, topology, planned, compiled))
     whole = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
     flops, work = needed(planned)[name] / topology.chips, whole.get("flops_per_chip")
     whole["needed_flops_per_chip"] = flops
@@ -62,35 +69,31 @@ def measure(name: str, programs: Sequence[Program], topology: Topology, planned:
     return {**dict.fromkeys(_UNKNOWN), **whole}
 
 
-def _program(step: str, program: Program, topology: Topology, planned: Planned) -> dict[str, Any]:
+# A module's text, and bytes of main memory of a device by what they are for.
+Compiled = tuple[str, dict[str, int]]
+
+
+def _program(
+    step: str, program: Program, topology: Topology, planned: Planned, compiled: Callable[[], Compiled]
+) -> dict[str, Any]:
     per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
-    lowered = program.function.lower(*program.arguments)
-    traced = time.perf_counter() - begin
     held = resident_bytes((program.arguments, program.kept))
     try:
-        compiled, text = _compiled(lowered)
-    except jax.errors.JaxRuntimeError as error:
+        text, sizes = compiled()
+    except RuntimeError as error:  # jax's own is one
         if (needed := needed_memory(str(error), held)) is None:
             raise
         say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
         return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": held * per_chip}
     compiling = time.perf_counter() - begin
     cost = cost_of(parse(text), dict(planned.mesh.shape), planned.config.rl.max_new_tokens)
-    memory = compiled.memory_analysis()
-    sizes = {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "reused_bytes": memory.alias_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-    }
     # What the devices hold beside this program's arguments: of those, jit leaves out what is not read.
-    sizes["kept_bytes"] = max(0, held - memory.argument_size_in_bytes)
+    sizes["kept_bytes"] = max(0, held - sizes["argument_bytes"])
     peak = sum(sizes.values()) - 2 * sizes["reused_bytes"]
     say(
         f"plan: {step} ({program.name}): {peak * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip; "
-        f"traced in {traced:.0f} s, compiled in {compiling - traced:.0f} s"
+        f"compiled in {compiling:.0f} s"
     )
     return {
         "peak_bytes_per_chip": peak * per_chip,
@@ -99,6 +102,24 @@ def _program(step: str, program: Program, topology: Topology, planned: Planned) 
         **work(cost, topology),
         "compile_seconds": round(compiling, 1),
     }
+
+
+def _whole(program: Program) -> Compiled:
+    compiled, text = _compiled(program.function.lower(*program.arguments))
+    memory = compiled.memory_analysis()
+    return text, {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "reused_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+    }
+
+
+def _scheduled(planned: Planned, topology: Topology, step: str, index: int) -> Compiled:
+    found = scheduled(planned.config, topology.name, step, index)
+    sizes = {"argument_bytes": found.argument_bytes, "temporary_bytes": found.temporary_bytes}
+    return found.text, {**dict.fromkeys(("output_bytes", "reused_bytes", "code_bytes"), 0), **sizes}
 
 
 def needed_memory(message: str, held: int) -> int | None:

@@ -1,0 +1,87 @@
+"""A step's program compiled as far as its schedule: memory, operations and exchanges are known then.
+
+Machine code takes nine tenths of the TPU compiler's time, and the compiler cannot be asked to leave it out. So a
+process of its own compiles, and is ended when the compiler has written what comes before: the scheduled module and its
+buffers. How it calls those files is nowhere promised (libtpu 0.0.42).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from nlae_jax.config import Config, load_config
+from nlae_jax.plan.abstract import make_planned, programs
+from nlae_jax.plan.chips import open_topology
+from nlae_jax.runtime.files import write_json
+
+_MODULE = "*.after_optimizations_after_buffer_assignment.txt"
+_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
+_COLOR = re.compile(r"\bcolor (\d+)\b")
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Scheduled(NamedTuple):
+    """A module's text, and bytes of the main memory of a device: its arguments, and all the rest."""
+
+    text: str
+    argument_bytes: int
+    temporary_bytes: int
+
+
+def scheduled(config: Config, topology_name: str, step: str, index: int) -> Scheduled:
+    """Program `index` of a step. Raises RuntimeError with the compiler's last words where it refuses the program."""
+    with tempfile.TemporaryDirectory(prefix="nlae-plan-") as name:
+        directory = Path(name)
+        write_json(directory / "config.json", dataclasses.asdict(config))
+        command = [sys.executable, "-m", __name__, name, topology_name, step, str(index)]
+        with open(directory / "said", "wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+            try:
+                written = 0
+                while process.poll() is None:
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+                    before, written = written, sum(path.stat().st_size for path in directory.glob(_MODULE))
+                    if written and written == before:  # to its end: it is written at once
+                        break
+            finally:
+                process.kill()
+        modules, buffers = (sorted(directory.glob(pattern)) for pattern in (_MODULE, _BUFFERS))
+        if not modules or not buffers:
+            raise RuntimeError((directory / "said").read_text(encoding="utf-8", errors="replace")[-20_000:])
+        return Scheduled(modules[0].read_text(encoding="utf-8"), *buffer_bytes(buffers[0].read_text(encoding="utf-8")))
+
+
+def buffer_bytes(assignment: str) -> tuple[int, int]:
+    """Bytes of main memory (color 0, which is not written down) in a buffer assignment: arguments, and what else."""
+    arguments = others = 0
+    for size, properties in _ALLOCATION.findall(assignment):
+        color = _COLOR.search(properties)
+        if color and color[1] != "0":
+            continue
+        if re.search(r"\bparameter \d+", properties):
+            arguments += int(size)
+        elif "constant" not in properties.split(", ")[0] and "thread-local" not in properties:
+            others += int(size)
+    return arguments, others
+
+
+def main(directory: str, topology_name: str, step: str, index: str) -> None:
+    """What the process of its own does."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    planned = make_planned(load_config(Path(directory) / "config.json"), open_topology(topology_name).devices)
+    program = programs(planned, step)[int(index)]
+    options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+    program.function.lower(*program.arguments).compile(compiler_options=options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""A mixture of experts: what devices share, and that each does its part only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nlae_jax.config import MeshConfig
+from nlae_jax.lm.arch import Arch, ClampedGate, Experts, block_weights
+from nlae_jax.lm.experts import mixture
+from nlae_jax.mesh import DECODE_RULES, RULES, make_mesh, weight_sharding
+from tests.conftest import drawn_params
+
+EXPERTS = Experts(count=8, per_token=2, normalised=True)
+ARCH = Arch(
+    vocab_size=64,
+    d_model=32,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=16,
+    experts=EXPERTS,
+    clamped_gate=ClampedGate(alpha=1.7, limit=7.0),
+    biases=("router", "gate", "up", "down"),
+)
+
+
+def case(shape, sizes, decoding):
+    """The mixture as a function of weights and rows, both on one device, and as a mesh of these sizes has them."""
+    declared = {
+        name: weight
+        for name, weight in block_weights(ARCH).items()
+        if "experts" in weight.axes or name.startswith("router")
+    }
+    weights = drawn_params(declared, 0)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    mesh, rules = make_mesh(MeshConfig(*sizes)), DECODE_RULES if decoding else RULES
+    placed = {name: jax.device_put(w, weight_sharding(mesh, declared[name], rules)) for name, w in weights.items()}
+    rows = PartitionSpec(("data" if decoding else ("data", "fsdp")) if len(shape) > 2 else None)
+
+    def function(weights, x):
+        return mixture(ARCH, EXPERTS, {name: w[0] for name, w in weights.items()}, x, decoding)
+
+    return function, mesh, (weights, x), (placed, jax.device_put(x, NamedSharding(mesh, rows)))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
+@pytest.mark.parametrize(("shape", "decoding"), [((8, 3, 32), False), ((5, 32), False), ((8, 2, 1, 32), True)])
+def test_a_mesh_gives_what_one_device_gives(shape, decoding, sizes):
+    """Values, and the gradients of rows and of every weight; also of rows that all devices have."""
+    function, mesh, whole, split = case(shape, sizes, decoding)
+    target = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+    loss = jax.jit(jax.value_and_grad(lambda w, x: jnp.vdot(function(w, x), target), argnums=(0, 1)))
+    expected = loss(*whole)
+    with jax.set_mesh(mesh):
+        found = loss(*split)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), found, expected)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+
+
+def test_each_device_multiplies_its_own_rows():
+    """And sorts them: nothing is sent but weights."""
+    function, mesh, whole, split = case((8, 16, 32), (1, 8, 1), False)
+    flops = lambda arguments: jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]  # noqa: E731
+    alone = flops(whole)
+    with jax.set_mesh(mesh):
+        assert flops(split) < alone / 4
