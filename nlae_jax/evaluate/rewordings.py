@@ -5,8 +5,6 @@ They take another language model, which a describe provider asks: without one th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -37,9 +35,7 @@ def rewordings(work: Work, rewrite: Rewrite | None) -> None:
     rows = np.array([row for row in work.some(work.sizes.text).tolist() if work.texts[row].strip()], int)
     found = {name: _reworded(rewrite, steps, [work.texts[row] for row in rows]) for name, steps in REWORDINGS.items()}
     texts = {name: [text or "" for text in some] for name, some in found.items()}
-    # Another provider's words are other work.
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-    rebuilt = work.rebuilt_pool(f"rewordings-{digest}", {"whole": [work.texts[row] for row in rows], **texts})
+    rebuilt = work.rebuilt_pool("rewordings", {"whole": [work.texts[row] for row in rows], **texts})
     whole, _ = work.mse_of([work.texts[row] for row in rows], rebuilt["whole"], rows)
     for name, some in texts.items():
         came = work.full(np.array([bool(text) for text in some], float), rows) == 1

@@ -34,7 +34,8 @@ def rows_of_run(run: Run, count: int) -> Rows:
     if run.config.dataset.rl:
         texts = [run.store.contexts.get(row, "") for row in rows.tolist()]
         ids = [text_ids(run.tokenizer, text) if text else [] for text in texts]
-        return without_following(h, [plan.doc_ids[plan.document[row]] for row in rows], ids, texts)
+        docs, domains = ([of[plan.document[row]] for row in rows] for of in (plan.doc_ids, plan.domain))
+        return without_following(h, docs, ids, texts, domains)
     others = np.concatenate([plan.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
     others = np.sort(np.random.default_rng([run.config.seed, 7]).permutation(others)[:_REFERENCE])
     context_ids = [run.store.context_ids(row).tolist() for row in rows.tolist()]
@@ -47,7 +48,7 @@ def rows_of_run(run: Run, count: int) -> Rows:
         context_ids=context_ids,
         following_ids=after,
         contexts=[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
-        domain=["text"] * len(rows),
+        domain=[plan.domain[document] for document in plan.document[rows]],
         gold=[described.get(row, "") for row in rows.tolist()],
         reference=run.store.vectors(others) if len(others) else h,
         reference_document=plan.document[others].astype(int) if len(others) else plan.document[rows].astype(int),
