@@ -194,7 +194,9 @@ class NLA(Explainer):
             trained_controls(work, self._roles, self._pair, control_steps)
             rewordings(work, rewrite)
 
-        return run_suite(work, sections, more_of_text)
+        figures = run_suite(work, sections, more_of_text)
+        figures["suite"] |= {"pair": self.name, "layer": self.layer}
+        return figures
 
     def explain_chat(
         self,

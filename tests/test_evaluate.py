@@ -1,15 +1,18 @@
 """`nlae eval` on a run, an exported pair, texts and parquet files: what a user calls, and what a user gets wrong."""
 
+import dataclasses
 import json
 import shutil
 
 import pyarrow.parquet as pq
 import pytest
 
-from nlae_jax.api import NLA
+from nlae_jax.api import NLA, open_run
 from nlae_jax.cli import main
+from nlae_jax.data.corpus import read_documents
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
+from nlae_jax.run.suite import rows_of_run
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import documents
 
@@ -46,9 +49,23 @@ def test_a_runs_own_numbers_stay_and_sections_are_added(on_workdir):
 
 def test_the_report_shows_it(on_workdir):
     workdir, *_ = on_workdir
-    assert main(["report", "--workdir", str(workdir)]) == 0
     page = (workdir / "report.html").read_text()
     assert "Is it true?" in page and "loss_recovered" in page and "marginal_fve" in page
+
+
+def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run, tmp_path):
+    run = open_run(tiny_run.workdir)
+    documents = read_documents(run.config.corpus)
+    assert {document.domain for document in documents} == {"texts"}  # the name of its one file
+    rows = rows_of_run(run, 12)
+    assert set(rows.domain) == {"texts"}
+    ids = [run.store.plan.doc_ids[document] for document in rows.document]
+    named = [f"kind {number % 2}" for number in range(len(run.store.plan.doc_ids))]
+    run.store.plan = dataclasses.replace(run.store.plan, domain=named)
+    found = rows_of_run(run, 12)
+    assert found.domain == [named[run.store.plan.doc_ids.index(doc_id)] for doc_id in ids]
+    assert set(found.domain) == {"kind 0", "kind 1"}
+    assert found.digest() == rows.digest()  # how rows are put together changes no work
 
 
 def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, capsys):
@@ -69,6 +86,8 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     }
     assert result["fve"] == result["reconstruction"]["fve"]["value"] and result["num_activations"] == 24
     assert set(result["reconstruction"]["fve_by_domain"]["parts"]) == {"text", "rivers"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "By kind of text" in page and "rivers" in page and "Not there yet" not in page
     parts = sorted(tmp_path.rglob("*.npz"))
     times = [part.stat().st_mtime_ns for part in parts]
     assert main(command) == 0
@@ -127,6 +146,11 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
         (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
+        (["--workdir", "w", "--distributed"], "--distributed: the suite runs in one process"),
+        (
+            ["--config", "c", "--workdir", "w", "--suite", "text", "--distributed", "h:1,2,0"],
+            "--distributed: the suite",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import math
 from nlae_jax.cli.command import Command, add_distributed, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.cli.stages import run_stage_command
-from nlae_jax.runtime import world
 from nlae_jax.runtime.errors import UserError
 
 # What options must be at least.
@@ -56,6 +55,11 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides and not options.config:
         raise UserError("--config.*: overrides change what --config gives, and there is none")
+    if options.distributed is not None and (options.suite or not (options.config and options.workdir)):
+        raise UserError(
+            "--distributed: the suite runs in one process, so leave it out; the stage (--config and --workdir without "
+            "--suite) runs in several"
+        )
     sections, as_json = sections_of(options.suite or ""), options.json
     if options.config and options.workdir:
         options.json = as_json and not options.suite
@@ -64,15 +68,15 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             return code
     else:
         check_workdir(options)
-        start_jax(options.distributed)
-    if world.count() > 1:
-        raise UserError("--suite: runs in one process; leave --distributed out")
+        start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.config import Config, load_experiment
+    from nlae_jax.report.page import write_report
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures
     from nlae_jax.runtime.files import read_json
     from nlae_jax.runtime.output import afterwards, check_directory, show_json, show_rich
+    from nlae_jax.runtime.progress import say
 
     if options.out:
         check_directory(options.out, "--out")
@@ -98,6 +102,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.describe if options.reword else None,
     )
     path = write_figures(out, figures)
+    afterwards("no report", lambda: say(f"report: {write_report(out)}"))
     show = lambda: show_json(read_json(path)) if as_json else show_rich(suite_table(figures))  # noqa: E731
     afterwards("no results shown", show)
     return 0

@@ -290,19 +290,23 @@ def _tame(value: Any, depth: int = 12) -> Any:
 def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
-    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError.
+    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError. A
+    directory that holds the suite's figures of a pair and no run has the figures alone.
     """
     workdir = workdir_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; --workdir names the directory of a run")
     config = _object(workdir / "config.json", "restore it: it says what everything here was made with")
     evaluation = _object(workdir / "eval.json", "delete it and run `nlae eval` again")
-    subject = (config or {}).get("subject")
+    suite = (evaluation or {}).get("suite")
+    is_run = config is not None or not isinstance(suite, dict)
+    subject = (config or {}).get("subject") if is_run else {"model": suite.get("pair"), "layer": suite.get("layer")}
     subject = subject if isinstance(subject, dict) else {}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     page = environment.from_string(REPORT_PAGE.read_text(encoding="utf-8")).render(
         model=printable(subject.get("model", "unknown subject")),
         layer=printable(subject.get("layer", "unknown")),
+        is_run=is_run,
         headline=Markup(_headline(evaluation)),
         suite=Markup(html_suite(evaluation or {})),
         stages=Markup(_stages(_tame(read(workdir / "metrics.jsonl"), 14))),
