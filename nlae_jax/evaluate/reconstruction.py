@@ -240,7 +240,7 @@ def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) ->
 
     Rows of zeros are samples that could not be read: they agree with none, not even with each other.
     """
-    count, readable = rebuilt_NxSxD.shape[1], rebuilt_NxSxD.any(-1)
+    count, readable = rebuilt_NxSxD.shape[1], np.asarray(rebuilt_NxSxD.any(-1))
     centred = np.asarray(direction.unit_direction(rebuilt_NxSxD), np.float64) - mean
     centred /= np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
     total = np.where(readable[..., None], centred, 0.0).sum(1)

@@ -299,9 +299,10 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     config = _object(workdir / "config.json", "restore it: it says what everything here was made with")
     evaluation = _object(workdir / "eval.json", "delete it and run `nlae eval` again")
     suite = (evaluation or {}).get("suite")
-    is_run = config is not None or not isinstance(suite, dict)
+    suite = suite if isinstance(suite, dict) else {}
+    is_run = config is not None or not suite
     subject = (config or {}).get("subject") if is_run else {"model": suite.get("pair"), "layer": suite.get("layer")}
-    subject = subject if isinstance(subject, dict) else {}
+    subject = {name: value for name, value in subject.items() if value is not None} if isinstance(subject, dict) else {}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     page = environment.from_string(REPORT_PAGE.read_text(encoding="utf-8")).render(
         model=printable(subject.get("model", "unknown subject")),

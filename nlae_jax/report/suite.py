@@ -176,7 +176,7 @@ def _html_row(figure: Figure, entry: Mapping[str, Any]) -> str:
     for part, of in parts.items():
         found = _named(of, "controls").items()
         beside += [f"{html_text(part)}, {html_text(name)}: {_with_interval(other)}" for name, other in found]
-    counts = [of.get("n") for of in (entry, *parts.values()) if is_shown(of.get("n"))]
+    counts = [float(of["n"]) for of in (entry, *parts.values()) if is_shown(of.get("n"))]
     count = "–" if not counts else " to ".join(dict.fromkeys(number(end) for end in (min(counts), max(counts))))
     return (
         f"<tr><td><code>{figure.key}</code> {html_text(figure.meaning)}</td><td>{'<br>'.join(own)}</td>"

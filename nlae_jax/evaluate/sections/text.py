@@ -55,7 +55,7 @@ def _other_mse(work: Work, rebuilt: np.ndarray, rows: np.ndarray) -> np.ndarray:
     NaN where that is of the same document. What a change does to it says what the change does by itself.
     """
     other = work.other[rows]
-    mse = direction_mse(rebuilt, work.rows.h[other], rebuilt.any(-1))
+    mse = direction_mse(rebuilt, work.rows.h[other], np.asarray(rebuilt.any(-1)))
     return np.where(work.rows.document[other] == work.rows.document[rows], np.nan, mse)
 
 
@@ -107,7 +107,8 @@ def _dropped(
     readable = np.array([bool(left) for _, _, left in dropped], bool)
     lost = direction_mse(rebuilt, work.rows.h[rows], readable) - whole[rows]
     lost_other = _other_mse(work, rebuilt, rows) - other[rows]
-    parts, permuted = {}, {}
+    parts: dict[str, np.ndarray] = {}
+    permuted: dict[str, np.ndarray] = {}
     for which in ("last", "other"):
         here = np.array([kind == which for _, kind, _ in dropped], bool)
         for columns, losses in ((parts, lost), (permuted, lost_other)):
