@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import CorpusConfig, DescribeConfig, MeshConfig, ProtocolConfig, load_config
 from nlae_jax.data.providers import rewriter
-from nlae_jax.evaluate.cost import cost_text
+from nlae_jax.evaluate.cost import Extras, cost_text
 from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import rows_of
@@ -169,17 +170,19 @@ class NLA(Explainer):
         control_steps: int = 0,
         corpus: CorpusConfig | None = None,
         reword: DescribeConfig | None = None,
+        judge: DescribeConfig | None = None,
     ) -> dict[str, Any]:
         """The suite (docs/evaluation.md) on activations of texts and files: every figure by section and name.
 
         Files are texts (.txt, .jsonl, .parquet), or one parquet of activations in the reference's layout; a `corpus` is
         read, too; or `rows` are given. What is done is kept in `out`/evaluation: the same call goes on from there.
         `control_steps` trains decoders on other words for so many steps each; `reword` asks a server to say
-        explanations in other words. Raises UserError for an adapted pair.
+        explanations in other words, `judge` whether they are true. Raises UserError for an adapted pair.
         """
         self.check_own_subject("eval")
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
+        ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
         subject = lambda: self.subject  # noqa: E731
         arch = self._roles.encoder.arch
         if rows is None:
@@ -188,13 +191,13 @@ class NLA(Explainer):
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
         work = Work(pairing, rows, out, seed, bootstrap_samples)
-        say(cost_text(work, sections, arch))
+        say(cost_text(work, sections, arch, Extras(control_steps, reword is not None, judge is not None)))
 
         def more_of_text() -> None:
             trained_controls(work, self._roles, self._pair, control_steps)
             rewordings(work, rewrite)
 
-        figures = run_suite(work, sections, more_of_text)
+        figures = run_suite(work, sections, {"text": more_of_text, "truth": lambda: judged(work, ask)})
         figures["suite"] |= {"pair": self.name, "layer": self.layer}
         return figures
 

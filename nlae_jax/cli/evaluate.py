@@ -29,6 +29,8 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--control-steps", type=int, default=0, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
     command.add_argument("--reword", action="store_true", help=help_text)
+    help_text = "also ask that server whether the texts support the explanations"
+    command.add_argument("--judge", action="store_true", help=help_text)
     command.add_argument("--json", action="store_true", help="print eval.json on stdout")
     add_distributed(command)
 
@@ -40,8 +42,9 @@ def _check_eval(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             return f"--{name.replace('_', '-')}: {value} should be at least {least}"
-    if options.reword and not options.config:
-        return "--reword takes --config, whose describe.provider is the server to ask"
+    for name in ("reword", "judge"):
+        if getattr(options, name) and not options.config:
+            return f"--{name} takes --config, whose describe.provider is the server to ask"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
     if not options.workdir and not (options.text or options.input or options.config):
@@ -100,6 +103,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         options.control_steps,
         config.corpus if options.config and not options.workdir else None,
         config.describe if options.reword else None,
+        config.describe if options.judge else None,
     )
     path = write_figures(out, figures)
     afterwards("no report", lambda: say(f"report: {write_report(out)}"))

@@ -152,6 +152,8 @@ def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
 def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Sequence[str]], list[str | None]]:
     """(instruction, texts) -> what the configured server makes of them, kept in `directory`; None where nothing came.
 
+    A prompt is the instruction, an empty line and the text.
+
     Raises UserError at once where `describe.provider` is not a server, or one that cannot be asked.
     """
     if config.provider not in SERVERS:
@@ -159,7 +161,7 @@ def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Seque
     server = SERVERS[config.provider](config)
 
     def rewrite(instruction: str, texts: Sequence[str]) -> list[str | None]:
-        ask = partial(server.ask, make_prompt=lambda text: f"{instruction}\n\nThe note:\n{text}")
+        ask = partial(server.ask, make_prompt=lambda text: f"{instruction}\n\n{text}")
         cache = AnswerCache(directory, *_identity(config, instruction))
         return cached_describer(config, cache, ask, None)([Context("", text, ()) for text in texts])
 

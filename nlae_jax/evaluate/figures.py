@@ -306,6 +306,20 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "truth", "consensus_words", "how many content words 80 % of ten samples say", "mean over rows", ("all_words",)
     ),
+    Figure(
+        "truth",
+        "judged_support",
+        "share of an explanation's claims that a judge, another language model, finds in the text",
+        "claims that the text supports / claims, as the judge counts them, over all explanations",
+        ("permuted",),
+    ),
+    Figure(
+        "truth",
+        "judged_choice",
+        "how often a judge tells the explanation of a text from one of another document",
+        "right verdicts / all that can be read; which of the two comes first alternates",
+        ("chance",),
+    ),
     # --- health
     Figure("health", "extraction_rate", "share of explanations that were closed", "mean over rows"),
     Figure(

@@ -30,6 +30,11 @@ class Kept:
         self._directory = directory
         self.seconds: dict[str, float] = {}
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything of this work may be on disk."""
+        return self._directory.exists()
+
     def run(
         self, name: str, count: int, batch: int, compute: Compute, unit: str = "activation", of: Any = None
     ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nlae_jax.evaluate.work import Work
 # (what to do, texts) -> texts, None where none came back.
 Rewrite = Callable[[str, Sequence[str]], list[str | None]]
 
-_ANSWER = "Write the result between <explanation> and </explanation>, and nothing outside these tags."
+_ANSWER = "Write the result between <explanation> and </explanation>, and nothing outside these tags.\n\nThe note:"
 _PARAPHRASE = (
     "Below is a note on a text. Say the same in other words: change every word and the order of the sentences where "
     f"the meaning allows it, and neither add nor leave out anything. Keep what stands in quotation marks. {_ANSWER}"
@@ -43,6 +43,11 @@ def rewordings(work: Work, rewrite: Rewrite | None) -> None:
         beside = {"whole": np.where(came, whole, np.nan), "permuted": permuted}
         columns = {control: work.with_variance(mse) for control, mse in beside.items()}
         work.ledger.put("text", name, work.with_variance(own), fve_of, columns)
+
+
+def answers_asked(count: int) -> int:
+    """How many answers `rewordings` asks for, of so many rows."""
+    return count * sum(map(len, REWORDINGS.values()))
 
 
 def _reworded(rewrite: Rewrite, steps: Sequence[str], texts: Sequence[str]) -> list[str | None]:

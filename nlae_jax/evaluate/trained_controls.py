@@ -27,7 +27,7 @@ from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
-_BATCH = 16
+BATCH = 16
 _LEARNING_RATE, _FULL_LEARNING_RATE = 2e-3, 2e-5  # of adapters, and of all weights
 _TEST_SHARE = 4  # one document in so many is not trained on
 
@@ -116,14 +116,14 @@ def _train(
     rng = np.random.default_rng(work.seed)
     with progress(num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
         for _ in range(num_steps):
-            some = rng.choice(rows, _BATCH)
+            some = rng.choice(rows, BATCH)
             batch = {"h": work.rows.h[some], "ids": ids[some], "length": length[some]}
             state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch))
             bar.advance(loss=metrics["loss"])
     variables = lambda trained: roles.decoder_variables(base, trained)  # noqa: E731
     apply = jax.jit(lambda trained, ids, length: whole.decoder.apply(variables(trained), ids, length))
     found = []
-    for begin in range(0, len(ids), _BATCH):
-        some = np.minimum(np.arange(begin, begin + _BATCH), len(ids) - 1)
+    for begin in range(0, len(ids), BATCH):
+        some = np.minimum(np.arange(begin, begin + BATCH), len(ids) - 1)
         found.append(np.asarray(apply(state.trained, jnp.asarray(ids[some]), jnp.asarray(length[some]))))
     return np.concatenate(found)[: len(ids)]

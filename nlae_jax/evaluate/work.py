@@ -75,6 +75,7 @@ class Sizes(NamedTuple):
     suffix: int = 64
     recurrence: int = 24
     uninformed: int = 48
+    judged: int = 64
 
 
 class Work:

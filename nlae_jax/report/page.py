@@ -219,6 +219,7 @@ def _cards(evaluation: Mapping[str, Any]) -> str:
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{note}</p></div>'
         for title, key, note in CARDS
+        if key in evaluation  # a pair that no run has trained has no figures of before and after
     )
 
 

@@ -10,7 +10,7 @@ from nlae_jax.report.table import html_text, is_shown, number, tidy
 
 
 class Mark(NamedTuple):
-    """One line: a name, its value and interval. `kind` is "main", "zero" or nothing.
+    """One line: a name, its value and interval. `kind` is "main", "part", "zero" or nothing.
 
     `control` is what the value is held against, drawn as a ring on the same line.
     """

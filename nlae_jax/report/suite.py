@@ -84,7 +84,7 @@ def _divided(entry: Mapping[str, Any], label: str) -> list[Mark]:
     for name, of in _named(entry, "parts").items():
         control = _named(of, "controls").get("permuted")
         shown = label.format(name) if name.isdigit() else name
-        marks.append(_mark(shown, of, "main", None if control is None else float(control["value"])))
+        marks.append(_mark(shown, of, "part", None if control is None else float(control["value"])))
     return marks
 
 
@@ -176,7 +176,7 @@ def _html_row(figure: Figure, entry: Mapping[str, Any]) -> str:
     for part, of in parts.items():
         found = _named(of, "controls").items()
         beside += [f"{html_text(part)}, {html_text(name)}: {_with_interval(other)}" for name, other in found]
-    counts = [float(of["n"]) for of in (entry, *parts.values()) if is_shown(of.get("n"))]
+    counts = [int(of["n"]) for of in (entry, *parts.values()) if is_shown(of.get("n"))]
     count = "–" if not counts else " to ".join(dict.fromkeys(number(end) for end in (min(counts), max(counts))))
     return (
         f"<tr><td><code>{figure.key}</code> {html_text(figure.meaning)}</td><td>{'<br>'.join(own)}</td>"
