@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from nlae_jax.evaluate.cost import Extras, answers, cost_text, costs
 from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rewordings import REWORDINGS
@@ -338,6 +339,28 @@ def test_every_figure_has_an_interval_a_count_and_the_controls_that_the_table_na
 def test_keys_are_of_one_figure_each():
     assert len(BY_NAME) == len(FIGURES)
     assert {figure.section for figure in FIGURES} == set(SECTIONS)
+
+
+# --- what it costs
+
+
+def test_what_is_asked_for_beside_the_suite_costs_more(tiny_lm, rows, tmp_path):
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+    work = Work(pair, rows, tmp_path, 0, 50, SIZES)
+    plain, trained = (costs(work, SECTIONS, Extras(control_steps=steps)) for steps in (0, 10))
+    more = trained["text"].read - plain["text"].read
+    assert more == 3 * (3 * 10 * 16 + 40) * 80 + sum(map(len, rows.context_ids))
+    assert {name: cost for name, cost in trained.items() if name != "text"} == {
+        name: cost for name, cost in plain.items() if name != "text"
+    }
+    # Three answers for each explanation that is reworded, and three for each that is judged.
+    assert answers(work, SECTIONS, Extras(0, True, True)) == 3 * 40 + 3 * 16
+    assert answers(work, ("health", "text"), Extras(0, True, True)) == 3 * 40
+    line = cost_text(work, ("health",), tiny_lm.arch)
+    assert line.startswith("eval: 40 activations, about ") and "asked" not in line and "less what" not in line
+    run_suite(work, ("health",))
+    line = cost_text(work, ("text", "truth"), tiny_lm.arch, Extras(judges=True))
+    assert "asked 48 times at most" in line and line.endswith("less what an earlier run has done")
 
 
 # --- resuming

@@ -131,6 +131,7 @@ FIGURES: tuple[Figure, ...] = (
         ("permuted",),
         parts="n",
         part_controls=("permuted",),
+        source="Chen et al. 2021",
     ),
     Figure(
         "reconstruction",
@@ -244,6 +245,7 @@ FIGURES: tuple[Figure, ...] = (
         "share of the loss on the next token that the reconstruction wins back from the mean vector",
         "(CE_mean - CE_r) / (CE_mean - CE_h)",
         ("true", "gold", "permuted", "zero", "isotropic"),
+        source="Bricken et al. 2023, there from zero",
     ),
     Figure(
         "meaning",
