@@ -15,6 +15,8 @@ from nlae_jax.evaluate.rows import documents_of, rows_of_documents
 from nlae_jax.run.suite import rows_of_run
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import documents
+from tests.servers import chat, serving
+from tests.tiny_run import EXPERIMENT
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -105,6 +107,37 @@ def test_a_parquet_of_activations(exported, tmp_path):
         nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
 
 
+def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
+    """The run's own descriptions are a template's: the given config says who is asked, and changes nothing else."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+
+    def reply(number, body):
+        choice = "Below are two notes" in body["messages"][0]["content"]
+        sentence = "The note about the text is A." if choice else "The text supports 1 of 2 claims."
+        return chat(f"<explanation>{sentence}</explanation>")
+
+    with serving() as start:
+        url, script = start(reply)
+        asked = [f"--config.describe.{name}" for name in ("provider=openai", "model=m", f"base_url={url}")]
+        command = [
+            "eval",
+            "--workdir",
+            str(workdir),
+            "--config",
+            str(EXPERIMENT),
+            "--suite",
+            "truth",
+            "--judge",
+            *asked,
+        ]
+        assert main(command) == 0
+        count = len(script.requests)
+        found = json.loads((workdir / "eval.json").read_text())["truth"]
+        assert found["judged_support"]["value"] == 0.5 and found["judged_choice"]["n"] > 0
+        assert main(command) == 0 and len(script.requests) == count  # answers are kept
+    assert (workdir / "config.json").read_bytes() == (tiny_run.workdir / "config.json").read_bytes()
+
+
 def test_positions_leave_room_and_depend_on_the_seed(tiny_lm):
     rows, again, other = (rows_of_documents(tiny_lm, 0, documents(8), 16, seed) for seed in (0, 0, 1))
     assert rows.digest() == again.digest() != other.digest()
@@ -126,6 +159,8 @@ def test_a_text_that_comes_twice_is_one_document(tmp_path):
         (["--model", "smollm2-135m", "--text", "x"], "--out"),
         (["--model", "smollm2-135m", "--out", "o"], "--text, --input or --config"),
         ([], "--workdir, or --model, or --av and --ar"),
+        (["--workdir", "w", "--config", "c", "--control-steps", "9"], "--control-steps is the suite's: add --suite"),
+        (["--workdir", "w", "--config", "c", "--text", "x"], "--text is the suite's: add --suite"),
         (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
         (["--model", "m", "--out", "o", "--text", "x", "--num-activations", "1"], "--num-activations: 1 should be at"),
         (

@@ -35,6 +35,15 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     add_distributed(command)
 
 
+# Options that the stage of a run, which goes by its config, has no use for.
+_OF_SUITE = ("text", "input", "out", "num_activations", "temperature", "max_new_tokens", "control_steps")
+
+
+def _is_stage(options: argparse.Namespace) -> bool:
+    """Whether the stage of a run is asked for. Where a server is to be asked, the config says which one instead."""
+    return bool(options.config and options.workdir and not (options.reword or options.judge))
+
+
 def _check_eval(options: argparse.Namespace) -> str:
     if problem := check_pair(options):
         return problem
@@ -45,6 +54,8 @@ def _check_eval(options: argparse.Namespace) -> str:
     for name in ("reword", "judge"):
         if getattr(options, name) and not options.config:
             return f"--{name} takes --config, whose describe.provider is the server to ask"
+    if _is_stage(options) and not options.suite and (given := [name for name in _OF_SUITE if getattr(options, name)]):
+        return f"--{given[0].replace('_', '-')} is the suite's: add --suite, or leave --config out"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
     if not options.workdir and not (options.text or options.input or options.config):
@@ -58,13 +69,13 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides and not options.config:
         raise UserError("--config.*: overrides change what --config gives, and there is none")
-    if options.distributed is not None and (options.suite or not (options.config and options.workdir)):
+    if options.distributed is not None and (options.suite or not _is_stage(options)):
         raise UserError(
             "--distributed: the suite runs in one process, so leave it out; the stage (--config and --workdir without "
             "--suite) runs in several"
         )
     sections, as_json = sections_of(options.suite or ""), options.json
-    if options.config and options.workdir:
+    if _is_stage(options):
         options.json = as_json and not options.suite
         code = run_stage_command(options, overrides)
         if not options.suite:
@@ -85,7 +96,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         check_directory(options.out, "--out")
     config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
     run = open_run(options.workdir) if options.workdir else None
-    out, nla = options.out or options.workdir, load_pair(options, run)
+    out, nla, describe = options.out or options.workdir, load_pair(options, run), config.describe
     if run is not None:
         config = run.config
         if not (options.text or options.input):
@@ -102,8 +113,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.eval.bootstrap_samples,
         options.control_steps,
         config.corpus if options.config and not options.workdir else None,
-        config.describe if options.reword else None,
-        config.describe if options.judge else None,
+        describe if options.reword else None,
+        describe if options.judge else None,
     )
     path = write_figures(out, figures)
     afterwards("no report", lambda: say(f"report: {write_report(out)}"))
