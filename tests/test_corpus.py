@@ -237,7 +237,10 @@ def test_the_kind_of_a_text_is_its_domain_or_the_name_of_its_file(tmp_path):
 def test_a_column_named_domain_may_be_the_text(tmp_path):
     few = texts_of(2)
     pq.write_table(pa.table({"domain": few}), tmp_path / "a.parquet")
-    assert {document.text for document in read_documents(config(tmp_path / "a.parquet", text_field="domain"))} == {*few}
+    write_jsonl(tmp_path / "a.jsonl", [{"domain": text} for text in few])
+    for name in ("a.parquet", "a.jsonl"):
+        found = read_documents(config(tmp_path / name, text_field="domain"))
+        assert {(document.text, document.domain) for document in found} == {(text, "a") for text in few}
 
 
 def test_any_damage_to_parquet_is_one_line(tmp_path):

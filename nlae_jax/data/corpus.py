@@ -271,7 +271,8 @@ def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
     for where, row in read_json_lines(path):
         name, passage = (value if isinstance(value := row.get(key), str) else "" for key in ("id", "passage"))
-        yield Text(_text_of(row, where, text_field), name, passage, domain=domain_of(row.get(DOMAIN)))
+        domain = domain_of(row.get(DOMAIN)) if text_field != DOMAIN else ""
+        yield Text(_text_of(row, where, text_field), name, passage, domain=domain)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -336,12 +337,11 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         start = 0
-        columns = [text_field]
-        if DOMAIN in names and text_field != DOMAIN and is_text(file.schema_arrow.field(DOMAIN).type):
-            columns.append(DOMAIN)
+        has_domain = text_field != DOMAIN and DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type)
+        columns = [text_field, DOMAIN] if has_domain else [text_field]
         for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
             check_batch(path, start, batch)
-            domains = batch.column(DOMAIN).to_pylist() if DOMAIN in columns else [""] * len(batch)
+            domains = batch.column(DOMAIN).to_pylist() if has_domain else [""] * len(batch)
             for row, (text, domain) in enumerate(
                 zip(batch.column(text_field).to_pylist(), domains, strict=True), start
             ):
