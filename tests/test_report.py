@@ -502,12 +502,19 @@ def test_the_suite_is_shown_as_charts_and_as_a_table(tmp_path):
     assert "meaning: loss_recovered" in table.file.getvalue() and "−2.000" in table.file.getvalue()
 
 
+def _spaced(directory, evaluation):
+    (directory / "eval.json").write_text(json.dumps(evaluation))
+    return " ".join(Page(write_report(directory).read_text()).text.split())
+
+
 def test_figures_of_a_pair_without_a_run_are_a_page_of_their_own(tmp_path):
     about = {"suite": {"pair": "a <pair>", "layer": 3, "num_activations": 4}}
     (tmp_path / "eval.json").write_text(json.dumps({"fve": 0.4, "fve_ci95": [0.3, 0.5]} | SUITE | about))
     page = Page(write_report(tmp_path).read_text())
     assert "a <pair>" in page.text and "block 3" in page.text and "Against controls" in page.text
-    assert not [absent for absent in ("Training", "Configuration", "Not there yet") if absent in page.text]
+    assert "may have been trained on it" in _spaced(tmp_path, {"num_activations": 4} | about)
+    absent = ("Training", "Configuration", "Not there yet", "Before RL", "held-out activations:")
+    assert not [heading for heading in absent if heading in page.text]
 
 
 def test_without_the_suite_nothing_is_said_of_it(tmp_path):
