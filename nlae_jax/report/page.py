@@ -215,20 +215,19 @@ def _cards(evaluation: Mapping[str, Any]) -> str:
         "fve_gain": _interval_text(over) + doubt,
         "num_activations": f"from {number(evaluation.get('num_documents'))} documents",
     }
-    notes = (
-        {} if _is_of_run(evaluation) else {"num_activations": "Of what was read; the pair may have been trained on it."}
-    )
+    alone = _is_suite_alone(evaluation)
+    notes = {"num_activations": "Of what was read; the pair may have been trained on it."} if alone else {}
     return "".join(
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{notes.get(key, note)}</p></div>'
         for title, key, note in CARDS
-        if key in evaluation  # a pair that no run has trained has no figures of before and after
+        if key in evaluation or not alone  # no run has trained such a pair: there is no before and after
     )
 
 
-def _is_of_run(evaluation: Mapping[str, Any]) -> bool:
-    """Whether a run's own evaluation is in it. Of other pairs nobody knows here what they were trained on."""
-    return "fve_before_rl" in evaluation
+def _is_suite_alone(evaluation: Mapping[str, Any]) -> bool:
+    """Whether it is of a pair without a run: nobody knows here what that was trained on."""
+    return isinstance(evaluation.get("suite"), dict) and "fve_before_rl" not in evaluation
 
 
 def _ruler(evaluation: Mapping[str, Any]) -> str:
@@ -253,7 +252,7 @@ def _headline(evaluation: Mapping[str, Any] | None) -> str:
         return '<p class="absent">Not there yet: eval.json. <code>nlae eval</code> writes it.</p>'
     table = html_values(without_suite(evaluation), {})
     everything = f"<details><summary>Everything in eval.json</summary>{table}</details>"
-    which = "held-out activations" if _is_of_run(evaluation) else "the activations that were read"
+    which = "the activations that were read" if _is_suite_alone(evaluation) else "held-out activations"
     note = f'<p class="note">fve on {which}: 0 is the mean prediction, 1 is perfect.</p>'
     cards = f'<div class="cards">{_cards(evaluation)}</div>'
     return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
