@@ -206,7 +206,7 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"95% interval {number(interval[0])} to {number(interval[1])}"
 
 
-def _cards(evaluation: Mapping[str, Any]) -> str:
+def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
     """The headline numbers, each with what it means in one line."""
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
@@ -215,19 +215,13 @@ def _cards(evaluation: Mapping[str, Any]) -> str:
         "fve_gain": _interval_text(over) + doubt,
         "num_activations": f"from {number(evaluation.get('num_documents'))} documents",
     }
-    alone = _is_suite_alone(evaluation)
-    notes = {"num_activations": "Of what was read; the pair may have been trained on it."} if alone else {}
+    notes = {} if is_run else {"num_activations": "Of what was read; the pair may have been trained on it."}
     return "".join(
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{notes.get(key, note)}</p></div>'
         for title, key, note in CARDS
-        if key in evaluation or not alone  # no run has trained such a pair: there is no before and after
+        if is_run or key in evaluation  # of a pair without a run there is no before and after
     )
-
-
-def _is_suite_alone(evaluation: Mapping[str, Any]) -> bool:
-    """Whether it is of a pair without a run: nobody knows here what that was trained on."""
-    return isinstance(evaluation.get("suite"), dict) and "fve_before_rl" not in evaluation
 
 
 def _ruler(evaluation: Mapping[str, Any]) -> str:
@@ -247,14 +241,14 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
     return ruler(marks, 0.0, 1.0)
 
 
-def _headline(evaluation: Mapping[str, Any] | None) -> str:
+def _headline(evaluation: Mapping[str, Any] | None, is_run: bool) -> str:
     if evaluation is None:
         return '<p class="absent">Not there yet: eval.json. <code>nlae eval</code> writes it.</p>'
     table = html_values(without_suite(evaluation), {})
     everything = f"<details><summary>Everything in eval.json</summary>{table}</details>"
-    which = "the activations that were read" if _is_suite_alone(evaluation) else "held-out activations"
+    which = "held-out activations" if is_run else "the activations that were read"
     note = f'<p class="note">fve on {which}: 0 is the mean prediction, 1 is perfect.</p>'
-    cards = f'<div class="cards">{_cards(evaluation)}</div>'
+    cards = f'<div class="cards">{_cards(evaluation, is_run)}</div>'
     return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
 
 
@@ -317,7 +311,7 @@ def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
         model=printable(subject.get("model", "unknown subject")),
         layer=printable(subject.get("layer", "unknown")),
         is_run=is_run,
-        headline=Markup(_headline(evaluation)),
+        headline=Markup(_headline(evaluation, is_run)),
         suite=Markup(html_suite(evaluation or {})),
         stages=Markup(_stages(_tame(read(workdir / "metrics.jsonl"), 14))),
         samples=Markup(html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES)),
