@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -105,6 +106,11 @@ def test_a_parquet_of_activations(exported, tmp_path):
     assert "fve_by_token" in found["reconstruction"]  # the file has the texts
     with pytest.raises(UserError, match="should be given alone"):
         nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
+    table = pq.read_table(held_out)
+    kinds = pa.array(["prose" if row % 2 else None for row in range(len(table))], pa.string())
+    pq.write_table(table.append_column("domain", kinds), tmp_path / "named.parquet")
+    found = nla.evaluate(tmp_path, files=[tmp_path / "named.parquet"], sections=("reconstruction",), num_activations=6)
+    assert set(found["reconstruction"]["fve_by_domain"]["parts"]) == {"prose", "text"}
 
 
 def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
