@@ -56,7 +56,17 @@ def test_the_report_shows_it(on_workdir):
     assert "Is it true?" in page and "loss_recovered" in page and "marginal_fve" in page
 
 
-def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run, tmp_path):
+def test_as_many_held_out_rows_are_measured_as_are_asked_for(tiny_run):
+    """Also more than the run's own evaluation looked at, which are the first of them."""
+    run = open_run(tiny_run.workdir)
+    own, held_out = run.held_out_rows(), run.store.plan.rows_of("held_out")
+    assert len(own) < len(held_out)
+    every = run.held_out_rows(10**6)
+    assert sorted(every) == held_out.tolist() and every[: len(own)].tolist() == own.tolist()
+    assert len(rows_of_run(run, 10**6).h) == len(held_out) and len(rows_of_run(run, 3).h) == 3
+
+
+def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run):
     run = open_run(tiny_run.workdir)
     documents = read_documents(run.config.corpus)
     assert {document.domain for document in documents} == {"texts"}  # the name of its one file

@@ -117,10 +117,11 @@ class Run:
         """The activations; opened when first asked for, since explaining needs none and they may be gone."""
         return self.open_store()
 
-    def held_out_rows(self) -> np.ndarray:
-        """The rows that evaluation uses, in random order; drawn once, by the seed."""
+    def held_out_rows(self, count: int | None = None) -> np.ndarray:
+        """The first `count` held-out rows, by default those that evaluation uses; in random order, by the seed."""
         rows = self.store.plan.rows_of("held_out")
-        return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
+        count = self.config.eval.num_activations if count is None else count
+        return np.random.default_rng([self.config.seed, 1]).permutation(rows)[:count]
 
     def seed(self, purpose: int) -> int:
         """A number of its own for each purpose, and for each seed: 31 bits."""

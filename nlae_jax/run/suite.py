@@ -28,8 +28,11 @@ _CONTROLS = {"fve_shuffled": "permuted", "fve_gold": "gold"}
 
 
 def rows_of_run(run: Run, count: int) -> Rows:
-    """At most `count` of the held-out rows that evaluation uses, with what follows them and their descriptions."""
-    rows = run.held_out_rows()[:count]
+    """At most `count` of the held-out rows, with what follows them and their descriptions.
+
+    The first of them are those that the run's own evaluation uses: they alone have been described.
+    """
+    rows = run.held_out_rows(count)
     plan, h = run.store.plan, run.store.vectors(rows)
     if run.config.dataset.rl:
         texts = [run.store.contexts.get(row, "") for row in rows.tolist()]
