@@ -177,6 +177,7 @@ def test_a_text_that_comes_twice_is_one_document(tmp_path):
         ([], "--workdir, or --model, or --av and --ar"),
         (["--workdir", "w", "--config", "c", "--control-steps", "9"], "--control-steps is the suite's: add --suite"),
         (["--workdir", "w", "--config", "c", "--text", "x"], "--text is the suite's: add --suite"),
+        (["--workdir", "w", "--config", "c", "--temperature", "0"], "--temperature is the suite's: add --suite"),
         (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
         (["--model", "m", "--out", "o", "--text", "x", "--num-activations", "1"], "--num-activations: 1 should be at"),
         (

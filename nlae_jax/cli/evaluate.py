@@ -26,7 +26,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
     help_text = "also train decoders on other words for so many steps each (default 0: none)"
-    command.add_argument("--control-steps", type=int, default=0, help=help_text)
+    command.add_argument("--control-steps", type=int, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
     command.add_argument("--reword", action="store_true", help=help_text)
     help_text = "also ask that server whether the texts support the explanations"
@@ -54,7 +54,8 @@ def _check_eval(options: argparse.Namespace) -> str:
     for name in ("reword", "judge"):
         if getattr(options, name) and not options.config:
             return f"--{name} takes --config, whose describe.provider is the server to ask"
-    if _is_stage(options) and not options.suite and (given := [name for name in _OF_SUITE if getattr(options, name)]):
+    given = [name for name in _OF_SUITE if getattr(options, name) not in (None, [])]
+    if given and _is_stage(options) and not options.suite:
         return f"--{given[0].replace('_', '-')} is the suite's: add --suite, or leave --config out"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
@@ -111,7 +112,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.eval.temperature if options.temperature is None else options.temperature,
         config.seed,
         config.eval.bootstrap_samples,
-        options.control_steps,
+        options.control_steps or 0,
         config.corpus if options.config and not options.workdir else None,
         describe if options.reword else None,
         describe if options.judge else None,
