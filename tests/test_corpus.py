@@ -220,7 +220,7 @@ def test_parquet_in_every_layout_of_strings(tmp_path):
 
 
 def test_the_kind_of_a_text_is_its_domain_or_the_name_of_its_file(tmp_path):
-    few = texts_of(6)
+    few = [text.strip() for text in texts_of(6)]
     write_jsonl(tmp_path / "letters.jsonl", [{"text": few[0], "domain": "letters\n of 1850"}, {"text": few[1]}])
     odd = [{"text": few[2], "domain": 7}, {"text": few[3], "domain": "x" * 1000}]
     write_jsonl(tmp_path / "odd.v2.jsonl", odd)
@@ -235,7 +235,7 @@ def test_the_kind_of_a_text_is_its_domain_or_the_name_of_its_file(tmp_path):
 
 
 def test_a_column_named_domain_may_be_the_text(tmp_path):
-    few = texts_of(2)
+    few = [text.strip() for text in texts_of(2)]
     pq.write_table(pa.table({"domain": few}), tmp_path / "a.parquet")
     write_jsonl(tmp_path / "a.jsonl", [{"domain": text} for text in few])
     for name in ("a.parquet", "a.jsonl"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,6 @@ from nlae_jax.run.suite import rows_of_run
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import documents
 from tests.servers import chat, serving
-from tests.tiny_run import EXPERIMENT
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -140,7 +140,7 @@ def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
             "--workdir",
             str(workdir),
             "--config",
-            str(EXPERIMENT),
+            str(Path(__file__).parent.parent / "experiments/tiny.py"),
             "--suite",
             "truth",
             "--judge",

@@ -50,7 +50,7 @@ def judged(work: Work, ask: Ask | None) -> None:
     contexts = [work.rows.contexts[row][-_CONTEXT_CHARACTERS:] for row in rows]
     counts = {
         name: work.full(_supported(ask, [notes[index] for index in of], contexts), rows)
-        for name, of in (("own", range(len(rows))), ("permuted", other))
+        for name, of in (("own", list(range(len(rows)))), ("permuted", other.tolist()))
     }
     beside = {"permuted": work.full(of_others(counts["permuted"][rows], documents, other), rows)}
     work.ledger.put("truth", "judged_support", counts["own"], share_of, beside)

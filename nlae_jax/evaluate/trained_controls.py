@@ -47,7 +47,9 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
         warn(f"--control-steps: no decoder is trained: it takes every activation's text, and {_TEST_SHARE} documents")
         return
     test = index % _TEST_SHARE == 0
-    rows, own, permuted = np.flatnonzero(test), {}, {}
+    rows = np.flatnonzero(test)
+    own: dict[str, np.ndarray] = {}
+    permuted: dict[str, np.ndarray] = {}
     for name, texts in _words(work).items():
         rebuilt = _rebuilt_by_training(work, roles, pair, name, texts, test, num_steps)
         own[name], permuted[name] = work.mse_of([texts[row] for row in rows], rebuilt[rows], rows)

@@ -21,13 +21,14 @@ def measure(work: Work) -> None:
     beside = {"gold": _lengths(work, work.rows.gold)} if work.has_gold else {}
     put("health", "explanation_tokens", np.where(work.readable, length, np.nan), first, beside)
     put("health", "noncanonical_rate", np.where(work.readable, ~work.main["canonical"].astype(bool), np.nan))
-    for key, has in (
-        ("repeated_rate", has_repetition),
-        ("repeated_item_rate", has_repeated_item),
-        ("repeated_sentence_rate", has_repeated_sentence),
-        ("marker_rate", lambda text: work.pair.marker in text),
-        ("cjk_rate", has_cjk),
-    ):
+    shares: dict[str, Callable[[str], bool]] = {
+        "repeated_rate": has_repetition,
+        "repeated_item_rate": has_repeated_item,
+        "repeated_sentence_rate": has_repeated_sentence,
+        "marker_rate": lambda text: work.pair.marker in text,
+        "cjk_rate": has_cjk,
+    }
+    for key, has in shares.items():
         beside = {"contexts": _share(has, work.rows.contexts)} if key == "cjk_rate" else {}
         beside |= {"gold": _share(has, work.rows.gold)} if work.has_gold else {}
         put("health", key, _share(has, work.texts), first, beside)
