@@ -502,6 +502,27 @@ def test_the_suite_is_shown_as_charts_and_as_a_table(tmp_path):
     assert "meaning: loss_recovered" in table.file.getvalue() and "−2.000" in table.file.getvalue()
 
 
+def test_what_stands_in_the_order_of_the_alphabet_is_shown_in_that_of_its_meaning(tmp_path):
+    cut = {str(n): figure(-0.001) for n in (16, 32, 4, 64, 8)}
+    kinds = {"a few": figure(0.1) | {"n": 3}, "many": figure(0.2) | {"n": 30}}
+    controls = {name: figure() for name in ("gold", "mean_vector", "permuted", "zero")}
+    (tmp_path / "eval.json").write_text(
+        json.dumps(
+            {
+                "text": {"fve_tokens": {"parts": cut}},
+                "reconstruction": {"fve": figure(controls=controls), "fve_by_domain": {"parts": kinds}},
+            }
+        )
+    )
+    html = write_report(tmp_path).read_text()
+    names = re.findall(r'<div class="\w*"><span>([^<]+)</span><span class="track">', html)
+    assert [name for name in names if "tokens" in name] == [f"{n} tokens" for n in (4, 8, 16, 32, 64)]
+    assert [name for name in names if name in kinds] == ["many", "a few"]
+    beside = ["of other texts", "zero", "mean vector", "gold text"]
+    assert [name for name in names if name in beside] == beside
+    assert "<span>0.00</span>" in html and "<span>−0.00</span>" not in html
+
+
 def _spaced(directory, evaluation):
     (directory / "eval.json").write_text(json.dumps(evaluation))
     return " ".join(Page(write_report(directory).read_text()).text.split())

@@ -54,7 +54,7 @@ def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
         lines.append(
             f'<div class="{mark.kind}"><span>{html_text(mark.name)}</span><span class="track">'
             f'<u style="left:{at(0)}%"></u>{whisker}<i style="left:{at(mark.value)}%"></i></span>'
-            f"<span>{number(mark.value, 2)}</span></div>"
+            f"<span>{number(round(mark.value, 2) + 0.0, 2)}</span></div>"  # no minus before a 0
         )
     shown = ticks(low, high)
     scale = "".join(f'<em style="left:{at(tick)}%">{tick_text(tick, shown)}</em>' for tick in shown)

@@ -27,10 +27,22 @@ def _entry(evaluation: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
 
 
 def _named(entry: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """A figure's `controls` or `parts`, those that are numbers."""
+    """A figure's `controls` or `parts`, those that are numbers, in a reader's order: the file's is the alphabet's."""
     found = entry.get(kind)
     found = found if isinstance(found, dict) else {}
-    return {name: of for name, of in found.items() if isinstance(of, dict) and is_shown(of.get("value"))}
+    shown = {name: of for name, of in found.items() if isinstance(of, dict) and is_shown(of.get("value"))}
+    return {name: shown[name] for name in sorted(shown, key=_place)}
+
+
+# Controls as the table of figures names them.
+_CONTROLS = tuple(dict.fromkeys(control for figure in FIGURES for control in figure.controls))
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a control or part stands among others: controls in the table's order, numbers by size, then the others."""
+    if name in _CONTROLS:
+        return 0, _CONTROLS.index(name)
+    return (1, int(name)) if name.isdecimal() and len(name) < 10 else (2, 0)
 
 
 def _with_interval(of: Mapping[str, Any], digits: int = 3) -> str:
@@ -88,6 +100,14 @@ def _divided(entry: Mapping[str, Any], label: str) -> list[Mark]:
     return marks
 
 
+def _commonest(entry: Mapping[str, Any], label: str) -> list[Mark]:
+    """The same, the part of most activations first."""
+    parts = _named(entry, "parts")
+    counts = {name: of["n"] if is_shown(of.get("n")) else 0 for name, of in parts.items()}
+    ordered = sorted(parts, key=lambda name: -counts[name])
+    return [mark for name in ordered for mark in _divided({"parts": {name: parts[name]}}, label)]
+
+
 # What controls are called in charts.
 _WORDS = {"permuted": "of other texts", "isotropic": "random error", "gold": "gold text", "true": "the activation"}
 _RINGS = "Rings: explanations of other texts."
@@ -132,14 +152,14 @@ _CHARTS = (
         "By kind of text",
         "reconstruction",
         "fve_by_domain",
-        _divided,
+        _commonest,
         "FVE by kind of text, against the variance of that kind; kinds that were not read it says nothing about.",
     ),
     _Chart(
         "By kind of token",
         "reconstruction",
         "fve_by_token",
-        _divided,
+        _commonest,
         "FVE by what the activation's token is; a higher one may be of activations that are easier to say, rather than "
         "of words that say more.",
     ),
