@@ -35,20 +35,20 @@ PALETTES = {
 
 # The package's modules by floor, top-down: a module imports from its own floor and from lower ones only.
 ROOMS = (
-    (("cli", "__main__", "api"), "what a person touches: the nlae command, the NLA class"),
-    (("serve",), "a pair over HTTP, many requests at once, and the page"),
-    (("explore",), "what people ask of a pair: tokens, chats, neurons, steering, audits"),
-    (("plan",), "the real steps compiled for a TPU slice, without one"),
-    (("bench",), "the real steps timed on this machine"),
-    (("run",), "workdir, stages in order, the pair written for others"),
-    (("report",), "pages and tables that a person reads"),
+    (("cli", "__main__", "api"), "entry points: the nlae command, the NLA class"),
+    (("serve",), "a pair over HTTP, for many readers at once, and the page"),
+    (("explore",), "using a pair: tokens, chats, neurons, steering, audits"),
+    (("plan",), "compiles the training steps for a TPU slice, without a TPU"),
+    (("bench",), "times the training steps on this machine"),
+    (("run",), "a run: its workdir, its stages, the export of its pair"),
+    (("report",), "pages and tables for people"),
     (("evaluate",), "FVE with its controls, claims, health"),
     (("train",), "loop, jitted steps, objectives, state, checkpoints, metrics"),
     (("interop",), "the reference's formats: sidecars, released pairs, datasets"),
     (("data",), "text, activations, descriptions, batches"),
     (("roles",), "protocol, subject, encoder, decoder, pair, round trip, directions"),
     (("lm",), "one decoder-only language model, its families and files"),
-    (("mesh",), "the device axes and what is split over them"),
+    (("mesh",), "the device axes, and how arrays are split over them"),
     (("config",), "every field, its default and its meaning"),
     (("runtime", "assets"), "processes, files, messages, errors; shipped data"),
 )
@@ -120,7 +120,7 @@ def round_trip(palette: dict[str, str]) -> str:
     parts.append(_vector(212, 80, cells, palette["vector"]))
     parts.append(_text(225, 66, "activation", palette["vector"], 14, middle))
     arrow("M244 140 L278 140")
-    box(284, 124, "encoder", ("writes what", "it says"))
+    box(284, 124, "encoder", ("turns it", "into words"))
     arrow("M410 140 L440 140")
 
     parts.append(

