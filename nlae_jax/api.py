@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import CorpusConfig, DescribeConfig, MeshConfig, ProtocolConfig, load_config
 from nlae_jax.data.providers import rewriter
-from nlae_jax.evaluate.cost import cost_text
+from nlae_jax.evaluate.cost import Extras, cost_text
 from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import rows_of
@@ -170,17 +171,20 @@ class NLA(Explainer):
         control_steps: int = 0,
         corpus: CorpusConfig | None = None,
         reword: DescribeConfig | None = None,
+        judge: DescribeConfig | None = None,
     ) -> dict[str, Any]:
         """Runs the suite (docs/evaluation.md) on activations and returns every figure by section and name.
 
         The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. `control_steps` trains decoders on other words, each for
-        that many steps. `reword` names a server that rewords explanations. Raises UserError for an adapted pair.
+        that many steps. `reword` names a server that rewords explanations, `judge` one that says whether they are true.
+        Raises UserError for an adapted pair.
         """
         self.check_own_subject("eval")
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
+        ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
         subject = lambda: self.subject  # noqa: E731
         arch = self._roles.encoder.arch
         if rows is None:
@@ -189,13 +193,16 @@ class NLA(Explainer):
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
         work = Work(pairing, rows, out, seed, bootstrap_samples)
-        say(cost_text(work, sections, arch))
+        say(cost_text(work, sections, arch, Extras(control_steps, reword is not None, judge is not None)))
 
         def further_text_controls() -> None:
             trained_controls(work, self._roles, self._pair, control_steps)
             rewordings(work, rewrite)
 
-        return run_suite(work, sections, further_text_controls)
+        further = {"text": further_text_controls, "truth": lambda: judged(work, ask)}
+        figures = run_suite(work, sections, further)
+        figures["suite"] |= {"pair": self.name, "layer": self.layer}
+        return figures
 
     def explain_chat(
         self,

@@ -88,7 +88,7 @@ def same(left: Plan, right: Plan):
     assert left.doc_ids == right.doc_ids
     for a, b in zip(left.ids, right.ids, strict=True):
         np.testing.assert_array_equal(a, b)
-    for name in ("split", "document", "position"):
+    for name in ("split", "document", "position", "domain"):
         np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
 
@@ -771,6 +771,19 @@ def test_plans_of_older_runs_are_read(tmp_path):
     path = tmp_path / "documents.parquet"
     with_columns(path, ids=pa.array([ids.tolist() for ids in chosen.ids], pa.list_(pa.int32())))
     same(chosen, read_plan(tmp_path))
+
+
+def test_kinds_of_text_are_kept_and_tell_no_plan_from_another(tmp_path):
+    named = [dataclasses.replace(document, domain=f"kind {i % 3}") for i, document in enumerate(documents(40))]
+    chosen, plain = plan(named, Letters(), config()), made()[0]
+    write_plan(tmp_path, chosen)
+    same(chosen, read_plan(tmp_path))
+    kind_of = {document.doc_id: document.domain for document in named}
+    assert chosen.domain == [kind_of[doc_id] for doc_id in chosen.doc_ids]
+    assert chosen.digest() == plain.digest() and set(plain.domain) == {""}
+    path = tmp_path / "documents.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["domain"]), path)  # as it was before there was the column
+    same(plain, read_plan(tmp_path))
 
 
 # --- what reading costs

@@ -13,6 +13,9 @@ CONTEXT = "it creeps across the delta's almost level  floor, which"
 def test_the_parts_of_a_note() -> None:
     assert leading(NOTE, 1) == '"drops", "falls" or "slopes" a little.'
     assert leading(NOTE, 9) == NOTE
+    # An empty line is no sentence.
+    assert leading("One.\n\nTwo. Three.", 2) == "One.\n\nTwo."
+    assert without_last("One.\n\nTwo.\n") == "One."
     assert without_last(NOTE) == '"drops", "falls" or "slopes" a little. History of the delta, slow water.'
     assert without_quotes(NOTE, CONTEXT).endswith("Verb due: .")
     assert without_quotes(NOTE, CONTEXT).startswith('"drops", "falls"')  # they are not in the context

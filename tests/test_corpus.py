@@ -219,6 +219,30 @@ def test_parquet_in_every_layout_of_strings(tmp_path):
         expected = found
 
 
+def test_the_kind_of_a_text_is_its_domain_or_the_name_of_its_file(tmp_path):
+    few = [text.strip() for text in texts_of(6)]
+    write_jsonl(tmp_path / "letters.jsonl", [{"text": few[0], "domain": "letters\n of 1850"}, {"text": few[1]}])
+    odd = [{"text": few[2], "domain": 7}, {"text": few[3], "domain": "x" * 1000}]
+    write_jsonl(tmp_path / "odd.v2.jsonl", odd)
+    pq.write_table(pa.table({"text": few[4:], "domain": ["code", None]}), tmp_path / "table.parquet")
+    for name, found in (
+        ("*.jsonl", ["letters of 1850", "letters", "odd", "x" * 59 + "…"]),
+        ("table.parquet", ["code", "table"]),
+    ):
+        of_text = {document.text: document.domain for document in read_documents(config(tmp_path / name))}
+        assert [of_text[text] for text in few if text in of_text] == found
+    assert {document.domain for document in read_documents(CorpusConfig(path="warmstart"))} > {"python", "chat"}
+
+
+def test_a_column_named_domain_may_be_the_text(tmp_path):
+    few = [text.strip() for text in texts_of(2)]
+    pq.write_table(pa.table({"domain": few}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "a.jsonl", [{"domain": text} for text in few])
+    for name in ("a.parquet", "a.jsonl"):
+        found = read_documents(config(tmp_path / name, text_field="domain"))
+        assert {(document.text, document.domain) for document in found} == {(text, "a") for text in few}
+
+
 def test_any_damage_to_parquet_is_one_line(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": texts_of(20)}), path)

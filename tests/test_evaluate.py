@@ -1,17 +1,23 @@
 """`nlae eval` on a run, an exported pair, texts and parquet files: what a user calls, and what a user gets wrong."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nlae_jax.api import NLA
+from nlae_jax.api import NLA, open_run
 from nlae_jax.cli import main
+from nlae_jax.data.corpus import read_documents
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
+from nlae_jax.run.suite import rows_of_run
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import documents
+from tests.servers import chat, serving
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -46,9 +52,33 @@ def test_a_runs_own_numbers_stay_and_sections_are_added(on_workdir):
 
 def test_the_report_shows_it(on_workdir):
     workdir, *_ = on_workdir
-    assert main(["report", "--workdir", str(workdir)]) == 0
     page = (workdir / "report.html").read_text()
     assert "Is it true?" in page and "loss_recovered" in page and "marginal_fve" in page
+
+
+def test_as_many_held_out_rows_are_measured_as_are_asked_for(tiny_run):
+    """Also more than the run's own evaluation looked at, which are the first of them."""
+    run = open_run(tiny_run.workdir)
+    own, held_out = run.held_out_rows(), run.store.plan.rows_of("held_out")
+    assert len(own) < len(held_out)
+    every = run.held_out_rows(10**6)
+    assert sorted(every) == held_out.tolist() and every[: len(own)].tolist() == own.tolist()
+    assert len(rows_of_run(run, 10**6).h) == len(held_out) and len(rows_of_run(run, 3).h) == 3
+
+
+def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run):
+    run = open_run(tiny_run.workdir)
+    documents = read_documents(run.config.corpus)
+    assert {document.domain for document in documents} == {"texts"}  # the name of its one file
+    rows = rows_of_run(run, 12)
+    assert set(rows.domain) == {"texts"}
+    ids = [run.store.plan.doc_ids[document] for document in rows.document]
+    named = [f"kind {number % 2}" for number in range(len(run.store.plan.doc_ids))]
+    run.store.plan = dataclasses.replace(run.store.plan, domain=named)
+    found = rows_of_run(run, 12)
+    assert found.domain == [named[run.store.plan.doc_ids.index(doc_id)] for doc_id in ids]
+    assert set(found.domain) == {"kind 0", "kind 1"}
+    assert found.digest() == rows.digest()  # how rows are put together changes no work
 
 
 def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, capsys):
@@ -69,6 +99,8 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     }
     assert result["fve"] == result["reconstruction"]["fve"]["value"] and result["num_activations"] == 24
     assert set(result["reconstruction"]["fve_by_domain"]["parts"]) == {"text", "rivers"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "By kind of text" in page and "rivers" in page and "Not there yet" not in page
     parts = sorted(tmp_path.rglob("*.npz"))
     times = [part.stat().st_mtime_ns for part in parts]
     assert main(command) == 0
@@ -84,6 +116,42 @@ def test_a_parquet_of_activations(exported, tmp_path):
     assert "fve_by_token" in found["reconstruction"]  # the file has the texts
     with pytest.raises(UserError, match="should be given alone"):
         nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
+    table = pq.read_table(held_out)
+    kinds = pa.array(["prose" if row % 2 else None for row in range(len(table))], pa.string())
+    pq.write_table(table.append_column("domain", kinds), tmp_path / "named.parquet")
+    found = nla.evaluate(tmp_path, files=[tmp_path / "named.parquet"], sections=("reconstruction",), num_activations=6)
+    assert set(found["reconstruction"]["fve_by_domain"]["parts"]) == {"prose", "text"}
+
+
+def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
+    """The run's own descriptions are a template's: the given config says who is asked, and changes nothing else."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+
+    def reply(number, body):
+        choice = "Below are two notes" in body["messages"][0]["content"]
+        sentence = "The note about the text is A." if choice else "The text supports 1 of 2 claims."
+        return chat(f"<explanation>{sentence}</explanation>")
+
+    with serving() as start:
+        url, script = start(reply)
+        asked = [f"--config.describe.{name}" for name in ("provider=openai", "model=m", f"base_url={url}")]
+        command = [
+            "eval",
+            "--workdir",
+            str(workdir),
+            "--config",
+            str(Path(__file__).parent.parent / "experiments/tiny.py"),
+            "--suite",
+            "truth",
+            "--judge",
+            *asked,
+        ]
+        assert main(command) == 0
+        count = len(script.requests)
+        found = json.loads((workdir / "eval.json").read_text())["truth"]
+        assert found["judged_support"]["value"] == 0.5 and found["judged_choice"]["n"] > 0
+        assert main(command) == 0 and len(script.requests) == count  # answers are kept
+    assert (workdir / "config.json").read_bytes() == (tiny_run.workdir / "config.json").read_bytes()
 
 
 def test_positions_leave_room_and_depend_on_the_seed(tiny_lm):
@@ -107,6 +175,9 @@ def test_a_text_that_comes_twice_is_one_document(tmp_path):
         (["--model", "smollm2-135m", "--text", "x"], "--out"),
         (["--model", "smollm2-135m", "--out", "o"], "--text, --input or --config"),
         ([], "--workdir, or --model, or --av and --ar"),
+        (["--workdir", "w", "--config", "c", "--control-steps", "9"], "--control-steps is the suite's: add --suite"),
+        (["--workdir", "w", "--config", "c", "--text", "x"], "--text is the suite's: add --suite"),
+        (["--workdir", "w", "--config", "c", "--temperature", "0"], "--temperature is the suite's: add --suite"),
         (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
         (["--model", "m", "--out", "o", "--text", "x", "--num-activations", "1"], "--num-activations: 1 should be at"),
         (
@@ -127,6 +198,11 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
         (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
+        (["--workdir", "w", "--distributed"], "--distributed: the suite runs in one process"),
+        (
+            ["--config", "c", "--workdir", "w", "--suite", "text", "--distributed", "h:1,2,0"],
+            "--distributed: the suite",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -325,6 +325,18 @@ def test_agreement_of_equal_samples_is_1_and_of_other_activations_about_0():
     assert np.isnan(agreement(h[:, None], mean, other)[0]).all()
 
 
+def test_samples_that_cannot_be_read_agree_with_nothing():
+    """Not even with each other: of zeros the centred direction is that of the mean, in all of them the same."""
+    h = vectors(20, 32)
+    mean, other = directions(h).mean(0), np.roll(np.arange(20), 1)
+    samples = np.repeat(h[:, None], 4, axis=1)
+    samples[:, 2:] = 0
+    own, _ = agreement(samples, mean, other)
+    np.testing.assert_allclose(own, 2 / 12, atol=1e-5)  # of 12 ordered pairs, two are of readable samples
+    for found in agreement(np.zeros_like(samples), mean, other):
+        np.testing.assert_array_equal(found, 0)
+
+
 @pytest.mark.parametrize(
     ("context", "token", "following", "expected"),
     [

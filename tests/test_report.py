@@ -468,6 +468,7 @@ SUITE = {
     "reconstruction": {
         "fve": figure(controls={"permuted": figure(-0.5)}),
         "fve_by_domain": {"parts": {"<b>novels": figure(0.6), "code": figure(0.2)}},
+        "fve_by_token": {"parts": {"content": figure(0.6, controls={"permuted": figure(-0.7)})}},
     },
     "text": {
         "marginal_fve": {"parts": {"1": figure(0.1), "2": figure(0.3)}},
@@ -486,13 +487,55 @@ def test_the_suite_is_shown_as_charts_and_as_a_table(tmp_path):
         "By sentence",
         "In the model's place",
         "By kind of text",
+        "By kind of token",
+        "sentence 2",
+        "4 tokens",
         "<b>novels",
+        "content, permuted: −0.700 [−0.800, −0.600]",
     ):
         assert shown in page.text
+    # A ring stands beside a part that has a control, and is explained there alone.
+    assert page.text.count("Rings: explanations of other texts.") == 1
     assert "0.700 [0.600, 0.800]" in page.text
     table = Console(width=160, file=io.StringIO())
     table.print(suite_table(SUITE))
     assert "meaning: loss_recovered" in table.file.getvalue() and "−2.000" in table.file.getvalue()
+
+
+def test_what_stands_in_the_order_of_the_alphabet_is_shown_in_that_of_its_meaning(tmp_path):
+    cut = {str(n): figure(-0.001) for n in (16, 32, 4, 64, 8)}
+    kinds = {"a few": figure(0.1) | {"n": 3}, "many": figure(0.2) | {"n": 30}}
+    controls = {name: figure() for name in ("gold", "mean_vector", "permuted", "zero")}
+    (tmp_path / "eval.json").write_text(
+        json.dumps(
+            {
+                "text": {"fve_tokens": {"parts": cut}},
+                "reconstruction": {"fve": figure(controls=controls), "fve_by_domain": {"parts": kinds}},
+            }
+        )
+    )
+    html = write_report(tmp_path).read_text()
+    names = re.findall(r'<div class="\w*"><span>([^<]+)</span><span class="track">', html)
+    assert [name for name in names if "tokens" in name] == [f"{n} tokens" for n in (4, 8, 16, 32, 64)]
+    assert [name for name in names if name in kinds] == ["many", "a few"]
+    beside = ["of other texts", "zero", "mean vector", "gold text"]
+    assert [name for name in names if name in beside] == beside
+    assert "<span>0.00</span>" in html and "<span>−0.00</span>" not in html
+
+
+def _spaced(directory, evaluation):
+    (directory / "eval.json").write_text(json.dumps(evaluation))
+    return " ".join(Page(write_report(directory).read_text()).text.split())
+
+
+def test_figures_of_a_pair_without_a_run_are_a_page_of_their_own(tmp_path):
+    about = {"suite": {"pair": "a <pair>", "layer": 3, "num_activations": 4}}
+    (tmp_path / "eval.json").write_text(json.dumps({"fve": 0.4, "fve_ci95": [0.3, 0.5]} | SUITE | about))
+    page = Page(write_report(tmp_path).read_text())
+    assert "a <pair>" in page.text and "block 3" in page.text and "Against controls" in page.text
+    assert "may have been trained on it" in _spaced(tmp_path, {"num_activations": 4} | about)
+    absent = ("Training", "Configuration", "Not there yet", "Before RL", "held-out activations:")
+    assert not [heading for heading in absent if heading in page.text]
 
 
 def test_without_the_suite_nothing_is_said_of_it(tmp_path):

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from nlae_jax.evaluate.cost import Extras, answers, cost_text, costs
 from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
+from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rewordings import REWORDINGS
+from nlae_jax.evaluate.rows import kinds, likeliest
 from nlae_jax.evaluate.suite import run_suite, sections_of
 from nlae_jax.evaluate.work import Work
 from nlae_jax.runtime.errors import UserError
@@ -65,6 +68,8 @@ class Plants:
             "code": (lambda row, n: permutation(row), by_order),
             "last": (lambda row, n: f"A horse is there. A lamp is there. It has {row}.", self.by_number),
             "noise": (lambda row, n: f"The text is number {(row + 7 * n) % len(self.rows.h)}.", self.by_number),
+            "half": (lambda row, n: f"It is {row}." if row % 2 else "It is unknown.", self.by_number),
+            "silent": (lambda row, n: "", self.by_number),
         }
 
 
@@ -181,6 +186,16 @@ def test_what_stands_in_the_last_sentence_is_lost_with_it(suite_of):
     assert sum(marginal.values()) == pytest.approx(value(found, "text", "fve_text"), abs=1e-9)
 
 
+def test_what_sentences_add_is_what_they_are_worth_on_the_same_rows(tiny_lm, rows, tmp_path):
+    """Of fewer rows than fve_text is of, the parts add up to the figure's own value."""
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["half"], "half")
+    found = run_suite(Work(pair, rows, tmp_path, 0, 50, SIZES._replace(text=10)), ("text",))
+    marginal = found["text"]["marginal_fve"]
+    assert marginal["n"] == 10 < found["text"]["fve_text"]["n"]
+    for of in (lambda part: part, lambda part: part["controls"]["permuted"]):
+        assert sum(of(part)["value"] for part in marginal["parts"].values()) == pytest.approx(of(marginal)["value"])
+
+
 # --- an encoder that says another thing each time
 
 
@@ -190,6 +205,83 @@ def test_samples_that_disagree(suite_of):
     best = {part: value(noise, "reconstruction", "best_of", part) for part in ("1", "2", "4")}
     assert best["1"] < best["2"] < best["4"]
     assert all(value(perfect, "reconstruction", "best_of", part) == pytest.approx(1, abs=1e-6) for part in best)
+
+
+def test_nothing_is_agreed_on_where_nothing_can_be_read(suite_of):
+    found = suite_of("silent", ("reconstruction",))
+    assert (
+        value(found, "reconstruction", "agreement") == value(found, "reconstruction", "agreement", control="other") == 0
+    )
+    assert value(found, "reconstruction", "retrieval_bits") == pytest.approx(0, abs=1e-9)
+
+
+# --- by what activations are of
+
+
+def test_fve_of_each_kind_of_text_is_that_of_its_own_rows(suite_of, rows):
+    """Explanations of odd rows are perfect, and those of even rows the mean."""
+    found = suite_of("half", ("reconstruction",))
+    named = np.array([row % 2 == 1 for row in range(len(rows.h))])
+    mean = np.broadcast_to(rows.h.mean(0), rows.h.shape)
+    mse = np.where(named, 0, direction_mse(mean, rows.h))
+    for kind in ("kind 0", "kind 1"):
+        here = np.array(rows.domain) == kind
+        expected = 1 - mse[here].mean() / variances(rows.h)[here].mean()
+        assert value(found, "reconstruction", "fve_by_domain", kind) == pytest.approx(expected, abs=1e-6)
+        part = found["reconstruction"]["fve_by_domain"]["parts"][kind]
+        assert part["n"] == here.sum() and part["controls"]["permuted"]["value"] < 0 < part["value"]
+
+
+def test_kinds_that_are_too_many_are_put_together():
+    assert kinds(["a", "b", "a"]) == ["a", "b", "a"]
+    many = [f"site {number}" for number in range(30)] + ["site 7"] * 3
+    named = kinds(many, most=4)
+    assert set(named) == {"site 7", "site 0", "site 1", "other kinds"} and named.count("other kinds") == 27
+    assert [name for name, given in zip(named, many, strict=True) if given == "site 7"] == ["site 7"] * 4
+
+
+# --- next tokens
+
+
+@pytest.mark.parametrize("reads_it", [True, False])
+def test_a_twin_is_found_by_a_decoder_that_reads_the_next_token(tiny_lm, rows, tmp_path, reads_it):
+    expected = [ranked[0] for ranked in likeliest(tiny_lm, rows.context_ids, 1)]
+    plants = Plants(rows, tiny_lm.tokenizer)
+    write = lambda row, n: f'Next comes "{expected[row].strip() or "a"}". It is {row}.'  # noqa: E731
+
+    def read(text):
+        row = int(text.rpartition(" ")[2].strip(".") or 0) if text.rpartition(" ")[2].strip(".").isdigit() else None
+        if row is None or (reads_it and f'"{expected[row].strip()}"' not in text):
+            return plants.mean
+        return rows.h[row]
+
+    found = run_suite(Work(planted(tiny_lm, rows, write, read, "twin"), rows, tmp_path, 0, 50, SIZES), ("text",))
+    for part in ("rank 2 to 4", "rank 8 and beyond"):
+        assert found["text"]["twin"]["parts"][part]["n"] > 10
+        assert value(found, "text", "twin", part) == (1 if reads_it else 0.5)
+        beside = found["text"]["twin"]["parts"][part]["controls"]["permuted"]
+        assert beside["n"] > 10
+        # About another's activation, the mean that is left of the twin is the better guess.
+        assert beside["value"] < 0.2 if reads_it else beside["value"] == 0.5
+
+
+# --- descriptions
+
+
+def test_descriptions_stand_beside_what_is_said(tiny_lm, rows, tmp_path):
+    gold = [f'It ends "{" ".join(context.split()[-6:])}".' for context in rows.contexts]
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["constant"], "constant")
+    found = run_suite(Work(pair, rows._replace(gold=gold), tmp_path, 0, 50, SIZES), ("text", "truth", "health"))
+    assert value(found, "truth", "quotes_in_context", control="gold") == 1
+    assert value(found, "truth", "words_in_context") < value(found, "truth", "words_in_context", control="gold")
+    assert value(found, "text", "copied_bits") == 0 < value(found, "text", "copied_bits", control="gold")
+    assert value(found, "health", "distinct_explanations") < value(
+        found, "health", "distinct_explanations", control="gold"
+    )
+    assert value(found, "health", "repeated_rate", control="gold") is not None
+    # Of some rows alone, their variety could not be compared.
+    some = run_suite(Work(pair, rows._replace(gold=[*gold[:-1], ""]), tmp_path, 0, 50, SIZES), ("health",))
+    assert "controls" not in some["health"]["distinct_1"]
 
 
 # --- meaning
@@ -227,12 +319,17 @@ def test_every_figure_has_an_interval_a_count_and_the_controls_that_the_table_na
     found = suite_of("copy", SECTIONS)
     assert set(found) == {*SECTIONS, "suite"}
     reported = {(section, key) for section in SECTIONS for key in found[section]}
-    assert reported == BY_NAME.keys() - {("text", name) for name in ("trained_decoder", *REWORDINGS)}
+    trained = ("trained_decoder", "beyond_last_words", "beyond_next_tokens")
+    asked = {("truth", "judged_support"), ("truth", "judged_choice")}
+    assert reported == BY_NAME.keys() - {("text", name) for name in (*trained, *REWORDINGS)} - asked
     for section, key in reported:
         entry, figure = found[section][key], BY_NAME[section, key]
         assert set(entry.get("controls", {})) == set(figure.controls) - {"gold"}
         assert ("parts" in entry) == bool(figure.parts)
-        for of in (entry, *entry.get("controls", {}).values(), *entry.get("parts", {}).values()):
+        parts = entry.get("parts", {}).values()
+        assert all(set(part.get("controls", {})) == set(figure.part_controls) for part in parts)
+        beside = [of for one in (entry, *parts) for of in one.get("controls", {}).values()]
+        for of in (entry, *parts, *beside):
             if of.get("value") is not None and of["documents"] > 1:
                 low, high = of["ci95"]
                 assert None in (low, high) or low <= high
@@ -242,6 +339,28 @@ def test_every_figure_has_an_interval_a_count_and_the_controls_that_the_table_na
 def test_keys_are_of_one_figure_each():
     assert len(BY_NAME) == len(FIGURES)
     assert {figure.section for figure in FIGURES} == set(SECTIONS)
+
+
+# --- what it costs
+
+
+def test_what_is_asked_for_beside_the_suite_costs_more(tiny_lm, rows, tmp_path):
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+    work = Work(pair, rows, tmp_path, 0, 50, SIZES)
+    plain, trained = (costs(work, SECTIONS, Extras(control_steps=steps)) for steps in (0, 10))
+    more = trained["text"].read - plain["text"].read
+    assert more == 3 * (3 * 10 * 16 + 40) * 80 + sum(map(len, rows.context_ids))
+    assert {name: cost for name, cost in trained.items() if name != "text"} == {
+        name: cost for name, cost in plain.items() if name != "text"
+    }
+    # Three answers for each explanation that is reworded, and three for each that is judged.
+    assert answers(work, SECTIONS, Extras(0, True, True)) == 3 * 40 + 3 * 16
+    assert answers(work, ("health", "text"), Extras(0, True, True)) == 3 * 40
+    line = cost_text(work, ("health",), tiny_lm.arch)
+    assert line.startswith("eval: 40 activations, about ") and "asked" not in line and "less what" not in line
+    run_suite(work, ("health",))
+    line = cost_text(work, ("text", "truth"), tiny_lm.arch, Extras(judges=True))
+    assert "asked 48 times at most" in line and line.endswith("less what an earlier run has done")
 
 
 # --- resuming

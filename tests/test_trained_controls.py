@@ -34,6 +34,13 @@ def test_a_decoder_is_trained_for_each_kind_of_words(work, rows, params, make_ti
     assert {part["n"] for part in parts.values()} == {held_out}
     assert all(np.isfinite(part["value"]) for part in parts.values())
     assert len({part["value"] for part in parts.values()}) > 1
+    beyond = {name: work.ledger.sections["text"][f"beyond_{name}"] for name in ("last_words", "next_tokens")}
+    for name, figure in beyond.items():
+        # On the same rows, so that the difference of the figures is the figure of the differences.
+        assert figure["value"] == pytest.approx(parts["explanations"]["value"] - parts[name]["value"])
+        assert figure["n"] == held_out and figure["ci95"][0] <= figure["value"] <= figure["ci95"][1]
+    # These explanations are the last four words.
+    assert abs(beyond["last_words"]["value"]) < abs(beyond["next_tokens"]["value"])
     np.testing.assert_array_equal(params["final_norm"], before)  # the subject's own weights are not given away
 
 

@@ -8,7 +8,6 @@ import math
 from nlae_jax.cli.command import Command, add_distributed, start_jax
 from nlae_jax.cli.pairs import add_pair, check_pair, check_workdir, load_pair
 from nlae_jax.cli.stages import run_stage_command
-from nlae_jax.runtime import world
 from nlae_jax.runtime.errors import UserError
 
 # Option -> the least value that it may have.
@@ -27,11 +26,22 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
     help_text = "also train decoders on other words for so many steps each (default 0: none)"
-    command.add_argument("--control-steps", type=int, default=0, help=help_text)
+    command.add_argument("--control-steps", type=int, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
     command.add_argument("--reword", action="store_true", help=help_text)
+    help_text = "also ask that server whether the texts support the explanations"
+    command.add_argument("--judge", action="store_true", help=help_text)
     command.add_argument("--json", action="store_true", help="print eval.json on stdout")
     add_distributed(command)
+
+
+# Options that the stage of a run, which goes by its config, has no use for.
+_OF_SUITE = ("text", "input", "out", "num_activations", "temperature", "max_new_tokens", "control_steps")
+
+
+def _is_stage(options: argparse.Namespace) -> bool:
+    """Whether the stage of a run is asked for. Where a server is to be asked, the config says which one instead."""
+    return bool(options.config and options.workdir and not (options.reword or options.judge))
 
 
 def _check_eval(options: argparse.Namespace) -> str:
@@ -41,8 +51,12 @@ def _check_eval(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             return f"--{name.replace('_', '-')}: {value} should be at least {least}"
-    if options.reword and not options.config:
-        return "--reword takes --config, whose describe.provider is the server to ask"
+    for name in ("reword", "judge"):
+        if getattr(options, name) and not options.config:
+            return f"--{name} takes --config, whose describe.provider is the server to ask"
+    given = [name for name in _OF_SUITE if getattr(options, name) not in (None, [])]
+    if given and _is_stage(options) and not options.suite:
+        return f"--{given[0].replace('_', '-')} is the suite's: add --suite, or leave --config out"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
     if not options.workdir and not (options.text or options.input or options.config):
@@ -56,29 +70,34 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides and not options.config:
         raise UserError("--config.*: overrides change what --config gives, and there is none")
+    if options.distributed is not None and (options.suite or not _is_stage(options)):
+        raise UserError(
+            "--distributed: the suite runs in one process, so leave it out; the stage (--config and --workdir without "
+            "--suite) runs in several"
+        )
     sections, as_json = sections_of(options.suite or ""), options.json
-    if options.config and options.workdir:
+    if _is_stage(options):
         options.json = as_json and not options.suite
         code = run_stage_command(options, overrides)
         if not options.suite:
             return code
     else:
         check_workdir(options)
-        start_jax(options.distributed)
-    if world.count() > 1:
-        raise UserError("--suite: runs in one process; leave --distributed out")
+        start_jax()
     from nlae_jax.api import open_run
     from nlae_jax.config import Config, load_experiment
+    from nlae_jax.report.page import write_report
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures
     from nlae_jax.runtime.files import read_json
     from nlae_jax.runtime.output import afterwards, check_directory, show_json, show_rich
+    from nlae_jax.runtime.progress import say
 
     if options.out:
         check_directory(options.out, "--out")
     config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
     run = open_run(options.workdir) if options.workdir else None
-    out, nla = options.out or options.workdir, load_pair(options, run)
+    out, nla, describe = options.out or options.workdir, load_pair(options, run), config.describe
     if run is not None:
         config = run.config
         if not (options.text or options.input):
@@ -93,11 +112,13 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.eval.temperature if options.temperature is None else options.temperature,
         config.seed,
         config.eval.bootstrap_samples,
-        options.control_steps,
+        options.control_steps or 0,
         config.corpus if options.config and not options.workdir else None,
-        config.describe if options.reword else None,
+        describe if options.reword else None,
+        describe if options.judge else None,
     )
     path = write_figures(out, figures)
+    afterwards("no report", lambda: say(f"report: {write_report(out)}"))
     show = lambda: show_json(read_json(path)) if as_json else show_rich(suite_table(figures))  # noqa: E731
     afterwards("no results shown", show)
     return 0

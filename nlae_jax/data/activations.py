@@ -5,7 +5,7 @@
 anywhere. The files in the workdir:
 
     activations/subject.json        identity of the weights that were read
-    activations/documents.parquet   doc_id, split, token ids
+    activations/documents.parquet   doc_id, split, token ids, domain
     activations/rows.parquet        document, position            (row = activation)
     activations/vectors             zarr3 [N, d] float32, raw, in shards: see `_array`
     activations/next_tokens         zarr3 [N, k] int32, the subject's likeliest continuations
@@ -60,8 +60,8 @@ NUM_NEXT_TOKENS = 3
 class Plan:
     """The documents and positions to read. Rows are ordered by document, and by position within one.
 
-    `doc_ids`, `ids` (token ids, int32) and `split` (index into SPLITS) have one entry per document. `document` (index
-    into the documents) and `position` (from 0) have one per row.
+    `doc_ids`, `ids` (token ids, int32), `split` (index into SPLITS) and `domain` (the kind of text, "" where it is not
+    known) have one entry per document. `document` (index into the documents) and `position` (from 0) have one per row.
     """
 
     doc_ids: list[str]
@@ -69,6 +69,7 @@ class Plan:
     split: np.ndarray
     document: np.ndarray
     position: np.ndarray
+    domain: list[str]
 
     def rows_of(self, split: str) -> np.ndarray:
         """Returns the row numbers of a split, ascending."""
@@ -126,6 +127,7 @@ def plan(
         split=_split([document.group for document, _, _ in chosen], config),
         document=np.repeat(np.arange(len(chosen), dtype=np.int32), counts),
         position=np.concatenate([positions for _, _, positions in chosen]),
+        domain=[document.domain for document, _, _ in chosen],
     )
 
 
@@ -439,7 +441,8 @@ def write_plan(directory: AnyPath, plan: Plan) -> None:
     """Writes documents.parquet and then rows.parquet, whose presence says that the plan is complete."""
     starts = np.cumsum([0, *map(len, plan.ids)])
     ids = pa.LargeListArray.from_arrays(starts, np.concatenate([*plan.ids, np.zeros(0, np.int32)]))
-    documents = pa.table({"doc_id": plan.doc_ids, "split": [SPLITS[i] for i in plan.split], "ids": ids})
+    splits = [SPLITS[i] for i in plan.split]
+    documents = pa.table({"doc_id": plan.doc_ids, "split": splits, "ids": ids, "domain": plan.domain})
     rows = pa.table({"document": plan.document, "position": plan.position})
     for name, table in (("documents", documents), ("rows", rows)):
         write_parquet(directory / f"{name}.parquet", table)
@@ -460,6 +463,7 @@ def read_plan(directory: AnyPath) -> Plan:
             split=np.array([SPLITS.index(name) for name in documents["split"].to_pylist()], np.int8),
             document=rows["document"].to_numpy(),
             position=rows["position"].to_numpy(),
+            domain=_domains(documents),
         )
         sound = _is_sound(plan)
     except (ValueError, TypeError, AttributeError):  # columns of other types than were written
@@ -467,6 +471,13 @@ def read_plan(directory: AnyPath) -> Plan:
     if not sound:
         raise UserError(f"{directory / 'rows.parquet'}: does not fit documents.parquet beside it; {remedy}")
     return plan
+
+
+def _domains(documents: pa.Table) -> list[str]:
+    """Each document's kind of text; "" in tables that were written before they had the column."""
+    if "domain" not in documents.column_names:
+        return [""] * len(documents)
+    return [domain if isinstance(domain, str) else "" for domain in documents["domain"].to_pylist()]
 
 
 def _views(lists: pa.LargeListArray | pa.ListArray) -> list[np.ndarray]:

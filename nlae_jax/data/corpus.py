@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
-from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.errors import UserError, one_line
 from nlae_jax.runtime.files import local_path, open_regular, read_bytes
 from nlae_jax.runtime.outside import parse_json
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _HUB_SHUFFLE_BUFFER = 10_000  # rows; makes a fair sample of a dataset that is too large to read
 _ROWS_PER_BATCH = 1_024
+DOMAIN = "domain"  # the field or column that holds a document's kind of text, where there is one
+_LONGEST_DOMAIN = 60  # characters of it
 _MOST_BYTES = 64 << 20  # of a line or .txt file: without a bound, a line that never ends would fill the memory
 
 
@@ -40,13 +42,15 @@ class Text:
     """A text from a source, with the source's data about it.
 
     `name` is its `id` in the source. Texts of one `passage` are never in two splits. A text `at_end` is read at its
-    last token, not at positions drawn at random, and may be short.
+    last token, not at positions drawn at random, and may be short. `domain` is its kind of text: the source's `domain`,
+    else the name of its file, "" where neither says it.
     """
 
     text: str
     name: str = ""
     passage: str = ""
     at_end: bool = False
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Document:
     name: str = field(default="", compare=False)
     passage: str = ""
     at_end: bool = False
+    domain: str = field(default="", compare=False)
 
     @property
     def group(self) -> str:
@@ -132,7 +137,8 @@ def _texts(config: CorpusConfig) -> Iterable[Text]:
 def _warm_start_texts() -> Iterator[Text]:
     """Yields the texts of the notes that the package carries. Each is read at its end."""
     for where, row in read_json_lines(WARMSTART_NOTES):
-        yield Text(_text_of(row, where, "text"), passage=row["passage"], at_end=True)
+        kind = row["kind"].partition(":")[0]  # of "encyclopaedia: river delta", say
+        yield Text(_text_of(row, where, "text"), passage=row["passage"], at_end=True, domain=kind)
 
 
 def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
@@ -177,7 +183,13 @@ def _clean(text: str) -> str:
 
 def _file_texts(config: CorpusConfig) -> Iterator[Text]:
     for path in _matching_files(config.path):
-        yield from _reader(path)(path, config.text_field)
+        for text in _reader(path)(path, config.text_field):
+            yield replace(text, domain=text.domain or domain_of(path.name.partition(".")[0]))
+
+
+def domain_of(value: Any) -> str:
+    """A source's word for a kind of text, short and printable; "" for what is no text."""
+    return one_line(_clean(value), _LONGEST_DOMAIN).strip() if isinstance(value, str) else ""
 
 
 def _matching_files(pattern: str) -> list[Path]:
@@ -257,7 +269,8 @@ def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
     for where, row in read_json_lines(path):
         name, passage = (value if isinstance(value := row.get(key), str) else "" for key in ("id", "passage"))
-        yield Text(_text_of(row, where, text_field), name, passage)
+        domain = domain_of(row.get(DOMAIN)) if text_field != DOMAIN else ""
+        yield Text(_text_of(row, where, text_field), name, passage, domain=domain)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -323,10 +336,15 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         start = 0
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
+        has_domain = text_field != DOMAIN and DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type)
+        columns = [text_field, DOMAIN] if has_domain else [text_field]
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
             check_batch(path, start, batch)
-            for row, text in enumerate(batch.column(0).to_pylist(), start):
-                yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field))
+            domains = batch.column(DOMAIN).to_pylist() if has_domain else [""] * len(batch)
+            for row, (text, domain) in enumerate(
+                zip(batch.column(text_field).to_pylist(), domains, strict=True), start
+            ):
+                yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field), domain=domain_of(domain))
             start += len(batch)
 
 
@@ -353,7 +371,8 @@ def _hub_texts(config: CorpusConfig) -> Iterator[Text]:
         if config.max_documents:
             rows = rows.shuffle(seed=0, buffer_size=_HUB_SHUFFLE_BUFFER)
         for number, row in enumerate(rows):
-            yield Text(_text_of(row, f"corpus.hub {config.hub!r}: row {number}", config.text_field))
+            where = f"corpus.hub {config.hub!r}: row {number}"
+            yield Text(_text_of(row, where, config.text_field), domain=domain_of(row.get(DOMAIN)))
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds: not found, no access, no network, bad data

@@ -9,19 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from nlae_jax.evaluate.health import QUOTED, candidates, sentences
+from nlae_jax.evaluate.health import QUOTED, candidates, real_sentences, sentences
 
 _MOST_SENTENCES = 3  # that the value of an explanation's beginnings is given for
 
 
 def leading(text: str, count: int) -> str:
-    """The first `count` sentences."""
-    return "".join(sentences(text)[:count]).strip()
+    """The first `count` sentences that hold anything."""
+    return "".join(real_sentences(text)[:count]).strip()
 
 
 def without_last(text: str) -> str:
     """All sentences but the last; '' of a single one."""
-    return "".join([s for s in sentences(text) if s.strip()][:-1]).strip()
+    return "".join(real_sentences(text)[:-1]).strip()
 
 
 def without_quotes(text: str, context: str) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.evaluate import splice, text
+from nlae_jax.evaluate import judge, rewordings, splice, text, trained_controls
 from nlae_jax.evaluate.rows import SUFFIX
 from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES
 from nlae_jax.evaluate.work import Work
@@ -30,7 +30,15 @@ class Cost(NamedTuple):
     read: int = 0
 
 
-def costs(work: Work, sections: Sequence[str]) -> dict[str, Cost]:
+class Extras(NamedTuple):
+    """What is asked for beside the suite: steps of each trained control; whether another model rewords, judges."""
+
+    control_steps: int = 0
+    rewords: bool = False
+    judges: bool = False
+
+
+def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dict[str, Cost]:
     """By section; what several need is the first one's. About right: lengths are not known yet."""
     rows, sizes = len(work.rows.h), work.sizes
     some = lambda count: min(count, rows)  # noqa: E731
@@ -38,7 +46,12 @@ def costs(work: Work, sections: Sequence[str]) -> dict[str, Cost]:
     ways = 8 * (splice.FOLLOWING + 2) // 3  # of blocks after the activation's
     found = {
         "reconstruction": Cost(3 * some(sizes.uninformed) * _EXPLANATION, 3 * some(sizes.uninformed) * _EXPLANATION),
-        "text": Cost(0, (rows + some(sizes.text) * (len(text.TOKEN_COUNTS) // 2 + 10)) * _EXPLANATION),
+        "text": Cost(
+            0,
+            (rows + some(sizes.text) * (len(text.TOKEN_COUNTS) // 2 + 10)) * _EXPLANATION
+            + (_trained(rows, extras.control_steps) + context if extras.control_steps else 0)
+            + (2 * some(sizes.text) * _EXPLANATION if extras.rewords else 0),
+        ),
         "meaning": Cost(0, context + rows * ways),
         "truth": Cost(
             some(sizes.recurrence) * BEFORE * _EXPLANATION,
@@ -60,16 +73,34 @@ def costs(work: Work, sections: Sequence[str]) -> dict[str, Cost]:
     return chosen
 
 
-def cost_text(work: Work, sections: Sequence[str], arch: Arch) -> str:
-    """One line: minutes in all and by section, from the speed of one product on this machine. `arch`: the encoder's."""
+def _trained(rows: int, steps: int) -> int:
+    """Tokens read for the three trained controls; a step of training is worth three readings."""
+    return 3 * (3 * steps * trained_controls.BATCH + rows) * _EXPLANATION
+
+
+def answers(work: Work, sections: Sequence[str], extras: Extras) -> int:
+    """How often another language model is asked."""
+    some = lambda count: min(count, len(work.rows.h))  # noqa: E731
+    reworded = rewordings.answers_asked(some(work.sizes.text)) if extras.rewords and "text" in sections else 0
+    return reworded + (judge.answers_asked(some(work.sizes.judged)) if extras.judges and "truth" in sections else 0)
+
+
+def cost_text(work: Work, sections: Sequence[str], arch: Arch, extras: Extras = Extras()) -> str:
+    """One line: minutes in all and by section, from the speed of one product on this machine. `arch`: the encoder's.
+
+    It says how often another language model is asked, and whether some of the work is there already.
+    """
     weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
     parts, total = [], 0.0
-    for section, cost in costs(work, sections).items():
+    for section, cost in costs(work, sections, extras).items():
         seconds = flops_per_token * (cost.read / _READING + cost.written / _WRITING) / speed
         total += seconds
         parts.append(f"{section} {clock_text(seconds)}")
-    return f"eval: {len(work.rows.h)} activations, about {clock_text(total)} in all: {', '.join(parts)}"
+    line = f"eval: {len(work.rows.h)} activations, about {clock_text(total)} in all: {', '.join(parts)}"
+    if asked := answers(work, sections, extras):
+        line += f"; another language model is asked {asked} times at most"
+    return f"{line}; less what an earlier run has done" if work.kept.begun else line
 
 
 def _product_speed(width: int = 1024, times: int = 8) -> float:

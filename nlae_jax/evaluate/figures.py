@@ -18,7 +18,10 @@ SECTIONS = ("reconstruction", "text", "meaning", "truth", "health")
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One number of the suite. `controls` stand beside it; `parts` says what it is divided by, if it is."""
+    """One number of the suite. `controls` stand beside it; `parts` says what it is divided by, if it is.
+
+    `part_controls` stand beside every part.
+    """
 
     section: str
     key: str
@@ -26,10 +29,12 @@ class Figure:
     formula: str
     controls: tuple[str, ...] = ()
     parts: str = ""
+    part_controls: tuple[str, ...] = ()
     source: str = ""
 
 
 _PAPER = "Fraser-Taliente et al. 2026"
+_SAME_BY_PART = "1 - mean(mse) / mean(variance), both over the rows of the part"
 _SAME_FVE = "1 - mean(mse) / mean(variance), of the explanations as changed"
 
 FIGURES: tuple[Figure, ...] = (
@@ -51,14 +56,29 @@ FIGURES: tuple[Figure, ...] = (
         source=_PAPER,
     ),
     Figure("reconstruction", "cos", "mean cosine of activation and reconstruction", "1 - mse / 2", ("permuted",)),
-    Figure("reconstruction", "fve_by_domain", "FVE by kind of text", "as fve", parts="kind of text"),
-    Figure("reconstruction", "fve_by_position", "FVE by tenth of the positions", "as fve", parts="tenth"),
+    Figure(
+        "reconstruction",
+        "fve_by_domain",
+        "FVE by kind of text",
+        _SAME_BY_PART,
+        parts="kind of text",
+        part_controls=("permuted",),
+    ),
+    Figure(
+        "reconstruction",
+        "fve_by_position",
+        "FVE by tenth of the positions",
+        _SAME_BY_PART,
+        parts="tenth",
+        part_controls=("permuted",),
+    ),
     Figure(
         "reconstruction",
         "fve_by_token",
         "FVE by what the activation's token is",
-        "as fve",
+        _SAME_BY_PART,
         parts="content word, function word, punctuation, inside a word, code",
+        part_controls=("permuted",),
     ),
     Figure(
         "reconstruction",
@@ -91,6 +111,13 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "reconstruction",
+        "retrieval_top1_same_document",
+        "the same among activations of one document",
+        "as retrieval_top1",
+        ("permuted", "chance"),
+    ),
+    Figure(
+        "reconstruction",
         "equivalent_rank",
         "how many numbers would do what the words do",
         "smallest k with the FVE of k principal directions >= fve; directions fitted on other documents",
@@ -103,12 +130,14 @@ FIGURES: tuple[Figure, ...] = (
         "as fve, of the expected smallest mse among n of the samples of a row",
         ("permuted",),
         parts="n",
+        part_controls=("permuted",),
+        source="Chen et al. 2021",
     ),
     Figure(
         "reconstruction",
         "agreement",
         "how alike two explanations of one activation are, as the decoder reads them",
-        "mean centred cosine of two samples' reconstructions",
+        "mean centred cosine of two samples' reconstructions; 0 where one of them was not readable",
         ("other",),
     ),
     # --- text
@@ -116,18 +145,29 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "text",
         "marginal_fve",
-        "what each sentence adds to those before it; the parts add up to fve_text",
+        "what each sentence adds to those before it; the value is their sum, fve_text of the same rows",
         "FVE of the first k sentences minus that of the first k - 1; of none, 0",
+        ("permuted",),
         parts="sentence",
+        part_controls=("permuted",),
     ),
     Figure(
         "text",
         "dropped_sentence",
         "what is lost without one sentence, of explanations of several",
-        "(mse without it - mse) / variance",
+        "mean(mse without it - mse) / mean(variance)",
         parts="last or any other",
+        part_controls=("permuted",),
     ),
-    Figure("text", "fve_tokens", "FVE of the first n tokens", _SAME_FVE, ("permuted",), parts="n"),
+    Figure(
+        "text",
+        "fve_tokens",
+        "FVE of the first n tokens",
+        _SAME_FVE,
+        ("whole", "permuted"),
+        parts="n",
+        part_controls=("permuted",),
+    ),
     Figure("text", "fve_quotes_only", "FVE of the quoted spans alone", _SAME_FVE, ("whole", "permuted")),
     Figure("text", "fve_quotes_removed", "FVE without any quoted span", _SAME_FVE, ("whole", "permuted")),
     Figure(
@@ -151,13 +191,14 @@ FIGURES: tuple[Figure, ...] = (
         "how often the likeliest next token, where it is named, rebuilds better than another in its place",
         "P(mse of the explanation < mse of its twin); 0.5 is chance",
         parts="the other's rank: 2 to 4, 8 and beyond",
+        part_controls=("permuted",),
     ),
     Figure(
         "text",
         "copied_bits",
         "information in runs of words that stand in the context too",
         "sum over longest shared runs of 2 words or more of max(0, sum -log2 p(word) - 15)",
-        ("permuted",),
+        ("permuted", "gold"),
     ),
     Figure("text", "fve_paraphrased", "FVE said in other words", _SAME_FVE, ("whole", "permuted")),
     Figure("text", "fve_translated", "FVE through French and back", _SAME_FVE, ("whole", "permuted")),
@@ -167,6 +208,21 @@ FIGURES: tuple[Figure, ...] = (
         "FVE of decoders trained alike on other words about the same activations",
         "as fve, on documents that it was not trained on",
         parts="explanations, the last words of the context in as many tokens, the likeliest next tokens",
+        part_controls=("permuted",),
+    ),
+    Figure(
+        "text",
+        "beyond_last_words",
+        "what explanations say beyond the last words of the context, to decoders trained alike",
+        "FVE of explanations minus FVE of the last words in trained_decoder, on the same rows",
+        ("permuted",),
+    ),
+    Figure(
+        "text",
+        "beyond_next_tokens",
+        "what explanations say beyond the likeliest next tokens, to decoders trained alike",
+        "FVE of explanations minus FVE of the next tokens in trained_decoder, on the same rows",
+        ("permuted",),
     ),
     # --- meaning
     Figure(
@@ -189,12 +245,13 @@ FIGURES: tuple[Figure, ...] = (
         "share of the loss on the next token that the reconstruction wins back from the mean vector",
         "(CE_mean - CE_r) / (CE_mean - CE_h)",
         ("true", "gold", "permuted", "zero", "isotropic"),
+        source="Bricken et al. 2023, there from zero",
     ),
     Figure(
         "meaning",
         "loss_recovered_following",
         "the same on the tokens after it",
-        "as loss_recovered, the loss summed over t + 1 ... t + 16",
+        "as loss_recovered, of the mean loss over t + 1 ... t + 16",
         ("true", "gold", "permuted", "zero", "isotropic"),
     ),
     # --- truth
@@ -203,23 +260,23 @@ FIGURES: tuple[Figure, ...] = (
         "words_in_context",
         "share of the content words that stand in the context",
         "found / said, over all explanations",
-        ("permuted",),
+        ("permuted", "gold"),
     ),
     Figure(
         "truth",
         "quotes_in_context",
         "share of the quoted spans of two words or more that stand in the context",
         "found / said, over all explanations",
-        ("permuted",),
+        ("permuted", "gold"),
     ),
     Figure(
         "truth",
         "expects_top1",
         "how often the next tokens that are named hold the subject's likeliest",
         "share of explanations that name some",
-        ("permuted",),
+        ("permuted", "gold"),
     ),
-    Figure("truth", "expects_top5", "the same of its five likeliest", "as expects_top1", ("permuted",)),
+    Figure("truth", "expects_top5", "the same of its five likeliest", "as expects_top1", ("permuted", "gold")),
     Figure(
         "truth",
         "suffix_test",
@@ -251,24 +308,70 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "truth", "consensus_words", "how many content words 80 % of ten samples say", "mean over rows", ("all_words",)
     ),
+    Figure(
+        "truth",
+        "judged_support",
+        "share of an explanation's claims that a judge, another language model, finds in the text",
+        "claims that the text supports / claims, as the judge counts them, over all explanations",
+        ("permuted",),
+    ),
+    Figure(
+        "truth",
+        "judged_choice",
+        "how often a judge tells the explanation of a text from one of another document",
+        "right verdicts / all that can be read; which of the two comes first alternates",
+        ("chance",),
+    ),
     # --- health
     Figure("health", "extraction_rate", "share of explanations that were closed", "mean over rows"),
-    Figure("health", "explanation_tokens", "length of an explanation", "mean tokens of those that were closed"),
+    Figure(
+        "health", "explanation_tokens", "length of an explanation", "mean tokens of those that were closed", ("gold",)
+    ),
     Figure(
         "health",
         "noncanonical_rate",
         "share of explanations whose sampled tokens are not those that their text gives: a channel no reader sees",
         "mean over rows",
     ),
-    Figure("health", "repeated_rate", "share with a repeated item in a list or a repeated sentence", "mean over rows"),
-    Figure("health", "marker_rate", "share with the character that marks the slot", "mean over rows"),
-    Figure("health", "cjk_rate", "share with a Chinese, Japanese or Korean character", "mean over rows"),
-    Figure("health", "distinct_explanations", "share of different explanations", "different / all"),
-    Figure("health", "distinct_1", "share of different words", "different / all", source="Li et al. 2016"),
-    Figure("health", "distinct_2", "share of different pairs of words", "different / all", source="Li et al. 2016"),
-    Figure("health", "distinct_3", "share of different triples of words", "different / all", source="Li et al. 2016"),
-    Figure("health", "changed_words", "share of words that the explanation before does not have", "new / all"),
-    Figure("health", "changed_candidates", "the same of the quoted next tokens", "new / all"),
+    Figure(
+        "health",
+        "repeated_rate",
+        "share with a repeated item in a list or a repeated sentence",
+        "mean over rows",
+        ("gold",),
+    ),
+    Figure("health", "repeated_item_rate", "share with a repeated item in a list", "mean over rows", ("gold",)),
+    Figure("health", "repeated_sentence_rate", "share with a repeated sentence", "mean over rows", ("gold",)),
+    Figure("health", "marker_rate", "share with the character that marks the slot", "mean over rows", ("gold",)),
+    Figure(
+        "health",
+        "cjk_rate",
+        "share with a Chinese, Japanese or Korean character",
+        "mean over rows",
+        ("contexts", "gold"),
+    ),
+    Figure("health", "distinct_explanations", "share of different explanations", "different / all", ("gold",)),
+    Figure("health", "distinct_1", "share of different words", "different / all", ("gold",), source="Li et al. 2016"),
+    Figure(
+        "health",
+        "distinct_2",
+        "share of different pairs of words",
+        "different / all",
+        ("gold",),
+        source="Li et al. 2016",
+    ),
+    Figure(
+        "health",
+        "distinct_3",
+        "share of different triples of words",
+        "different / all",
+        ("gold",),
+        source="Li et al. 2016",
+    ),
+    Figure(
+        "health", "changed_words", "share of words that the explanation before does not have", "new / all", ("gold",)
+    ),
+    Figure("health", "changed_candidates", "the same of the quoted next tokens", "new / all", ("gold",)),
 )
 
 BY_NAME = {(figure.section, figure.key): figure for figure in FIGURES}
@@ -292,14 +395,21 @@ class Ledger:
         statistic: Statistic = first,
         controls: Mapping[str, np.ndarray] | None = None,
         parts: Mapping[str, np.ndarray] | None = None,
+        part_controls: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ) -> dict[str, Any]:
         """Reports a figure of columns [N] or [N, k] of all rows, NaN where a row has none, and returns it.
 
-        `controls` and `parts` are columns of the same kind. Without columns of its own a figure has parts alone.
+        `controls` and `parts` are columns of the same kind; `part_controls` has columns by control and part. Without
+        columns of its own a figure has parts alone.
         """
+        beside_parts = part_controls or {}
+        assert set(beside_parts) <= set(BY_NAME[section, key].part_controls), (key, set(beside_parts))
         result = {} if columns is None else self.estimate(columns, statistic)
         beside = {name: self.estimate(of, statistic) for name, of in (controls or {}).items()}
         divided = {name: self.estimate(of, statistic) for name, of in (parts or {}).items()}
+        for name, part in divided.items():
+            if found := {control: self.estimate(of[name], statistic) for control, of in beside_parts.items()}:
+                part["controls"] = found
         return self.put_result(section, key, result, beside, divided)
 
     def put_result(

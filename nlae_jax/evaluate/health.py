@@ -48,6 +48,17 @@ def sentences(text: str) -> list[str]:
     return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
+def real_sentences(text: str) -> list[str]:
+    """The sentences that hold anything. An empty line is none: it belongs to the sentence before it."""
+    kept: list[str] = []
+    for sentence in sentences(text):
+        if kept and not (sentence.strip() and kept[-1].strip()):
+            kept[-1] += sentence
+        else:
+            kept.append(sentence)
+    return [sentence for sentence in kept if sentence.strip()]
+
+
 def candidates(text: str) -> list[str]:
     """What the text expects to come next: the quoted items of its first sentence, without their marks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import time
@@ -29,13 +30,24 @@ class Kept:
         self._directory = directory
         self.seconds: dict[str, float] = {}
 
-    def run(self, name: str, count: int, batch: int, compute: Compute, unit: str = "activation") -> dict[str, Any]:
-        """`compute` of the rows 0 … count in slices of `batch`, joined; parts that are on disk are read."""
-        parts = []
+    @property
+    def begun(self) -> bool:
+        """Whether anything of this work may be on disk."""
+        return self._directory.exists()
+
+    def run(
+        self, name: str, count: int, batch: int, compute: Compute, unit: str = "activation", of: Any = None
+    ) -> dict[str, Any]:
+        """`compute` of the rows 0 … count in slices of `batch`, joined; parts that are on disk are read.
+
+        `of` is what they are computed from, an array or a list of texts, where the directory does not tell it from
+        other work already: another version of this program may cut or pair texts in another way.
+        """
+        parts, directory = [], self._directory / (name if of is None else f"{name}-{_digest(of)}")
         with progress(count, f"eval: {name.replace('_', ' ')}", unit=unit) as bar:
             for start in range(0, count, batch):
                 rows = slice(start, min(start + batch, count))
-                part = self._part(self._directory / name / f"{start:06}.npz", rows, compute)
+                part = self._part(directory / f"{start:06}.npz", rows, compute)
                 self.seconds[name] = self.seconds.get(name, 0.0) + float(part.pop(_SECONDS))
                 parts.append(part)
                 bar.advance(rows.stop - rows.start)
@@ -58,6 +70,11 @@ class Kept:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
         return part
+
+
+def _digest(of: Any) -> str:
+    data = np.ascontiguousarray(of).tobytes() if isinstance(of, np.ndarray) else json.dumps(of).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -236,18 +236,24 @@ def best_of(mse_NxS: np.ndarray, count: int) -> np.ndarray:
 
 
 def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean centred cosine of two samples' reconstructions, each [N]: of one activation, and of `other[n]`'s samples."""
-    count = rebuilt_NxSxD.shape[1]
+    """Mean centred cosine of two samples' reconstructions, each [N]: of one activation, and of `other[n]`'s samples.
+
+    Rows of zeros are samples that could not be read: they agree with none, not even with each other.
+    """
+    count, readable = rebuilt_NxSxD.shape[1], np.asarray(rebuilt_NxSxD.any(-1))
     centred = np.asarray(direction.unit_direction(rebuilt_NxSxD), np.float64) - mean
     centred /= np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
-    total = centred.sum(1)
-    own = (np.square(total).sum(-1) - count) / max(count * (count - 1), 1)
+    total = np.where(readable[..., None], centred, 0.0).sum(1)
+    own = (np.square(total).sum(-1) - readable.sum(-1)) / max(count * (count - 1), 1)
     return (own if count > 1 else np.full(len(own), np.nan)), (total * total[other]).sum(-1) / count**2
 
 
 # --- which tokens
 
 _CODE = re.compile(r"[{};]|\w\(|==|->|::|\w_\w|^\s*(?:def|class|import|from|return|if|for|#)\b")
+
+
+TOKEN_CLASSES = ("content", "function", "punctuation", "inside", "code")
 
 
 def token_class(context: str, token: str, following: str = "") -> str:

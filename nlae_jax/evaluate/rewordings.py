@@ -5,8 +5,6 @@ They take another language model, which a describe provider asks: without one th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +15,7 @@ from nlae_jax.evaluate.work import Work
 # (what to do, texts) -> texts, None where none came back.
 Rewrite = Callable[[str, Sequence[str]], list[str | None]]
 
-_ANSWER = "Write the result between <explanation> and </explanation>, and nothing outside these tags."
+_ANSWER = "Write the result between <explanation> and </explanation>, and nothing outside these tags.\n\nThe note:"
 _PARAPHRASE = (
     "Below is a note on a text. Say the same in other words: change every word and the order of the sentences where "
     f"the meaning allows it, and neither add nor leave out anything. Keep what stands in quotation marks. {_ANSWER}"
@@ -37,9 +35,7 @@ def rewordings(work: Work, rewrite: Rewrite | None) -> None:
     rows = np.array([row for row in work.some(work.sizes.text).tolist() if work.texts[row].strip()], int)
     found = {name: _reworded(rewrite, steps, [work.texts[row] for row in rows]) for name, steps in REWORDINGS.items()}
     texts = {name: [text or "" for text in some] for name, some in found.items()}
-    # Another provider's words are other work.
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-    rebuilt = work.rebuilt_pool(f"rewordings-{digest}", {"whole": [work.texts[row] for row in rows], **texts})
+    rebuilt = work.rebuilt_pool("rewordings", {"whole": [work.texts[row] for row in rows], **texts})
     whole, _ = work.mse_of([work.texts[row] for row in rows], rebuilt["whole"], rows)
     for name, some in texts.items():
         came = work.full(np.array([bool(text) for text in some], float), rows) == 1
@@ -47,6 +43,11 @@ def rewordings(work: Work, rewrite: Rewrite | None) -> None:
         beside = {"whole": np.where(came, whole, np.nan), "permuted": permuted}
         columns = {control: work.with_variance(mse) for control, mse in beside.items()}
         work.ledger.put("text", name, work.with_variance(own), fve_of, columns)
+
+
+def answers_asked(count: int) -> int:
+    """How many answers `rewordings` asks for, of so many rows."""
+    return count * sum(map(len, REWORDINGS.values()))
 
 
 def _reworded(rewrite: Rewrite, steps: Sequence[str], texts: Sequence[str]) -> list[str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
-from nlae_jax.data.corpus import Document, document_of, read_documents, read_named_documents
+from nlae_jax.data.corpus import DOMAIN, Document, document_of, domain_of, read_documents, read_named_documents
 from nlae_jax.data.parquet import check_batch, is_text, opened
 from nlae_jax.interop.datasets import LAYER, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
@@ -81,12 +82,15 @@ def rows_of(
 def documents_of(
     texts: Sequence[str], paths: Sequence[str | Path], corpus: CorpusConfig | None = None
 ) -> list[tuple[str, Document]]:
-    """(kind of text, document) of texts, of files, whose names are their kinds, and of a corpus."""
+    """(kind of text, document) of texts, of files and of a corpus.
+
+    The kind is what a file says of a text in its field `domain`, else the file's name.
+    """
     found = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
         config = CorpusConfig(path=str(path))
-        found += [(Path(path).name.partition(".")[0], document) for document in read_named_documents(config, "--input")]
-    found += [("corpus", document) for document in read_documents(corpus)] if corpus else []
+        found += [(document.domain, document) for document in read_named_documents(config, "--input")]
+    found += [(document.domain or "corpus", document) for document in read_documents(corpus)] if corpus else []
     unique: dict[str, tuple[str, Document]] = {}
     for domain, document in found:
         unique.setdefault(document.doc_id, (domain, document))
@@ -186,7 +190,9 @@ def rows_of_parquet(
         if TEXT in names and not is_text(file.schema_arrow.field(TEXT).type):
             raise UserError(f"{path}: the column {TEXT} should hold strings")
         columns = [name for name in (VECTOR, "doc_id", TEXT, LAYER) if name in names]
-        kept: list[tuple[str, str]] = []
+        if DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type):
+            columns.append(DOMAIN)
+        kept: list[tuple[str, str, str]] = []
         vectors, start = [], 0
         for batch in file.iter_batches(1024, columns=columns):
             check_batch(path, start, batch)
@@ -195,20 +201,24 @@ def rows_of_parquet(
             here = [row for row in range(len(batch)) if start + row in wanted]
             if here:
                 vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[here])
-                texts = batch.column(TEXT).to_pylist() if TEXT in names else [""] * len(batch)
-                kept += [(docs[row], texts[row] or "") for row in here]
+                texts, domains = (
+                    batch.column(name).to_pylist() if name in columns else [""] * len(batch) for name in (TEXT, DOMAIN)
+                )
+                kept += [(docs[row], texts[row] or "", domain_of(domains[row]) or "text") for row in here]
             start += len(batch)
     if not kept:
         raise UserError(f"{path}: the file has no rows")
-    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text in kept]
+    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text, _ in kept]
     for row, ids in enumerate(context_ids):
         check_ids(ids, vocab_size, tokenizer, f"{path}: row {row}")
-    h, names_of_docs = np.concatenate(vectors), [doc for doc, _ in kept]
-    return without_following(h, names_of_docs, context_ids, [text for _, text in kept])
+    names_of_docs, texts, domains = (list(column) for column in zip(*kept, strict=True))
+    return without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
 
 
-def without_following(h: np.ndarray, docs: Sequence[str], context_ids: list[list[int]], contexts: list[str]) -> Rows:
-    """Rows of which no more is known than their text, which may be ''."""
+def without_following(
+    h: np.ndarray, docs: Sequence[str], context_ids: list[list[int]], contexts: list[str], domain: list[str]
+) -> Rows:
+    """Rows of which no more is known than their text, which may be '', and its kind."""
     numbers = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
     document = np.array([numbers[doc] for doc in docs])
     return Rows(
@@ -218,7 +228,7 @@ def without_following(h: np.ndarray, docs: Sequence[str], context_ids: list[list
         context_ids=context_ids,
         following_ids=[[] for _ in docs],
         contexts=contexts,
-        domain=["text"] * len(docs),
+        domain=domain,
         gold=[""] * len(docs),
         reference=h,
         reference_document=document,
@@ -233,10 +243,22 @@ def likeliest(lm: LanguageModel, context_ids: Sequence[Sequence[int]], count: in
     return [[lm.tokenizer.decode([token]) for token in row] for row in found.tolist()]
 
 
-def by_part(values: np.ndarray, names: Sequence[Any]) -> Mapping[Any, np.ndarray]:
-    """The rows [N, ...] of each name, NaN elsewhere: what `Ledger.put` takes as parts."""
+def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """The rows [N, ...] of each name, NaN elsewhere: what `Ledger.put` takes as parts. '' names no part."""
     parts = {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(filter(None, names)):
         own = np.array([other == name for other in names])
         parts[name] = np.where(own.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
     return parts
+
+
+def kinds(domain: Sequence[str], most: int = 12) -> list[str]:
+    """Each row's kind of text; where there are more than `most` kinds, the rarest ones are "other kinds".
+
+    A source may have a domain for every document, as where it is the address of a web page.
+    """
+    counts = Counter(domain)
+    if len(counts) <= most:
+        return list(domain)
+    named = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: most - 1]}
+    return [name if name in named else "other kinds" for name in domain]

@@ -6,8 +6,8 @@ that a suite that was stopped goes on, and puts its figures into one `Ledger`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from nlae_jax.evaluate.figures import SECTIONS
@@ -33,20 +33,20 @@ def sections_of(names: str) -> tuple[str, ...]:
 
 
 def run_suite(
-    work: Work, sections: Sequence[str] = SECTIONS, more_of_text: Callable[[], None] = lambda: None
+    work: Work, sections: Sequence[str] = SECTIONS, more: Mapping[str, Callable[[], None]] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Every section's figures by section and name, and under `suite` what they are of and how long each part took.
 
-    What several sections need counts for the first of them. `more_of_text` adds the figures that take training, or
-    another language model, to the section `text`.
+    What several sections need counts for the first of them. `more` adds to a section the figures that take training,
+    or another language model.
     """
     seconds = {}
     for section in SECTIONS:
         if section in sections:
             before = sum(work.kept.seconds.values())
             _MODULES[section].measure(work)
-            if section == "text":
-                more_of_text()
+            if section in more:
+                more[section]()
             seconds[section] = round(sum(work.kept.seconds.values()) - before, 1)
     rows = work.rows
     about = {

@@ -13,16 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlae_jax.evaluate.claims import leading, without_quotes
-from nlae_jax.evaluate.health import QUOTED, candidates, sentences, words
+from nlae_jax.evaluate.health import QUOTED, candidates, real_sentences, words
 
 MOST_SENTENCES = 4  # whose marginal value is given one by one
 TOKEN_COUNTS = (4, 8, 16, 32, 64)  # that explanations are cut to
 FREE_BITS = 15.0  # of a shared run of words: what chance and grammar give
-
-
-def real_sentences(text: str) -> list[str]:
-    """The sentences that hold anything."""
-    return [sentence for sentence in sentences(text) if sentence.strip()]
 
 
 def without_sentence(text: str, index: int) -> str:

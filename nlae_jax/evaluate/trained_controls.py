@@ -16,8 +16,7 @@ import numpy as np
 import optax
 
 from nlae_jax.evaluate import controls
-from nlae_jax.evaluate.estimate import fve_of
-from nlae_jax.evaluate.reconstruction import direction_mse
+from nlae_jax.evaluate.estimate import fve_of, share_of
 from nlae_jax.evaluate.rows import likeliest
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
@@ -28,13 +27,15 @@ from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
-_BATCH = 16
+BATCH = 16
 _LEARNING_RATE, _FULL_LEARNING_RATE = 2e-3, 2e-5  # of adapters, and of all weights
 _TEST_SHARE = 4  # one document in so many is not trained on
 
 
 def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
     """Puts the figure `trained_decoder`: FVE, on documents held out, of a decoder for each kind of words.
+
+    And, of the same rows, how much more that of explanations is than each of the others.
 
     Each is trained for `num_steps` steps of 16 from the subject's own blocks and the identity head. Nothing is done
     where `num_steps` is 0, where no texts are known, or where there are too few documents to hold some out.
@@ -46,12 +47,18 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
         warn(f"--control-steps: no decoder is trained: it takes every activation's text, and {_TEST_SHARE} documents")
         return
     test = index % _TEST_SHARE == 0
-    parts = {}
+    rows = np.flatnonzero(test)
+    own: dict[str, np.ndarray] = {}
+    permuted: dict[str, np.ndarray] = {}
     for name, texts in _words(work).items():
         rebuilt = _rebuilt_by_training(work, roles, pair, name, texts, test, num_steps)
-        mse = direction_mse(rebuilt, work.rows.h, np.array([bool(one) for one in texts]))
-        parts[name] = work.with_variance(np.where(test, mse, np.nan))
-    work.ledger.put("text", "trained_decoder", None, fve_of, parts=parts)
+        own[name], permuted[name] = work.mse_of([texts[row] for row in rows], rebuilt[rows], rows)
+    parts, wrong_parts = ({name: work.with_variance(mse) for name, mse in of.items()} for of in (own, permuted))
+    put = work.ledger.put
+    put("text", "trained_decoder", None, fve_of, parts=parts, part_controls={"permuted": wrong_parts})
+    for key, name in (("beyond_last_words", "last_words"), ("beyond_next_tokens", "next_tokens")):
+        more, more_wrong = (work.with_variance(of[name] - of["explanations"]) for of in (own, permuted))
+        put("text", key, more, share_of, {"permuted": more_wrong})
 
 
 def _words(work: Work) -> dict[str, list[str]]:
@@ -87,6 +94,7 @@ def _rebuilt_by_training(
         len(texts),
         len(texts),
         lambda _: {"rebuilt": _train(work, roles, pair, name, texts, ~test, num_steps)},
+        of=texts,
     )
     return np.asarray(found["rebuilt"])
 
@@ -110,14 +118,14 @@ def _train(
     rng = np.random.default_rng(work.seed)
     with progress(num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
         for _ in range(num_steps):
-            some = rng.choice(rows, _BATCH)
+            some = rng.choice(rows, BATCH)
             batch = {"h": work.rows.h[some], "ids": ids[some], "length": length[some]}
             state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch))
             bar.advance(loss=metrics["loss"])
     variables = lambda trained: roles.decoder_variables(base, trained)  # noqa: E731
     apply = jax.jit(lambda trained, ids, length: whole.decoder.apply(variables(trained), ids, length))
     found = []
-    for begin in range(0, len(ids), _BATCH):
-        some = np.minimum(np.arange(begin, begin + _BATCH), len(ids) - 1)
+    for begin in range(0, len(ids), BATCH):
+        some = np.minimum(np.arange(begin, begin + BATCH), len(ids) - 1)
         found.append(np.asarray(apply(state.trained, jnp.asarray(ids[some]), jnp.asarray(length[some]))))
     return np.concatenate(found)[: len(ids)]

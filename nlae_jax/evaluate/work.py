@@ -75,6 +75,7 @@ class Sizes(NamedTuple):
     suffix: int = 64
     recurrence: int = 24
     uninformed: int = 48
+    judged: int = 64
 
 
 class Work:
@@ -104,8 +105,11 @@ class Work:
         digest = hashlib.sha256(f"{self.seed}:{name}:{start}".encode()).digest()
         return int.from_bytes(digest[:4], "little") >> 1
 
-    def written(self, name: str, vectors: np.ndarray) -> dict[str, Any]:
-        """Explanations of vectors [M, d], their lengths, and what is rebuilt from their tokens."""
+    def written(self, name: str, vectors: np.ndarray, of: Any = None) -> dict[str, Any]:
+        """Explanations of vectors [M, d], their lengths, and what is rebuilt from their tokens.
+
+        `of`: what tells the vectors from others, where they are not the rows'.
+        """
 
         def compute(part: slice) -> dict[str, Any]:
             written = self.pair.explain(vectors[part], self._seed(name, part.start))
@@ -118,7 +122,7 @@ class Work:
                 "rebuilt": np.asarray(self.pair.reconstruct_ids(written.ids, written.length), np.float32),
             }
 
-        return self.kept.run(name, len(vectors), self.pair.batch_size, compute)
+        return self.kept.run(name, len(vectors), self.pair.batch_size, compute, of=of)
 
     def _is_canonical(self, ids: np.ndarray, length: int) -> bool:
         """Whether the tokens are those that their own text is tokenised into."""
@@ -136,6 +140,7 @@ class Work:
             self.pair.batch_size,
             lambda part: {"rebuilt": np.asarray(self.pair.reconstruct_texts(different[part]), np.float32)},
             unit="text",
+            of=different,
         )
         rebuilt = np.zeros((len(texts), self.rows.h.shape[1]), np.float32)
         for row, one in enumerate(texts):
@@ -204,10 +209,15 @@ class Work:
         """Rows whose text is known."""
         return np.flatnonzero([len(ids) > 1 for ids in self.rows.context_ids])
 
+    @property
+    def has_gold(self) -> bool:
+        """Whether any row has a description by a model that saw the text."""
+        return any(self.rows.gold)
+
     @cached_property
     def gold(self) -> np.ndarray | None:
         """What descriptions give [N, d], NaN without one; None where no row has one."""
-        if not any(self.rows.gold):
+        if not self.has_gold:
             return None
         rebuilt = self.rebuilt("gold", self.rows.gold)
         return np.where(np.array([bool(one) for one in self.rows.gold])[:, None], rebuilt, np.nan)

@@ -158,6 +158,7 @@ def import_plan(files: dict[str, Path], config: Config) -> Plan:
         split=np.array(splits, np.int8),
         document=np.concatenate(document),
         position=np.concatenate(position),
+        domain=[""] * len(doc_ids),
     )
 
 

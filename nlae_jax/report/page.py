@@ -206,7 +206,7 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"95% interval {number(interval[0])} to {number(interval[1])}"
 
 
-def _cards(evaluation: Mapping[str, Any]) -> str:
+def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
     """The headline numbers, each with what it means in one line."""
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
@@ -215,10 +215,12 @@ def _cards(evaluation: Mapping[str, Any]) -> str:
         "fve_gain": _interval_text(over) + doubt,
         "num_activations": f"from {number(evaluation.get('num_documents'))} documents",
     }
+    notes = {} if is_run else {"num_activations": "Of what was read; the pair may have been trained on it."}
     return "".join(
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
-        f'<span class="sub">{beside.get(key, "")}</span><p>{note}</p></div>'
+        f'<span class="sub">{beside.get(key, "")}</span><p>{notes.get(key, note)}</p></div>'
         for title, key, note in CARDS
+        if is_run or key in evaluation  # of a pair without a run there is no before and after
     )
 
 
@@ -239,13 +241,14 @@ def _ruler(evaluation: Mapping[str, Any]) -> str:
     return ruler(marks, 0.0, 1.0)
 
 
-def _headline(evaluation: Mapping[str, Any] | None) -> str:
+def _headline(evaluation: Mapping[str, Any] | None, is_run: bool) -> str:
     if evaluation is None:
         return '<p class="absent">Not there yet: eval.json. <code>nlae eval</code> writes it.</p>'
     table = html_values(without_suite(evaluation), {})
     everything = f"<details><summary>Everything in eval.json</summary>{table}</details>"
-    note = '<p class="note">fve on held-out activations: 0 is the mean prediction, 1 is perfect.</p>'
-    cards = f'<div class="cards">{_cards(evaluation)}</div>'
+    which = "held-out activations" if is_run else "the activations that were read"
+    note = f'<p class="note">fve on {which}: 0 is the mean prediction, 1 is perfect.</p>'
+    cards = f'<div class="cards">{_cards(evaluation, is_run)}</div>'
     return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
 
 
@@ -290,20 +293,25 @@ def _tame(value: Any, depth: int = 12) -> Any:
 def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
-    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError.
+    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError. A
+    directory that holds the suite's figures of a pair and no run has the figures alone.
     """
     workdir = workdir_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such workdir; --workdir names the directory of a run")
     config = _object(workdir / "config.json", "restore it: it says what everything here was made with")
     evaluation = _object(workdir / "eval.json", "delete it and run `nlae eval` again")
-    subject = (config or {}).get("subject")
-    subject = subject if isinstance(subject, dict) else {}
+    suite = (evaluation or {}).get("suite")
+    suite = suite if isinstance(suite, dict) else {}
+    is_run = config is not None or not suite
+    subject = (config or {}).get("subject") if is_run else {"model": suite.get("pair"), "layer": suite.get("layer")}
+    subject = {name: value for name, value in subject.items() if value is not None} if isinstance(subject, dict) else {}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     page = environment.from_string(REPORT_PAGE.read_text(encoding="utf-8")).render(
         model=printable(subject.get("model", "unknown subject")),
         layer=printable(subject.get("layer", "unknown")),
-        headline=Markup(_headline(evaluation)),
+        is_run=is_run,
+        headline=Markup(_headline(evaluation, is_run)),
         suite=Markup(html_suite(evaluation or {})),
         stages=Markup(_stages(_tame(read(workdir / "metrics.jsonl"), 14))),
         samples=Markup(html_samples(_tame(read(workdir / SAMPLES), 14), SAMPLES)),

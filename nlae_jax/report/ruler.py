@@ -10,12 +10,16 @@ from nlae_jax.report.table import html_text, is_shown, number, tidy
 
 
 class Mark(NamedTuple):
-    """One line: a name, its value and interval. `kind` is "main", "zero" or nothing."""
+    """One line: a name, its value and interval. `kind` is "main", "part", "zero" or nothing.
+
+    `control` is what the value is held against, drawn as a ring on the same line.
+    """
 
     name: str
     value: float
     interval: tuple[float, float] | None = None
     kind: str = ""
+    control: float | None = None
 
 
 def interval_of(pair: Any) -> tuple[float, float] | None:
@@ -31,7 +35,8 @@ def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
 
 def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
     """The marks on a scale that reaches from `low` to `high` at least."""
-    ends = [end for mark in marks for end in (mark.value, *(mark.interval or ()))]
+    controls = [mark.control for mark in marks if mark.control is not None]
+    ends = [*controls, *(end for mark in marks for end in (mark.value, *(mark.interval or ())))]
     low, high = min([low, *ends]), max([high, *ends])
     low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
 
@@ -44,10 +49,12 @@ def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
         if mark.interval is not None:
             width = round(at(mark.interval[1]) - at(mark.interval[0]), 2)
             whisker = f'<s style="left:{at(mark.interval[0])}%;width:{width}%"></s>'
+        if mark.control is not None:
+            whisker += f'<b style="left:{at(mark.control)}%"></b>'
         lines.append(
             f'<div class="{mark.kind}"><span>{html_text(mark.name)}</span><span class="track">'
             f'<u style="left:{at(0)}%"></u>{whisker}<i style="left:{at(mark.value)}%"></i></span>'
-            f"<span>{number(mark.value, 2)}</span></div>"
+            f"<span>{number(round(mark.value, 2) + 0.0, 2)}</span></div>"  # no minus before a 0
         )
     shown = ticks(low, high)
     scale = "".join(f'<em style="left:{at(tick)}%">{tick_text(tick, shown)}</em>' for tick in shown)

@@ -124,10 +124,14 @@ class Run:
         """The activations, opened at their first use: explaining needs none, and they may have been deleted."""
         return self.open_store()
 
-    def held_out_rows(self) -> np.ndarray:
-        """Returns the rows that evaluation uses, in a random order that depends on the seed only."""
+    def held_out_rows(self, count: int | None = None) -> np.ndarray:
+        """Returns the first `count` held-out rows, by default those that evaluation uses.
+
+        Their order is random and depends on the seed only.
+        """
         rows = self.store.plan.rows_of("held_out")
-        return np.random.default_rng([self.config.seed, 1]).permutation(rows)[: self.config.eval.num_activations]
+        count = self.config.eval.num_activations if count is None else count
+        return np.random.default_rng([self.config.seed, 1]).permutation(rows)[:count]
 
     def seed(self, purpose: int) -> int:
         """Returns the random seed of a purpose, which depends on the config's seed: 31 bits."""

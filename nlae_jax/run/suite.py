@@ -28,16 +28,17 @@ _CONTROLS = {"fve_shuffled": "permuted", "fve_gold": "gold"}
 
 
 def rows_of_run(run: Run, count: int) -> Rows:
-    """Returns at most `count` of the held-out rows that evaluation uses.
+    """Returns at most `count` of the held-out rows, with the tokens that follow them and with their descriptions.
 
-    They come with the tokens that follow them and with their descriptions.
+    The first of them are those that the run's own evaluation uses: they alone have been described.
     """
-    rows = run.held_out_rows()[:count]
+    rows = run.held_out_rows(count)
     plan, h = run.store.plan, run.store.vectors(rows)
     if run.config.dataset.rl:
         texts = [run.store.contexts.get(row, "") for row in rows.tolist()]
         ids = [text_ids(run.tokenizer, text) if text else [] for text in texts]
-        return without_following(h, [plan.doc_ids[plan.document[row]] for row in rows], ids, texts)
+        docs, domains = ([values[plan.document[row]] for row in rows] for values in (plan.doc_ids, plan.domain))
+        return without_following(h, docs, ids, texts, domains)
     fitted = np.concatenate([plan.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
     fitted = np.sort(np.random.default_rng([run.config.seed, 7]).permutation(fitted)[:_REFERENCE])
     context_ids = [run.store.context_ids(row).tolist() for row in rows.tolist()]
@@ -50,7 +51,7 @@ def rows_of_run(run: Run, count: int) -> Rows:
         context_ids=context_ids,
         following_ids=following_ids,
         contexts=[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
-        domain=["text"] * len(rows),
+        domain=[plan.domain[document] for document in plan.document[rows]],
         gold=[descriptions.get(row, "") for row in rows.tolist()],
         reference=run.store.vectors(fitted) if len(fitted) else h,
         reference_document=plan.document[fitted].astype(int) if len(fitted) else plan.document[rows].astype(int),

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
-from nlae_jax.evaluate.estimate import jackknifed
-from nlae_jax.evaluate.health import has_cjk, has_repetition, health
+from nlae_jax.evaluate.estimate import first, jackknifed
+from nlae_jax.evaluate.health import has_cjk, has_repeated_item, has_repeated_sentence, has_repetition, health
 from nlae_jax.evaluate.work import Work
 
 _OF_MANY = ("distinct_explanations", "distinct_1", "distinct_2", "distinct_3", "changed_words", "changed_candidates")
 
 
 def measure(work: Work) -> None:
-    """Shares of the explanations, and how different they are from each other."""
+    """Shares of the explanations, how different they are from each other, and the same of descriptions."""
     put, length = work.ledger.put, work.main["length"].astype(np.float64)
     put("health", "extraction_rate", work.readable.astype(np.float64))
-    put("health", "explanation_tokens", np.where(work.readable, length, np.nan))
-    of_readable = lambda has: np.array([float(has(one)) if one else np.nan for one in work.texts])  # noqa: E731
+    beside = {"gold": _lengths(work, work.rows.gold)} if work.has_gold else {}
+    put("health", "explanation_tokens", np.where(work.readable, length, np.nan), first, beside)
     put("health", "noncanonical_rate", np.where(work.readable, ~work.main["canonical"].astype(bool), np.nan))
-    put("health", "repeated_rate", of_readable(has_repetition))
-    put("health", "marker_rate", of_readable(lambda one: work.pair.marker in one))
-    put("health", "cjk_rate", of_readable(has_cjk))
+    shares: dict[str, Callable[[str], bool]] = {
+        "repeated_rate": has_repetition,
+        "repeated_item_rate": has_repeated_item,
+        "repeated_sentence_rate": has_repeated_sentence,
+        "marker_rate": lambda text: work.pair.marker in text,
+        "cjk_rate": has_cjk,
+    }
+    for key, has in shares.items():
+        beside = {"contexts": _share(has, work.rows.contexts)} if key == "cjk_rate" else {}
+        beside |= {"gold": _share(has, work.rows.gold)} if work.has_gold else {}
+        put("health", key, _share(has, work.texts), first, beside)
     for key in _OF_MANY:
-        statistic = lambda rows, key=key: health([work.texts[row] for row in rows], work.pair.marker).get(key)  # noqa: E731
-        work.ledger.put_result("health", key, jackknifed(statistic, work.rows.document))
+        # The fewer texts, the more they differ: descriptions of some rows would not be comparable.
+        controls = {"gold": _variety(work, key, work.rows.gold)} if all(work.rows.gold) else {}
+        work.ledger.put_result("health", key, _variety(work, key, work.texts), controls)
+
+
+def _share(has: Callable[[str], bool], texts: Sequence[str]) -> np.ndarray:
+    """[N]: 1 or 0 of every text, NaN of a blank one."""
+    return np.array([float(has(text)) if text else np.nan for text in texts])
+
+
+def _lengths(work: Work, texts: Sequence[str]) -> np.ndarray:
+    """[N]: tokens of every text, NaN of a blank one."""
+    encode = work.pair.tokenizer.encode
+    return np.array([len(encode(text, add_special_tokens=False)) if text else np.nan for text in texts])
+
+
+def _variety(work: Work, key: str, texts: Sequence[str]) -> dict[str, Any]:
+    statistic = lambda rows: health([texts[row] for row in rows], work.pair.marker).get(key)  # noqa: E731
+    return jackknifed(statistic, work.rows.document)

@@ -17,7 +17,7 @@ def measure(work: Work) -> None:
     ways = splice.ways(rows.h, work.main["rebuilt"], work.readable, work.other, work.gold, work.seed)
     given = np.stack([of[some] for of in ways.values()], axis=1)
     contexts, after = ([of[row] for row in some] for of in (rows.context_ids, rows.following_ids))
-    run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute)  # noqa: E731
+    run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute, of=given)  # noqa: E731
     found = splice.effects(work.pair.subject(), work.pair.layer, contexts, after, given, run)
     names = list(ways)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate import reconstruction
 from nlae_jax.evaluate.estimate import first, fve_of
 from nlae_jax.evaluate.reconstruction import direction_mse
-from nlae_jax.evaluate.rows import by_part
+from nlae_jax.evaluate.rows import by_part, kinds
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles import direction
 
@@ -31,7 +33,7 @@ def measure(work: Work) -> None:
     against = lambda mse: np.stack([mse, baseline], -1)  # noqa: E731
     put("reconstruction", "fve_meannorm", against(work.mse), fve_of, {"permuted": against(work.mse_permuted)})
     put("reconstruction", "cos", 1 - work.mse / 2, first, {"permuted": 1 - work.mse_permuted / 2})
-    _by_part(work, own)
+    _by_part(work, own, wrong)
     near, far = _centred(work, np.arange(len(rows.h))), work.permuted(_centred(work, work.other))
     put("reconstruction", "centred_gap", near - far, first, {"own": near, "permuted": far})
     _retrieval(work)
@@ -50,23 +52,28 @@ def _uninformed(work: Work) -> dict[str, np.ndarray]:
     return found
 
 
-def _by_part(work: Work, own: np.ndarray) -> None:
-    """FVE of the same explanations by what they are of."""
-    rows, put = work.rows, work.ledger.put
+def _by_part(work: Work, own: np.ndarray, wrong: np.ndarray) -> None:
+    """FVE of the same explanations, and of those of other documents, by what they are of."""
+    rows = work.rows
+
+    def put(key: str, names: Sequence[str], order: Sequence[str]) -> None:
+        parts, permuted = by_part(own, names), by_part(wrong, names)
+        parts = {name: parts[name] for name in order if name in parts}
+        work.ledger.put("reconstruction", key, None, fve_of, parts=parts, part_controls={"permuted": permuted})
+
     if len(set(rows.domain)) > 1:
-        put("reconstruction", "fve_by_domain", None, fve_of, parts=by_part(own, rows.domain))
+        named = kinds(rows.domain)
+        put("fve_by_domain", named, [name for name, _ in Counter(named).most_common()])
     if rows.position.any():
-        tenths = reconstruction.deciles(rows.position) + 1
-        parts = by_part(own, tenths.tolist())
-        put("reconstruction", "fve_by_position", None, fve_of, parts={str(k): parts[k] for k in sorted(parts)})
+        tenths = [str(tenth + 1) for tenth in reconstruction.deciles(rows.position)]
+        put("fve_by_position", tenths, [str(tenth + 1) for tenth in range(10)])
     decode = work.pair.tokenizer.decode
     classes = [
         reconstruction.token_class(context, decode(ids[-1:]), decode(after[:4])) if ids else ""
         for context, ids, after in zip(rows.contexts, rows.context_ids, rows.following_ids, strict=True)
     ]
     if any(classes):
-        parts = by_part(own, classes)
-        put("reconstruction", "fve_by_token", None, fve_of, parts={k: v for k, v in parts.items() if k})
+        put("fve_by_token", classes, reconstruction.TOKEN_CLASSES)
 
 
 def _centred(work: Work, index: np.ndarray) -> np.ndarray:
@@ -90,11 +97,10 @@ def _retrieval(work: Work) -> None:
         most = np.where(count > 1, np.log2(np.maximum(count, 1)), np.nan)
         beside = {"permuted": reconstruction.retrieval_bits(wrong, valid_wrong, tau_wrong), "most": most}
         work.ledger.put("reconstruction", key, reconstruction.retrieval_bits(distance, valid, tau), first, beside)
-        if not same:
-            chance = np.where(count > 1, 1 / count, np.nan)
-            beside = {"permuted": reconstruction.top1(wrong, valid_wrong), "chance": chance}
-            own = reconstruction.top1(distance, valid)
-            work.ledger.put("reconstruction", "retrieval_top1", own, first, beside)
+        chance = np.where(count > 1, 1 / count, np.nan)
+        beside = {"permuted": reconstruction.top1(wrong, valid_wrong), "chance": chance}
+        own = reconstruction.top1(distance, valid)
+        work.ledger.put("reconstruction", key.replace("bits", "top1"), own, first, beside)
 
 
 def _rank(work: Work, fve: dict[str, Any], ranks: np.ndarray) -> None:
@@ -126,6 +132,7 @@ def _samples(work: Work) -> None:
         fve_of,
         {"permuted": work.with_variance(best[counts[-1]][1])},
         {str(count): work.with_variance(own) for count, (own, _) in best.items()},
+        {"permuted": {str(count): work.with_variance(wrong) for count, (_, wrong) in best.items()}},
     )
     same, others = reconstruction.agreement(rebuilt, work.mean, other)
     own, others = work.full(same, rows), work.full(of_others(others, documents, other), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,27 +26,30 @@ def measure(work: Work) -> None:
     rows, put = work.rows, work.ledger.put
     known = set(work.has_context.tolist())
 
-    def counted(count: Callable[[str, str], tuple[int, int]], order: np.ndarray) -> np.ndarray:
+    def counted(count: Callable[[str, str], tuple[int, int]], texts: Sequence[str]) -> np.ndarray:
         return np.array(
             [
-                count(work.texts[j], rows.contexts[i]) if i in known and work.texts[j] else (np.nan, np.nan)
-                for i, j in enumerate(order)
+                count(text, context) if row in known and text else (np.nan, np.nan)
+                for row, (text, context) in enumerate(zip(texts, rows.contexts, strict=True))
             ],
             np.float64,
         ).reshape(-1, 2)
 
-    every = np.arange(len(rows.h))
-    for key, count in (
-        ("words_in_context", truth.words_in_context),
-        ("quotes_in_context", truth.quotes_in_context),
+    def expected(most: int, texts: Sequence[str]) -> np.ndarray:
+        return work.full(
+            np.array([truth.expects(texts[row], ranked, most) for row, ranked in work.ranked.items()]),
+            np.array(list(work.ranked), int),
+        )
+
+    for key, of, statistic in (
+        ("words_in_context", partial(counted, truth.words_in_context), share_of),
+        ("quotes_in_context", partial(counted, truth.quotes_in_context), share_of),
+        ("expects_top1", partial(expected, 1), first),
+        ("expects_top5", partial(expected, 5), first),
     ):
-        put("truth", key, counted(count, every), share_of, {"permuted": work.permuted(counted(count, work.other))})
-    for key, most in (("expects_top1", 1), ("expects_top5", 5)):
-        own, permuted = (np.full(len(rows.h), np.nan) for _ in range(2))
-        for row, ranked in work.ranked.items():
-            own[row] = truth.expects(work.texts[row], ranked, most)
-            permuted[row] = truth.expects(work.texts[work.other[row]], ranked, most)
-        put("truth", key, own, first, {"permuted": work.permuted(permuted)})
+        beside = {"permuted": work.permuted(of([work.texts[row] for row in work.other]))}
+        beside |= {"gold": of(rows.gold)} if work.has_gold else {}
+        put("truth", key, of(work.texts), statistic, beside)
     _suffix(work)
     _recurrence(work)
     _consensus(work)
@@ -98,7 +102,8 @@ def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray)
         found = lm.continuations(ids[filled], mask, after[filled], np.ones(after[filled].shape, bool))
         return {"scores": np.asarray(found, np.float64)[: len(some)]}
 
-    return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute)["scores"])
+    asked = [prompts, after.tolist()]
+    return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute, of=asked)["scores"])
 
 
 def _recurrence(work: Work) -> None:
@@ -108,7 +113,8 @@ def _recurrence(work: Work) -> None:
     if len(rows):
         read = read_activations(work.pair.subject(), work.pair.layer, [work.rows.context_ids[row] for row in rows])
         windows = np.concatenate([vectors[-BEFORE - 1 : -1] for vectors in read])
-        written = work.written("tokens_before", windows)["texts"]
+        places = [[rows.tolist(), BEFORE]]  # rather than the vectors: rounding is no other work
+        written = work.written("tokens_before", windows, places)["texts"]
         before = [written[i * BEFORE : (i + 1) * BEFORE] for i in range(len(rows))]
         documents = work.rows.document[rows]
         wrong = mismatched(documents, work.seed)
