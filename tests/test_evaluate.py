@@ -197,6 +197,7 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
     [
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
+        (["--workdir", "w", "--suite", "truth", "--control-steps", "9"], "--control-steps: its figures belong to the"),
         (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
         (["--workdir", "w", "--distributed"], "--distributed: the suite runs in one process"),
         (

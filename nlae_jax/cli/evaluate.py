@@ -66,7 +66,7 @@ def _check_eval(options: argparse.Namespace) -> str:
 
 def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs the stage where a config and a workdir are given, and the suite where --suite is, or no such config."""
-    from nlae_jax.evaluate.suite import sections_of
+    from nlae_jax.evaluate.suite import check_additions, sections_of
 
     if overrides and not options.config:
         raise UserError("--config.*: overrides change what --config gives, and there is none")
@@ -76,6 +76,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             "--suite) runs in several"
         )
     sections, as_json = sections_of(options.suite or ""), options.json
+    check_additions(sections, options.control_steps or 0, options.reword, options.judge)
     if _is_stage(options):
         options.json = as_json and not options.suite
         code = run_stage_command(options, overrides)
