@@ -106,6 +106,10 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["reconstruction"] == result["reconstruction"]
     assert [part.stat().st_mtime_ns for part in parts] == times
+    # A config may be given for its server or settings: its corpus is not read where there is something else to read.
+    assert main([*command, "--config", str(Path(__file__).parent.parent / "experiments/tiny.py")]) == 0
+    assert json.loads(capsys.readouterr().out)["fve"] == pytest.approx(result["fve"])
+    assert sorted(tmp_path.rglob("*.npz")) == parts
 
 
 def test_a_parquet_of_activations(exported, tmp_path):

@@ -15,7 +15,8 @@ _LEAST = {"num_activations": 2, "temperature": 0, "control_steps": 0, "max_new_t
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read"
+    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read, "
+    help_text += "unless --text or --input is given"
     command.add_argument("--config", help=help_text)
     add_pair(command)
     command.add_argument("--suite", metavar="A,B", help="sections: reconstruction, text, meaning, truth, health")
@@ -114,7 +115,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.seed,
         config.eval.bootstrap_samples,
         options.control_steps or 0,
-        config.corpus if options.config and not options.workdir else None,
+        config.corpus if options.config and not (options.workdir or options.text or options.input) else None,
         describe if options.reword else None,
         describe if options.judge else None,
     )
