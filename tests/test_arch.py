@@ -285,7 +285,7 @@ def with_config(directory, config):
     try:
         read_arch(directory)
     except UserError as error:
-        if "no finite number" not in str(error) and " digits" not in str(error):
+        if "finite number" not in str(error) and " digits" not in str(error):
             raise
     else:
         return

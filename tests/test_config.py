@@ -323,6 +323,8 @@ LAYERS = {
     "gemma3_12b": 32,
     "gemma3_27b": 41,
     "llama3_3_70b": 53,
+    "gpt_oss_20b": 16,
+    "qwen3_6_27b": 43,
 }
 
 

@@ -425,7 +425,7 @@ def test_evaluating_a_released_pair(tiny_run, tmp_path):
     [
         (lambda out: (out / "av/nla_meta.yaml").unlink(), "av/nla_meta.yaml: no such file"),
         (lambda out: (out / "ar/value_head.safetensors").unlink(), "value_head.safetensors"),
-        (lambda out: change(out / "av/nla_meta.yaml", role="critic"), "given as av"),
+        (lambda out: change(out / "av/nla_meta.yaml", role="critic"), "given as 'av'"),
         (lambda out: change(out / "av/nla_meta.yaml", d_model=32), "d_model 32"),
         (lambda out: change(out / "ar/nla_meta.yaml", critic={"extraction_layer_index": 7}), "should be"),
         (lambda out: change(out / "av/nla_meta.yaml", extraction={"layer_index": 7}), "was made for block 7"),
@@ -453,7 +453,7 @@ def change(path, **fields):
 
 def test_swapped_directories_are_noticed(exported):
     out = exported[1]
-    with pytest.raises(UserError, match="given as av"):
+    with pytest.raises(UserError, match="given as 'av'"):
         nlae_jax.NLA.from_pretrained(out / "ar", out / "av")
 
 
