@@ -89,10 +89,12 @@ def _of_device(
     def product(rows: jax.Array, name: str) -> jax.Array:
         matrices = weights[name]
         out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
-        return out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] if name in arch.biases else out
+        if name in arch.biases:
+            out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)]
+        return only_here(out)  # for the gradient of each bias, too
 
     rows = only_here(flat_NxD[token])
-    rows = only_here(product(activated(arch, lambda name: product(rows, name)), "down"))
+    rows = product(activated(arch, lambda name: product(rows, name)), "down")
     rows = rows * shares.reshape(-1)[order][:, None].astype(rows.dtype)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)
     summed = jax.lax.psum(summed, among) if among else summed
