@@ -15,6 +15,7 @@ from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
 from nlae_jax.plan.abstract import make_planned, programs
 from nlae_jax.plan.measure import measure, needed_memory
+from nlae_jax.plan.schedule import buffer_bytes
 from nlae_jax.roles.protocol import assumed_protocol
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
@@ -93,6 +94,20 @@ def test_a_quick_plan_says_what_does_not_fit(config):
         step = measure("extract", programs(planned, "extract"), topology, planned, quick=True)
     assert not step["fits"]
     assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
+
+
+def test_of_a_buffer_assignment_main_memory_counts():
+    """Without what other memories hold, and what belongs to one thread or to the program's text."""
+    lines = [
+        *("size 512, thread-local:", "size 100, parameter 3, shape |f32[25]| at ShapeIndex {}:"),
+        *("size 20, parameter 0, shape |f32[5]| at ShapeIndex {}, maybe-live-out:", "size 3, maybe-live-out:"),
+        *("size 7000, color 1, preallocated-temp:", "size 4000, preallocated-temp:", "size 9, constant:"),
+        "size 8, output shape is |(s32[], f32[3,4])|, maybe-live-out:",
+    ]
+    text = "".join(f"allocation {n}: {line}\n value: <1 x @0> (size=99,offset=0)\n" for n, line in enumerate(lines))
+    assert buffer_bytes(f"BufferAssignment:\n{text}") == (120, 4011)
+    with pytest.raises(UserError, match="leave --quick out"):
+        buffer_bytes(text.replace("allocation", "buffer"))
 
 
 def test_flops_are_near_what_is_needed(result):

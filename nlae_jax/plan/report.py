@@ -37,7 +37,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick
     """The numbers of `nlae plan` for some steps. Raises UserError for a topology, mesh or batches that cannot be.
 
     What was planned once with these versions and this code is read from the cache. `quick`: as `plan.schedule`
-    compiles, in a tenth of the time; the code's own bytes are not known then.
+    compiles; the code's own bytes are not known then.
     """
     if unknown := set(names) - set(STEPS):
         raise UserError(f"--steps: {min(unknown)!r} should be one of {', '.join(STEPS)}")
