@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, Experts
 from nlae_jax.lm.families import hf_config
 from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
@@ -114,6 +114,14 @@ def test_flops_are_near_what_is_needed(result):
     """More by what is padded, masked or recomputed."""
     for name, step in result["steps"].items():
         assert 0.9 < step["flops_ratio"] < 3, name
+
+
+def test_what_is_computed_again_is_said_of_experts_too():
+    sizes = {"vocab_size": 64, "d_model": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+    dense, mixed = Arch(**sizes, d_ff=8), Arch(**sizes, d_ff=8, experts=Experts(count=4, per_token=2))
+    assert "experts" not in report.recomputed("linear", dense)
+    assert report.recomputed("linear", mixed).endswith("and the products of experts")
+    assert report.recomputed("none", mixed) == report.recomputed("none", dense)
 
 
 def test_the_fused_kernel_is_compiled_only_where_it_is_asked_for(config, result, monkeypatch, tmp_path):

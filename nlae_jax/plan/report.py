@@ -15,6 +15,7 @@ import jax
 from rich.table import Table
 
 from nlae_jax.config import Config, flatten
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import read_hf_config
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, cache_directory, resolve_model
 from nlae_jax.plan.abstract import STEPS, Planned, make_planned, programs, sft_width
@@ -88,7 +89,7 @@ def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, A
         "mesh": dict(planned.mesh.shape),
         "shapes": {**planned.shapes._asdict(), "sft_response": sft_width(config)},
         "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
-        "recomputed": _RECOMPUTED[config.remat],
+        "recomputed": recomputed(config.remat, planned.arch),
         "versions": _versions(),
         "assumed": [planned.assumed] * bool(planned.assumed) + list(ASSUMPTIONS),
     }
@@ -100,6 +101,13 @@ _RECOMPUTED = {
     "linear": "the backward pass computes attention's scores and what is no matrix product again",
     "dots": "the backward pass computes what is no matrix product again",
 }
+
+
+def recomputed(remat: str, arch: Arch) -> str:
+    """Says what the backward pass computes again. No policy of `remat` keeps the products of experts."""
+    experts = ", and the products of experts" if arch.experts and remat != "none" else ""
+    return _RECOMPUTED[remat] + experts
+
 
 _TELLING = (
     *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),
