@@ -19,7 +19,7 @@ from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import rows_of
-from nlae_jax.evaluate.suite import run_suite
+from nlae_jax.evaluate.suite import check_additions, run_suite
 from nlae_jax.evaluate.trained_controls import trained_controls
 from nlae_jax.evaluate.work import Work, pairing_of
 from nlae_jax.explore import steer as steering
@@ -179,9 +179,10 @@ class NLA(Explainer):
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. `control_steps` trains decoders on other words, each for
         that many steps. `reword` names a server that rewords explanations, `judge` one that says whether they are true.
-        Raises UserError for an adapted pair.
+        Raises UserError for an adapted pair, and where one of these three adds to a section that is left out.
         """
         self.check_own_subject("eval")
+        check_additions(sections, control_steps, reword is not None, judge is not None)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")

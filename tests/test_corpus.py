@@ -403,6 +403,16 @@ def test_hub_streams_and_stops_early(monkeypatch):
     assert len(read_documents(CorpusConfig(hub="owner/name", min_characters=10))) == 9
 
 
+@pytest.mark.parametrize(("text_field", "expected"), [("text", {"letters"}), ("domain", {""})])
+def test_the_kind_of_a_hub_text_is_its_domain_unless_that_is_the_text(monkeypatch, text_field, expected):
+    rows = FakeRows(
+        {text_field: text} | ({"domain": "letters"} if text_field == "text" else {}) for text in texts_of(4)
+    )
+    fake_datasets(monkeypatch, lambda name, configuration, **options: rows)
+    documents = read_documents(CorpusConfig(hub="owner/name", text_field=text_field, min_characters=10))
+    assert {document.domain for document in documents} == expected
+
+
 def test_hub_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install" in error_of(CorpusConfig(hub="owner/name"))

@@ -61,6 +61,16 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / np.sqrt(40), rel=1e-6)
 
 
+@given(st.lists(st.booleans(), min_size=2, max_size=30))
+def test_jackknife_of_a_share_stays_within_its_range(hits):
+    values = np.array(hits, float)
+    share = lambda rows: float(values[rows].mean())  # noqa: E731
+    low, high = jackknifed(share, np.arange(len(values)), limits=(0.0, 1.0))["ci95"]
+    assert 0 <= low <= values.mean() <= high <= 1
+    without = jackknifed(share, np.arange(len(values)))["ci95"]
+    assert [low, high] == [max(without[0], 0.0), min(without[1], 1.0)]
+
+
 def test_jackknife_without_a_value_or_with_one_document():
     assert jackknifed(lambda rows: None, np.arange(4))["ci95"] is None
     assert jackknifed(lambda rows: 1.0, np.zeros(4))["ci95"] is None

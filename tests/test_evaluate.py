@@ -106,6 +106,10 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["reconstruction"] == result["reconstruction"]
     assert [part.stat().st_mtime_ns for part in parts] == times
+    # A config may be given for its server or settings: its corpus is not read where there is something else to read.
+    assert main([*command, "--config", str(Path(__file__).parent.parent / "experiments/tiny.py")]) == 0
+    assert json.loads(capsys.readouterr().out)["fve"] == pytest.approx(result["fve"])
+    assert sorted(tmp_path.rglob("*.npz")) == parts
 
 
 def test_a_parquet_of_activations(exported, tmp_path):
@@ -197,6 +201,7 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
     [
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
+        (["--workdir", "w", "--suite", "truth", "--control-steps", "9"], "--control-steps: its figures belong to the"),
         (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
         (["--workdir", "w", "--distributed"], "--distributed: the suite runs in one process"),
         (

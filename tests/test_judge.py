@@ -119,6 +119,20 @@ def test_both_notes_are_no_choice():
     assert chosen("The note about the text is Absent.") is None
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The note about the text is a summary, so it is note b.", None),
+        ("THE NOTE ABOUT THE TEXT IS NOTE B", "B"),
+        ("the note about the text is b", "B"),
+        ("The note about the text is A because it names the river.", "A"),
+        ("The note about the text is a vague one. The note about the text is B.", "B"),
+    ],
+)
+def test_an_article_is_no_choice(answer, expected):
+    assert chosen(answer) == expected
+
+
 def test_the_command_says_what_is_missing(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["eval", "--model", "smollm2-135m", "--text", "a", "--out", str(tmp_path), "--judge"])

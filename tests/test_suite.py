@@ -8,7 +8,7 @@ from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rewordings import REWORDINGS
 from nlae_jax.evaluate.rows import kinds, likeliest
-from nlae_jax.evaluate.suite import run_suite, sections_of
+from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.work import Work
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import SIZES, planted, planted_rows
@@ -238,6 +238,9 @@ def test_kinds_that_are_too_many_are_put_together():
     named = kinds(many, most=4)
     assert set(named) == {"site 7", "site 0", "site 1", "other kinds"} and named.count("other kinds") == 27
     assert [name for name, given in zip(named, many, strict=True) if given == "site 7"] == ["site 7"] * 4
+    unknown = kinds([*many, ""], most=4)
+    assert unknown == [*named, ""]
+    assert kinds(["a", "b", "", ""], most=2) == ["a", "b", "", ""]
 
 
 # --- next tokens
@@ -416,6 +419,20 @@ def test_sections_are_chosen_by_name(names, expected):
 def test_a_section_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--suite: 'sentences' should be one of reconstruction"):
         sections_of("text,sentences")
+
+
+@pytest.mark.parametrize(
+    ("option", "section", "asked"),
+    [
+        ("--control-steps", "text", (9, False, False)),
+        ("--reword", "text", (0, True, False)),
+        ("--judge", "truth", (0, False, True)),
+    ],
+)
+def test_what_adds_to_a_section_that_is_left_out_is_refused(option, section, asked):
+    check_additions((section,), *asked)
+    with pytest.raises(UserError, match=f"{option}: its figures belong to the section {section}"):
+        check_additions([name for name in SECTIONS if name != section], *asked)
 
 
 def test_rows_of_which_only_the_activation_is_known(tiny_lm, rows, tmp_path):

@@ -15,7 +15,8 @@ _LEAST = {"num_activations": 2, "temperature": 0, "control_steps": 0, "max_new_t
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read"
+    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read, "
+    help_text += "unless --text or --input is given"
     command.add_argument("--config", help=help_text)
     add_pair(command)
     command.add_argument("--suite", metavar="A,B", help="sections: reconstruction, text, meaning, truth, health")
@@ -66,7 +67,7 @@ def _check_eval(options: argparse.Namespace) -> str:
 
 def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs the stage where a config and a workdir are given, and the suite where --suite is, or no such config."""
-    from nlae_jax.evaluate.suite import sections_of
+    from nlae_jax.evaluate.suite import check_additions, sections_of
 
     if overrides and not options.config:
         raise UserError("--config.*: overrides change what --config gives, and there is none")
@@ -76,6 +77,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             "--suite) runs in several"
         )
     sections, as_json = sections_of(options.suite or ""), options.json
+    check_additions(sections, options.control_steps or 0, options.reword, options.judge)
     if _is_stage(options):
         options.json = as_json and not options.suite
         code = run_stage_command(options, overrides)
@@ -113,7 +115,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.seed,
         config.eval.bootstrap_samples,
         options.control_steps or 0,
-        config.corpus if options.config and not options.workdir else None,
+        config.corpus if options.config and not (options.workdir or options.text or options.input) else None,
         describe if options.reword else None,
         describe if options.judge else None,
     )

@@ -16,7 +16,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -192,6 +192,11 @@ def domain_of(value: Any) -> str:
     return one_line(_clean(value), _LONGEST_DOMAIN).strip() if isinstance(value, str) else ""
 
 
+def _row_domain(row: Mapping[str, Any], text_field: str) -> str:
+    """The kind of text that a row's field `domain` says, unless that field holds the text itself."""
+    return "" if text_field == DOMAIN else domain_of(row.get(DOMAIN))
+
+
 def _matching_files(pattern: str) -> list[Path]:
     expanded = local_path(pattern, "corpus.path")
     if expanded.is_dir():
@@ -269,8 +274,7 @@ def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
     for where, row in read_json_lines(path):
         name, passage = (value if isinstance(value := row.get(key), str) else "" for key in ("id", "passage"))
-        domain = domain_of(row.get(DOMAIN)) if text_field != DOMAIN else ""
-        yield Text(_text_of(row, where, text_field), name, passage, domain=domain)
+        yield Text(_text_of(row, where, text_field), name, passage, domain=_row_domain(row, text_field))
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -372,7 +376,7 @@ def _hub_texts(config: CorpusConfig) -> Iterator[Text]:
             rows = rows.shuffle(seed=0, buffer_size=_HUB_SHUFFLE_BUFFER)
         for number, row in enumerate(rows):
             where = f"corpus.hub {config.hub!r}: row {number}"
-            yield Text(_text_of(row, where, config.text_field), domain=domain_of(row.get(DOMAIN)))
+            yield Text(_text_of(row, where, config.text_field), domain=_row_domain(row, config.text_field))
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds: not found, no access, no network, bad data

@@ -159,14 +159,14 @@ def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
 
 
 def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Sequence[str]], list[str | None]]:
-    """Returns a function (instruction, texts) -> the texts as the configured server rewords them.
+    """Returns a function (instruction, texts) -> what the configured server answers to the instruction, of each text.
 
     A prompt is the instruction, an empty line and the text. A text without an answer gives None. Answers are stored in
     `directory`. Raises UserError at once where `describe.provider` is not a server, or where its settings or key are
     missing or invalid.
     """
     if config.provider not in SERVERS:
-        raise UserError(f"describe.provider: {config.provider!r} rewords nothing: should be {' or '.join(SERVERS)}")
+        raise UserError(f"describe.provider: {config.provider!r} is no server to ask: should be {' or '.join(SERVERS)}")
     server = SERVERS[config.provider](config)
 
     def rewrite(instruction: str, texts: Sequence[str]) -> list[str | None]:

@@ -67,12 +67,16 @@ def _number(value: np.ndarray) -> float | None:
 
 
 def jackknifed(
-    statistic: Callable[[np.ndarray], float | None], documents: np.ndarray, groups: int = 20
+    statistic: Callable[[np.ndarray], float | None],
+    documents: np.ndarray,
+    groups: int = 20,
+    limits: tuple[float, float] = (-np.inf, np.inf),
 ) -> dict[str, Any]:
     """`statistic(rows)` of all rows, with a 95 % interval from leaving out one group of documents at a time.
 
     For what resampling would change by itself: rows that are there twice are repetitions. The variance is that of the
-    delete-a-group jackknife (Kott 2001): (G - 1) / G times the sum of squared deviations.
+    delete-a-group jackknife (Kott 2001): (G - 1) / G times the sum of squared deviations. The interval is symmetric and
+    would pass the end of a statistic's range, so it is cut at `limits`.
     """
     found, index = np.unique(documents, return_inverse=True)
     rows, groups = np.arange(len(index)), min(groups, len(found))
@@ -84,5 +88,5 @@ def jackknifed(
     known = np.array([other for other in without if other is not None])
     if len(known) == groups:
         error = 1.96 * np.sqrt((groups - 1) / groups * np.square(known - known.mean()).sum())
-        result["ci95"] = [float(value - error), float(value + error)]
+        result["ci95"] = [float(end) for end in np.clip([value - error, value + error], *limits)]
     return result

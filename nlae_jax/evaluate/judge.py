@@ -32,7 +32,8 @@ CHOICE = (
     f"{_TAGS}"
 )
 _SUPPORTED = re.compile(r"\bsupports? (\d{1,3}) of (?:the )?(\d{1,3}) claims?\b", re.IGNORECASE)
-_CHOSEN = re.compile(r"\bnote about the text is (?:note )?[\"“']?([AB])\b", re.IGNORECASE)
+# A small letter must end a phrase: in "the note about the text is a good one" it is an article.
+_CHOSEN = re.compile(r"\b(?i:note about the text is (?:note )?)[\"“']?([AB]\b|[ab](?=[\"”'.,;:!?]|\s*\Z))")
 
 
 def judged(work: Work, ask: Ask | None) -> None:

@@ -255,10 +255,10 @@ def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray
 def kinds(domain: Sequence[str], most: int = 12) -> list[str]:
     """Each row's kind of text; where there are more than `most` kinds, the rarest ones are "other kinds".
 
-    A source may have a domain for every document, as where it is the address of a web page.
+    A source may have a domain for every document, as where it is the address of a web page. '' is no kind: it stays.
     """
-    counts = Counter(domain)
+    counts = Counter(filter(None, domain))
     if len(counts) <= most:
         return list(domain)
     named = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: most - 1]}
-    return [name if name in named else "other kinds" for name in domain]
+    return [name if name in named or not name else "other kinds" for name in domain]

@@ -32,6 +32,14 @@ def sections_of(names: str) -> tuple[str, ...]:
     return tuple(name for name in SECTIONS if name in given)
 
 
+def check_additions(sections: Sequence[str], control_steps: int, reword: bool, judge: bool) -> None:
+    """Raises UserError where figures are asked for that belong to a section which is left out."""
+    asked = (("--control-steps", control_steps, "text"), ("--reword", reword, "text"), ("--judge", judge, "truth"))
+    for option, is_asked, section in asked:
+        if is_asked and section not in sections:
+            raise UserError(f"{option}: its figures belong to the section {section}, which --suite should name")
+
+
 def run_suite(
     work: Work, sections: Sequence[str] = SECTIONS, more: Mapping[str, Callable[[], None]] = MappingProxyType({})
 ) -> dict[str, Any]:

@@ -50,5 +50,6 @@ def _lengths(work: Work, texts: Sequence[str]) -> np.ndarray:
 
 
 def _variety(work: Work, key: str, texts: Sequence[str]) -> dict[str, Any]:
+    """One of `_OF_MANY`, all of which are shares."""
     statistic = lambda rows: health([texts[row] for row in rows], work.pair.marker).get(key)  # noqa: E731
-    return jackknifed(statistic, work.rows.document)
+    return jackknifed(statistic, work.rows.document, limits=(0.0, 1.0))
