@@ -2,8 +2,8 @@
 
     nlae train --config experiments/gpt_oss_20b.py --workdir runs/gpt_oss_20b
 
-Hardware: a TPU slice v5p-2x2x1 (4 chips, 36 GB used of each) by `nlae plan --quick`. Weights published in MXFP4 are
-read as bfloat16.
+Hardware: a TPU slice v5p-2x2x1 (4 chips, at least 36 GB used of each) by `nlae plan --quick`. Weights published in
+MXFP4 are read as bfloat16.
 
 Expected: no published numbers for this model. This file has not been run to its end yet. Needs what `qwen2_5_7b.py`
 needs.

@@ -100,7 +100,7 @@ def test_rows_that_no_expert_here_takes_reach_nothing(monkeypatch):
 
 
 def test_each_device_multiplies_its_own_rows():
-    """And sorts them: nothing is sent but weights."""
+    """Not all of them: the FLOPs of one device are a part of all rows'."""
     function, mesh, whole, placed = case((8, 16, 32), (1, 8, 1), False)
     flops = lambda arguments: jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]  # noqa: E731
     alone = flops(whole)

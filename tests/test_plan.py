@@ -73,14 +73,15 @@ def test_every_step_is_planned(result):
 
 
 def test_a_quick_plan_has_the_same_numbers(config, result, monkeypatch, tmp_path):
-    """All but the bytes of the code, which is not made, and what comes and goes with it."""
+    """All but memory, which is a lower bound, and says so."""
     monkeypatch.setenv("NLAE_CACHE", str(tmp_path))
     quick = report.plan(config, "v5e:2x2", ["decoder_sft"], quick=True)
     assert (quick["compiled"], result["compiled"]) == ("as far as the schedule", "whole")
     found, whole = quick["steps"]["decoder_sft"], result["steps"]["decoder_sft"]
     assert found["code_bytes"] == 0
     assert found["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.01)
-    assert found["peak_bytes_per_chip"] == pytest.approx(whole["peak_bytes_per_chip"] - whole["code_bytes"], rel=0.1)
+    assert found["argument_bytes"] < found["peak_bytes_per_chip"] <= whole["peak_bytes_per_chip"]
+    assert report.QUICK_MEMORY in quick["assumed"] and report.QUICK_MEMORY not in result["assumed"]
     for name in ("flops_per_chip", "collectives", "collective_bytes_per_chip", "needed_flops_per_chip"):
         assert found[name] == whole[name]
     assert found["estimated_seconds"] == pytest.approx(whole["estimated_seconds"], rel=0.02)

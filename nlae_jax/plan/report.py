@@ -33,12 +33,14 @@ ASSUMPTIONS = (
     "every response runs to rl.max_new_tokens; vector units cost nothing beside the memory that they read",
 )
 
+QUICK_MEMORY = "memory is a lower bound with --quick: the whole program takes more"
+
 
 def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick: bool = False) -> dict[str, Any]:
     """The numbers of `nlae plan` for some steps. Raises UserError for a topology, mesh or batches that cannot be.
 
     What was planned once with these versions and this code is read from the cache. `quick`: as `plan.schedule`
-    compiles; the code's own bytes are not known then.
+    compiles; memory is a lower bound then.
     """
     if unknown := set(names) - set(STEPS):
         raise UserError(f"--steps: {min(unknown)!r} should be one of {', '.join(STEPS)}")
@@ -60,6 +62,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick
             name: measure(name, programs(planned, name), topology, planned, quick) for name in STEPS if name in names
         }
     header = {**_header(config, planned, topology), "compiled": "as far as the schedule" if quick else "whole"}
+    header["assumed"] += [QUICK_MEMORY] * quick
     result = {**header, **_verdict(config, planned, topology, steps)}
     write_json(path, result)
     return result

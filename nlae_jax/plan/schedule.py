@@ -3,6 +3,9 @@
 Machine code takes most of the TPU compiler's time, and the compiler cannot be asked to leave it out. So a process of
 its own compiles, and is ended when the compiler has written what comes before: the scheduled module and its buffers.
 The names and the form of those files are not documented; they are those of libtpu 0.0.42.
+
+Memory is a lower bound: that of the buffers. For a whole program the compiler reports other temporaries, about twice as
+many bytes for some small models, and the code.
 """
 
 from __future__ import annotations
