@@ -264,6 +264,32 @@ def test_a_block_exchanges_two_sums_while_decoding(mixers, protocol, monkeypatch
     assert streams == ["all-reduce"] * 2 * max(1, len(mixers))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [8, 5])
+def test_experts_on_eight_devices_write_what_they_write_on_one(batch, protocol, monkeypatch):
+    """Prompts, which are a segment without rows and one with, and the decode loop; rows that no axis divides, too."""
+    monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
+    sizes = {"vocab_size": 128, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    biases = ("router", "gate", "up", "down")
+    arch = Arch(**sizes, d_ff=16, experts=Experts(count=8, per_token=2, normalised=True), biases=biases)
+    roles = make_roles(tiny_config(), arch, dataclasses.replace(protocol, closing=()))
+    params = drawn_params(model_weights(arch), 0)
+    trained = perturbed(init_encoder(roles, params, jax.random.PRNGKey(1)), 1, 0.1)
+    h, key = vectors(batch, arch.d_model), jax.random.PRNGKey(3)
+
+    @jax.jit
+    def run(trained, base, h, key):
+        return rollout(roles, trained, {"base": base}, h, key, samples_per_activation=2, max_new_tokens=RESPONSE)
+
+    expected = run(trained, params, h, key)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    trained = place(trained, tree_shardings(mesh, roles.encoder_weights()))
+    h, key = jax.device_put((h, key), replicated(mesh))
+    found = run(trained, on_mesh(mesh, roles, params), h, key)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
+
+
 def test_logits_go_to_their_rows_in_parts(protocol, monkeypatch):
     """The head is split over two axes, rows over one: no device gets all rows' logits in between."""
     monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")

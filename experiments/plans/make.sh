@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the plans in this directory: models that must fit, and how what 7B exchanges grows from 8 to 256 chips.
 #   experiments/plans/make.sh [NAME...]     (all without a name; needs the extra [plan], no TPU)
-# What was planned before with the same code is read from the cache. Those with --quick know nothing of the code's own bytes.
+# What was planned before with the same code is read from the cache. With --quick, memory is a lower bound.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)

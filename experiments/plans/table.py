@@ -12,11 +12,12 @@ def row(plan: dict[str, Any]) -> str:
     peak = max(step["peak_bytes_per_chip"] for step in plan["steps"].values())
     training = f"LoRA {plan['settings']['lora.rank']}" if plan["settings"]["lora.rank"] else "full"
     mesh = "×".join(str(size) for size in plan["mesh"].values())
+    least = "at least " if plan.get("compiled", "whole") != "whole" else ""
     cells = [
         f"{plan['model']}, {training}",
         plan["topology"],
         mesh,
-        f"{peak / 1e9:.0f} of {memory / 1e9:.0f} GB",
+        f"{least}{peak / 1e9:.0f} of {memory / 1e9:.0f} GB",
         f"{rl['estimated_seconds']:.1f} s",
         f"{100 * rl['mfu_bound']:.0f} %",
         f"{rl['flops_ratio']:.2f}",

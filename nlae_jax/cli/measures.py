@@ -70,7 +70,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
     plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
     plan.add_argument(
-        "--quick", action="store_true", help="compile as far as memory and schedule are known: a tenth of the time"
+        "--quick", action="store_true", help="compile as far as memory and schedule are known, in less time"
     )
     plan.add_argument("--out", help="file that gets the plan as JSON too")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")

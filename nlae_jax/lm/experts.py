@@ -51,14 +51,14 @@ def mixture(
     On a mesh each device takes the rows and the experts that it has, and what they make of a row is added up: left to
     XLA, all rows are sorted and multiplied on every device.
     """
-    axes = {name: weight.axes[1:] for name, weight in block_weights(arch).items() if "experts" in weight.axes}
-    own = {name: weights[name] for name in (*axes, *_EVERYWHERE) if name in weights}
+    by_expert = [name for name, weight in block_weights(arch).items() if "experts" in weight.axes]
+    own = {name: weights[name] for name in (*by_expert, *_EVERYWHERE) if name in weights}
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
         return _of_device(arch, experts, None, own, x)
     rules, rows = (DECODE_RULES, "rows") if decoding else (RULES, "batch")
     among = split(mesh, "experts", experts.count, rules)
-    stacked = {name: PartitionSpec(among) if name in axes else PartitionSpec() for name in own}
+    stacked = {name: PartitionSpec(among if name in by_expert else None) for name in own}
     by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
     local = functools.partial(_of_device, arch, experts, among)
     split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
@@ -89,10 +89,12 @@ def _of_device(
     def product(rows: jax.Array, name: str) -> jax.Array:
         matrices = weights[name]
         out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
-        return out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] if name in arch.biases else out
+        if name in arch.biases:
+            out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)]
+        return only_here(out)  # for the gradient of each bias, too
 
     rows = only_here(flat_NxD[token])
-    rows = only_here(product(activated(arch, lambda name: product(rows, name)), "down"))
+    rows = product(activated(arch, lambda name: product(rows, name)), "down")
     rows = rows * shares.reshape(-1)[order][:, None].astype(rows.dtype)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)
     summed = jax.lax.psum(summed, among) if among else summed

@@ -15,6 +15,7 @@ import jax
 from rich.table import Table
 
 from nlae_jax.config import Config, flatten
+from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.families import read_hf_config
 from nlae_jax.lm.pretrained import TOKENIZER_FILES, cache_directory, resolve_model
 from nlae_jax.plan.abstract import STEPS, Planned, make_planned, programs, sft_width
@@ -32,12 +33,14 @@ ASSUMPTIONS = (
     "every response runs to rl.max_new_tokens; vector units cost nothing beside the memory that they read",
 )
 
+QUICK_MEMORY = "memory is a lower bound with --quick: the whole program takes more"
+
 
 def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick: bool = False) -> dict[str, Any]:
     """The numbers of `nlae plan` for some steps. Raises UserError for a topology, mesh or batches that cannot be.
 
     What was planned once with these versions and this code is read from the cache. `quick`: as `plan.schedule`
-    compiles, in a tenth of the time; the code's own bytes are not known then.
+    compiles; memory is a lower bound then.
     """
     if unknown := set(names) - set(STEPS):
         raise UserError(f"--steps: {min(unknown)!r} should be one of {', '.join(STEPS)}")
@@ -59,6 +62,7 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick
             name: measure(name, programs(planned, name), topology, planned, quick) for name in STEPS if name in names
         }
     header = {**_header(config, planned, topology), "compiled": "as far as the schedule" if quick else "whole"}
+    header["assumed"] += [QUICK_MEMORY] * quick
     result = {**header, **_verdict(config, planned, topology, steps)}
     write_json(path, result)
     return result
@@ -88,7 +92,7 @@ def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, A
         "mesh": dict(planned.mesh.shape),
         "shapes": {**planned.shapes._asdict(), "sft_response": sft_width(config)},
         "settings": {name: flatten(dataclasses.asdict(config))[name] for name in _TELLING},
-        "recomputed": _RECOMPUTED[config.remat],
+        "recomputed": recomputed(config.remat, planned.arch),
         "versions": _versions(),
         "assumed": [planned.assumed] * bool(planned.assumed) + list(ASSUMPTIONS),
     }
@@ -100,6 +104,13 @@ _RECOMPUTED = {
     "linear": "the backward pass computes attention's scores and what is no matrix product again",
     "dots": "the backward pass computes what is no matrix product again",
 }
+
+
+def recomputed(remat: str, arch: Arch) -> str:
+    """Says what the backward pass computes again. No policy of `remat` keeps the products of experts."""
+    experts = ", and the products of experts" if arch.experts and remat != "none" else ""
+    return _RECOMPUTED[remat] + experts
+
 
 _TELLING = (
     *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),

@@ -1,8 +1,11 @@
 """A step's program compiled as far as its schedule: memory, operations and exchanges are known then.
 
-Machine code takes nine tenths of the TPU compiler's time, and the compiler cannot be asked to leave it out. So a
-process of its own compiles, and is ended when the compiler has written what comes before: the scheduled module and its
-buffers. How it calls those files is nowhere promised (libtpu 0.0.42).
+Machine code takes most of the TPU compiler's time, and the compiler cannot be asked to leave it out. So a process of
+its own compiles, and is ended when the compiler has written what comes before: the scheduled module and its buffers.
+The names and the form of those files are not documented; they are those of libtpu 0.0.42.
+
+Memory is a lower bound: that of the buffers. For a whole program the compiler reports other temporaries, about twice as
+many bytes for some small models, and the code.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import jax
 from nlae_jax.config import Config, load_config
 from nlae_jax.plan.abstract import make_planned, programs
 from nlae_jax.plan.chips import open_topology
+from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
 
 _MODULE = "*.after_optimizations_after_buffer_assignment.txt"
@@ -28,6 +32,8 @@ _BUFFERS = "*.after_optimizations-buffer-assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$", re.MULTILINE)
 _COLOR = re.compile(r"\bcolor (\d+)\b")
 _SECONDS_BETWEEN_LOOKS = 0.5
+_MOST_SAID = 1 << 20  # characters: the bytes that a program needs stand before a long list of its arrays
+_UNKNOWN_FORM = "nlae plan --quick: the files of this version of libtpu are not known; leave --quick out"
 
 
 class Scheduled(NamedTuple):
@@ -39,7 +45,11 @@ class Scheduled(NamedTuple):
 
 
 def scheduled(config: Config, topology_name: str, step: str, index: int) -> Scheduled:
-    """Program `index` of a step. Raises RuntimeError with the compiler's last words where it refuses the program."""
+    """Compiles program `index` of a step as far as its schedule.
+
+    Raises RuntimeError with the compiler's message where it refuses the program, and UserError where it does not write
+    the files that this module reads.
+    """
     with tempfile.TemporaryDirectory(prefix="nlae-plan-") as name:
         directory = Path(name)
         write_json(directory / "config.json", dataclasses.asdict(config))
@@ -47,7 +57,7 @@ def scheduled(config: Config, topology_name: str, step: str, index: int) -> Sche
         with open(directory / "said", "wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
             try:
                 written = 0
-                while process.poll() is None:
+                while (code := process.poll()) is None:
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
                     before, written = written, sum(path.stat().st_size for path in directory.glob(_MODULE))
                     if written and written == before:  # to its end: it is written at once
@@ -56,14 +66,23 @@ def scheduled(config: Config, topology_name: str, step: str, index: int) -> Sche
                 process.kill()
         modules, buffers = (sorted(directory.glob(pattern)) for pattern in (_MODULE, _BUFFERS))
         if not modules or not buffers:
-            raise RuntimeError((directory / "said").read_text(encoding="utf-8", errors="replace")[-20_000:])
+            if code:
+                message = (directory / "said").read_text(encoding="utf-8", errors="replace")[-_MOST_SAID:]
+                raise RuntimeError(f"the compiler's process ended with code {code}: {message}")
+            raise UserError(_UNKNOWN_FORM)
         return Scheduled(modules[0].read_text(encoding="utf-8"), *buffer_bytes(buffers[0].read_text(encoding="utf-8")))
 
 
 def buffer_bytes(assignment: str) -> tuple[int, int]:
-    """Bytes of main memory (color 0, which is not written down) in a buffer assignment: arguments, and what else."""
+    """Bytes of main memory (color 0, which is not written down) in a buffer assignment: arguments, and what else.
+
+    Raises UserError where it names no allocation.
+    """
+    allocations = _ALLOCATION.findall(assignment)
+    if not allocations:
+        raise UserError(_UNKNOWN_FORM)
     arguments = others = 0
-    for size, properties in _ALLOCATION.findall(assignment):
+    for size, properties in allocations:
         color = _COLOR.search(properties)
         if color and color[1] != "0":
             continue
