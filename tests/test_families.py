@@ -600,7 +600,9 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text-experts"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe", "olmoe", "gpt_oss", pytest.param("gemma4_text-experts", marks=pytest.mark.slow)]
+)
 def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
     """Values and the gradient of the adapters; where the experts are as many, each device has its own."""
     arch, params = loaded(tmp_path, case)

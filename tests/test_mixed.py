@@ -119,7 +119,9 @@ def test_merged_is_applied(arch):
 
 
 @pytest.mark.parametrize(
-    "arch", [ARCH, PERIODIC, GLOBAL, APART], ids=["left over", "whole patterns", "global", "global experts"]
+    "arch",
+    [ARCH, PERIODIC, GLOBAL, pytest.param(APART, marks=pytest.mark.slow)],
+    ids=["left over", "whole patterns", "global", "global experts"],
 )
 def test_gradients_are_those_of_the_blocks_one_by_one(arch):
     """Of all weights and adapters, whatever the backward pass keeps."""
@@ -281,7 +283,7 @@ def test_eight_devices_are_one(arch):
     ("arch", "looped"),
     [
         *((ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True)),
-        pytest.param(APART, True, id="global experts"),
+        pytest.param(APART, True, marks=pytest.mark.slow, id="global experts"),
     ],
 )
 def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, arch, looped):
