@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from nlae_jax.assets import describer_directory, pair_directory, pair_names
 from nlae_jax.config import DescribeConfig, MeshConfig
 from nlae_jax.data import trained_describer as provider
 from nlae_jax.data.describe import make_describer
@@ -90,6 +91,14 @@ def test_every_text_gets_its_own_note_whatever_the_order(directory: Path, monkey
     assert sum(done) == len(TEXTS)
     assert describer.describe(TEXTS[::-1]) == notes[::-1]
     assert all(note is None or ("<" not in note and "\n" not in note) for note in notes)
+
+
+def test_what_the_package_carries_is_small() -> None:
+    """A describer for one model, and pairs: at most 30 MB of adapters together."""
+    directories = [describer_directory(), *(pair_directory(name) for name in pair_names())]
+    sizes = [path.stat().st_size for directory in directories for path in directory.rglob("*.safetensors")]
+    assert len(sizes) > len(directories)
+    assert sum(sizes) < 30e6
 
 
 def test_the_provider_is_refused_where_no_describer_is_carried(tmp_path: Path, monkeypatch: Any) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from nlae_jax.api import open_run
+from nlae_jax.assets import describer_directory
 from nlae_jax.cli import main
 from nlae_jax.config import ProtocolConfig
+from nlae_jax.data.trained_describer import TextDescriber
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.protocol import make_protocol
@@ -143,3 +145,15 @@ def test_a_resumed_run_has_the_same_numbers(trained, tmp_path):
     for role in ("encoder", "decoder"):
         same = jax.tree.map(lambda x, y: bool((x == y).all()), getattr(before, role), getattr(after, role))
         assert all(jax.tree.leaves(same))
+
+
+def test_the_carried_describer_writes_about_each_text(directory, monkeypatch):
+    monkeypatch.setattr("nlae_jax.data.trained_describer.resolve_model", lambda name: directory)
+    texts = [
+        "The recipe needs two eggs, a cup of flour and some butter. First beat the eggs, then add the",
+        "The goalkeeper dived to the left, but the ball had already crossed the line. The referee blew his",
+    ]
+    notes = TextDescriber.from_directory(describer_directory()).describe(texts)
+    assert all(len(note.split()) >= 12 and note.endswith(".") for note in notes)
+    assert "egg" in notes[0].lower() or "recipe" in notes[0].lower()
+    assert "egg" not in notes[1].lower() and "recipe" not in notes[1].lower()
