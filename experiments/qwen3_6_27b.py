@@ -2,8 +2,8 @@
 
     nlae train --config experiments/qwen3_6_27b.py --workdir runs/qwen3_6_27b
 
-Hardware: not planned yet. The frozen base that all roles share is 54 GB in bfloat16, and there twice while it decodes;
-DeltaNet's states of 512 samples are 77 GB beside it.
+Hardware: a TPU slice v5p-2x2x2 (8 chips, at least 43 GB used of each) by `nlae plan --quick`. In full
+(`lora.rank = 0`) v5p-2x4x4 fits (32 chips, at least 40 GB of each; `experiments/plans/make.sh` has the mesh).
 
 Expected: no published numbers for this model. This file has not been run to its end yet. Needs what `qwen2_5_7b.py`
 needs.

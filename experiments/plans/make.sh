@@ -30,6 +30,9 @@ plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --c
     --config.mesh.tensor=2 --config.sft.microbatches=1 --config.rl.microbatches=1
 plan llama3.3-70b_v5p-4x4x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x4 64 --quick --steps rl --config.lora.rank=0 \
     --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.sft.microbatches=1 --config.rl.microbatches=1
+plan qwen3.6-27b-lora_v5p-2x2x2 qwen3_6_27b Qwen3.6-27B v5p:2x2x2 64 --quick
+plan qwen3.6-27b_v5p-2x4x4 qwen3_6_27b Qwen3.6-27B v5p:2x4x4 64 --quick --config.lora.rank=0 \
+    --config.mesh.fsdp=16 --config.mesh.tensor=2 --config.rl.microbatches=4 --config.sft.microbatches=4
 plan gpt-oss-20b-lora_v5p-2x2x1 gpt_oss_20b gpt-oss-20b v5p:2x2x1 64 --quick \
     --config.rl.microbatches=4 --config.sft.microbatches=4
 
