@@ -325,6 +325,7 @@ LAYERS = {
     "llama3_3_70b": 53,
     "gpt_oss_20b": 16,
     "qwen3_6_27b": 43,
+    "gemma4_26b_a4b": 19,
 }
 
 

@@ -28,8 +28,9 @@ plan gemma3-27b_v5p-2x4x4 gemma3_27b gemma-3-27b-it v5p:2x4x4 64
 plan llama3.3-70b-lora_v5p-2x2x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:2x2x4 64
 plan llama3.3-70b_v5p-4x4x8 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x8 64 --config.lora.rank=0 \
     --config.mesh.tensor=2 --config.sft.microbatches=1 --config.rl.microbatches=1
-plan llama3.3-70b_v5p-4x4x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x4 64 --quick --steps rl --config.lora.rank=0 \
+plan llama3.3-70b_v5p-4x4x4 llama3_3_70b Llama-3.3-70B-Instruct v5p:4x4x4 64 --steps rl --config.lora.rank=0 \
     --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.sft.microbatches=1 --config.rl.microbatches=1
+plan gemma-4-26b-lora_v5p-2x2x1 gemma4_26b_a4b gemma-4-26B-A4B-it v5p:2x2x1 64 --quick
 plan qwen3.6-27b-lora_v5p-2x2x2 qwen3_6_27b Qwen3.6-27B v5p:2x2x2 64 --quick
 plan qwen3.6-27b_v5p-2x4x4 qwen3_6_27b Qwen3.6-27B v5p:2x4x4 64 --quick --config.lora.rank=0 \
     --config.mesh.fsdp=16 --config.mesh.tensor=2 --config.rl.microbatches=4 --config.sft.microbatches=4
