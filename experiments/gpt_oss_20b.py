@@ -1,4 +1,4 @@
-"""The recipe of `qwen2_5_7b.py` for gpt-oss-20b, with adapters.
+"""The recipe of `llama3_3_70b.py` for gpt-oss-20b, with adapters.
 
     nlae train --config experiments/gpt_oss_20b.py --workdir runs/gpt_oss_20b
 
@@ -15,11 +15,6 @@ from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = inherit("qwen2_5_7b.py", beside=__file__)
+    config = inherit("llama3_3_70b.py", beside=__file__)
     config.subject.model, config.subject.layer = "openai/gpt-oss-20b", 16
-    config.lora.rank, config.lora.alpha = 64, 64.0
-    config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4
-    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-4
-    config.rl.num_steps = 2400
-    config.sft.microbatches, config.rl.microbatches = 4, 4
     return config

@@ -1,4 +1,4 @@
-"""The recipe of `qwen2_5_7b.py` for the language model of Qwen3.6-27B, with adapters.
+"""The recipe of `llama3_3_70b.py` for the language model of Qwen3.6-27B, with adapters.
 
     nlae train --config experiments/qwen3_6_27b.py --workdir runs/qwen3_6_27b
 
@@ -15,11 +15,7 @@ from nlae_jax.config import inherit
 
 
 def get_config() -> ConfigDict:
-    config = inherit("qwen2_5_7b.py", beside=__file__)
+    config = inherit("llama3_3_70b.py", beside=__file__)
     config.subject.model, config.subject.layer = "Qwen/Qwen3.6-27B", 43
-    config.lora.rank, config.lora.alpha = 64, 64.0
-    config.sft.encoder_learning_rate, config.sft.decoder_learning_rate = 1e-4, 1e-4
-    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 1e-4
-    config.rl.num_steps = 2400
     config.sft.microbatches, config.rl.microbatches = 8, 8  # for memory
     return config
