@@ -33,6 +33,8 @@ class DescribeResources:
 
 Describer = Callable[[Sequence[Context]], list[str | None]]  # one description per context, None where there is none
 
+# (instruction, texts) -> a server's answers to the instruction, one per text; None where no answer came.
+Instruct = Callable[[str, Sequence[str]], list[str | None]]
 
 # Called with the number of contexts done since the last call, and with 0 now and then while a provider waits.
 Progress = Callable[[int], None]

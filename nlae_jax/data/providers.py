@@ -22,7 +22,7 @@ import httpx
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, Keep, build_prompt, cached_describer
-from nlae_jax.data.describer import Context, Describer, DescribeResources, Progress
+from nlae_jax.data.describer import Context, Describer, DescribeResources, Instruct, Progress
 from nlae_jax.data.replies import (
     TryAgain,
     anthropic_content,
@@ -158,7 +158,7 @@ def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
     return config.provider, config.model, instruction, config.max_new_tokens, config.base_url
 
 
-def rewriter(config: DescribeConfig, directory: AnyPath) -> Callable[[str, Sequence[str]], list[str | None]]:
+def rewriter(config: DescribeConfig, directory: AnyPath) -> Instruct:
     """Returns a function (instruction, texts) -> what the configured server answers to the instruction, of each text.
 
     A prompt is the instruction, an empty line and the text. A text without an answer gives None. Answers are stored in

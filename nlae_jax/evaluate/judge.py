@@ -7,16 +7,14 @@ none: a judge knows what a text implies, which words alone do not show, and errs
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from nlae_jax.data.describer import Instruct
 from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.estimate import first, share_of
 from nlae_jax.evaluate.work import Work
-
-# (what to do, texts) -> answers, None where none came back.
-Ask = Callable[[str, Sequence[str]], list[str | None]]
 
 _CONTEXT_CHARACTERS = 2_000  # of a text's end that a judge is shown
 _MOST_CLAIMS = 50
@@ -36,7 +34,7 @@ _SUPPORTED = re.compile(r"\bsupports? (\d{1,3}) of (?:the )?(\d{1,3}) claims?\b"
 _CHOSEN = re.compile(r"\b(?i:note about the text is (?:note )?)[\"“']?([AB]\b|[ab](?=[\"”'.,;:!?]|\s*\Z))")
 
 
-def judged(work: Work, ask: Ask | None) -> None:
+def judged(work: Work, ask: Instruct | None) -> None:
     """Puts the figures `judged_support` and `judged_choice`, of the verdicts that could be read; nothing without `ask`.
 
     A row has a verdict where its explanation could be read and its text is known.
@@ -65,7 +63,7 @@ def answers_asked(count: int) -> int:
     return 3 * count
 
 
-def _supported(ask: Ask, notes: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
+def _supported(ask: Instruct, notes: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
     """[N, 2]: claims that the text supports, and all of them; NaN where the judge's answer does not say it."""
     texts = [f"The note:\n{note}\n\nThe text:\n{context}" for note, context in zip(notes, contexts, strict=True)]
     return np.array([supported(answer) for answer in ask(SUPPORT, texts)], np.float64).reshape(-1, 2)
@@ -79,7 +77,7 @@ def supported(answer: str | None) -> tuple[float, float]:
     return float(found[0][0]), float(found[0][1])
 
 
-def _chosen(ask: Ask, own: Sequence[str], wrong: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
+def _chosen(ask: Instruct, own: Sequence[str], wrong: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
     """[N]: 1 where the judge finds the own note, 0 where it takes the other; NaN where it does not say which.
 
     The own note is A in every other row: a judge that always says A is right in half of them.

@@ -5,15 +5,13 @@ They take another language model, which a describe provider asks: without one th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from nlae_jax.data.describer import Instruct
 from nlae_jax.evaluate.estimate import fve_of
 from nlae_jax.evaluate.work import Work
-
-# (what to do, texts) -> texts, None where none came back.
-Rewrite = Callable[[str, Sequence[str]], list[str | None]]
 
 _ANSWER = "Write the result between <explanation> and </explanation>, and nothing outside these tags.\n\nThe note:"
 _PARAPHRASE = (
@@ -28,7 +26,7 @@ REWORDINGS = {
 }
 
 
-def rewordings(work: Work, rewrite: Rewrite | None) -> None:
+def rewordings(work: Work, rewrite: Instruct | None) -> None:
     """Puts the figures of `REWORDINGS`: FVE of explanations that were said in other words, of those that came back."""
     if rewrite is None:
         return
@@ -50,7 +48,7 @@ def answers_asked(count: int) -> int:
     return count * sum(map(len, REWORDINGS.values()))
 
 
-def _reworded(rewrite: Rewrite, steps: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+def _reworded(rewrite: Instruct, steps: Sequence[str], texts: Sequence[str]) -> list[str | None]:
     """Each text after all steps; None where one of them gave nothing."""
     current: dict[int, str] = dict(enumerate(texts))
     for step in steps:
