@@ -63,7 +63,9 @@ WRITTEN: dict[str, Written] = {
     "smollm3": Written("SmolLM3ForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", *_WINDOW)),
     "olmo2": Written("Olmo2ForCausalLM", ("hidden_act", "attention_bias")),
     "gpt2": Written(
-        "GPT2LMHeadModel", ("hidden_act", "n_positions"), ("num_key_value_heads", "head_dim", "rope_theta")
+        "GPT2LMHeadModel",
+        ("hidden_act", "n_positions", "scale_attn_weights"),
+        ("num_key_value_heads", "head_dim", "rope_theta"),
     ),
     "gpt_neox": Written(
         "GPTNeoXForCausalLM",
@@ -101,7 +103,7 @@ WRITTEN: dict[str, Written] = {
         "GptOssForCausalLM",
         (
             *("hidden_act", "attention_bias", "sliding_window", "layer_types", "swiglu_alpha", "swiglu_limit"),
-            *("num_local_experts", "num_experts_per_tok"),
+            *("num_local_experts", "num_experts_per_tok", "rope_scaling/always"),
         ),
     ),
     "qwen3_5_text": Written("Qwen3_5ForCausalLM", _QWEN3_5, ("rope_theta",)),
@@ -157,10 +159,12 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "final_logit_softcapping": arch.logit_softcap or None,
         "rope_local_base_freq": arch.local_rope_theta,
         "n_positions": arch.positions,
+        "scale_attn_weights": arch.attention_scale == 0.0,
         "use_parallel_residual": arch.parallel,
         "partial_rotary_factor": _part(arch),
         "original_max_position_embeddings": arch.most_tokens or 4096,
         "position_embedding_type": "nope" if arch.rotary_dim == 0 else "rope",
+        "rope_scaling/always": written_rope(arch.rope_scaling) or {"rope_type": "default"},
         "rope_parameters": _rope_parameters(arch),
         "rope_parameters/kinds": {
             "full_attention": _rope_parameters(arch),
