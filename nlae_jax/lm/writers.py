@@ -149,7 +149,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
             "full_attention": {
                 "rope_type": "proportional",
                 "rope_theta": wide.rope_theta,
-                "partial_rotary_factor": _part_of(2 * wide.turned_pairs, wide.head_dim),
+                "partial_rotary_factor": part_of(2 * wide.turned_pairs, wide.head_dim),
                 **({"factor": wide.rope_factor} if wide.rope_factor != 1.0 else {}),
             },
         },
@@ -197,10 +197,11 @@ def own_fields(arch: Arch) -> dict[str, Any]:
 
 def _part(arch: Arch) -> float:
     """Of a head what turns: transformers multiplies and takes the whole part."""
-    return _part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
+    return part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
 
 
-def _part_of(turned: int, head_dim: int) -> float:
+def part_of(turned: int, head_dim: int) -> float:
+    """The share of a head that turns, such that transformers comes to as many dimensions again."""
     part = turned / head_dim
     return part if int(head_dim * part) == turned else (turned + 0.5) / head_dim
 
