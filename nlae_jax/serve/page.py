@@ -134,7 +134,9 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
         passage = await service.passage(body)
         service.check_length(passage, _STEERED_TOKENS)
         positions, reader = service.positions(passage, body.positions), service.reader
-        settings = Settings((body.alpha,), 3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0, generated=True)
+        settings = Settings(
+            (body.alpha,), 3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0, generated=True
+        )
         with one_at_a_time.enter():
             arguments = reader.explainer, passage, positions, body.edited, body.original, None, settings
             report = await unless_gone(request, service.on_device(lambda: steer(*arguments)))
