@@ -20,7 +20,8 @@ import numpy as np
 from nlae_jax.lm.arch import Arch, linear_layers
 from nlae_jax.lm.layout import hf_tensors
 from nlae_jax.lm.lora import adapter_weights
-from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
+from nlae_jax.lm.reading import read_tensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_bytes, write_json
 from nlae_jax.runtime.outside import parse_json, quoted

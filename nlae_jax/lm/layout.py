@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nlae_jax.lm.arch import Arch, model_weights
-from nlae_jax.lm.tensors import Spread
+from nlae_jax.lm.reading import Spread
 from nlae_jax.mesh import Weight
 
 

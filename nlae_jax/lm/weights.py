@@ -28,16 +28,14 @@ from nlae_jax.lm.layout import (
     layout,
     plain_name,
 )
+from nlae_jax.lm.reading import Source, load_array, same_values
 from nlae_jax.lm.tensors import (
     Mxfp4Tensor,
-    Source,
     StoredTensor,
     TensorToWrite,
     check_tensor,
-    load_array,
     mxfp4,
     numpy_dtype,
-    same_values,
     stored_tensors,
     write_safetensors,
 )
