@@ -42,7 +42,7 @@ _CONTROLS = tuple(dict.fromkeys(control for figure in FIGURES for control in fig
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Returns the sort key of a control or part: controls in the order of `FIGURES`, then numbers by size, then others."""
+    """Returns the sort key of a control or part: controls as in `FIGURES`, then numbers by size, then the others."""
     if name in _CONTROLS:
         return 0, _CONTROLS.index(name)
     return (1, int(name)) if name.isdecimal() and len(name) < 10 else (2, 0)
