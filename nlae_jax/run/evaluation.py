@@ -24,7 +24,7 @@ from nlae_jax.runtime.progress import progress, say, warn
 
 # Rows of the controls whose explanations are written from uninformed vectors. They cost three more rollouts, and their
 # numbers need not be exact.
-_UNINFORMED_ROWS = 64
+_UNINFORMED_ROWS = 32
 
 # Rows that are also rebuilt from parts of their explanations, with one pass of the decoder for each part.
 _PART_ROWS = 128

@@ -1,0 +1,220 @@
+"""Measures a pair on texts that it was not trained on, for its model card: docs/carried-pair.md.
+
+    python experiments/smollm2/card.py runs/pair/texts/validation --before runs/pair/after_notes_again --out runs/card
+
+It reads one activation of each document. The decoder reads the explanations as text. Every figure is the mean over
+`--seeds` seeds of sampling, with an interval over documents; the seeds' own figures stand beside it. `--before` is the
+pair that the gain is measured from. The held-out texts are for the last measurement of a pair that is chosen, never for
+choosing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nlae_jax import NLA
+from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.mismatch import mismatched
+from nlae_jax.evaluate.claims import claims, parts
+from nlae_jax.evaluate.health import health
+from nlae_jax.evaluate.reconstruction import UNINFORMED, bootstrap, fve, summarise, uninformed, variances
+from nlae_jax.explore.passage import Passage, passage_of_ids
+from nlae_jax.lm.tokens import begin_ids, text_ids
+
+GROUPS = {
+    "documentation": ("documentation",),
+    "passages": ("passages",),
+    "novels and news": ("novels", "news", "fiction"),
+}
+MIN_POSITION, MAX_TOKENS, LONGEST_TEXT = 5, 128, 2000  # tokens, tokens, characters
+EXAMPLES, SHOWN = 20, 90  # explanations of the card, characters of their context
+FIGURES = (
+    ("FVE", "fve"),
+    ("FVE, mean-norm", "fve_meannorm"),
+    ("gain over its warm start", "fve_gain"),
+    ("explanations permuted over documents", "fve_shuffled"),
+    *((f"{name} vector injected", f"fve_{name}") for name in UNINFORMED),
+    ("first sentence alone", "fve_leading_1"),
+    ("first two sentences", "fve_leading_2"),
+    ("without the last sentence", "fve_without_last"),
+    ("without quoted spans of the context", "fve_without_quotes"),
+    ("without either", "fve_bare"),
+    ("written notes through the decoder", "fve_gold"),
+    ("expected tokens hold the subject's likeliest", "candidates_hold_top1"),
+    ("quoted last words are in the context", "ending_in_context"),
+    ("an item of a list is repeated", "repeated_rate"),
+    ("different explanations", "distinct_explanations"),
+    ("closed explanations", "extraction_rate"),
+)
+
+
+class Place(NamedTuple):
+    """A text up to the token whose activation is read, and the written note of it where there is one."""
+
+    context: Passage
+    document: str
+    note: str = ""
+
+
+def main() -> None:
+    arguments = parsed()
+    after = NLA.from_pretrained(arguments.pair)
+    before = NLA.from_pretrained(arguments.before) if arguments.before else after
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    card = {}
+    for group, domains in GROUPS.items():
+        places = drawn(after, Path(arguments.texts), domains, arguments.activations)
+        card[group] = measured(after, before, places, arguments.seeds, arguments.temperature)
+        (out / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False))
+    lines = [*table(card), "", *examples(card)]
+    (out / "card.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", help="directory of DOMAIN.jsonl files, as texts.py writes them")
+    parser.add_argument("--pair", default="smollm2-135m")
+    parser.add_argument("--before", default="", help="the pair before reinforcement learning")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--activations", type=int, default=64, help="of each group of domains")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    return parser.parse_args()
+
+
+def drawn(nla: NLA, texts: Path, domains: Sequence[str], count: int) -> list[Place]:
+    """`count` places of as many documents. Passages that have written notes are read where a note was written."""
+    rng = np.random.default_rng(0)
+    begin = begin_ids(nla.tokenizer)
+    documents = [(domain, row) for domain in domains for row in rows_of(texts / f"{domain}.jsonl")]
+    noted = defaultdict(list)
+    for row in rows_of(WARMSTART_NOTES):
+        noted[row["passage"]].append(row)
+    places: list[Place] = []
+    for index in rng.permutation(len(documents))[:count]:
+        domain, row = documents[index]
+        note = ""
+        if notes := noted[row["id"]] if domain == "passages" else []:
+            row = notes[rng.integers(len(notes))]
+            ids, note = text_ids(nla.tokenizer, row["text"], begin), row["note"]
+        else:
+            ids = text_ids(nla.tokenizer, row["text"][:LONGEST_TEXT], begin)
+            ids = ids[: 1 + rng.integers(min(MIN_POSITION, len(ids) - 1), min(MAX_TOKENS, len(ids)))]
+        context = passage_of_ids(nla.tokenizer, ids, nla.tokenizer.decode(ids, skip_special_tokens=True))
+        places.append(Place(context, f"{domain} {index}", note))
+    return places
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperature: float) -> dict[str, Any]:
+    """The figures of `FIGURES` as means over seeds, with intervals over documents and the explanations of one seed."""
+    h_NxD = np.stack([activations_TxD[-1] for activations_TxD in after.read([place.context for place in places])])
+    documents = np.array([place.document for place in places])
+    expected = after.subject.generate([place.context.ids for place in places], 1, temperature=0.0)
+    likeliest = [after.tokenizer.decode(ids) for ids in expected]
+    runs = [of_seed(after, before, h_NxD, places, documents, likeliest, temperature, seed) for seed in range(seeds)]
+    mse = {name: np.mean([errors[name] for errors, _, _ in runs], axis=0) for name in runs[0][0]}
+    notes = [place.note for place in places]
+    mse["gold"] = np.where([bool(note) for note in notes], after.score_written(notes, h_NxD)[0], np.nan)
+    variance = variances(h_NxD)
+    figures = summarise(h_NxD, documents, mse, 2000, 0)
+    figures |= {name: float(np.mean([shares[name] for _, shares, _ in runs])) for name in runs[0][1]}
+    figures["fve_of_seeds"] = [fve(errors["after"], variance) for errors, _, _ in runs]
+    for name in ("shuffled", "without_last", "without_quotes", "bare"):
+        figures[f"fve_{name}_ci95"] = interval(mse[name], variance, documents)
+    figures["examples"] = [
+        {"context": place.context.text, "likeliest": token, "explanation": text, "cos": float(1 - error / 2)}
+        for place, token, text, error in zip(places, likeliest, runs[0][2], runs[0][0]["after"], strict=True)
+    ]
+    return figures
+
+
+def interval(mse_N: np.ndarray, variance_N: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
+    return bootstrap(lambda rows: fve(mse_N[rows], variance_N[rows]), documents, 2000, 0)
+
+
+def of_seed(
+    after: NLA,
+    before: NLA,
+    h_NxD: np.ndarray,
+    places: list[Place],
+    documents: np.ndarray,
+    likeliest: list[str],
+    temperature: float,
+    seed: int,
+) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]]:
+    """(mse [N] by name, shares by name, explanations) of one seed of sampling."""
+    contexts = [place.context.text for place in places]
+
+    def explained(nla: NLA, vectors_NxD: np.ndarray) -> list[str]:
+        return nla.explain(vectors_NxD, temperature, nla.max_new_tokens, seed)
+
+    def errors(nla: NLA, texts: Sequence[str]) -> np.ndarray:
+        return nla.score_written(texts, h_NxD)[0]
+
+    texts = explained(after, h_NxD)
+    by_part: dict[str, list[str]] = defaultdict(list)
+    for text, context in zip(texts, contexts, strict=True):
+        for name, part in parts(text, context).items():
+            by_part[name].append(part)
+    other = mismatched(documents, seed)
+    after_N = errors(after, texts)
+    mse = {
+        "after": after_N,
+        "text": after_N,
+        "before": after_N if before is after else errors(before, explained(before, h_NxD)),
+        "shuffled": errors(after, [texts[index] for index in other]),
+        **{name: errors(after, explained(after, vectors)) for name, vectors in uninformed(h_NxD, seed).items()},
+        **{name: errors(after, found) for name, found in by_part.items()},
+    }
+    shares = health(texts, after.protocol.marker) | claims(texts, contexts, likeliest, list(other))
+    return mse, shares | {"extraction_rate": float(np.mean([bool(text) for text in texts]))}, texts
+
+
+def table(card: dict[str, Any]) -> list[str]:
+    """The figures as a Markdown table, one column for each group."""
+    lines = ["| | " + " | ".join(card) + " |", "|---" * (len(card) + 1) + "|"]
+    counts = [f"{figures['num_activations']}" for figures in card.values()]
+    lines.append("| activations, one of each document | " + " | ".join(counts) + " |")
+    for name, key in FIGURES:
+        lines.append(f"| {name} | " + " | ".join(shown(figures, key) for figures in card.values()) + " |")
+    seeds = [", ".join(f"{value:.3f}" for value in figures["fve_of_seeds"]) for figures in card.values()]
+    return [*lines, "| FVE of each seed | " + " | ".join(seeds) + " |"]
+
+
+def shown(figures: dict[str, Any], key: str) -> str:
+    if (value := figures.get(key)) is None:
+        return "–"
+    interval = figures.get(f"{key}_ci95")
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def examples(card: dict[str, Any]) -> list[str]:
+    """The first explanations of each group, in turn, as a Markdown table."""
+    lines = ["| text, its end | likeliest next token | explanation | cos |", "|---|---|---|---|"]
+    in_turn = [row for rows in zip(*(figures["examples"] for figures in card.values()), strict=False) for row in rows]
+    for row in in_turn[:EXAMPLES]:
+        end = ("… " if len(row["context"]) > SHOWN else "") + row["context"][-SHOWN:]
+        cells = (cell(end), f"`{cell(row['likeliest'])}`", cell(row["explanation"]), f"{row['cos']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
