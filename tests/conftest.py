@@ -22,6 +22,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,10 @@ from nlae_jax.mesh import Weight
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.roles.protocol import Protocol, make_protocol
+
+# Tracing makes many short-lived objects. With Python's thresholds a tenth of the suite's time goes into looking for
+# cycles among all that the loaded libraries hold.
+gc.set_threshold(50_000, 20, 50)
 
 # No deadline: an example that compiles takes a second. Derandomised: the suite does the same work every time.
 hypothesis.settings.register_profile("nlae_jax", deadline=None, derandomize=True, database=None, max_examples=50)

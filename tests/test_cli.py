@@ -985,19 +985,33 @@ def test_the_process_without_streams(finished, redirection, named):
 # --- limits of the system
 
 
+ENDED = "--- ended with code 2\n"
+LIMITED = f"""
+import resource, sys
+from nlae_jax.cli import main
+split = sys.argv.index("train")
+for blocks in sys.argv[1:split]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512 * int(blocks), resource.RLIM_INFINITY))
+    assert main(sys.argv[split:]) == 2
+    sys.stderr.write({ENDED!r})
+    sys.stderr.flush()
+"""
+
+
 def test_a_limit_on_the_size_of_files(tiny_run, tmp_path):
-    """`ulimit -f`, in blocks of 512 or 1024 bytes, for every stage; then without it the same command goes on."""
+    """`ulimit -f` for every stage, raised from one start to the next in one process; without it the command goes on."""
     arguments = tiny_run.arguments(tmp_path / "W", sft__encoder_steps=2, rl__num_steps=2)
-    for blocks in (4, 40, 400):
-        command = f'ulimit -f {blocks}; exec "$0" -m nlae_jax "$@"'
-        done = subprocess.run(
-            ["sh", "-c", command, sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.splitlines()[-1] == (
+    limits = [4, 40, 400]  # blocks of 512 bytes
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, limits), *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    *starts, rest = done.stderr.split(ENDED)
+    assert len(starts) == len(limits) and not rest.strip()
+    for shown in starts:
+        assert shown.splitlines()[-1] == (
             f"nlae: {tmp_path / 'W'}: a file there would be larger than allowed (ulimit -f); raise that limit"
         )
-        assert "Traceback" not in done.stderr
     assert main(arguments) == 0
 
 

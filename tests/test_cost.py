@@ -13,8 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nlae_jax.config import MeshConfig
 from nlae_jax.mesh import AXES, make_mesh
-from nlae_jax.plan import cost
-from nlae_jax.plan.cost import axes_of, cost_of
+from nlae_jax.plan import cost, products
+from nlae_jax.plan import groups as device_groups
+from nlae_jax.plan.cost import cost_of
+from nlae_jax.plan.groups import axes_of
 from nlae_jax.plan.hlo import parse
 
 ONE = dict.fromkeys(AXES, 1)
@@ -160,7 +162,7 @@ def naive_convolution(image, out, size, stride, before, spread, kernel_spread):
 @given(*[st.integers(1, 6)] * 4, st.integers(0, 5), st.integers(1, 4), st.integers(1, 3))
 def test_windows_count_no_padding(image, out, size, stride, before, spread, kernel_spread):
     given = image, out, size, stride, before, spread, kernel_spread
-    assert cost._valid(*given) == naive_convolution(*given)
+    assert products._valid(*given) == naive_convolution(*given)
 
 
 def test_a_batched_product_written_as_a_convolution():
@@ -244,7 +246,7 @@ def test_axes_of_groups(sizes, along):
 def group_of(attributes, devices=8):
     lines = "%a = f32[4] parameter(0)", f"ROOT %r = f32[4] all-reduce(%a), {attributes}"
     text = "ENTRY %e (a: f32[4]) -> f32[4] {\n  " + "\n  ".join(lines) + "\n}\n"
-    return cost._groups(parse(text).computations["e"].root, devices)
+    return device_groups.groups_of(parse(text).computations["e"].root, devices)
 
 
 def test_forms_of_groups():

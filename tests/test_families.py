@@ -380,7 +380,12 @@ def ours(arch, params, ids, mask):
 
     lm, variables = Transformer(arch), {"params": params}
     blocks = jax.jit(lambda variables: lm.apply(variables, method=residuals))(variables)
-    return blocks, jax.jit(lambda variables: lm.apply(variables, ids, mask))(variables)
+    return blocks, our_logits(arch, params, ids, mask)
+
+
+def our_logits(arch, params, ids, mask):
+    """Logits [B, T, V] of the stack in one piece."""
+    return jax.jit(lambda variables: Transformer(arch).apply(variables, ids, mask))({"params": params})
 
 
 def assert_close(mine, expected, what, case):
@@ -458,10 +463,10 @@ def test_what_sets_families_apart_matters_here(tmp_path):
         random_model(case).save_pretrained(tmp_path / case)
         arch = read_arch(tmp_path / case)
         params = load_params(tmp_path / case, arch)
-        _, logits = ours(arch, params, ids, mask)
+        logits = our_logits(arch, params, ids, mask)
         for field, value in changes.items():
             assert getattr(arch, field) != value
-            _, other = ours(dataclasses.replace(arch, **{field: value}), params, ids, mask)
+            other = our_logits(dataclasses.replace(arch, **{field: value}), params, ids, mask)
             assert np.abs(other - logits)[mask].max() > 1e-3 * np.abs(logits).max(), (case, field)
 
 

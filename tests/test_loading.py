@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from nlae_jax.config import MeshConfig
-from nlae_jax.lm import tensors
+from nlae_jax.lm import reading, tensors
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import AXES, Weight, make_mesh
@@ -42,13 +42,13 @@ def assert_loaded(params, shardings, expected) -> None:
 @pytest.fixture
 def read(monkeypatch):
     """A list that grows by (offset, number of bytes) with every read of values."""
-    calls, original = [], tensors._read_exactly
+    calls, original = [], reading._read_exactly
 
     def counted(file, offset, buffer):
         calls.append((offset, len(buffer)))
         original(file, offset, buffer)
 
-    monkeypatch.setattr(tensors, "_read_exactly", counted)
+    monkeypatch.setattr(reading, "_read_exactly", counted)
     return calls
 
 
@@ -135,8 +135,8 @@ def test_any_shape_and_any_sharding(tmp_path_factory, layout, stored, asked, pie
     save_shards(directory, weights, 2)
     with pytest.MonkeyPatch.context() as patch:
         if pieces:  # as large tensors are read
-            patch.setattr(tensors, "_PIECE_ROWS", 2)
-            patch.setattr(tensors, "_PIECE_BYTES", 1)
+            patch.setattr(reading, "_PIECE_ROWS", 2)
+            patch.setattr(reading, "_PIECE_BYTES", 1)
         params = load_params(directory, arch, asked, shardings=shardings)
     assert_loaded(params, shardings, put_together(arch, weights, asked))
 
@@ -160,9 +160,9 @@ def test_only_the_needed_part_of_a_tensor_is_read(axis, tmp_path, read):
     save_file({"a": values}, tmp_path / "a.safetensors")
     (stored,) = tensors.stored_tensors(tmp_path / "a.safetensors")
     target = np.zeros((2, 10) if axis == "rows" else (8, 3), np.float32)
-    part = tensors.Part((4, 6), (0, 10), target) if axis == "rows" else tensors.Part((0, 8), (5, 8), target)
+    part = reading.Part((4, 6), (0, 10), target) if axis == "rows" else reading.Part((0, 8), (5, 8), target)
     with stored.path.open("rb", buffering=0) as file:
-        tensors._read_parts({stored.path: file}, stored, [part])
+        reading._read_parts({stored.path: file}, stored, [part])
     np.testing.assert_array_equal(target, values[4:6] if axis == "rows" else values[:, 5:8])
     assert sum(count for _, count in read) == target.nbytes
 

@@ -140,17 +140,24 @@ def test_other_threads_may_use_commands(capsys):
 # --- whole processes
 
 
-def command(body, tmp_path, grace=60):
-    """`nlae extract` whose reading of the corpus is `body`, a function `read(press)`; its exit code and stderr."""
+def commands(bodies, tmp_path, grace=60):
+    """Runs `nlae extract` once for each body, in one process, and returns the last exit code and the lines of stderr.
+
+    A body defines a function `read(config)`, which takes the place of the reading of the corpus. A command that returns
+    its exit code, instead of ending the process, adds a line `code N`.
+    """
     code = (
         "import gc, hashlib, os, signal, sys, threading, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nlae_jax import cli\n"
         "from nlae_jax.run import preparation\n"
         "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-        f"{body}\n"
-        "preparation.read_documents = read\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
+        f"for body in {list(bodies)!r}:\n"
+        "    exec(body)\n"
+        "    preparation.read_documents = read\n"
+        "    code = cli.main(sys.argv[1:])\n"
+        "    print('code', code, file=sys.stderr, flush=True)\n"
+        "sys.exit(code)"
     )
     arguments = ["extract", "--config", "experiments/tiny.py", "--workdir", str(tmp_path / "W")]
     arguments.append(f"--config.checkpoint.grace_seconds={grace}")
@@ -191,10 +198,12 @@ def read(config):
 """
 
 
-@pytest.mark.parametrize("body", [PLAIN, IN_GARBAGE_COLLECTION, MADE_ANOTHER_ERROR])
-def test_a_command_is_interrupted(tmp_path, body):
-    code, lines = command(body, tmp_path)
-    assert (code, lines[-1]) == (130, "nlae: interrupted; the same command continues")
+def test_a_command_is_interrupted(tmp_path):
+    bodies = [PLAIN, IN_GARBAGE_COLLECTION, MADE_ANOTHER_ERROR]
+    code, lines = commands(bodies, tmp_path)
+    ends = [(lines[number - 1], line) for number, line in enumerate(lines) if line.startswith("code ")]
+    assert ends == [("nlae: interrupted; the same command continues", "code 130")] * len(bodies)
+    assert code == 130
 
 
 IN_COMPILED_CODE = """
@@ -219,6 +228,6 @@ def read(config):
 @pytest.mark.parametrize(("body", "grace"), [(IN_COMPILED_CODE, 1), (AGAIN, 60)])
 def test_a_command_that_cannot_be_interrupted_is_ended(tmp_path, body, grace):
     """In compiled code after a while, and at once when Control-C is pressed again."""
-    code, lines = command(body, tmp_path, grace)
+    code, lines = commands([body], tmp_path, grace)
     assert (code, lines[-1]) == (130, "nlae: interrupted; the same command continues")
     assert any("Control-C again ends at once" in line for line in lines) == (grace == 1)

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import arch_from_hf
-from nlae_jax.lm.tensors import TensorToWrite, is_finite, read_tensor, write_safetensors
+from nlae_jax.lm.reading import read_tensor
+from nlae_jax.lm.tensors import TensorToWrite, is_finite, write_safetensors
 from nlae_jax.lm.weights import load_params, save_params
 from nlae_jax.runtime.errors import UserError
 

@@ -276,18 +276,18 @@ def _outcomes(
     with progress(len(conditions), "steer", unit="condition") as bar:
         conditions_per_call = max(1, _ROWS // count)
         for start in range(0, len(conditions), conditions_per_call):
-            rows = [row for row in conditions[start : start + conditions_per_call] for _ in range(count)]
+            sampled = [condition for condition in conditions[start : start + conditions_per_call] for _ in range(count)]
             # All calls have the same seed, so that only the added vectors differ between them.
             written += subject.steer(
-                [passage.ids] * len(rows),
-                [row.push for row in rows],
+                [passage.ids] * len(sampled),
+                [condition.push for condition in sampled],
                 nla.layer,
                 settings.max_new_tokens,
                 settings.temperature,
                 settings.seed,
-                [row.later for row in rows],
+                [condition.later for condition in sampled],
             )
-            bar.advance(len(rows) // count)
+            bar.advance(len(sampled) // count)
     nll = mean_nll_after(subject, [(passage.ids, ids) for ids in written])
     outcomes = []
     for number, (kind, alpha, *_) in enumerate(conditions):

@@ -21,7 +21,8 @@ from nlae_jax.config import CorpusConfig
 from nlae_jax.data.corpus import Document, read_named_documents
 from nlae_jax.data.mismatch import mismatched
 from nlae_jax.interop.released import open_released
-from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
+from nlae_jax.lm.reading import read_tensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel

@@ -21,7 +21,7 @@ from nlae_jax.lm.adapters import AdapterFile, has_adapters, open_adapters
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
-from nlae_jax.lm.tensors import read_tensor
+from nlae_jax.lm.reading import read_tensor
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.runtime.errors import UserError

@@ -1,7 +1,8 @@
-"""Trained adapters as small directories in the layout of the PEFT library, beside the base model that they need.
+"""Reads and writes trained adapters as small directories in the layout of the PEFT library.
 
-A role's directory holds `adapter_config.json`, `adapter_model.safetensors` and the sidecar, a decoder's also
-`value_head.safetensors`. `peft.PeftModel.from_pretrained` loads an encoder's onto the base model.
+The directory of a role holds `adapter_config.json`, `adapter_model.safetensors` and the sidecar; the decoder's also
+holds `value_head.safetensors`. The config names the base model that the adapters belong to.
+`peft.PeftModel.from_pretrained` loads an encoder's adapters onto the base model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 from nlae_jax.lm.arch import Arch, linear_layers
 from nlae_jax.lm.layout import hf_tensors
 from nlae_jax.lm.lora import adapter_weights
-from nlae_jax.lm.tensors import TensorToWrite, read_tensors, write_safetensors
+from nlae_jax.lm.reading import read_tensors
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_bytes, write_json
 from nlae_jax.runtime.outside import parse_json, quoted
@@ -32,9 +34,9 @@ _PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """The adapters of one directory: `base_model` is the name of the model they sit on, `alpha / rank` their scale.
+    """The adapters of one directory. `base_model` names the model that they belong to. Their scale is `alpha / rank`.
 
-    `alphas` are those of single modules that the file names, by the last part of their names.
+    `alphas` are the values of alpha that the file gives for single modules, by the last part of the modules' names.
     """
 
     directory: Path
@@ -44,10 +46,10 @@ class AdapterFile:
     alphas: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, arch: Arch) -> dict[str, dict[str, jax.Array]]:
-        """The tree of `lora.adapter_weights(arch, rank)`, float32. `arch` has as many blocks as the adapters.
+        """Reads the tree of `lora.adapter_weights(arch, rank)`, float32. `arch` has as many blocks as the adapters.
 
-        Raises UserError where the files hold more than that, or scale a module in another way: left out, it would be
-        another model that is read.
+        Raises UserError if the files hold further tensors or scale a module differently, because the result would be
+        another model than the files'.
         """
         tree = adapter_weights(arch, self.rank)
         modules = _modules(arch, tree)
@@ -66,14 +68,14 @@ class AdapterFile:
         layers: dict[str, dict[str, list[jax.Array]]] = {name: {"a": [], "b": []} for name in tree}
         for module in modules:
             for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
-                own = slice(number * self.rank, (number + 1) * self.rank)
-                layers[name]["a"].append(tensors[module.tensor("a")][own])
-                layers[name]["b"].append(tensors[module.tensor("b")][places, own].T)
+                ranks = slice(number * self.rank, (number + 1) * self.rank)
+                layers[name]["a"].append(tensors[module.tensor("a")][ranks])
+                layers[name]["b"].append(tensors[module.tensor("b")][places, ranks].T)
         return {name: {part: jnp.stack(rows) for part, rows in pair.items()} for name, pair in layers.items()}
 
     @property
     def identity(self) -> str:
-        """A hash of the files: tells these adapters from others."""
+        """A hash of the weight files, which is another one for other adapters."""
         digest = hashlib.sha256()
         for path in sorted(self.directory.glob("*.safetensors")):
             digest.update(path.name.encode() + path.read_bytes())
@@ -81,12 +83,12 @@ class AdapterFile:
 
 
 def has_adapters(directory: Path) -> bool:
-    """Whether a directory holds adapters rather than a whole model."""
+    """Returns whether a directory holds adapters rather than a whole model."""
     return (directory / CONFIG).is_file()
 
 
 def open_adapters(directory: Path) -> AdapterFile:
-    """Reads `adapter_config.json`. Raises UserError naming the field that is missing or not supported."""
+    """Reads `adapter_config.json`. Raises UserError that names the field that is missing or not supported."""
     path = directory / CONFIG
     content = parse_json(read_bytes(path), path, dict)
     rank, alpha, base_model = (content.get(name) for name in ("r", "lora_alpha", "base_model_name_or_path"))
@@ -112,7 +114,10 @@ def open_adapters(directory: Path) -> AdapterFile:
 def write_adapters(
     directory: Path, arch: Arch, adapters: dict[str, Any], alpha: float, base_model: str, dtype: str = "bfloat16"
 ) -> None:
-    """Writes `adapters` (of as many blocks as `arch` has) into `directory`, which exists."""
+    """Writes `adapters`, which have as many blocks as `arch`, into the existing `directory`.
+
+    `alpha / rank` is their scale, and `base_model` the name of the model that they belong to.
+    """
     rank = next(iter(adapters.values()))["a"].shape[1]
     tensors = []
     modules = _modules(arch, adapters)
@@ -146,9 +151,10 @@ def write_adapters(
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A linear layer of the HF model: which of ours it is made of, and where its outputs are theirs.
+    """A linear layer of the HF model. `members` are our linear layers that it joins, and `places` their outputs in it.
 
-    One that joins several has adapters of as many times the rank, side by side: `b` is zero outside of its blocks.
+    The adapters of a layer with n members have n times the rank: the members' stand side by side, and `b` is zero
+    outside of each member's block.
     """
 
     name: str
@@ -166,15 +172,16 @@ class _Module:
 
 
 def _modules(arch: Arch, names: Container[str]) -> list[_Module]:
-    """Those that have adapters, block by block."""
+    """Returns the modules that hold the linear layers `names`, block by block."""
     weights = {name: weight for name, weight in linear_layers(arch).items() if name in names}
-    made = []
+    modules = []
     for tensor in hf_tensors(arch, weights):
         shares = tensor.shares
         widths = [weights[share.name].shape[-1] for share in shares]
-        places = (s.spread.places(w) if s.spread else np.arange(w) for s, w in zip(shares, widths, strict=True))
+        pairs = zip(shares, widths, strict=True)
+        places = (share.spread.places(width) if share.spread else np.arange(width) for share, width in pairs)
         name = tensor.name.removesuffix(".weight")
-        made.append(
+        modules.append(
             _Module(name, shares[0].index[0], tuple(share.name for share in shares), tuple(places), sum(widths))
         )
-    return made
+    return modules

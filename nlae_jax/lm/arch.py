@@ -1,6 +1,6 @@
-"""What a decoder-only language model looks like: one frozen dataclass, and the weights that follow from it.
+"""The architecture of a decoder-only language model as one frozen dataclass, and the weights that follow from it.
 
-Differences between families are data here, so that the transformer has no branches on a family's name.
+Differences between families are fields of this dataclass, so the transformer never looks at a family's name.
 `families.py` reads an `Arch` from an HF `config.json`.
 """
 
@@ -31,10 +31,11 @@ class LinearRope:
 
 @dataclasses.dataclass(frozen=True)
 class YarnRope:
-    """`rope_type: yarn` (Peng et al. 2023): slow turns are stretched by `factor`, fast ones kept, between a ramp.
+    """`rope_type: yarn` (Peng et al. 2023): slow pairs are stretched by `factor`, fast ones are kept.
 
-    A dimension counts as slow below `beta_slow` and as fast above `beta_fast` turns in `original_max_positions`. What
-    is turned is also multiplied by `attention_factor`. `truncate`: the ramp begins and ends at whole dimensions.
+    A pair is slow if it makes fewer than `beta_slow` turns in `original_max_positions`, and fast if it makes more than
+    `beta_fast`. Between them the stretching grows linearly; with `truncate` that ramp begins and ends at whole
+    dimensions. Cosines and sines are multiplied by `attention_factor`.
     """
 
     factor: float
@@ -47,11 +48,11 @@ class YarnRope:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """`rope_type: longrope` (Ding et al. 2024): each pair's wavelength is stretched by a factor of its own.
+    """`rope_type: longrope` (Ding et al. 2024): each pair's wavelength has its own factor.
 
-    Sequences of up to `original_max_positions` take the short factors. Longer ones would take the long ones from their
-    first token on, which no cache of keys can follow: they are not run. What is turned is multiplied by
-    `attention_factor`.
+    Sequences of up to `original_max_positions` tokens use the short factors. A longer sequence would use the long ones
+    from its first token on, so that all cached keys would change; such sequences are not supported. Cosines and sines
+    are multiplied by `attention_factor`.
     """
 
     short_factors: tuple[float, ...]
@@ -62,7 +63,7 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class QueryGrowth:
-    """Queries grow with their position p: by 1 + `beta` · log(1 + ⌊p / `every`⌋) (Llama 4, Ministral 3)."""
+    """A query at position p is multiplied by 1 + `beta` · log(1 + ⌊p / `every`⌋) (Llama 4, Ministral 3)."""
 
     beta: float
     every: int
@@ -70,14 +71,14 @@ class QueryGrowth:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """An MLP of which each token passes `per_token` out of `count`, weighted by the router's softmax.
+    """A mixture of `count` MLPs, of which each token uses `per_token`, weighted by the router's softmax.
 
-    `normalised`: the chosen ones' weights are scaled to sum to 1. `shared`: the width of one more MLP (0: none), which
-    every token passes; what it gives is multiplied by the sigmoid of a projection of what it reads.
+    `normalised` says whether the weights of a token's experts are scaled to sum to 1. `shared` is the width of one more
+    MLP that every token uses (0: none). The MLP's output is multiplied by the sigmoid of a projection of its input.
 
-    `apart` (Gemma 4): experts and the shared MLP have norms of their own, each of what it reads and of what it gives,
-    and are added as they are. The router reads the residual stream through its own norm. The weight of a chosen
-    expert is multiplied by a number that the expert has.
+    `apart` (Gemma 4) says that the experts and the shared MLP have their own norms of inputs and outputs, and that
+    their outputs are added without a gate. The router then reads the residual stream through its own norm, and each
+    expert has a number that its weight is multiplied by.
     """
 
     count: int
@@ -99,8 +100,9 @@ class ClampedGate:
 class DeltaNet:
     """Gated DeltaNet (Yang et al. 2025) in the place of attention: each head keeps a matrix instead of keys.
 
-    `key_heads` query and key heads of `key_dim` serve `value_heads` value heads of `value_dim`, as many each. Queries,
-    keys and values pass a causal convolution over `width` tokens, channel by channel.
+    There are `key_heads` heads of queries and keys of size `key_dim`, and `value_heads` heads of values of size
+    `value_dim`. Each key head serves the same number of value heads. Queries, keys and values pass a causal convolution
+    over `width` tokens, channel by channel.
     """
 
     key_heads: int
@@ -112,9 +114,9 @@ class DeltaNet:
 
 @dataclasses.dataclass(frozen=True)
 class GlobalAttention:
-    """Attention of blocks of the kind "global", whose heads are others than those of the blocks beside them.
+    """Attention of blocks of the kind "global", whose heads have other sizes than those of the other blocks.
 
-    The first `turned_pairs` of a head's pairs turn, by frequencies of the whole head divided by `rope_factor`.
+    RoPE turns the first `turned_pairs` pairs of a head. Their frequencies are the whole head's, over `rope_factor`.
     """
 
     num_kv_heads: int
@@ -122,14 +124,14 @@ class GlobalAttention:
     rope_theta: float
     turned_pairs: int
     rope_factor: float = 1.0
-    keys_are_values: bool = False  # no projection to values: they are the keys, before norm and rope
+    keys_are_values: bool = False  # values are the keys before norm and RoPE; there is no projection to values
 
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """Shape and constants of one decoder-only transformer. `num_layers` blocks, counted from 0.
+    """Sizes and constants of one decoder-only transformer of `num_layers` blocks, counted from 0.
 
-    What sets the families apart is here, as data; the defaults are Llama's.
+    Fields hold all differences between families. The defaults are Llama's.
     """
 
     vocab_size: int
@@ -141,48 +143,48 @@ class Arch:
     d_ff: int  # width of an MLP, or of one expert
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Rope | LinearRope | YarnRope | LongRope | None = None  # of global rope
+    rope_scaling: Llama3Rope | LinearRope | YarnRope | LongRope | None = None  # of blocks whose RoPE is "global"
     tied_head: bool = True
     family: str = "llama"
-    activation: str = "silu"  # of the gate; or "gelu_tanh", "gelu", "relu"
-    biases: tuple[str, ...] = ()  # linear layers that have one
+    activation: str = "silu"  # of the gate, or in an MLP without gate of "up": silu, gelu_tanh, gelu or relu
+    biases: tuple[str, ...] = ()  # names of the linear layers that have a bias
     qk_norm: str = ""  # RMS norm of queries and keys: "head" (each head by itself) or "all" (all heads as one vector)
-    pre_norms: bool = True  # norms of what attention and MLP read
-    post_norms: bool = False  # norms of what they add to the residual stream
+    pre_norms: bool = True  # norms of the inputs of attention and MLP
+    post_norms: bool = False  # norms of the outputs of attention and MLP
     norm_offset: float = 0.0  # added to the weights of all norms
-    embed_scale: float = 1.0  # embeddings are multiplied by it
-    attention_scale: float = 0.0  # of scores; 0: head_dim ** -0.5
-    attention_softcap: float = 0.0  # scores pass through cap · tanh(score / cap); 0: not
-    logit_softcap: float = 0.0  # and so do logits
-    local_rope_theta: float = 0.0  # RoPE base of blocks whose rope is "local"
+    embed_scale: float = 1.0  # factor of embeddings
+    attention_scale: float = 0.0  # factor of attention's scores; 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # scores pass through cap · tanh(score / cap); 0: they do not
+    logit_softcap: float = 0.0  # logits pass through cap · tanh(logit / cap); 0: they do not
+    local_rope_theta: float = 0.0  # RoPE base of blocks whose RoPE is "local"
     ropes: tuple[str, ...] = ()  # per block: "global", "local" or "none"; empty: all global
-    windows: tuple[int, ...] = ()  # per block: how many keys a query sees, itself included, 0: all; empty: all 0
-    layer_norm: bool = False  # norms subtract the mean and add a bias (those of queries and keys never do)
-    gated: bool = True  # the MLP has a gate; else the activation is of what goes up
-    parallel: bool = False  # the MLP reads what attention reads, not what it adds to
-    positions: int = 0  # learned embeddings of so many positions; 0: none
+    windows: tuple[int, ...] = ()  # per block: number of keys that a query sees, its own included, 0: all; empty: all 0
+    layer_norm: bool = False  # norms subtract the mean and add a bias (norms of queries and keys never do)
+    gated: bool = True  # the MLP has a gate; without one, the activation is that of "up"
+    parallel: bool = False  # the MLP reads the residual stream from before attention
+    positions: int = 0  # number of positions with a learned embedding; 0: there are none
     rotary_dim: int | None = None  # leading dimensions of a head that RoPE turns; None: all, 0: none
-    residual_scale: float = 1.0  # what attention and MLP add is multiplied by it
-    logit_divisor: float = 1.0  # logits are divided by it
+    residual_scale: float = 1.0  # factor of the outputs of attention and MLP
+    logit_divisor: float = 1.0  # divisor of logits
     query_growth: QueryGrowth | None = None
-    clip_qkv: float = 0.0  # queries, keys and values are clipped to ± this; 0: not
-    sinks: bool = False  # each head has a score of a key that holds nothing
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to ± this number; 0: they are not
+    sinks: bool = False  # each head has the score of one more key, whose value is zero
     experts: Experts | None = None
     clamped_gate: ClampedGate | None = None  # in the place of the activation
-    attention_gate: bool = False  # what attention gives is multiplied by the sigmoid of a projection of what it reads
-    mixers: tuple[str, ...] = ()  # per block what mixes tokens: a kind of `MIXERS`; empty: attention in all
+    attention_gate: bool = False  # attention's output is multiplied by the sigmoid of a projection of its input
+    mixers: tuple[str, ...] = ()  # per block a kind of `MIXERS`; empty: "attention" in all
     delta: DeltaNet | None = None
     global_attention: GlobalAttention | None = None
     value_norm: bool = False  # RMS norm of each head's values, without weights
-    layer_scales: bool = False  # what leaves a block is multiplied by a number of its own, which does not train
+    layer_scales: bool = False  # each block multiplies its output by a constant number of the model
 
     @property
     def most_tokens(self) -> int:
-        """Of a sequence; 0: any number."""
+        """The largest supported number of tokens of a sequence; 0: any number."""
         return self.rope_scaling.original_max_positions if isinstance(self.rope_scaling, LongRope) else self.positions
 
     def truncated(self, num_layers: int) -> Arch:
-        """The same model with its first `num_layers` blocks only."""
+        """Returns the architecture of the first `num_layers` blocks."""
         windows, mixers = self.windows[:num_layers], self.mixers[:num_layers]
         return dataclasses.replace(
             self,
@@ -193,23 +195,24 @@ class Arch:
         )
 
     def count(self, blocks: str, stop: int | None = None) -> int:
-        """How many of the first `stop` blocks (None: of all) have the weights whose leading axis is called `blocks`."""
+        """Counts the blocks among the first `stop` (None: all) that have an entry in stacks with the axis `blocks`."""
         stop = self.num_layers if stop is None else stop
         return self.mixers[:stop].count(MIXERS[blocks]) if blocks in MIXERS else stop
 
     def place(self, blocks: str, layer: int) -> int | None:
-        """Where block `layer` stands in stacks whose leading axis is called `blocks`; None: it is in none of them."""
+        """Returns the entry of block `layer` in stacks with the axis `blocks`, or None where it has none."""
         if blocks in MIXERS and self.mixers[layer] != MIXERS[blocks]:
             return None
         return self.count(blocks, layer)
 
 
-# Where blocks differ in what mixes tokens, its weights are stacked over the blocks that have it: the leading axis.
+# A block mixes tokens by attention, DeltaNet or "global" attention. The weights of each are stacked over its blocks:
+# name of the stacks' leading axis, kind of the blocks.
 MIXERS = {"attention_layers": "attention", "delta_layers": "delta", "global_layers": "global"}
 
 
 def linear_layers(arch: Arch) -> dict[str, Weight]:
-    """The matrices [L, in, out] that every token passes, which adapters may sit on; no experts and no router."""
+    """Declares the matrices [blocks, in, out] that every token uses, which may have adapters: no experts, no router."""
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     matrices = {
         "q": (arch.d_model, heads, "embed", "heads"),
@@ -229,13 +232,13 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
     if arch.experts is None:
         weights |= {name: _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(arch)}
     elif arch.experts.shared:
-        one = dataclasses.replace(arch, d_ff=arch.experts.shared)
-        weights |= {f"shared_{name}": _matrix(arch, "layers", *shape, *axes) for name, shape, axes in _mlp(one)}
+        shared = _mlp(dataclasses.replace(arch, d_ff=arch.experts.shared))
+        weights |= {f"shared_{name}": _matrix(arch, "layers", *shape, *axes) for name, shape, axes in shared}
     return {name: weight for name, weight in weights.items() if weight.shape[0]}
 
 
 def _attention_blocks(arch: Arch) -> str:
-    """What the leading axis of attention's weights is called."""
+    """Returns the name of the leading axis of attention's weights."""
     return "attention_layers" if arch.mixers else "layers"
 
 
@@ -255,7 +258,7 @@ def _global_matrices(arch: Arch, attention: GlobalAttention) -> dict[str, tuple[
 
 
 def _delta_matrices(arch: Arch, delta: DeltaNet) -> list[tuple[str, tuple[int, int, str, str]]]:
-    """Name, sizes and axes of DeltaNet's wide matrices: q, k, v, the output's gate z and the way out."""
+    """Returns name, sizes and axes of DeltaNet's wide matrices: q, k, v, the output's gate z and the output o."""
     keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
     widths = {"q": keys, "k": keys, "v": values, "z": values}
     into = [(f"delta_{name}", (arch.d_model, width, "embed", "heads")) for name, width in widths.items()]
@@ -263,9 +266,10 @@ def _delta_matrices(arch: Arch, delta: DeltaNet) -> list[tuple[str, tuple[int, i
 
 
 def _delta_weights(arch: Arch, delta: DeltaNet, matrices: dict[str, Weight]) -> dict[str, Weight]:
-    """DeltaNet's other weights. Per head: projections to its step and its decay, the decay's rate and bias.
+    """Declares DeltaNet's other weights: per head the projections to step and decay, and the decay's rate and bias.
 
-    `matrices` are the linear layers: the convolutions [width, channels] are of what three of them give.
+    `matrices` are the linear layers. The outputs of delta_q, delta_k and delta_v each pass a convolution
+    [width, channels].
     """
     count, heads = arch.count("delta_layers"), delta.value_heads
     narrow = Weight((count, arch.d_model, heads), ("delta_layers", "embed", "none"), arch.d_model)
@@ -281,13 +285,13 @@ def _delta_weights(arch: Arch, delta: DeltaNet, matrices: dict[str, Weight]) -> 
 
 
 def _mlp(arch: Arch) -> list[tuple[str, tuple[int, int], tuple[str, str]]]:
-    """Name, shape and axes of an MLP's matrices."""
+    """Returns name, shape and axes of an MLP's matrices."""
     widening = [(name, (arch.d_model, arch.d_ff), ("embed", "mlp")) for name in ("gate", "up")]
     return [*widening[0 if arch.gated else 1 :], ("down", (arch.d_ff, arch.d_model), ("mlp", "embed"))]
 
 
 def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
-    """Matrices [L, experts, in, out], split over devices by whole experts, and the router [L, d, experts]."""
+    """Declares the experts' matrices [L, experts, in, out], which devices split by experts, router and norms."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
     if experts.apart:
@@ -303,14 +307,17 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
 
 
 def block_weights(arch: Arch) -> dict[str, Weight]:
-    """The weights of all blocks, stacked on a leading axis of length `num_layers`; matrices are [in, out]."""
+    """Declares the weights of all blocks, stacked on a leading axis over the blocks that have them.
+
+    Matrices are [in, out].
+    """
     weights = linear_layers(arch)
     if arch.delta is not None:
         weights |= _delta_weights(arch, arch.delta, weights)
     if arch.experts is not None:
         weights |= _expert_weights(arch, arch.experts)
     for name in arch.biases:
-        if name not in weights:  # no block has attention
+        if name not in weights:  # because no block is of the kind that has this linear layer
             continue
         shape, axes = weights[name].shape, weights[name].axes
         weights[f"{name}_bias"] = Weight((*shape[:-2], shape[-1]), (*axes[:-2], axes[-1]))
@@ -325,9 +332,9 @@ def block_weights(arch: Arch) -> dict[str, Weight]:
         for name, count in (("q_norm", arch.num_heads), ("k_norm", arch.num_kv_heads)):
             width = count * arch.head_dim if whole else arch.head_dim
             weights[name] = Weight((blocks, width), (attention, "norm"))
-    if arch.global_attention is not None and arch.qk_norm and (blocks_there := arch.count("global_layers")):
+    if arch.global_attention is not None and arch.qk_norm and (global_blocks := arch.count("global_layers")):
         for name in ("global_q_norm", "global_k_norm"):
-            weights[name] = Weight((blocks_there, arch.global_attention.head_dim), ("global_layers", "norm"))
+            weights[name] = Weight((global_blocks, arch.global_attention.head_dim), ("global_layers", "norm"))
     if arch.layer_scales:
         weights["layer_scale"] = Weight((arch.num_layers, 1), ("layers", "none"))
     if arch.sinks and blocks:
@@ -336,14 +343,16 @@ def block_weights(arch: Arch) -> dict[str, Weight]:
 
 
 def first_blocks(arch: Arch, blocks: dict[str, Any], depth: int) -> dict[str, Any]:
-    """Of all blocks' parameters, stacked, those of the first `depth`: as `block_weights(arch.truncated(depth))`."""
+    """Returns the parameters of the first `depth` blocks, stacked as `block_weights(arch.truncated(depth))` says."""
     declared, kept = block_weights(arch), block_weights(arch.truncated(depth))
     return {name: x[: arch.count(declared[name].axes[0], depth)] for name, x in blocks.items() if name in kept}
 
 
 def model_weights(arch: Arch) -> dict[str, Any]:
-    """Every weight of the model: `embed` [V, d], `blocks`, `final_norm` [d] and, where the architecture has them,
-    `final_norm_bias` [d], `positions` [P, d] and, if untied, `head` [V, d]."""
+    """Declares every weight of the model: `embed` [V, d], `blocks` and `final_norm` [d].
+
+    Where the architecture has them also `final_norm_bias` [d], `positions` [P, d] and an untied `head` [V, d].
+    """
     vocab = Weight((arch.vocab_size, arch.d_model), ("vocab", "embed"), fan_in=arch.d_model)
     norm = Weight((arch.d_model,), ("norm",))
     weights: dict[str, Any] = {"embed": vocab, "blocks": block_weights(arch), "final_norm": norm}

@@ -1,8 +1,9 @@
 """Attention over segments whose keys are never copied.
 
-A segment is a run of tokens with batch axes of its own: a constant prompt has none, an activation's tail has
-`(B,)`, its sampled responses `(B, G)`. Every segment attends to all earlier ones and to itself under one softmax;
-keys are shared by everything their batch axes do not index. A plain forward pass is the case of one segment.
+A segment is a run of tokens with its own batch axes. A constant prompt has none, the prompt's tail after an activation
+has `(B,)`, and sampled responses have `(B, G)`. Every segment attends to all earlier segments and to itself under one
+softmax. The keys of a segment with fewer batch axes are shared along the missing axes. A plain forward pass has one
+segment.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.products import einsum
 from nlae_jax.lm.segments import KeyValues
 
-# Stands for minus infinity in masked logits: finite, so that a query without any key yields no NaN.
+# Score of a masked key. It is finite, so that a query without any key gives no NaN.
 MASKED = -1e30
 
 
@@ -34,16 +35,16 @@ def attend(
     implementation: str = "auto",
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of one segment's queries to the keys of several segments, under one softmax.
+    """Computes the attention of one segment's queries to the keys of several segments, under one softmax.
 
-    q: [*batch, T, heads, head_dim], q_positions: [*batch, T]. The batch axes of every entry of `segments` are a
-    prefix of q's; a cache may have them as one (`empty_caches`). A key is seen if it is valid, its position is not
-    after the query's and, with a `window`, less than so many before it. Scores are multiplied by `scale`
-    (head_dim ** -0.5 unless given) and, with a `softcap`, squashed below it. `sinks` [heads] are the scores of one key
-    more, which holds nothing. Returns q's shape.
+    q: [*batch, T, heads, head_dim], q_positions: [*batch, T] int32. The batch axes of every entry of `segments` are a
+    prefix of q's; a cache may have them as one axis (`empty_caches`). A query at position p sees the valid keys at
+    positions up to p and, with a `window`, after p - window. Scores are multiplied by `scale` (default:
+    head_dim ** -0.5) and, if `softcap` is not 0, become softcap · tanh(score / softcap). `sinks` [heads] are the scores
+    of one more key, whose value is zero. Returns an array of q's shape and dtype.
 
-    `implementation` is one of `IMPLEMENTATIONS` or "auto", which is "xla" everywhere: no chip has run the other yet.
-    Single queries (decoding), sinks and more keys than the kernel has room for take "xla" whatever is asked for.
+    `implementation` is one of `IMPLEMENTATIONS`, or "auto" for "xla": the kernel is used only where it is asked for.
+    Single queries (decoding), sinks, and more keys than the kernel has room for are computed by "xla" in any case.
     """
     if sinks is not None:
         return attend_xla(q, q_positions, segments, scale, softcap, window, sinks)
@@ -61,7 +62,7 @@ def attend_xla(
     window: jax.Array | int | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` in operations that XLA schedules, on any backend."""
+    """Computes `attend` by operations that XLA schedules, on any backend."""
     *batch, length, heads, head_dim = q.shape
     kv_heads, total = segments[0].k.shape[0], math.prod(batch)
     queries = q.reshape(total, length, kv_heads, heads // kv_heads, head_dim).transpose(2, 0, 1, 3, 4)
@@ -80,16 +81,16 @@ def attend_xla(
     return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
 
 
-# Below, K = kv_heads, N = rows, R = query heads per kv head. Queries are [K, N, T, R, D]; a segment's keys and values
-# are [K, O, S, D], where N = O · I and I rows follow each other that share its keys; `seen` is [O, I, T, S], and
-# sinks, where there are any, are [K, R] float32. With the heads in front, going from one segment's layout to another's
-# is a reshape that moves nothing.
+# Below, K = kv_heads, N = rows, R = query heads per kv head. Queries are [K, N, T, R, D]. A segment's keys and values
+# are [K, O, S, D], where N = O · I, and I consecutive rows share the same keys. `seen` is [O, I, T, S] bool, and
+# sinks are [K, R] float32 or None. Because the heads come first, a reshape from one segment's layout to another's moves
+# no data.
 
 
 def _scores(
     scale: float, softcap: float, q_KxNxTxRxD: jax.Array, keys: jax.Array, seen: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Capped scores [K, O, I, T, R, S] float32, and where they count [1, O, I, T, 1, S] bool."""
+    """Returns the capped scores [K, O, I, T, R, S] float32, and which are seen [1, O, I, T, 1, S] bool."""
     kv_heads, _, length, repeats, head_dim = q_KxNxTxRxD.shape
     q = q_KxNxTxRxD.reshape(kv_heads, keys.shape[1], -1, head_dim)
     score = einsum("kond,kosd->kons", q, keys, jnp.float32) * scale
@@ -98,7 +99,7 @@ def _scores(
 
 
 def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """[K, O, I, T, R, S] · [K, O, S, D] -> [K, N, T, R, D] float32."""
+    """Sums values [K, O, S, D] with weights [K, O, I, T, R, S] over the keys: [K, N, T, R, D] float32."""
     kv_heads, outer, inner, length, repeats, keys = weights.shape
     flat = weights.astype(values.dtype).reshape(kv_heads, outer, -1, keys)
     out = einsum("kons,kosd->kond", flat, values, jnp.float32)
@@ -106,7 +107,7 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
-    """[K, O, I, T, R, S] and [K, N, T, R, D] -> [K, O, S, D] float32: summed over everything that shares the keys."""
+    """Sums x [K, N, T, R, D] with weights [K, O, I, T, R, S] over all queries that share keys: [K, O, S, D] float32."""
     kv_heads, outer, *_, keys = weights.shape
     flat, x = (
         weights.reshape(kv_heads, outer, -1, keys),
@@ -119,10 +120,10 @@ def _summed(weights: jax.Array, x_KxNxTxRxD: jax.Array) -> jax.Array:
 def _softmax_of_segments(
     scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any, sinks: jax.Array | None
 ) -> jax.Array:
-    """The attention itself, [K, N, T, R, D] like q; `keys`, `values` and `seen` have an entry per segment.
+    """Computes the attention, [K, N, T, R, D] like q. `keys`, `values` and `seen` have one entry per segment.
 
-    Its gradient is written out (Dao et al. 2022): kept are the output and the softmax's maximum and denominator, from
-    which each segment's weights are made again, instead of the scores.
+    The gradient is written out as in FlashAttention (Dao et al. 2022). For it, the output and the softmax's maximum and
+    denominator are kept instead of the scores, and each segment's weights are computed again from them.
     """
     return _forward(scale, softcap, q, keys, values, seen, sinks)[0]
 
@@ -130,10 +131,9 @@ def _softmax_of_segments(
 def _forward(
     scale: float, softcap: float, q: jax.Array, keys: Any, values: Any, seen: Any, sinks: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    """The softmax is taken in pieces: one maximum over all segments, then sums of exponentials and weighted values."""
-    scores = [
-        jnp.where(m, s, MASKED) for s, m in (_scores(scale, softcap, q, *of) for of in zip(keys, seen, strict=True))
-    ]
+    """Takes one maximum over all segments, then sums exponentials and weighted values segment by segment."""
+    pairs = (_scores(scale, softcap, q, k, visible) for k, visible in zip(keys, seen, strict=True))
+    scores = [jnp.where(visible, score, MASKED) for score, visible in pairs]
     top = functools.reduce(jnp.maximum, [score.max(-1).reshape(q.shape[:-1]) for score in scores])
     if sinks is not None:
         top = jnp.maximum(top, sinks[:, None, None])
@@ -151,22 +151,22 @@ def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> t
     q, keys, values, seen, sinks, out, top, denominator = kept
     shift = (gradient.astype(jnp.float32) * out).sum(-1)
     of_q, of_keys, of_values = jnp.zeros(q.shape, jnp.float32), [], []
-    for k, v, m in zip(keys, values, seen, strict=True):
-        score, counted = _scores(scale, softcap, q, k, m)
+    for k, v, segment_seen in zip(keys, values, seen, strict=True):
+        score, visible = _scores(scale, softcap, q, k, segment_seen)
         per_query = (*score.shape[:-1], 1)
-        exponential = jnp.exp(jnp.where(counted, score, MASKED) - top.reshape(per_query))
+        exponential = jnp.exp(jnp.where(visible, score, MASKED) - top.reshape(per_query))
         weight = exponential / denominator.reshape(per_query)
-        of_weight, _ = _scores(1.0, 0.0, gradient, v, m)
+        of_weight, _ = _scores(1.0, 0.0, gradient, v, segment_seen)
         of_score = weight * (of_weight - shift.reshape(per_query)) * scale
         if softcap:
             of_score = of_score * (1 - jnp.square(score / softcap))
-        # Last: what is masked is left out and not multiplied by zero, for its score may be anything.
-        of_score = jnp.where(counted, of_score, 0.0)
+        # Masked scores are selected away, not multiplied by zero, because they may be infinite or NaN.
+        of_score = jnp.where(visible, of_score, 0.0)
         of_q = of_q + _weighted(of_score, k)
         of_keys.append(_summed(of_score, q).astype(k.dtype))
         of_values.append(_summed(weight, gradient).astype(v.dtype))
     of_sinks = None
-    if sinks is not None:  # what they hold is zero, so their share of the output is too
+    if sinks is not None:  # a sink's value is zero, so it adds nothing to the output
         of_sinks = -(jnp.exp(sinks[:, None, None] - top) / denominator * shift).sum((1, 2))
     return of_q.astype(q.dtype), tuple(of_keys), tuple(of_values), None, of_sinks
 
@@ -174,5 +174,5 @@ def _backward(scale: float, softcap: float, kept: Any, gradient: jax.Array) -> t
 _softmax_of_segments.defvjp(_forward, _backward)
 
 
-# "pallas" is compiled for TPUs; elsewhere its kernels are interpreted, which is for tests.
+# "pallas" is compiled for TPUs. On other devices its kernels are interpreted, which is slow and meant for tests.
 IMPLEMENTATIONS = {"xla": attend_xla, "pallas": attention_kernel.attend}

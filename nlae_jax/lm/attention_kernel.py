@@ -1,11 +1,11 @@
 """Attention over segments as one fused kernel forward and one backward (Pallas, TPU).
 
-The keys of a few hundred tokens fit on the chip whole, so nothing is streamed: a grid step holds a block of queries and
-all keys that it sees, side by side, takes one plain softmax and, backward, recomputes it; scores never reach main
-memory, and nothing is saved for the backward pass but the inputs. A segment's keys are found by the index map (row i of
-the queries reads block i // sharers) and its gradients are summed over the grid steps that share them. The grid walks
-key heads, then rows, then query blocks, so that each key is read once per head. Elsewhere than on a TPU the kernels
-are interpreted: slow, and good for tests only.
+All keys of a few hundred tokens fit into the chip's memory, so keys are not streamed. A grid step has a block of
+queries and, side by side, all keys that it sees. It takes one plain softmax, which the backward pass computes again.
+Scores never reach main memory, and only the inputs are kept for the backward pass. The index map finds a segment's
+keys: row i of the queries reads block i // sharers. Gradients of keys are summed over the grid steps that share them.
+The grid goes over key heads, then rows, then query blocks, so each key is read once per head. On devices other than
+TPUs the kernels are interpreted, which is slow and meant for tests.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from nlae_jax.mesh import split
 if TYPE_CHECKING:
     from nlae_jax.lm.segments import KeyValues
 
-_ROWS, _LANES = 16, 128  # what the rows and the last axis of an array in vector memory are multiples of
-_SCORE_BYTES = 2**21  # of one float32 array of scores: the backward pass holds about six
-_KEY_NUMBERS = 2**19  # in all keys of a head
+_ROWS, _LANES = 16, 128  # arrays in vector memory have rows and a last axis that are multiples of these
+_SCORE_BYTES = 2**21  # the most of one float32 array of scores, of which the backward pass holds about six
+_KEY_NUMBERS = 2**19  # the most numbers in all keys of a head
 _VMEM_BYTES = 64 * 2**20
-_ABSENT = 2**30  # position of keys that nothing may see
-_PADDING = _ABSENT + 1  # and of those that fill up a block
+_ABSENT = 2**30  # position of keys that no query may see
+_PADDING = _ABSENT + 1  # position of keys that fill up a block
 # Score of a key that the query does not see. Padding has twice that: its weight is 0 even where no key is seen.
 _UNSEEN = -1e30
 
 
 class _Static(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled for."""
 
-    mesh: AbstractMesh  # that the queries live on
-    rank: int  # how many batch axes the queries have
-    ranks: tuple[int, ...]  # and each segment's keys
-    block: int  # queries of a grid step, from each head that shares the keys
+    mesh: AbstractMesh  # of the queries
+    rank: int  # number of batch axes of the queries
+    ranks: tuple[int, ...]  # number of batch axes of each segment's keys
+    block: int  # number of queries of a grid step, in each head that shares the keys
     blocks: int
     scale: float
     softcap: float
@@ -71,9 +71,9 @@ def attend(
     softcap: float = 0.0,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """`attention.attend` by fused kernels; the same arguments, result and gradients, for any number of devices.
+    """Computes `attention.attend` by fused kernels, with the same arguments, result and gradients, on any mesh.
 
-    Weights are rounded to the values' dtype before they are multiplied, as there; sums are float32.
+    As in `attention.attend`, weights are rounded to the values' dtype before they are multiplied. Sums are float32.
     """
     *batch, length, heads, head_dim = q.shape
     kv_heads = segments[0].k.shape[0]
@@ -109,27 +109,29 @@ def attend(
 
 
 def fits(q: jax.Array, segments: Sequence[KeyValues]) -> bool:
-    """Whether there is room for all keys and the fewest queries at once."""
+    """Returns whether all keys and the smallest block of queries fit into vector memory."""
     width, repeats = _sizes(segments)[1], q.shape[-2] // segments[0].k.shape[0]
     return _most_queries(width, repeats) > 0 and width * q.shape[-1] <= _KEY_NUMBERS
 
 
 def _sizes(segments: Sequence[KeyValues]) -> tuple[list[int], int]:
-    """Rows that each segment's keys take up, and their sum, filled up."""
+    """Returns the padded number of each segment's keys, and their padded sum."""
     lengths = [_up(kv.k.shape[-2], _ROWS) for kv in segments]
     return lengths, _up(sum(lengths), _LANES)
 
 
 def _most_queries(width: int, repeats: int) -> int:
+    """Returns the largest block of queries for which an array of scores has at most `_SCORE_BYTES`."""
     return _SCORE_BYTES // (4 * width * repeats) // _ROWS * _ROWS
 
 
 def _up(size: int, multiple: int) -> int:
+    """Rounds a size up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def _padded(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
-    """The last axis filled up."""
+    """Fills the last axis up to `size`."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])], constant_values=fill)
 
 
@@ -160,9 +162,9 @@ def _flat(operands: Any) -> tuple[jax.Array, ...]:
 
 
 def _split_over_devices(function: Callable[..., Any], static: _Static, operands: tuple[jax.Array, ...]) -> Any:
-    """`function` on the rows and key heads of each device; gradients of keys that devices share are added up.
+    """Runs `function` on the rows and key heads of each device. Gradients of keys that devices share are summed.
 
-    What the devices do not divide stays whole: all of them compute it.
+    An axis that the devices do not divide stays whole, and all of them compute it.
     """
     mesh = static.mesh
     if mesh.size < 2:
@@ -208,7 +210,7 @@ def _backward(static: _Static, *operands: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _rows(static: _Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array], _Shape]:
-    """The window, everything else with its batch axes flattened, and the sizes."""
+    """Returns the window, the other operands with their batch axes as one, and the sizes."""
     limit, *rest = operands
     rank = static.rank
     rows = [x.reshape(-1, *x.shape[r:]) for x, r in zip(rest, (*[rank] * 3, *static.ranks * 2), strict=True)]
@@ -222,9 +224,10 @@ def _rows(static: _Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, li
 def _call(
     kernel: Callable[..., None], static: _Static, shape: _Shape, out: Any, rows: Sequence[jax.Array]
 ) -> Callable[..., Any]:
-    """The kernel on a grid of key heads, rows, query blocks: compiled on a TPU, interpreted elsewhere.
+    """Returns the kernel on a grid of key heads, rows and query blocks. It is compiled on a TPU, else interpreted.
 
-    The last block of an axis may reach over its end: what is read there is anything, and what is written is dropped.
+    The last block of an axis may reach beyond the axis. Values that are read there are undefined, and values that are
+    written there are dropped.
     """
     queries = pl.BlockSpec((None, None, shape.repeats, static.block, shape.head_dim), lambda h, i, j: (i, h, 0, j, 0))
     keys = [
@@ -266,12 +269,12 @@ def _call(
 
 
 class _Softmax(NamedTuple):
-    """Of one block of queries: which keys are seen, exponentials, their sums (width 1), float32."""
+    """The softmax of one block of queries: `weights` are exponentials, which `sums` normalise. All are float32."""
 
     seen: jax.Array  # [1, block, width]
     weights: jax.Array  # [repeats, block, width]
     sums: jax.Array  # [repeats, block, 1]
-    slope: jax.Array | float  # of the scores by the products of queries and keys
+    slope: jax.Array | float  # derivative of the scores by the products of queries and keys
 
 
 def _softmax(
@@ -282,7 +285,7 @@ def _softmax(
     if static.softcap:
         squashed = jnp.tanh(scores / static.softcap)
         scores, slope = static.softcap * squashed, static.scale * (1 - squashed * squashed)
-    # Positions lie along the lanes in main memory, where a column would be padded to 128 times its size.
+    # In main memory positions lie along the lanes, because a column would be padded to 128 times its size.
     at = jnp.broadcast_to(at_ref[...], (_LANES, at_ref.shape[-1])).T[: static.block, :1]
     place = place_ref[...]
     age = at - place
@@ -296,27 +299,27 @@ def _softmax(
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sums over one axis of each, in float32."""
+    """Multiplies two arrays and sums over one axis of each, in float32."""
     axes = ((axis_a,), (axis_b,)), ((), ())
     return jax.lax.dot_general(a, b, axes, precision_of(a, b), preferred_element_type=jnp.float32)
 
 
 def _within(x: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Zeros after the first `count` rows: what lies beyond an array's end may be NaN."""
+    """Replaces the rows after the first `count` by zeros, because values beyond an array's end may be NaN."""
     if isinstance(count, int) and count >= x.shape[-2]:
         return x
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2) < count, x, jnp.zeros_like(x))
 
 
 def _side_by_side(refs: Sequence[Any], shape: _Shape) -> jax.Array:
-    """All segments' keys (or values) [width, head_dim], filled up with zeros."""
+    """Joins all segments' keys (or values) to [width, head_dim], filled up with zeros."""
     parts = [_within(ref[...], length) for ref, length in zip(refs, shape.lengths, strict=True)]
     missing = shape.width - sum(part.shape[0] for part in parts)
     return jnp.concatenate([*parts, *([jnp.zeros((missing, shape.head_dim), parts[0].dtype)] if missing else [])])
 
 
 def _queries(ref: Any, static: _Static, shape: _Shape) -> jax.Array:
-    """[repeats · block, head_dim]."""
+    """Returns a block of queries, [repeats · block, head_dim], with zeros beyond the end."""
     whole = shape.length == static.block * static.blocks
     count = shape.length if whole else shape.length - pl.program_id(2) * static.block
     x = ref[...] if whole else _within(ref[...], count)
@@ -335,7 +338,7 @@ def _forward_kernel(
 
 
 def _flattened(x: jax.Array) -> jax.Array:
-    """[repeats, block, n] -> [repeats · block, n]."""
+    """Joins the first two axes: [repeats, block, n] -> [repeats · block, n]."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -357,15 +360,15 @@ def _backward_kernel(
 
     row, block, start = pl.program_id(1), pl.program_id(2), 0
     for dk_ref, dv_ref, sharers in zip(dk_refs, dv_refs, shape.sharers, strict=True):
-        own = slice(start, start + dk_ref.shape[0])
-        start = own.stop
+        rows = slice(start, start + dk_ref.shape[0])
+        start = rows.stop
         if sharers * static.blocks == 1:
-            dk_ref[...], dv_ref[...] = dk[own].astype(dk_ref.dtype), dv[own].astype(dv_ref.dtype)
+            dk_ref[...], dv_ref[...] = dk[rows].astype(dk_ref.dtype), dv[rows].astype(dv_ref.dtype)
             continue
 
         @pl.when((jax.lax.rem(row, sharers) == 0) & (block == 0))
         def _(dk_ref: Any = dk_ref, dv_ref: Any = dv_ref) -> None:
             dk_ref[...], dv_ref[...] = jnp.zeros_like(dk_ref), jnp.zeros_like(dv_ref)
 
-        dk_ref[...] += dk[own]
-        dv_ref[...] += dv[own]
+        dk_ref[...] += dk[rows]
+        dv_ref[...] += dv[rows]

@@ -33,38 +33,38 @@ class Segment(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Room for one block's keys and values of a growing segment: [kv_heads, *batch, capacity, head_dim].
+    """One block's keys and values of a growing segment, [kv_heads, *batch, capacity, head_dim].
 
-    In a block of DeltaNet its state, and no keys and values.
+    In a block of DeltaNet, `state` is there instead of `k` and `v`.
     """
 
     k: Any
     v: Any
     state: DeltaState | None = None
-    global_kv: tuple[jax.Array, jax.Array] | None = None  # of all blocks together, as in `KeyValues`
+    global_kv: tuple[jax.Array, jax.Array] | None = None  # for all blocks together only, as in `KeyValues`
 
 
-# One block's weights and its adapters, none or by the linear layer's name.
+# One block's weights by name, and its adapters by the linear layer's name; empty without adapters.
 BlockWeights = tuple[dict[str, jax.Array], dict[str, Any]]
 
 
 class Layer(NamedTuple):
-    """What sets one block apart from the others: its window (None: none has one), its index into `rope_kinds`."""
+    """The constants in which blocks differ: the window (None: no block has one) and the index into `rope_kinds`."""
 
     window: Any = None
     rope: Any = 0
 
 
-_NO_WINDOW = 2**30  # further back than any position
+_NO_WINDOW = 2**30  # larger than any distance of two positions
 
 
 def rope_kinds(arch: Arch) -> list[str]:
-    """The kinds of rope that the blocks have, each once."""
+    """Returns the kinds of RoPE that the blocks have, each once."""
     return sorted(set(arch.ropes)) or ["global"]
 
 
 def layers_of(arch: Arch) -> Layer | None:
-    """Every block's `Layer`, as arrays [L]; None where all are alike."""
+    """Returns every block's `Layer` as arrays [L] int32, or None where all blocks are alike."""
     if not arch.ropes and not arch.windows:
         return None
     kinds, count = rope_kinds(arch), arch.num_layers
@@ -75,11 +75,12 @@ def layers_of(arch: Arch) -> Layer | None:
 
 
 class Block:
-    """One block as a pure function; holds what does not differ between blocks.
+    """One block as a pure function. The object holds what all blocks share, such as RoPE's tables.
 
-    `weights` and `adapters` are one block's slices. `contexts` are the keys and values of segments processed earlier
-    (a prefilled cache). `own` is set while decoding: room for the only segment's keys, written at `offset`; with a
-    `place`, the room of all blocks, of which this one's is there.
+    Calling it takes one block's `weights` and `adapters` and the segments' residual streams `xs`, each [*batch, T, d].
+    `contexts` are the keys and values of earlier segments (a prefilled cache). While decoding, `own` is the cache of
+    the only segment, which is written at `offset`; with a `place`, `own` has all blocks' caches, and this block's is
+    the entry `place`. Returns the residual streams after the block, and the block's cache of each segment.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Block:
         self.arch, self.lora_scale, self.implementation = arch, lora_scale, implementation
         self.positions = [s.positions for s in segments]
         self.valid = [s.valid for s in segments]
-        # Of each matrix, what its input and its output are split by; residual streams are by rows alone.
+        # By matrix: the mesh axes that split its input and its output. Residual streams are split by rows only.
         axes = {name: weight.axes[1:] for name, weight in linear_layers(arch).items()}
         self._axes = {name: [axis if axis != "embed" else None for axis in both] for name, both in axes.items()}
         self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
@@ -141,7 +142,10 @@ class Block:
         layer: Layer,
         place: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
-        """What "o" reads of segment `i`, whose keys are put behind those `seen`, and what its cache becomes."""
+        """Computes the input of the matrix "o" for segment `i`, and the segment's cache.
+
+        Adds the segment's keys to the list `seen`, which holds those of the segments before.
+        """
         decoding, wide = own is not None, self.arch.global_attention if "global_o" in weights else None
         rope = _one_of(self.ropes[i], layer.rope) if wide is None else self.global_ropes[i]
         q, k, v = self._project(weights, adapters, x, rope, decoding, wide)
@@ -183,13 +187,14 @@ class Block:
         offset: jax.Array | int,
         place: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
-        """The same of a block of DeltaNet, for "delta_o": it begins with the state after the last one of those `seen`.
+        """Computes the input of the matrix "delta_o" for segment `i`, and the segment's cache, in a block of DeltaNet.
 
-        While decoding, the first token begins with that one, and later ones with what the one before left in `own`.
+        The segment begins with the state of the last entry of `seen`, and its own state is added to that list. While
+        decoding, the first token begins with that state, and a later token with the state in `own`.
         """
         delta, decoding = self.arch.delta, own is not None
-        assert delta is not None  # as the block has its weights
-        if decoding:  # split by rows, as the narrow products would have it, it was gathered for each wide one
+        assert delta is not None  # because the block has DeltaNet's weights
+        if decoding:  # XLA would split x by rows for the narrow products, and gather it for each wide product
             x = residual(x, decoding)
         rows = math.prod(x.shape[:-2])
         before = (seen[-1].state if seen else None) or empty_state(delta, rows, x.dtype)
@@ -230,7 +235,7 @@ class Block:
     def _shared(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool
     ) -> jax.Array:
-        """What the MLP beside the experts, which every token passes, makes of what it reads."""
+        """Computes the output of the shared MLP, which every token uses beside its experts."""
         product = lambda y, name: self._linear(y, weights, adapters, f"shared_{name}", decoding)  # noqa: E731
         out = product(activated(self.arch, lambda name: product(x, name)), "down")
         if "shared_share" not in weights:
@@ -240,17 +245,17 @@ class Block:
     def neurons(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool = False
     ) -> jax.Array:
-        """What the MLP's neurons make of the residual stream that it reads, [*batch, T, d_ff]."""
+        """Computes the activations of the MLP's neurons, [*batch, T, d_ff], from the residual stream x."""
         normed = self._norm(x, weights, "mlp_norm")
         return activated(self.arch, lambda name: self._linear(normed, weights, adapters, name, decoding))
 
     def _added(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
-        """What attention or MLP add to the residual stream."""
+        """Applies the post-norm `name` and the residual scale to the output of attention or MLP."""
         normed = self._norm(x, weights, name)
         return normed if self.arch.residual_scale == 1.0 else normed * jnp.asarray(self.arch.residual_scale, x.dtype)
 
     def _norm(self, x: jax.Array, weights: dict[str, jax.Array], name: str) -> jax.Array:
-        """x itself where the architecture has no such norm."""
+        """Applies the norm `name`. Returns x if the architecture has no such norm."""
         if name not in weights:
             return x
         return norm(self.arch, x, weights[name], weights.get(f"{name}_bias"))
@@ -258,10 +263,11 @@ class Block:
     def _linear(
         self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], name: str, decoding: bool
     ) -> jax.Array:
-        """Where training holds copies of the weights, rows stay split at both ends of a product and of its gradient's.
+        """Applies the linear layer `name` with its adapter and bias.
 
-        Told that of residual streams alone, XLA gathered rows of the activations' segment from all copies on slices of
-        64 and 128 chips: 60 % more was sent. Inside one copy it weighs rows against weights, and does so well.
+        Where the mesh's axis `data` holds copies of the weights, the product's input and output are told to stay split
+        by rows. With that constraint on residual streams only, XLA gathered rows from all copies on slices of 64 and
+        128 chips, and 60 % more bytes were sent. On a mesh with one copy XLA chooses well by itself.
         """
         rows, columns = self._axes[name]
         constrain = not decoding and jax.typeof(x).sharding.mesh.shape.get("data", 1) > 1
@@ -280,17 +286,17 @@ class Block:
         decoding: bool,
         wide: GlobalAttention | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated q [*batch, T, heads, head_dim], and k, v in cache layout [kv_heads, *batch, T, head_dim].
+        """Returns rotated q [*batch, T, heads, head_dim], and k and v in cache layout [kv_heads, *batch, T, head_dim].
 
-        Decoding's matrices are split over more devices than there are heads: attention splits the rows instead. `wide`:
-        that of the block, where it is of the kind "global".
+        `wide` is the architecture's global attention if the block is of the kind "global", else None. While decoding,
+        matrices are split over more devices than there are heads, so attention splits rows instead.
         """
         prefix = "" if wide is None else "global_"
         kv_heads, head_dim = (wide or self.arch).num_kv_heads, (wide or self.arch).head_dim
 
         def product(name: str, count: int) -> jax.Array:
             y, own_norm = self._linear(x, weights, adapters, prefix + name, decoding), weights.get(f"{name}_norm")
-            if decoding:  # the product where its matrix is, or that would be gathered
+            if decoding:  # computed where the matrix is, which would be gathered otherwise
                 y = _by_row(_by_column(y), kv_heads)
             if own_norm is not None and self.arch.qk_norm == "all":
                 y = rms_norm(y, own_norm, self.arch.norm_eps, self.arch.norm_offset)
@@ -314,46 +320,47 @@ class Block:
 
 
 def _repeated(x: jax.Array, rows: int) -> jax.Array:
-    """[outer, ...] -> [rows, ...]: each entry as often as rows share it."""
+    """Repeats the entries of x [outer, ...] for the rows that share each: [rows, ...]."""
     outer = x.shape[0]
     return jnp.broadcast_to(x[:, None], (outer, rows // outer, *x.shape[1:])).reshape(rows, *x.shape[1:])
 
 
 def _by_row(y: jax.Array, kv_heads: int) -> jax.Array:
-    """Queries, keys, values or what attention makes of them [*batch, T, heads · head_dim], split as it works."""
+    """Splits queries, keys, values or attention's output [*batch, T, heads · head_dim] as attention works on them."""
     axes = ("batch", *[None] * (y.ndim - 2), "kv_heads")
     return constrained(y, axes, together=y.shape[-1] // kv_heads)
 
 
 def _by_column(y: jax.Array) -> jax.Array:
-    """What decoding's matrices read or give [*batch, T, columns], split as they are."""
+    """Splits an input or output [*batch, T, columns] of a matrix as the matrix is split while decoding."""
     return constrained(y, ("rows", *[None] * (y.ndim - 2), "heads"), DECODE_RULES)
 
 
 def _training_rows(x: jax.Array, columns: str | None) -> jax.Array:
-    """What training's matrices read or give [*batch, T, columns], split by its rows and as they are."""
+    """Splits an input or output [*batch, T, columns] of a matrix in training: by rows, and by columns as the matrix."""
     rows = "batch" if x.ndim > 2 else None  # the constant prompt has no rows
     return constrained(x, (rows, *[None] * (x.ndim - 2), columns))
 
 
 def residual(x: jax.Array, decoding: bool) -> jax.Array:
-    """A residual stream [*batch, T, d] split over devices by its rows alone."""
+    """Splits a residual stream [*batch, T, d] over devices by rows only."""
     return constrained(x, ("rows", *[None] * (x.ndim - 1)), DECODE_RULES) if decoding else _training_rows(x, None)
 
 
 def _sum(x: jax.Array, added: jax.Array, decoding: bool) -> jax.Array:
-    """The residual stream after an addition.
+    """Adds to the residual stream.
 
-    Decoding's is where every matrix reads it: split by rows in between, as sampled tokens are, it was gathered before
-    each product, half as much again as the products' own sums exchange.
+    While decoding, the sum is kept as every matrix reads it. XLA split it by rows, as sampled tokens are, and gathered
+    it before each product, which added half as much to what the products' own sums exchange.
     """
     return residual(x + added, decoding) if decoding else x + added
 
 
 def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax.Array | None = None) -> jax.Array:
-    """`cache` [kv_heads, rows, capacity, head_dim] with `new` [kv_heads, *batch, T, head_dim] from `offset` on.
+    """Writes `new` [kv_heads, *batch, T, head_dim] into `cache` [kv_heads, rows, capacity, head_dim] at `offset`.
 
-    With a `place`, the cache has all blocks' on a leading axis. An `offset` [rows] is each row's own, for one token.
+    With a `place`, the cache has a leading axis for all blocks. With an `offset` [rows], each row has its own, and T is
+    1.
     """
     before = () if place is None else (place,)
     kv_heads, rows = cache.shape[len(before) : len(before) + 2]
@@ -366,21 +373,21 @@ def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax
 
 
 def cached(x: jax.Array, stacked: int = 0) -> jax.Array:
-    """Keys or values [kv_heads, *batch, T, head_dim] as decoding's attention reads them, `stacked` axes before."""
+    """Splits keys or values [kv_heads, *batch, T, head_dim], after `stacked` leading axes, as decoding reads them."""
     batch = ("batch",) if x.ndim - stacked > 3 else ()
     axes = (*[None] * stacked, "kv_heads", *batch)
     return constrained(x, (*axes, *[None] * (x.ndim - len(axes))))
 
 
 def _one_of(tables: Sequence[Any], index: jax.Array | int) -> Any:
-    """`tables[index]`, where the index may be traced."""
+    """Returns `tables[index]`. The index may be traced."""
     if len(tables) == 1 or isinstance(index, int):
         return tables[index if isinstance(index, int) else 0]
     return jax.tree.map(lambda *parts: jnp.stack(parts)[index], *tables)
 
 
 def layer_of(stacked: Any, index: Any) -> Any:
-    """One layer's slice of every array in a stacked tree."""
+    """Returns the entry `index` of every array in a stacked tree. The index may be traced."""
     if isinstance(index, int):
         return jax.tree.map(lambda w: w[index], stacked)
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), stacked)

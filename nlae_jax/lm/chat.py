@@ -1,4 +1,4 @@
-"""A model's chat template at work, within bounds: the template is a program that came with the model."""
+"""Renders a model's chat template, a program that came with the model, within limits of time and memory."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 _WORKER = Path(__file__).with_name("chat_worker.py")
 
 # Bounds of one rendering. Templates of released models take milliseconds and add a few thousand characters.
-_SECONDS = 3.0  # of computing
-_SECONDS_A_CHAT = 0.02  # and for each chat of many
-_WAIT_SECONDS = 120.0  # by the clock: other programs may keep the machine busy
+_SECONDS = 3.0  # of processor time
+_SECONDS_A_CHAT = 0.02  # more for each chat
+_WAIT_SECONDS = 120.0  # by the clock, because other programs may keep the machine busy
 _BYTES = 1 << 30
-_CHARACTERS = 1 << 16  # beside the message
-_KEPT_CHARACTERS = 1 << 18  # of a request whose answer is kept: one of many long prefixes takes tens of megabytes
+_CHARACTERS = 1 << 16  # of a prompt, beside the message
+# The longest request whose answer is kept. An answer to one with many long prefixes takes tens of megabytes.
+_KEPT_CHARACTERS = 1 << 18
 
 
 def chat_ids(tokenizer: Any, message: str, **options: Any) -> list[int]:
-    """`chats_ids` of one message."""
+    """Returns `chats_ids` of one message."""
     return chats_ids(tokenizer, [message], **options)[0]
 
 
 def chats_ids(tokenizer: Any, messages: Sequence[str], **options: Any) -> list[list[int]]:
-    """Users' messages in the model's chat template, each up to where the reply begins.
+    """Returns the token ids of each user's message in the model's chat template, up to where the reply begins.
 
-    `options` are the template's own. Raises as `render_chats`.
+    `options` are passed to the template. Raises UserError as `render_chats` does.
     """
     chats = [[{"role": "user", "content": message}] for message in messages]
     prompts = render_chats(tokenizer, chats, add_generation_prompt=True, **options)
-    # The template writes the tokens that begin a sequence itself.
+    # No special tokens are added, because the template writes the tokens that begin a sequence.
     return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
 
 
 def render_chats(
     tokenizer: Any, chats: Sequence[Sequence[Mapping[str, str]]], add_generation_prompt: bool, **options: Any
 ) -> list[str]:
-    """Chats, each a list of messages with `role` and `content`, as the model's chat template writes them.
+    """Renders chats with the model's chat template. Each chat is a list of messages with `role` and `content`.
 
-    `options` are the template's own. Templates that print a date get a constant one: a prompt must not change from day
-    to day. Raises UserError, naming the tokenizer's directory if it has one, where there is no template or it does not
-    work: it raises, cannot be parsed, does not end, or writes too much.
+    `options` are passed to the template. A template that prints a date gets a constant one, because a prompt must not
+    change from day to day. Raises UserError, which names the tokenizer's directory if it has one, if there is no
+    template, or if the template raises, cannot be parsed, does not end, or writes too much.
     """
     name = _name(tokenizer)
     cleaned = [[{key: encodable(text) for key, text in message.items()} for message in chat] for chat in chats]
@@ -79,27 +80,27 @@ def render_chats(
 
 
 def prompts_ids(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
-    """What an encoder reads of messages: `chats_ids`, or, of a base model without a chat template, plain texts."""
+    """Returns the ids of an encoder's prompts: `chats_ids`, or plain texts for a base model without a chat template."""
     if tokenizer.chat_template is None:
         return [text_ids(tokenizer, encodable(message) + "\n") for message in messages]
     return chats_ids(tokenizer, messages)
 
 
 def plain_template(tokenizer: Any) -> str:
-    """A chat template that writes the prompts that `prompts_ids` takes without one, for programs that need one."""
+    """Returns a chat template that writes the plain prompts of `prompts_ids`, for programs that need a template."""
     begin = "".join(tokenizer.convert_ids_to_tokens(begin_ids(tokenizer)))
     written = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
     return f"{{{{ {json.dumps(begin)} }}}}{written}"
 
 
 def with_its_date(template: str) -> str:
-    """The template printing the date that `chats_ids` has it print, in transformers too, whose clock goes on."""
+    """Changes a template so that it prints the constant date of `chats_ids` in transformers too."""
     from nlae_jax.lm.chat_worker import DATE_STRING, TODAY
 
     if "strftime_now" not in template and "date_string" not in template:
         return template
     dates = {form: TODAY.strftime(form) for _, form in _DATE_CALL.findall(template)}
-    # A block's own line break is no part of the prompt, so what follows begins a line as it did.
+    # Jinja drops the line break after a block, so the template still begins at the beginning of a line.
     return (
         f"{{% macro strftime_now(form) %}}{{{{ {json.dumps(dates)}.get(form, {json.dumps(DATE_STRING)}) }}}}"
         f"{{% endmacro %}}\n{{% set date_string = {json.dumps(DATE_STRING)} %}}\n{template}"
@@ -111,7 +112,7 @@ def _name(tokenizer: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else str(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _template(tokenizer: Any, name: str) -> str:
@@ -129,14 +130,14 @@ def _template(tokenizer: Any, name: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _rendered(request: str) -> tuple[list[str], str]:
-    """`_run_worker` of a request that is small enough to be kept with its answer."""
+    """Does what `_run_worker` does, and keeps the answer. It is for small requests."""
     return _run_worker(request)
 
 
 def _run_worker(request: str) -> tuple[list[str], str]:
-    """The worker's prompts, and what it complains of, if anything."""
+    """Renders a request in the worker's process. Returns the prompts, and the error or an empty text."""
     try:
-        # -P: files beside the worker are no modules of it. Whatever it prints is one JSON object.
+        # With -P the worker cannot import the files beside it. It prints one JSON object.
         done = subprocess.run(
             [sys.executable, "-P", str(_WORKER)],
             input=request.encode(),

@@ -1,11 +1,12 @@
-"""Renders a model's chat template in a process of its own: `python -P chat_worker.py < request > answer`.
+"""Renders a model's chat template in a separate process: `python -P chat_worker.py < request > answer`.
 
-A chat template is a program that came with a model. Jinja's sandbox keeps it from files and from Python; it does not
-keep it from going on for ever or from filling the memory, which only a process can be kept from.
+A chat template is a program that came with a model. Jinja's sandbox keeps it from files and from Python, but not from
+running for ever or filling the memory. For that it needs a process with limits.
 
-Reads a JSON object: `template`; `messages`, one chat each; `variables`, what templates may read besides; and the limits
-`seconds` (of computing), `bytes` (of memory) and `characters` (of one prompt). Writes `{"prompts": [...]}`, or
-`{"error": "..."}`. Imports nothing of this project, whose packages take longer to load than the work takes.
+The request is a JSON object with `template`, `messages` (one list for each chat), `variables` (further variables for
+the template), and the limits `seconds` (of processor time), `bytes` (of memory) and `characters` (of one prompt). The
+answer is `{"prompts": [...]}` or `{"error": "..."}`. This file imports nothing of the package, which would take longer
+to load than the rendering takes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# What the templates of Llama 3 say where they are told nothing. A prompt must not change from day to day.
+# The default date of Llama 3's templates. It is constant, because a prompt must not change from day to day.
 TODAY = datetime.datetime(2024, 7, 26)
 DATE_STRING = TODAY.strftime("%d %b %Y")
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what an assistant wrote, and adds nothing to the prompt."""
+    """`{% generation %}…{% endgeneration %}`, which marks the assistant's words and adds nothing to the prompt."""
 
     tags = {"generation"}  # noqa: RUF012 (as its base class declares it)
 
@@ -43,7 +44,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, without names that begin with an underscore: those lead to what the sandbox keeps templates from."""
+    """Jinja's namespace without names that begin with an underscore, which would lead out of the sandbox."""
 
     def __init__(self, *args: Any, **fields: Any) -> None:
         super().__init__()
@@ -61,31 +62,31 @@ def _raise(message: Any) -> None:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Unlike Jinja's, it does not escape what is special in HTML."""
+    """Writes JSON without escapes for HTML, which Jinja's filter adds."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def environment() -> jinja2.Environment:
-    """What transformers gives to chat templates, except for the date."""
-    made = ImmutableSandboxedEnvironment(
+    """Returns the environment in which transformers renders chat templates, but with a constant date."""
+    sandbox = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = _to_json
-    made.globals |= {
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals |= {
         "raise_exception": _raise,
         "strftime_now": TODAY.strftime,
         "namespace": _Namespace,
         "dict": lambda *args, **fields: dict(*args, **fields),
     }
-    return made
+    return sandbox
 
 
 def rendered(request: dict[str, Any]) -> list[str]:
-    """The prompts, one for each chat."""
+    """Renders a request and returns one prompt for each chat."""
     template = environment().from_string(request["template"])
     prompts = []
     for messages in request["messages"]:
-        random.seed(0)  # a template may draw, but the same whenever it is asked
+        random.seed(0)  # a template's random choices are the same each time
         pieces, left = [], request["characters"]
         for piece in template.generate(messages=messages, **{"date_string": DATE_STRING, **request["variables"]}):
             pieces.append(piece)
@@ -97,15 +98,16 @@ def rendered(request: dict[str, Any]) -> list[str]:
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """From here on so much more may be used: the process ends with its time, and gets no memory beyond."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal ends a process that has nothing else in mind for it
-    with contextlib.suppress(OSError, ValueError):  # not every system has these
+    """Limits the processor time and the memory that the process may use from now on."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal ends a process without a handler for it
+    with contextlib.suppress(OSError, ValueError):  # some systems lack these limits
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> None:
+    """Reads a request from stdin and writes the answer to stdout."""
     request = json.load(sys.stdin)
     _limit(request["seconds"], request["bytes"])
     try:
@@ -114,7 +116,7 @@ def main() -> None:
         answer = {"error": "it is nested too deeply, or calls itself without end"}
     except MemoryError:
         answer = {"error": "it takes too much memory"}
-    except Exception as error:  # whatever a template does
+    except Exception as error:  # a template may raise anything
         line = getattr(error, "lineno", None)
         answer = {"error": f"{type(error).__name__}: {str(error)[:500]}" + (f", line {line}" if line else "")}
     json.dump(answer, sys.stdout)

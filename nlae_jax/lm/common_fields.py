@@ -1,4 +1,4 @@
-"""What readers of several families ask of a `config.json`: sizes, RoPE, biases, windows."""
+"""Fields of a `config.json` that the readers of several families use: sizes, RoPE, biases, windows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from nlae_jax.runtime.outside import quoted
 
 
 def common_fields(fields: Fields, default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
-    """What every family has: sizes, RoPE (transformers 5 keeps it in `rope_parameters`), a tied head or not.
+    """Reads the fields of `Arch` that every family has: sizes, RoPE, and whether the head is tied.
 
-    `partial`: transformers lets a part of each head turn in this family; others should not say so.
+    transformers 5 has RoPE's fields in `rope_parameters`. `partial` says that RoPE may turn a part of each head in this
+    family; in other families a file that says so is refused with UserError.
     """
     parameters = rope_parameters(fields)
     context = fields.get("max_position_embeddings")
@@ -49,7 +50,7 @@ _ROPE_BY_KIND = ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3")
 
 
 def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, Any]:
-    """Those of one kind of block, where each has a set of its own; else those of all."""
+    """Returns RoPE's fields for one kind of block. A file may have one set for each kind, or one set for all."""
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
     if new and old and new != old:
         raise UserError("config.json: rope_parameters and rope_scaling differ; it should have one of them")
@@ -68,7 +69,7 @@ def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, A
 
 
 def local_theta(fields: Fields, otherwise: float) -> float:
-    """The RoPE base of sliding blocks."""
+    """Reads the RoPE base of blocks with a window, by default `otherwise`. Raises UserError if their RoPE is scaled."""
     theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), otherwise)
     if scaling is not None:
         raise UserError("config.json: a scaled rope of sliding_attention is not supported")
@@ -76,13 +77,13 @@ def local_theta(fields: Fields, otherwise: float) -> float:
 
 
 def biases_of(fields: Fields) -> tuple[str, ...]:
-    """Linear layers with a bias, by the two flags that Llama and its relatives have."""
+    """Returns the names of linear layers with a bias, by the flags `attention_bias` and `mlp_bias`."""
     attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
     return attention + (("gate", "up", "down") if fields.flag("mlp_bias") else ())
 
 
 def sliding_blocks(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
-    """Which blocks have a window, by `layer_types` if it is there."""
+    """Returns for each block whether it has a window, by `layer_types`, or `otherwise` if that field is missing."""
     kinds = fields.items("layer_types")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
@@ -91,6 +92,6 @@ def sliding_blocks(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
 
 
 def windows_of(fields: Fields, sliding: Sequence[bool]) -> tuple[int, ...]:
-    """Per block its window: `sliding_window` where it slides, none where that is null."""
+    """Returns the window of each block: `sliding_window` if it is sliding, else 0. Empty if no block has a window."""
     size = fields.size("sliding_window", 0, least=0)
-    return tuple(size if one else 0 for one in sliding) if size and any(sliding) else ()
+    return tuple(size if slides else 0 for slides in sliding) if size and any(sliding) else ()

@@ -1,11 +1,11 @@
-"""Gated DeltaNet (Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule"): attention's linear kin.
+"""Gated DeltaNet (Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule"), a linear attention.
 
-Each head keeps a matrix S that maps keys to values. A token lets it decay, corrects what it gives for the token's key
-towards the token's value, and reads it by the token's query:
+Each head keeps a matrix S that maps keys to values. At each token S decays, is corrected so that it maps the token's
+key k closer to the token's value v, and is read with the token's query q:
 
     S ← exp(g) · S,    S ← S + k (β (v - Sᵀ k))ᵀ,    out = Sᵀ q
 
-What passes from one segment of tokens to the next is that state. Padding leaves it as it is.
+One segment of tokens passes this state on to the next. Padding does not change the state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nlae_jax.lm.segments import DeltaState
 
 CHUNK = 64
 
-# By the name of a linear layer: what it makes of what the block reads.
+# The name of a linear layer -> its output for the block's input.
 Product = Callable[[str], jax.Array]
 
 
@@ -35,10 +35,10 @@ def mix(
     valid: jax.Array,
     state: DeltaState,
 ) -> tuple[jax.Array, DeltaState]:
-    """What the matrix "delta_o" reads, [*batch, T, value_heads · value_dim], and the state after the segment.
+    """Computes the input [*batch, T, value_heads · value_dim] of the matrix "delta_o", and the state after the segment.
 
-    x: [*batch, T, d], `valid`: [*batch, T] bool, whose real tokens lie together: padding is before or after them. The
-    `state` before the segment has as many rows as the batch.
+    x: [*batch, T, d], `valid`: [*batch, T] bool. Padding stands before or after a row's tokens, not between them.
+    `state` is the state before the segment; its rows are the batch axes as one.
     """
     batch, length = x.shape[:-2], x.shape[-2]
     rows = state.memory.shape[0]
@@ -66,18 +66,18 @@ def mix(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1, zero left zero."""
+    """Scales vectors to length 1. A zero vector stays zero."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 def convolved(x: jax.Array, weight: jax.Array, tail: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """SiLU of a causal convolution of each channel, and the last inputs for the segment after this one.
+    """Computes SiLU of a causal convolution of each channel, like x, and the `tail` for the next segment.
 
-    x: [rows, T, channels], `weight`: [width, channels] with the token's own last, `tail`: [rows, width - 1, channels].
-    The inputs of `tail` come right before the first valid token, wherever padding puts that one.
+    x: [rows, T, channels]; `weight`: [width, channels], whose last entry is that of the token itself; `tail`: [rows,
+    width - 1, channels], the inputs right before the first valid token, wherever padding puts that token.
     """
     length, before = x.shape[1], tail.shape[1]
-    first = jnp.argmax(valid, axis=1)[:, None]  # 0 where none is
+    first = jnp.argmax(valid, axis=1)[:, None]  # 0 in a row without tokens
     tail = tail.astype(x.dtype)
     inputs = jnp.pad(jnp.where(valid[..., None], x, 0), ((0, 0), (before, 0), (0, 0)))
     column = jnp.arange(length + before)
@@ -94,10 +94,11 @@ def convolved(x: jax.Array, weight: jax.Array, tail: jax.Array, valid: jax.Array
 def token_by_token(
     q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, step: jax.Array, memory: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The delta rule as it is defined. Everything is float32.
+    """Computes the delta rule as it is defined, token by token, in float32.
 
-    q, k: [rows, T, key_heads, key_dim]; v: [rows, T, value_heads, value_dim]; `log_decay` and `step`: [rows, T,
-    value_heads]; `memory`: [rows, value_heads, key_dim, value_dim]. Returns what is read, like v, and the memory after.
+    q, k: [rows, T, key_heads, key_dim]; v: [rows, T, value_heads, value_dim]; `log_decay` (g) and `step` (β): [rows, T,
+    value_heads]; `memory` (S): [rows, value_heads, key_dim, value_dim]. Returns the output, of v's shape, and the
+    memory after the tokens.
     """
     q, k = (_per_value_head(x, v.shape[2]) for x in (q, k))
 
@@ -122,12 +123,12 @@ def in_chunks(
     memory: jax.Array,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_by_token` by products over chunks of tokens (Yang et al. 2024, "Parallelizing Linear Transformers with the
-    Delta Rule over Sequence Length").
+    """Computes `token_by_token` by products over chunks of tokens.
 
-    Inside a chunk the corrections u of its tokens solve a triangular system: u_i = β_i (v_i - e^{G_i} S₀ᵀ k_i -
-    Σ_{j<i} e^{G_i - G_j} (k_i·k_j) u_j), with S₀ the memory before the chunk and G the summed logarithms of decay. Its
-    solutions for the part without S₀ and for the factor of S₀ are taken for all chunks at once.
+    The formulas are those of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
+    Length". Inside a chunk the corrections u of its tokens solve a triangular system: u_i = β_i (v_i - e^{G_i} S₀ᵀ k_i
+    - Σ_{j<i} e^{G_i - G_j} (k_i·k_j) u_j), with S₀ the memory before the chunk and G the summed logarithms of decay.
+    The system is solved for all chunks at once, for the part without S₀ and for the factor of S₀.
     """
     length = v.shape[1]
     chunk = min(chunk, length)
@@ -135,7 +136,7 @@ def in_chunks(
     q, k, v, log_decay, step = (_chunks(x, chunk) for x in (q, k, v, log_decay, step))  # [chunks, N, H, C, ...]
     summed = jnp.cumsum(log_decay, -1)
     row, column = jnp.arange(chunk)[:, None], jnp.arange(chunk)
-    # The difference first: above the diagonal it is positive, and its exponential may overflow.
+    # Masked before the exponential, which may overflow above the diagonal, where the difference is positive.
     decay = jnp.exp(jnp.where(row >= column, summed[..., :, None] - summed[..., None, :], -jnp.inf))
     seen = einsum("cnhik,cnhjk->cnhij", q, k) * decay
     system = jnp.where(row > column, einsum("cnhik,cnhjk->cnhij", k, k) * decay * step[..., None], 0.0)
@@ -158,11 +159,11 @@ def in_chunks(
 
 
 def _per_value_head(x: jax.Array, count: int) -> jax.Array:
-    """Queries or keys [rows, T, key_heads, key_dim], each head's for all the value heads that it serves."""
+    """Repeats each head of queries or keys [rows, T, key_heads, key_dim] for the value heads that it serves."""
     return jnp.repeat(x, count // x.shape[2], axis=2)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[rows, T, heads, ...] -> [chunks, rows, heads, chunk, ...], with zeros after the last token."""
+    """Splits [rows, T, heads, ...] into [chunks, rows, heads, chunk, ...], with zeros after the last token."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)])
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), (1, 3), (0, 2))

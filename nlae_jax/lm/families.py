@@ -1,6 +1,7 @@
-"""Model families: an HF `config.json` read as an `Arch`, and written from one.
+"""Model families: reads an `Arch` from an HF `config.json`, and writes a `config.json` from an `Arch`.
 
-A family is a reader, from the file's fields to an `Arch`, entered in `FAMILIES`, and a line of `writers.WRITTEN`.
+A family has a reader in `FAMILIES`, which makes an `Arch` from the fields of the file, and an entry in
+`writers.WRITTEN`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Callable[[Fields], Arch]] = {
     "qwen3_5_moe_text": mixed_readers.qwen3_5_moe,
 }
 
-# Models with a vision tower, by what their language model is called where its `text_config` does not say.
+# Models with a vision tower, and the family of their language model unless `text_config` names one.
 _WITH_VISION = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
@@ -52,12 +53,15 @@ _WITH_VISION = {
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
-# Those whose head is the embedding where nothing is said.
+# Models with a vision tower whose head is tied unless the file says otherwise.
 _TIED = ("gemma3", "gemma4", "gemma4_unified")
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """An HF `config.json` without its vision tower: that of the language model alone."""
+    """Returns the language model's part of an HF `config.json`, which for most models is all of it.
+
+    Raises UserError if the model has a vision tower and its `text_config` is missing or not supported.
+    """
     whole = config.get("model_type")
     if not isinstance(whole, str) or whole not in _WITH_VISION:
         return config
@@ -75,7 +79,7 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def arch_from_hf(config: dict[str, Any]) -> Arch:
-    """The architecture that an HF `config.json` describes. Raises UserError for one we do not run."""
+    """Reads the architecture from an HF `config.json`. Raises UserError if it is not supported."""
     config = language_config(config)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -97,7 +101,7 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
 
 
 def read_arch(directory: Path) -> Arch:
-    """`arch_from_hf` of the `config.json` in a model directory."""
+    """Reads the architecture from the `config.json` of a model directory. Raises UserError that names the directory."""
     config = read_hf_config(directory)
     try:
         arch = arch_from_hf(config)
@@ -109,7 +113,7 @@ def read_arch(directory: Path) -> Arch:
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a model directory. Raises UserError if it is missing or not a JSON object."""
+    """Reads the `config.json` of a model directory. Raises UserError if it is missing or not a JSON object."""
     try:
         return read_json(Path(directory) / "config.json")
     except FileNotFoundError:
@@ -117,9 +121,9 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
 
 
 def hf_config(arch: Arch) -> dict[str, Any]:
-    """The `config.json` fields of `arch`: the inverse of `arch_from_hf`.
+    """Returns the fields of a `config.json` for `arch`: the inverse of `arch_from_hf`.
 
-    Raises ValueError for what no config.json of its family says.
+    Raises ValueError if no config.json of the family describes this architecture.
     """
     written, names = WRITTEN[arch.family], NAMES.get(arch.family, {})
     common = {
@@ -134,9 +138,9 @@ def hf_config(arch: Arch) -> dict[str, Any]:
         "rope_theta": arch.rope_theta,
         "tie_word_embeddings": arch.tied_head,
     }
-    own = own_fields(arch)
+    family_fields = own_fields(arch)
     fields = {key: value for key, value in common.items() if key not in written.lacks}
-    fields |= {key.partition("/")[0]: own[key] for key in written.fields}
+    fields |= {key.partition("/")[0]: family_fields[key] for key in written.fields}
     config: dict[str, Any] = {"architectures": [written.transformers_class], "model_type": arch.family}
     config |= {names.get(key, key): value for key, value in fields.items()}
     if (scaling := written_rope(arch.rope_scaling)) and "rope_parameters" not in config:

@@ -1,4 +1,4 @@
-"""An HF `config.json` read field by field: what nobody asked for, and what makes no sense, is refused by name."""
+"""Reads an HF `config.json` field by field. Fields that are unknown or make no sense are refused by name."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _NO_MATHS = frozenset(
     ]
 )
 
-# Those that `_common` reads.
+# Fields that `common_fields` reads.
 _COMMON = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
 )
 
-# What transformers takes where a family's config.json has no such field (null is another matter: it means none).
-# Published files leave such fields out: Gemma 3's `text_config` holds little more than what differs.
+# The values that transformers uses for fields that a family's config.json lacks; null means that there is no value.
+# Published files leave out fields: Gemma 3's `text_config` has few fields beside those that differ from these.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
@@ -164,7 +164,7 @@ DEFAULTS["qwen3_5_moe_text"] = {
     "num_experts_per_tok": 8,
 }
 
-# What a family's config.json calls what others call otherwise.
+# Names of fields in the families that call them differently.
 NAMES: dict[str, dict[str, str]] = {
     "gemma4_text": {"num_experts_per_tok": "top_k_experts"},
     "gpt2": {
@@ -187,7 +187,7 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 class Fields:
-    """A config.json that is read field by field: one that nobody has asked for, and that may matter, is refused."""
+    """A config.json that is read field by field. `finish` refuses unread fields that may change the maths."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.family = str(config.get("model_type"))
@@ -196,53 +196,54 @@ class Fields:
         self._read = {*_COMMON, *self.names.values(), *DEFAULTS.get(self.family, {})}
 
     def get(self, key: str, absent: Any = None) -> Any:
-        """The field, by its usual name; `absent` where it is null, or missing without a default of the family."""
+        """Returns a field by its usual name, or `absent` if it is null, or is missing and the family has no default."""
         key = self.names.get(key, key)
         self._read.add(key)
         value = self.config.get(key)
         return absent if value is None else value
 
     def need(self, key: str, absent: Any = None) -> Any:
-        """As `get`. Raises UserError where there is no such field and nothing to take in its place."""
+        """Does what `get` does. Raises UserError if the result would be None."""
         value = self.get(key, absent)
         return required(self.config, self.names.get(key, key)) if value is None else value
 
     def size(self, key: str, absent: int | None = None, least: int = 1) -> int:
-        """A whole number that is needed. Raises ValueError for one without sense."""
+        """Returns a required whole number. Raises ValueError if it is below `least` or too large for any model."""
         return whole(key, self.need(key, absent), least)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """A number that is needed and not negative, likewise."""
+        """Returns a required number. Raises ValueError if it is negative or not finite."""
         return number(key, self.need(key, absent))
 
     def flag(self, key: str) -> bool:
-        """A switch, off where it is null or missing. Raises ValueError for "false", which would count as on."""
+        """Returns a switch, which is off if it is null or missing. Raises ValueError for text such as "false"."""
         value = self.get(key, False)
         if not isinstance(value, bool):
             raise ValueError(f"{key} = {quoted(value)} should be true or false")
         return value
 
     def items(self, key: str) -> list[Any]:
-        """A list, empty where it is null or missing."""
+        """Returns a list, which is empty if the field is null or missing."""
         value = self.get(key, [])
         if not isinstance(value, list):
             raise ValueError(f"{key} = {quoted(value)} should be a list")
         return value
 
     def table(self, key: str) -> dict[str, Any]:
-        """An object, empty where it is null or missing."""
+        """Returns an object, which is empty if the field is null or missing."""
         return table(key, self.get(key, {}))
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Raises UserError where the field is there with another value; null and missing will do."""
+        """Raises UserError if the field has a value that is not allowed. It may be null or missing."""
         if (value := self.get(key)) is not None and value not in allowed:
             raise UserError(f"config.json: {key} = {quoted(value)} is not supported for model_type {self.family}")
 
     def pass_over(self, key: str) -> None:
-        """The field is known, and this family does not read it."""
+        """Marks a field as known. The family does not use it."""
         self._read.add(key)
 
     def finish(self) -> None:
+        """Raises UserError for a field that was not read and may change the maths."""
         for key, value in self.config.items():
             if key not in self._read and key not in _NO_MATHS and value not in (None, False, {}, []):
                 raise UserError(
@@ -252,16 +253,18 @@ class Fields:
 
 
 def required(parameters: dict[str, Any], key: str) -> Any:
+    """Returns the value of a field. Raises UserError if it is missing or null."""
     if parameters.get(key) is None:
         raise UserError(f"config.json: the field {key!r} is missing")
     return parameters[key]
 
 
-# What no model comes near to. Beyond it a size is a mistake, and lists of that length would fill the memory.
+# Upper bounds that no model comes near to. A larger size is a mistake, and lists of that length would fill the memory.
 _MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1 << 12, "intermediate_size": 1 << 24, "sliding_window": 1 << 30}
 
 
 def whole(key: str, value: Any, least: int = 1) -> int:
+    """Checks that a value is a whole number from `least` to the field's upper bound. Raises ValueError if it is not."""
     most = _MOST.get(key, 1 << 20)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not least <= value <= most or value != int(value):
@@ -270,6 +273,7 @@ def whole(key: str, value: Any, least: int = 1) -> int:
 
 
 def number(key: str, value: Any) -> float:
+    """Checks that a value is a finite number of at least 0. Raises ValueError if it is not."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value < math.inf:
         raise ValueError(f"{key} = {quoted(value)} should be a number that is not negative")
@@ -277,6 +281,7 @@ def number(key: str, value: Any) -> float:
 
 
 def table(key: str, value: Any) -> dict[str, Any]:
+    """Checks that a value is a JSON object. Raises ValueError if it is not."""
     if not isinstance(value, dict):
         raise ValueError(f"{key} = {quoted(value)} should be an object")
     return value

@@ -1,8 +1,8 @@
-"""The language-model head on many tokens, in chunks: no array of [tokens, vocabulary] outlives one.
+"""The language-model head on many tokens, in chunks, so that [tokens, vocabulary] is in memory for one chunk only.
 
-A chunk holds tokens of every row of the first axis, so that devices that split the rows split its work, and as many
-for each of them. What they exchange does not grow with the number of chunks: the weights are gathered before the first,
-and every device sums its own part of their gradient until after the last.
+A chunk has as many tokens of every row of the first axis. So devices that split the rows share the work of each chunk.
+What they exchange does not grow with the number of chunks: the weights are gathered before the first chunk, and every
+device sums its own part of the weights' gradient until after the last.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from nlae_jax.lm.products import einsum
 from nlae_jax.mesh import constrained, row_parts
 
-# (log-probs [...], *extras [...]) -> what these tokens add to the loss, []; nothing where the extras are zero.
+# (log-probs [...], *extras [...]) -> the sum [] of these tokens' losses. A token whose extras are zero should add 0.
 LossOf = Callable[..., jax.Array]
 
 
 def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
-    """[..., d], [V, d] -> [..., V] float32; capped where the architecture has a cap."""
+    """Multiplies x [..., d] by the head [V, d]: logits [..., V] float32, passed through the soft cap unless it is 0."""
     raw = einsum("...d,vd->...v", x, weight, jnp.float32)
     return softcap * jnp.tanh(raw / softcap) if softcap else raw
 
@@ -31,10 +31,10 @@ def logits(x: jax.Array, weight: jax.Array, softcap: float = 0.0) -> jax.Array:
 def log_probs(
     x: jax.Array, weight: jax.Array, targets: jax.Array, softcap: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
+    """Returns log p(target) and the entropy of the next-token distribution, each [B, ...] float32, from x [B, ..., d].
 
-    At most `chunk` tokens (or B) at a time on each device, whose logits are recomputed for a backward pass. The entropy
-    carries no gradient.
+    `targets` [B, ...] are token ids. Each device has the logits of at most `chunk` tokens (or B) at a time; a backward
+    pass computes them again. The entropy carries no gradient.
     """
     weight = constrained(weight, ("vocab", None))
 
@@ -58,11 +58,11 @@ def loss(
     targets: jax.Array,
     extras: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The sum of `loss_of(log-probs, *extras)` over chunks, and `log_probs` as it would give them, without gradient.
+    """Returns the sum of `loss_of(log-probs, *extras)` over chunks, and the result of `log_probs`, without gradient.
 
-    x: [B, ..., d], targets and every extra: [B, ...]; extras get no gradient, and `loss_of` must be finite where they
-    are zero: chunks are filled up so. The gradient is taken chunk by chunk while the logits are there
-    (as Liger does, Hsu et al. 2024): one pass over the vocabulary less than computing them again.
+    x is [B, ..., d]; `targets` and every extra are [B, ...]. Extras get no gradient. Chunks are filled up with zeros:
+    `loss_of` must be finite where the extras are zero. The gradient is computed chunk by chunk while the logits are in
+    memory (as in Liger, Hsu et al. 2024), which saves one pass over the vocabulary.
     """
     return _loss_with_gradient(loss_of, softcap, chunk, x, weight, targets, extras)[0]
 
@@ -85,7 +85,7 @@ def _loss_with_gradient(
             of_logits = of_logits * (1 - jnp.square(capped / softcap))
         of_logits = of_logits.astype(x.dtype)
         of_x = einsum("bnv,vd->bnd", of_logits, weight)
-        # [d, V]: the other way round, a CPU makes a transposed copy of `of_logits`.
+        # [d, V], because for [V, d] a CPU makes a transposed copy of the gradient of the logits.
         of_weight = einsum("pbnd,pbnv->pdv", by_part(x), by_part(of_logits), jnp.float32)
         of_weight = constrained(sums[1] + of_weight, ("batch", None, "vocab"))
         return (sums[0] + added, of_weight), (of_x, chosen, entropy)
@@ -108,7 +108,7 @@ loss.defvjp(_loss_with_gradient, _scaled_gradient)
 
 
 def _softmax(capped: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """log p(target) and entropy [...], exponentials [..., V] and their sum [..., 1] of capped logits [..., V]."""
+    """Returns log p(target) [...], entropy [...], exponentials [..., V] and their sum [..., 1] of logits [..., V]."""
     top = jax.lax.stop_gradient(capped.max(-1, keepdims=True))
     exponentials = jnp.exp(capped - top)
     denominator = exponentials.sum(-1, keepdims=True)
@@ -121,11 +121,11 @@ def _softmax(capped: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _chunked(arrays: tuple[jax.Array, ...], batch: tuple[int, ...], chunk: int) -> tuple[jax.Array, ...]:
-    """[*batch, ...] -> [chunks, B, width, ...] each, the last chunk filled up with zeros."""
+    """Splits arrays [*batch, ...] into chunks [chunks, B, width, ...]. The last chunk is filled up with zeros."""
     rows = batch[0]
     count = math.prod(batch[1:])
     chunks = -(-count // max(1, chunk // rows))
-    width = -(-count // chunks)  # as equal as can be: what fills up the last chunk is computed too
+    width = -(-count // chunks)  # nearly equal chunks, because what fills up the last one is computed too
 
     def one(array: jax.Array) -> jax.Array:
         flat = array.reshape(rows, count, *array.shape[len(batch) :])

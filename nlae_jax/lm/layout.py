@@ -1,7 +1,7 @@
-"""How a family's checkpoint stores our parameters: names, transposes, and which of them share a tensor.
+"""How the checkpoints of each family store our parameters: names, transposes, and tensors that hold several parameters.
 
-One table per family names every parameter in both directions. An HF Linear is stored [out, in] and ours is [in, out];
-our blocks are stacked on a leading axis, and a block's experts on the next.
+One table per family serves reading and writing. HF stores a linear layer as [out, in], and ours is [in, out]. Our
+blocks are stacked on a leading axis, and a block's experts on the next axis.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nlae_jax.lm.arch import Arch, model_weights
-from nlae_jax.lm.tensors import Spread
+from nlae_jax.lm.reading import Spread
 from nlae_jax.mesh import Weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a parameter stands in a checkpoint.
+    """Where a checkpoint stores a parameter.
 
-    `name` of the HF tensor, with {} for the block's number where each block has one, and {expert} where each expert
-    has. `beside`: the parameters that share it along the axis of outputs, this one among them, in `order`: one
-    after another (""), head by head ("heads"), or output by output ("outputs").
+    `name` is that of the HF tensor, with {} for the block's number if each block has a tensor, and {expert} for the
+    expert's number if each expert has one. `beside` are the parameters that the tensor holds along the axis of outputs,
+    this one among them. Their `order` is one after another (""), head by head ("heads") or output by output
+    ("outputs").
     """
 
     name: str
@@ -39,9 +40,10 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What of an HF tensor is a parameter's: the part at `index` of its stacked axes (block, expert).
+    """The part of an HF tensor that is the entry `index` (block, expert) of parameter `name`.
 
-    `expert`: which entry of the tensor's leading axis it is, where all experts of a block are in one tensor.
+    `expert` is the entry of the tensor's leading axis if one tensor has all experts of a block, else None. `spread`
+    says which of the tensor's outputs are the parameter's; None means all.
     """
 
     name: str
@@ -52,9 +54,9 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a checkpoint and everything of ours that it holds.
+    """One tensor of a checkpoint, and the parts of our parameters that it holds.
 
-    `shape` is that of its matrix. `layer`: the block that it belongs to, None outside of blocks.
+    `shape` is that of its matrix. `layer` is the block that it belongs to, or None.
     """
 
     name: str
@@ -66,7 +68,7 @@ class HfTensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """As the checkpoint has it."""
+        """The shape in the checkpoint."""
         return (*self.shape[:-1], 1, self.shape[-1]) if self.spaced else self.shape
 
 
@@ -100,7 +102,8 @@ _LLAMA: dict[str, Stored] = {
     "final_norm": Stored("model.norm.weight"),
     "head": Stored("lm_head.weight"),
 }
-# With norms on both sides of attention and MLP, the name that Llama gives to the second goes to another.
+# With norms before and after attention and MLP, Llama's name for the norm before the MLP is that of the norm after
+# attention.
 _POST_NORMS = _LLAMA | {
     "attn_post_norm": Stored("model.layers.{}.post_attention_layernorm.weight"),
     "mlp_norm": Stored("model.layers.{}.pre_feedforward_layernorm.weight"),
@@ -115,7 +118,7 @@ _GEMMA4 = _POST_NORMS | {
     "global_k_norm": Stored("model.layers.{}.self_attn.k_norm.weight"),
     "layer_scale": Stored("model.layers.{}.layer_scalar"),
 }
-# Those with experts: all of a block's in one tensor, beside an MLP that is called as the dense ones' is.
+# Gemma 4 with experts. One tensor has all experts of a block; the shared MLP has the names of a dense model's MLP.
 _GEMMA4_MOE = _GEMMA4 | {
     "shared_gate": _GEMMA4["gate"],
     "shared_up": _GEMMA4["up"],
@@ -212,7 +215,7 @@ _SHARED_EXPERT = {
 }
 _OF_EXPERTS = ("router", "gate", "up", "down")
 _QWEN3_5_MOE = _QWEN3_5 | _SHARED_EXPERT | {name: _QWEN3_MOE[name] for name in _OF_EXPERTS}
-# The same where all experts of a block are in one tensor.
+# Families that are also published with all experts of a block in one tensor.
 _PACKED = {
     "qwen3_5_moe_text": _QWEN3_5_MOE
     | {
@@ -233,11 +236,11 @@ _OTHERS: dict[str, dict[str, Stored]] = {
     "qwen3_5_moe_text": _QWEN3_5_MOE,
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
 }
-# Families of which some models have experts, and others an MLP alone.
+# Families in which some models have experts and others do not: the table of those with experts.
 _WITH_EXPERTS = {"gemma4_text": _GEMMA4_MOE}
-# What a model has been saved with under another name.
+# Other names under which the head has been saved.
 _OTHER_HEADS = {"gpt_neox": "lm_head.weight"}
-# Buffers that older versions of transformers saved: masks, which no other family may have by these names.
+# Endings of the names of masks that older versions of transformers saved. Other families may not have such tensors.
 _BUFFERS = {
     "gpt2": (".attn.bias", ".attn.masked_bias"),
     "gpt_neox": (".attention.bias", ".attention.masked_bias"),
@@ -245,14 +248,14 @@ _BUFFERS = {
 
 
 def layout(arch: Arch, packed: bool = False) -> dict[str, Stored]:
-    """Where every parameter that the family may have stands; `packed`: where a block has its experts in one tensor."""
+    """Returns where each parameter of the family is stored. `packed`: one tensor has all experts of a block."""
     if arch.experts is not None and arch.family in _WITH_EXPERTS:
         return _WITH_EXPERTS[arch.family]
     return _PACKED[arch.family] if packed else _OTHERS.get(arch.family, _LLAMA)
 
 
 def is_packed(arch: Arch, names: Iterable[str]) -> bool:
-    """Whether tensors of these names have a block's experts in one, in a family that is published in both ways."""
+    """Returns whether tensors with these names are packed: one tensor has all experts of a block."""
     if arch.family not in _PACKED:
         return False
     down = _PACKED[arch.family]["down"].name.format(0)
@@ -260,18 +263,18 @@ def is_packed(arch: Arch, names: Iterable[str]) -> bool:
 
 
 def hf_name(arch: Arch, name: str, layer: int = 0, expert: int = 0) -> str:
-    """The HF name of our parameter `name`, in block `layer` if it belongs to a block, of an expert if to one."""
+    """Returns the HF name of our parameter `name`, for a block and an expert if the parameter belongs to them."""
     return layout(arch)[name].name.format(layer, expert=expert)
 
 
 def flat_weights(arch: Arch) -> dict[str, Weight]:
-    """`arch.model_weights` without the level of the blocks."""
+    """Returns `arch.model_weights` as one level: the blocks' weights beside the others."""
     weights: dict[str, Any] = model_weights(arch)
     return {name: weight for name, weight in weights.items() if name != "blocks"} | weights["blocks"]
 
 
 def hf_tensors(arch: Arch, weights: Mapping[str, Weight], packed: bool = False) -> Iterator[HfTensor]:
-    """Every tensor of a checkpoint with these parameters: those outside of blocks first, then block by block."""
+    """Yields every tensor of a checkpoint with these parameters: first those outside of blocks, then block by block."""
     table = {name: stored for name, stored in layout(arch, packed).items() if name in weights}
     first = {name: stored for name, stored in table.items() if stored.beside[:1] in ((), (name,))}
     for name, stored in first.items():
@@ -312,10 +315,10 @@ def _tensor(
 
 
 def plain_name(arch: Arch, name: str) -> str:
-    """The name that a tensor of the language model has in a checkpoint with a head and without a vision tower.
+    """Returns the name of a tensor as a checkpoint with a head and without a vision tower has it.
 
-    The tensors may lie beside a vision tower (new and old spelling), and those of either kind may have been saved
-    without the head, by a class that calls them as the model does from inside.
+    A checkpoint with a vision tower puts a prefix before the language model's names, of which there is a new and an old
+    spelling. A checkpoint that was saved without the head lacks the model's own prefix.
     """
     root, trunk = _trunk(arch.family)
     if inside := trunk.match(name):
@@ -326,7 +329,7 @@ def plain_name(arch: Arch, name: str) -> str:
 
 @functools.cache
 def _trunk(family: str) -> tuple[str, re.Pattern[str]]:
-    """What the names of a family's blocks begin with, and a pattern of what stands before the rest of them."""
+    """Returns the prefix of a family's names, and a pattern that matches any prefix before the rest of a name."""
     names = [stored.name.split(".") for stored in _OTHERS.get(family, _LLAMA).values()]
     root = names[0][0]
     inner = "|".join(sorted({parts[1] for parts in names if parts[0] == root}))
@@ -334,5 +337,5 @@ def _trunk(family: str) -> tuple[str, re.Pattern[str]]:
 
 
 def is_buffer(arch: Arch, name: str) -> bool:
-    """Whether a tensor is a constant that follows from config.json."""
+    """Returns whether a tensor is a constant that follows from config.json."""
     return name.endswith(("rotary_emb.inv_freq", *_BUFFERS.get(arch.family, ())))

@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021) on every linear layer of the blocks that all tokens pass: on no expert or router.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use: not on experts or routers.
 
-Adapters are a tree of their own beside the frozen base, stacked over layers like it: one base in memory serves every
-role, whatever its depth and its adapters.
+Adapters are a separate tree beside the frozen base, stacked over blocks as the base is. So one base in memory serves
+every role, whatever the role's depth and adapters are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nlae_jax.mesh import Weight
 
 
 def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
-    """Per linear layer, `a` [L, rank, in] and `b` [L, rank, out]."""
+    """Declares the adapters of every linear layer: `a` [L, rank, in] and `b` [L, rank, out]."""
     return {
         name: {
             "a": Weight(
@@ -30,7 +30,7 @@ def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
 
 
 def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
-    """`a` random, `b` zero: the adapted model starts out equal to the base. float32."""
+    """Draws new adapters, float32: `a` is random and `b` zero, so the adapted model equals the base."""
     weights = adapter_weights(arch, rank)
     keys = jax.random.split(key, len(weights))
     return {
@@ -43,10 +43,10 @@ def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
 
 
 def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """`x @ weight`, plus `scale · (x @ aᵀ) @ b` where there is an adapter. x: [..., in] -> [..., out].
+    """Computes `x @ weight`, plus `scale · (x @ aᵀ) @ b` if there is an adapter: [..., in] -> [..., out].
 
-    The adapter's inner product is taken as [rank, tokens]: then no gradient transposes an array as wide as x, which
-    made the backward pass of a block 1.4 times slower on CPU.
+    The adapter's inner product has the shape [rank, tokens]. With [tokens, rank], gradients transposed an array as wide
+    as x, and the backward pass of a block took 1.4 times as long on a CPU.
     """
     flat = x.reshape(-1, x.shape[-1])
     y = einsum("ni,io->no", flat, weight)
@@ -57,7 +57,7 @@ def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None
 
 
 def merge(weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """A matrix [..., in, out] with its adapter (if any) added in, float32."""
+    """Returns a matrix [..., in, out] in float32, with the product of its adapter added if there is one."""
     weight = weight.astype(jnp.float32)
     if adapter is None:
         return weight

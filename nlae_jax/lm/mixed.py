@@ -1,7 +1,8 @@
-"""Models whose blocks differ in what mixes tokens: their weights are stacked over the blocks that have them.
+"""Models that mix kinds of blocks, such as attention and DeltaNet. Weights are stacked over the blocks that have them.
 
-Blocks are run by the shortest pattern of kinds that they repeat: a loop over the pattern's repetitions whose body is
-its blocks one after another, then what is left. So the compiled module grows with the pattern, not with the depth.
+Blocks are run by the shortest pattern of kinds that repeats: a loop over the repetitions, whose body runs the pattern's
+blocks one after another, and then the blocks that are left over. So the compiled module grows with the pattern, not
+with the depth.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from nlae_jax.lm.arch import MIXERS, Arch, block_weights
 from nlae_jax.lm.block import LayerCache, Segment, cached, layer_of
 from nlae_jax.lm.segments import empty_state
 
-# (carry, weights, adapters, block's number, its places in stacks by their leading axis) -> (carry, what it gives).
-# Weights and adapters are those that the block has.
+# (carry, the block's weights, its adapters, its number, its entries in stacks by their leading axis) -> (carry,
+# output).
 Step = Callable[[Any, dict[str, Any], dict[str, Any], Any, dict[str, Any]], tuple[Any, Any]]
-# What blocks gave, each with the block's kind: of the loop, stacked over its repetitions, and of those left.
-Given = tuple[list[tuple[str, Any]], list[tuple[str, Any]]]
+# (kind, output) of the pattern's blocks, whose outputs are stacked over the repetitions, and of the blocks left over.
+Outputs = tuple[list[tuple[str, Any]], list[tuple[str, Any]]]
 
 _AXES = ("layers", *MIXERS)
 
 
 def of_layer(arch: Arch, stacks: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """What block `layer` has of parameters or adapters, by our names."""
+    """Returns the entries of block `layer` in stacked parameters or adapters."""
     if not arch.mixers:
         return layer_of(stacks, layer)
     axes = {name: weight.axes[0] for name, weight in block_weights(arch).items()}
@@ -42,10 +43,10 @@ def over_blocks(
     start: int,
     stop: int,
     policy: Any = None,
-) -> tuple[Any, Given]:
-    """`step` for the blocks `start` to `stop` (exclusive), in order; the carry, and what they gave.
+) -> tuple[Any, Outputs]:
+    """Runs `step` for the blocks from `start` to `stop` (exclusive) in order. Returns the carry and the outputs.
 
-    `policy`: what the backward pass keeps of a step, as `jax.checkpoint` takes it; None: no backward pass.
+    `policy` says what is kept of a step for the backward pass, as in `jax.checkpoint`; None: there is no backward pass.
     """
     kinds = arch.mixers[start:stop]
     length, groups = _pattern(kinds)
@@ -54,31 +55,31 @@ def over_blocks(
     per = {axis: arch.count(axis, start + length) - first[axis] for axis in _AXES}
 
     def grouped(trees: Mapping[str, Any]) -> dict[str, Any]:
-        def of(x: jax.Array, axis: str) -> jax.Array:
+        def by_group(x: jax.Array, axis: str) -> jax.Array:
             begin, count = first[axis], groups * per[axis]
             part = x if len(x) == count else x[begin : begin + count]
             return part.reshape(groups, per[axis], *x.shape[1:])
 
         kept = {name: tree for name, tree in trees.items() if per[axes[name]]}
-        return {name: jax.tree.map(lambda x, axis=axes[name]: of(x, axis), tree) for name, tree in kept.items()}
+        return {name: jax.tree.map(lambda x, axis=axes[name]: by_group(x, axis), tree) for name, tree in kept.items()}
 
     def once(scanned: bool) -> Step:
         return step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=not scanned)
 
-    # A part of the stack is read in place, block by block: slicing it first would copy it.
+    # If the loop runs a part of the stacks, each block's weights are read in place. Slicing a part first would copy it.
     whole = groups * length == arch.num_layers
     in_loop, after = once(True), once(False)
 
     def body(carry: Any, inputs: tuple[jax.Array, dict[str, Any], dict[str, Any]]) -> tuple[Any, tuple[Any, ...]]:
-        group, weights, own = inputs
-        given = []
+        group, weights, group_adapters = inputs
+        outputs = []
         for number in range(length):
             within = {axis: place - first[axis] for axis, place in _places(arch, start + number).items()}
             places = {axis: first[axis] + group * per[axis] + index for axis, index in within.items()}
             read = _at(weights, axes, within) if whole else _at(stacks, axes, places)
-            carry, out = in_loop(carry, read, _at(own, axes, within), places["layers"], places)
-            given.append(out)
-        return carry, tuple(given)
+            carry, out = in_loop(carry, read, _at(group_adapters, axes, within), places["layers"], places)
+            outputs.append(out)
+        return carry, tuple(outputs)
 
     looped: list[tuple[str, Any]] = []
     if groups:
@@ -88,14 +89,14 @@ def over_blocks(
     left: list[tuple[str, Any]] = []
     for layer in range(start + groups * length, stop):
         places = _places(arch, layer)
-        weights, own = of_layer(arch, stacks, layer), of_layer(arch, adapters, layer)
-        carry, out = after(carry, weights, own, layer, places)
+        weights, layer_adapters = of_layer(arch, stacks, layer), of_layer(arch, adapters, layer)
+        carry, out = after(carry, weights, layer_adapters, layer, places)
         left.append((arch.mixers[layer], out))
     return carry, (looped, left)
 
 
 def _pattern(kinds: Sequence[str]) -> tuple[int, int]:
-    """How long the pattern is that the kinds repeat, and how often; no time where it would be once."""
+    """Returns the length of the shortest repeated pattern, and its repetitions: 0 if nothing is repeated."""
     for length in range(1, len(kinds) // 2 + 1):
         if all(kind == kinds[number % length] for number, kind in enumerate(kinds)):
             return length, len(kinds) // length
@@ -103,7 +104,7 @@ def _pattern(kinds: Sequence[str]) -> tuple[int, int]:
 
 
 def _places(arch: Arch, layer: int) -> dict[str, int]:
-    """Where block `layer` stands in the stacks that it is in, by their leading axis."""
+    """Returns the entry of block `layer` in each kind of stack that it is in, by the stacks' leading axis."""
     return {axis: place for axis in _AXES if (place := arch.place(axis, layer)) is not None}
 
 
@@ -111,21 +112,21 @@ def _at(stacks: Mapping[str, Any], axes: Mapping[str, str], places: Mapping[str,
     return {name: layer_of(stack, places[axes[name]]) for name, stack in stacks.items() if axes[name] in places}
 
 
-def stacked_caches(arch: Arch, given: Given, segments: Sequence[Segment]) -> tuple[LayerCache, ...]:
-    """Each segment's keys, values and states, stacked over the blocks that have them, from all blocks' caches."""
-    looped, left = given
+def stacked_caches(arch: Arch, outputs: Outputs, segments: Sequence[Segment]) -> tuple[LayerCache, ...]:
+    """Stacks the caches of all blocks for each segment: keys, values and states over the blocks that have them."""
+    looped, left = outputs
 
     def joined(kind: str, number: int) -> Any:
-        """None where no block is of that kind."""
-        inside = [caches[number] for of, caches in looped if of == kind]
+        """Stacks the caches of a segment in all blocks of a kind. Returns None where there is no such block."""
+        inside = [caches[number] for block_kind, caches in looped if block_kind == kind]
         parts = []
-        if inside:
-            every = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *inside)  # [repetitions, of the kind in each, ...]
+        if inside:  # becomes [repetitions, blocks of the kind in a pattern, ...]
+            every = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *inside)
             parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), every))
-        parts += [jax.tree.map(lambda x: x[None], caches[number]) for of, caches in left if of == kind]
+        parts += [jax.tree.map(lambda x: x[None], caches[number]) for block_kind, caches in left if block_kind == kind]
         return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) if parts else None
 
-    made = []
+    stacked = []
     for number, segment in enumerate(segments):
         batch, length, dtype = segment.x.shape[:-2], segment.x.shape[-2], segment.x.dtype
         attention, delta = joined("attention", number), joined("delta", number)
@@ -142,5 +143,5 @@ def stacked_caches(arch: Arch, given: Given, segments: Sequence[Segment]) -> tup
             heads, head_dim = arch.global_attention.num_kv_heads, arch.global_attention.head_dim
             none = jnp.zeros((0, heads, *batch, length, head_dim), dtype)
             global_kv = none, none
-        made.append(LayerCache(cached(attention.k, 1), cached(attention.v, 1), state, global_kv))
-    return tuple(made)
+        stacked.append(LayerCache(cached(attention.k, 1), cached(attention.v, 1), state, global_kv))
+    return tuple(stacked)

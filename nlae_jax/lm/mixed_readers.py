@@ -1,4 +1,4 @@
-"""Readers of families with experts, with a state in the place of keys, or with attention of several kinds."""
+"""Readers of families with experts, with DeltaNet, or with several kinds of attention."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
 
 def gemma4(fields: Fields) -> Arch:
-    """Their blocks without a window have heads of another size; some have experts beside the MLP of every block."""
+    """Reads Gemma 4. Blocks without a window have heads of another size; some models have experts beside every MLP."""
     fields.only("hidden_activation", "gelu_pytorch_tanh")
     fields.only("attention_bias", False)
-    fields.only("use_bidirectional_attention", False, "vision")  # among an image's tokens
+    fields.only("use_bidirectional_attention", False, "vision")  # "vision" concerns the tokens of images only
     fields.only("num_kv_shared_layers", 0)
-    for key in ("vocab_size_per_layer_input", "use_double_wide_mlp"):  # nothing without what is refused here
+    # These change nothing without fields that are refused here.
+    for key in ("vocab_size_per_layer_input", "use_double_wide_mlp"):
         fields.pass_over(key)
     if fields.size("hidden_size_per_layer_input", 0, least=0):
         raise UserError("config.json: hidden_size_per_layer_input, as Gemma 4 E2B and E4B have it, is not supported")
     count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
     sliding = sliding_blocks(fields, [(block + 1) % 6 != 0 for block in range(count)])
-    sliding[-1] = False  # as transformers has it, whatever the file says
+    sliding[-1] = False  # as in transformers, whatever the file says
     theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), 10_000.0)
     if scaling is not None:
         raise UserError("config.json: a scaled rope of sliding_attention is not supported")
@@ -51,7 +52,7 @@ def gemma4(fields: Fields) -> Arch:
         attention_scale=1.0,
         logit_softcap=fields.number("final_logit_softcapping", 0.0),
         windows=windows_of(fields, sliding),
-        mixers=tuple("attention" if one else "global" for one in sliding),
+        mixers=tuple("attention" if slides else "global" for slides in sliding),
         global_attention=_global_attention(fields, sliding),
         value_norm=True,
         layer_scales=True,
@@ -60,7 +61,7 @@ def gemma4(fields: Fields) -> Arch:
 
 
 def _experts_beside(fields: Fields) -> Experts | None:
-    """Those of Gemma 4, where it has any: only one of its two classes in transformers reads the switch."""
+    """Reads Gemma 4's experts, or returns None. Of its two classes in transformers only one reads the switch."""
     if fields.family == "gemma4_unified_text":
         fields.only("enable_moe_block", False)
     for key in ("num_experts", "moe_intermediate_size"):  # both do nothing without the switch
@@ -71,7 +72,7 @@ def _experts_beside(fields: Fields) -> Experts | None:
 
 
 def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttention:
-    """Attention of the blocks that have no window."""
+    """Reads the attention of the blocks without a window."""
     keys_are_values = fields.flag("attention_k_eq_v")
     kv_heads, head_dim = _global_heads(fields, sliding, keys_are_values)
     if fields.size("num_attention_heads") % kv_heads or head_dim % 2:
@@ -84,22 +85,23 @@ def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttentio
 
 
 def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool) -> tuple[int, int]:
-    """Their heads of keys and values, and a head's size, by `per_layer_config`, as transformers saves them.
+    """Returns the number of key heads and the size of heads in blocks without a window.
 
-    It leaves out what is as elsewhere, and is empty where all is. Published files have two fields instead, of which
-    transformers reads the first where keys are values only.
+    transformers saves them in `per_layer_config`, without the numbers that other blocks have too. Published files have
+    `num_global_key_value_heads` and `global_head_dim` instead; transformers reads the first of these only if keys are
+    values.
     """
     kv_heads, head_dim = fields.size("num_key_value_heads"), fields.size("head_dim")
     few, wide = fields.size("num_global_key_value_heads", kv_heads), fields.size("global_head_dim", 512)
     if fields.get("per_layer_config") is None:
         return few if keys_are_values else kv_heads, wide
     per_layer = fields.table("per_layer_config")
-    if set(per_layer) - {str(block) for block, one in enumerate(sliding) if not one}:
+    blocks = [str(block) for block, slides in enumerate(sliding) if not slides]
+    if set(per_layer) - set(blocks):
         raise UserError("config.json: per_layer_config of blocks that are not full_attention is not supported")
-    own = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
-    blocks = [str(block) for block, one in enumerate(sliding) if not one]
-    heads = [own | table("per_layer_config", per_layer.get(block, {})) for block in blocks]
-    if any(one != heads[0] or one.keys() != own.keys() for one in heads):
+    default = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    heads = [default | table("per_layer_config", per_layer.get(block, {})) for block in blocks]
+    if any(sizes != heads[0] or sizes.keys() != default.keys() for sizes in heads):
         raise UserError(
             "config.json: per_layer_config should have the same head_dim and num_key_value_heads for all "
             "full_attention blocks, and nothing else"
@@ -137,8 +139,8 @@ def olmoe(fields: Fields) -> Arch:
 
 def gpt_oss(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    fields.pass_over("experts_per_token")  # an older name of num_experts_per_tok
-    fields.pass_over("quantization_config")  # `weights` reads MXFP4, and refuses what else it does not know
+    fields.pass_over("experts_per_token")  # the older name of num_experts_per_tok
+    fields.pass_over("quantization_config")  # `weights.py` reads MXFP4 and refuses other packed tensors
     if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
         fields.config["rope_parameters"] = {
             "rope_type": "yarn",
@@ -154,19 +156,20 @@ def gpt_oss(fields: Fields) -> Arch:
         biases=(*attention, "router", "gate", "up", "down"),
         windows=windows_of(fields, sliding),
         sinks=True,
-        experts=_experts(fields, normalised=True),  # a softmax of the chosen ones' logits is that of all, normalised
+        experts=_experts(fields, normalised=True),  # its softmax is over the chosen experts only
         clamped_gate=ClampedGate(fields.number("swiglu_alpha"), fields.number("swiglu_limit")),
     )
 
 
 def qwen3_5(fields: Fields) -> Arch:
-    """Qwen 3.6's models are called so too."""
+    """Reads Qwen3.5 and Qwen3.6, which have the same model type."""
     fields.only("hidden_act", "silu")
     fields.only("attn_output_gate", True)
     fields.only("output_gate_type", "swish", "silu")  # of DeltaNet's output; attention's is a sigmoid in any case
     fields.only("mlp_only_layers", [])
     fields.pass_over("mamba_ssm_dtype")  # the state is float32 in any case
-    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):  # of blocks that draft tokens: not run
+    # Fields of blocks that draft tokens, which are not used.
+    for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
         fields.pass_over(key)
     common, kinds = common_fields(fields, partial=True), fields.items("layer_types")
     interval = fields.size("full_attention_interval", 4)
@@ -205,7 +208,7 @@ def qwen3_5_moe(fields: Fields) -> Arch:
 
 
 def _experts(fields: Fields, normalised: bool) -> Experts:
-    """transformers writes the number of experts under either name."""
+    """Reads the numbers of experts. transformers writes `num_experts` or `num_local_experts`."""
     local = fields.get("num_experts") is None and fields.get("num_local_experts") is not None
     count = fields.size("num_local_experts" if local else "num_experts")
     per_token = fields.size("num_experts_per_tok")

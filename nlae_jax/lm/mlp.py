@@ -1,4 +1,4 @@
-"""What stands between the matrices of an MLP."""
+"""The activation of an MLP: what is computed between its matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activated(arch: Arch, product: Callable[[str], jax.Array]) -> jax.Array:
-    """What the matrix "down" reads, from `product("gate")`, where there is one, and `product("up")`."""
+    """Computes the input of the matrix "down" from `product("up")` and, in a gated MLP, `product("gate")`.
+
+    `product(name)` is the MLP's input times the matrix of that name, [..., d_ff].
+    """
     if not arch.gated:
         return ACTIVATIONS[arch.activation](product("up"))
     gate, up = product("gate"), product("up")

@@ -1,4 +1,4 @@
-"""Calling flax modules."""
+"""Calls flax modules with explicit variables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import flax.linen as nn
 
 
 def apply(module: nn.Module, variables: Any, *arguments: Any, method: Any = None) -> Any:
-    """What `method` of the module (its `__call__` if none is named) makes of the arguments with these variables.
+    """Calls `method` of the module (default: `__call__`) with these variables and returns its result.
 
-    As `module.apply`, whose type allows for changed variables beside the result; here nothing may be changed.
+    `module.apply` may also return changed variables, so its type is wider. Here no variables may change.
     """
     return module.apply(variables, *arguments, method=method)

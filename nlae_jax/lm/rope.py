@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, in HF's half-split order) and their ways to stretch them."""
+"""Rotary position embeddings (RoPE, Su et al. 2021) in HF's half-split order, and the scalings of their wavelengths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from nlae_jax.lm.arch import Arch, GlobalAttention, LinearRope, Llama3Rope, Long
 
 
 def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [*positions.shape, turned pairs] float32: half of a head unless it turns in part.
+    """Returns cosines and sines for these positions, each [*positions.shape, pairs] float32.
 
-    `kind` is one of `arch.ropes`; "none" turns nothing.
+    `pairs` is half of the dimensions of a head that RoPE turns (`arch.rotary_dim`). `kind` is one of `arch.ropes`. With
+    "none" all angles are 0.
     """
     turned = arch.head_dim if arch.rotary_dim is None else arch.rotary_dim
     exponents = jnp.arange(0, turned, 2, dtype=jnp.float32) / max(turned, 1)
@@ -39,7 +40,10 @@ def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[
 
 
 def global_rope_table(attention: GlobalAttention, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`rope_table` of blocks with a `GlobalAttention`, each [*positions.shape, head_dim / 2]; later pairs stay."""
+    """Returns the `rope_table` of blocks with a `GlobalAttention`, each [*positions.shape, head_dim / 2] float32.
+
+    The pairs after the first `turned_pairs` have angle 0.
+    """
     pairs = jnp.arange(attention.head_dim // 2, dtype=jnp.float32)
     frequencies = attention.rope_theta ** (-2 * pairs / attention.head_dim) / attention.rope_factor
     frequencies = jnp.where(pairs < attention.turned_pairs, frequencies, 0.0)
@@ -48,6 +52,7 @@ def global_rope_table(attention: GlobalAttention, positions: jax.Array) -> tuple
 
 
 def _llama3(scaling: Llama3Rope, frequencies: jax.Array) -> jax.Array:
+    """Scales frequencies [pairs] as Llama 3 does: low ones by the factor, high ones not, in between interpolated."""
     wavelengths = 2 * math.pi / frequencies
     low = scaling.original_max_positions / scaling.low_freq_factor
     high = scaling.original_max_positions / scaling.high_freq_factor
@@ -61,10 +66,10 @@ def _llama3(scaling: Llama3Rope, frequencies: jax.Array) -> jax.Array:
 
 
 def _yarn_ramp(scaling: YarnRope, turned: int, theta: float) -> np.ndarray:
-    """How far each pair is stretched, [turned / 2] float32: 0 not at all, 1 by the whole factor."""
+    """Returns how far each pair is stretched, [turned / 2] float32: from 0, not at all, to 1, by the whole factor."""
 
     def pair_of(turns: float) -> float:
-        """The pair that makes so many turns in the original context."""
+        """Returns the pair that makes this many turns in the original context."""
         return turned * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
@@ -76,7 +81,10 @@ def _yarn_ramp(scaling: YarnRope, turned: int, theta: float) -> np.ndarray:
 
 
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [..., T, heads, head_dim] by its positions' `rope_table`, in float32; what that does not turn stays."""
+    """Rotates x [..., T, heads, head_dim] by the `rope_table` of its T positions, in float32.
+
+    Dimensions for which the table has no pair stay as they are. The result has x's dtype.
+    """
     turned = 2 * table[0].shape[-1]
     if turned == 0:
         return x
@@ -88,7 +96,7 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def query_growth(arch: Arch, positions: jax.Array) -> jax.Array | None:
-    """What queries are multiplied by at these positions, [*positions.shape] float32; None: nothing."""
+    """Returns the factors of queries at these positions, [*positions.shape] float32, or None where there are none."""
     growth = arch.query_growth
     if growth is None:
         return None

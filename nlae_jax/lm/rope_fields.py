@@ -1,4 +1,4 @@
-"""RoPE's fields of a `config.json`: base, scaling, how much of a head turns."""
+"""Reads RoPE's fields of a `config.json`: its base, its scaling, and how many dimensions of a head it turns."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Scaling = Llama3Rope | LinearRope | YarnRope | LongRope | None
 
 
 def turned_of(parameters: dict[str, Any], otherwise: float, head_dim: int) -> int:
-    """How many dimensions of a head turn."""
-    given = parameters.get("partial_rotary_factor")
-    part = number("partial_rotary_factor", otherwise if given is None else given)
+    """Returns how many dimensions of a head turn: `partial_rotary_factor`, or `otherwise`, times `head_dim`."""
+    factor = parameters.get("partial_rotary_factor")
+    part = number("partial_rotary_factor", otherwise if factor is None else factor)
     turned = int(head_dim * part)
     if turned + turned % 2 > head_dim:
         raise ValueError(f"partial_rotary_factor = {part} should be at most 1, and heads of an even size")
@@ -24,13 +24,13 @@ def turned_of(parameters: dict[str, Any], otherwise: float, head_dim: int) -> in
 
 
 def whole_heads_turn(parameters: dict[str, Any]) -> None:
-    """Raises UserError where only a part does, in a family of which transformers knows no such thing."""
+    """Raises UserError if only a part of each head turns, for families in which transformers turns whole heads."""
     if parameters.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError("config.json: a partial_rotary_factor other than 1 is not supported for this model_type")
 
 
 def rope_of(parameters: dict[str, Any], default_theta: float, context: int | None = None) -> tuple[float, Scaling]:
-    """RoPE base and scaling from one set of `rope_parameters`; `context`: the model's `max_position_embeddings`."""
+    """Reads base and scaling from one set of `rope_parameters`. `context` is the model's `max_position_embeddings`."""
     theta = number("rope_theta", parameters.get("rope_theta") or default_theta)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     constant = lambda key: number(key, required(parameters, key))  # noqa: E731
@@ -51,7 +51,7 @@ def rope_of(parameters: dict[str, Any], default_theta: float, context: int | Non
 
 
 def proportional_rope(parameters: dict[str, Any], default_theta: float, head_dim: int) -> tuple[float, int, float]:
-    """RoPE base, how many of a head's pairs turn, and the factor that all frequencies are divided by."""
+    """Reads the base, how many of a head's pairs turn, and the divisor of all frequencies."""
     kind = parameters.get("rope_type", "default")
     if kind not in ("proportional", "default"):
         raise UserError(f"config.json: rope_type {quoted(kind)} of full_attention is not supported; proportional is")
@@ -71,7 +71,7 @@ def _original(parameters: dict[str, Any], context: int | None) -> int:
 
 
 def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
-    """What is not said is taken as transformers takes it."""
+    """Reads YaRN's fields. The defaults of missing ones are those of transformers."""
     given = {key: value for key, value in parameters.items() if value is not None}
     original = _original(parameters, context)
     factor = number("factor", given.get("factor", (context or original) / original))
@@ -92,13 +92,16 @@ def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
 
 
 def long_rope(parameters: dict[str, Any], pairs: int, original: int, context: int) -> LongRope:
-    """`context`: the model's `max_position_embeddings`. Raises ValueError where pairs and factors are not as many."""
+    """Reads LongRoPE's fields. `context` is the model's `max_position_embeddings`.
+
+    Raises ValueError if there is not one factor for each of the `pairs`.
+    """
     factors = {}
     for key in ("short_factor", "long_factor"):
-        given = required(parameters, key)
-        if not isinstance(given, list) or len(given) != pairs:
+        listed = required(parameters, key)
+        if not isinstance(listed, list) or len(listed) != pairs:
             raise ValueError(f"{key} should be a list of {pairs} numbers, one to each pair that turns")
-        factors[key] = tuple(number(key, one) for one in given)
+        factors[key] = tuple(number(key, value) for value in listed)
         if 0.0 in factors[key]:
             raise ValueError(f"{key} should be a list of numbers above 0")
     factor = parameters.get("factor")
@@ -114,7 +117,7 @@ def long_rope(parameters: dict[str, Any], pairs: int, original: int, context: in
 
 
 def written_rope(scaling: Scaling) -> dict[str, Any] | None:
-    """The fields of `rope_scaling`; None where there is none."""
+    """Returns the fields of `rope_scaling` for a scaling, or None without one."""
     if isinstance(scaling, LinearRope):
         return {"rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, Llama3Rope):

@@ -1,8 +1,8 @@
-"""Decoding in which rows come and go: each has its own length, limit, temperature and seed.
+"""Decoding of rows that come and go, for serving. Each row has its own length, limit, temperature and seed.
 
-`sampling.sample` draws a batch to its end. Here a batch is a table of rows: new ones are put into free places, all are
-advanced by a few tokens at a time, and finished ones are taken out, so that whoever asks last need not wait for whoever
-asked first. A row draws the same tokens whatever else is in the table, up to rounding.
+`sampling.sample` decodes a batch until all its rows have ended. Here rows stand in a table. New rows are put into free
+places, all rows are advanced by a few tokens at a time, and finished rows are taken out. So a new request need not wait
+for older ones. Up to rounding, a row draws the same tokens whatever other rows are in the table.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import jax.numpy as jnp
 from nlae_jax.lm.sampling import categorical
 from nlae_jax.lm.segments import KeyValues
 
-# (token [R], step [R], contexts, own) -> (logits [R, V] float32, own): feeds each row's response token number `step`.
+# (token [R], step [R], contexts, own) -> (logits [R, V] float32, own): feeds token number `step` of each row's
+# response.
 RowStep = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
 class Rows(NamedTuple):
     """A table of R rows with room for C tokens each.
 
-    `logits` [R, V] float32 are of each row's next token. `tokens` [R, C] int32 are what it has drawn, `steps` [R] int32
-    how many. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are its own. Rows that are `done` [R]
-    bool are not advanced: they ended with the closing tag, an end of sequence or their limit, or nobody is in them.
-    `contexts` and `own` are keys and values as `transformer.Decoding` has them.
+    `logits` [R, V] float32 are those of each row's next token. `tokens` [R, C] int32 are the tokens drawn so far, and
+    `steps` [R] int32 their number. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are the row's
+    settings. Rows that are `done` [R] bool are not advanced: they ended with the closing tag, an end of sequence or
+    their limit, or the place is free. `contexts` and `own` are keys and values as in `transformer.Decoding`.
     """
 
     logits: jax.Array
@@ -41,16 +42,16 @@ class Rows(NamedTuple):
 
 
 def _row_axis(kv: KeyValues) -> int:
-    """Which axis of keys is the rows': of one block's or of all blocks'. In states it is the one before."""
+    """Returns the axis of rows in keys of one block or of all blocks. In states it is the axis before."""
     return 1 if kv.k is None else kv.k.ndim - 3
 
 
 def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
-    """`rows` with the rows of `new` at `places` [B] int32; a place of R or more drops its row.
+    """Puts the rows of `new` into the table at `places` [B] int32. A row whose place is R or more is dropped.
 
-    `new` has no tokens yet. Of its contexts those with a batch axis are put in; the constant ones stay. Of its own keys
-    only the positions count: older tokens' keys lie beyond what a new row looks at until it has written its own, and
-    its first token begins with the state of its contexts.
+    The rows of `new` have drawn no token yet. Contexts with a batch axis are replaced; a constant context stays. Of
+    `own` only the positions are replaced: keys that an earlier row left have later positions than a new row's queries
+    until the new row has overwritten them, and its first token begins with the state of its contexts.
     """
 
     def at(old: jax.Array, fresh: jax.Array, axis: int = 0) -> jax.Array:
@@ -58,7 +59,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
         return old.at[index].set(fresh.astype(old.dtype), mode="drop")
 
     def keys(old: KeyValues, fresh: KeyValues) -> KeyValues:
-        if old.positions.ndim == 1:  # a constant prompt's
+        if old.positions.ndim == 1:  # the context is the constant prompt
             return old
         axis = _row_axis(old)
         each = lambda part, fresh, axis: jax.tree.map(lambda a, b: at(a, b, axis), part, fresh)  # noqa: E731
@@ -87,7 +88,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
 
 
 def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
-    """The rows at `kept` [R'] int32 as a table of their own, with room for `capacity` tokens; -1: a free place."""
+    """Returns a table of the rows at `kept` [R'] int32, with room for `capacity` tokens. -1 makes a free place."""
     index = jnp.maximum(kept, 0)
 
     def room(x: jax.Array, axis: int) -> jax.Array:
@@ -127,8 +128,8 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
 def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int], stops: Sequence[int]) -> Rows:
     """Draws up to `count` more tokens in each row that is not done.
 
-    A row is done after the `closing` tokens (if there are any), after one of `stops`, or at its limit. Temperature 0,
-    and what float32 takes for 0, is the likeliest token.
+    A row is done after the `closing` tokens (if any), after one of `stops`, or at its limit. At temperature 0, and at
+    those that float32 rounds to 0, each token is the likeliest one.
     """
     closing_ids, stop_ids = jnp.asarray(closing, jnp.int32), jnp.asarray(stops, jnp.int32)
     number = jnp.arange(rows.steps.shape[0])
@@ -136,7 +137,7 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
     def draw(rows: Rows) -> jax.Array:
         greedy = rows.temperature < jnp.finfo(jnp.float32).tiny
         heat = jnp.where(greedy, 1.0, rows.temperature)[:, None]
-        # From the largest on: a quotient may overflow to -inf, and never to +inf.
+        # Minus the largest, so that a quotient may overflow to -inf only.
         heated = (rows.logits - rows.logits.max(-1, keepdims=True)) / heat
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.PRNGKey(seed), step))(rows.seed, rows.steps)
         uniform = jax.vmap(jax.random.uniform)(keys)
@@ -146,7 +147,8 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
         turn, rows = state
         going = ~rows.done
         token = draw(rows)
-        place = jnp.where(going, rows.steps, rows.tokens.shape[1])  # of a row that is done: nowhere
+        # The place of a row that is done is beyond the end, which drops its token.
+        place = jnp.where(going, rows.steps, rows.tokens.shape[1])
         tokens = rows.tokens.at[number, place].set(token, mode="drop")
         steps = rows.steps + going
         ended = (token[:, None] == stop_ids).any(-1) | (steps >= rows.limit)

@@ -12,11 +12,11 @@ from nlae_jax.mesh import DECODE_RULES, constrained
 
 
 class Samples(NamedTuple):
-    """Sampled responses; `*batch` is any shape.
+    """Sampled responses of at most R tokens. `*batch` is any shape.
 
-    `tokens` [*batch, R] int32, zero after a row's end. `log_probs` [*batch, R] float32, of the sampled tokens under
-    the distribution they were drawn from, zero after the end. `lengths` [*batch] counts tokens, the closing tag or
-    end of sequence included. `closed` [*batch] bool: the row ended with the closing tag.
+    `tokens` [*batch, R] int32 is zero after a response's end. `log_probs` [*batch, R] float32 is that of each token in
+    the distribution that it was drawn from, and zero after the end. `lengths` [*batch] int32 counts tokens, with the
+    closing tag or the end of sequence. `closed` [*batch] bool says whether the response ended with the closing tag.
     """
 
     tokens: jax.Array
@@ -26,6 +26,8 @@ class Samples(NamedTuple):
 
 
 class _Loop(NamedTuple):
+    """The state of the decode loop before `step`. `logits` [*batch, V] are those of the next token."""
+
     step: jax.Array
     logits: jax.Array
     caches: Any
@@ -33,19 +35,20 @@ class _Loop(NamedTuple):
     done: jax.Array
 
 
-# (token [*batch], step, caches) -> (logits [*batch, V], caches): feeds response token number `step`.
+# (token [*batch], step, caches) -> (logits [*batch, V], caches): feeds the response's token number `step`.
 DecodeStep = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-_CELL = 256  # tokens whose probabilities are summed before the first search
+_CELL = 256  # tokens in a cell: the first search is among the cells' sums, the second inside a cell
 
 
 def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws a token of `softmax(logits)` per row by inverting its distribution function at `uniform` in [0, 1).
+    """Draws one token of `softmax(logits)` per row, by inverting the distribution function at `uniform` in [0, 1).
 
-    [...], [..., V] float32 -> [...] int32. One random number a row instead of Gumbel's V, which took a fifth of the
-    decode loop. The search goes over sums of `_CELL` probabilities, then inside one: no sum is as long as V. Logits may
-    be -inf: such tokens are never drawn. Where no token can be drawn (NaN), the last one is.
+    `uniform` [...] and `logits` [..., V] are float32; the result is [...] int32. It takes one random number per row.
+    The Gumbel trick takes V, which was a fifth of the decode loop's time. The search goes over sums of `_CELL`
+    probabilities and then inside one of them, so no sum has V terms. A token whose logit is -inf is never drawn. If no
+    token can be drawn, because of NaN, the last one is taken.
     """
     padded = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, -logits.shape[-1] % _CELL)], constant_values=-jnp.inf)
     weights = jnp.exp(padded - logits.max(-1, keepdims=True)).reshape(*uniform.shape, -1, _CELL)
@@ -60,9 +63,10 @@ def categorical(uniform: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _first_beyond(ends: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
-    """The first entry with a weight whose end lies beyond the target, [..., 1]; the last with a weight if none does.
+    """Returns the first entry [..., 1] with a positive weight and an end beyond the target.
 
-    Sums are rounded, so that the target may lie outside of them by a little on either side.
+    If there is none, it is the last entry with a positive weight. Because sums are rounded, the target may lie slightly
+    outside of them on either side.
     """
     last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, -1, keepdims=True)
     beyond = (ends > target) & (weights > 0)
@@ -80,19 +84,19 @@ def sample(
     eos_id: int | Sequence[int],
     temperature: float = 1.0,
 ) -> Samples:
-    """Draws up to `max_new_tokens` per row; a row stops at the `closing` token sequence (if any) or at an `eos_id`.
+    """Draws up to `max_new_tokens` tokens per row. A row stops after the `closing` tokens (if any) or an `eos_id`.
 
-    Temperature 0, and what float32 takes for 0, is the likeliest token. No top-k or top-p: the trainer's log-probs must
-    be the sampler's.
-    The key is folded with the step, so nothing depends on how rows are laid out over devices.
+    At temperature 0, and at those that float32 rounds to 0, each token is the likeliest one. There is no top-k or
+    top-p, because the trainer's log-probs must be the sampler's. The key is folded with the step, so tokens do not
+    depend on how rows are laid out over devices.
     """
     batch = first_logits.shape[:-1]
     closing_ids = jnp.asarray(closing, jnp.int32)
     stops = jnp.asarray([eos_id] if isinstance(eos_id, int) else list(eos_id), jnp.int32)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Made where the head is split, drawn from where the row is. In one step where the head is split over two axes,
-        # XLA summed whole logits over all devices.
+        # Logits are computed where the head's parts are and drawn from where the rows are. The change of layout is made
+        # in steps: in one step, with the head split over two axes, XLA summed whole logits over all devices.
         between = [None] * (logits.ndim - 2)
         logits = constrained(logits, ("rows", *between, "vocab"), DECODE_RULES)
         logits = constrained(logits, ("batch", *between, "vocab"))
@@ -100,7 +104,7 @@ def sample(
         if temperature < jnp.finfo(jnp.float32).tiny:
             token = jnp.argmax(logits, -1)
         else:
-            if temperature != 1:  # from the largest on: a quotient may overflow to -inf, and never to +inf
+            if temperature != 1:  # minus the largest, so that a quotient may overflow to -inf only
                 logits = (logits - logits.max(-1, keepdims=True)) / temperature
             token = categorical(jax.random.uniform(jax.random.fold_in(key, step), batch), logits)
         chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
@@ -141,10 +145,11 @@ def sample(
 
 
 def explanation_tokens(samples: Samples, closing: tuple[int, ...], blank: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The explanations inside sampled responses, without the closing tag and stripped of blank tokens at both ends.
+    """Returns the explanations in sampled responses, without the closing tag and without blank tokens at both ends.
 
-    `blank` [V] bool marks tokens of white space only. Returns ids [*batch, R - len(closing)] and lengths [*batch];
-    the length is 0 where the closing tag is missing or nothing stands before it.
+    `blank` [V] bool marks the tokens that are white space only. Returns ids [*batch, R - len(closing)] int32, zero
+    after the end, and lengths [*batch] int32. The length is 0 if the closing tag is missing or nothing stands before
+    it.
     """
     width = samples.tokens.shape[-1] - len(closing)
     column = jnp.arange(width)

@@ -1,4 +1,4 @@
-"""What blocks keep of a run of tokens: keys and values, as attention reads them, or the state of DeltaNet."""
+"""What a block keeps of a segment of tokens for later tokens: keys and values of attention, or DeltaNet's state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nlae_jax.lm.arch import Arch, DeltaNet
 
 
 class DeltaState(NamedTuple):
-    """What DeltaNet keeps of the tokens before: all batch axes as one, rows.
+    """DeltaNet's state after some tokens. All batch axes are one, called rows.
 
-    `tails` [rows, width - 1, channels] are the last inputs of the convolutions of queries, keys and values, zero before
-    the first token. `memory` [rows, value_heads, key_dim, value_dim] float32 maps keys to values.
+    `tails`, each [rows, width - 1, channels], are the last inputs of the convolutions of queries, keys and values. They
+    are zero before the first token. `memory` [rows, value_heads, key_dim, value_dim] float32 maps keys to values.
     """
 
     tails: tuple[jax.Array, jax.Array, jax.Array]
@@ -23,12 +23,16 @@ class DeltaState(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of one segment in one block.
+    """Keys and values of one segment, in one block or in all blocks.
 
-    `k`, `v`: [kv_heads, *batch, T, head_dim]; `positions`: [*batch, T] int32; `valid`: [*batch, T] bool. In a block of
-    DeltaNet, `state` after the segment in the place of `k` and `v`, which are None. Of all blocks together both are
-    there, each stacked over the blocks that have it; no state where none has. So are the keys and values of blocks of
-    the kind "global", `global_kv`, which in such a block are `k` and `v`.
+    `positions` [*batch, T] int32 and `valid` [*batch, T] bool are those of the segment's tokens.
+
+    In one block, `k` and `v` are [kv_heads, *batch, T, head_dim]. In a block of DeltaNet they are None, and `state` is
+    the state after the segment.
+
+    For all blocks together, `k` and `v` are stacked on a leading axis over the blocks of the kind "attention", `state`
+    over those of the kind "delta", and `global_kv` (keys, values) over those of the kind "global". `state` and
+    `global_kv` are None where the architecture has no such blocks.
     """
 
     k: Any
@@ -40,7 +44,7 @@ class KeyValues(NamedTuple):
 
 
 def of_block(arch: Arch, kv: KeyValues, layer: int) -> KeyValues:
-    """What block `layer` has of the keys and values of all blocks."""
+    """Returns the keys and values of block `layer` from those of all blocks."""
     if not arch.mixers:
         return kv._replace(k=kv.k[layer], v=kv.v[layer])
     if (place := arch.place("delta_layers", layer)) is not None:
@@ -52,16 +56,19 @@ def of_block(arch: Arch, kv: KeyValues, layer: int) -> KeyValues:
 
 
 def of_kind(kv: KeyValues, kind: str, at: Callable[[jax.Array], jax.Array]) -> KeyValues:
-    """Of all blocks' keys and values what a block of this kind has, which `at` takes from its stacks."""
+    """Returns the keys and values of one block of this kind from those of all blocks.
+
+    `at` takes the block's entry from a stack.
+    """
     if kind == "delta":
         return kv._replace(k=None, v=None, state=jax.tree.map(at, kv.state), global_kv=None)
     pair = (kv.k, kv.v) if kind == "attention" else kv.global_kv
-    assert pair is not None  # as there is such a block
+    assert pair is not None  # because there is a block of this kind
     return kv._replace(k=at(pair[0]), v=at(pair[1]), state=None, global_kv=None)
 
 
 def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int, ...] = ()) -> DeltaState:
-    """Before the first token."""
+    """Returns the state before the first token: zeros. `blocks` are leading axes for stacks."""
     keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
     tails = [jnp.zeros((*blocks, rows, delta.width - 1, channels), dtype) for channels in (keys, keys, values)]
     memory = jnp.zeros((*blocks, rows, delta.value_heads, delta.key_dim, delta.value_dim), jnp.float32)
@@ -69,19 +76,22 @@ def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int,
 
 
 def bytes_of_row(arch: Arch, capacity: int, itemsize: int) -> int:
-    """What one row of `empty_caches` takes in all blocks, its keys and values and its states."""
-    made = jax.eval_shape(lambda: empty_caches(arch, jnp.zeros(1, jnp.int32), capacity, jnp.float32))
-    memory = 0 if made.state is None else made.state.memory.size
-    keys = sum(x.size for x in jax.tree.leaves((made.k, made.v, made.state, made.global_kv)))
-    return (keys - memory) * itemsize + memory * 4
+    """Returns the bytes of one row of `empty_caches` in all blocks: of its keys, values and states.
+
+    `itemsize` is that of the model's dtype. DeltaNet's memory is float32 in any case.
+    """
+    caches = jax.eval_shape(lambda: empty_caches(arch, jnp.zeros(1, jnp.int32), capacity, jnp.float32))
+    memory = 0 if caches.state is None else caches.state.memory.size
+    numbers = sum(x.size for x in jax.tree.leaves((caches.k, caches.v, caches.state, caches.global_kv)))
+    return (numbers - memory) * itemsize + memory * 4
 
 
 def empty_caches(arch: Arch, start: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
-    """Room for `capacity` tokens whose positions follow `start` [*batch] int32, in every block; batch axes as one.
+    """Makes empty caches of all blocks for `capacity` tokens, whose positions begin at `start` [*batch] int32.
 
-    `k` and `v` have all blocks on a leading axis. All entries are valid: those not written yet lie at later positions
-    than any query. The batch is one axis because that is how attention multiplies: reshaped in between, each cache was
-    written twice and copied four times a token.
+    Stacks are as `KeyValues` has them for all blocks. All entries are valid: those that are not written yet have later
+    positions than any query. The batch axes are one axis, because attention multiplies in that shape. With the axes
+    apart, each cache was written twice and copied four times per token.
     """
     attention = arch.count("attention_layers") if arch.mixers else arch.num_layers
     shape = (attention, arch.num_kv_heads, start.size, capacity, arch.head_dim)

@@ -1,4 +1,4 @@
-"""A random two-block model with a tokenizer of its own, in HF layout: for tests and for trying things in seconds."""
+"""A random two-block model with its own tokenizer, in the HF layout, for tests and for experiments of seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.transformer import random_params
 from nlae_jax.lm.weights import save_params
 
-# What the tokenizer's merges are learned from: the tags, the slot's marker and common short words.
+# The text from which the tokenizer learns its merges: the tags, the slot's marker and common short words.
 _TEXT = (
     "<explanation>\n</explanation>\n₂\n the of and to in is that it for as with on be at by this from or an are not "
     "Next comes a new line. The text is about. It ends with values returns function array list string number "
@@ -27,7 +27,7 @@ _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Byte-level BPE with a few hundred tokens."""
+    """Trains a byte-level BPE tokenizer with a few hundred tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def write_tiny_model(directory: Path, seed: int = 0) -> Arch:
-    """Writes config.json, model.safetensors and the tokenizer's files; returns the architecture."""
+    """Writes config.json, model.safetensors and the tokenizer's files. Returns the architecture."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
     arch = Arch(

@@ -1,4 +1,4 @@
-"""From text to the token ids that a model reads, and whether it has an embedding for each of them."""
+"""Turns texts into the token ids that a model reads, and checks that the model has an embedding for each id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROBES = ("x", "the text")
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before every text: a beginning of sequence, or none."""
+    """Returns the tokens that the tokenizer puts before every text: a beginning of sequence, or none."""
     for probe in _PROBES:
         bare, whole = tokenizer.encode(probe, add_special_tokens=False), tokenizer.encode(probe)
         for start in range(len(whole) - len(bare) + 1 if bare else 0):
@@ -24,12 +24,11 @@ def begin_ids(tokenizer: Any) -> list[int]:
 
 
 def text_ids(tokenizer: Any, text: str, begin: list[int] | None = None) -> list[int]:
-    """A text as a model reads it: what the tokenizer puts before texts stands there once, and nothing after the text.
+    """Returns the ids of a text with the tokenizer's beginning tokens once before it, and with nothing after it.
 
-    `begin`: what `begin_ids` says, where many texts are read.
-
-    Text that a chat template has made begins with those tokens already, maybe after white space. A tokenizer that also
-    ends texts (with an end of sequence) would have the model read a last token that no text goes on from.
+    `begin` is the result of `begin_ids`; pass it where many texts are read. Text that a chat template has written may
+    begin with those tokens already, maybe after white space: they are not added again. An end of sequence, which some
+    tokenizers add, is left out, because no text goes on after it.
     """
     begin = begin_ids(tokenizer) if begin is None else begin
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -38,15 +37,15 @@ def text_ids(tokenizer: Any, text: str, begin: list[int] | None = None) -> list[
     if text[:1].isspace():
         bare = tokenizer.encode(text.lstrip(), add_special_tokens=False)
         ids = bare if bare[:1] and bare[0] in begin else ids
-    own = next((index for index, token in enumerate(ids) if token not in begin), len(ids))
-    return [*begin, *ids[own:]]
+    first = next((index for index, token in enumerate(ids) if token not in begin), len(ids))
+    return [*begin, *ids[first:]]
 
 
 def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:
-    """Raises UserError naming the first token that a model of `vocab_size` embeddings lacks.
+    """Raises UserError that names the first token without an embedding in a model of `vocab_size` embeddings.
 
-    `where` begins the message. JAX would take the last row for an id beyond the table, and count a negative one from
-    the end.
+    `where` begins the message. Without this check JAX reads the last embedding for an id that is too large, and counts
+    from the end for a negative one.
     """
     ids = np.asarray(ids)
     if not (wrong := ids[(ids < 0) | (ids >= vocab_size)]).size:
@@ -57,7 +56,7 @@ def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:
 
 
 def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids padded with 0 on the right to [N, width] int32, and their lengths [N] int32."""
+    """Pads token ids with 0 on the right. Returns them, [N, width] int32, and their lengths, [N] int32."""
     ids = np.zeros((len(sequences), width), np.int32)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
@@ -70,7 +69,7 @@ def padded_width(length: int) -> int:
 
 
 def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids padded with 0 on the left to [N, width] int32, and which of them are tokens, [N, width] bool."""
+    """Pads token ids with 0 on the left. Returns them, [N, width] int32, and which are tokens, [N, width] bool."""
     ids, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)
     for row, sequence in enumerate(sequences):
         ids[row, width - len(sequence) :], mask[row, width - len(sequence) :] = sequence, True

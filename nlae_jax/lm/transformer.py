@@ -1,7 +1,7 @@
 """The decoder-only transformer, as a Linen module over explicit parameters.
 
-`Transformer` declares its weights from `arch.model_weights` and runs any range of its blocks on any tuple of
-segments (see `attention.py`). A role that needs fewer blocks than the base has runs the first ones of it in place.
+`Transformer` declares its weights from `arch.model_weights` and runs any range of its blocks on any tuple of segments
+(see `attention.py`). A role with fewer blocks than the base runs the base's first blocks, without a copy of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nlae_jax.runtime.errors import UserError
 REMAT = {
     "none": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots,
-    # Neither attention's scores nor what is cheaply made again: less than half of what "dots" keeps, and no slower.
+    # The outputs of linear layers and attention. That is less than half of what "dots" keeps, and as fast.
     "linear": jax.checkpoint_policies.save_only_these_names(
         *("q", "k", "v", "attention", "o", "gate", "up", "q_gate"),
         *("delta_q", "delta_k", "delta_v", "delta_z", "delta_o", "shared_gate", "shared_up"),
@@ -37,7 +37,7 @@ REMAT = {
 
 
 def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """A random matrix of standard deviation `fan_in ** -0.5`, or ones."""
+    """Draws a normal matrix of standard deviation `fan_in ** -0.5`. Returns ones for a weight whose `fan_in` is 0."""
     if weight.fan_in == 0:
         return jnp.ones(weight.shape, dtype)
     return (jax.random.normal(key, weight.shape, jnp.float32) * weight.fan_in**-0.5).astype(dtype)
@@ -56,14 +56,15 @@ def pushed(x: jax.Array, push: Push | None, index: jax.Array) -> jax.Array:
 
 
 def is_weight(node: Any) -> bool:
+    """Returns whether a node of a tree is a declared weight, for `jax.tree.map(..., is_leaf=is_weight)`."""
     return isinstance(node, Weight)
 
 
 class Transformer(nn.Module):
     """A decoder-only LM. Variables: `params` (`arch.model_weights`) and, optionally, `lora` (`lora.adapter_weights`).
 
-    `lora_scale` is alpha / rank. `remat` names what the backward pass keeps of a block (`REMAT`), `attention` how it
-    attends (`attention.attend`).
+    `lora_scale` is alpha / rank. `remat` is the entry of `REMAT` that says what is kept of a block for the backward
+    pass. `attention` is the implementation of `attention.attend`.
     """
 
     arch: Arch
@@ -94,16 +95,16 @@ class Transformer(nn.Module):
         return self.get_variable("lora", "blocks") if self.has_variable("lora", "blocks") else {}
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        """[...] int -> [..., d]."""
+        """Returns the scaled embeddings [..., d] of token ids [...] int."""
         embedded = self.embedding[ids]
         return (
             embedded if self.arch.embed_scale == 1.0 else embedded * jnp.asarray(self.arch.embed_scale, embedded.dtype)
         )
 
     def _placed(self, x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
-        """What the first block reads: with the embeddings of its positions, where they have any.
+        """Adds the learned embeddings of positions [*batch, T], if the model has any, to x [*batch, T, d].
 
-        `length`: no sequence is longer. Raises UserError where the model cannot be run on so many tokens.
+        `length` is the largest number of tokens of a sequence. Raises UserError if the model does not support so many.
         """
         if 0 < self.arch.most_tokens < length:
             raise UserError(
@@ -116,10 +117,10 @@ class Transformer(nn.Module):
     def run(
         self, segments: Sequence[Segment], start: int = 0, stop: int | None = None, keep_caches: bool = False
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-        """Blocks `start` to `stop` (exclusive) on all segments at once, scanned over layers.
+        """Runs the blocks from `start` to `stop` (exclusive) on all segments at once, scanned over layers.
 
-        Returns the residual streams after the last of them, [*batch, T, d] each, and, with `keep_caches`, each
-        segment's keys and values (and states of DeltaNet) stacked over the layers that have them.
+        Returns each segment's residual stream after the last block, [*batch, T, d], and with `keep_caches` each
+        segment's keys and values (and states of DeltaNet), stacked over the layers that have them.
         """
         stop = self.arch.num_layers if stop is None else stop
         length = sum(s.x.shape[-2] for s in segments)
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
         offset: jax.Array,
         push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
-        """The stacked caches are carried from layer to layer and written in place: as outputs they would be copied."""
+        """Decodes in a loop over layers. It carries the stacked caches and writes in place, which copies nothing."""
         if self.arch.mixers:
             return self._mixed_decode(block, x, contexts, own, offset, push)
 
@@ -260,6 +261,7 @@ class Transformer(nn.Module):
         offset: jax.Array,
         push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
+        """Does `_scanned_decode` for a model with several kinds of blocks."""
         layers = layers_of(self.arch)
 
         def step(carry: Any, weights: Any, adapters: Any, number: Any, places: Any) -> tuple[Any, Any]:
@@ -280,42 +282,42 @@ class Transformer(nn.Module):
         return x, own._replace(**grown._asdict())
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Final norm and head: [..., d] -> [..., V] float32."""
+        """Applies final norm and head to x [..., d]: logits [..., V] float32."""
         return head.logits(self._normed(x), self.head, self.arch.logit_softcap)
 
     def token_log_probs(self, x: jax.Array, targets: jax.Array, chunk: int = 256) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and entropy, each [B, ...] float32, from x [B, ..., d]; see `head.log_probs`."""
+        """Returns log p(target) and entropy, each [B, ...] float32, from x [B, ..., d]; see `head.log_probs`."""
         return head.log_probs(self._normed(x), self.head, targets, self.arch.logit_softcap, chunk)
 
     def token_loss(
         self, x: jax.Array, targets: jax.Array, loss_of: head.LossOf, *extras: jax.Array, chunk: int = 256
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`loss_of(log-probs, *extras)` summed over tokens, and their log-probs and entropies; see `head.loss`."""
+        """Returns the sum of `loss_of(log-probs, *extras)`, and log-probs and entropies; see `head.loss`."""
         return head.loss(loss_of, self.arch.logit_softcap, chunk, self._normed(x), self.head, targets, extras)
 
     def _normed(self, x: jax.Array) -> jax.Array:
-        """What the head reads: a divisor of logits is one of its input."""
+        """Returns the head's input [..., d]: x after the final norm, divided by the architecture's logit divisor."""
         normed = norm(self.arch, x, self.final_norm, self.final_norm_bias)
         return normed if self.arch.logit_divisor == 1.0 else normed * jnp.asarray(1 / self.arch.logit_divisor, x.dtype)
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """ids, mask: [B, T] -> logits [B, T, V] float32, padding on either side."""
+        """Returns logits [B, T, V] float32. ids: [B, T] int, padded; mask: [B, T] bool, true for tokens."""
         xs, _ = self.run((self.padded(ids, mask),))
         return self.logits(xs[0])
 
     def padded(self, ids: jax.Array, mask: jax.Array) -> Segment:
-        """A batch padded on either side as one segment; positions count the real tokens from 0."""
+        """Makes one segment of a padded batch: ids and mask [B, T]. Positions count a row's real tokens from 0."""
         return Segment(self.embed(ids), jnp.maximum(jnp.cumsum(mask, -1) - 1, 0).astype(jnp.int32), mask.astype(bool))
 
 
 def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tuple[KeyValues, ...]:
-    """What `Transformer.run` kept of segments, as later ones attend to it: stacked over blocks."""
+    """Joins the caches of `Transformer.run` with positions and validity, so that later segments can attend to them."""
     pairs = zip(caches, segments, strict=True)
     return tuple(KeyValues(c.k, c.v, segment.positions, segment.valid, c.state, c.global_kv) for c, segment in pairs)
 
 
 class Decoding(NamedTuple):
-    """What a decode loop reads and grows: `Transformer.decode` says how `contexts` and `own` look."""
+    """The variables and caches of a decode loop. `Transformer.decode` describes `weights`, `contexts` and `own`."""
 
     variables: Any
     weights: list[BlockWeights] | None
@@ -324,12 +326,12 @@ class Decoding(NamedTuple):
 
 
 def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues], own: KeyValues) -> Decoding:
-    """What a decode loop of a module with an `lm` should read, from its variables and stacked keys and values.
+    """Prepares a decode loop of `role`, a module with an `lm`, from its variables and stacked keys and values.
 
-    On a mesh the variables are laid out anew (`mesh.DECODE_RULES`), once for all tokens. On a CPU blocks are taken
-    apart: a slice of a stack is a copy there, made at every token if inside the loop (2.0 of a rollout's 4.7 s).
-    Elsewhere copies would take the base's memory once more, for what the compiler can make part of the product that
-    reads it, and a loop over layers compiles as quickly for 80 of them as for one.
+    On a mesh the variables get another layout (`mesh.DECODE_RULES`), once for all tokens. On a CPU the stacks are split
+    into blocks before the loop, because a slice of a stack is a copy there; in the loop it is made at every token (2.0
+    of a rollout's 4.7 s). On accelerators the stacks stay: the compiler joins the slice with the product that reads it,
+    copies would take the base's memory once more, and a loop over layers compiles as quickly for 80 layers as for one.
     """
     lm = constrained_tree(variables["params"]["lm"], model_weights(role.arch), DECODE_RULES)
     variables = {**variables, "params": {**variables["params"], "lm": lm}}
@@ -349,7 +351,7 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
 
 
 def random_params(key: jax.Array, arch: Arch, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """A randomly initialised model."""
+    """Returns random parameters of a model: the tree of `model_weights(arch)` in `dtype`."""
     leaves, tree = jax.tree.flatten(model_weights(arch), is_leaf=is_weight)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(tree, [init_weight(k, w, dtype) for k, w in zip(keys, leaves, strict=True)])

@@ -1,6 +1,6 @@
-"""Reading and writing the safetensors files of a model directory in the HF layout.
+"""Reads and writes the safetensors files of a model directory in the HF layout, one tensor in memory at a time.
 
-`layout.py` says where each parameter stands. Tensors pass through memory one at a time.
+`layout.py` says where each parameter is stored.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ from nlae_jax.lm.layout import (
     layout,
     plain_name,
 )
+from nlae_jax.lm.reading import Source, load_array, same_values
 from nlae_jax.lm.tensors import (
     Mxfp4Tensor,
-    Source,
     StoredTensor,
     TensorToWrite,
     check_tensor,
-    load_array,
     mxfp4,
     numpy_dtype,
-    same_values,
     stored_tensors,
     write_safetensors,
 )
@@ -48,37 +46,37 @@ from nlae_jax.runtime.outside import quoted, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 2**30  # of one file that is written
+SHARD_BYTES = 5 * 2**30  # the most that is written into one file
 
-# Of a vision tower, or of heads that draft several tokens ahead.
+# Beginnings of the names of tensors that are passed over: of vision and audio towers, and of heads that draft tokens.
 _BESIDE = (
     *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
     *("model.visual.", "visual.", "mtp.", "model.mtp."),
     *("model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
 )
 
-# What a tensor is packed into, beside what its name is otherwise.
+# The two tensors of an MXFP4 tensor: their names are the tensor's with these endings.
 _MXFP4 = ("blocks", "scales")
 
-# What a model without output lacks: a decoder is read before its final norm and has no vocabulary head.
+# The parameters that a trunk lacks. A decoder is read before the final norm and has no vocabulary head.
 _OUTPUT = ("final_norm", "final_norm_bias", "head")
 
 
 def load_params(
     directory: Path, arch: Arch, dtype: str = "float32", trunk: bool = False, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters of an HF model directory: the tree of `lm.arch.model_weights`, `jax.Array`s of `dtype`.
+    """Reads the parameters of an HF model directory: the tree of `lm.arch.model_weights`, `jax.Array`s of `dtype`.
 
     `dtype` is float32, bfloat16 or float16; files may hold any of the three. `trunk` leaves out the final norm and
     the head, whether or not the files have them. `shardings` is a tree like the result (as `mesh.tree_shardings`
-    makes it); without it everything is on the default device, uncommitted.
+    makes it). Without it every array is on the default device, uncommitted.
 
-    Each process reads what its own devices hold, once. Host memory: on a CPU the arrays themselves, which are not
-    copied, and elsewhere this process's part of one array at a time; beside it a few MB.
+    Each process reads the parts that its own devices hold, once. On a CPU this takes no host memory beside the arrays.
+    Elsewhere it takes that of this process's part of one array. In both cases a few MB are added.
 
-    Raises UserError, naming the tensor or file, when a tensor or shard is missing, surplus, doubled, or of the wrong
-    shape or dtype; headers tell, before any values are read. Then also where a value is not finite, or where a model
-    that is tied has a head that is not its embedding.
+    Raises UserError that names the tensor or file if a tensor or shard is missing, unexpected, doubled, or of the wrong
+    shape or dtype. That is found in the headers, before values are read. Also raises UserError if a value is not
+    finite, or if a tied model has a head that differs from its embedding.
     """
     target, weights = numpy_dtype(dtype), _weights(arch, trunk)
     sources, heads = _find(Path(directory), arch, trunk, weights)
@@ -93,15 +91,15 @@ def load_params(
         }
         for head in heads:
             embed = sources["embed"][0].tensor
-            assert isinstance(embed, StoredTensor)  # experts alone come packed
+            assert isinstance(embed, StoredTensor)  # only experts are stored in MXFP4
             _check_tied(embed, head, files)
         return _tree(arrays)
 
 
 def save_params(directory: Path, params: dict[str, Any], arch: Arch, dtype: str = "float32") -> None:
-    """`save_model` of a whole tree, as `load_params` gives it (numpy or JAX arrays), with or without its output part.
+    """Writes a whole tree of numpy or JAX arrays, like the result of `load_params`, with `save_model`.
 
-    Raises ValueError where it does not fit `arch`.
+    A tree without `final_norm` is a trunk. Raises ValueError if the tree does not fit `arch`.
     """
     trunk = "final_norm" not in params
     expected, flat = {name: weight.shape for name, weight in _weights(arch, trunk).items()}, _flat(params)
@@ -120,11 +118,11 @@ def save_model(
 ) -> None:
     """Writes a model's weights under HF names in `dtype`, in files of at most `shard_bytes` (or one tensor).
 
-    `values(name, layer)` gives our parameter `name`, of one block where it belongs to one, else with layer None; it is
-    asked for one tensor at a time. `trunk` leaves out final norm and head. Each file appears complete or not at all,
-    an index last.
+    `values(name, layer)` returns our parameter `name` of block `layer`, which is None for a parameter outside of
+    blocks. It is called for one tensor at a time. `trunk` leaves out final norm and head. Each file appears complete or
+    not at all, and the index appears last.
     """
-    if arch.experts is not None:  # of a block's, each is written by itself
+    if arch.experts is not None:  # a block's experts are written one by one
         values = functools.lru_cache(maxsize=1)(values)
     tensors = [
         TensorToWrite(tensor.name, tensor.stored_shape, functools.partial(hf_values, values, tensor))
@@ -144,18 +142,18 @@ def save_model(
 
 
 def hf_values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.ndarray:
-    """The values of a checkpoint's tensor, put together from those of our parameters (see `save_model`)."""
+    """Returns the values of one HF tensor, joined from the parameters that it holds, which `save_model` explains."""
 
-    def of(share: Share) -> np.ndarray:
+    def parameter(share: Share) -> np.ndarray:
         array = values(share.name, share.index[0] if share.index else None)
         return np.asarray(array[share.index[1]] if share.index[1:] else array)
 
     if len(tensor.shares) == 1 and tensor.shares[0].spread is None:
-        array = of(tensor.shares[0])
+        array = parameter(tensor.shares[0])
         return array.T if tensor.transposed else array
-    joined = np.empty(tensor.shape, np.float32)  # any dtype that is written fits
+    joined = np.empty(tensor.shape, np.float32)  # holds the values of any supported dtype
     for share in tensor.shares:
-        target, array = joined if share.expert is None else joined[share.expert], of(share)
+        target, array = joined if share.expert is None else joined[share.expert], parameter(share)
         places = np.arange(array.shape[-1]) if share.spread is None else share.spread.places(array.shape[-1])
         (target.T if tensor.transposed else target)[..., places] = array
     return joined.reshape(tensor.stored_shape)
@@ -203,7 +201,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that together hold the model."""
+    """Returns the safetensors files that together hold the model. Raises UserError if one of them is missing."""
     if (directory / WEIGHTS_FILE).is_file():
         return [directory / WEIGHTS_FILE]
     index = directory / INDEX_FILE
@@ -226,7 +224,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _check_tied(embed: StoredTensor, head: StoredTensor, files: dict[Path, Any]) -> None:
-    """Raises UserError where the head of a tied model is not its embedding. Processes share the work."""
+    """Raises UserError if the head of a tied model differs from its embedding. Processes share the work."""
     count, index = jax.process_count(), jax.process_index()
     rows = embed.shape[0] * index // count, embed.shape[0] * (index + 1) // count
     if head.shape != embed.shape or not same_values(embed, head, rows, files):
@@ -239,9 +237,9 @@ def _check_tied(embed: StoredTensor, head: StoredTensor, files: dict[Path, Any])
 def _find(
     directory: Path, arch: Arch, trunk: bool, weights: dict[str, Weight]
 ) -> tuple[dict[str, list[Source]], list[StoredTensor]]:
-    """Our name -> what it is read from, and the heads that a tied model has all the same.
+    """Returns the sources of every parameter by our names, and the stored heads of a tied model.
 
-    Every tensor is there once and as expected, else UserError.
+    Raises UserError unless every tensor is there once and as expected.
     """
     stored = {path: stored_tensors(path) for path in weight_files(directory)}
     packed_experts = is_packed(arch, (tensor.name for tensors in stored.values() for tensor in tensors))
@@ -259,7 +257,7 @@ def _find(
             if plain not in wanted:
                 if _may_be_ignored(plain, arch, trunk):
                     continue
-                if plain == hf_name(arch, "head"):  # else it would be wanted: the model is tied
+                if plain == hf_name(arch, "head"):  # the model is tied, or else its head would be in `wanted`
                     heads.append(tensor)
                     continue
                 raise UserError(f"{path}: unexpected tensor {tensor.name!r}; config.json does not describe it")
@@ -272,7 +270,7 @@ def _find(
             where = next(iter(parts.values()))
             raise UserError(f"{where.path}: {where.name!r}: there should be its {' and '.join(_MXFP4)}, and no others")
         found[stem] = mxfp4(*(parts[part] for part in _MXFP4))
-        shape = wanted[stem].shape  # packed along the inputs, which come last whatever the plain tensor's order
+        shape = wanted[stem].shape  # MXFP4 has the inputs last, whatever the order of the plain tensor
         check_tensor(found[stem], shape if wanted[stem].transposed else (*shape[:-2], *shape[:-3:-1]))
     if missing := wanted.keys() - found.keys():
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -280,9 +278,9 @@ def _find(
     sources: dict[str, list[Source]] = {name: [] for name in weights}
     for name, hf in wanted.items():
         for share in hf.shares:
-            held = found[name] if share.expert is None else found[name].entry(share.expert)
-            transposed = hf.transposed or isinstance(held, Mxfp4Tensor)
-            sources[share.name].append(Source(held, share.index, transposed, share.spread))
+            stored_matrix = found[name] if share.expert is None else found[name].entry(share.expert)
+            transposed = hf.transposed or isinstance(stored_matrix, Mxfp4Tensor)
+            sources[share.name].append(Source(stored_matrix, share.index, transposed, share.spread))
     for head in heads:
         check_tensor(head, head.shape)
     return sources, heads

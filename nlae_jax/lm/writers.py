@@ -1,4 +1,4 @@
-"""The other way round: the fields of a family's `config.json` from an `Arch`."""
+"""Writes the fields of a family's `config.json` from an `Arch`: the inverse of the readers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from nlae_jax.lm.rope_fields import written_rope
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A family's class in transformers, which of `own_fields` its config.json has, which common ones it lacks.
+    """How a family's config.json is written.
 
-    Of a field that families write in several ways, the way follows its name and a slash.
+    `transformers_class` is the family's class in transformers, `fields` are the keys of `own_fields` that its
+    config.json has, and `lacks` the common fields that it lacks. If families write a field in several ways, its key is
+    the field's name, a slash and the way.
     """
 
     transformers_class: str
@@ -114,15 +116,15 @@ WRITTEN: dict[str, Written] = {
     ),
 }
 
-_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # others have one name
+_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # other activations have our names
 _MIXERS = {"attention": "full_attention", "delta": "linear_attention"}
 
 
 def own_fields(arch: Arch) -> dict[str, Any]:
-    """The fields that only some families have, each as this `arch` would have it."""
+    """Returns the fields that only some families have, with the values of this `arch`, by the keys of `Written`."""
     blocks = range(arch.num_layers)
     local = [bool(arch.windows and arch.windows[n]) or bool(arch.ropes and arch.ropes[n] == "local") for n in blocks]
-    # Off by a rounding error, because the Arch holds its inverse square root.
+    # Rounded, because the Arch holds the inverse square root.
     query_scalar = round(arch.attention_scale**-2, 6) if arch.attention_scale else float(arch.head_dim)
     experts, clamped = arch.experts or Experts(0, 0), arch.clamped_gate or ClampedGate(0.0, 0.0)
     delta, wide = arch.delta or DeltaNet(0, 0, 0, 0), arch.global_attention or GlobalAttention(1, 1, 1.0, 0)
@@ -135,14 +137,14 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "use_sliding_window": bool(arch.windows),
         "sliding_window": max(arch.windows, default=0) or None,
         "sliding_window/always": max(arch.windows, default=512),
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in local],
+        "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local],
         "layer_types/mixers": [_MIXERS.get(mixer) for mixer in arch.mixers],
         "layer_types/global": ["full_attention" if mixer == "global" else "sliding_attention" for mixer in arch.mixers],
         "hidden_size_per_layer_input": 0,
         "attention_k_eq_v": wide.keys_are_values,
         "global_head_dim": wide.head_dim,
         "num_global_key_value_heads": wide.num_kv_heads if wide.keys_are_values else None,
-        # transformers reads this one; others, and their older files, have the fields before.
+        # transformers reads this field; other programs read the two fields before it.
         "per_layer_config": {str(n): wide_heads for n, mixer in enumerate(arch.mixers) if mixer == "global"},
         "rope_parameters/global": {
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.rope_theta},
@@ -170,7 +172,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
             "full_attention": _rope_parameters(arch),
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_theta or arch.rope_theta},
         },
-        "mamba_n_heads": 1,  # there are none, but transformers checks that the sizes of heads would fit
+        "mamba_n_heads": 1,  # no block uses it, but transformers checks that the sizes of heads fit
         "embedding_multiplier": arch.embed_scale,
         "residual_multiplier": arch.residual_scale,
         "attention_multiplier": arch.attention_scale,
@@ -191,12 +193,12 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "linear_key_head_dim": delta.key_dim,
         "linear_value_head_dim": delta.value_dim,
         "linear_conv_kernel_dim": delta.width,
-        "use_cache": "attention" in arch.mixers,  # where no block has keys, transformers cannot tell a cache's length
+        "use_cache": "attention" in arch.mixers,  # without keys, transformers cannot tell the length of a cache
     }
 
 
 def _part(arch: Arch) -> float:
-    """Of a head what turns: transformers multiplies and takes the whole part."""
+    """Returns `partial_rotary_factor`. transformers multiplies it with the head's size and rounds down."""
     return part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
 
 

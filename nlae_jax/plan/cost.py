@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
+from nlae_jax.plan.groups import axes_of, groups_of
 from nlae_jax.plan.hlo import Array, Computation, Instruction, Module
+from nlae_jax.plan.products import convolution_flops, dot_flops, passes, ragged_dot_flops
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -189,7 +188,7 @@ class _Counter:
         elif (kind := opcode.removesuffix("-start")) in COLLECTIVES:
             return self._collective(inside, op, kind)
         if opcode in ("dot", "ragged-dot", "convolution", "custom-call"):
-            cost.repeated_flops += cost.flops * (_passes(op, inside.operands(op)) - 1)
+            cost.repeated_flops += cost.flops * (passes(op, inside.operands(op)) - 1)
         if not fused:
             cost.moved = self._moved(inside, op)
         return cost
@@ -237,7 +236,7 @@ class _Counter:
         """Counts a collective."""
         operands = inside.operands(op)
         size = sum(map(_bytes, operands))
-        groups = _groups(op, math.prod(self.axes.values()))
+        groups = groups_of(op, math.prod(self.axes.values()))
         count = len(groups[0])
         if count < 2:
             return Cost()
@@ -352,140 +351,3 @@ def _is_scattered(inside: Computation, op: Instruction) -> bool:
         user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _is_scattered(inside, user)) for user in users
     )
     return bool(users) and all(sliced)
-
-
-def dot_flops(op: Instruction, operands: Sequence[Sequence[Array]]) -> float:
-    """Counts the FLOPs of a matrix product."""
-    contracted = math.prod(operands[0][0].dims[axis] for axis in op.dims("lhs_contracting_dims"))
-    return 2.0 * op.outputs[0].size * contracted
-
-
-def ragged_dot_flops(op: Instruction, operands: Sequence[Sequence[Array]]) -> float:
-    """Counts the FLOPs of a ragged product: a row is multiplied only with its group's matrix.
-
-    The third operand holds the sizes of the groups.
-    """
-    groups = operands[2][0].dims[-1]
-    summed = set(op.dims("lhs_ragged_dims")) & set(op.dims("lhs_contracting_dims"))  # the gradient of the matrices
-    return dot_flops(op, operands[:2]) / (groups if summed else 1)
-
-
-def _passes(op: Instruction, operands: Sequence[Sequence[Array]]) -> int:
-    """Returns the number of bfloat16 products that a TPU computes a product with.
-
-    A float32 number is the sum of three bfloat16 numbers. Of the nine products of two such numbers, full precision
-    computes the largest six and "high" the largest three. Kernels do not declare their precision; ours use full
-    precision (`lm.products`).
-    """
-    wide = sum(array.dtype == "f32" for operand in operands for array in operand)
-    precision = "highest" if op.opcode == "custom-call" else op.attribute(r"operand_precision=\{(\w+)")
-    return {"highest": (1, 3, 6), "high": (1, 2, 3)}.get(precision or "", (1, 1, 1))[min(wide, 2)]
-
-
-def convolution_flops(op: Instruction, operands: Sequence[Sequence[Array]]) -> float:
-    """Counts 2 · batch · features out · features in · the window's products with elements that are not padding.
-
-    TPUs write matrix products as convolutions. The batch of a batched product becomes a dimension of the window, almost
-    all of whose elements meet padding.
-    """
-    image, kernel, out = (array.dims for array in (operands[0][0], operands[1][0], op.outputs[0]))
-    labels = op.attribute(r"dim_labels=(\w+_\w+->\w+)")
-    image_labels, kernel_labels, out_labels = re.split(r"_|->", labels or "")
-    window = _window(op.attribute(r"window=\{([^}]*)\}") or "")
-    products = kernel[kernel_labels.index("i")] * out[out_labels.index("f")] * out[out_labels.index("b")]
-    for number in range(len(out_labels) - 2):
-        size = image[image_labels.index(str(number))]
-        products *= _valid(size, out[out_labels.index(str(number))], *(values[number] for values in window))
-    return 2.0 * products
-
-
-def _window(text: str) -> list[list[int] | _Default]:
-    """Parses a window into sizes, strides, padding before, and dilations of image and kernel, by dimension."""
-    fields = dict(part.split("=") for part in text.split())
-    pads = [part.split("_")[0] for part in fields["pad"].split("x")] if "pad" in fields else None
-    read = lambda name: [int(x) for x in fields[name].split("x")] if name in fields else _Default(1)  # noqa: E731
-    padding = [int(pad) for pad in pads] if pads else _Default(0)
-    return [read("size"), read("stride"), padding, read("lhs_dilate"), read("rhs_dilate")]
-
-
-class _Default:
-    """A list of any length whose entries are all one value."""
-
-    def __init__(self, value: int) -> None:
-        self._value = value
-
-    def __getitem__(self, _: int) -> int:
-        return self._value
-
-
-def _valid(image: int, out: int, size: int, stride: int, before: int, spread: int, kernel_spread: int) -> int:
-    """Counts the pairs (position of the output, position in the window) that meet an element of the image."""
-    places = np.arange(out)[:, None] * stride + np.arange(size)[None] * kernel_spread - before
-    return int(((places >= 0) & (places <= (image - 1) * spread) & (places % spread == 0)).sum())
-
-
-def _groups(op: Instruction, devices: int) -> list[list[int]]:
-    """Returns the groups of devices that exchange with one another; for a permutation, its pairs."""
-    if pairs := op.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}"):
-        return _lists(pairs)
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes):
-        shape, dims, axes = match.groups()
-        return _iota(dims, axes).reshape([int(size) for size in shape.split(",")]).tolist()
-    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-    if match := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", op.attributes):
-        mesh, dims, axes, along = match.groups()
-        groups = _mesh_groups(mesh, along)
-        return groups if dims is None else _iota(dims, axes).reshape(-1)[np.array(groups)].tolist()
-    listed = op.attribute(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-    if not listed and re.search(r"replica_groups=(?!\{\})", op.attributes):
-        raise ValueError(f"{op.name}: groups of devices in a form that is not known: {op.attributes[:200]}")
-    return _lists(listed) if listed else [list(range(devices))]
-
-
-def _iota(dims: str, axes: str | None) -> np.ndarray:
-    """Returns the numbers from 0 on in a shape such as `4,2`, transposed to an order such as `1,0`."""
-    sizes = [int(x) for x in dims.split(",")]
-    order = [int(x) for x in axes.split(",")] if axes else None
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-
-
-def _mesh_groups(mesh: str, along: str) -> list[list[int]]:
-    """Returns the groups of devices along parts of a mesh's axes.
-
-    With the mesh `'a'=2,'b'=8`, `'a','b':(2)4` means all of a, and the factor 4 of b that follows a factor of 2.
-    """
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
-    dims: list[int] = []
-    named_dimensions: list[tuple[int, int]] = []  # place in `along`, dimension
-    for axis, size in sizes.items():
-        cuts = sorted(
-            (int(before or 1), int(length or size), at)
-            for at, (name, before, length) in enumerate(parts)
-            if name == axis
-        )
-        covered = 1
-        for before, length, at in cuts:
-            dims += [before // covered] if before > covered else []
-            named_dimensions.append((at, len(dims)))
-            dims.append(length)
-            covered = before * length
-        dims += [size // covered] if size > covered else []
-    inner = [dimension for _, dimension in sorted(named_dimensions)]
-    outer = [dimension for dimension in range(len(dims)) if dimension not in inner]
-    members = math.prod(dims[dimension] for dimension in inner)
-    return np.arange(math.prod(dims)).reshape(dims).transpose(*outer, *inner).reshape(-1, members).tolist()
-
-
-def _lists(text: str) -> list[list[int]]:
-    """Parses `{0,1},{2,3}`."""
-    return [[int(number) for number in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", text)]
-
-
-def axes_of(groups: Sequence[Sequence[int]], axes: dict[str, int]) -> str:
-    """Names the mesh axes along which the members of a group differ, as `fsdp` or `data+fsdp`."""
-    differ: set[int] = set()
-    for group in groups:
-        places = np.array(np.unravel_index(group, tuple(axes.values())))
-        differ |= set(np.flatnonzero((places != places[:, :1]).any(1)).tolist())
-    return "+".join(name for number, name in enumerate(axes) if number in differ)

@@ -19,29 +19,32 @@ from nlae_jax.report.ruler import interval_text
 from nlae_jax.report.table import number, printable, split_at_token
 from nlae_jax.runtime.files import write_text
 
-_TIMELINE = 600  # wide
-_PLACES = 40  # of a term that a page shows
+_TIMELINE = 600  # width of a timeline, in the units of its drawing
+_PLACES = 40  # the most places of one term that a page shows
 
 
 def write_audit_page(path: Path, kind: str, reports: Sequence[Mapping[str, Any]], title: str) -> None:
-    """`kind`: steer, audit or compare; reports as their `row` gives them."""
+    """Writes the page of `audit_page` to a file."""
     write_text(path, audit_page(kind, reports, title))
 
 
 def audit_page(kind: str, reports: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Makes a page of reports of one `kind`: steer, audit or compare. Each report is the result of its `row`."""
     return _rendered(kind, reports, title, page=True)
 
 
 def steer_card(report: Mapping[str, Any]) -> str:
-    """A part of a page, for notebooks; so are the other two."""
+    """Makes the part of a page that shows one steering report, for notebooks."""
     return _rendered("steer", [report], "", page=False)
 
 
 def audit_card(report: Mapping[str, Any]) -> str:
+    """Makes the part of a page that shows one audit, for notebooks."""
     return _rendered("audit", [report], "", page=False)
 
 
 def comparison_card(report: Mapping[str, Any]) -> str:
+    """Makes the part of a page that shows one comparison, for notebooks."""
     return _rendered("compare", [report], "", page=False)
 
 
@@ -49,7 +52,7 @@ def _rendered(kind: str, reports: Sequence[Mapping[str, Any]], title: str, page:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(AUDIT_PAGE.read_text(encoding="utf-8"))
     shown = {"steer": _steered, "audit": _audited, "compare": _compared}[kind]
-    return template.render(kind=kind, reports=[shown(one) for one in reports], title=printable(title), page=page)
+    return template.render(kind=kind, reports=[shown(report) for report in reports], title=printable(title), page=page)
 
 
 def _line(text: str) -> str:
@@ -64,12 +67,12 @@ def _visible(token: str) -> str:
 
 
 def steer_verdict(report: Mapping[str, Any]) -> str:
-    """What came of it, in a sentence; empty without a pattern."""
+    """Says in a sentence whether the edit beats the controls. It is empty if the report has no pattern."""
     if report["beats_controls"] is None:
         return ""
     alpha = report["best_alpha"]
-    edit = max(one["hits"] for one in report["edits"] if one["alpha"] == alpha)
-    rival = max(one["hits"] for one in report["controls"] if one["alpha"] == alpha)
+    edit = max(outcome["hits"] for outcome in report["edits"] if outcome["alpha"] == alpha)
+    rival = max(outcome["hits"] for outcome in report["controls"] if outcome["alpha"] == alpha)
     count = len(report["before"]["continuations"])
     verdict = "beats" if report["beats_controls"] else "does not beat"
     return (
@@ -81,15 +84,15 @@ def steer_verdict(report: Mapping[str, Any]) -> str:
 def _outcomes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
-            "kind": {"none": "nothing", "edit": "the edit", "random": "random direction"}[one["kind"]],
-            "alpha": "" if one["kind"] == "none" else f"{one['alpha']:g}",
-            "hits": "–" if one["hits"] is None else one["hits"],
-            "interval": interval_text(one["hit_rate_ci95"], 2),
-            "nll": number(one["nll"], 2),
-            "distinct_2": number(one["distinct_2"], 2),
-            "continuation": _line(one["continuations"][0]),
+            "kind": {"none": "nothing", "edit": "the edit", "random": "random direction"}[outcome["kind"]],
+            "alpha": "" if outcome["kind"] == "none" else f"{outcome['alpha']:g}",
+            "hits": "–" if outcome["hits"] is None else outcome["hits"],
+            "interval": interval_text(outcome["hit_rate_ci95"], 2),
+            "nll": number(outcome["nll"], 2),
+            "distinct_2": number(outcome["distinct_2"], 2),
+            "continuation": _line(outcome["continuations"][0]),
         }
-        for one in (report["before"], *report["edits"], *report["controls"])
+        for outcome in (report["before"], *report["edits"], *report["controls"])
     ]
 
 
@@ -105,15 +108,15 @@ def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steer_tables(report: Mapping[str, Any]) -> list[Any]:
-    """For a terminal."""
+    """Makes a steering report for a terminal."""
     head = Text.assemble(("before: ", "dim"), _line(report["original"]), "\n")
     head.append_text(Text.assemble(("edited: ", "dim"), _line(report["edited"]), "\n"))
     head.append(steer_verdict(report))
     table = _table(("added", 0), ("α", 0), ("hits", 0), ("NLL", 0), ("distinct-2", 0), ("a continuation", 1))
-    for one in _outcomes(report):
-        hits = f"{one['hits']} {one['interval']}".strip()
-        cells = one["kind"], one["alpha"], hits, one["nll"], one["distinct_2"]
-        table.add_row(*map(str, cells), Text(one["continuation"]))
+    for outcome in _outcomes(report):
+        hits = f"{outcome['hits']} {outcome['interval']}".strip()
+        cells = outcome["kind"], outcome["alpha"], hits, outcome["nll"], outcome["distinct_2"]
+        table.add_row(*map(str, cells), Text(outcome["continuation"]))
     return [head, table]
 
 
@@ -121,7 +124,7 @@ def steer_tables(report: Mapping[str, Any]) -> list[Any]:
 
 
 def audit_lead(report: Mapping[str, Any]) -> list[str]:
-    """The differences from the placebos, in sentences."""
+    """Returns sentences that compare the explanations with those of the placebos."""
     placebos = report["unsaid_placebos"]
     unsaid = 100 * report["unsaid_share"]
     share = f"{unsaid:.0f} % of an explanation's content words are not in the text up to its token"
@@ -143,11 +146,11 @@ def _audited(report: Mapping[str, Any]) -> dict[str, Any]:
         "terms": [_term(term, report["explanations"]) for term in report["terms"]],
         "recurring": [
             {
-                "word": printable(one["word"]),
-                "explanations": one["explanations"],
-                "placebos": ", ".join(f"{name} {count}" for name, count in one["placebos"].items()) or "–",
+                "word": printable(recurring["word"]),
+                "explanations": recurring["explanations"],
+                "placebos": ", ".join(f"{name} {count}" for name, count in recurring["placebos"].items()) or "–",
             }
-            for one in report["recurring"]
+            for recurring in report["recurring"]
         ],
     }
 
@@ -192,7 +195,7 @@ def _term(term: Mapping[str, Any], explanations: Sequence[Mapping[str, Any]]) ->
 
 
 def audit_tables(report: Mapping[str, Any]) -> list[Any]:
-    """For a terminal: the differences first."""
+    """Makes an audit for a terminal, with the comparison with placebos first."""
     parts: list[Any] = [Text("\n".join(audit_lead(report)))]
     for term in report["terms"]:
         table = _table(("text", 0), ("#", 0), ("token", 0), ("explanation", 1), ("in the text so far", 0))
@@ -204,12 +207,12 @@ def audit_tables(report: Mapping[str, Any]) -> list[Any]:
             )
         unsaid = f"{term['unsaid']} of them where the text does not have it so far"
         parts += [Text(f"{printable(term['term'])}: {term['hits']} of {term['count']}, {unsaid}"), table]
-    words = ", ".join(f"{printable(one['word'])} {one['explanations']}" for one in report["recurring"][:15])
+    words = ", ".join(f"{printable(word['word'])} {word['explanations']}" for word in report["recurring"][:15])
     return [*parts, Text(f"explanations say, texts do not: {words or 'nothing'}")]
 
 
 def places_table(places: Sequence[Mapping[str, Any]]) -> Table:
-    """What a search found, for a terminal."""
+    """Makes a table of the places that a search found, for a terminal."""
     table = _table(("text", 0), ("#", 0), ("token", 0), ("explanation", 1))
     for place in places:
         cells = Text(_line(place["text"])), str(place["position"]), Text(_visible(place["token"]))
@@ -227,27 +230,27 @@ def _compared(report: Mapping[str, Any]) -> dict[str, Any]:
         "notes": [printable(note) for note in report["notes"]],
         "tokens": [
             {
-                "place": "–".join(map(str, one["a"]["span"])) if one["a"].get("span") else one["a"]["position"],
-                "token": _visible(one["a"]["token"]),
-                "a": _line(one["a"]["explanation"]) or "(empty)",
-                "b": _line(one["b"]["explanation"]) or "(empty)",
-                "mse_a": number(one["a"]["mse"], 2),
-                "mse_b": number(one["b"]["mse"], 2),
-                "overlap": number(one["overlap"], 2),
+                "place": "–".join(map(str, token["a"]["span"])) if token["a"].get("span") else token["a"]["position"],
+                "token": _visible(token["a"]["token"]),
+                "a": _line(token["a"]["explanation"]) or "(empty)",
+                "b": _line(token["b"]["explanation"]) or "(empty)",
+                "mse_a": number(token["a"]["mse"], 2),
+                "mse_b": number(token["b"]["mse"], 2),
+                "overlap": number(token["overlap"], 2),
             }
-            for one in report["tokens"]
+            for token in report["tokens"]
         ],
     }
 
 
 def comparison_tables(report: Mapping[str, Any]) -> list[Any]:
-    """For a terminal."""
+    """Makes a comparison for a terminal."""
     shown = _compared(report)
     first, second = (f"{name}, block {layer}" for name, layer in zip(shown["names"], shown["layers"], strict=True))
     table = _table(("#", 0), ("token", 0), (first, 1), ("mse", 0), (second, 1), ("mse", 0), ("shared", 0))
-    for one in shown["tokens"]:
-        words = Text(one["a"]), one["mse_a"], Text(one["b"]), one["mse_b"]
-        table.add_row(str(one["place"]), Text(one["token"]), *words, one["overlap"])
+    for token in shown["tokens"]:
+        words = Text(token["a"]), token["mse_a"], Text(token["b"]), token["mse_b"]
+        table.add_row(str(token["place"]), Text(token["token"]), *words, token["overlap"])
     return [Text("\n".join(shown["notes"])), table] if shown["notes"] else [table]
 
 

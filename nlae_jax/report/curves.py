@@ -1,4 +1,4 @@
-"""Metrics as the points of a curve: in order, averaged, and no more than can be told apart."""
+"""Turns metrics into the points of a curve: in the order of steps, averaged, and few enough to be drawn."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Point = tuple[float, float]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """A centred moving average over a twentieth of the points; the raw ones where there are fewer than 40."""
+    """Returns a centred moving average over a twentieth of the points, or the points if there are fewer than 40."""
     half = len(points) // 40
     windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
     return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
 
 
 def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
-    """At most about `most` points, the extremes of every stretch among them."""
+    """Returns about `most` points at most: the lowest and the highest of every stretch."""
     size = max(1, math.ceil(2 * len(points) / most))
     if size <= 2:
         return list(points)
@@ -28,7 +28,10 @@ def thinned(points: Sequence[Point], most: int = 400) -> list[Point]:
 
 
 def curve(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """(step, value) in order of step; the last row of a step counts, and values that are no finite number do not."""
+    """Returns the points (step, value) of the metric `key`, in the order of steps.
+
+    If a step has several rows, the last one counts. Values that are not finite numbers are left out.
+    """
     values = {row["step"]: row[key] for row in rows if isinstance(row.get("step"), int) and key in row}
     finite = {step: y for step, y in values.items() if isinstance(y, int | float) and abs(y) < math.inf}
     return [(float(step), float(y)) for step, y in sorted(finite.items())]

@@ -23,20 +23,21 @@ _MEASURES = {
     "agreement": "agreement with the explanations of its top contexts",
     "auc": "surprisal AUC: tells its contexts from others",
 }
-_WIDTH, _HEIGHT = 20, 70  # of a bar of the histogram, and of the highest one
+_WIDTH, _HEIGHT = 20, 70  # width of the histogram's bars, and height of its highest bar
 
 
 def direction_page(reports: Sequence[Mapping[str, Any]], title: str) -> str:
-    """The page of reports, each as `DirectionReport.row` gives it."""
+    """Makes a page of reports, each of them the result of `DirectionReport.row`."""
     return _rendered(reports, title, page=True)
 
 
 def direction_card(report: Mapping[str, Any]) -> str:
-    """One report as a part of a page, for notebooks."""
+    """Makes the part of a page that shows one report, for notebooks."""
     return _rendered([report], "", page=False)
 
 
 def write_direction_page(path: Path, reports: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Writes the page of `direction_page` to a file."""
     write_text(path, direction_page(reports, title))
 
 
@@ -49,12 +50,12 @@ def _rendered(reports: Sequence[Mapping[str, Any]], title: str, page: bool) -> s
 
 
 def measures(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The three measures that the verdict is of, each beside its best control."""
-    own, controls = report["sweep"], report["controls"]
+    """Returns the three measures that decide the verdict, each beside its best control."""
+    sweep, controls = report["sweep"], report["controls"]
     values = {
-        "heard": (_most(own), max(map(_most, controls), default=None)),
+        "heard": (_most(sweep), max(map(_most, controls), default=None)),
         **{
-            name: (own[name], max((control[name] for control in controls), default=None))
+            name: (sweep[name], max((control[name] for control in controls), default=None))
             for name in ("agreement", "auc")
         },
     }
@@ -69,7 +70,7 @@ def _most(sweep: Mapping[str, Any]) -> float:
 
 
 def heard_at(report: Mapping[str, Any]) -> str:
-    """In words, at which r a direction is heard."""
+    """Says in a sentence at which r the direction is heard."""
     steps = [f"{r:g}" for r in report["heard_at"]]
     if not steps:
         return "Heard at no r of the sweep better than every control."
@@ -121,7 +122,7 @@ def _visible(token: str) -> str:
 
 
 def direction_tables(report: Mapping[str, Any]) -> list[Any]:
-    """A report for a terminal: the verdict, the sweep, the contexts, the tokens."""
+    """Makes a report for a terminal: the verdict, the sweep, the contexts and the tokens."""
     verdict = "beats its controls" if report["explained"] else "not told from its controls: do not believe it"
     head = Text.assemble((printable(report["name"]), "bold"), f", block {report['layer']}: {verdict}\n")
     head.append(f"{printable(report['explanation']) or '(empty)'}\n")

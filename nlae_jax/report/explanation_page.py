@@ -19,7 +19,7 @@ _WORST = 0.6  # the mse from which a token has no colour
 
 
 def explanation_page(texts: Sequence[Sequence[Mapping[str, Any]]], model: str, layer: int) -> str:
-    """The page of explained `texts`, each the rows of `NLA.explain_text`."""
+    """Makes a page of explained `texts`. Each of them is a list of rows as `NLA.explain_text` returns them."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(EXPLANATION_PAGE.read_text(encoding="utf-8"))
     scale = [(_shade(mse), number(mse, 1)) for mse in (0.0, 0.2, 0.4, 0.6)]
@@ -28,7 +28,7 @@ def explanation_page(texts: Sequence[Sequence[Mapping[str, Any]]], model: str, l
 
 
 def write_explanation_page(path: Path, texts: Sequence[Sequence[Mapping[str, Any]]], model: str, layer: int) -> None:
-    """Writes the page."""
+    """Writes the page of `explanation_page` to a file."""
     write_text(path, explanation_page(texts, model, layer))
 
 
@@ -59,5 +59,5 @@ def _row(token: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shade(mse: float) -> str:
-    """The opacity of a token's colour: 0.5 for a perfect reconstruction, 0 from `_WORST` on."""
+    """Returns the opacity of a token's colour, from 0.5 at a perfect reconstruction to 0 at an mse of `_WORST`."""
     return f"{0.5 * min(1.0, max(0.0, 1 - mse / _WORST)):.2f}"

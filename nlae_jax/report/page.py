@@ -91,7 +91,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 178, 46, 10, 8, 32
 
 
 def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The chart as a figure, or nothing if the rows hold none of its metrics."""
+    """Draws the chart as an HTML figure. The text is empty if the rows have none of its metrics."""
     series = {key: curve(rows, key) for key in panel.keys}
     points = [point for line in series.values() for point in line]
     if not points:
@@ -128,7 +128,7 @@ def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _axes(y_ticks: Sequence[float], x_ticks: Sequence[float], place: Callable[[Point], Point], log: bool) -> str:
-    """Grid lines with their labels, and the name of the x axis."""
+    """Draws the grid lines with their labels, and the name of the x axis."""
     parts = []
     for tick in y_ticks:
         y = place((x_ticks[0] if x_ticks else 0.0, tick))[1]
@@ -145,12 +145,12 @@ def _axes(y_ticks: Sequence[float], x_ticks: Sequence[float], place: Callable[[P
 
 
 def _curve(line: Sequence[Point], place: Callable[[Point], Point], index: int, log: bool) -> str:
-    """One metric: the raw values, faint under their moving average where there are enough of them."""
+    """Draws one metric: its values and, if there are enough of them, their moving average over faint values."""
     if len(line) < 2:
         return "".join('<circle class="c{}" cx="{}" cy="{}" r="3"/>'.format(index, *place(point)) for point in line)
     drawn = [(thinned(line), "raw" if len(line) >= 40 else "line")]
     if len(line) >= 40:
-        # On a log scale the average is that of the logarithms, as the eye takes it.
+        # On a log scale the logarithms are averaged, because their distances are those that one sees.
         logs = smoothed([(x, math.log10(y)) for x, y in line]) if log else []
         drawn.append((thinned([(x, 10**y) for x, y in logs] if log else smoothed(line)), "line"))
     return "".join(
@@ -160,7 +160,7 @@ def _curve(line: Sequence[Point], place: Callable[[Point], Point], index: int, l
 
 
 def _readout(series: Mapping[str, Sequence[Point]], place: Callable[[Point], Point], most: int = 50) -> str:
-    """Strips over the chart that show the values at a step when the pointer rests on them; no script needed."""
+    """Draws invisible strips over the chart. Where the pointer rests on one, its step's values are shown."""
     by_step: dict[float, list[str]] = {}
     heights: dict[float, float] = {}
     for key, line in series.items():
@@ -178,7 +178,7 @@ def _readout(series: Mapping[str, Sequence[Point]], place: Callable[[Point], Poi
 
 
 def _stages(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The curves of each stage; stages that the log does not have are named as such."""
+    """Makes the curves of each stage, and names the stages that the log does not have."""
     names = [*TITLES, *sorted({str(row["stage"]) for row in rows if "stage" in row} - set(TITLES))]
     return "".join(_stage(name, [row for row in rows if row.get("stage") == name]) for name in names)
 
@@ -207,7 +207,7 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
 
 
 def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
-    """The headline numbers, each with what it means in one line."""
+    """Makes the headline numbers, each with a line that says what it means."""
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
     beside = {
@@ -220,12 +220,12 @@ def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{notes.get(key, note)}</p></div>'
         for title, key, note in CARDS
-        if is_run or key in evaluation  # of a pair without a run there is no before and after
+        if is_run or key in evaluation  # a pair without a run has no numbers from before RL
     )
 
 
 def _ruler(evaluation: Mapping[str, Any]) -> str:
-    """The variance explained beside its controls, on one scale."""
+    """Draws the fraction of variance explained (FVE) beside its controls, on one scale."""
     rows = (
         ("shuffled", "fve_shuffled"), ("mean prediction", ""), ("before RL", "fve_before_rl"),
         ("explanations", "fve"), ("through text", "fve_text"), ("gold text", "fve_gold"),
@@ -265,7 +265,10 @@ def _config(config: Mapping[str, Any] | None) -> str:
 
 
 def _object(path: AnyPath, remedy: str) -> dict[str, Any] | None:
-    """A JSON object from a file, or None if there is no file. Raises UserError with the `remedy` for anything else."""
+    """Reads a JSON object from a file, or returns None if there is no file.
+
+    Raises UserError with the `remedy` if the file cannot be read or holds something else.
+    """
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -278,7 +281,7 @@ def _object(path: AnyPath, remedy: str) -> dict[str, Any] | None:
 
 
 def _tame(value: Any, depth: int = 12) -> Any:
-    """What a page can show of a value from a file: numbers that can be computed with, lists in lists up to a depth."""
+    """Returns the part of a file's value that a page can show: no numbers that overflow, no lists nested too deeply."""
     if isinstance(value, dict | list) and depth == 0:
         return "…"
     if isinstance(value, dict):

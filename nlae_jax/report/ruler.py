@@ -1,4 +1,4 @@
-"""Numbers as dots on one scale, with their intervals: the page's chart for a few figures side by side."""
+"""The page's chart of a few figures: each is a dot on a common scale, with its interval."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nlae_jax.report.table import html_text, is_shown, number, tidy
 
 
 class Mark(NamedTuple):
-    """One line: a name, its value and interval. `kind` is "main", "part", "zero" or nothing.
+    """One line of the chart: a name, a value and its interval. `kind` is "main", "part", "zero" or empty.
 
-    `control` is what the value is held against, drawn as a ring on the same line.
+    `control` is the value of a control, which is drawn as a ring on the same line.
     """
 
     name: str
@@ -23,18 +23,18 @@ class Mark(NamedTuple):
 
 
 def interval_of(pair: Any) -> tuple[float, float] | None:
-    """An interval from a file; None for what is not two numbers."""
+    """Reads an interval from a file's value. Returns None if the value is not a list of two numbers."""
     good = isinstance(pair, list) and len(pair) == 2 and all(map(is_shown, pair))
     return (float(pair[0]), float(pair[1])) if good else None
 
 
 def interval_text(interval: Sequence[float] | None, digits: int = 3) -> str:
-    """`[low, high]`; empty without one."""
+    """Writes an interval as `[low, high]`. The text is empty without an interval."""
     return "" if interval is None else f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
 
 
 def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
-    """The marks on a scale that reaches from `low` to `high` at least."""
+    """Draws the marks, as HTML, on a scale that reaches at least from `low` to `high`."""
     controls = [mark.control for mark in marks if mark.control is not None]
     ends = [*controls, *(end for mark in marks for end in (mark.value, *(mark.interval or ())))]
     low, high = min([low, *ends]), max([high, *ends])
@@ -63,7 +63,7 @@ def ruler(marks: Sequence[Mark], low: float, high: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers in [low, high], `count` or a few more or less."""
+    """Returns round numbers in [low, high], about `count` of them."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -71,7 +71,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_text(value: float, ticks: Sequence[float]) -> str:
-    """A tick's label with as many decimals as tell the ticks apart."""
+    """Writes a tick's label with the fewest decimals that distinguish the ticks."""
     for decimals in range(5):
         if all(abs(round(tick, decimals) - tick) <= 1e-6 * abs(tick) for tick in ticks):
             return tidy(f"{value:,.{decimals}f}")

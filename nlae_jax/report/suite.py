@@ -1,4 +1,4 @@
-"""The suite's figures as a table for the terminal and as charts for the report."""
+"""Shows the suite's figures: as a table for the terminal, and as charts for the report."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from nlae_jax.report.table import html_text, is_shown, number, printable
 
 
 def without_suite(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """The other numbers of eval.json."""
+    """Returns the numbers of eval.json that the run's own evaluation wrote, without the suite's."""
     return {name: value for name, value in evaluation.items() if name not in (*SECTIONS, "suite")}
 
 
 def _entry(evaluation: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
-    """A figure of eval.json, or {} for what is none."""
+    """Returns a figure of eval.json, or {} if the file lacks it."""
     section = evaluation.get(figure.section)
     entry = section.get(figure.key) if isinstance(section, dict) else None
     return entry if isinstance(entry, dict) else {}
 
 
 def _named(entry: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """A figure's `controls` or `parts`, those that are numbers, in a reader's order: the file's is the alphabet's."""
+    """Returns those of a figure's `controls` or `parts` that are numbers, in the order of `_place`.
+
+    In the file they are in the order of the alphabet.
+    """
     found = entry.get(kind)
     found = found if isinstance(found, dict) else {}
     shown = {name: of for name, of in found.items() if isinstance(of, dict) and is_shown(of.get("value"))}
@@ -39,7 +42,7 @@ _CONTROLS = tuple(dict.fromkeys(control for figure in FIGURES for control in fig
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Where a control or part stands among others: controls in the table's order, numbers by size, then the others."""
+    """Returns the sort key of a control or part: controls as in `FIGURES`, then numbers by size, then the others."""
     if name in _CONTROLS:
         return 0, _CONTROLS.index(name)
     return (1, int(name)) if name.isdecimal() and len(name) < 10 else (2, 0)
@@ -50,7 +53,7 @@ def _with_interval(of: Mapping[str, Any], digits: int = 3) -> str:
 
 
 def suite_table(evaluation: Mapping[str, Any]) -> Table:
-    """Every figure with its interval and its controls, one line each and one for each part."""
+    """Makes a table with one line for every figure and every part: value, interval and controls."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
     table.add_column("figure", overflow="fold", ratio=3)
     table.add_column("value and 95 % interval", overflow="fold", ratio=3)
@@ -69,7 +72,7 @@ def suite_table(evaluation: Mapping[str, Any]) -> Table:
 
 
 class _Chart(NamedTuple):
-    """A chart of one figure: what it shows and, in one sentence, what it does not. `label`: of a part's line."""
+    """A chart of one figure. `says` tells what it shows and what it does not show; `label` formats a part's name."""
 
     title: str
     section: str
@@ -85,13 +88,13 @@ def _mark(name: str, of: Mapping[str, Any], kind: str = "", control: float | Non
 
 
 def _beside(entry: Mapping[str, Any], label: str) -> list[Mark]:
-    """The figure and its controls."""
+    """Returns the marks of the figure and of its controls."""
     own = [_mark("explanations", entry, "main")] if is_shown(entry.get("value")) else []
     return own + [_mark(_WORDS.get(name, name.replace("_", " ")), of) for name, of in _named(entry, "controls").items()]
 
 
 def _divided(entry: Mapping[str, Any], label: str) -> list[Mark]:
-    """The figure's parts, each with what another document's explanation gives."""
+    """Returns the marks of the figure's parts, each with the control of another document's explanation."""
     marks = []
     for name, of in _named(entry, "parts").items():
         control = _named(of, "controls").get("permuted")
@@ -101,14 +104,14 @@ def _divided(entry: Mapping[str, Any], label: str) -> list[Mark]:
 
 
 def _commonest(entry: Mapping[str, Any], label: str) -> list[Mark]:
-    """The same, the part of most activations first."""
+    """Returns the marks of the figure's parts, with the part of the most activations first."""
     parts = _named(entry, "parts")
     counts = {name: of["n"] if is_shown(of.get("n")) else 0 for name, of in parts.items()}
     ordered = sorted(parts, key=lambda name: -counts[name])
     return [mark for name in ordered for mark in _divided({"parts": {name: parts[name]}}, label)]
 
 
-# What controls are called in charts.
+# The names of controls in charts.
 _WORDS = {"permuted": "of other texts", "isotropic": "random error", "gold": "gold text", "true": "the activation"}
 _RINGS = "Rings: explanations of other texts."
 
@@ -167,7 +170,7 @@ _CHARTS = (
 
 
 def html_suite(evaluation: Mapping[str, Any]) -> str:
-    """The report's section: charts of the figures that are read most, and a table of all; nothing without any."""
+    """Makes the report's section: charts of the most important figures, and a table of all. Empty without figures."""
     if not any(_entry(evaluation, figure) for figure in FIGURES):
         return ""
     charts = []

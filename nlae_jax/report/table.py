@@ -1,4 +1,4 @@
-"""Held-out samples and health as tables, for terminal and report; text made safe to show in either."""
+"""Tables of held-out samples and of health for the terminal and the report, and text that is safe to show in both."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rich.text import Text
 
 from nlae_jax.evaluate.health import MEASURES
 
-LARGEST = 1e300  # what is larger overflows as soon as it is computed with
+LARGEST = 1e300  # larger numbers overflow as soon as one computes with them
 CONTEXT_CHARACTERS = 100
 EXPLANATION_CHARACTERS = 280
 HTML_CONTEXT_CHARACTERS = 260
 HTML_ROWS = 200
-HTML_OPEN_ROWS = 12  # the rest is in a drawer
-# Characters that reorder their neighbours: a line could be made to read as something it is not.
+HTML_OPEN_ROWS = 12  # further rows are in a drawer
+# Characters that reorder their neighbours, which can make a line look like another one.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _WHITESPACE_TOKENS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def printable(text: Any) -> str:
-    """The text with everything that is no character to a reader as U+FFFD; newlines and tabs stay.
+    """Replaces characters that must not be shown by U+FFFD. Newlines and tabs stay.
 
-    Control characters would drive the terminal, reordering marks would disguise the text, and unpaired
-    surrogates cannot be written as UTF-8.
+    Control characters would drive the terminal, reordering marks would disguise the text, and unpaired surrogates
+    cannot be written as UTF-8.
     """
     return "".join(
         "\ufffd" if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in _REORDERING else c
@@ -38,42 +38,42 @@ def printable(text: Any) -> str:
 
 
 def split_at_token(context: str, token: str, width: int) -> tuple[str, str]:
-    """The last `width` characters before the token, and the token in a form that can be seen.
+    """Returns the last `width` characters before the token, and the token in a visible form.
 
-    The context ends with the token, unless the token is a part of a character; then it stands after the context.
-    Whitespace tokens are shown as signs, and an empty one as ∅.
+    The context ends with the token. If the token is a part of a character, it does not, and all of the context is
+    before the token. Tokens of white space are shown as signs, and an empty token as ∅.
     """
     context, token = printable(context), printable(token)
     ending = next((end for end in (token, token.strip()) if end and context.endswith(end)), "")
     before = context.removesuffix(ending)
     if len(before) > width:
         cut = before[-width:]
-        before = "…" + (cut.split(" ", 1)[1] if " " in cut[:16] else cut)  # begin with a whole word where one is near
+        before = "…" + (cut.split(" ", 1)[1] if " " in cut[:16] else cut)  # begins with a whole word if one is near
     if not token.strip():
         token = "".join(_WHITESPACE_TOKENS.get(c, c) for c in token) or "∅"
     return before, token
 
 
 def is_shown(value: Any) -> bool:
-    """Whether `number` writes it as a number: evaluations write null without a figure, and a file may hold anything."""
+    """Returns whether a value is a number that can be shown. Evaluations write null where they have no figure."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with a true minus sign, or a dash for what is not a finite number (or hardly one)."""
+    """Writes a number with a true minus sign. The text is a dash for a value that is not a number below `LARGEST`."""
     if not is_shown(value):
         return "–"
     return (f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "−")
 
 
 def significant(value: float) -> str:
-    """Three digits of a measured value."""
+    """Writes a measured value with three significant digits."""
     text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     return tidy(text)
 
 
 def tidy(text: str) -> str:
-    """A written number with true minus signs and no leading zeros in its exponent."""
+    """Gives a written number true minus signs, and takes leading zeros out of its exponent."""
     return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
 
 
@@ -85,7 +85,7 @@ def _context_cell(row: Mapping[str, Any]) -> Text:
     before, token = split_at_token(row.get("context", ""), row.get("token", ""), CONTEXT_CHARACTERS)
     before = " ".join(before.split()) + (" " if before[-1:].isspace() else "")
     space = " " if token[:1].isspace() else ""
-    # The marks are characters, not colour alone, so that a log shows them too.
+    # The token is marked by characters too, so that a log without colours shows it.
     return Text.assemble(before, space, ("«" + token.strip() + "»", "bold yellow"))
 
 
@@ -98,10 +98,11 @@ def _explanation_cell(row: Mapping[str, Any]) -> Text:
 
 
 def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
-    """The first `limit` held-out samples for a terminal: end of the context, the read token in «», explanation, scores.
+    """Makes a table of the first `limit` held-out samples, for a terminal.
 
-    Rows are those of `samples/held_out.jsonl`. They are taken in order, not picked: choosing by score would flatter.
-    Fits 80 columns, and reads the same without colour.
+    `rows` are those of `samples/held_out.jsonl`. A line shows the end of the context with the read token in «», the
+    explanation and its scores. Samples are taken in order, because a choice by score would flatter. The table fits 80
+    columns and can be read without colour.
     """
     shown = rows[: max(0, limit)]
     title = f"Held-out samples: the first {len(shown)} of {len(rows)}, in order"
@@ -118,23 +119,23 @@ def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
 
 
 def remarks(row: Mapping[str, Any]) -> list[str]:
-    """What a reader of an explained token should know of it; rows are those of `NLA.explain_text`."""
-    said = []
+    """Returns warnings about an explained token, such as a cut explanation. `row` is one of `NLA.explain_text`."""
+    warnings = []
     if row.get("position") == 0:
-        said.append("position 0 is an attention sink: its activation holds nothing of the text")
+        warnings.append("position 0 is an attention sink: its activation holds nothing of the text")
     elif row.get("outside") == "position 0":
-        said.append("position 0 is in the span: an attention sink, whose length drowns the rest")
+        warnings.append("position 0 is in the span: an attention sink, whose length drowns the rest")
     elif row.get("outside"):
-        said.append("the activation's length is unusual: the pair was not trained on such")
+        warnings.append("the activation's length is unusual: the pair was not trained on such")
     if row.get("cut"):
-        said.append("cut at the limit")
+        warnings.append("cut at the limit")
     if row.get("repeated"):
-        said.append("repeats itself")
-    return said
+        warnings.append("repeats itself")
+    return warnings
 
 
 def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
-    """One line per token of an explained text; rows are those of `NLA.explain_text`."""
+    """Makes a table with one line per token of an explained text. `tokens` are the rows of `NLA.explain_text`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), expand=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("token", ratio=1, overflow="fold")
@@ -159,7 +160,10 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def adaptation_table(result: Mapping[str, Any]) -> Table:
-    """What a map between two models is worth on held-out texts, beside its controls; see `interop.adapt.adapt`."""
+    """Makes a table of the scores of a map between two models on held-out texts, beside its controls.
+
+    `result` is that of `interop.adapt.adapt`.
+    """
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
@@ -175,7 +179,7 @@ def adaptation_table(result: Mapping[str, Any]) -> Table:
 
 
 def html_text(value: Any) -> str:
-    """The one way for text onto the page: unprintable characters replaced, then HTML escaped."""
+    """Makes any text safe for the page: replaces unprintable characters and escapes HTML."""
     return escape(printable(value), quote=True)
 
 
@@ -196,7 +200,10 @@ def _html_row(row: Mapping[str, Any]) -> str:
 
 
 def html_samples(rows: Sequence[Mapping[str, Any]], name: object) -> str:
-    """The same samples for the report: longer contexts, gold text in a drawer. `name` is the file they should be in."""
+    """Makes the report's table of held-out samples, with longer contexts and the gold text in a drawer.
+
+    `name` is the file of the samples, which is named if there are none.
+    """
     if not rows:
         return f'<p class="absent">Not there yet: {html_text(name)}.</p>'
     shown = rows[:HTML_ROWS]
@@ -215,7 +222,7 @@ def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def html_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Names and values; bold where `defaults` has another value."""
+    """Makes a table of names and values. A value that differs from `defaults` is marked as changed."""
     lines = []
     for key, value in values.items():
         shown = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
@@ -225,7 +232,7 @@ def html_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
 
 
 def html_health(evaluation: Mapping[str, Any]) -> str:
-    """The measures of `health.MEASURES` that an evaluation has, each beside its bound and, if crossed, what to do."""
+    """Makes the table of an evaluation's `health.MEASURES`, each beside its bound, with advice if it is crossed."""
     measured = [measure for measure in MEASURES if is_shown(evaluation.get(measure.key))]
     if not measured:
         return ""
