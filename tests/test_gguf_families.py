@@ -309,7 +309,7 @@ def test_experts_in_four_bits(tmp_path):
         value = tensors_of("gpt-oss", model)[f"blk.0.ffn_{name}_exps.weight"]
         kind = gguf.GGMLQuantizationType.MXFP4
         expected = gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind)
-        assert 0 < np.abs(expected - value).max() < 0.2 * np.abs(value).max()
+        assert 0 < np.abs(expected - value).max() < 0.3 * np.abs(value).max()
         np.testing.assert_array_equal(found[name][0], expected.swapaxes(1, 2))
 
 
