@@ -18,7 +18,7 @@ from nlae_jax.lm.tokens import pad
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.roundtrip import Explanations
 
-SIZES = Sizes(text=40, sampled=12, samples=4, suffix=6, recurrence=4, uninformed=8, judged=16)
+SIZES = Sizes(text=40, sampled=12, samples=4, suffix=6, judged=16)
 WORDS = [
     f"{stem}{end}" for stem in ("moon", "river", "stone", "lamp", "horse") for end in ("", "s", "ly", "less", "man")
 ]
