@@ -52,7 +52,7 @@ def planted(lm: LanguageModel, rows: Rows, write: Write, read: Read, name: str) 
             texts.append(write(row, calls["number"]))
         encoded = [lm.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         ids, length = pad(encoded, max(map(len, encoded)))
-        return Explanations(texts, texts, ids, length)
+        return Explanations(texts, texts, ids, length, np.zeros(len(texts), bool))
 
     def reconstruct(texts: Sequence[str]) -> np.ndarray:
         return np.stack([read(text) for text in texts]).astype(np.float32)

@@ -153,6 +153,20 @@ def test_health_finds_the_constant(suite_of):
     assert health["changed_words"]["value"] == 0
 
 
+def test_explanations_that_the_limit_cut_are_counted(tiny_lm, rows, tmp_path):
+    """Beside those that ended by themselves without a closing tag: both cannot be read."""
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["silent"], "silent")
+    calls = itertools.count()
+
+    def explain(vectors, seed):
+        return pair.explain(vectors, seed)._replace(truncated=np.full(len(vectors), next(calls) < 2))
+
+    found = run_suite(Work(pair._replace(explain=explain), rows, tmp_path, 0, 50, SIZES), ("health",))["health"]
+    assert found["extraction_rate"]["value"] == 0
+    assert found["truncated_rate"]["value"] == pytest.approx(16 / 40) and found["truncated_rate"]["n"] == 40
+    assert found["truncated_rate"]["ci95"][0] < 0.4 < found["truncated_rate"]["ci95"][1]
+
+
 # --- copying
 
 
@@ -367,7 +381,8 @@ def test_what_is_asked_for_beside_the_suite_costs_more(tiny_lm, rows, tmp_path):
     assert answers(work, SECTIONS, Extras(0, True, True)) == 3 * 40 + 3 * 16
     assert answers(work, ("health", "text"), Extras(0, True, True)) == 3 * 40
     line = cost_text(work, ("health",), tiny_lm.arch)
-    assert line.startswith("eval: 40 activations, 40 explanations, about ") and "asked" not in line and "less what" not in line
+    assert line.startswith("eval: 40 activations, 40 explanations, about ")
+    assert "asked" not in line and "less what" not in line
     run_suite(work, ("health",))
     line = cost_text(work, ("text", "truth"), tiny_lm.arch, Extras(judges=True))
     assert "asked 48 times at most" in line and line.endswith("less what an earlier run has done")

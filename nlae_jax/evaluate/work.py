@@ -120,6 +120,7 @@ class Work:
             return {
                 "texts": written.texts,
                 "length": np.asarray(written.length),
+                "truncated": np.asarray(written.truncated),
                 "canonical": np.array(
                     [self._is_canonical(*row) for row in zip(written.ids, written.length, strict=True)]
                 ),

@@ -140,6 +140,12 @@ def sample(
     return jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(), body, start).samples
 
 
+def truncated(samples: Samples, eos_id: int) -> jax.Array:
+    """[*batch] bool: whether the token limit ended the response, which has neither closing tag nor end of sequence."""
+    at_limit = samples.lengths == samples.tokens.shape[-1]
+    return at_limit & ~samples.closed & (samples.tokens[..., -1] != eos_id)
+
+
 def explanation_tokens(samples: Samples, closing: tuple[int, ...], blank: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The explanations inside sampled responses, without the closing tag and stripped of blank tokens at both ends.
 
