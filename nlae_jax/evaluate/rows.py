@@ -84,7 +84,8 @@ def documents_of(
 ) -> list[tuple[str, Document]]:
     """(kind of text, document) of texts, of files and of a corpus.
 
-    The kind is what a file says of a text in its field `domain`, else the file's name.
+    The kind is what a file says of a text in its field `domain`, else the name of the file, or of its folder where it
+    holds one text alone.
     """
     found = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
