@@ -263,16 +263,16 @@ class NLA(Explainer):
         source: str | Sequence[Mapping[str, str]],
         edit: str,
         at: str | None = None,
-        original: str | None = None,
+        original: str | Sequence[str] | None = None,
         word: str | None = None,
         pattern: str | None = None,
         settings: steering.Settings | None = None,
     ) -> steering.SteerReport:
         """Steers the subject's continuations of a text or chat by an edited explanation, with controls.
 
-        `edit` replaces the explanation `original` (default: the encoder's) at the tokens `at`, which
-        `explore.select.parse_at` reads. Continuations with `word` or the regular expression `pattern` are counted.
-        Raises UserError for an adapted pair.
+        `edit` replaces the explanation `original` (default: the encoder's), or the mean of several, at the tokens
+        `at`, which `explore.select.parse_at` reads. Continuations with `word` or the regular expression `pattern` are
+        counted. Raises UserError for an adapted pair.
         """
         self.check_own_subject("steer")
         passage = read_passage(self.tokenizer, self.subject.arch.vocab_size, source, add_generation_prompt=True)

@@ -26,7 +26,7 @@ class Reader:
     def __getattr__(self, name):
         return getattr(self._lm, name)
 
-    def steer(self, prompts, added, layer, max_new_tokens, temperature=1.0, seed=0):
+    def steer(self, prompts, added, layer, max_new_tokens, temperature=1.0, seed=0, later=None):
         """Whoever pushes along a planted direction hears its word."""
         pushes = [push.sum(0) for push in added]
         cos = [self.planted @ push / max(np.linalg.norm(push), 1e-9) for push in pushes]

@@ -1,5 +1,6 @@
 """Steering: an edit is added where it was asked for, and is held against random directions of its length."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -39,21 +40,46 @@ def test_an_edit_that_works_beats_its_controls(report):
 
 
 def test_what_is_added_is_as_long_as_asked_for_and_nowhere_else(planted, passage, monkeypatch):
-    pushes = []
+    pushes, laters = [], []
     plain = type(planted.subject).steer
 
     def watched(self, prompts, added, *more):
         pushes.extend(added[::3])
+        laters.extend(more[-1][::3])
         return plain(self, prompts, added, *more)
 
     monkeypatch.setattr(type(planted.subject), "steer", watched)
     steer(planted, passage, [2, 5], "it is about list", None, None, FEW)
     (h,) = planted.read([passage])
-    assert len(pushes) == 1 + 4 * 2 and not pushes[0].any()
+    assert len(pushes) == 1 + 4 * 2 and not pushes[0].any() and not np.any(laters)
     for push, alpha in zip(pushes[1:], [0.5, 1.0] * 4, strict=True):
         lengths = np.linalg.norm(push, axis=1)
         assert np.flatnonzero(lengths).tolist() == [2, 5]
         np.testing.assert_allclose(lengths[[2, 5]], alpha * np.linalg.norm(h[[2, 5]], axis=1), rtol=0.2)
+    laters.clear()
+    settings = dataclasses.replace(FEW, generated=True)
+    steer(planted, passage, [2, 5], "it is about list", None, None, settings)
+    median = np.median(np.linalg.norm(h[[2, 5]], axis=1))
+    np.testing.assert_allclose(np.linalg.norm(laters, axis=1), median * np.array([0, *[0.5, 1.0] * 4]), rtol=0.2)
+
+
+def test_what_only_one_original_says_is_not_pushed_away(planted, passage, monkeypatch):
+    pushes, plain = [], type(planted.subject).steer
+
+    def watched(self, prompts, added, *more):
+        pushes.extend(added)
+        return plain(self, prompts, added, *more)
+
+    monkeypatch.setattr(type(planted.subject), "steer", watched)
+    few = Settings(alphas=(1.0,), samples=1, max_new_tokens=2)
+    originals = ["it is about array", "it is about string", "it is about file", "it is about list"]
+    cos = []
+    for original in ("it is about array", originals):
+        pushes.clear()
+        steer(planted, passage, [2], "it is about list", original, None, few)
+        away, towards = (planted.rebuild([text])[0] for text in ("it is about array", "it is about list"))
+        cos.append(-(pushes[1][2] @ (away - towards)) / np.linalg.norm(pushes[1][2]) / np.linalg.norm(away - towards))
+    assert cos[0] == pytest.approx(1, abs=0.2) and cos[1] < cos[0] - 0.05
 
 
 def test_an_edit_that_misses_its_word_does_not_beat_them(planted, passage):
@@ -128,6 +154,14 @@ def test_the_command(tiny_run, tmp_path, capsys):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["steer", *few, "--input", str(prompts), "--html", str(tmp_path / "s.html")]) == 0
     assert "1 prompts" in capsys.readouterr().out and (tmp_path / "s.html").exists()
+    several = {"text": "the of to", "edit": "the list", "original": ["the array", "the to"]}
+    prompts.write_text(json.dumps(several) + "\n")
+    assert main(["steer", *few, "--generated", "--input", str(prompts), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"][0]["original"] == "the array\nthe to"
+    for wrong in ([], [1], 1):
+        prompts.write_text(json.dumps({**several, "original": wrong}) + "\n")
+        assert main(["steer", *few, "--input", str(prompts)]) == 2
+        assert "original should be a text" in capsys.readouterr().err
     prompts.write_text('{"text": "the"}\n')
     assert main(["steer", *few, "--input", str(prompts)]) == 2
     assert "prompts.jsonl:1: edit should be a text" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def run(request, tmp_path, tiny_dir, tokenizer):
 
 @pytest.mark.parametrize("run", [*FIELDS, "gemma3_text+vision"], indirect=True)
 def test_out_and_in_again(request, run, tmp_path):
-    case = request.node.callspec.params["run"].split("_")[0]
+    case = request.node.callspec.params["run"]
     pair = trained_pair(run)
     pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
     out = tmp_path / "out"

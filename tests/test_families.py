@@ -16,6 +16,7 @@ from nlae_jax.lm.arch import ClampedGate, Experts, GlobalAttention, first_blocks
 from nlae_jax.lm.families import FAMILIES, arch_from_hf, hf_config, read_arch
 from nlae_jax.lm.layout import plain_name
 from nlae_jax.lm.lora import init_adapters
+from nlae_jax.lm.rope import rope_table
 from nlae_jax.lm.transformer import Segment, Transformer, random_params
 from nlae_jax.lm.weights import load_params, save_params
 from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
@@ -280,6 +281,34 @@ CASES |= {
         | DELTA
         | {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "tie_word_embeddings": True}
         | {"shared_expert_intermediate_size": 12, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
+}
+# Shapes that are easily taken for granted: one block, one kind of block, heads of one size, no scaling.
+CASES |= {
+    "gpt2-unscaled": ("gpt2", GPT2 | {"n_layer": 1, "n_head": 1, "n_embd": 7, "scale_attn_weights": False}),
+    "gpt_oss-unstretched": (
+        "gpt_oss",
+        WIDE
+        | {"num_local_experts": 3, "num_experts_per_tok": 3, "num_hidden_layers": 2, "sliding_window": 1}
+        | {"layer_types": ["full_attention", "sliding_attention"], "num_key_value_heads": 4}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    ),
+    "gemma4_text-one-size": (
+        "gemma4_text",
+        WIDE
+        | GEMMA4
+        | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8}
+        | {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    ),
+    "gemma4_text-all-alike": (
+        "gemma4_text",
+        WIDE | GEMMA4 | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "global_head_dim": 8},
+    ),
+    "qwen3_5_text-linear": (
+        "qwen3_5_text",
+        WIDE
+        | DELTA
+        | {"num_hidden_layers": 1, "linear_conv_kernel_dim": 1, "linear_value_head_dim": 1, "use_cache": False},
     ),
 }
 TIME = 19
@@ -702,6 +731,40 @@ def test_names_as_published_long_ago(tmp_path, family):
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, arch), expected)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.0},
+        YARN | {"attention_factor": 0.8, "beta_slow": 2},
+        YARN | {"truncate": None, "beta_fast": 4},
+        YARN | {"factor": None},
+        YARN | {"factor": 0.5},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0},
+    ],
+)
+def test_rope_is_transformers(parameters):
+    """Cosines and sines of variants, with what is left out taken as transformers takes it."""
+    config = transformers.AutoConfig.for_model("llama", **WIDE, rope_parameters=dict(parameters))
+    init = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    frequencies, factor = init(config, "cpu")
+    positions = np.arange(40)
+    angles = positions[:, None] * frequencies.numpy().astype(np.float64)
+    cos, sin = rope_table(arch_from_hf({"model_type": "llama", **WIDE, "rope_parameters": parameters}), positions)
+    np.testing.assert_allclose(cos, factor * np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin, factor * np.sin(angles), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_says(tmp_path, tied):
+    """transformers writes the text's own default inside, whatever holds."""
+    text = {"model_type": "ministral3"} | CASES["ministral3"][1]
+    whole = transformers.AutoConfig.for_model("mistral3", text_config=text, tie_word_embeddings=tied)
+    whole.save_pretrained(tmp_path)
+    assert read_arch(tmp_path).tied_head is tied
+
+
 GLOBAL = {"per_layer_config": None}  # as published files have it
 
 
@@ -744,12 +807,17 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
             {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
             "rope_type 'yarn' of full_attention",
         ),
+        ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+        ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2"),
+        ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function = 'layernorm'"),
+        ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters should have full_attention and sliding_attention"),
+        ("ministral", {"rope_scaling": LINEAR}, "rope_parameters and rope_scaling differ"),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),
     ],
 )
 def test_variants_that_are_not_run_are_one_line(family, changes, says):
     config = json.loads(transformers.AutoConfig.for_model(*CASES[family][:1], **CASES[family][1]).to_json_string())
-    if changes.keys() & {"rope_scaling", "rotary_pct"}:
+    if family != "ministral" and changes.keys() & {"rope_scaling", "rotary_pct"}:
         del config["rope_parameters"]
     with pytest.raises(UserError, match=says) as caught:
         arch_from_hf(config | changes)

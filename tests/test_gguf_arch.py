@@ -1,11 +1,12 @@
 """GGUF metadata as an architecture: what llama.cpp fixes without a key, and what is refused."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nlae_jax.lm.arch import LinearRope
+from nlae_jax.lm.arch import LinearRope, YarnRope
 from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, read_gguf_arch
 from nlae_jax.runtime.errors import UserError
 
@@ -22,6 +23,11 @@ SIZES = {
 
 def arch_of(architecture, changes=None, tensors=()):
     keys = {key: value for key, value in (SIZES | (changes or {})).items() if value is not None}
+    if architecture in ("gpt2", "gptneox"):
+        keys = {
+            "context_length": 64,
+            "attention.layer_norm_epsilon": keys.pop("attention.layer_norm_rms_epsilon"),
+        } | keys
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
     return read_gguf_arch(Path("m.gguf"), metadata, tensors, 50)
 
@@ -52,6 +58,20 @@ def test_windows_by_pattern():
         arch_of("gemma3", {"attention.sliding_window": 5, "attention.sliding_window_pattern": [True]})
 
 
+def test_yarn():
+    """A file may name the attention factor that follows from the factor; llama.cpp rounds gpt-oss's ramp, we do not."""
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}
+    usual = 0.1 * math.log(8) + 1
+    for named in ({}, {"rope.scaling.attn_factor": 1.0}, {"rope.scaling.attn_factor": float(np.float32(usual))}):
+        arch = arch_of("olmo2", keys | named | {"attention.sliding_window": 5, "rope.freq_base": 5e5})
+        assert (arch.family, arch.rope_scaling) == ("olmo3", YarnRope(8.0, usual, 64))
+        assert (arch.ropes, arch.local_rope_theta) == (("local", "local", "local", "global") * 3, 5e5)
+    experts = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
+    arch = arch_of("gpt-oss", keys | experts | {"rope.scaling.yarn_beta_fast": 16.0})
+    assert arch.rope_scaling == YarnRope(8.0, usual, 64, beta_fast=16.0, truncate=False)
+    assert arch_of("gpt-oss", experts).rope_scaling is None
+
+
 def test_rope_bases():
     assert arch_of("gemma3").local_rope_theta == 10_000.0
     arch = arch_of("gemma3", {"rope.freq_base": 1e6, "rope.freq_base_swa": 500.0})
@@ -79,7 +99,19 @@ def test_a_tied_head_is_one_that_is_not_there():
     ("architecture", "changes", "message"),
     [
         ("llama", {"expert_count": 8}, "m.gguf: llama.expert_count = 8 is not supported"),
-        ("olmo2", {"attention.sliding_window": 4096}, "olmo2.attention.sliding_window = 4096"),
+        ("qwen3", {"attention.sliding_window": 4096}, "qwen3.attention.sliding_window = 4096"),
+        (
+            "olmo2",
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.attn_factor": 1.5}
+            | {"rope.scaling.original_context_length": 64},
+            "olmo2.rope.scaling.attn_factor = 1.5 is not supported; 1 and 1.20794 are",
+        ),
+        ("gpt-oss", {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}, "original_context_length"),
+        ("phi3", {"rope.scaling.attn_factor": 1.2}, "phi3.rope.scaling.attn_factor = 1.2"),
+        *(
+            (architecture, {}, f"architecture '{architecture}' is not supported")
+            for architecture in ("mistral3", "qwen35", "qwen35moe", "gemma4", "granitehybrid")
+        ),
         ("qwen2", {"attention.causal": False}, "qwen2.attention.causal should be true"),
         ("qwen3", {"attention.value_length": 8}, "qwen3.attention.value_length should be 16"),
         ("smollm3", {"attention.head_count_kv": [1] * 12}, "smollm3.attention.head_count_kv should be one number"),

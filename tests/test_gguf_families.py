@@ -17,10 +17,14 @@ from nlae_jax.lm.transformer import Transformer
 from nlae_jax.lm.weights import load_params
 from tests.test_families import CASES as CASES_OF_MODELS
 from tests.test_families import (
+    GPT2,
     GRANITE,
     LINEAR,
+    NEOX,
+    PHI3,
     SMALL,
     WIDE,
+    YARN,
     assert_close,
     batch_of,
     model_of,
@@ -38,6 +42,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
     "rope_theta": 500_000.0,
+}
+OLMO3_ROPES = {
+    "full_attention": YARN | {"factor": 8.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+# llama.cpp's graph has these constants.
+GPT_OSS_RELEASED = {
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 # GGUF architecture, HF family, the fields that differ from transformers' defaults. Windows are shorter than sequences.
 CASES = {
@@ -73,15 +87,26 @@ CASES = {
     "olmoe": ("olmoe", "olmoe", WIDE | {"num_experts": 5, "num_experts_per_tok": 2}),
     "granite": ("granite", "granite", SMALL | GRANITE | {"tie_word_embeddings": True}),
     "granite-untied": ("granite", "granite", WIDE | GRANITE | {"attention_bias": True}),
+    "olmo3": ("olmo2", "olmo3", CASES_OF_MODELS["olmo3-yarn"][1] | {"rope_parameters": OLMO3_ROPES}),
+    "olmo3-unstretched": ("olmo2", "olmo3", WIDE | {"sliding_window": 5, "num_hidden_layers": 5}),
+    "gpt2": ("gpt2", "gpt2", GPT2),
+    "gpt2-untied": ("gpt2", "gpt2", GPT2 | {"n_inner": 40, "tie_word_embeddings": False}),
+    "gptneox": ("gptneox", "gpt_neox", NEOX | {"num_attention_heads": 2}),
+    "gptneox-in-turn": (
+        "gptneox",
+        "gpt_neox",
+        NEOX | {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 0.5, "num_hidden_layers": 2},
+    ),
+    "phi3": ("phi3", "phi3", PHI3),
+    "phi3-part": ("phi3", "phi3", CASES_OF_MODELS["phi3-part"][1]),
+    "gpt_oss": ("gpt-oss", "gpt_oss", CASES_OF_MODELS["gpt_oss"][1]),
+    "gpt_oss-unbiased": ("gpt-oss", "gpt_oss", CASES_OF_MODELS["gpt_oss-yarn"][1] | GPT_OSS_RELEASED),
 }
+# Families whose GGUF transformers cannot read, or reads by another way than this test's.
 OURS_ALONE = (
-    "mistral",
-    "smollm3",
-    "olmo2",
-    "granite",
-    "qwen3_moe",
-    "olmoe",
-)  # families whose GGUF transformers cannot read
+    *("mistral", "smollm3", "olmo2", "granite", "qwen3_moe", "olmoe", "olmo3", "gpt2", "gpt_neox", "phi3", "gpt_oss"),
+)
+LAYER_NORMS = ("gpt2", "gptneox")
 
 
 def stored(architecture, name, value, config):
@@ -93,7 +118,29 @@ def stored(architecture, name, value, config):
             value = interleave_rotary_pairs(value, config.num_key_value_heads)
     if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
         value = value + 1
+    if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        value = value.T
+    if architecture == "gptneox" and ".query_key_value." in name:
+        value = np.concatenate(list(value.reshape(config.num_attention_heads, 3, -1, *value.shape[1:]).swapaxes(0, 1)))
+        value = value.reshape(3 * config.hidden_size, *value.shape[2:])
     return np.ascontiguousarray(value, np.float32)
+
+
+def gpt_oss_parts(state):
+    """Gates and ups lie output by output; GGUF has each by itself, and [out, in]."""
+    parts = {}
+    for name, value in state.items():
+        turned = value.swapaxes(-1, -2) if name.endswith("_proj") else value
+        suffix = "bias" if name.endswith("_bias") else "weight"
+        stem = name.removesuffix("_bias")
+        if stem.endswith("gate_up_proj"):
+            gate, up = (turned[:, part::2] for part in (0, 1))
+            parts |= {f"{stem.replace('gate_up', part)}.{suffix}": x for part, x in (("gate", gate), ("up", up))}
+        elif ".experts." in name or name.endswith("sinks"):
+            parts[f"{stem}.{suffix}"] = turned
+        else:
+            parts[name] = value
+    return parts
 
 
 def tensors_of(architecture, model):
@@ -103,13 +150,15 @@ def tensors_of(architecture, model):
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     tensors = {}
     state = dict(model.state_dict())
+    if architecture == "gpt-oss":
+        state = gpt_oss_parts(state)
     for name in [name for name in state if name.endswith(".experts.gate_up_proj")]:
         gate, up = state.pop(name).chunk(2, dim=1)
         state |= {name.replace("gate_up", part) + ".weight": value for part, value in (("gate", gate), ("up", up))}
         down = name.replace("gate_up", "down")
         state[f"{down}.weight"] = state.pop(down)
     for name, value in state.items():
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
+        if name not in ("lm_head.weight", "embed_out.weight") or not config.tie_word_embeddings:
             stem, suffix = name.rsplit(".", 1)
             tensors[f"{names.get_name(stem)}.{suffix}"] = stored(architecture, name, value.numpy(), config)
     return tensors
@@ -121,16 +170,27 @@ def add_keys(writer, architecture, config):
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or config.n_inner or 4 * config.n_embd)
     writer.add_head_count(config.num_attention_heads)
+    if architecture in LAYER_NORMS:
+        writer.add_layer_norm_eps(getattr(config, "layer_norm_epsilon", None) or config.layer_norm_eps)
+    if architecture == "gptneox":
+        writer.add_parallel_residual(config.use_parallel_residual)
+        writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * head_dim))
+    if architecture in LAYER_NORMS:
+        return
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if architecture in ("qwen3moe", "olmoe"):
-        writer.add_expert_count(config.num_experts)
+    if architecture in ("qwen3moe", "olmoe", "gpt-oss"):
+        writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if architecture == "qwen3moe":
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture not in ("qwen2", "olmo2"):
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if architecture == "phi3":
+        writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * head_dim))
+    if architecture not in ("qwen2", "olmo2", "phi3"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if architecture == "granite":
@@ -152,8 +212,17 @@ def add_keys(writer, architecture, config):
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     if architecture in ("gemma2", "gemma3") and config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if architecture in ("llama", "gemma2", "gemma3") and getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if getattr(config, "sliding_window", None):
+        if architecture in ("llama", "gemma2", "gemma3", "olmo2", "phi3", "gpt-oss"):
+            writer.add_sliding_window(config.sliding_window)
+        if architecture == "olmo2":
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    elif architecture == "phi3":
+        writer.add_sliding_window(0)
 
 
 def llama3_factors(rope, head_dim):
@@ -165,7 +234,8 @@ def llama3_factors(rope, head_dim):
     return np.where(turns < rope["low_freq_factor"], rope["factor"], factors).astype(np.float32)
 
 
-def write_gguf(path, architecture, model):
+def write_gguf(path, architecture, model, packed=False):
+    """`packed`: experts in 4 bits, as gpt-oss is published."""
     writer = gguf.GGUFWriter(path, architecture)
     add_keys(writer, architecture, model.config)
     writer.add_tokenizer_model("gpt2")
@@ -175,8 +245,12 @@ def write_gguf(path, architecture, model):
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(2)
     for name, value in tensors_of(architecture, model).items():
-        writer.add_tensor(name, value)
-    if model.config.rope_parameters.get("rope_type") == "llama3":
+        if packed and name.endswith("_exps.weight"):
+            kind = gguf.GGMLQuantizationType.MXFP4
+            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(model.config.rope_parameters, model.config.head_dim))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -223,6 +297,20 @@ def test_the_files_written_here_are_as_transformers_reads_them(tmp_path, case):
     assert read.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(read[name], value, rtol=0, atol=2e-7)
+
+
+def test_experts_in_four_bits(tmp_path):
+    fields = CASES["gpt_oss-unbiased"][2] | {"intermediate_size": 64, "num_hidden_layers": 1, "layer_types": None}
+    model = model_of("gpt_oss", fields)
+    write_gguf(tmp_path / "m.gguf", "gpt-oss", model, packed=True)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    found = load_params(tmp_path / "hf", read_arch(tmp_path / "hf"))["blocks"]
+    for name in ("gate", "up", "down"):
+        value = tensors_of("gpt-oss", model)[f"blk.0.ffn_{name}_exps.weight"]
+        kind = gguf.GGMLQuantizationType.MXFP4
+        expected = gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind)
+        assert 0 < np.abs(expected - value).max() < 0.2 * np.abs(value).max()
+        np.testing.assert_array_equal(found[name][0], expected.swapaxes(1, 2))
 
 
 def test_every_architecture_is_there():

@@ -45,6 +45,11 @@ TEKKEN = (
     "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
     "|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
+O200K = (
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
 # tokenizer.ggml.pre -> pattern ("" for GPT-2's own), whether digits are cut off first, whether text is normalised.
 PRE = {
     "gpt-2": ("", False, False),
@@ -54,6 +59,7 @@ PRE = {
     "dbrx": (LLAMA3, False, False),
     "qwen2": (QWEN2, False, True),
     "tekken": (TEKKEN, False, False),
+    "gpt-4o": (O200K, False, False),
 }
 
 
@@ -122,7 +128,7 @@ def test_the_rules_of_splitting_differ_here():
     """Else the comparison could not fail: the texts tell each rule from the next."""
     pieces = {
         pre: tuple(str(byte_level_reference(pre).pre_tokenizer.pre_tokenize_str(text)) for text in TEXTS)
-        for pre in ("gpt-2", "smollm", "dbrx", "qwen2", "tekken")
+        for pre in ("gpt-2", "smollm", "dbrx", "qwen2", "tekken", "gpt-4o")
     }
     assert len(set(pieces.values())) == len(pieces)
 

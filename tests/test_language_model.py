@@ -246,5 +246,20 @@ def test_nothing_added_changes_nothing_and_something_does(tiny_lm, layer):
     push[1][-1] = 50 * np.asarray(tiny_lm.params["embed"][77])  # at the last token of the second prompt alone
     steered = tiny_lm.steer(prompts, push, layer, 12, temperature=0.0)
     assert steered[0] == plain[0] and steered[1] != plain[1]
+    with pytest.raises(UserError, match="later: shape"):
+        tiny_lm.steer(prompts, zeros, layer, 4, later=np.zeros((2, 3)))
     with pytest.raises(UserError, match="added: shape"):
         tiny_lm.steer(prompts, [zeros[0], zeros[0]], layer, 4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_is_added_to_generated_tokens_is_what_reading_them_with_it_gives(tiny_lm, layer):
+    """The steered text is read back with the same vector at the same tokens: each token is the likeliest there."""
+    prompt, later = [5, 6, 7], 20 * np.asarray(tiny_lm.params["embed"][77])
+    zeros = np.zeros((3, tiny_lm.arch.d_model), np.float32)
+    (written,) = tiny_lm.steer([prompt], [zeros], layer, 8, temperature=0.0, later=[later])
+    assert written != tiny_lm.steer([prompt], [zeros], layer, 8, temperature=0.0)[0] and len(written) > 2
+    for count in range(1, len(written)):
+        added = np.concatenate([zeros, np.tile(later, (count, 1))])
+        (following,) = tiny_lm.steer([prompt + written[:count]], [added], layer, 1, temperature=0.0)
+        assert following == [written[count]]

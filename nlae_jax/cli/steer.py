@@ -25,11 +25,16 @@ def _add(steer: argparse.ArgumentParser) -> None:
     add_source(steer, prompts=True)
     steer.add_argument("--at", help="tokens to push: -1, 3,5, 10:20, or a part of the text (default: the last 8)")
     steer.add_argument("--edit", help="the explanation as it should be")
-    steer.add_argument("--original", help="the explanation that was edited (default: the encoder's own)")
+    steer.add_argument(
+        "--original",
+        action="append",
+        help="the explanation that was edited (default: the encoder's own); several: their mean is taken",
+    )
     counted = steer.add_mutually_exclusive_group()
     counted.add_argument("--word", help="a word that continuations should have: hits are counted")
     counted.add_argument("--pattern", help="the same as a regular expression")
-    steer.add_argument("--alphas", default="0.5,1,2", help="lengths of the push, in units of the activation's")
+    steer.add_argument("--alphas", default="0.15,0.25,0.35", help="lengths of the push, in units of the activation's")
+    steer.add_argument("--generated", action="store_true", help="push the generated tokens, too")
     steer.add_argument("--controls", type=int, default=3, help="random directions of the same length (at least 3)")
     steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
     steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
@@ -77,8 +82,16 @@ def _settings(options: argparse.Namespace) -> Settings:
     try:
         alphas = tuple(float(alpha) for alpha in options.alphas.split(","))
     except ValueError:
-        raise UserError(f"--alphas {options.alphas}: should be numbers, as 0.5,1,2") from None
-    return Settings(alphas, options.controls, options.samples, options.tokens, options.temperature, options.seed)
+        raise UserError(f"--alphas {options.alphas}: should be numbers, as 0.15,0.25") from None
+    return Settings(
+        alphas,
+        options.controls,
+        options.samples,
+        options.tokens,
+        options.temperature,
+        options.seed,
+        options.generated,
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -91,14 +104,26 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         text = row.get("text")
         source = text if isinstance(text, str) and text.strip() else check_messages(row.get("messages"), where)
         fields = {name: row.get(name) for name in ("at", "edit", "original", "word", "pattern")}
-        invalid = next((name for name, value in fields.items() if not isinstance(value, str | None)), None)
+        if isinstance(fields["original"], str):
+            fields["original"] = [fields["original"]]
+        texts = {**fields, "original": None}
+        invalid = next((name for name, value in texts.items() if not isinstance(value, str | None)), None)
         if invalid or not fields["edit"]:
             raise UserError(f"{where}: {invalid or 'edit'} should be a text")
+        if not _is_texts(fields["original"]):
+            raise UserError(f"{where}: original should be a text, or a list of at least one text")
         prompts.append({"name": where, "source": source, **fields})
     return prompts
 
 
-def _prepared(nla: NLA, line: dict[str, Any]) -> tuple[Passage, list[int], str, str | None, re.Pattern[str] | None]:
+def _is_texts(value: Any) -> bool:
+    """Returns whether the value is None or a list of texts that is not empty."""
+    return value is None or (isinstance(value, list) and value != [] and all(isinstance(text, str) for text in value))
+
+
+def _prepared(
+    nla: NLA, line: dict[str, Any]
+) -> tuple[Passage, list[int], str, list[str] | None, re.Pattern[str] | None]:
     """Returns the arguments of `explore.steer.steer` for one prompt. Raises UserError that names its line."""
     from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.select import parse_at
@@ -111,7 +136,7 @@ def _prepared(nla: NLA, line: dict[str, Any]) -> tuple[Passage, list[int], str, 
         at = parse_at(passage, line["at"])
     except UserError as error:
         raise error if line["name"] == "text" else UserError(f"{line['name']}: {error}") from None
-    original = None if line["original"] is None else argument_text(line["original"])
+    original = None if line["original"] is None else [argument_text(text) for text in line["original"]]
     return passage, at, argument_text(line["edit"]), original, pattern
 
 

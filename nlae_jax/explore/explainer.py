@@ -19,7 +19,7 @@ from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.explore.passage import Passage, read_text
 from nlae_jax.explore.statistics import Statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
-from nlae_jax.lm.tokens import check_ids, pad
+from nlae_jax.lm.tokens import check_ids, pad, padded_width
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, decoder_ids
@@ -30,7 +30,6 @@ from nlae_jax.runtime.progress import progress
 
 _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 rows than for 8
 _BATCH_TOKENS = 1024  # the subject reads at most this many tokens at once
-_WIDTH = 64  # passages are padded to multiples of it, each compiled once
 _TEXTS, _TEXT_TOKENS = 64, 64  # texts, and tokens of each, that a pair's statistics are made from if it has none
 MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with the square
 
@@ -309,7 +308,7 @@ def read_batches(sequences: Sequence[Sequence[int]], read: Callable[[np.ndarray,
     results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     while order:
-        width = -(-len(sequences[order[-1]]) // _WIDTH) * _WIDTH
+        width = padded_width(len(sequences[order[-1]]))
         rows = 1 << max(0, min(_BATCH_TOKENS // width, len(order)).bit_length() - 1)
         batch, order = order[-rows:], order[:-rows]
         ids, length = pad([sequences[index] for index in batch], width)

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,16 +34,17 @@ class Settings:
     """How steering is done and measured.
 
     `alphas` are the lengths of the added vector, in units of ‖h‖. `controls` is the number of random directions, at
-    least 3. For each condition `samples` continuations of up to `max_new_tokens` tokens are drawn. Raises UserError for
-    invalid values.
+    least 3. For each condition `samples` continuations of up to `max_new_tokens` tokens are drawn. With `generated` the
+    vector is added to the generated tokens, too. Raises UserError for invalid values.
     """
 
-    alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
+    alphas: tuple[float, ...] = (0.15, 0.25, 0.35)
     controls: int = 3
     samples: int = 8
     max_new_tokens: int = 32
     temperature: float = 1.0
     seed: int = 0
+    generated: bool = False
 
     def __post_init__(self) -> None:
         if self.controls < _LEAST_CONTROLS:
@@ -80,8 +81,9 @@ class Outcome:
 class SteerReport:
     """The continuations without and with the edit, and with random directions.
 
-    `best_alpha` is the α at which the edit has most hits. `beats_controls` says whether it has more hits there than
-    every random direction at the same α. Both are None without a pattern.
+    `original` has one line for each original explanation. `best_alpha` is the α at which the edit has most hits.
+    `beats_controls` says whether it has more hits there than every random direction at the same α. Both are None
+    without a pattern.
     """
 
     text: str
@@ -157,16 +159,18 @@ def steer(
     passage: Passage,
     positions: Sequence[int],
     edited: str,
-    original: str | None = None,
+    original: str | Sequence[str] | None = None,
     pattern: re.Pattern[str] | None = None,
     settings: Settings | None = None,
 ) -> SteerReport:
-    """Adds α‖h‖·Δ/‖Δ‖ at `positions`, Δ = decoder(edited) − decoder(original), and lets the subject continue.
+    """Adds α‖h‖·Δ/‖Δ‖ at `positions`, Δ = u(edited) − u(original), and lets the subject continue.
 
-    Without `original`, it is the encoder's explanation of the mean activation of these positions. A position whose
-    activation has an unusual length (position 0) gets the data's median length as ‖h‖. A span works better than a
-    single token, because the activations of other tokens outweigh one. Raises UserError where the edit does not change
-    the reconstruction, and for an adapted pair.
+    u(x) is the decoder's reconstruction from x, scaled to length 1, as the decoder's loss does. If there are several
+    originals, the mean of their u is taken: then Δ has less of what only one of them says. Without `original`, it is
+    the encoder's explanation of the mean activation of these positions. A position whose activation has an unusual
+    length (position 0) gets the data's median length as ‖h‖. A span works better than a single token, because the
+    activations of other tokens outweigh one. Raises UserError where the edit does not change the reconstruction, and
+    for an adapted pair.
     """
     nla.check_own_subject("steer")
     settings = settings or Settings()
@@ -174,9 +178,10 @@ def steer(
     at = sorted(set(positions))
     if original is None:
         ((original, _),) = nla.write(h_TxD[at].mean(0, keepdims=True))
-    before, after = np.asarray(nla.rebuild([original, edited]), np.float64)
-    delta = after - before
-    if not np.linalg.norm(delta) > 1e-6 * np.linalg.norm(before):
+    originals = [original] if isinstance(original, str) else list(original)
+    *before_NxD, after = (unit(row) for row in np.asarray(nla.rebuild([*originals, edited]), np.float64))
+    delta = after - np.mean(before_NxD, axis=0)
+    if not np.linalg.norm(delta) > 1e-6:
         raise UserError(
             "--edit: the decoder rebuilds the same activation as from the original explanation; change more words"
         )
@@ -188,13 +193,14 @@ def steer(
         float(norms[p]) if not nla.statistics.outside(float(norms[p]), p) else nla.statistics.norm_median for p in at
     ]
 
-    def added(direction: np.ndarray, alpha: float) -> np.ndarray:
+    def condition(kind: str, alpha: float, direction: np.ndarray) -> _Condition:
         push = np.zeros(h_TxD.shape, np.float32)
         push[at] = alpha * np.array(lengths)[:, None] * direction
-        return push
+        later = settings.generated * alpha * np.median(lengths) * direction
+        return _Condition(kind, alpha, push, later.astype(np.float32))
 
-    conditions = [("none", 0.0, np.zeros(h_TxD.shape, np.float32))]
-    conditions += [(kind, alpha, added(u, alpha)) for kind, u in directions for alpha in settings.alphas]
+    conditions = [condition("none", 0.0, directions[0][1])]
+    conditions += [condition(kind, alpha, u) for kind, u in directions for alpha in settings.alphas]
     outcomes = _outcomes(nla, passage, conditions, pattern, settings)
     edits = [outcome for outcome in outcomes if outcome.kind == "edit"]
     controls = [outcome for outcome in outcomes if outcome.kind == "random"]
@@ -203,7 +209,7 @@ def steer(
     return SteerReport(
         text=passage.shown(),
         at=tuple(at),
-        original=original,
+        original="\n".join(originals),
         edited=edited,
         pattern=pattern.pattern if pattern is not None else "",
         layer=nla.layer,
@@ -213,6 +219,15 @@ def steer(
         beats_controls=None if best is None else _hits(best) > max(control_hits),
         best_alpha=None if best is None else best.alpha,
     )
+
+
+class _Condition(NamedTuple):
+    """What is added: `push` [T, d] to the passage's tokens, `later` [d] to each generated one."""
+
+    kind: str
+    alpha: float
+    push: np.ndarray
+    later: np.ndarray
 
 
 def _hits(outcome: Outcome) -> int:
@@ -251,7 +266,7 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
 def _outcomes(
     nla: Explainer,
     passage: Passage,
-    conditions: Sequence[tuple[str, float, np.ndarray]],
+    conditions: Sequence[_Condition],
     pattern: re.Pattern[str] | None,
     settings: Settings,
 ) -> list[Outcome]:
@@ -261,20 +276,21 @@ def _outcomes(
     with progress(len(conditions), "steer", unit="condition") as bar:
         conditions_per_call = max(1, _ROWS // count)
         for start in range(0, len(conditions), conditions_per_call):
-            pushes = [push for _, _, push in conditions[start : start + conditions_per_call] for _ in range(count)]
+            rows = [row for row in conditions[start : start + conditions_per_call] for _ in range(count)]
             # All calls have the same seed, so that only the added vectors differ between them.
             written += subject.steer(
-                [passage.ids] * len(pushes),
-                pushes,
+                [passage.ids] * len(rows),
+                [row.push for row in rows],
                 nla.layer,
                 settings.max_new_tokens,
                 settings.temperature,
                 settings.seed,
+                [row.later for row in rows],
             )
-            bar.advance(len(pushes) // count)
+            bar.advance(len(rows) // count)
     nll = mean_nll_after(subject, [(passage.ids, ids) for ids in written])
     outcomes = []
-    for number, (kind, alpha, _) in enumerate(conditions):
+    for number, (kind, alpha, *_) in enumerate(conditions):
         rows = slice(number * count, (number + 1) * count)
         texts = [nla.tokenizer.decode(ids) for ids in written[rows]]
         hits = None if pattern is None else sum(pattern.search(text) is not None for text in texts)

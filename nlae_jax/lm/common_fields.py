@@ -44,11 +44,23 @@ def common_fields(fields: Fields, default_theta: float = 10_000.0, partial: bool
     }
 
 
+# Families whose `rope_parameters` have a set for each kind of block. A set for all is none to transformers.
+_ROPE_BY_KIND = ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3")
+
+
 def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, Any]:
     """Those of one kind of block, where each has a set of its own; else those of all."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
+    if new and old and new != old:
+        raise UserError("config.json: rope_parameters and rope_scaling differ; it should have one of them")
+    name = "rope_parameters" if new else "rope_scaling"
     parameters = fields.table(name)
     if "full_attention" not in parameters and "sliding_attention" not in parameters:
+        if new and fields.family in _ROPE_BY_KIND:
+            raise UserError(
+                "config.json: rope_parameters should have full_attention and sliding_attention for model_type "
+                f"{fields.family}"
+            )
         return parameters if kind == "full_attention" else {}
     # transformers looks for `truncate` beside the sets.
     truncate = {"truncate": parameters.get("truncate", True)}

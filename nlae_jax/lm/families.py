@@ -67,8 +67,11 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     family = text.get("model_type", _WITH_VISION[whole])
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"config.json: text_config.model_type {quoted(family)} is not supported")
-    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", whole in _TIED)}
-    return tied | text | {"model_type": family, "architectures": [WRITTEN[family].transformers_class]}
+    # What is said outside holds for the whole model; inside there may be no more than a default of the class.
+    tied = config.get("tie_word_embeddings")
+    tied = text.get("tie_word_embeddings", whole in _TIED) if tied is None else tied
+    read = {"model_type": family, "architectures": [WRITTEN[family].transformers_class], "tie_word_embeddings": tied}
+    return text | read
 
 
 def arch_from_hf(config: dict[str, Any]) -> Arch:

@@ -30,6 +30,8 @@ _NO_MATHS = frozenset(
             "summary_use_proj",
             "task_specific_params",
         ),
+        *("_num_labels", "custom_pipelines", "gradient_checkpointing", "init_method", "n_special", "num_labels"),
+        *("output_past", "predict_special_tokens", "torchscript"),
     ]
 )
 

@@ -86,13 +86,14 @@ def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttentio
 def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool) -> tuple[int, int]:
     """Their heads of keys and values, and a head's size, by `per_layer_config`, as transformers saves them.
 
-    Published files have two fields instead, of which transformers reads the first where keys are values only.
+    It leaves out what is as elsewhere, and is empty where all is. Published files have two fields instead, of which
+    transformers reads the first where keys are values only.
     """
     kv_heads, head_dim = fields.size("num_key_value_heads"), fields.size("head_dim")
     few, wide = fields.size("num_global_key_value_heads", kv_heads), fields.size("global_head_dim", 512)
-    per_layer = fields.table("per_layer_config")
-    if not per_layer:
+    if fields.get("per_layer_config") is None:
         return few if keys_are_values else kv_heads, wide
+    per_layer = fields.table("per_layer_config")
     if set(per_layer) - {str(block) for block, one in enumerate(sliding) if not one}:
         raise UserError("config.json: per_layer_config of blocks that are not full_attention is not supported")
     own = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
@@ -162,6 +163,7 @@ def qwen3_5(fields: Fields) -> Arch:
     """Qwen 3.6's models are called so too."""
     fields.only("hidden_act", "silu")
     fields.only("attn_output_gate", True)
+    fields.only("output_gate_type", "swish", "silu")  # of DeltaNet's output; attention's is a sigmoid in any case
     fields.only("mlp_only_layers", [])
     fields.pass_over("mamba_ssm_dtype")  # the state is float32 in any case
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):  # of blocks that draft tokens: not run

@@ -122,13 +122,17 @@ def _gemma(fields: Fields, **differences: Any) -> Arch:
 def gpt2(fields: Fields) -> Arch:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         fields.only(name, False)
-    fields.only("scale_attn_weights", True)
     fields.pass_over("reorder_and_upcast_attn")  # another order of the same operations
     if fields.get("intermediate_size") is None:
         fields.config["n_inner"] = 4 * fields.size("hidden_size")
     common = common_fields(fields) | {"rope_theta": Arch.rope_theta, "rope_scaling": None, "rotary_dim": 0}
-    biases = ("q", "k", "v", "o", "up", "down")
-    return Arch(**common, **_classic(fields), biases=biases, positions=fields.size("n_positions"))
+    return Arch(
+        **common,
+        **_classic(fields),
+        biases=("q", "k", "v", "o", "up", "down"),
+        positions=fields.size("n_positions"),
+        attention_scale=0.0 if fields.flag("scale_attn_weights") else 1.0,
+    )
 
 
 def gpt_neox(fields: Fields) -> Arch:
@@ -195,6 +199,8 @@ def ministral3(fields: Fields) -> Arch:
 
 def phi3(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's own code; transformers reads neither
+        fields.only(name, 1)
     original = fields.size("original_max_position_embeddings", 4096)
     parameters = rope_parameters(fields)
     if (kind := parameters.get("rope_type") or parameters.get("type")) in (None, "default"):
@@ -227,6 +233,7 @@ def _multipliers(fields: Fields) -> dict[str, Any]:
 def granitemoehybrid(fields: Fields) -> Arch:
     """Those without experts and state space: Granite 4.0's dense models."""
     fields.only("hidden_act", "silu")
+    fields.only("normalization_function", "rmsnorm")
     for kind in fields.items("layer_types") or ["mamba"]:
         if kind not in ("attention", "full_attention"):
             raise UserError(f"config.json: layer_types {quoted(kind)} is not supported; attention is")

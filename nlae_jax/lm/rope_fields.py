@@ -43,7 +43,7 @@ def rope_of(parameters: dict[str, Any], default_theta: float, context: int | Non
             factor=constant("factor"),
             low_freq_factor=constant("low_freq_factor"),
             high_freq_factor=constant("high_freq_factor"),
-            original_max_positions=int(constant("original_max_position_embeddings")),
+            original_max_positions=_original(parameters, context),
         )
     if kind == "yarn":
         return theta, _yarn(parameters, context)
@@ -64,17 +64,22 @@ def proportional_rope(parameters: dict[str, Any], default_theta: float, head_dim
     return theta, int(part * head_dim // 2), factor
 
 
+def _original(parameters: dict[str, Any], context: int | None) -> int:
+    """The context before it was stretched: that of the model where nothing is said."""
+    key = "original_max_position_embeddings"
+    return whole(key, required({key: parameters.get(key) or context}, key))
+
+
 def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
     """What is not said is taken as transformers takes it."""
     given = {key: value for key, value in parameters.items() if value is not None}
-    key = "original_max_position_embeddings"
-    original = whole(key, required({key: context} | given, key))
+    original = _original(parameters, context)
     factor = number("factor", given.get("factor", (context or original) / original))
     mscale, mscale_all_dim = (number(key, given.get(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
     grown = lambda by: 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0  # noqa: E731
     both = grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
-    truncate = given.get("truncate", True)
-    if not isinstance(truncate, bool):
+    truncate = parameters.get("truncate", True)  # null is off
+    if not isinstance(truncate, bool | None):
         raise ValueError(f"truncate = {quoted(truncate)} should be true or false")
     return YarnRope(
         factor=factor,
@@ -82,7 +87,7 @@ def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
         original_max_positions=original,
         beta_fast=number("beta_fast", given.get("beta_fast") or 32),
         beta_slow=number("beta_slow", given.get("beta_slow") or 1),
-        truncate=truncate,
+        truncate=bool(truncate),
     )
 
 

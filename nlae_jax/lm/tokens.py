@@ -64,6 +64,11 @@ def pad(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.
     return ids, np.array([len(sequence) for sequence in sequences], np.int32)
 
 
+def padded_width(length: int) -> int:
+    """Returns the width that `length` tokens are padded to: 16, 32 or a multiple of 64, so that few are compiled."""
+    return next((width for width in (16, 32) if length <= width), -(-length // 64) * 64)
+
+
 def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids padded with 0 on the left to [N, width] int32, and which of them are tokens, [N, width] bool."""
     ids, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)

@@ -43,6 +43,18 @@ def init_weight(key: jax.Array, weight: Weight, dtype: jnp.dtype = jnp.float32) 
     return (jax.random.normal(key, weight.shape, jnp.float32) * weight.fan_in**-0.5).astype(dtype)
 
 
+class Push(NamedTuple):
+    """What is added to the output of block `layer`: `added`, which spreads to the residual stream's shape."""
+
+    added: jax.Array
+    layer: int
+
+
+def pushed(x: jax.Array, push: Push | None, index: jax.Array) -> jax.Array:
+    """Returns the output `x` of block `index`, with what is added to it if the push is to this block."""
+    return x if push is None else jnp.where(index == push.layer, x + push.added.astype(x.dtype), x)
+
+
 def is_weight(node: Any) -> bool:
     return isinstance(node, Weight)
 
@@ -189,41 +201,50 @@ class Transformer(nn.Module):
         own: Any,
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
+        push: Push | None = None,
     ) -> tuple[jax.Array, Any]:
         """One token for every row; keys and values are written into `own` at `offset`, a scalar or one for each row.
 
         With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
         `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all
-        blocks on a leading axis (see `for_decoding`). Returns the last residual stream and the grown caches.
+        blocks on a leading axis (see `for_decoding`). `push` is added to the output of its block. Returns the last
+        residual stream and the grown caches.
         """
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
         parts = (*contexts, own) if weights is None else (*contexts[0], own[0])
         x = self._placed(segment.x, segment.positions, sum(kv.positions.shape[-1] for kv in parts))
         x = residual(x, decoding=True)
         if weights is None:
-            return self._scanned_decode(block, x, contexts, own, offset)
+            return self._scanned_decode(block, x, contexts, own, offset, push)
         xs: tuple[jax.Array, ...] = (x,)
         grown = []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
             xs, (cache,) = block(base, adapters, xs, contexts[index], own[index], offset, layer)
+            xs = (pushed(xs[0], push, jnp.asarray(index)),)
             grown.append(own[index]._replace(k=cache.k, v=cache.v, state=cache.state))
         return xs[0], grown
 
     def _scanned_decode(
-        self, block: Block, x: jax.Array, contexts: Sequence[KeyValues], own: KeyValues, offset: jax.Array
+        self,
+        block: Block,
+        x: jax.Array,
+        contexts: Sequence[KeyValues],
+        own: KeyValues,
+        offset: jax.Array,
+        push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
         """The stacked caches are carried from layer to layer and written in place: as outputs they would be copied."""
         if self.arch.mixers:
-            return self._mixed_decode(block, x, contexts, own, offset)
+            return self._mixed_decode(block, x, contexts, own, offset, push)
 
         def body(carry: tuple[jax.Array, LayerCache], inputs: Any) -> tuple[Any, None]:
             (x, grown), (place, base, adapters, layer, read) = carry, inputs
             seen = [kv._replace(k=k, v=v) for kv, (k, v) in zip(contexts, read, strict=True)]
             room = own._replace(k=grown.k, v=grown.v)
             (x,), (grown,) = block(base, adapters, (x,), seen, room, offset, layer, place)
-            return (x, grown), None
+            return (pushed(x, push, place), grown), None
 
         places, read = jnp.arange(self.arch.num_layers), [(kv.k, kv.v) for kv in contexts]
         inputs = places, self.blocks, self._adapters(), layers_of(self.arch), read
@@ -231,7 +252,13 @@ class Transformer(nn.Module):
         return x, own._replace(k=grown.k, v=grown.v)
 
     def _mixed_decode(
-        self, block: Block, x: jax.Array, contexts: Sequence[KeyValues], own: KeyValues, offset: jax.Array
+        self,
+        block: Block,
+        x: jax.Array,
+        contexts: Sequence[KeyValues],
+        own: KeyValues,
+        offset: jax.Array,
+        push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
         layers = layers_of(self.arch)
 
@@ -245,7 +272,7 @@ class Transformer(nn.Module):
             if kind == "global":
                 cache = LayerCache(None, None, global_kv=(cache.k, cache.v))
             kept = {name: part for name, part in cache._asdict().items() if part is not None}
-            return (x, grown._replace(**kept)), ()
+            return (pushed(x, push, number), grown._replace(**kept)), ()
 
         carry = x, LayerCache(own.k, own.v, own.state, own.global_kv)
         adapters = self._adapters()

@@ -127,7 +127,7 @@ def save_model(
     if arch.experts is not None:  # of a block's, each is written by itself
         values = functools.lru_cache(maxsize=1)(values)
     tensors = [
-        TensorToWrite(tensor.name, tensor.stored_shape, functools.partial(_values, values, tensor))
+        TensorToWrite(tensor.name, tensor.stored_shape, functools.partial(hf_values, values, tensor))
         for tensor in hf_tensors(arch, _weights(arch, trunk))
     ]
     directory = Path(directory)
@@ -143,7 +143,9 @@ def save_model(
     write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
 
 
-def _values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.ndarray:
+def hf_values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.ndarray:
+    """The values of a checkpoint's tensor, put together from those of our parameters (see `save_model`)."""
+
     def of(share: Share) -> np.ndarray:
         array = values(share.name, share.index[0] if share.index else None)
         return np.asarray(array[share.index[1]] if share.index[1:] else array)

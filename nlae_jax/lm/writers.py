@@ -63,7 +63,9 @@ WRITTEN: dict[str, Written] = {
     "smollm3": Written("SmolLM3ForCausalLM", ("hidden_act", "attention_bias", "mlp_bias", "no_rope_layers", *_WINDOW)),
     "olmo2": Written("Olmo2ForCausalLM", ("hidden_act", "attention_bias")),
     "gpt2": Written(
-        "GPT2LMHeadModel", ("hidden_act", "n_positions"), ("num_key_value_heads", "head_dim", "rope_theta")
+        "GPT2LMHeadModel",
+        ("hidden_act", "n_positions", "scale_attn_weights"),
+        ("num_key_value_heads", "head_dim", "rope_theta"),
     ),
     "gpt_neox": Written(
         "GPTNeoXForCausalLM",
@@ -101,7 +103,7 @@ WRITTEN: dict[str, Written] = {
         "GptOssForCausalLM",
         (
             *("hidden_act", "attention_bias", "sliding_window", "layer_types", "swiglu_alpha", "swiglu_limit"),
-            *("num_local_experts", "num_experts_per_tok"),
+            *("num_local_experts", "num_experts_per_tok", "rope_scaling/always"),
         ),
     ),
     "qwen3_5_text": Written("Qwen3_5ForCausalLM", _QWEN3_5, ("rope_theta",)),
@@ -147,7 +149,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
             "full_attention": {
                 "rope_type": "proportional",
                 "rope_theta": wide.rope_theta,
-                "partial_rotary_factor": _part_of(2 * wide.turned_pairs, wide.head_dim),
+                "partial_rotary_factor": part_of(2 * wide.turned_pairs, wide.head_dim),
                 **({"factor": wide.rope_factor} if wide.rope_factor != 1.0 else {}),
             },
         },
@@ -157,10 +159,12 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "final_logit_softcapping": arch.logit_softcap or None,
         "rope_local_base_freq": arch.local_rope_theta,
         "n_positions": arch.positions,
+        "scale_attn_weights": arch.attention_scale == 0.0,
         "use_parallel_residual": arch.parallel,
         "partial_rotary_factor": _part(arch),
         "original_max_position_embeddings": arch.most_tokens or 4096,
         "position_embedding_type": "nope" if arch.rotary_dim == 0 else "rope",
+        "rope_scaling/always": written_rope(arch.rope_scaling) or {"rope_type": "default"},
         "rope_parameters": _rope_parameters(arch),
         "rope_parameters/kinds": {
             "full_attention": _rope_parameters(arch),
@@ -193,10 +197,11 @@ def own_fields(arch: Arch) -> dict[str, Any]:
 
 def _part(arch: Arch) -> float:
     """Of a head what turns: transformers multiplies and takes the whole part."""
-    return _part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
+    return part_of(arch.head_dim if arch.rotary_dim is None else arch.rotary_dim, arch.head_dim)
 
 
-def _part_of(turned: int, head_dim: int) -> float:
+def part_of(turned: int, head_dim: int) -> float:
+    """The share of a head that turns, such that transformers comes to as many dimensions again."""
     part = turned / head_dim
     return part if int(head_dim * part) == turned else (turned + 0.5) / head_dim
 

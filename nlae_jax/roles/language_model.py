@@ -16,8 +16,8 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import sample
-from nlae_jax.lm.tokens import check_ids, pad_left
-from nlae_jax.lm.transformer import for_decoding
+from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
+from nlae_jax.lm.transformer import Push, for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.subject import Spliced, Subject
@@ -93,14 +93,23 @@ class LanguageModel:
             mask: jax.Array,
             key: jax.Array,
             added: jax.Array,
+            later: jax.Array,
             layer: int,
             limit: int,
             heat: float,
         ) -> Any:
             prefilled = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
-            return generate_from(params, mask, key, limit, heat, prefilled)
+            return generate_from(params, mask, key, limit, heat, prefilled, Push(later[:, None], layer))
 
-        def generate_from(params: Any, mask: jax.Array, key: jax.Array, limit: int, heat: float, prefilled: Any) -> Any:
+        def generate_from(
+            params: Any,
+            mask: jax.Array,
+            key: jax.Array,
+            limit: int,
+            heat: float,
+            prefilled: Any,
+            push: Push | None = None,
+        ) -> Any:
             first, contexts = prefilled
             start = mask.sum(-1).astype(jnp.int32)
             grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
@@ -108,7 +117,7 @@ class LanguageModel:
 
             def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
                 cached = decoding.contexts, caches, decoding.weights
-                return apply(subject, decoding.variables, token, step, start, *cached, method="decode")
+                return apply(subject, decoding.variables, token, step, start, *cached, push, method="decode")
 
             return sample(
                 decode,
@@ -130,7 +139,7 @@ class LanguageModel:
         self._neurons = jax.jit(neurons, static_argnums=3)
         self._log_probs = jax.jit(log_probs)
         self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=everywhere)
-        self._steer = jax.jit(steer, static_argnums=(5, 6, 7), out_shardings=everywhere)
+        self._steer = jax.jit(steer, static_argnums=(6, 7, 8), out_shardings=everywhere)
 
     @staticmethod
     def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
@@ -253,9 +262,11 @@ class LanguageModel:
         max_new_tokens: int,
         temperature: float = 1.0,
         seed: int = 0,
+        later: Sequence[np.ndarray] | None = None,
     ) -> list[list[int]]:
         """Runs `generate` with `added[i]` [T_i, d] added to the output of block `layer` while prompt i is read.
 
+        `later[i]` [d] is added there to every token that is generated; nothing without it.
         Raises UserError for a block that does not exist, and for arrays of another shape.
         """
         self._check_layer(layer)
@@ -264,12 +275,19 @@ class LanguageModel:
             if array.shape != (len(prompt), self.arch.d_model):
                 raise UserError(f"added: shape {array.shape} should be [{len(prompt)}, {self.arch.d_model}]")
 
+        later_NxD = np.zeros((len(prompts), self.arch.d_model), np.float32)
+        if later is not None:
+            later_NxD = np.asarray(later, np.float32)
+            if later_NxD.shape != (len(prompts), self.arch.d_model):
+                raise UserError(f"later: shape {later_NxD.shape} should be {(len(prompts), self.arch.d_model)}")
+
         def steer_batch(inputs: Any, rows: Sequence[int]) -> Any:
             width = inputs[1].shape[1]
             padded_BxTxD = np.zeros((len(rows), width, self.arch.d_model), np.float32)
             for index, row in enumerate(rows):
                 padded_BxTxD[index, width - len(added_arrays[row]) :] = added_arrays[row]
-            return self._steer(*inputs, self._put(padded_BxTxD), layer, max_new_tokens, temperature)
+            pushes = self._put((padded_BxTxD, later_NxD[list(rows)]))
+            return self._steer(*inputs, *pushes, layer, max_new_tokens, temperature)
 
         return self._continued(prompts, seed, steer_batch)
 
@@ -282,7 +300,7 @@ class LanguageModel:
         """
         for prompt in prompts:
             check_ids(prompt, self.arch.vocab_size, self.tokenizer, "prompt")
-        width = -(-max(map(len, prompts)) // 64) * 64
+        width = padded_width(max(map(len, prompts)))
         outputs: list[list[int]] = []
         for start in range(0, len(prompts), _GENERATE_BATCH):
             count = min(_GENERATE_BATCH, len(prompts) - start)

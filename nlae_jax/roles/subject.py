@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from nlae_jax.config import Config
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.segments import KeyValues, empty_caches
-from nlae_jax.lm.transformer import BlockWeights, Segment, Transformer, key_values
+from nlae_jax.lm.transformer import BlockWeights, Push, Segment, Transformer, key_values
 from nlae_jax.mesh import batch_sharding
 
 
@@ -180,15 +180,16 @@ class Subject(nn.Module):
         contexts: Any,
         generated_caches: Any,
         weights: list[BlockWeights] | None = None,
+        push: Push | None = None,
     ) -> tuple[jax.Array, Any]:
         """Feeds generated token number `step` and returns the next token's logits [B, V] and the grown caches.
 
         `start_B` holds the number of tokens in each row's prompt. `step` is a scalar, or [B] where rows are at
-        different tokens.
+        different tokens. `push`, with `added` [B, 1, d], is added to the output of its block.
         """
         positions = (start_B + step)[:, None]
         segment = Segment(self.lm.embed(token_B[:, None]), positions, jnp.ones_like(positions, bool))
-        hidden, generated_caches = self.lm.decode(segment, contexts, generated_caches, step, weights)
+        hidden, generated_caches = self.lm.decode(segment, contexts, generated_caches, step, weights, push)
         return self.lm.logits(hidden[:, 0]), generated_caches
 
     def likeliest(self, ids_BxT: jax.Array, mask_BxT: jax.Array, count: int) -> jax.Array:

@@ -45,7 +45,7 @@ class Edit(Input):
     positions: Annotated[list[int], Field(min_length=1, max_length=LIMITS["max_positions_per_request"])]
     original: Description
     edited: Description
-    alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
+    alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 0.3
 
 
 class Look(BaseModel):
@@ -134,7 +134,9 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
         passage = await service.passage(body)
         service.check_length(passage, _STEERED_TOKENS)
         positions, reader = service.positions(passage, body.positions), service.reader
-        settings = Settings((body.alpha,), controls=3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0)
+        settings = Settings(
+            (body.alpha,), 3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0, generated=True
+        )
         with one_at_a_time.enter():
             arguments = reader.explainer, passage, positions, body.edited, body.original, None, settings
             report = await unless_gone(request, service.on_device(lambda: steer(*arguments)))

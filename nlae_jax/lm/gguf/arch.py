@@ -16,7 +16,9 @@ import numpy as np
 
 from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import arch_from_hf
+from nlae_jax.lm.fields import NAMES
 from nlae_jax.lm.rope_fields import written_rope
+from nlae_jax.lm.writers import part_of
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 
@@ -32,6 +34,14 @@ class GgufFamily:
     fixed: tuple[tuple[str, Any], ...] = ()  # config.json fields that no key holds, or that hold where it is missing
     window_period: int = 0  # all but the last of so many blocks have a window; 0: the family has no such pattern
     model_type_with_window: str = ""  # of files that name a window
+    biases: tuple[tuple[str, str], ...] = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
+    eps: str = "attention.layer_norm_rms_epsilon"  # the key of what norms add to the variance
+    partial_rope: bool = False  # a key says how much of a head turns
+    # Where RoPE may be stretched by YaRN: the fields of its parameters that the graph fixes; None: it may not.
+    yarn: tuple[tuple[str, Any], ...] | None = None
+    rope_by_kind: bool = False  # blocks with a window have the base alone, without the scaling
+    names: tuple[tuple[str, str], ...] = ()  # our parameter -> GGUF tensor, where it is not the usual one
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()  # GGUF tensor -> our parameters in it, one after another
     query_scalar: bool = False  # scores are scaled by a constant of the release
     wide_scale_layers: int = 0  # the release with so many blocks scales by d_model / num_heads, others by head_dim
 
@@ -40,6 +50,11 @@ _SLIDING_WINDOW = ("attention.sliding_window", "sliding_window")
 _LOGIT_SOFTCAP = ("final_logit_softcapping", "final_logit_softcapping")
 
 _EXPERTS = (("expert_count", "num_experts"), ("expert_used_count", "num_experts_per_tok"))
+_QKV = (
+    ("blk.{}.attn_qkv.weight", ("q", "k", "v")),
+    ("blk.{}.attn_qkv.bias", ("q_bias", "k_bias", "v_bias")),
+)
+_LAYER_NORM = "attention.layer_norm_epsilon"
 
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     # Mistral is stored as llama too; its window, where a file names one, is all that sets it apart.
@@ -64,7 +79,40 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         wide_scale_layers=62,
     ),
     "smollm3": GgufFamily("smollm3", rotary_pairs=True, fixed=(("no_rope_layer_interval", 4),)),
-    "olmo2": GgufFamily("olmo2"),
+    # OLMo 3 is stored as olmo2 with a window.
+    "olmo2": GgufFamily(
+        "olmo2",
+        fields=(_SLIDING_WINDOW,),
+        window_period=4,
+        model_type_with_window="olmo3",
+        biases=(("attention_bias", "blk.0.attn_q.bias"),),
+        yarn=(("truncate", True),),
+        rope_by_kind=True,
+    ),
+    "gpt2": GgufFamily("gpt2", fields=(("context_length", "n_positions"),), biases=(), eps=_LAYER_NORM, joined=_QKV),
+    "gptneox": GgufFamily(
+        "gpt_neox",
+        fields=(("use_parallel_residual", "use_parallel_residual"),),
+        biases=(("attention_bias", "blk.0.attn_qkv.bias"),),
+        eps=_LAYER_NORM,
+        partial_rope=True,
+        joined=_QKV,
+    ),
+    "phi3": GgufFamily(
+        "phi3",
+        fields=(_SLIDING_WINDOW,),
+        biases=(),
+        partial_rope=True,
+        joined=(_QKV[0], ("blk.{}.ffn_up.weight", ("gate", "up"))),
+    ),
+    "gpt-oss": GgufFamily(
+        "gpt_oss",
+        fields=(_SLIDING_WINDOW, *_EXPERTS, ("expert_feed_forward_length", "intermediate_size")),
+        window_period=2,
+        biases=(("attention_bias", "blk.0.attn_q.bias"),),
+        yarn=(("truncate", False),),
+        names=(("mlp_norm", "blk.{}.post_attention_norm.weight"),),
+    ),
     "qwen3moe": GgufFamily(
         "qwen3_moe",
         fields=(*_EXPERTS, ("expert_feed_forward_length", "moe_intermediate_size")),
@@ -85,17 +133,18 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
 
 _READ = (
     *("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
-    *("attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base"),
+    *("attention.key_length", "rope.freq_base"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
 )
-# Keys with one value that can be run, where they are there: the size of a head, or as given.
-_HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
+# Keys with one value that can be run, where they are there: the size of a head. Of the second a family may read more.
+_TURNED = "rope.dimension_count"
+_HEAD_SIZES = ("attention.value_length", _TURNED)
+_YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
+_YARN_FACTOR = "rope.scaling.attn_factor"
 _NO_MATHS = (
     *("context_length", "vocab_size", "pooling_type", "tensor_data_layout"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 )
-# config.json fields by a tensor that says so.
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _PATTERN = "attention.sliding_window_pattern"
 _MOST = 1 << 24
 
@@ -112,6 +161,11 @@ class _Metadata:
     def get(self, key: str, absent: Any = None) -> Any:
         value = self._metadata.get(f"{self._family}.{key}")
         return absent if value is None else value
+
+    def value(self, key: str) -> float | bool:
+        """A number or a switch."""
+        value = self.get(key)
+        return value if isinstance(value, bool) else self.number(key)
 
     def number(self, key: str, absent: float | None = None) -> float:
         """A number; a float as the shortest decimal that is the same float32, for 1e-5 is stored as 9.99…e-06."""
@@ -154,28 +208,44 @@ def read_gguf_arch(
     if not isinstance(name, str) or name not in GGUF_FAMILIES:
         raise UserError(f"{path}: GGUF architecture {quoted(name)} is not supported; {', '.join(GGUF_FAMILIES)} are")
     family, keys = GGUF_FAMILIES[name], _Metadata(path, metadata, name)
-    config = _common_fields(keys) | _own_fields(keys, family)
+    config = _common_fields(keys, family) | _own_fields(keys, family)
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in tensors}
-    config |= {field: True for field, tensor in _BIASES.items() if tensor in tensors}
+    config |= {field: tensor in tensors for field, tensor in family.biases}
     if rope_factors is not None and not np.all(rope_factors == 1):
         config["rope_scaling"] = _llama3_scaling(path, rope_factors, config["head_dim"], config["rope_theta"])
-    known = {*_READ, *_HEAD_SIZES, *_NO_MATHS, "attention.causal", *(key for key, _ in family.fields)}
-    keys.refuse_unknown(known | ({_PATTERN} if family.window_period else set()))
+    if family.rope_by_kind and config.get("sliding_window"):
+        turned = {"rope_theta": config["rope_theta"]}
+        kinds = {
+            "full_attention": turned | config["rope_scaling"],
+            "sliding_attention": {"rope_type": "default"} | turned,
+        }
+        config |= {"rope_parameters": kinds, "rope_scaling": None}
+    config = _by_family(config)
+    known = {*_READ, *_HEAD_SIZES, *_NO_MATHS, "attention.causal", family.eps, *(key for key, _ in family.fields)}
+    known |= {_PATTERN} if family.window_period else set()
+    keys.refuse_unknown(known | ({*_YARN.values(), _YARN_FACTOR} if family.yarn is not None else set()))
     try:
         return arch_from_hf(config)
     except UserError as error:
         raise UserError(f"{path}: its {name} metadata describe no model that can be run ({error})") from None
 
 
-def _common_fields(keys: _Metadata) -> dict[str, Any]:
+def _by_family(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields by the names that the family has for them, but where it has both."""
+    names = NAMES.get(config["model_type"], {})
+    return {key if (name := names.get(key, key)) in config else name: value for key, value in config.items()}
+
+
+def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
     """What every family has: sizes and RoPE."""
     d_model, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     if heads < 1:
         raise keys.fail("attention.head_count", "should be at least 1")
     head_dim = keys.size("attention.key_length", d_model // heads)
     for key in _HEAD_SIZES:
-        if keys.get(key, head_dim) != head_dim:
+        if keys.get(key, head_dim) != head_dim and not (family.partial_rope and key == _TURNED):
             raise keys.fail(key, f"should be {head_dim}, the size of a head")
+    turned = {"partial_rotary_factor": part_of(keys.size(_TURNED, head_dim), head_dim)} if family.partial_rope else {}
     if keys.get("attention.causal", True) is not True:
         raise keys.fail("attention.causal", "should be true")
     return {
@@ -185,31 +255,49 @@ def _common_fields(keys: _Metadata) -> dict[str, Any]:
         "num_key_value_heads": keys.size("attention.head_count_kv", heads) or heads,
         "head_dim": head_dim,
         "intermediate_size": keys.size("feed_forward_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": keys.number(family.eps),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
-        "rope_scaling": _linear_scaling(keys),
+        "rope_scaling": _scaling(keys, family),
+        **turned,
     }
 
 
-def _linear_scaling(keys: _Metadata) -> dict[str, Any] | None:
-    """Linear RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
+def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
+    """RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
     kind = keys.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear") and (kind != "yarn" or family.yarn is None):
         raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; none and linear are")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
-    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor not in (0, 1) else None
+    if kind == "yarn":
+        return _yarn(keys, factor, dict(family.yarn or ()))
+    if kind == "linear" and factor not in (0, 1):
+        return {"rope_type": "linear", "factor": factor}
+    return None if family.yarn is None else {"rope_type": "default"}  # or a family might have one by default
+
+
+def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, Any]:
+    """YaRN, whose attention factor is the usual one of the factor.
+
+    A file that names it names either that or 1, which llama.cpp multiplies it by. Raises UserError for another.
+    """
+    usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if not math.isclose(named := keys.number(_YARN_FACTOR, 1.0), 1.0) and not math.isclose(named, usual, rel_tol=1e-5):
+        raise keys.fail(_YARN_FACTOR, f"= {named} is not supported; 1 and {usual:.6g} are")
+    betas = {field: keys.number(key) for field, key in _YARN.items() if keys.get(key) is not None}
+    original = keys.size("rope.scaling.original_context_length")
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas, **fixed}
 
 
 def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
     """What only some families have."""
-    fields = dict(family.fixed) | {field: keys.number(key) for key, field in family.fields if keys.get(key) is not None}
+    fields = dict(family.fixed) | {field: keys.value(key) for key, field in family.fields if keys.get(key) is not None}
     fields["model_type"] = family.model_type
     window = fields.get("sliding_window")
     if family.model_type_with_window:
         fields["model_type"] = family.model_type_with_window if window else family.model_type
         fields["sliding_window"] = window or None
     layers = keys.size("block_count")
-    if family.window_period:
+    if family.window_period and (window or not family.model_type_with_window):
         none = "sliding_window" in fields and not window
         sliding = [False] * layers if none else _sliding(keys, family.window_period, layers)
         fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]

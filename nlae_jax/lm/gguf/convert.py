@@ -8,12 +8,14 @@ have an offset (Gemma's 1) are stored with it added.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
 from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
 from nlae_jax.lm.gguf.tokenizer import write_tokenizer
-from nlae_jax.lm.layout import hf_name, layout
+from nlae_jax.lm.layout import flat_weights, hf_tensors
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
-from nlae_jax.lm.weights import WEIGHTS_FILE
+from nlae_jax.lm.weights import WEIGHTS_FILE, hf_values
+from nlae_jax.mesh import Weight
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import clean_log, quoted
 
@@ -56,9 +59,16 @@ TENSOR_NAMES: dict[str, str] = {
     "final_norm": "output_norm.weight",
     "head": "output.weight",
     "router": "blk.{}.ffn_gate_inp.weight",
+    "router_bias": "blk.{}.ffn_gate_inp.bias",
+    "sinks": "blk.{}.attn_sinks.weight",
+    "positions": "position_embd.weight",
+    "attn_norm_bias": "blk.{}.attn_norm.bias",
+    "mlp_norm_bias": "blk.{}.ffn_norm.bias",
+    "final_norm_bias": "output_norm.bias",
 }
 # Where a block has experts, each of these holds all of theirs: [experts, out, in].
 _EXPERTS = {name: f"blk.{{}}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
+_EXPERTS |= {f"{name}_bias": f"blk.{{}}.ffn_{name}_exps.bias" for name in ("gate", "up", "down")}
 _ROPE_FACTORS = "rope_freqs.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)  # the name of one of the files that a model is split into
 
@@ -94,7 +104,9 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     metadata, tensors = _read(gguf_path)
     arch = _arch(gguf_path, metadata, tensors)
     name = metadata["general.architecture"]
-    _check_tensors(gguf_path, arch, GGUF_FAMILIES[name], tensors)
+    family = GGUF_FAMILIES[name]
+    slots = _slots(arch, family)
+    _check_tensors(gguf_path, slots, family, tensors)
     logging.getLogger(__name__).info("converting %s to %s", gguf_path, directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +117,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
         if length := metadata.get(f"{name}.context_length"):
             config["max_position_embeddings"] = int(length)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(temporary / WEIGHTS_FILE, _tensors_to_write(gguf_path, arch, GGUF_FAMILIES[name], tensors))
+        write_safetensors(temporary / WEIGHTS_FILE, _tensors_to_write(gguf_path, arch, family, slots, tensors))
         try:
             temporary.rename(directory)
         except OSError:
@@ -156,51 +168,76 @@ def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
     return read_gguf_arch(path, metadata, tensors, int(embeddings.shape[1]), factors)
 
 
-def _slots(arch: Arch) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """GGUF name -> (our name, block, shape under HF: a matrix is [out, in]) of every tensor the model has."""
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where one parameter of one block stands: rows of a GGUF tensor, which has so many in all.
+
+    `matrix`: ours is [in, out], and a GGUF stores [out, in].
+    """
+
+    tensor: str
+    shape: tuple[int, ...]  # of the whole GGUF tensor
+    rows: slice
+    matrix: bool
+
+
+def _slots(arch: Arch, family: GgufFamily) -> dict[tuple[str, int | None], _Slot]:
+    """(Our parameter, its block) -> where the GGUF has it."""
     weights = model_weights(arch)
-    blocks = {name: weight.shape[1:] for name, weight in weights.pop("blocks").items()}
-    shapes = {name: weight.shape for name, weight in weights.items()} | blocks
-    # In the order of the table: the fingerprint of a converted model depends on where its tensors lie.
-    return {
-        template.format(layer): (name, layer, _stored_shape(shapes[name], layout(arch)[name].transposed))
-        for name, template in (TENSOR_NAMES | (_EXPERTS if arch.experts else {})).items()
-        if name in shapes
-        for layer in range(arch.num_layers if name in blocks else 1)
-    }
+    in_blocks: dict[str, Weight] = weights.pop("blocks")
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    shapes |= {name: weight.shape[1:] for name, weight in in_blocks.items()}
+    joined = {name: (template, members) for template, members in family.joined for name in members}
+    names = TENSOR_NAMES | (_EXPERTS if arch.experts else {}) | dict(family.names)
+    slots = {}
+    for name, shape in shapes.items():
+        template, members = joined.get(name) or (names[name], (name,))
+        matrix = name in in_blocks and len(shape) > 1 and not name.endswith("_bias")
+        widths = [shapes[member][-1] if len(members) > 1 or matrix else shape[0] for member in members]
+        first = sum(widths[: members.index(name)])
+        whole = (*shape[:-2], sum(widths), shape[-2]) if matrix else (sum(widths), *shape[1:])
+        rows = slice(first, first + widths[members.index(name)])
+        for layer in range(arch.num_layers) if name in in_blocks else (None,):
+            slots[name, layer] = _Slot(template.format(layer), whole, rows, matrix)
+    return slots
 
 
-def _stored_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
-    return (*shape[:-2], *shape[:-3:-1]) if transposed else shape
-
-
-def _check_tensors(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> None:
-    slots = _slots(arch)
-    for name, (_, _, expected) in slots.items():
+def _check_tensors(path: Path, slots: Mapping[Any, _Slot], family: GgufFamily, tensors: Tensors) -> None:
+    wanted = {slot.tensor: slot.shape for slot in slots.values()}
+    for name, expected in wanted.items():
         if name not in tensors:
             raise UserError(f"{path}: the GGUF lacks the tensor {name}")
         if (shape := _shape(tensors[name])) != expected:
             raise UserError(f"{path}: the tensor {name} has shape {shape}; the metadata ask for {expected}")
     for name in tensors:
-        if name not in slots and not (name == _ROPE_FACTORS and family.rope_factors):
-            raise UserError(f"{path}: unexpected tensor {name}; this variant of {arch.family} is not supported")
+        if name not in wanted and not (name == _ROPE_FACTORS and family.rope_factors):
+            raise UserError(f"{path}: unexpected tensor {name}; this variant of {family.model_type} is not supported")
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _tensors_to_write(path: Path, arch: Arch, family: GgufFamily, tensors: Tensors) -> Sequence[TensorToWrite]:
-    made = []
-    for gguf_name, (name, layer, shape) in _slots(arch).items():
-        tensor, undo = tensors[gguf_name], _undo(arch, family, name)
-        if arch.experts is None or name not in _EXPERTS:
-            made.append(TensorToWrite(hf_name(arch, name, layer), shape, _reader(path, tensor, undo)))
-            continue
-        for expert in range(arch.experts.count):
-            read = _reader(path, tensor._replace(data=tensor.data[expert]), undo)
-            made.append(TensorToWrite(hf_name(arch, name, layer, expert), shape[1:], read))
-    return made
+def _tensors_to_write(
+    path: Path, arch: Arch, family: GgufFamily, slots: Mapping[tuple[str, int | None], _Slot], tensors: Tensors
+) -> Sequence[TensorToWrite]:
+    """The tensors of the HF layout, in the order of `TENSOR_NAMES`.
+
+    The fingerprint of a converted model depends on where its tensors lie.
+    """
+
+    @functools.lru_cache(maxsize=1)  # of a block's experts, each may be written by itself
+    def values(name: str, layer: int | None) -> np.ndarray:
+        slot = slots[name, layer]
+        tensor = tensors[slot.tensor]
+        if slot.rows != slice(0, slot.shape[-2 if slot.matrix else 0]):
+            tensor = tensor._replace(data=tensor.data[slot.rows])  # joined: no experts
+        found = _undo(arch, family, name)(_dequantise(path, tensor))
+        return found.swapaxes(-1, -2) if slot.matrix else found
+
+    order = {name: number for number, name in enumerate(TENSOR_NAMES)}
+    found = sorted(hf_tensors(arch, flat_weights(arch)), key=lambda hf: (order[hf.shares[0].name], hf.shares[0].index))
+    return [TensorToWrite(hf.name, hf.stored_shape, functools.partial(hf_values, values, hf)) for hf in found]
 
 
 def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -211,12 +248,6 @@ def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], n
     if name.endswith("norm") and arch.norm_offset:
         return lambda values: values - np.float32(arch.norm_offset)
     return lambda values: values
-
-
-def _reader(
-    path: Path, tensor: gguf.ReaderTensor, undo: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[], np.ndarray]:
-    return lambda: undo(_dequantise(path, tensor))
 
 
 def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -33,6 +33,12 @@ _CAPITALS = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# And like those, with a contraction's end kept on the word and digits in groups.
+_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTED}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ _PRE: dict[str, _Rules] = {
     "smaug-bpe": _Rules(_GROUPED_DIGITS),  # SmolLM3
     "dbrx": _Rules(_GROUPED_DIGITS),  # OLMo 2
     "qwen2": _Rules(_SINGLE_DIGITS, nfc=True),
+    "gpt-4o": _Rules(_O200K),  # gpt-oss
     "tekken": _Rules(_CAPITALS, whole_words=True, adds_bos=True),
 }
 
