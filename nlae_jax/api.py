@@ -21,7 +21,7 @@ from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import rows_of
 from nlae_jax.evaluate.suite import check_additions, run_suite
 from nlae_jax.evaluate.trained_controls import trained_controls
-from nlae_jax.evaluate.work import Work, pairing_of
+from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, check_several, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
@@ -172,6 +172,7 @@ class NLA(Explainer):
         corpus: CorpusConfig | None = None,
         reword: DescribeConfig | None = None,
         judge: DescribeConfig | None = None,
+        sampled: int | None = None,
     ) -> dict[str, Any]:
         """Runs the suite (docs/evaluation.md) on activations and returns every figure by section and name.
 
@@ -179,10 +180,12 @@ class NLA(Explainer):
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. `control_steps` trains decoders on other words, each for
         that many steps. `reword` names a server that rewords explanations, `judge` one that says whether they are true.
-        Raises UserError for an adapted pair, and where one of these three adds to a section that is left out.
+        Figures that take several explanations of an activation are of `sampled` activations (by default 64).
+        Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, and where
+        `sampled` is below 2.
         """
         self.check_own_subject("eval")
-        check_additions(sections, control_steps, reword is not None, judge is not None)
+        check_additions(sections, control_steps, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
@@ -193,7 +196,8 @@ class NLA(Explainer):
         pairing = pairing_of(
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
-        work = Work(pairing, rows, out, seed, bootstrap_samples)
+        sizes = Sizes() if sampled is None else Sizes(sampled=sampled)
+        work = Work(pairing, rows, out, seed, bootstrap_samples, sizes)
         say(cost_text(work, sections, arch, Extras(control_steps, reword is not None, judge is not None)))
 
         def further_text_controls() -> None:

@@ -18,7 +18,7 @@ from nlae_jax.lm.tokens import pad
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.roundtrip import Explanations
 
-SIZES = Sizes(text=40, sampled=12, samples=4, suffix=6, recurrence=4, uninformed=8, judged=16)
+SIZES = Sizes(text=40, sampled=12, samples=4, suffix=6, judged=16)
 WORDS = [
     f"{stem}{end}" for stem in ("moon", "river", "stone", "lamp", "horse") for end in ("", "s", "ly", "less", "man")
 ]
@@ -52,7 +52,7 @@ def planted(lm: LanguageModel, rows: Rows, write: Write, read: Read, name: str) 
             texts.append(write(row, calls["number"]))
         encoded = [lm.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         ids, length = pad(encoded, max(map(len, encoded)))
-        return Explanations(texts, texts, ids, length)
+        return Explanations(texts, texts, ids, length, np.zeros(len(texts), bool))
 
     def reconstruct(texts: Sequence[str]) -> np.ndarray:
         return np.stack([read(text) for text in texts]).astype(np.float32)

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import types
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import pytest
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data import corpus, documentation
 from nlae_jax.data.corpus import Document, read_documents
+from nlae_jax.data.kinds import kinds_of_files
 from nlae_jax.runtime.errors import UserError
 
 LONG = "The quick brown fox jumps over the lazy dog near the river. "
@@ -232,6 +234,49 @@ def test_the_kind_of_a_text_is_its_domain_or_the_name_of_its_file(tmp_path):
         of_text = {document.text: document.domain for document in read_documents(config(tmp_path / name))}
         assert [of_text[text] for text in few if text in of_text] == found
     assert {document.domain for document in read_documents(CorpusConfig(path="warmstart"))} > {"python", "chat"}
+
+
+def test_files_of_one_document_are_of_the_kind_of_their_folder(tmp_path):
+    """Nested folders, other endings, and files of several documents beside them."""
+    texts = iter(text.strip() for text in texts_of(20))
+    kind_of = {}
+
+    def put(name, kind, count=1):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        own = [next(texts) for _ in range(count)]
+        kind_of.update(dict.fromkeys(own, kind))
+        if name.endswith(".txt"):
+            (tmp_path / name).write_text(own[0])
+        elif name.endswith(".parquet"):
+            pq.write_table(pa.table({"text": own}), tmp_path / name)
+        else:
+            write_jsonl(tmp_path / name, [{"text": text} for text in own])
+
+    put("corpus/novels/a.txt", "novels")
+    put("corpus/novels/b.v2.txt", "novels")
+    put("corpus/novels/c.jsonl", "novels")
+    put("corpus/news/uk/a.txt", "uk")
+    put("corpus/news/uk/d.parquet", "uk")
+    put("corpus/top.txt", "corpus")
+    put("corpus/letters.old.jsonl", "letters", 2)
+    for page in range(5):  # a folder per document
+        put(f"corpus/pages/page {page}/index.txt", "pages")
+    documents = read_documents(config(tmp_path / "corpus" / "**"))
+    assert {document.text: document.domain for document in documents} == kind_of
+    # Whatever of them is read.
+    assert {document.domain for document in read_documents(config(tmp_path / "corpus/novels/a.txt"))} == {"novels"}
+
+
+def test_files_and_folders_of_one_name_are_different_kinds():
+    several = [Path(name) for name in ("/c/x/part.jsonl", "/c/y/part.jsonl", "/c/v1.2.jsonl", "/c/v1.3.jsonl.gz")]
+    several += [Path("/c/notes.jsonl"), Path("/c/notes.parquet"), Path("/c/.hidden.jsonl")]
+    single = [Path(name) for name in ("/c/x/en/1.txt", "/c/x/en/2.txt", "/c/y/en/1.txt", "/c/y/fr/1.txt")]
+    named = kinds_of_files(several, single)
+    assert [named[path] for path in several] == [
+        *("x/part", "y/part", "v1.2", "v1.3", "notes.jsonl", "notes.parquet", "hidden")
+    ]
+    assert [named[path] for path in single] == ["x/en", "x/en", "y/en", "fr"]
+    assert kinds_of_files([], [Path("/a.txt")]) == {Path("/a.txt"): ""}
 
 
 def test_a_column_named_domain_may_be_the_text(tmp_path):

@@ -87,7 +87,7 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     path.write_text("".join(json.dumps({"text": text * 3}) + "\n" for text in texts[3:]))
     command = ["eval", "--av", str(exported / "av"), "--ar", str(exported / "ar"), "--out", str(tmp_path / "out")]
     command += ["--input", str(path), "--num-activations", "24", "--suite", "health,reconstruction", "--json"]
-    command += ["--max-new-tokens", "48"]
+    command += ["--max-new-tokens", "48", "--sampled", "3"]
     command += [part for text in texts[:3] for part in ("--text", text)]
     assert main(command) == 0
     shown = capsys.readouterr()
@@ -97,6 +97,8 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
         *("reconstruction", "health", "suite", "fve", "fve_ci95", "fve_meannorm", "cos", "fve_shuffled", "fve_gold"),
         *("num_activations", "num_documents"),
     }
+    assert result["suite"]["num_sampled"] == result["reconstruction"]["agreement"]["n"] == 3
+    assert result["suite"]["explanations"] == {"reconstruction": 24 + 3 * (10 + 3), "health": 0}
     assert result["fve"] == result["reconstruction"]["fve"]["value"] and result["num_activations"] == 24
     assert set(result["reconstruction"]["fve_by_domain"]["parts"]) == {"text", "rivers"}
     page = (tmp_path / "out" / "report.html").read_text()
@@ -180,6 +182,8 @@ def test_a_text_that_comes_twice_is_one_document(tmp_path):
         (["--model", "smollm2-135m", "--out", "o"], "--text, --input or --config"),
         ([], "--workdir, or --model, or --av and --ar"),
         (["--workdir", "w", "--config", "c", "--control-steps", "9"], "--control-steps is the suite's: add --suite"),
+        (["--workdir", "w", "--config", "c", "--sampled", "9"], "--sampled is the suite's: add --suite"),
+        (["--workdir", "w", "--sampled", "1"], "--sampled: 1 should be at least 2"),
         (["--workdir", "w", "--config", "c", "--text", "x"], "--text is the suite's: add --suite"),
         (["--workdir", "w", "--config", "c", "--temperature", "0"], "--temperature is the suite's: add --suite"),
         (["--workdir", "w", "--subject", "m"], "--subject and --dtype belong to a released pair"),
@@ -202,6 +206,7 @@ def test_what_cannot_be_evaluated_is_refused(arguments, message, capsys):
         (["--workdir", "nowhere", "--suite", "fve"], "--suite: 'fve' should be one of reconstruction"),
         (["--workdir", "nowhere"], "nowhere: no config.json there"),
         (["--workdir", "w", "--suite", "truth", "--control-steps", "9"], "--control-steps: its figures belong to the"),
+        (["--workdir", "w", "--suite", "text", "--sampled", "9"], "--sampled: its figures belong to the sections"),
         (["--model", "m", "--out", "o", "--text", "x", "--config.seed=1"], "--config.*: overrides change what"),
         (["--workdir", "w", "--distributed"], "--distributed: the suite runs in one process"),
         (

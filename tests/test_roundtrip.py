@@ -46,6 +46,7 @@ def same(left, right):
     assert left.responses == right.responses
     np.testing.assert_array_equal(left.ids, right.ids)
     np.testing.assert_array_equal(left.length, right.length)
+    np.testing.assert_array_equal(left.truncated, right.truncated)
 
 
 def test_explanations_do_not_depend_on_the_batch(trip, pair, h):
@@ -54,6 +55,15 @@ def test_explanations_do_not_depend_on_the_batch(trip, pair, h):
         alone = trip.explain(pair, h[row : row + 1])
         assert alone.texts == [together.texts[row]]
         np.testing.assert_array_equal(alone.ids[0], together.ids[row])
+
+
+def test_what_the_limit_cut_is_closed_with_more_tokens(trip, pair, h, written):
+    """Nothing that is closed is cut; and a lower limit cuts what went on beyond it."""
+    assert not written.truncated[written.length > 0].any()
+    longest = int(written.length.max())
+    assert longest > 8
+    short = trip.explain(pair, h, seed=3, temperature=1.0, max_new_tokens=8)
+    assert short.truncated[written.length > 8].all() and not short.truncated[short.length > 0].any()
 
 
 def test_devices_that_do_not_divide_the_batch_change_nothing(run, trip, pair, h, written):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.lm.sampling import Samples, categorical, explanation_tokens, sample
+from nlae_jax.lm.sampling import Samples, categorical, explanation_tokens, sample, truncated
 from nlae_jax.roles.rollout import rollout
 from nlae_jax.train.state import init_encoder
 from tests.conftest import perturbed, vectors
@@ -262,3 +262,9 @@ def test_targets_at_the_ends_of_ranges_take_tokens_with_a_chance():
     for column in range(0, 1000, 100):
         tokens = np.asarray(categorical(jnp.asarray(np.minimum(ends[:, column], 1 - 2**-24)), jnp.asarray(logits)))
         assert (np.take_along_axis(weights, tokens[:, None], -1) > 0).all()
+
+
+def test_what_the_limit_cut_has_neither_closing_tag_nor_end():
+    """Closed at the limit, ended at the limit, ended before it, closed before it, and cut."""
+    rows = [[2, 3, 5, 6], [2, 3, 4, EOS], [2, EOS, 3, 4], [5, 6, 2, 2], [2, 3, 4, 5]]
+    assert truncated(scripted(rows), EOS).tolist() == [False, False, False, False, True]

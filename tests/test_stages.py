@@ -198,6 +198,7 @@ def test_samples_are_the_held_out_activations(tiny_run, result):
     assert len({sample["doc_id"] for sample in samples}) == result["num_documents"]
     assert np.mean([sample["cos"] for sample in samples]) == pytest.approx(result["cos"])
     assert np.mean([sample["closed"] for sample in samples]) == pytest.approx(result["extraction_rate"])
+    assert 0 <= result["truncated_rate"] <= 1 - result["extraction_rate"] + 1e-6
     for sample in samples:
         assert sample["context"].endswith(sample["token"])
         assert sample["closed"] == bool(sample["explanation"])

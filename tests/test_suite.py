@@ -1,13 +1,20 @@
 """The suite on pairs whose faults were planted: the figure that is made for each must find it."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nlae_jax.evaluate import truth
 from nlae_jax.evaluate.cost import Extras, answers, cost_text, costs
 from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
-from nlae_jax.evaluate.reconstruction import direction_mse, variances
+from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, variances
 from nlae_jax.evaluate.rewordings import REWORDINGS
-from nlae_jax.evaluate.rows import kinds, likeliest
+from nlae_jax.evaluate.rows import kinds, likeliest, spread
+from nlae_jax.evaluate.sections.truth import BEFORE
 from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.work import Work
 from nlae_jax.runtime.errors import UserError
@@ -144,6 +151,20 @@ def test_health_finds_the_constant(suite_of):
     health = suite_of("constant", ("health",))["health"]
     assert health["distinct_explanations"]["value"] == pytest.approx(1 / 40)
     assert health["changed_words"]["value"] == 0
+
+
+def test_explanations_that_the_limit_cut_are_counted(tiny_lm, rows, tmp_path):
+    """Beside those that ended by themselves without a closing tag: both cannot be read."""
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["silent"], "silent")
+    calls = itertools.count()
+
+    def explain(vectors, seed):
+        return pair.explain(vectors, seed)._replace(truncated=np.full(len(vectors), next(calls) < 2))
+
+    found = run_suite(Work(pair._replace(explain=explain), rows, tmp_path, 0, 50, SIZES), ("health",))["health"]
+    assert found["extraction_rate"]["value"] == 0
+    assert found["truncated_rate"]["value"] == pytest.approx(16 / 40) and found["truncated_rate"]["n"] == 40
+    assert found["truncated_rate"]["ci95"][0] < 0.4 < found["truncated_rate"]["ci95"][1]
 
 
 # --- copying
@@ -360,10 +381,114 @@ def test_what_is_asked_for_beside_the_suite_costs_more(tiny_lm, rows, tmp_path):
     assert answers(work, SECTIONS, Extras(0, True, True)) == 3 * 40 + 3 * 16
     assert answers(work, ("health", "text"), Extras(0, True, True)) == 3 * 40
     line = cost_text(work, ("health",), tiny_lm.arch)
-    assert line.startswith("eval: 40 activations, about ") and "asked" not in line and "less what" not in line
+    assert line.startswith("eval: 40 activations, 40 explanations, about ")
+    assert "asked" not in line and "less what" not in line
     run_suite(work, ("health",))
     line = cost_text(work, ("text", "truth"), tiny_lm.arch, Extras(judges=True))
     assert "asked 48 times at most" in line and line.endswith("less what an earlier run has done")
+
+
+def test_the_explanations_that_are_counted_first_are_those_that_are_written(tiny_lm, rows, tmp_path):
+    """Of every choice of sections, and whether fewer or more rows are sampled than there are."""
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+    short = rows._replace(context_ids=[ids[:8] if row % 2 else ids for row, ids in enumerate(rows.context_ids)])
+    choices = [SECTIONS, ("reconstruction",), ("truth",), ("text", "truth"), ("reconstruction", "health"), ("health",)]
+    for number, (sections, sampled, of) in enumerate(itertools.product(choices, (5, 99), (rows, short))):
+        written = []
+
+        def explain(vectors, seed, written=written):
+            written.append(len(vectors))
+            return pair.explain(vectors, seed)
+
+        sizes = SIZES._replace(sampled=sampled)
+        work = Work(pair._replace(explain=explain), of, tmp_path / str(number), 0, 20, sizes)
+        said = {section: cost.explanations for section, cost in costs(work, sections).items()}
+        line = cost_text(work, sections, tiny_lm.arch)
+        found = run_suite(work, sections)
+        assert sum(said.values()) == sum(written)
+        assert found["suite"]["explanations"] == said
+        assert f" {sum(written):,} explanations, " in line
+
+
+# --- rows that several explanations are of
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=60),
+    st.integers(0, 70),
+    st.integers(0, 3),
+    st.lists(st.booleans(), min_size=60, max_size=60),
+)
+def test_rows_are_spread_over_documents(documents, count, seed, allowed):
+    """No document has a second row while another has none that could be drawn; all rows where as many are asked for."""
+    document, among = np.array(documents), np.flatnonzero(allowed[: len(documents)])
+    found = spread(document, count, seed, among)
+    assert found.tolist() == sorted(set(found.tolist())) and set(found.tolist()) <= set(among.tolist())
+    assert len(found) == min(count, len(among))
+    drawn, there = (Counter(document[of].tolist()) for of in (found, among))
+    most = max(drawn.values(), default=0)
+    assert all(drawn[name] >= min(most - 1, there[name]) for name in there)
+    assert found.tolist() == spread(document, count, seed, among).tolist()
+    assert set(found.tolist()) <= set(spread(document, count + 1, seed, among).tolist())
+
+
+def test_the_seed_draws_other_rows():
+    document = np.repeat(np.arange(20), 4)
+    drawn = [spread(document, 10, seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({row % 4 for row in drawn[0]}) > 1  # also among the rows of a document
+
+
+@pytest.mark.parametrize("sampled", [7, 25, 1000])
+def test_figures_of_several_explanations_say_how_many_rows_they_are_of(tiny_lm, rows, tmp_path, sampled):
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["noise"], "noise")
+    work = Work(pair, rows, tmp_path, 0, 20, SIZES._replace(sampled=sampled))
+    found = run_suite(work, ("reconstruction", "truth"))
+    count = min(sampled, 40)
+    of_some = (("reconstruction", "best_of"), ("reconstruction", "agreement"), ("truth", "consensus_words"))
+    entries = [found[section][key] for section, key in of_some]
+    entries += [found["reconstruction"]["fve"]["controls"][name] for name in UNINFORMED]
+    assert {(entry["n"], entry["documents"]) for entry in entries} == {(count, min(sampled, 10))}
+    assert found["truth"]["recurrence"]["n"] == count
+    assert found["reconstruction"]["fve"]["n"] == 40 and found["suite"]["num_sampled"] == count
+
+
+def test_figures_of_several_samples_share_them(tiny_lm, rows, tmp_path):
+    """They are drawn once, and the figures are what these samples give."""
+    asked = Counter()
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+
+    def explain(vectors, seed):
+        asked[seed] += len(vectors)
+        return pair.explain(vectors, seed)
+
+    work = Work(pair._replace(explain=explain), rows, tmp_path, 0, 20, SIZES)
+    some, texts, rebuilt = work.sampled
+    assert rebuilt.shape[:2] == (len(texts), len(texts[0])) == (SIZES.sampled, SIZES.samples)
+    before = asked.total()
+    found = run_suite(work, ("reconstruction", "truth"))
+    # The rest: one of every row, of vectors that say nothing, and of the tokens before.
+    assert asked.total() - before == 40 + SIZES.sampled * (3 + BEFORE)
+    agreed = [truth.precision(truth.consensus(each), rows.contexts[row]) for row, each in zip(some, texts, strict=True)]
+    assert found["truth"]["consensus_words"]["value"] == pytest.approx(np.mean([said for _, said in agreed]))
+    mse = np.stack([direction_mse(rebuilt[:, number], rows.h[some]) for number in range(SIZES.samples)], 1)
+    expected = 1 - mse.min(1).mean() / variances(rows.h)[some].mean()
+    assert value(found, "reconstruction", "best_of") == pytest.approx(expected)
+
+
+def test_other_rows_are_sampled_anew_and_the_rest_is_kept(tiny_lm, rows, tmp_path):
+    pair = planted(tiny_lm, rows, *Plants(rows, tiny_lm.tokenizer).pairs()["perfect"], "perfect")
+    written = []
+
+    def explain(vectors, seed):
+        written.append(len(vectors))
+        return pair.explain(vectors, seed)
+
+    for sampled, expected in ((6, 40 + 6 * (3 + 4)), (8, 8 * (3 + 4)), (6, 0)):
+        written.clear()
+        work = Work(pair._replace(explain=explain), rows, tmp_path, 0, 20, SIZES._replace(sampled=sampled))
+        found = run_suite(work, ("reconstruction",))
+        assert sum(written) == expected and found["reconstruction"]["agreement"]["n"] == sampled
 
 
 # --- resuming
@@ -433,6 +558,15 @@ def test_what_adds_to_a_section_that_is_left_out_is_refused(option, section, ask
     check_additions((section,), *asked)
     with pytest.raises(UserError, match=f"{option}: its figures belong to the section {section}"):
         check_additions([name for name in SECTIONS if name != section], *asked)
+
+
+def test_sampled_rows_are_of_reconstruction_and_truth():
+    for section in ("reconstruction", "truth"):
+        check_additions((section, "health"), 0, False, False, 2)
+    with pytest.raises(UserError, match="--sampled: its figures belong to the sections reconstruction and truth"):
+        check_additions(("text", "meaning", "health"), 0, False, False, 2)
+    with pytest.raises(UserError, match="--sampled: 1 should be at least 2"):
+        check_additions(SECTIONS, 0, False, False, 1)
 
 
 def test_rows_of_which_only_the_activation_is_known(tiny_lm, rows, tmp_path):

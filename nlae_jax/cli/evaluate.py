@@ -11,7 +11,7 @@ from nlae_jax.cli.stages import run_stage_command
 from nlae_jax.runtime.errors import UserError
 
 # Option -> the least value that it may have.
-_LEAST = {"num_activations": 2, "temperature": 0, "control_steps": 0, "max_new_tokens": 1}
+_LEAST = {"num_activations": 2, "temperature": 0, "sampled": 2, "control_steps": 0, "max_new_tokens": 1}
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
@@ -26,6 +26,8 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="directory that gets eval.json and what is done (default: the workdir)")
     command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
+    help_text = "of how many of them the figures are that take several explanations of each (default 64)"
+    command.add_argument("--sampled", type=int, help=help_text)
     help_text = "also train decoders on other words for so many steps each (default 0: none)"
     command.add_argument("--control-steps", type=int, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
@@ -37,7 +39,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
 
 
 # Options that the stage of a run, which goes by its config, has no use for.
-_OF_SUITE = ("text", "input", "out", "num_activations", "temperature", "max_new_tokens", "control_steps")
+_OF_SUITE = ("text", "input", "out", "num_activations", "temperature", "max_new_tokens", "sampled", "control_steps")
 
 
 def _is_stage(options: argparse.Namespace) -> bool:
@@ -77,7 +79,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             "--suite) runs in several"
         )
     sections, as_json = sections_of(options.suite or ""), options.json
-    check_additions(sections, options.control_steps or 0, options.reword, options.judge)
+    check_additions(sections, options.control_steps or 0, options.reword, options.judge, options.sampled)
     if _is_stage(options):
         options.json = as_json and not options.suite
         code = run_stage_command(options, overrides)
@@ -118,6 +120,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.corpus if options.config and not (options.workdir or options.text or options.input) else None,
         describe if options.reword else None,
         describe if options.judge else None,
+        options.sampled,
     )
     path = write_figures(out, figures)
     afterwards("no report", lambda: say(f"report: {write_report(out)}"))

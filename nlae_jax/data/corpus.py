@@ -18,12 +18,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
+from nlae_jax.data.kinds import kinds_of_files
 from nlae_jax.runtime.errors import UserError, one_line
 from nlae_jax.runtime.files import local_path, open_regular, read_bytes
 from nlae_jax.runtime.outside import parse_json
@@ -43,7 +45,7 @@ class Text:
 
     `name` is its `id` in the source. Texts of one `passage` are never in two splits. A text `at_end` is read at its
     last token, not at positions drawn at random, and may be short. `domain` is its kind of text: the source's `domain`,
-    else the name of its file, "" where neither says it.
+    else the name of its file, or of the folder of a file with a single document; "" where nothing says it.
     """
 
     text: str
@@ -182,9 +184,19 @@ def _clean(text: str) -> str:
 
 
 def _file_texts(config: CorpusConfig) -> Iterator[Text]:
-    for path in _matching_files(config.path):
+    paths = _matching_files(config.path)
+    single = [path for path in paths if _is_single(path, config.text_field)]
+    kinds = kinds_of_files([path for path in paths if path not in set(single)], single)
+    for path in paths:
+        kind = domain_of(kinds[path])
         for text in _reader(path)(path, config.text_field):
-            yield replace(text, domain=text.domain or domain_of(path.name.partition(".")[0]))
+            yield replace(text, domain=text.domain or kind)
+
+
+def _is_single(path: Path, text_field: str) -> bool:
+    """Whether the file holds one document alone. No more than its beginning is read."""
+    reader = _reader(path)
+    return reader is _read_txt or len(list(islice(reader(path, text_field), 2))) < 2
 
 
 def domain_of(value: Any) -> str:

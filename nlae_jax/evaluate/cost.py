@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.evaluate import judge, rewordings, splice, text, trained_controls
+from nlae_jax.evaluate.reconstruction import UNINFORMED
 from nlae_jax.evaluate.rows import SUFFIX
-from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES
+from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES, recurrence_rows
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.transformer import is_weight
@@ -24,10 +25,14 @@ _READING, _WRITING = 0.6, 0.2
 
 
 class Cost(NamedTuple):
-    """Tokens that a section has written by the encoder, and read by decoder and subject."""
+    """Explanations that the encoder writes for a section, and tokens that decoder and subject read for it."""
 
-    written: int = 0
+    explanations: int = 0
     read: int = 0
+
+    def add(self, explanations: int, read: int = 0) -> Cost:
+        """With more explanations, which the decoder reads, and more tokens of other texts."""
+        return Cost(self.explanations + explanations, self.read + explanations * _EXPLANATION + read)
 
 
 class Extras(NamedTuple):
@@ -39,37 +44,32 @@ class Extras(NamedTuple):
 
 
 def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dict[str, Cost]:
-    """By section; what several need is the first one's. About right: lengths are not known yet."""
+    """By section; what several need is the first one's. Explanations are counted; lengths are not known yet."""
     rows, sizes = len(work.rows.h), work.sizes
     some = lambda count: min(count, rows)  # noqa: E731
     context = sum(map(len, work.rows.context_ids))
     ways = 8 * (splice.FOLLOWING + 2) // 3  # of blocks after the activation's
     found = {
-        "reconstruction": Cost(3 * some(sizes.uninformed) * _EXPLANATION, 3 * some(sizes.uninformed) * _EXPLANATION),
-        "text": Cost(
+        "reconstruction": Cost().add(len(UNINFORMED) * some(sizes.sampled)),
+        "text": Cost().add(
             0,
             (rows + some(sizes.text) * (len(text.TOKEN_COUNTS) // 2 + 10)) * _EXPLANATION
             + (_trained(rows, extras.control_steps) + context if extras.control_steps else 0)
             + (2 * some(sizes.text) * _EXPLANATION if extras.rewords else 0),
         ),
-        "meaning": Cost(0, context + rows * ways),
-        "truth": Cost(
-            some(sizes.recurrence) * BEFORE * _EXPLANATION,
-            some(sizes.recurrence) * BEFORE * _EXPLANATION + some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96),
-        ),
+        "meaning": Cost().add(0, context + rows * ways),
+        "truth": Cost().add(len(recurrence_rows(work)) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
         "health": Cost(),
     }
     chosen = {name: found[name] for name in found if name in sections}
-    shared = {"explanations": rows, "samples": some(sizes.sampled) * sizes.samples, "next tokens": some(sizes.text)}
-    if not chosen:
-        return chosen
-    own = next(iter(chosen))
-    count = shared["explanations"]
-    if {"reconstruction", "truth"} & chosen.keys():
-        count += shared["samples"]
-    read = context * shared["next tokens"] // max(rows, 1) if {"text", "truth"} & chosen.keys() else 0
-    first = chosen[own]
-    chosen[own] = Cost(first.written + count * _EXPLANATION, first.read + count * _EXPLANATION + read)
+    shared = (
+        (chosen, rows, 0),  # one explanation of every activation
+        (("reconstruction", "truth"), some(sizes.sampled) * sizes.samples, 0),
+        (("text", "truth"), 0, context * some(sizes.text) // max(rows, 1)),  # contexts read for their next tokens
+    )
+    for needed_by, explanations, read in shared:
+        if section := next((name for name in chosen if name in needed_by), None):
+            chosen[section] = chosen[section].add(explanations, read)
     return chosen
 
 
@@ -86,18 +86,22 @@ def answers(work: Work, sections: Sequence[str], extras: Extras) -> int:
 
 
 def cost_text(work: Work, sections: Sequence[str], arch: Arch, extras: Extras = Extras()) -> str:
-    """One line: minutes in all and by section, from the speed of one product on this machine. `arch`: the encoder's.
+    """One line: explanations, and minutes in all and by section, from the speed of one product on this machine.
 
-    It says how often another language model is asked, and whether some of the work is there already.
+    `arch` is the encoder's. The line says how often another language model is asked, and whether some of the work is
+    there already.
     """
     weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
-    parts, total = [], 0.0
+    parts, total, explanations = [], 0.0, 0
     for section, cost in costs(work, sections, extras).items():
-        seconds = flops_per_token * (cost.read / _READING + cost.written / _WRITING) / speed
+        written = cost.explanations * _EXPLANATION
+        seconds = flops_per_token * (cost.read / _READING + written / _WRITING) / speed
+        explanations += cost.explanations
         total += seconds
         parts.append(f"{section} {clock_text(seconds)}")
-    line = f"eval: {len(work.rows.h)} activations, about {clock_text(total)} in all: {', '.join(parts)}"
+    line = f"eval: {len(work.rows.h)} activations, {explanations:,} explanations, about {clock_text(total)} in all: "
+    line += ", ".join(parts)
     if asked := answers(work, sections, extras):
         line += f"; another language model is asked {asked} times at most"
     return f"{line}; less what an earlier run has done" if work.kept.begun else line

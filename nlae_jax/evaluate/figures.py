@@ -325,6 +325,12 @@ FIGURES: tuple[Figure, ...] = (
     # --- health
     Figure("health", "extraction_rate", "share of explanations that were closed", "mean over rows"),
     Figure(
+        "health",
+        "truncated_rate",
+        "share of explanations that the token limit cut before their closing tag",
+        "mean over rows; one that ended by itself without the tag is not cut",
+    ),
+    Figure(
         "health", "explanation_tokens", "length of an explanation", "mean tokens of those that were closed", ("gold",)
     ),
     Figure(

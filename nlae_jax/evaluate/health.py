@@ -307,6 +307,7 @@ MEASURES = (
         at_least=0.8,
         advice=f"raise rl.max_new_tokens where explanations are cut by it; else {_MORE_ENCODER}",
     ),
+    Measure("truncated_rate", "share of explanations that the token limit cut before their closing tag"),
     Measure(
         "fve_gold_gap",
         "FVE of the gold text minus that of the explanations, on the same rows",

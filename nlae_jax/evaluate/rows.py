@@ -84,7 +84,8 @@ def documents_of(
 ) -> list[tuple[str, Document]]:
     """(kind of text, document) of texts, of files and of a corpus.
 
-    The kind is what a file says of a text in its field `domain`, else the file's name.
+    The kind is what a file says of a text in its field `domain`, else the name of the file, or of its folder where it
+    holds one text alone.
     """
     found = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
@@ -241,6 +242,22 @@ def likeliest(lm: LanguageModel, context_ids: Sequence[Sequence[int]], count: in
     ids, length = pad(context_ids, width)
     found = lm.likeliest(ids, np.arange(width) < length[:, None], count)
     return [[lm.tokenizer.decode([token]) for token in row] for row in found.tolist()]
+
+
+def spread(document: np.ndarray, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
+    """At most `count` row numbers, ascending: one row of every document, then a second one of each, and so on.
+
+    `document` [N] names each row's document. The seed draws the rows, and the documents where there are more of them
+    than `count`. A larger `count` adds rows to those of a smaller one. `among` are the rows that may be drawn.
+    """
+    drawn = np.random.default_rng([seed, 11]).permutation(len(document))
+    drawn = drawn if among is None else drawn[np.isin(drawn, among)]
+    turns: Counter[int] = Counter()
+    turn = []
+    for name in document[drawn].tolist():
+        turn.append(turns[name])
+        turns[name] += 1
+    return np.sort(drawn[np.argsort(np.array(turn, int), kind="stable")][:count])
 
 
 def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:

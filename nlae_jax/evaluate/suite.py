@@ -32,35 +32,49 @@ def sections_of(names: str) -> tuple[str, ...]:
     return tuple(name for name in SECTIONS if name in given)
 
 
-def check_additions(sections: Sequence[str], control_steps: int, reword: bool, judge: bool) -> None:
-    """Raises UserError where figures are asked for that belong to a section which is left out."""
+def check_additions(
+    sections: Sequence[str], control_steps: int, reword: bool, judge: bool, sampled: int | None = None
+) -> None:
+    """Raises UserError where figures are asked for that belong to a section which is left out.
+
+    Also where they would be of fewer than two activations.
+    """
     asked = (("--control-steps", control_steps, "text"), ("--reword", reword, "text"), ("--judge", judge, "truth"))
     for option, is_asked, section in asked:
         if is_asked and section not in sections:
             raise UserError(f"{option}: its figures belong to the section {section}, which --suite should name")
+    if sampled is not None and sampled < 2:
+        raise UserError(f"--sampled: {sampled} should be at least 2")
+    if sampled is not None and not {"reconstruction", "truth"} & set(sections):
+        raise UserError(
+            "--sampled: its figures belong to the sections reconstruction and truth; --suite should name one of them"
+        )
 
 
 def run_suite(
     work: Work, sections: Sequence[str] = SECTIONS, more: Mapping[str, Callable[[], None]] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Every section's figures by section and name, and under `suite` what they are of and how long each part took.
+    """Every section's figures by section and name; under `suite` what they are of, and what each section took.
 
     What several sections need counts for the first of them. `more` adds to a section the figures that take training,
     or another language model.
     """
-    seconds = {}
+    seconds, explanations = {}, {}
     for section in SECTIONS:
         if section in sections:
-            before = sum(work.kept.seconds.values())
+            before, written = sum(work.kept.seconds.values()), work.explanations
             _MODULES[section].measure(work)
             if section in more:
                 more[section]()
             seconds[section] = round(sum(work.kept.seconds.values()) - before, 1)
+            explanations[section] = work.explanations - written
     rows = work.rows
     about = {
         "num_activations": len(rows.h),
         "num_documents": len(set(rows.document.tolist())),
+        "num_sampled": len(work.some(work.sizes.sampled)),
         "seed": work.seed,
         "seconds": seconds,
+        "explanations": explanations,
     }
     return {**work.ledger.sections, "suite": about}

@@ -14,7 +14,7 @@ from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.figures import Ledger
 from nlae_jax.evaluate.kept import Kept
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
-from nlae_jax.evaluate.rows import Rows, likeliest
+from nlae_jax.evaluate.rows import Rows, likeliest, spread
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
@@ -67,14 +67,16 @@ def pairing_of(
 
 
 class Sizes(NamedTuple):
-    """Rows that the dearer figures are of, spread over all; `samples` explanations of each of `sampled`."""
+    """How many rows the dearer figures are of, spread over documents.
+
+    `sampled` rows have several explanations each: `samples` of the activation, those of the tokens before it, and those
+    of vectors that say nothing. With 64 of them, a suite of 512 activations writes fewer than 2,000 explanations.
+    """
 
     text: int = 128
-    sampled: int = 48
+    sampled: int = 64
     samples: int = 10
     suffix: int = 64
-    recurrence: int = 24
-    uninformed: int = 48
     judged: int = 64
 
 
@@ -91,7 +93,8 @@ class Work:
         sizes: Sizes = Sizes(),
     ) -> None:
         self.pair, self.rows, self.seed, self.sizes = pair, rows, seed, sizes
-        settings = [pair.identity, pair.batch_size, rows.digest(), seed, list(sizes)]
+        self.explanations = 0  # how many have been written for what was asked so far, in earlier runs too
+        settings = [pair.identity, pair.batch_size, rows.digest(), seed]
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.kept = Kept(directory / "evaluation" / name)
         self.ledger = Ledger(rows.document, bootstrap_samples, seed)
@@ -108,14 +111,16 @@ class Work:
     def written(self, name: str, vectors: np.ndarray, of: Any = None) -> dict[str, Any]:
         """Explanations of vectors [M, d], their lengths, and what is rebuilt from their tokens.
 
-        `of`: what tells the vectors from others, where they are not the rows'.
+        `of`: what tells the vectors from others, where they are not those of all rows.
         """
+        self.explanations += len(vectors)
 
         def compute(part: slice) -> dict[str, Any]:
             written = self.pair.explain(vectors[part], self._seed(name, part.start))
             return {
                 "texts": written.texts,
                 "length": np.asarray(written.length),
+                "truncated": np.asarray(written.truncated),
                 "canonical": np.array(
                     [self._is_canonical(*row) for row in zip(written.ids, written.length, strict=True)]
                 ),
@@ -172,11 +177,8 @@ class Work:
         return full
 
     def some(self, count: int, among: np.ndarray | None = None) -> np.ndarray:
-        """At most `count` rows, spread evenly."""
-        among = np.arange(len(self.rows.h)) if among is None else among
-        chosen = np.linspace(0, len(among) - 1, min(count, len(among))).astype(int)
-        rows: np.ndarray = among[np.unique(chosen)]
-        return rows
+        """At most `count` rows, spread over documents; of those in `among` alone, if it is given."""
+        return spread(self.rows.document, count, self.seed, among)
 
     def with_variance(self, mse: np.ndarray) -> np.ndarray:
         """[N] as the columns [N, 2] that `estimate.fve_of` and `share_of` take."""
@@ -226,7 +228,7 @@ class Work:
     def sampled(self) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
         """Rows, and several explanations of each: texts [n][S] and what is rebuilt [n, S, d], zero of blank ones."""
         rows, count = self.some(self.sizes.sampled), self.sizes.samples
-        written = self.written("samples", np.repeat(self.rows.h[rows], count, axis=0))
+        written = self.written("samples", np.repeat(self.rows.h[rows], count, axis=0), [rows.tolist(), count])
         texts = [written["texts"][i * count : (i + 1) * count] for i in range(len(rows))]
         rebuilt = np.where((written["length"] > 0)[:, None], written["rebuilt"], 0.0)
         return rows, texts, rebuilt.reshape(len(rows), count, -1)
@@ -241,5 +243,5 @@ class Work:
             filled = [self.rows.context_ids[row] for row in [*some, *some[:1].repeat(_CONTEXTS - len(some))]]
             return {"ranked": likeliest(self.pair.subject(), filled, RANKS)[: len(some)]}
 
-        found = self.kept.run("next_tokens", len(rows), _CONTEXTS, compute)
+        found = self.kept.run("next_tokens", len(rows), _CONTEXTS, compute, of=rows)
         return dict(zip(rows.tolist(), found.get("ranked", []), strict=True))

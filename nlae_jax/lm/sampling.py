@@ -144,6 +144,12 @@ def sample(
     return jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(), body, start).samples
 
 
+def truncated(samples: Samples, eos_id: int) -> jax.Array:
+    """[*batch] bool: whether the token limit ended the response, which has neither closing tag nor end of sequence."""
+    at_limit = samples.lengths == samples.tokens.shape[-1]
+    return at_limit & ~samples.closed & (samples.tokens[..., -1] != eos_id)
+
+
 def explanation_tokens(samples: Samples, closing: tuple[int, ...], blank: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the explanations in sampled responses, without the closing tag and without blank tokens at both ends.
 

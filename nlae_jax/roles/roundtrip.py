@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.sampling import explanation_tokens
+from nlae_jax.lm.sampling import explanation_tokens, truncated
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
@@ -25,13 +25,15 @@ class Explanations(NamedTuple):
     """N sampled explanations.
 
     `texts` are stripped, and '' where the closing tag is missing. `responses` are the whole sampled texts. `ids` [N, T]
-    int32 and `length` [N] int32 hold the explanation's tokens as sampled.
+    int32 and `length` [N] int32 hold the explanation's tokens as sampled. `truncated` [N] bool says where the token
+    limit cut the response before its closing tag.
     """
 
     texts: list[str]
     responses: list[str]
     ids: np.ndarray
     length: np.ndarray
+    truncated: np.ndarray
 
 
 def read_samples(
@@ -91,7 +93,8 @@ class RoundTrip:
                 temperature=temperature,
             )
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
-            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0]
+            cut = truncated(samples, self.protocol.eos_id)
+            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0], cut[:, 0]
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, endings: Any) -> jax.Array:
             rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, endings)
@@ -132,9 +135,9 @@ class RoundTrip:
             out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature, limit)
             parts.append([np.asarray(x)[: self._batch_size] for x in out])
             advance(min(self._batch_size, len(vectors) - number * self._batch_size))
-        tokens, lengths, ids, length = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
+        tokens, lengths, ids, length, cut = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         responses, texts = read_samples(self.tokenizer, self.protocol, tokens, lengths)
-        return Explanations(texts, responses, ids, length)
+        return Explanations(texts, responses, ids, length, cut)
 
     def reconstruct_ids(self, pair: Pair, ids: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rebuilds activations [N, d] float32 from explanations' token ids [N, T] and lengths [N]."""

@@ -89,6 +89,7 @@ def evaluate(run: PreparedRun) -> None:
         if unknown := [name for name, value in summary.items() if value is not None and not np.isfinite(value).all()]:
             warn(f"eval: no finite number, null in eval.json: {', '.join(unknown)}; are all activations alike?")
         summary["extraction_rate"] = float((written.length > 0).mean())
+        summary["truncated_rate"] = float(written.truncated.mean())
         summary["temperature"] = config.temperature
         exchanged_with = [None if documents[j] == documents[i] else int(j) for i, j in enumerate(other)]
         summary |= claims(written.texts, contexts, likeliest, exchanged_with)

@@ -17,7 +17,7 @@ import optax
 
 from nlae_jax.config import Config, ViewsConfig
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.sampling import Samples, explanation_tokens
+from nlae_jax.lm.sampling import Samples, explanation_tokens, truncated
 from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.pair import Params, Roles
@@ -327,7 +327,7 @@ def rl_step(
             "logp_gap": objectives.masked_mean(jnp.abs(log_probs - samples.log_probs), mask),
             "explanation_tokens": objectives.masked_mean(scores.length, valid),
             "extraction_rate": valid.mean(),
-            "truncated_rate": (~samples.closed & (samples.lengths == samples.tokens.shape[-1])).mean(),
+            "truncated_rate": truncated(samples, roles.encoder.protocol.eos_id).mean(),
             "zero_variance_groups": no_spread.sum(),
             "skipped_updates": metrics["skipped_updates"] + skipped,
             "grad_norm_encoder": norm,

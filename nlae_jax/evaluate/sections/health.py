@@ -18,6 +18,7 @@ def measure(work: Work) -> None:
     """Shares of the explanations, how different they are from each other, and the same of descriptions."""
     put, length = work.ledger.put, work.main["length"].astype(np.float64)
     put("health", "extraction_rate", work.readable.astype(np.float64))
+    put("health", "truncated_rate", work.main["truncated"].astype(np.float64))
     beside = {"gold": _lengths(work, work.rows.gold)} if work.has_gold else {}
     put("health", "explanation_tokens", np.where(work.readable, length, np.nan), first, beside)
     put("health", "noncanonical_rate", np.where(work.readable, ~work.main["canonical"].astype(bool), np.nan))

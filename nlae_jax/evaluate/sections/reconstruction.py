@@ -44,9 +44,9 @@ def measure(work: Work) -> None:
 
 def _uninformed(work: Work) -> dict[str, np.ndarray]:
     """By name the mse [N] of explanations of vectors that say nothing, NaN beyond some rows."""
-    some, found = work.some(work.sizes.uninformed), {}
+    some, found = work.some(work.sizes.sampled), {}
     for name, vectors in reconstruction.uninformed(work.rows.h, work.seed).items():
-        written = work.written(name, vectors[some])
+        written = work.written(name, vectors[some], some)
         mse = direction_mse(written["rebuilt"], work.rows.h[some], written["length"] > 0)
         found[name] = work.full(mse, some)
     return found

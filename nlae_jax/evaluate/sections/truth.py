@@ -106,9 +106,13 @@ def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray)
     return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute, of=asked)["scores"])
 
 
+def recurrence_rows(work: Work) -> np.ndarray:
+    """The sampled rows of `recurrence`: with as many tokens before their own, and the text's first one before these."""
+    return work.some(work.sizes.sampled, np.flatnonzero([len(ids) > BEFORE + 1 for ids in work.rows.context_ids]))
+
+
 def _recurrence(work: Work) -> None:
-    long = work.has_context[[len(work.rows.context_ids[row]) > BEFORE + 1 for row in work.has_context]]
-    rows = work.some(work.sizes.recurrence, long)
+    rows = recurrence_rows(work)
     own, other = (np.full(len(work.rows.h), np.nan) for _ in range(2))
     if len(rows):
         read = read_activations(work.pair.subject(), work.pair.layer, [work.rows.context_ids[row] for row in rows])
