@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from nlae_jax.lm.arch import Arch, Experts, block_weights
@@ -86,16 +87,18 @@ def _of_device(
     here = (expert < held)[:, None]
     only_here = lambda rows: jnp.where(here, rows, 0) if among else rows  # noqa: E731
 
-    def product(rows: jax.Array, name: str) -> jax.Array:
+    def product(rows: jax.Array, name: str, share: jax.Array | float = 1.0) -> jax.Array:
         matrices = weights[name]
         out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
         if name in arch.biases:
-            out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)]
-        return only_here(out)  # for the gradient of each bias, too
+            out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] * share
+        return checkpoint_name(only_here(out), name)  # for the gradient of each bias, too
 
     rows = only_here(flat_NxD[token])
-    rows = product(activated(arch, lambda name: product(rows, name)), "down")
-    rows = rows * shares.reshape(-1)[order][:, None].astype(rows.dtype)
+    share = shares.reshape(-1)[order][:, None].astype(rows.dtype)
+    # Before the last product: after it, the gradient of the shares would need what that gives once more.
+    scaled = only_here(activated(arch, lambda name: product(rows, name)) * share)
+    rows = product(scaled, "down", share)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)
     summed = jax.lax.psum(summed, among) if among else summed
     return summed.astype(x.dtype).reshape(x.shape)

@@ -107,8 +107,8 @@ _RECOMPUTED = {
 
 
 def recomputed(remat: str, arch: Arch) -> str:
-    """Says what the backward pass computes again. No policy of `remat` keeps the products of experts."""
-    experts = ", and the products of experts" if arch.experts and remat != "none" else ""
+    """Says what the backward pass computes again. "dots" does not keep ragged products, which those of experts are."""
+    experts = ", and the products of experts" if arch.experts and remat == "dots" else ""
     return _RECOMPUTED[remat] + experts
 
 
