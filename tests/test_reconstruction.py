@@ -277,6 +277,8 @@ def test_bits_of_what_finds_its_own_and_of_what_finds_nothing():
     assert abs(retrieval_bits(constant, valid, tau).mean()) < 0.1
     assert top1(own, valid).mean() == 1
     np.testing.assert_allclose(top1(np.ones_like(own), valid), 1 / 16)
+    # One document has no other half to choose the temperature by.
+    assert np.isnan(retrieval_bits(own, valid, cross_fitted_tau(own, valid, np.zeros(40, int)))).all()
     alone = np.zeros_like(valid)
     alone[:, 0] = True
     assert np.isnan(retrieval_bits(own, alone, 1.0)).all() and np.isnan(top1(own, alone)).all()

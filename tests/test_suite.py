@@ -178,7 +178,8 @@ def test_a_copying_pair_is_found_by_its_copied_bits_and_not_by_fve(suite_of):
     assert value(honest, "text", "copied_bits") == 0
     # All of it stands in the quotation.
     assert value(copied, "text", "fve_quotes_only") == pytest.approx(1, abs=1e-6)
-    assert value(copied, "text", "fve_quotes_removed") < 0 < value(honest, "text", "fve_quotes_removed")
+    assert value(copied, "text", "fve_quotes_removed") < 0
+    assert honest["text"]["fve_quotes_removed"]["n"] == 0  # it quotes nothing
 
 
 # --- a code
@@ -254,14 +255,22 @@ def test_fve_of_each_kind_of_text_is_that_of_its_own_rows(suite_of, rows):
 
 
 def test_kinds_that_are_too_many_are_put_together():
-    assert kinds(["a", "b", "a"]) == ["a", "b", "a"]
-    many = [f"site {number}" for number in range(30)] + ["site 7"] * 3
-    named = kinds(many, most=4)
-    assert set(named) == {"site 7", "site 0", "site 1", "other kinds"} and named.count("other kinds") == 27
-    assert [name for name, given in zip(named, many, strict=True) if given == "site 7"] == ["site 7"] * 4
-    unknown = kinds([*many, ""], most=4)
+    assert kinds(["a", "b", "a"], [0, 1, 2]) == ["a", "b", "a"]
+    many = [f"site {number}" for number in range(30)] * 2 + ["site 7"] * 3
+    documents = range(len(many))
+    named = kinds(many, documents, most=4)
+    assert set(named) == {"site 7", "site 0", "site 1", "other kinds"} and named.count("other kinds") == 54
+    assert [name for name, given in zip(named, many, strict=True) if given == "site 7"] == ["site 7"] * 5
+    unknown = kinds([*many, ""], [*documents, 100], most=4)
     assert unknown == [*named, ""]
-    assert kinds(["a", "b", "", ""], most=2) == ["a", "b", "", ""]
+    assert kinds(["a", "a", "b", "b", "", ""], range(6), most=2) == ["a", "a", "b", "b", "", ""]
+
+
+def test_kinds_of_one_document_are_put_together():
+    """Several rows of one document are no more than one: there would be no interval."""
+    assert kinds(["a", "a", "b", "b", "c", "c"], [0, 0, 1, 1, 2, 3]) == ["other kinds"] * 4 + ["c"] * 2
+    assert kinds(["a", "a", "c", "c"], [0, 0, 2, 3]) == ["a", "a", "c", "c"]
+    assert set(kinds([f"page {number}" for number in range(9)], range(9))) == {"other kinds"}
 
 
 # --- next tokens
@@ -334,6 +343,21 @@ def test_quotations_of_the_context_are_true_and_of_another_are_not(suite_of):
     assert value(found, "truth", "words_in_context") > value(found, "truth", "words_in_context", control="permuted")
     assert value(found, "truth", "consensus_precision") == 1
     assert suite_of("constant", ("truth",))["truth"]["quotes_in_context"]["n"] == 40
+
+
+# --- quotations where some explanations have none
+
+
+def test_explanations_without_quotations_are_left_out_of_the_figures_of_quotations(tiny_lm, rows, tmp_path):
+    plants = Plants(rows, tiny_lm.tokenizer)
+    write = lambda row, n: f'It is "{row}".' if row % 2 else f"It is {row}."  # noqa: E731
+    pair = planted(tiny_lm, rows, write, plants.by_number, "quotes")
+    found = run_suite(Work(pair, rows, tmp_path, 0, 50, SIZES), ("text",))
+    for key in ("fve_quotes_only", "fve_quotes_removed"):
+        assert found["text"][key]["n"] == found["text"][key]["controls"]["whole"]["n"] == 20
+    assert value(found, "text", "fve_quotes_only") == pytest.approx(1, abs=1e-6)
+    assert value(found, "text", "fve_quotes_removed") < 0 < value(found, "text", "fve_quotes_removed", control="whole")
+    assert found["text"]["fve_lower_case"]["n"] == 40
 
 
 # --- the form of the results

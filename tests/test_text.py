@@ -33,6 +33,16 @@ def test_shuffling_changes_the_order():
     assert text.shuffled_sentences(NOTE, 0) != NOTE
     long = " ".join(map(str, range(30))) + "."
     assert text.shuffled_words(long, 0) != long
+    for seed in range(20):  # half of the orders of two words are the one that there was
+        assert text.shuffled_words("moon river", seed) == "river moon"
+
+
+def test_words_without_spaces_between_them_are_shuffled_too():
+    """A code in the order of characters would pass for words otherwise."""
+    note = "これは馬についての手紙です。"
+    shuffled = text.shuffled_words(note, 0)
+    assert shuffled != note and sorted(shuffled) == sorted(note)
+    assert text.shuffled_words("手 letter", 1) == "letter手"
 
 
 def test_first_tokens(tokenizer):

@@ -14,6 +14,11 @@ def test_content_words_leave_out_grammar_and_frame():
     assert truth.content_words('Next comes "of". The text is about 3 grey horses.') == {"grey", "horses"}
 
 
+def test_content_words_of_text_without_spaces_are_pairs_of_characters():
+    assert truth.content_words("灰色の馬") == {"灰色", "色の", "の馬"}
+    assert truth.words_in_context("灰色の馬", "昔、灰色の犬がいた。") == (2, 3)
+
+
 def test_words_and_quotations_in_the_context():
     assert truth.words_in_context("A grey dragon rode.", CONTEXT) == (2, 3)
     assert truth.quotes_in_context('"grey horse", "grey dragon", "town"', CONTEXT) == (1, 2)

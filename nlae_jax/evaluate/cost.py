@@ -58,7 +58,8 @@ def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dic
             + (2 * some(sizes.text) * _EXPLANATION if extras.rewords else 0),
         ),
         "meaning": Cost().add(0, context + rows * ways),
-        "truth": Cost().add(len(recurrence_rows(work)) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
+        # Explanations of the tokens before are compared as text: the decoder does not read them.
+        "truth": Cost(len(recurrence_rows(work)) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
         "health": Cost(),
     }
     chosen = {name: found[name] for name in found if name in sections}

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from nlae_jax.data.english import FUNCTION_WORDS
@@ -29,6 +30,8 @@ _CJK_CHARACTER = re.compile(f"[{_CJK}]")
 QUOTED = '"[^"\n]{0,80}"|“[^”\n]{0,80}”'
 # Most of these scripts put no spaces between words: each of their characters counts as one.
 _WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+(?:['’][^\\W_{_CJK}]+)*")
+_CJK_PAIR = re.compile(f"(?=([{_CJK}]{{2}}))")
+_PIECE = re.compile(f"[{_CJK}]|[^\\s{_CJK}]+")
 _SENTENCE_END = r"[.!?](?=[\s\"”’')\]]|$)|[。！？\n]"
 _SENTENCE_PART = re.compile(f"(?:{QUOTED})|({_SENTENCE_END})")
 _LIST_UNIT = re.compile(rf"{QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
@@ -40,6 +43,24 @@ _LIST_ENDS = frozenset(".!?。！？\n;:()[]{}—–")
 def words(text: str) -> list[str]:
     """The words of a text, case-folded; a character of a CJK script is a word."""
     return [word.casefold() for word in _WORD.findall(text)]
+
+
+def cjk_pairs(text: str) -> set[str]:
+    """Its pairs of neighbouring CJK characters: about a word each in scripts without spaces."""
+    return set(_CJK_PAIR.findall(text))
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between spaces, marks included; a character of a CJK script is a piece."""
+    return _PIECE.findall(text)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Pieces as a text: a space between two of them, unless one is CJK."""
+    text = "".join(parts[:1])
+    for before, part in pairwise(parts):
+        text += part if has_cjk(before) or has_cjk(part) else f" {part}"
+    return text
 
 
 def sentences(text: str) -> list[str]:

@@ -182,9 +182,12 @@ _TAUS = np.geomspace(0.003, 30, 25)
 
 
 def cross_fitted_tau(mse_NxB: np.ndarray, valid_NxB: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """[N]: for each half of the documents the τ with the most bits on the other half: no row chooses its own."""
+    """[N]: for each half of the documents the τ with the most bits on the other half: no row chooses its own.
+
+    NaN where the other half has nothing to choose it by, as where there is one document.
+    """
     _, index = np.unique(documents, return_inverse=True)
-    half, tau = index % 2, np.full(len(documents), _TAUS[-1])
+    half, tau = index % 2, np.full(len(documents), np.nan)
     for fold in (0, 1):
         if (half != fold).any() and (valid_NxB[half != fold].sum(-1) > 1).any():
             bits = [np.nanmean(retrieval_bits(mse_NxB[half != fold], valid_NxB[half != fold], t)) for t in _TAUS]

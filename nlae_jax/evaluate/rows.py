@@ -269,13 +269,16 @@ def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray
     return parts
 
 
-def kinds(domain: Sequence[str], most: int = 12) -> list[str]:
-    """Each row's kind of text; where there are more than `most` kinds, the rarest ones are "other kinds".
+def kinds(domain: Sequence[str], document: Sequence[int] | np.ndarray, most: int = 12) -> list[str]:
+    """Each row's kind of text. Kinds of one document, and the rarest of more than `most`, are "other kinds".
 
-    A source may have a domain for every document, as where it is the address of a web page. '' is no kind: it stays.
+    A source may have a domain for every document, as where it is the address of a web page; and of one document there
+    is no interval. A single kind of one document keeps its name. '' is no kind: it stays.
     """
     counts = Counter(filter(None, domain))
-    if len(counts) <= most:
-        return list(domain)
-    named = {name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: most - 1]}
+    documents = Counter(name for name, _ in set(zip(domain, np.asarray(document).tolist(), strict=True)))
+    alone = {name for name in counts if documents[name] == 1}
+    several = [name for name in counts if len(alone) < 2 or name not in alone]
+    most_kept = most if len(several) == len(counts) <= most else most - 1
+    named = set(sorted(several, key=lambda name: (-counts[name], name))[:most_kept])
     return [name if name in named or not name else "other kinds" for name in domain]

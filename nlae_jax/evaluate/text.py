@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlae_jax.evaluate.claims import leading, without_quotes
-from nlae_jax.evaluate.health import QUOTED, candidates, real_sentences, words
+from nlae_jax.evaluate.health import QUOTED, candidates, joined, pieces, real_sentences, words
 
 MOST_SENTENCES = 4  # whose marginal value is given one by one
 TOKEN_COUNTS = (4, 8, 16, 32, 64)  # that explanations are cut to
@@ -38,13 +38,17 @@ def shuffled_sentences(text: str, seed: int) -> str:
 
 
 def shuffled_words(text: str, seed: int) -> str:
-    """The words of every sentence in another order; marks move with their words."""
+    """The words of every sentence in another order; marks move with their words, and CJK characters count as words.
+
+    A sentence of different words never keeps its order.
+    """
     rng, mixed = random.Random(f"{seed} {text}"), []
     for sentence in real_sentences(text):
-        parts = sentence.split()
-        rng.shuffle(parts)
-        mixed += parts
-    return " ".join(mixed)
+        parts = pieces(sentence)
+        order = list(parts)
+        rng.shuffle(order)
+        mixed += order if order != parts else [*parts[1:], *parts[:1]]
+    return joined(mixed)
 
 
 def quotes_only(text: str) -> str:

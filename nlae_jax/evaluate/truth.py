@@ -10,7 +10,7 @@ import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.claims import holds, is_in
-from nlae_jax.evaluate.health import QUOTED, candidates, words
+from nlae_jax.evaluate.health import QUOTED, candidates, cjk_pairs, words
 
 # Words that explanations are written in whatever the text is about: to find them in a text says little.
 _FRAME = frozenset(
@@ -19,8 +19,12 @@ _FRAME = frozenset(
 
 
 def content_words(text: str) -> set[str]:
-    """Its words without function words, numbers, words of one or two letters and those that frame explanations."""
-    return {w for w in words(text) if len(w) > 2 and not w.isdigit() and w not in FUNCTION_WORDS and w not in _FRAME}
+    """Its words without function words, numbers, words of one or two letters and those that frame explanations.
+
+    Of CJK text, whose words are not told apart by spaces, its pairs of neighbouring characters.
+    """
+    kept = {w for w in words(text) if len(w) > 2 and not w.isdigit() and w not in FUNCTION_WORDS and w not in _FRAME}
+    return kept | cjk_pairs(text)
 
 
 def words_in_context(text: str, context: str) -> tuple[int, int]:
@@ -71,4 +75,4 @@ def consensus(samples: Sequence[str], share: float = 0.8) -> set[str]:
 
 def precision(said: set[str], context: str) -> tuple[int, int]:
     """How many of the words stand in the context, and how many there are."""
-    return len(said & set(words(context))), len(said)
+    return len(said & (set(words(context)) | cjk_pairs(context))), len(said)

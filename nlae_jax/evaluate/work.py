@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.data.mismatch import mismatched, of_others
-from nlae_jax.evaluate.figures import Ledger
 from nlae_jax.evaluate.kept import Kept
+from nlae_jax.evaluate.ledger import Ledger
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
 from nlae_jax.evaluate.rows import Rows, likeliest, spread
 from nlae_jax.roles import direction
@@ -108,8 +108,8 @@ class Work:
         digest = hashlib.sha256(f"{self.seed}:{name}:{start}".encode()).digest()
         return int.from_bytes(digest[:4], "little") >> 1
 
-    def written(self, name: str, vectors: np.ndarray, of: Any = None) -> dict[str, Any]:
-        """Explanations of vectors [M, d], their lengths, and what is rebuilt from their tokens.
+    def written(self, name: str, vectors: np.ndarray, of: Any = None, rebuild: bool = True) -> dict[str, Any]:
+        """Explanations of vectors [M, d], their lengths, and with `rebuild` what is rebuilt from their tokens.
 
         `of`: what tells the vectors from others, where they are not those of all rows.
         """
@@ -117,6 +117,7 @@ class Work:
 
         def compute(part: slice) -> dict[str, Any]:
             written = self.pair.explain(vectors[part], self._seed(name, part.start))
+            rebuilt = self.pair.reconstruct_ids(written.ids, written.length) if rebuild else None
             return {
                 "texts": written.texts,
                 "length": np.asarray(written.length),
@@ -124,7 +125,7 @@ class Work:
                 "canonical": np.array(
                     [self._is_canonical(*row) for row in zip(written.ids, written.length, strict=True)]
                 ),
-                "rebuilt": np.asarray(self.pair.reconstruct_ids(written.ids, written.length), np.float32),
+                **({} if rebuilt is None else {"rebuilt": np.asarray(rebuilt, np.float32)}),
             }
 
         return self.kept.run(name, len(vectors), self.pair.batch_size, compute, of=of)

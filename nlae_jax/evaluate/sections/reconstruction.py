@@ -61,8 +61,8 @@ def _by_part(work: Work, own: np.ndarray, wrong: np.ndarray) -> None:
         parts = {name: parts[name] for name in order if name in parts}
         work.ledger.put("reconstruction", key, None, fve_of, parts=parts, part_controls={"permuted": permuted})
 
-    if len(set(rows.domain)) > 1:
-        named = kinds(rows.domain)
+    named = kinds(rows.domain, rows.document)
+    if len(set(named)) > 1:
         put("fve_by_domain", named, [name for name, _ in Counter(named).most_common()])
     if rows.position.any():
         tenths = [str(tenth + 1) for tenth in reconstruction.deciles(rows.position)]

@@ -42,7 +42,8 @@ def measure(work: Work) -> None:
     pool["whole"] = [work.texts[row] for row in rows]
     rebuilt_whole, rebuilt["whole"] = rebuilt["whole"], rebuilt["whole"][rows]
     mse = {name: work.mse_of(texts, rebuilt[name], rows) for name, texts in pool.items()}
-    _changed(work, mse)
+    quoting = work.full(np.array([bool(quotes) for quotes in pool["quotes_only"]], float), rows) == 1
+    _changed(work, mse, quoting)
     other = _other_mse(work, rebuilt_whole, np.arange(len(work.texts)))
     _dropped(work, dropped, rebuilt["dropped"], whole, other)
     _twins(work, {name: (texts, rebuilt[name]) for name, texts in twins.items()}, whole, other)
@@ -59,12 +60,14 @@ def _other_mse(work: Work, rebuilt: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.where(work.rows.document[other] == work.rows.document[rows], np.nan, mse)
 
 
-def _changed(work: Work, mse: _Mse) -> None:
+def _changed(work: Work, mse: _Mse, quoting: np.ndarray) -> None:
+    """`quoting` [N] bool: explanations that quote something. Quotations are looked at in these alone."""
     put, columns = work.ledger.put, work.with_variance
     whole, wrong = mse["whole"]
     for name in _CHANGED:
-        own, permuted = (columns(of) for of in mse[name])
-        put("text", f"fve_{name}", own, fve_of, {"whole": columns(whole), "permuted": permuted})
+        kept = quoting if name.startswith("quotes") else np.ones(len(quoting), bool)
+        own, permuted, unchanged = (columns(np.where(kept, of, np.nan)) for of in (*mse[name], whole))
+        put("text", f"fve_{name}", own, fve_of, {"whole": unchanged, "permuted": permuted})
     gained, gained_wrong = ({name: columns(of) for name, of in _gained(work, mse, which).items()} for which in (0, 1))
     total, total_wrong = columns(work.variance - whole), columns(work.variance - wrong)
     put("text", "marginal_fve", total, share_of, {"permuted": total_wrong}, gained, {"permuted": gained_wrong})

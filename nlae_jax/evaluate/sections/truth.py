@@ -118,7 +118,7 @@ def _recurrence(work: Work) -> None:
         read = read_activations(work.pair.subject(), work.pair.layer, [work.rows.context_ids[row] for row in rows])
         windows = np.concatenate([vectors[-BEFORE - 1 : -1] for vectors in read])
         places = [[rows.tolist(), BEFORE]]  # rather than the vectors: rounding is no other work
-        written = work.written("tokens_before", windows, places)["texts"]
+        written = work.written("tokens_before", windows, places, rebuild=False)["texts"]
         before = [written[i * BEFORE : (i + 1) * BEFORE] for i in range(len(rows))]
         documents = work.rows.document[rows]
         wrong = mismatched(documents, work.seed)
