@@ -82,7 +82,8 @@ def test_some_explanations_are_closed(written):
 
 
 def test_texts_are_what_the_ids_say(run, written):
-    for text, response, ids, length in zip(*written, strict=True):
+    rows = zip(written.texts, written.responses, written.ids, written.length, strict=True)
+    for text, response, ids, length in rows:
         assert text == (extract_explanation(response) or "")
         assert bool(text) == (length > 0)
         assert run.tokenizer.decode(ids[:length]).strip() == text
