@@ -62,7 +62,12 @@ def test_yarn():
     """A file may name the attention factor that follows from the factor; llama.cpp rounds gpt-oss's ramp, we do not."""
     keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}
     usual = 0.1 * math.log(8) + 1
-    for named in ({}, {"rope.scaling.attn_factor": 1.0}, {"rope.scaling.attn_factor": float(np.float32(usual))}):
+    for named in (
+        {},
+        {"rope.scaling.attn_factor": 1.0},
+        {"rope.scaling.attn_factor": float(np.float32(usual))},
+        {"rope.scaling.yarn_attn_factor": usual},
+    ):
         arch = arch_of("olmo2", keys | named | {"attention.sliding_window": 5, "rope.freq_base": 5e5})
         assert (arch.family, arch.rope_scaling) == ("olmo3", YarnRope(8.0, usual, 64))
         assert (arch.ropes, arch.local_rope_theta) == (("local", "local", "local", "global") * 3, 5e5)

@@ -350,11 +350,12 @@ def test_quotations_of_the_context_are_true_and_of_another_are_not(suite_of):
 
 def test_explanations_without_quotations_are_left_out_of_the_figures_of_quotations(tiny_lm, rows, tmp_path):
     plants = Plants(rows, tiny_lm.tokenizer)
-    write = lambda row, n: f'It is "{row}".' if row % 2 else f"It is {row}."  # noqa: E731
+    write = lambda row, n: f'It is "{row}".' if row % 3 else f"It is {row}."  # noqa: E731
     pair = planted(tiny_lm, rows, write, plants.by_number, "quotes")
     found = run_suite(Work(pair, rows, tmp_path, 0, 50, SIZES), ("text",))
     for key in ("fve_quotes_only", "fve_quotes_removed"):
-        assert found["text"][key]["n"] == found["text"][key]["controls"]["whole"]["n"] == 20
+        assert found["text"][key]["n"] == found["text"][key]["controls"]["whole"]["n"] == 26
+        assert 0 < found["text"][key]["controls"]["permuted"]["n"] < 26  # those whose other explanation quotes, too
     assert value(found, "text", "fve_quotes_only") == pytest.approx(1, abs=1e-6)
     assert value(found, "text", "fve_quotes_removed") < 0 < value(found, "text", "fve_quotes_removed", control="whole")
     assert found["text"]["fve_lower_case"]["n"] == 40

@@ -2,6 +2,8 @@
 
     python experiments/smollm2/card.py runs/pair/texts/validation --before runs/pair/after_notes_again --out runs/card
 
+The texts are those of texts.py, and files documentation.jsonl and passages.jsonl beside them.
+
 It reads one activation of each document. The decoder reads the explanations as text. Every figure is the mean over
 `--seeds` seeds of sampling, with an interval over documents; the seeds' own figures stand beside it. `--before` is the
 pair that the gain is measured from. The held-out texts are for the last measurement of a pair that is chosen, never for
@@ -65,6 +67,9 @@ class Place(NamedTuple):
 
 def main() -> None:
     arguments = parsed()
+    domains_needed = [domain for domains in GROUPS.values() for domain in domains]
+    if missing := [name for name in domains_needed if not (Path(arguments.texts) / f"{name}.jsonl").exists()]:
+        raise SystemExit(f"{arguments.texts}: should hold {', '.join(f'{name}.jsonl' for name in missing)}")
     after = NLA.from_pretrained(arguments.pair)
     before = NLA.from_pretrained(arguments.before) if arguments.before else after
     out = Path(arguments.out)
@@ -81,7 +86,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", help="directory of DOMAIN.jsonl files, as texts.py writes them")
+    parser.add_argument("texts", help="directory of DOMAIN.jsonl files with rows of id and text")
     parser.add_argument("--pair", default="smollm2-135m")
     parser.add_argument("--before", default="", help="the pair before reinforcement learning")
     parser.add_argument("--out", required=True)
@@ -130,7 +135,8 @@ def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperatu
     mse["gold"] = np.where([bool(note) for note in notes], after.score_written(notes, h_NxD)[0], np.nan)
     variance = variances(h_NxD)
     figures = summarise(h_NxD, documents, mse, 2000, 0)
-    figures |= {name: float(np.mean([shares[name] for _, shares, _ in runs])) for name in runs[0][1]}
+    measured_names = set.intersection(*(set(shares) for _, shares, _ in runs))
+    figures |= {name: float(np.mean([shares[name] for _, shares, _ in runs])) for name in measured_names}
     figures["fve_of_seeds"] = [fve(errors["after"], variance) for errors, _, _ in runs]
     for name in ("shuffled", "without_last", "without_quotes", "bare"):
         figures[f"fve_{name}_ci95"] = interval(mse[name], variance, documents)

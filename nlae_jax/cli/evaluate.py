@@ -26,7 +26,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="directory that gets eval.json and what is done (default: the workdir)")
     command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
-    help_text = "of how many of them the figures are that take several explanations of each (default 64)"
+    help_text = "number of activations that get several explanations each (default 64)"
     command.add_argument("--sampled", type=int, help=help_text)
     help_text = "also train decoders on other words for so many steps each (default 0: none)"
     command.add_argument("--control-steps", type=int, help=help_text)

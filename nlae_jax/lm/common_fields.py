@@ -45,7 +45,7 @@ def common_fields(fields: Fields, default_theta: float = 10_000.0, partial: bool
     }
 
 
-# Families whose `rope_parameters` have a set for each kind of block. A set for all is none to transformers.
+# Families whose `rope_parameters` have a set for each kind of block. transformers ignores a common set there.
 _ROPE_BY_KIND = ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3")
 
 

@@ -96,7 +96,7 @@ def _of_device(
 
     rows = only_here(flat_NxD[token])
     share = shares.reshape(-1)[order][:, None].astype(rows.dtype)
-    # Before the last product: after it, the gradient of the shares would need what that gives once more.
+    # Scaled before the last product: the gradient of the shares would otherwise need that product's output again.
     scaled = only_here(activated(arch, lambda name: product(rows, name)) * share)
     rows = product(scaled, "down", share)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)

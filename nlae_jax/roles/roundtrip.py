@@ -69,7 +69,7 @@ class RoundTrip:
 
         `max_new_tokens` is an explanation's limit, unless a call of `explain` says otherwise.
         `mesh` is the mesh that the pairs are on. Batches are split over it, and all its processes get all results.
-        `smallest_batch` is the batch size for few rows. It is doubled until it holds them.
+        Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`.
         """
         self._vocab_size = roles.decoder.arch.vocab_size
         self._compiled_shapes: set[tuple[Any, ...]] = set()
@@ -179,16 +179,14 @@ class RoundTrip:
 def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
     """Yields consecutive batches of `size` rows.
 
-    A batch is filled up with copies of its first row until `parts` divides its size. Fewer rows than `size` make a
-    batch of `smallest` rows, doubled until it holds them.
+    A batch is filled up with copies of its first row until `parts` divides its size. Fewer rows than `size` are filled
+    up to a multiple of `smallest`, so that there are few shapes to compile and few copies to compute.
 
     A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
     however many devices there are.
     """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        width = smallest
-        while width < min(len(rows[0]), size):
-            width *= 2
-        missing = -(-min(width, size) // parts) * parts - len(rows[0])
+        width = min(-(-len(rows[0]) // smallest) * smallest, size)
+        missing = -(-width // parts) * parts - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]

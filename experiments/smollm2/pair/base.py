@@ -1,4 +1,4 @@
-"""What all stages of the carried pair share. The commands, in order, with what each reached: docs/carried-pair.md."""
+"""What all stages of the carried pair share. The stages, in order, with what each reached: docs/carried-pair.md."""
 
 from ml_collections import ConfigDict
 

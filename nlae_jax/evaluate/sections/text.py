@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nlae_jax.data.mismatch import mismatched
 from nlae_jax.evaluate import text
 from nlae_jax.evaluate.estimate import first, fve_of, share_of
 from nlae_jax.evaluate.health import real_sentences
@@ -42,8 +43,9 @@ def measure(work: Work) -> None:
     pool["whole"] = [work.texts[row] for row in rows]
     rebuilt_whole, rebuilt["whole"] = rebuilt["whole"], rebuilt["whole"][rows]
     mse = {name: work.mse_of(texts, rebuilt[name], rows) for name, texts in pool.items()}
-    quoting = work.full(np.array([bool(quotes) for quotes in pool["quotes_only"]], float), rows) == 1
-    _changed(work, mse, quoting)
+    quotes = np.array([bool(quoted) for quoted in pool["quotes_only"]], float)
+    of_others = quotes[mismatched(work.rows.document[rows], work.seed)]
+    _changed(work, mse, work.full(quotes, rows) == 1, work.full(of_others, rows) == 1)
     other = _other_mse(work, rebuilt_whole, np.arange(len(work.texts)))
     _dropped(work, dropped, rebuilt["dropped"], whole, other)
     _twins(work, {name: (texts, rebuilt[name]) for name, texts in twins.items()}, whole, other)
@@ -60,13 +62,20 @@ def _other_mse(work: Work, rebuilt: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.where(work.rows.document[other] == work.rows.document[rows], np.nan, mse)
 
 
-def _changed(work: Work, mse: _Mse, quoting: np.ndarray) -> None:
-    """`quoting` [N] bool: explanations that quote something. Quotations are looked at in these alone."""
+def _changed(work: Work, mse: _Mse, quoting: np.ndarray, other_quotes: np.ndarray) -> None:
+    """Measures whole texts that were changed.
+
+    `quoting` [N] and `other_quotes` [N] bool: the explanation quotes something, and so does the one that it is permuted
+    with. The figures of quotations are of these alone.
+    """
     put, columns = work.ledger.put, work.with_variance
     whole, wrong = mse["whole"]
     for name in _CHANGED:
-        kept = quoting if name.startswith("quotes") else np.ones(len(quoting), bool)
-        own, permuted, unchanged = (columns(np.where(kept, of, np.nan)) for of in (*mse[name], whole))
+        kept, kept_permuted = (quoting, quoting & other_quotes) if name.startswith("quotes") else (True, True)
+        own, permuted, unchanged = (
+            columns(np.where(mask, values, np.nan))
+            for mask, values in ((kept, mse[name][0]), (kept_permuted, mse[name][1]), (kept, whole))
+        )
         put("text", f"fve_{name}", own, fve_of, {"whole": unchanged, "permuted": permuted})
     gained, gained_wrong = ({name: columns(of) for name, of in _gained(work, mse, which).items()} for which in (0, 1))
     total, total_wrong = columns(work.variance - whole), columns(work.variance - wrong)

@@ -140,7 +140,7 @@ _READ = (
 _TURNED = "rope.dimension_count"
 _HEAD_SIZES = ("attention.value_length", _TURNED)
 _YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-_YARN_FACTOR = "rope.scaling.attn_factor"
+_YARN_FACTORS = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")  # of older and newer converters
 _NO_MATHS = (
     *("context_length", "vocab_size", "pooling_type", "tensor_data_layout"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
@@ -223,7 +223,7 @@ def read_gguf_arch(
     config = _by_family(config)
     known = {*_READ, *_HEAD_SIZES, *_NO_MATHS, "attention.causal", family.eps, *(key for key, _ in family.fields)}
     known |= {_PATTERN} if family.window_period else set()
-    keys.refuse_unknown(known | ({*_YARN.values(), _YARN_FACTOR} if family.yarn is not None else set()))
+    keys.refuse_unknown(known | ({*_YARN.values(), *_YARN_FACTORS} if family.yarn is not None else set()))
     try:
         return arch_from_hf(config)
     except UserError as error:
@@ -231,7 +231,7 @@ def read_gguf_arch(
 
 
 def _by_family(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields by the names that the family has for them, but where it has both."""
+    """Renames fields as the family names them. A field keeps its name if the config has the family's name, too."""
     names = NAMES.get(config["model_type"], {})
     return {key if (name := names.get(key, key)) in config else name: value for key, value in config.items()}
 
@@ -265,8 +265,9 @@ def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
 def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
     """RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
     kind = keys.get("rope.scaling.type", "linear")
+    supported = "none and linear" if family.yarn is None else "none, linear and yarn"
     if kind not in ("none", "linear") and (kind != "yarn" or family.yarn is None):
-        raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; none and linear are")
+        raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; {supported} are")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     if kind == "yarn":
         return _yarn(keys, factor, dict(family.yarn or ()))
@@ -281,8 +282,10 @@ def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, An
     A file that names it names either that or 1, which llama.cpp multiplies it by. Raises UserError for another.
     """
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if not math.isclose(named := keys.number(_YARN_FACTOR, 1.0), 1.0) and not math.isclose(named, usual, rel_tol=1e-5):
-        raise keys.fail(_YARN_FACTOR, f"= {named} is not supported; 1 and {usual:.6g} are")
+    for key in _YARN_FACTORS:
+        named = keys.number(key, 1.0)
+        if not math.isclose(named, 1.0) and not math.isclose(named, usual, rel_tol=1e-5):
+            raise keys.fail(key, f"= {named} is not supported; 1 and {usual:.6g} are")
     betas = {field: keys.number(key) for field, key in _YARN.items() if keys.get(key) is not None}
     original = keys.size("rope.scaling.original_context_length")
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas, **fixed}
