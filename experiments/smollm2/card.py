@@ -23,10 +23,13 @@ import numpy as np
 
 from nlae_jax import NLA
 from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.data.mismatch import mismatched
 from nlae_jax.evaluate.claims import claims, parts
+from nlae_jax.evaluate.estimate import estimate, fve_of
 from nlae_jax.evaluate.health import health
-from nlae_jax.evaluate.reconstruction import UNINFORMED, bootstrap, fve, summarise, uninformed, variances
+from nlae_jax.evaluate.reconstruction import UNINFORMED, fve, summarise, uninformed, variances
+from nlae_jax.evaluate.rows import likeliest
 from nlae_jax.explore.passage import Passage, passage_of_ids
 from nlae_jax.lm.tokens import begin_ids, text_ids
 
@@ -100,9 +103,9 @@ def drawn(nla: NLA, texts: Path, domains: Sequence[str], count: int) -> list[Pla
     """`count` places of as many documents. Passages that have written notes are read where a note was written."""
     rng = np.random.default_rng(0)
     begin = begin_ids(nla.tokenizer)
-    documents = [(domain, row) for domain in domains for row in rows_of(texts / f"{domain}.jsonl")]
+    documents = [(domain, row) for domain in domains for _, row in read_json_lines(texts / f"{domain}.jsonl")]
     noted = defaultdict(list)
-    for row in rows_of(WARMSTART_NOTES):
+    for _, row in read_json_lines(WARMSTART_NOTES):
         noted[row["passage"]].append(row)
     places: list[Place] = []
     for index in rng.permutation(len(documents))[:count]:
@@ -119,17 +122,12 @@ def drawn(nla: NLA, texts: Path, domains: Sequence[str], count: int) -> list[Pla
     return places
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperature: float) -> dict[str, Any]:
     """The figures of `FIGURES` as means over seeds, with intervals over documents and the explanations of one seed."""
     h_NxD = np.stack([activations_TxD[-1] for activations_TxD in after.read([place.context for place in places])])
     documents = np.array([place.document for place in places])
-    expected = after.subject.generate([place.context.ids for place in places], 1, temperature=0.0)
-    likeliest = [after.tokenizer.decode(ids) for ids in expected]
-    runs = [of_seed(after, before, h_NxD, places, documents, likeliest, temperature, seed) for seed in range(seeds)]
+    expected = [token for (token,) in likeliest(after.subject, [place.context.ids for place in places], 1)]
+    runs = [of_seed(after, before, h_NxD, places, documents, expected, temperature, seed) for seed in range(seeds)]
     mse = {name: np.mean([errors[name] for errors, _, _ in runs], axis=0) for name in runs[0][0]}
     notes = [place.note for place in places]
     mse["gold"] = np.where([bool(note) for note in notes], after.score_written(notes, h_NxD)[0], np.nan)
@@ -139,16 +137,12 @@ def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperatu
     figures |= {name: float(np.mean([shares[name] for _, shares, _ in runs])) for name in measured_names}
     figures["fve_of_seeds"] = [fve(errors["after"], variance) for errors, _, _ in runs]
     for name in ("shuffled", "without_last", "without_quotes", "bare"):
-        figures[f"fve_{name}_ci95"] = interval(mse[name], variance, documents)
+        figures[f"fve_{name}_ci95"] = estimate(np.stack([mse[name], variance], -1), documents, fve_of)["ci95"]
     figures["examples"] = [
         {"context": place.context.text, "likeliest": token, "explanation": text, "cos": float(1 - error / 2)}
-        for place, token, text, error in zip(places, likeliest, runs[0][2], runs[0][0]["after"], strict=True)
+        for place, token, text, error in zip(places, expected, runs[0][2], runs[0][0]["after"], strict=True)
     ]
     return figures
-
-
-def interval(mse_N: np.ndarray, variance_N: np.ndarray, documents: np.ndarray) -> tuple[float, float]:
-    return bootstrap(lambda rows: fve(mse_N[rows], variance_N[rows]), documents, 2000, 0)
 
 
 def of_seed(
@@ -157,7 +151,7 @@ def of_seed(
     h_NxD: np.ndarray,
     places: list[Place],
     documents: np.ndarray,
-    likeliest: list[str],
+    expected: list[str],
     temperature: float,
     seed: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]]:
@@ -185,7 +179,7 @@ def of_seed(
         **{name: errors(after, explained(after, vectors)) for name, vectors in uninformed(h_NxD, seed).items()},
         **{name: errors(after, found) for name, found in by_part.items()},
     }
-    shares = health(texts, after.protocol.marker) | claims(texts, contexts, likeliest, list(other))
+    shares = health(texts, after.protocol.marker) | claims(texts, contexts, expected, list(other))
     return mse, shares | {"extraction_rate": float(np.mean([bool(text) for text in texts]))}, texts
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nlae_jax.data.describer import Instruct
-from nlae_jax.data.mismatch import mismatched, of_others
+from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate.estimate import first, share_of
 from nlae_jax.evaluate.work import Work
 
@@ -44,7 +44,7 @@ def judged(work: Work, ask: Instruct | None) -> None:
     known = [row for row in work.has_context.tolist() if work.texts[row]]
     rows = work.some(work.sizes.judged, np.array(known, int)) if known else np.zeros(0, int)
     documents = work.rows.document[rows]
-    other = mismatched(documents, work.seed)
+    other = work.others(rows)
     notes = [work.texts[row] for row in rows]
     contexts = [work.rows.contexts[row][-_CONTEXT_CHARACTERS:] for row in rows]
     counts = {

@@ -160,10 +160,14 @@ class Work:
         ends = np.cumsum([len(some) for some in texts.values()])
         return {key: found[end - len(some) : end] for (key, some), end in zip(texts.items(), ends, strict=True)}
 
+    def others(self, rows: np.ndarray) -> np.ndarray:
+        """[M]: for each of some rows the place among them of the row that it is permuted with."""
+        return mismatched(self.rows.document[rows], self.seed)
+
     def mse_of(self, texts: Sequence[str], rebuilt: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """mse [N] of texts about some rows, and of each about a row of another document; NaN elsewhere."""
         readable, h = np.array([bool(one.strip()) for one in texts], bool), self.rows.h[rows]
-        other = mismatched(self.rows.document[rows], self.seed)
+        other = self.others(rows)
         own, wrong = direction_mse(rebuilt, h, readable), direction_mse(rebuilt[other], h, readable[other])
         return self.full(own, rows), self.full(of_others(wrong, self.rows.document[rows], other), rows)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nlae_jax.data.mismatch import mismatched, of_others
+from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate import reconstruction
 from nlae_jax.evaluate.estimate import first, fve_of
 from nlae_jax.evaluate.reconstruction import direction_mse
@@ -118,7 +118,7 @@ def _rank(work: Work, fve: dict[str, Any], ranks: np.ndarray) -> None:
 def _samples(work: Work) -> None:
     rows, _, rebuilt = work.sampled
     h, documents = work.rows.h[rows], work.rows.document[rows]
-    other = mismatched(documents, work.seed)
+    other = work.others(rows)
     readable: np.ndarray = np.asarray(rebuilt.any(-1))
     spread = lambda of: np.broadcast_to(of[:, None], rebuilt.shape)  # noqa: E731
     mse = direction_mse(rebuilt, spread(h), readable)

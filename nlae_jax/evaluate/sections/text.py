@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from nlae_jax.data.mismatch import mismatched
 from nlae_jax.evaluate import text
 from nlae_jax.evaluate.estimate import first, fve_of, share_of
 from nlae_jax.evaluate.health import real_sentences
@@ -44,8 +43,7 @@ def measure(work: Work) -> None:
     rebuilt_whole, rebuilt["whole"] = rebuilt["whole"], rebuilt["whole"][rows]
     mse = {name: work.mse_of(texts, rebuilt[name], rows) for name, texts in pool.items()}
     quotes = np.array([bool(quoted) for quoted in pool["quotes_only"]], float)
-    of_others = quotes[mismatched(work.rows.document[rows], work.seed)]
-    _changed(work, mse, work.full(quotes, rows) == 1, work.full(of_others, rows) == 1)
+    _changed(work, mse, work.full(quotes, rows) == 1, work.full(quotes[work.others(rows)], rows) == 1)
     other = _other_mse(work, rebuilt_whole, np.arange(len(work.texts)))
     _dropped(work, dropped, rebuilt["dropped"], whole, other)
     _twins(work, {name: (texts, rebuilt[name]) for name, texts in twins.items()}, whole, other)

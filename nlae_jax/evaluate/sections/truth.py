@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nlae_jax.data.mismatch import mismatched, of_others
+from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate import reconstruction, truth
 from nlae_jax.evaluate.estimate import first, share_of
 from nlae_jax.evaluate.rows import SUFFIX, read_activations
@@ -69,7 +69,7 @@ def _suffix(work: Work) -> None:
         return
     told = [work.texts[row] or _NONE for row in rows]
     documents = work.rows.document[rows]
-    other = mismatched(documents, work.seed)
+    other = work.others(rows)
     scores = {
         name: _continued(work, f"suffix_{name}", notes, choices)
         for name, notes in (
@@ -121,7 +121,7 @@ def _recurrence(work: Work) -> None:
         written = work.written("tokens_before", windows, places, rebuild=False)["texts"]
         before = [written[i * BEFORE : (i + 1) * BEFORE] for i in range(len(rows))]
         documents = work.rows.document[rows]
-        wrong = mismatched(documents, work.seed)
+        wrong = work.others(rows)
         own[rows] = [truth.recurrence(work.texts[row], before[i]) for i, row in enumerate(rows)]
         recurs = [truth.recurrence(work.texts[row], before[wrong[i]]) for i, row in enumerate(rows)]
         other[rows] = of_others(np.array(recurs), documents, wrong)
@@ -134,7 +134,7 @@ def _consensus(work: Work) -> None:
     rows, texts = rows[known], [each for each, here in zip(texts, known, strict=True) if here]
     agreed, said, permuted, sizes = (np.full((len(work.rows.h), 2), np.nan) for _ in range(4))
     documents = work.rows.document[rows]
-    wrong = mismatched(documents, work.seed)
+    wrong = work.others(rows)
     for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
         shared, every = truth.consensus(samples), set().union(*map(truth.content_words, samples))
         agreed[row] = truth.precision(shared, work.rows.contexts[row])
