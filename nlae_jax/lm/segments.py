@@ -67,6 +67,24 @@ def of_kind(kv: KeyValues, kind: str, at: Callable[[jax.Array], jax.Array]) -> K
     return kv._replace(k=at(pair[0]), v=at(pair[1]), state=None, global_kv=None)
 
 
+def row_axis(kv: KeyValues) -> int:
+    """Returns the axis of rows in keys of one block or of all blocks. In states it is the axis before."""
+    return 1 if kv.k is None else kv.k.ndim - 3
+
+
+def rows_of(kv: KeyValues, index: jax.Array) -> KeyValues:
+    """Returns the keys and values of the rows at `index` [R'] int32, of one block or of all blocks.
+
+    A segment without a batch axis, such as the constant prompt, is that of all rows and stays as it is.
+    """
+    if kv.positions.ndim == 1:
+        return kv
+    axis = row_axis(kv)
+    take = lambda part, axis: jax.tree.map(lambda x: x.take(index, axis=axis), part)  # noqa: E731
+    k, v, wide = (take(part, axis) for part in (kv.k, kv.v, kv.global_kv))
+    return KeyValues(k, v, kv.positions[index], kv.valid[index], take(kv.state, axis - 1), wide)
+
+
 def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int, ...] = ()) -> DeltaState:
     """Returns the state before the first token: zeros. `blocks` are leading axes for stacks."""
     keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim

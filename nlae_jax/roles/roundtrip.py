@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.sampling import explanation_tokens, truncated
+from nlae_jax.lm.sampling import Samples, explanation_tokens, truncated
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import OPENING, Protocol, extract_explanation
 from nlae_jax.roles.rollout import rollout
+from nlae_jax.roles.turns import Turns
 from nlae_jax.runtime import processes
 
 
@@ -92,9 +93,11 @@ class RoundTrip:
                 max_new_tokens=limit,
                 temperature=temperature,
             )
+            return read(jax.tree.map(lambda x: x[:, 0], samples))
+
+        def read(samples: Samples) -> tuple[jax.Array, ...]:
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
-            cut = truncated(samples, self.protocol.eos_id)
-            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0], cut[:, 0]
+            return samples.tokens, samples.lengths, ids, length, truncated(samples, self.protocol.eos_id)
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, endings: Any) -> jax.Array:
             rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, endings)
@@ -106,6 +109,8 @@ class RoundTrip:
             return rebuilt_NxD
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=everywhere)
+        self._read = jax.jit(read)
+        self._turns = Turns(roles, batch_size, self._smallest_batch) if _on_one_cpu(mesh) else None
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)
 
@@ -130,11 +135,17 @@ class RoundTrip:
         token. `advance` is called after every batch with its number of rows.
         """
         key, limit = jax.random.PRNGKey(seed), max_new_tokens or self._max_new_tokens
+        ready = None if self._turns is None else self._turns.ready(pair)
         parts = []
         for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
-            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature, limit)
+            batch_key = self._put(jax.random.fold_in(key, number))
+            count = min(self._batch_size, len(vectors) - number * self._batch_size)
+            if self._turns is None or ready is None:
+                out = self._call(self._explain, pair, h, batch_key, temperature, limit)
+            else:
+                out = self._read(self._turns.sample(ready, h, count, batch_key, temperature, limit))
             parts.append([np.asarray(x)[: self._batch_size] for x in out])
-            advance(min(self._batch_size, len(vectors) - number * self._batch_size))
+            advance(count)
         tokens, lengths, ids, length, cut = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         responses, texts = read_samples(self.tokenizer, self.protocol, tokens, lengths)
         return Explanations(texts, responses, ids, length, cut)
@@ -174,6 +185,13 @@ class RoundTrip:
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
+
+
+def _on_one_cpu(mesh: Mesh | None) -> bool:
+    """Returns whether a mesh, or the default device without one, is a single CPU."""
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
