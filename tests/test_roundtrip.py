@@ -1,14 +1,16 @@
 """Activations to text and back: batches make no difference, and token ids and texts are the same explanation."""
 
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
 
 from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.roundtrip import RoundTrip, read_samples
+from nlae_jax.roles.roundtrip import RoundTrip, like_lengths, read_samples
 from nlae_jax.roles.turns import Turns, smaller_batch
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
@@ -135,6 +137,38 @@ def test_reconstructions_do_not_depend_on_the_batch(trip, pair, written):
     for row in (0, BATCH, len(together) - 1):
         alone = trip.reconstruct_ids(pair, written.ids[row : row + 1], written.length[row : row + 1])
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+def test_texts_of_other_lengths_change_nothing(run, pair, caplog):
+    """A long text among short ones is computed by itself, and the results are in the order of the texts."""
+    words = ["the of", "to in is", "that it for the", "of", "in is that it"]
+    texts = [words[0], " ".join([words[1]] * 150), *words[1:], " ".join([words[2]] * 60)]
+    with jax.log_compiles():
+        together = RoundTrip(run.roles, run.tokenizer, 8, LIMIT, smallest_batch=4).reconstruct_texts(pair, texts)
+    assert 1 < sum("Compiling jit(reconstruct_prompts)" in message for message in caplog.messages) < 4
+    single = RoundTrip(run.roles, run.tokenizer, 1, LIMIT)
+    alone = np.concatenate([single.reconstruct_texts(pair, [text]) for text in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert np.abs(together[:, None] - together[None]).max(-1)[~np.eye(len(texts), dtype=bool)].min() > 1e-3
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=80), st.integers(1, 40), st.integers(1, 8), st.integers(1, 3))
+def test_groups_of_like_length_hold_every_text_once(lengths, size, smallest, most):
+    groups = like_lengths(lengths, size, smallest, most)
+    assert 1 <= len(groups) <= most
+    assert sorted(np.concatenate([rows for rows, _ in groups]).tolist()) == list(range(len(lengths)))
+    for rows, width in groups:
+        assert len(rows) and max(lengths[row] for row in rows) <= width and width % 32 == 0
+    assert groups[-1][1] < max(lengths) + 32
+    ((_, widest),) = like_lengths(lengths, size, smallest, 1)
+    assert sum(len(rows) * width for rows, width in groups) <= len(lengths) * widest
+
+
+def test_a_long_text_is_a_group_of_its_own():
+    lengths = [*[50] * 20, 220, *[60] * 15]
+    (short, width), (long, wide) = like_lengths(lengths, 64, 8, 3)
+    assert long.tolist() == [20] and len(short) == 35 and (width, wide) == (64, 224)
+    assert len(like_lengths([50, 60, 70], 64, 8, 3)) == 1  # a group of its own would cost more than padding
 
 
 def test_reconstruction_is_of_the_words(trip, pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ from nlae_jax.roles.protocol import OPENING, Protocol, extract_explanation
 from nlae_jax.roles.rollout import rollout
 from nlae_jax.roles.turns import Turns
 from nlae_jax.runtime import processes
+
+_WIDTH_STEP = 32  # tokens: texts are padded to a multiple of it
+_GROUPS = 3  # of texts of like length
+_GROUP_TOKENS = 512  # a further group takes about as long as this many tokens: its shape is compiled or loaded
 
 
 class Explanations(NamedTuple):
@@ -111,6 +116,7 @@ class RoundTrip:
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=everywhere)
         self._read = jax.jit(read)
         self._turns = Turns(roles, batch_size, self._smallest_batch) if _on_one_cpu(mesh) else None
+        self._groups = 1 if self._turns is None else _GROUPS
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)
 
@@ -161,15 +167,21 @@ class RoundTrip:
         """Rebuilds activations [N, d] float32 from explanations as text.
 
         The decoder's whole prompt is tokenised as one string. Tokens that the model has no embedding for are left out:
-        a sampled text may spell one.
+        a sampled text may spell one. On one CPU, texts are computed in a few groups of like length; elsewhere all are
+        padded to the longest, because there a shape takes longer to compile than padding takes to compute.
         """
         tokenization = self.tokenizer, self.protocol
         prompts = [protocol.known_decoder_ids(*tokenization, text, self._vocab_size) for text in texts]
-        width = -(-max(map(len, prompts)) // 32) * 32
-        ids, length = pad(prompts, width)
-        mask = np.arange(width) < length[:, None]
-        batches = self._batches(ids, mask)
-        return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
+        groups = like_lengths([len(prompt) for prompt in prompts], self._batch_size, self._smallest_batch, self._groups)
+        rebuilt = []
+        for rows, width in groups:
+            ids, length = pad([prompts[row] for row in rows], width)
+            batches = self._batches(ids, np.arange(width) < length[:, None], few=self._groups > 1)
+            parts = (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches)
+            rebuilt.append(self._collect(len(rows), parts))
+        places = np.argsort(np.concatenate([rows for rows, _ in groups]))
+        in_order: np.ndarray = np.concatenate(rebuilt)[places]
+        return in_order
 
     def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
         """Calls a compiled function. All processes first compile together for a shape that is new."""
@@ -179,8 +191,8 @@ class RoundTrip:
             processes.compile_together(function, pair, rows, *rest)
         return function(pair, rows, *rest)
 
-    def _batches(self, *arrays: np.ndarray) -> Any:
-        batches = _batches(self._batch_size, self._smallest_batch, self._parts, *arrays)
+    def _batches(self, *arrays: np.ndarray, few: bool = False) -> Any:
+        batches = _batches(self._batch_size, self._smallest_batch, self._parts, few, *arrays)
         return (self._put(batch, batch_sharding) for batch in batches)
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
@@ -194,17 +206,46 @@ def _on_one_cpu(mesh: Mesh | None) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
+def like_lengths(lengths: Sequence[int], size: int, smallest: int, most: int) -> list[tuple[np.ndarray, int]]:
+    """Splits texts of these `lengths` into at most `most` groups, so that the fewest tokens are computed.
+
+    Returns (rows, width) of each group: the numbers of its texts, and the width that they are padded to. `size` and
+    `smallest` are those of the batches that a group is computed in. A group counts as `_GROUP_TOKENS` more tokens.
+    """
+    width_N = -(-np.asarray(lengths) // _WIDTH_STEP) * _WIDTH_STEP
+    *shorter, widest = np.unique(width_N).tolist()
+
+    def groups(widths: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        spans = zip((0, *widths[:-1]), widths, strict=True)
+        return [(np.flatnonzero((width_N > above) & (width_N <= width)), width) for above, width in spans]
+
+    def tokens(split: list[tuple[np.ndarray, int]]) -> int:
+        whole, rest = zip(*(divmod(len(rows), size) for rows, _ in split), strict=True)
+        rows = [size * count + _filled(left, smallest, few=True) for count, left in zip(whole, rest, strict=True)]
+        return sum(count * width + _GROUP_TOKENS for count, (_, width) in zip(rows, split, strict=True))
+
+    splits = (chosen for count in range(most) for chosen in itertools.combinations(shorter, count))
+    return min((groups((*chosen, widest)) for chosen in splits), key=tokens)
+
+
+def _filled(rows: int, smallest: int, few: bool) -> int:
+    """Returns the size that a batch is filled up to: a multiple of `smallest`, or with `few` also a power of two."""
+    multiple = -(-rows // smallest) * smallest
+    return min(multiple, 1 << (rows - 1).bit_length()) if few and rows else multiple
+
+
+def _batches(size: int, smallest: int, parts: int, few: bool, *arrays: np.ndarray) -> Any:
     """Yields consecutive batches of `size` rows.
 
     A batch is filled up with copies of its first row until `parts` divides its size. Fewer rows than `size` are filled
-    up to a multiple of `smallest`, so that there are few shapes to compile and few copies to compute.
+    up to a multiple of `smallest`, so that there are few shapes to compile and few copies to compute; with `few`, to a
+    power of two if that is less.
 
     A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
     however many devices there are.
     """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        width = min(-(-len(rows[0]) // smallest) * smallest, size)
+        width = min(_filled(len(rows[0]), smallest, few), size)
         missing = -(-width // parts) * parts - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]
