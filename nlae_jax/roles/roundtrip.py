@@ -75,7 +75,8 @@ class RoundTrip:
 
         `max_new_tokens` is an explanation's limit, unless a call of `explain` says otherwise.
         `mesh` is the mesh that the pairs are on. Batches are split over it, and all its processes get all results.
-        Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`.
+        Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`. On one CPU, explanations that have
+        ended leave the batch, until half of `smallest_batch` is left. Without `smallest_batch` there is one shape.
         """
         self._vocab_size = roles.decoder.arch.vocab_size
         self._compiled_shapes: set[tuple[Any, ...]] = set()
@@ -115,7 +116,8 @@ class RoundTrip:
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=everywhere)
         self._read = jax.jit(read)
-        self._turns = Turns(roles, batch_size, self._smallest_batch) if _on_one_cpu(mesh) else None
+        left = batch_size if smallest_batch is None else max(1, smallest_batch // 2)
+        self._turns = Turns(roles, batch_size, left) if _on_one_cpu(mesh) else None
         self._groups = 1 if self._turns is None else _GROUPS
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)

@@ -19,7 +19,7 @@ from nlae_jax.roles.pair import Pair, Params, Roles
 from nlae_jax.roles.rollout import decode_step, prefilled
 
 _TURN = 16  # tokens
-_STEP_DOWN = 4  # a batch size is this many times the next smaller one: every size is compiled
+_STEP_DOWN = 4  # a batch size is this many times the next smaller one: each takes seconds to trace, load or compile
 
 
 class Ready(NamedTuple):
