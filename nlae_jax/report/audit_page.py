@@ -100,7 +100,8 @@ def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
     at = report["at"]
     return {
         "at": f"token {at[0]}" if len(at) == 1 else f"tokens {at[0]} to {at[-1]}",
-        **{name: _line(report[name]) for name in ("text", "original", "edited", "pattern")},
+        **{name: _line(report[name]) for name in ("text", "edited", "pattern")},
+        "originals": [_line(original) for original in report["originals"]],
         "count": len(report["before"]["continuations"]),
         "verdict": steer_verdict(report),
         "outcomes": _outcomes(report),
@@ -109,7 +110,9 @@ def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def steer_tables(report: Mapping[str, Any]) -> list[Any]:
     """Makes a steering report for a terminal."""
-    head = Text.assemble(("before: ", "dim"), _line(report["original"]), "\n")
+    head = Text()
+    for original in report["originals"]:
+        head.append_text(Text.assemble(("before: ", "dim"), _line(original), "\n"))
     head.append_text(Text.assemble(("edited: ", "dim"), _line(report["edited"]), "\n"))
     head.append(steer_verdict(report))
     table = _table(("added", 0), ("α", 0), ("hits", 0), ("NLL", 0), ("distinct-2", 0), ("a continuation", 1))
