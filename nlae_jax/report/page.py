@@ -210,7 +210,7 @@ def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
     """Makes a card for each headline number, with a sentence that explains the number."""
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = (
-        "; the interval contains 0, so RL may have added nothing"
+        "; it contains 0, so RL may have added nothing"
         if over is not None and over[0] <= 0 <= over[1]
         else ""
     )
