@@ -340,7 +340,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "truth",
         "consensus_precision",
-        "share of the content words in at least 80 % of ten samples that occur in the context",
+        "of the content words that occur in at least 80 % of ten samples, the share that occurs in the context",
         "words found / words, summed over all rows",
         ("all_words", "permuted"),
     ),
@@ -383,7 +383,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "health",
         "noncanonical_rate",
-        "share of explanations whose sampled tokens differ from the tokens of their text: a code that no reader sees",
+        "share of explanations whose sampled tokens differ from the tokens of their text, where a code could hide",
         "mean over rows",
     ),
     Figure(
