@@ -80,8 +80,9 @@ def effects(
         ids, read_length = pad(read, FOLLOWING + 2)
         vectors = np.where(np.isfinite(vectors_NxCxD[rows]), vectors_NxCxD[rows], 0.0)
         context_mask, mask = np.arange(width) < length[:, None], np.arange(FOLLOWING + 2) < read_length[:, None]
-        inputs = context, context_mask, ids, mask, vectors
-        spliced = lm.splice(*(_filled(values, BATCH) for values in inputs), layer)
+        batch = context, context_mask, ids, mask, vectors
+        context, context_mask, ids, mask, vectors = (_filled(values, BATCH) for values in batch)
+        spliced = lm.splice(context, context_mask, ids, mask, vectors, layer)
         kl, loss = (np.asarray(x, np.float64)[: len(rows), :, : FOLLOWING + 1] for x in (spliced.kl, -spliced.log_p))
         columns = np.arange(FOLLOWING + 1)
         in_text, known = columns < read_length[:, None], columns < read_length[:, None] - 1
