@@ -81,7 +81,7 @@ class Outcome:
 class SteerReport:
     """The continuations without and with the edit, and with random directions.
 
-    `originals` are the explanations before the edit, one or more. `best_alpha` is the α at which the edit has most hits.
+    `originals` are the explanations before the edit. `best_alpha` is the α at which the edit has most hits.
     `beats_controls` says whether it has more hits there than every random direction at the same α. Both are None
     without a pattern.
     """

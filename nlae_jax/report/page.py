@@ -209,11 +209,7 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
 def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
     """Makes a card for each headline number, with a sentence that explains the number."""
     over = _interval(evaluation, "fve_gain_ci95")
-    doubt = (
-        "; it contains 0, so RL may have added nothing"
-        if over is not None and over[0] <= 0 <= over[1]
-        else ""
-    )
+    doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
     beside = {
         "fve": _interval_text(_interval(evaluation, "fve_ci95")),
         "fve_gain": _interval_text(over) + doubt,
