@@ -127,14 +127,14 @@ def steer_tables(report: Mapping[str, Any]) -> list[Any]:
 
 
 def audit_lead(report: Mapping[str, Any]) -> list[str]:
-    """Returns sentences that compare the explanations with those of the placebos."""
+    """Returns sentences that compare the explanations with the placebos."""
     placebos = report["unsaid_placebos"]
     unsaid = 100 * report["unsaid_share"]
     share = f"{unsaid:.0f} % of an explanation's content words are not in the text up to its token"
     if not placebos:
-        return [f"{share}. Without a placebo that says little: run it with one."]
+        return [f"{share}. Run the audit with a placebo to judge this share."]
     beside = ", ".join(f"{name} {100 * value:.0f} %" for name, value in placebos.items())
-    lines = [f"{share}; of placebos {beside}. What is not below those is not read off the activations."]
+    lines = [f"{share}; of placebos {beside}. Unless it is below the placebos, words do not come from the activations."]
     for term in report["terms"]:
         others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in term["placebos"].items())
         lines.append(f"“{printable(term['term'])}”: {100 * term['share']:.1f} % of explanations; placebos {others}.")
@@ -211,7 +211,7 @@ def audit_tables(report: Mapping[str, Any]) -> list[Any]:
         unsaid = f"{term['unsaid']} of them where the text does not have it so far"
         parts += [Text(f"{printable(term['term'])}: {term['hits']} of {term['count']}, {unsaid}"), table]
     words = ", ".join(f"{printable(word['word'])} {word['explanations']}" for word in report["recurring"][:15])
-    return [*parts, Text(f"explanations say, texts do not: {words or 'nothing'}")]
+    return [*parts, Text(f"words of explanations that are not in the texts: {words or 'none'}")]
 
 
 def places_table(places: Sequence[Mapping[str, Any]]) -> Table:

@@ -150,7 +150,7 @@ def _curve(line: Sequence[Point], place: Callable[[Point], Point], index: int, l
         return "".join('<circle class="c{}" cx="{}" cy="{}" r="3"/>'.format(index, *place(point)) for point in line)
     drawn = [(thinned(line), "raw" if len(line) >= 40 else "line")]
     if len(line) >= 40:
-        # On a log scale the logarithms are averaged, because their distances are those that one sees.
+        # On a log scale the logarithms are averaged, because the chart shows distances of logarithms.
         logs = smoothed([(x, math.log10(y)) for x, y in line]) if log else []
         drawn.append((thinned([(x, 10**y) for x, y in logs] if log else smoothed(line)), "line"))
     return "".join(
@@ -296,8 +296,8 @@ def _tame(value: Any, depth: int = 12) -> Any:
 def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
-    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError. A
-    directory that holds the suite's figures of a pair and no run has the figures alone.
+    The file is replaced in one move. Missing inputs are shown as not there yet. If the directory holds figures of the
+    suite but no run, the page shows only the figures. Raises UserError for a damaged input.
     """
     workdir = workdir_path(workdir)
     if not workdir.is_dir():

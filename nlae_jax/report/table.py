@@ -100,7 +100,7 @@ def _explanation_cell(row: Mapping[str, Any]) -> Text:
 def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
     """Makes a table of the first `limit` held-out samples, for a terminal.
 
-    `rows` are those of `samples/held_out.jsonl`. A line shows the end of the context with the read token in «», the
+    `rows` are the rows of `samples/held_out.jsonl`. A line shows the end of the context with the read token in «», the
     explanation and its scores. Samples are taken in order, because a choice by score would flatter. The table fits 80
     columns and can be read without colour.
     """
