@@ -23,7 +23,7 @@ from nlae_jax.runtime.progress import progress
 
 SUFFIX = 32  # so many tokens after an activation are kept, for the suffix test
 _MAX_TOKENS = 512  # of a longer text only the beginning is read
-_MIN_POSITION = 16  # positions before it are avoided in texts that are long enough
+_MIN_POSITION = 16  # earlier positions are avoided if the text is long enough
 _PER_DOCUMENT = 4
 _REFERENCE_PER_DOCUMENT = 16
 _TEXTS_AT_A_TIME = 4
