@@ -141,7 +141,9 @@ def main() -> None:
         case "notes":
             rows = notes()
         case "short":
-            rows = (row | {"description": shortened(row["description"])} for row in map(json.loads, options.drafts.open()))
+            rows = (
+                row | {"description": shortened(row["description"])} for row in map(json.loads, options.drafts.open())
+            )
     with options.out.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
