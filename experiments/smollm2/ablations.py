@@ -3,7 +3,7 @@
     python experiments/smollm2/ablations.py runs/pair --out runs/ablations
     python experiments/smollm2/ablations.py runs/pair --out runs/ablations --only rl
 
-`runs/pair` holds what the stages of the carried pair need and make: `texts/` and `after_short_drafts/`. Each training
+`runs/pair` holds what the stages of the carried pair need and make: `texts/` and `after_last_word/`. Each training
 has a workdir under `--out`, so the same command goes on after an interruption. Every setting is trained with each seed.
 """
 
@@ -97,7 +97,7 @@ def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
     else:
         changes["corpus.path"] = f"{material}/texts/train/*.jsonl"
     if "rl" in training.experiment:
-        changes["init.pair"] = str(material / "after_short_drafts")
+        changes["init.pair"] = str(material / "after_last_word")
     if training.after:
         changes["init.pair"] = str(out / "pairs" / training.after)
     overrides = [f"--config.{name}={value}" for name, value in changes.items()]
@@ -139,7 +139,7 @@ def measured(pair: Path, texts: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("material", type=Path, help="directory with texts/ and the pair after_short_drafts/")
+    parser.add_argument("material", type=Path, help="directory with texts/ and the pair after_last_word/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("warm_start", "rl"), help="only these settings")
     options = parser.parse_args()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from nlae_jax.evaluate.health import QUOTED, candidates, real_sentences, sentences
+from nlae_jax.evaluate.wording import QUOTED, candidates, real_sentences, sentences
 
 _MOST_SENTENCES = 3  # `parts` cuts an explanation after 1, 2, … of so many sentences
 

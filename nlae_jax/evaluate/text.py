@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlae_jax.evaluate.claims import leading, without_quotes
-from nlae_jax.evaluate.health import QUOTED, candidates, joined, pieces, real_sentences, words
+from nlae_jax.evaluate.wording import QUOTED, candidates, joined, pieces, real_sentences, words
 
 MOST_SENTENCES = 4  # the number of sentences whose marginal FVE is measured one by one
 TOKEN_COUNTS = (4, 8, 16, 32, 64)  # explanations are cut to these numbers of tokens

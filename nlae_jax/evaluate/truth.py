@@ -10,7 +10,7 @@ import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.claims import holds, is_in
-from nlae_jax.evaluate.health import QUOTED, candidates, cjk_pairs, words
+from nlae_jax.evaluate.wording import QUOTED, candidates, cjk_pairs, words
 
 # Explanations use these words whatever their text is about, so finding one of them in a text shows little.
 _FRAME = frozenset(

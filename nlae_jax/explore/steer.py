@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nlae_jax.evaluate.health import words
+from nlae_jax.evaluate.wording import words
 from nlae_jax.explore.directions import unit
 from nlae_jax.explore.explainer import Explainer, check_temperature
 from nlae_jax.explore.frames import frame

@@ -11,9 +11,10 @@ from nlae_jax.config import inherit
 
 def get_config() -> ConfigDict:
     config = inherit("rl.py", beside=__file__)
-    config.init.pair = "runs/pair/after_short_drafts"
+    config.init.pair = "runs/pair/after_last_word"
     config.extract.positions_per_document = 5
     config.rl.num_steps = 200
-    config.rl.max_new_tokens = 56
+    config.rl.max_new_tokens = 48
+    config.rl.encoder_learning_rate = 8e-4
     config.rl.repeat_penalty = 0.5
     return config

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.evaluate.estimate import first, jackknifed
-from nlae_jax.evaluate.health import has_cjk, has_repeated_item, has_repeated_sentence, has_repetition, health
+from nlae_jax.evaluate.health import health
+from nlae_jax.evaluate.wording import has_cjk, has_repeated_item, has_repeated_sentence, has_repetition
 from nlae_jax.evaluate.work import Work
 
 # The measures of `health.health` that compare explanations with each other.

@@ -8,8 +8,8 @@ import numpy as np
 
 from nlae_jax.evaluate import text
 from nlae_jax.evaluate.estimate import first, fve_of, share_of
-from nlae_jax.evaluate.health import real_sentences
 from nlae_jax.evaluate.reconstruction import direction_mse
+from nlae_jax.evaluate.wording import real_sentences
 from nlae_jax.evaluate.work import RANKS, Work
 
 _CHANGED = ("quotes_only", "quotes_removed", "sentences_shuffled", "words_shuffled", "lower_case")
