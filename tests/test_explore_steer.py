@@ -35,7 +35,7 @@ def test_an_edit_that_works_beats_its_controls(report):
     assert report.beats_controls and report.before.hits == 0
     assert all(edit.hits == 3 for edit in report.edits)
     assert len(report.controls) == 3 * 2 and all(control.hits == 0 for control in report.controls)
-    assert report.at == (1, 2) and report.original == "it is about array"
+    assert report.at == (1, 2) and report.originals == ("it is about array",)
     assert report.before.distinct_2 is not None and np.isfinite(report.before.nll)
 
 
@@ -143,6 +143,13 @@ def test_a_page_and_tables(report):
     assert steer_tables(report.row())
 
 
+def test_several_originals_are_shown_one_by_one(report):
+    row = dataclasses.replace(report, originals=("it is about\narray", "")).row()
+    shown = " ".join(audit_page("steer", [row], "").split())
+    assert "edit:</b> it is about array<br><b>Before the edit:</b> (empty)<br><b>After the edit:</b> it is" in shown
+    assert steer_tables(row)[0].plain.startswith("before: it is about array\nbefore: \nedited: it is about list\n")
+
+
 def test_the_command(tiny_run, tmp_path, capsys):
     few = ["--workdir", str(tiny_run.workdir), "--alphas=1", "--samples=2", "--tokens=4", "--max-new-tokens=24"]
     capsys.readouterr()
@@ -157,7 +164,7 @@ def test_the_command(tiny_run, tmp_path, capsys):
     several = {"text": "the of to", "edit": "the list", "original": ["the array", "the to"]}
     prompts.write_text(json.dumps(several) + "\n")
     assert main(["steer", *few, "--generated", "--input", str(prompts), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompts"][0]["original"] == "the array\nthe to"
+    assert json.loads(capsys.readouterr().out)["prompts"][0]["originals"] == ["the array", "the to"]
     for wrong in ([], [1], 1):
         prompts.write_text(json.dumps({**several, "original": wrong}) + "\n")
         assert main(["steer", *few, "--input", str(prompts)]) == 2

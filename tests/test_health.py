@@ -7,17 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.evaluate.health import (
-    MEASURES,
-    Watch,
-    candidates,
-    has_repeated_item,
-    has_repeated_sentence,
-    health,
-    sentences,
-    share_among,
-    words,
-)
+from nlae_jax.evaluate.health import MEASURES, Watch, health, share_among
 
 MARKER = "㈎"
 NOTE = (
@@ -25,113 +15,6 @@ NOTE = (
 )
 TEMPLATE = 'Next comes "of", "to" or a new line. The text is about python, data and files. The text ends: a list of'
 HEALTH = {measure.key: measure for measure in MEASURES}
-
-
-# --- one text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        'Next comes "of", "of" or "of".',
-        '"of" or "of" in brackets',
-        '"of", "to" or "of", then a noun',
-        'Next comes "0", "0" or "1".',
-        "“of”, “of” or “to”",
-        'now "s", then "for" or "for" the greeting.',
-        '"of" the servant, or "of" the master.',
-        '"from" which "to" then, or even "to"',
-        "“of” the servant, or “of” the master",
-        "The text is about platform, platform and platform.",
-        "The text is about cats and cats. The text ends: here",
-        "about cats, dogs and Cats again",
-        "cats, dogs, birds and cats",
-        "Next comes a new line, a new line or a tab.",
-        "of, of or of",
-        "It is about data data data and more",
-        "苹果、苹果、梨",
-        'It asks: "a", "a"',
-    ],
-)
-def test_a_repeated_item_is_found(text):
-    assert has_repeated_item(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        NOTE,
-        TEMPLATE,
-        "",
-        "a",
-        ",,, and or",
-        'Next comes "The", "the" or "then".',
-        '"of" comes. "of" comes not, "of course"',  # of three lists
-        "He tries again and again, more and more.",
-        "The array is 0, 0, 1 and 0.",
-        "the city of cats, and cats of the city",
-        "cats and dogs: dogs and birds (birds, fish)",
-        'a "cat, cat" in quotes',
-        '"a" before "a" is no list',
-        '"a" and "b", then the "c" of "c"',
-        '"a", "a b" or "b"',
-        "an open “ first, or “ second",
-        "data, database and databases",
-        "He, however, and he said",
-        "He had had that that year",
-        "a well-known, well-known-ish fact",
-    ],
-)
-def test_what_is_no_repeated_item_is_left_alone(text):
-    assert not has_repeated_item(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "repeated"),
-    [
-        ("The text ends. It is long. The text  ENDS!", True),
-        ("The text ends\nThe text ends", True),
-        ("文字结束。文字结束。", True),
-        ("Yes. No. Yes.", False),  # one word may be an abbreviation
-        ('It says "the end. It says" here. It says more.', False),
-        ("See version 3.5. See version 3.6.", False),
-        (NOTE, False),
-        (TEMPLATE, False),
-        ("", False),
-    ],
-)
-def test_repeated_sentences(text, repeated):
-    assert has_repeated_sentence(text) is repeated
-
-
-def test_sentences_words_and_candidates():
-    assert sentences('Is it "a. b"? Yes, 3.5! 好。End') == ['Is it "a. b"?', " Yes, 3.5!", " 好。", "End"]
-    expected = ["don't", "the", "cat’s", "3", "snake", "case", "苹", "果", "ünder"]
-    assert words("Don't, the CAT’s 3 snake_case 苹果 Ünder") == expected
-    assert candidates(NOTE) == ["drops", "falls", "slopes"]
-    assert candidates(TEMPLATE) == ["of", "to"]
-    assert candidates('Next comes ".", "!" or " x". It says "no".') == [".", "!", "x"]
-    assert candidates("“a” or “b”, then") == candidates('an empty "", "a", " " or "b"') == ["a", "b"]
-    assert candidates("No quote here. Then “a”.") == candidates("") == candidates('an open "quote') == []
-
-
-@given(st.text(st.sampled_from("ab .\"“”,\nor苹。:('-")) | st.text())
-def test_any_text_is_read_whole(text):
-    assert "".join(sentences(text)) == text
-    assert isinstance(has_repeated_item(text), bool)
-    assert all(word == word.casefold() and word for word in words(text))
-    assert all(item in sentences(text)[0] for item in candidates(text))
-    known = " ".join(words(text))
-    assert not known or has_repeated_sentence(f"{text}\nso {known}.\nso {known}!")
-
-
-NAMES = st.sampled_from(["of", "an apple", "“x”", "苹果", "0", "-ing"])
-
-
-@given(st.text(st.sampled_from("ab .,\nor:(")), NAMES, st.text("ab", min_size=1))
-def test_a_list_in_any_text_is_found(before, name, other):
-    assert has_repeated_item(f'{before}: "{name}", "{other}" or "{name}". {before}')
-    assert has_repeated_item(f"{before}. The text is about zebra, {other} and zebra.")
 
 
 # --- many texts

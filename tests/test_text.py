@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.evaluate import text
-from nlae_jax.evaluate.health import words
+from nlae_jax.evaluate.wording import words
 
 NOTE = 'Next comes "of", "the" or a verb. It is a letter about a horse. The text ends "a grey horse".'
 

@@ -2,11 +2,14 @@
 
     python experiments/smollm2/descriptions.py drafts runs/pair/template runs/pair/texts/train runs/pair/drafts.jsonl
     python experiments/smollm2/descriptions.py notes runs/pair/notes.jsonl
+    python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/short_drafts.jsonl --words 2
+    python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/last_word_drafts.jsonl --words 1
 
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.
 `notes` takes the carried notes and puts the subject's own likeliest tokens in place of their first sentence, which
-holds what a reader expected. Both write JSONL for `describe.provider=file`.
+holds what a reader expected. `short` shortens the quoted last words of drafts to `--words` words: an encoder gets the
+last word right far more often than the words before it. All write JSONL for `describe.provider=file`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import pyarrow.parquet as pq
 from nlae_jax import LanguageModel
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.template import expected
-from nlae_jax.evaluate.health import sentences
+from nlae_jax.evaluate.wording import sentences
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.tokens import pad_left
 
@@ -60,6 +63,8 @@ TEMPLATE = re.compile(
     re.DOTALL,
 )
 LONGEST, BATCH = 160, 16  # tokens of a note's text that the subject reads, texts that it reads at once
+QUOTED_END = re.compile(r'(?<=[a-z:] ")([^"]*)(?="(?: [a-z ]+)?\.$)')
+CHARACTERS = 12  # of each word of a shortened quotation
 
 
 def draft(description: str, domain: str, rng: random.Random) -> str | None:
@@ -96,6 +101,16 @@ def drafts(run: Path, texts: Path) -> Iterator[dict[str, Any]]:
             yield {"id": name, "position": place["position"], "passage": name, "description": text}
 
 
+def shortened(description: str, words: int) -> str:
+    """The draft with at most `words` words of its quoted last words, and `CHARACTERS` characters for each."""
+
+    def end(found: re.Match[str]) -> str:
+        return " ".join(found[0].split()[-words:])[-CHARACTERS * words :].strip()
+
+    description = QUOTED_END.sub(end, description)
+    return description.replace("The last words are", "The last word is") if words == 1 else description
+
+
 def notes() -> Iterator[dict[str, Any]]:
     """The carried notes with what the subject expects; a note of one sentence is kept."""
     lm = LanguageModel.from_pretrained(MODEL)
@@ -122,8 +137,19 @@ def main() -> None:
     command.add_argument("texts", type=Path, help="directory of DOMAIN.jsonl that it was extracted from")
     command.add_argument("out", type=Path)
     commands.add_parser("notes").add_argument("out", type=Path)
+    command = commands.add_parser("short")
+    command.add_argument("drafts", type=Path)
+    command.add_argument("out", type=Path)
+    command.add_argument("--words", type=int, required=True)
     options = parser.parse_args()
-    rows = notes() if options.command == "notes" else drafts(options.run, options.texts)
+    match options.command:
+        case "drafts":
+            rows = drafts(options.run, options.texts)
+        case "notes":
+            rows = notes()
+        case "short":
+            given = map(json.loads, options.drafts.open())
+            rows = (row | {"description": shortened(row["description"], options.words)} for row in given)
     with options.out.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -1,4 +1,4 @@
-"""What the suite is going to cost, said before it begins."""
+"""Estimates the suite's cost, so that the command can print it before the suite begins."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.transformer import is_weight
 from nlae_jax.runtime.progress import clock_text
 
-_EXPLANATION = 80  # tokens that an explanation is taken to have, prompt and tail of its reader included
-# Shares of a plain product's speed that reading and writing tokens reach on a CPU.
+_EXPLANATION = 80  # assumed tokens of an explanation, with the decoder's prompt around it
+# On a CPU, a forward pass over given tokens and the sampling of tokens reach these shares of a matrix product's speed.
 _READING, _WRITING = 0.6, 0.2
 
 
 class Cost(NamedTuple):
-    """Explanations that the encoder writes for a section, and tokens that decoder and subject read for it."""
+    """The cost of one section: the number of explanations to write, and the number of tokens to read.
+
+    The encoder writes explanations. The decoder and the subject read tokens.
+    """
 
     explanations: int = 0
     read: int = 0
 
     def add(self, explanations: int, read: int = 0) -> Cost:
-        """With more explanations, which the decoder reads, and more tokens of other texts."""
+        """Adds explanations, which the decoder also reads, and `read` tokens of other texts."""
         return Cost(self.explanations + explanations, self.read + explanations * _EXPLANATION + read)
 
 
 class Extras(NamedTuple):
-    """What is asked for beside the suite: steps of each trained control; whether another model rewords, judges."""
+    """Optional parts of the suite.
+
+    `control_steps` is the number of training steps of each trained control. `rewords` and `judges` say whether another
+    language model rewords and judges explanations.
+    """
 
     control_steps: int = 0
     rewords: bool = False
@@ -44,12 +51,17 @@ class Extras(NamedTuple):
 
 
 def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dict[str, Cost]:
-    """By section; what several need is the first one's. Explanations are counted; lengths are not known yet."""
+    """Returns the cost of each of the `sections`, by name.
+
+    If several sections need the same work, the first of them has its cost. Numbers of explanations are exact. Numbers
+    of tokens are estimates, because the lengths of explanations are not known yet.
+    """
     rows, sizes = len(work.rows.h), work.sizes
     some = lambda count: min(count, rows)  # noqa: E731
     context = sum(map(len, work.rows.context_ids))
-    ways = 8 * (splice.FOLLOWING + 2) // 3  # of blocks after the activation's
-    found = {
+    # About eight vectors are spliced into every row. Only the blocks above the activation's compute, about a third.
+    spliced = 8 * (splice.FOLLOWING + 2) // 3
+    by_section = {
         "reconstruction": Cost().add(len(UNINFORMED) * some(sizes.sampled)),
         "text": Cost().add(
             0,
@@ -57,16 +69,16 @@ def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dic
             + (_trained(rows, extras.control_steps) + context if extras.control_steps else 0)
             + (2 * some(sizes.text) * _EXPLANATION if extras.rewords else 0),
         ),
-        "meaning": Cost().add(0, context + rows * ways),
-        # Explanations of the tokens before are compared as text: the decoder does not read them.
+        "meaning": Cost().add(0, context + rows * spliced),
+        # The explanations of earlier tokens are compared as text, so the decoder does not read them.
         "truth": Cost(len(recurrence_rows(work)) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
         "health": Cost(),
     }
-    chosen = {name: found[name] for name in found if name in sections}
+    chosen = {name: by_section[name] for name in by_section if name in sections}
     shared = (
-        (chosen, rows, 0),  # one explanation of every activation
+        (chosen, rows, 0),  # every activation is explained once
         (("reconstruction", "truth"), some(sizes.sampled) * sizes.samples, 0),
-        (("text", "truth"), 0, context * some(sizes.text) // max(rows, 1)),  # contexts read for their next tokens
+        (("text", "truth"), 0, context * some(sizes.text) // max(rows, 1)),  # the subject ranks next tokens
     )
     for needed_by, explanations, read in shared:
         if section := next((name for name in chosen if name in needed_by), None):
@@ -75,22 +87,22 @@ def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dic
 
 
 def _trained(rows: int, steps: int) -> int:
-    """Tokens read for the three trained controls; a step of training is worth three readings."""
+    """Returns the tokens that the three trained controls read. A training step costs about three forward passes."""
     return 3 * (3 * steps * trained_controls.BATCH + rows) * _EXPLANATION
 
 
 def answers(work: Work, sections: Sequence[str], extras: Extras) -> int:
-    """How often another language model is asked."""
+    """Returns the largest number of requests to another language model."""
     some = lambda count: min(count, len(work.rows.h))  # noqa: E731
     reworded = rewordings.answers_asked(some(work.sizes.text)) if extras.rewords and "text" in sections else 0
     return reworded + (judge.answers_asked(some(work.sizes.judged)) if extras.judges and "truth" in sections else 0)
 
 
 def cost_text(work: Work, sections: Sequence[str], arch: Arch, extras: Extras = Extras()) -> str:
-    """One line: explanations, and minutes in all and by section, from the speed of one product on this machine.
+    """Returns the cost as one line: explanations, the total time, and the time of each section.
 
-    `arch` is the encoder's. The line says how often another language model is asked, and whether some of the work is
-    there already.
+    Times are estimated from the speed of one matrix product on this machine. `arch` is the encoder's. The line also has
+    the number of requests to another language model, and says whether an earlier run has done some of the work.
     """
     weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
@@ -109,7 +121,7 @@ def cost_text(work: Work, sections: Sequence[str], arch: Arch, extras: Extras = 
 
 
 def _product_speed(width: int = 1024, times: int = 8) -> float:
-    """Operations a second of a float32 product."""
+    """Measures a float32 matrix product. Returns floating-point operations per second."""
     product = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
     x = jnp.full((width, width), 1e-3)
     product(x).block_until_ready()

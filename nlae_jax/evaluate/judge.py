@@ -1,7 +1,7 @@
-"""What another language model says of the explanations: whether their text supports them, and tells them apart.
+"""Asks another language model, the judge, whether texts support their explanations, and which explanation fits a text.
 
-The suite needs no judge. Where a describe provider is named for it, its verdicts stand beside the figures that need
-none: a judge knows what a text implies, which words alone do not show, and errs in ways of its own.
+The judge is optional. It is asked if the config names a describe provider for it. A judge also knows what a text
+implies, which comparing words does not show. It makes errors of its own, so its figures stand beside the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate.estimate import first, share_of
 from nlae_jax.evaluate.work import Work
 
-_CONTEXT_CHARACTERS = 2_000  # of a text's end that a judge is shown
+_CONTEXT_CHARACTERS = 2_000  # a judge reads so many characters of a text's end
 _MOST_CLAIMS = 50
 _TAGS = "between <explanation> and </explanation>, and nothing outside these tags."
 SUPPORT = (
@@ -30,14 +30,15 @@ CHOICE = (
     f"{_TAGS}"
 )
 _SUPPORTED = re.compile(r"\bsupports? (\d{1,3}) of (?:the )?(\d{1,3}) claims?\b", re.IGNORECASE)
-# A small letter must end a phrase: in "the note about the text is a good one" it is an article.
+# A lower-case letter counts only at the end of a phrase: in "the note about the text is a good one", `a` is an article.
 _CHOSEN = re.compile(r"\b(?i:note about the text is (?:note )?)[\"“']?([AB]\b|[ab](?=[\"”'.,;:!?]|\s*\Z))")
 
 
 def judged(work: Work, ask: Instruct | None) -> None:
-    """Puts the figures `judged_support` and `judged_choice`, of the verdicts that could be read; nothing without `ask`.
+    """Adds the figures `judged_support` and `judged_choice` to the ledger. Does nothing without `ask`.
 
-    A row has a verdict where its explanation could be read and its text is known.
+    The judge is asked about rows whose explanation is readable and whose text is known. Answers that cannot be read do
+    not count.
     """
     if ask is None:
         return
@@ -48,50 +49,56 @@ def judged(work: Work, ask: Instruct | None) -> None:
     notes = [work.texts[row] for row in rows]
     contexts = [work.rows.contexts[row][-_CONTEXT_CHARACTERS:] for row in rows]
     counts = {
-        name: work.full(_supported(ask, [notes[index] for index in of], contexts), rows)
-        for name, of in (("own", list(range(len(rows)))), ("permuted", other.tolist()))
+        name: work.full(_supported(ask, [notes[index] for index in order], contexts), rows)
+        for name, order in (("matched", list(range(len(rows)))), ("permuted", other.tolist()))
     }
-    beside = {"permuted": work.full(of_others(counts["permuted"][rows], documents, other), rows)}
-    work.ledger.put("truth", "judged_support", counts["own"], share_of, beside)
+    controls = {"permuted": work.full(of_others(counts["permuted"][rows], documents, other), rows)}
+    work.ledger.put("truth", "judged_support", counts["matched"], share_of, controls)
     right = of_others(_chosen(ask, notes, [notes[index] for index in other], contexts), documents, other)
     chance = np.where(np.isfinite(right), 0.5, np.nan)
     work.ledger.put("truth", "judged_choice", work.full(right, rows), first, {"chance": work.full(chance, rows)})
 
 
 def answers_asked(count: int) -> int:
-    """How many answers `judged` asks for, of so many rows."""
+    """Returns how many answers `judged` asks for if it asks about `count` rows."""
     return 3 * count
 
 
 def _supported(ask: Instruct, notes: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
-    """[N, 2]: claims that the text supports, and all of them; NaN where the judge's answer does not say it."""
+    """Returns [N, 2]: the number of claims that the text supports, and the number of claims.
+
+    Both are NaN where the judge's answer does not contain them.
+    """
     texts = [f"The note:\n{note}\n\nThe text:\n{context}" for note, context in zip(notes, contexts, strict=True)]
     return np.array([supported(answer) for answer in ask(SUPPORT, texts)], np.float64).reshape(-1, 2)
 
 
 def supported(answer: str | None) -> tuple[float, float]:
-    """The two numbers of an answer to `SUPPORT`; NaN where they are no count of claims and of some among them."""
+    """Returns the two numbers of an answer to `SUPPORT`: supported claims and all claims.
+
+    Both are NaN if the answer has no such numbers, has several, or has impossible ones.
+    """
     found = _SUPPORTED.findall(answer or "")
     if len(found) != 1 or not 0 <= int(found[0][0]) <= int(found[0][1]) <= _MOST_CLAIMS:
         return float("nan"), float("nan")
     return float(found[0][0]), float(found[0][1])
 
 
-def _chosen(ask: Instruct, own: Sequence[str], wrong: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
-    """[N]: 1 where the judge finds the own note, 0 where it takes the other; NaN where it does not say which.
+def _chosen(ask: Instruct, matched: Sequence[str], wrong: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
+    """Returns [N]: 1 where the judge chooses the matched note, 0 where it chooses the wrong note, else NaN.
 
-    The own note is A in every other row: a judge that always says A is right in half of them.
+    `matched[i]` is the note about text i, `wrong[i]` is about another text. The matched note is A in every other row,
+    so a judge that always says A is right in half of the rows.
     """
-    pairs = [(a, b) if row % 2 == 0 else (b, a) for row, (a, b) in enumerate(zip(own, wrong, strict=True))]
+    pairs = [(a, b) if row % 2 == 0 else (b, a) for row, (a, b) in enumerate(zip(matched, wrong, strict=True))]
     texts = [f"A: {a}\n\nB: {b}\n\nThe text:\n{text}" for (a, b), text in zip(pairs, contexts, strict=True)]
     verdicts = [chosen(answer) for answer in ask(CHOICE, texts)]
-    right = ["AB"[row % 2] for row in range(len(texts))]
     return np.array(
-        [np.nan if verdict is None else float(verdict == it) for verdict, it in zip(verdicts, right, strict=True)]
+        [np.nan if verdict is None else float(verdict == "AB"[row % 2]) for row, verdict in enumerate(verdicts)]
     )
 
 
 def chosen(answer: str | None) -> str | None:
-    """A or B, as an answer to `CHOICE` says; None where it says neither or both."""
+    """Returns the letter A or B that an answer to `CHOICE` names. Returns None if it names neither or both."""
     found = {letter.upper() for letter in _CHOSEN.findall(answer or "")}
     return found.pop() if len(found) == 1 else None

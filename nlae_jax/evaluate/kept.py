@@ -1,4 +1,4 @@
-"""Work on many rows that is kept on disk part by part: what is done once is not done again."""
+"""Computes results for many rows part by part, and keeps each part on disk, so that it is never computed twice."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ import numpy as np
 from nlae_jax.runtime.files import AnyPath, read_bytes, write_atomically
 from nlae_jax.runtime.progress import progress, say
 
-_MOST_BYTES = 1 << 30  # of one part
-_SECONDS = "seconds"  # the column of what a part took
-_TEXT = "text:"  # begins the name of a column of texts, stored as JSON
+_MOST_BYTES = 1 << 30  # larger files of a part are not read
+_SECONDS = "seconds"  # the column that holds how long a part took to compute
+_TEXT = "text:"  # the prefix of the names of text columns, which are stored as JSON
 
-# (slice of the rows) -> columns, each an array or a list of texts of so many rows
+# Maps a slice of the rows to named columns. A column is an array or a list of texts, with one entry for each row.
 Compute = Callable[[slice], dict[str, Any]]
 
 
 class Kept:
-    """Parts of the work of one pair on one set of rows, in a directory of their own. `seconds` is what they took."""
+    """The finished parts of one pair's work on one set of rows, in one directory.
+
+    `seconds` says, by name of the work, how long its parts took to compute, in this run and in earlier ones.
+    """
 
     def __init__(self, directory: AnyPath) -> None:
         self._directory = directory
@@ -32,16 +35,20 @@ class Kept:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of this work may be on disk."""
+        """Whether parts of this work may be on disk already."""
         return self._directory.exists()
 
     def run(
         self, name: str, count: int, batch: int, compute: Compute, unit: str = "activation", of: Any = None
     ) -> dict[str, Any]:
-        """`compute` of the rows 0 … count in slices of `batch`, joined; parts that are on disk are read.
+        """Returns the columns of `compute` for the rows from 0 to `count`, joined.
 
-        `of` is what they are computed from, an array or a list of texts, where the directory does not tell it from
-        other work already: another version of this program may cut or pair texts in another way.
+        The rows are computed in slices of `batch` rows. Slices that are on disk are read instead. A damaged file is
+        reported and computed again. `unit` is the word that the progress bar uses for a row.
+
+        `of` is the input of the work, an array or a value that JSON can hold. Its hash becomes a part of the
+        directory's name. Give it if the input can differ between two runs with the same pair, rows and seed. For
+        example, another version of nlae_jax may cut or pair texts in another way.
         """
         parts, directory = [], self._directory / (name if of is None else f"{name}-{_digest(of)}")
         with progress(count, f"eval: {name.replace('_', ' ')}", unit=unit) as bar:
@@ -54,6 +61,7 @@ class Kept:
         return {key: _joined([part[key] for part in parts]) for key in parts[0]} if parts else {}
 
     def _part(self, path: AnyPath, rows: slice, compute: Compute) -> dict[str, Any]:
+        """Reads the part of these rows from `path`, or computes it and writes it there."""
         if path.exists():
             try:
                 part = _unpacked(read_bytes(path, _MOST_BYTES))

@@ -12,13 +12,17 @@ from nlae_jax.evaluate.figures import BY_NAME
 
 
 class Ledger:
-    """The suite's results: every figure as `estimate` gives it, with its controls and parts."""
+    """The suite's results. `sections` maps section and figure to what `eval.json` has of the figure.
+
+    `documents` [N] names each row's document, for the intervals. `samples` is the number of resamplings.
+    """
 
     def __init__(self, documents: np.ndarray, samples: int, seed: int) -> None:
         self._documents, self._samples, self._seed = documents, samples, seed
         self.sections: dict[str, dict[str, Any]] = {}
 
     def estimate(self, columns: np.ndarray, statistic: Statistic = first) -> dict[str, Any]:
+        """Calls `estimate.estimate` with the ledger's documents, number of resamplings and seed."""
         return estimate(columns, self._documents, statistic, self._samples, self._seed)
 
     def put(
@@ -31,20 +35,23 @@ class Ledger:
         parts: Mapping[str, np.ndarray] | None = None,
         part_controls: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ) -> dict[str, Any]:
-        """Reports a figure of columns [N] or [N, k] of all rows, NaN where a row has none, and returns it.
+        """Estimates a figure, stores it and returns it.
 
-        `controls` and `parts` are columns of the same kind; `part_controls` has columns by control and part. Without
-        columns of its own a figure has parts alone.
+        `columns` are [N] or [N, k], the input of `statistic` for all rows, with NaN where a row does not count. Give
+        None for a figure that consists of parts only. `controls` and `parts` map names to columns of the same kind.
+        `part_controls` maps a control's name to the columns of each part. The table of figures must list the controls.
         """
-        beside_parts = part_controls or {}
-        assert set(beside_parts) <= set(BY_NAME[section, key].part_controls), (key, set(beside_parts))
+        part_controls = part_controls or {}
+        assert set(part_controls) <= set(BY_NAME[section, key].part_controls), (key, set(part_controls))
         result = {} if columns is None else self.estimate(columns, statistic)
-        beside = {name: self.estimate(of, statistic) for name, of in (controls or {}).items()}
-        divided = {name: self.estimate(of, statistic) for name, of in (parts or {}).items()}
-        for name, part in divided.items():
-            if found := {control: self.estimate(of[name], statistic) for control, of in beside_parts.items()}:
-                part["controls"] = found
-        return self.put_result(section, key, result, beside, divided)
+        estimated_controls = {name: self.estimate(values, statistic) for name, values in (controls or {}).items()}
+        estimated_parts = {name: self.estimate(values, statistic) for name, values in (parts or {}).items()}
+        for name, part in estimated_parts.items():
+            if part_controls:
+                part["controls"] = {
+                    control: self.estimate(by_part[name], statistic) for control, by_part in part_controls.items()
+                }
+        return self.put_result(section, key, result, estimated_controls, estimated_parts)
 
     def put_result(
         self,
@@ -54,7 +61,7 @@ class Ledger:
         controls: Mapping[str, Any] | None = None,
         parts: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The same for numbers that are estimated elsewhere."""
+        """Stores a figure whose numbers were estimated elsewhere, and returns it. `put` has the same arguments."""
         figure = BY_NAME[section, key]
         assert set(controls or {}) <= set(figure.controls), (key, controls)
         entry = {

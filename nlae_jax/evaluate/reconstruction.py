@@ -1,4 +1,4 @@
-"""How much of held-out activations the words carry: FVE, its controls and its uncertainty."""
+"""Measures how much of held-out activations the explanations carry: FVE, its controls and its uncertainty."""
 
 from __future__ import annotations
 
@@ -14,33 +14,40 @@ from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.roles import direction
 from nlae_jax.train import objectives
 
-# Vectors that `uninformed` makes.
+# The names of the vectors that `uninformed` makes.
 UNINFORMED = ("zero", "mean_vector", "random_vector")
 
 
 def direction_mse(reconstruction: np.ndarray, target: np.ndarray, readable: np.ndarray | None = None) -> np.ndarray:
-    """[N] float64; `direction.direction_mse`, with 2 where `readable` is False."""
+    """Returns the direction mse of `reconstruction` [N, d] and `target` [N, d]: [N] float64.
+
+    See `roles.direction.direction_mse`. Where `readable` [N] is False, the mse is 2, as of orthogonal vectors.
+    """
     mse = np.asarray(direction.direction_mse(jnp.asarray(reconstruction), jnp.asarray(target)), np.float64)
     return mse if readable is None else np.where(readable, mse, objectives.FAILED_MSE)
 
 
 def variances(h_NxD: np.ndarray) -> np.ndarray:
-    """[N] float64: each direction's squared distance from the mean direction (not renormalised), per element."""
+    """Returns, for each row of `h` [N, d], ‖u(h) − mean(u(h))‖² / d: [N] float64.
+
+    u(h) is the activation scaled to norm √d. The mean is not renormalised.
+    """
     directions = np.asarray(direction.unit_direction(jnp.asarray(h_NxD)), np.float64)
     variance_N: np.ndarray = np.square(directions - directions.mean(0)).mean(-1)
     return variance_N
 
 
 def fve(mse: np.ndarray, variance: np.ndarray) -> float:
-    """1 - mean(mse) / mean(variance)."""
+    """Returns the FVE of `mse` [N] and `variance` [N]: 1 − mean(mse) / mean(variance) (Fraser-Taliente et al. 2026)."""
     return float(1.0 - mse.mean() / variance.mean())
 
 
 def uninformed(h_NxD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Vectors [N, d] float32 that say nothing about their row, by name: what an encoder must not do as well from.
+    """Returns vectors [N, d] float32 that carry nothing about the activations `h` [N, d], by name.
 
-    `zero`; `mean_vector`, the mean direction of `h`; `random_vector`, another isotropic direction in each row. The
-    latter two are as long as `h`'s median row.
+    Explanations of activations should do better than explanations of these vectors. `zero` is zero. `mean_vector` is
+    the mean direction of `h`. `random_vector` is a random direction, another one in each row. The last two have the
+    median norm of `h`.
     """
     directions = np.stack(
         [
@@ -56,7 +63,10 @@ def uninformed(h_NxD: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 def bootstrap(
     statistic: Callable[[np.ndarray], float], documents: np.ndarray, samples: int, seed: int
 ) -> tuple[float, float]:
-    """95 % percentile interval of `statistic(rows)` over resampled documents."""
+    """Returns the 95 % percentile interval of `statistic(rows)` over `samples` resamplings of whole documents.
+
+    `documents` [N] names each row's document. `statistic` gets an array of row numbers, in which rows may be repeated.
+    """
     rng = np.random.default_rng(seed)
     rows_of = [np.flatnonzero(documents == name) for name in np.unique(documents)]
     values = [
@@ -67,8 +77,8 @@ def bootstrap(
     return float(low), float(high)
 
 
-# What `summarise` has of every row, and the descriptions; any other mse is of parts of the explanations.
-_OF_ALL = ("after", "before", "text", "shuffled", "gold")
+# `summarise` gives these errors names of their own. Every other error is that of a part of the explanations.
+_NAMED = ("after", "before", "text", "shuffled", "gold")
 
 
 def summarise(
@@ -78,12 +88,19 @@ def summarise(
     samples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The numbers of `eval.json`.
+    """Returns the numbers of the run's evaluation, by their names in `eval.json`.
 
-    `mse` holds [N] arrays: `after` and `before` RL, `text` (through decode and re-encode), and, NaN on rows that have
-    none, `shuffled` (another document's), `gold` (descriptions), those of explanations of `UNINFORMED` vectors,
-    and any others: of parts of the explanations. Gaps are between the same rows. A number is None where no row
-    has what it is of.
+    `h` [N, d] are the activations. `documents` [N] names their documents. `samples` is the number of resamplings for
+    intervals. `mse` maps names to errors [N], NaN where a row has none:
+
+    - `after` and `before`: the explanations after and before RL;
+    - `text`: the explanations after RL, decoded to text and tokenised again;
+    - `shuffled`: the explanations of other documents;
+    - `gold`: the descriptions;
+    - the names of `UNINFORMED`: the explanations of these vectors;
+    - any other name: a part of the explanations.
+
+    `fve_gold_gap` and `fve_vector_gap` compare values of the same rows. A number is None if no row has it.
     """
     variance = variances(h)
     mean_norm = float(direction.baselines(jnp.asarray(h)).mean_norm)
@@ -93,14 +110,16 @@ def summarise(
         return fve(after[rows], variance[rows]) - fve(before[rows], variance[rows])
 
     def on_measured(name: str) -> tuple[float | None, float | None]:
-        """FVE of `name` on the rows that have it, and of the explanations on the same rows."""
+        """Returns the FVE of `name` on the rows that have it, and the FVE of the explanations on the same rows."""
         if not (rows := np.isfinite(mse.get(name, np.full(len(after), np.nan)))).any():
             return None, None
         return fve(mse[name][rows], variance[rows]), fve(after[rows], variance[rows])
 
-    gold, beside_gold = on_measured("gold")
+    gold, explained_beside_gold = on_measured("gold")
     controls = {name: on_measured(name) for name in UNINFORMED}
-    gaps = [beside - control for control, beside in controls.values() if control is not None and beside is not None]
+    gaps = [
+        explained - control for control, explained in controls.values() if control is not None and explained is not None
+    ]
     return {
         "fve": fve(after, variance),
         "fve_ci95": bootstrap(lambda rows: fve(after[rows], variance[rows]), documents, samples, seed),
@@ -108,9 +127,9 @@ def summarise(
         "fve_text": fve(mse["text"], variance),
         "fve_shuffled": on_measured("shuffled")[0],
         "fve_gold": gold,
-        "fve_gold_gap": None if gold is None or beside_gold is None else gold - beside_gold,
+        "fve_gold_gap": None if gold is None or explained_beside_gold is None else gold - explained_beside_gold,
         **{f"fve_{name}": control for name, (control, _) in controls.items()},
-        **{f"fve_{name}": on_measured(name)[0] for name in mse if name not in (*_OF_ALL, *UNINFORMED)},
+        **{f"fve_{name}": on_measured(name)[0] for name in mse if name not in (*_NAMED, *UNINFORMED)},
         "fve_vector_gap": min(gaps, default=None),
         "fve_before_rl": fve(before, variance),
         "fve_gain": gain(np.arange(len(after))),
@@ -121,23 +140,26 @@ def summarise(
     }
 
 
-# --- what FVE alone does not show
+# --- figures that FVE does not replace
 
 
 def centred_cos(rebuilt: np.ndarray, h: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """cos(h - μ, ĥ - μ) of directions [N, d] x [N, d] -> [N] float64; `mean` [d] is μ, that of the directions.
+    """Returns cos(u(h) − μ, u(ĥ) − μ) of reconstructions ĥ [N, d] and activations h [N, d]: [N] float64.
 
-    All activations share a direction, which makes the plain cosine high whatever was said.
+    u scales a vector to norm √d. `mean` [d] is μ, the mean of the activations' directions u(h). All activations share
+    this direction, so the plain cosine is high even for a bad reconstruction.
     """
-    a, b = (np.asarray(direction.unit_direction(v), np.float64) - mean for v in (rebuilt, h))
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
+    rebuilt_NxD, h_NxD = (np.asarray(direction.unit_direction(v), np.float64) - mean for v in (rebuilt, h))
+    norms = np.linalg.norm(rebuilt_NxD, axis=-1) * np.linalg.norm(h_NxD, axis=-1)
+    return np.asarray((rebuilt_NxD * h_NxD).sum(-1) / np.maximum(norms, 1e-12))
 
 
 def distractors(documents: np.ndarray, count: int, seed: int, same: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates [N, 1 + count] for each row, itself first, and which of them there are [N, 1 + count] bool.
+    """Draws `count` distractors for each row, and returns them after the row itself.
 
-    The others are drawn without replacement from rows of other documents, or of the `same` one.
+    Returns the row numbers of the candidates [N, 1 + count] int, and a mask [N, 1 + count] bool, which is False where
+    there are too few rows. `documents` [N] names each row's document. Distractors are rows of other documents, or with
+    `same` other rows of the same document. A row never has the same distractor twice.
     """
     rng = np.random.default_rng(seed)
     rows = np.arange(len(documents))
@@ -153,16 +175,20 @@ def distractors(documents: np.ndarray, count: int, seed: int, same: bool = False
 
 
 def mse_to(rebuilt: np.ndarray, h: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """[N, B] float64: the direction mse between row n's reconstruction and the activation of each of its candidates."""
-    a, b = (np.asarray(direction.unit_direction(v), np.float64) for v in (rebuilt, h))
-    return np.asarray(2 - 2 * np.einsum("nd,nbd->nb", a, b[candidates]) / a.shape[-1])
+    """Returns the direction mse of each reconstruction and the activations of its candidates: [N, B] float64.
+
+    `rebuilt` and `h` are [N, d]. `candidates` [N, B] are row numbers of `h`.
+    """
+    rebuilt_NxD, h_NxD = (np.asarray(direction.unit_direction(v), np.float64) for v in (rebuilt, h))
+    return np.asarray(2 - 2 * np.einsum("nd,nbd->nb", rebuilt_NxD, h_NxD[candidates]) / h_NxD.shape[-1])
 
 
 def retrieval_bits(mse_NxB: np.ndarray, valid_NxB: np.ndarray, tau: float | np.ndarray) -> np.ndarray:
-    """[N]: log2 B + log2 softmax(-mse / τ) of the first candidate, B the number of valid ones; NaN where it is 1.
+    """Returns log2 B + log2 softmax(−mse / τ) of the first candidate: [N], in bits.
 
-    Its mean is a lower bound on the information between activation and explanation (InfoNCE, van den Oord et al. 2018),
-    at most log2 B.
+    The first candidate is the row's own activation. B is the number of the row's valid candidates; rows with B = 1 are
+    NaN. `tau` is one number, or [N]. The mean over rows is a lower bound on the mutual information between activation
+    and explanation, and at most log2 B (InfoNCE, van den Oord et al. 2018).
     """
     scores = np.where(valid_NxB, -mse_NxB / np.asarray(tau).reshape(-1, 1), -np.inf)
     top = scores.max(-1)
@@ -172,7 +198,10 @@ def retrieval_bits(mse_NxB: np.ndarray, valid_NxB: np.ndarray, tau: float | np.n
 
 
 def top1(mse_NxB: np.ndarray, valid_NxB: np.ndarray) -> np.ndarray:
-    """[N]: 1 where the first candidate is the nearest, a share of 1 where others are as near; NaN without others."""
+    """Returns [N]: 1 where the first candidate is the nearest, else 0. If k candidates are equally near, it is 1/k.
+
+    Rows without a second valid candidate are NaN.
+    """
     distance = np.where(valid_NxB, mse_NxB, np.inf)
     nearest = np.isclose(distance, distance.min(-1, keepdims=True), rtol=0, atol=1e-9)
     return np.where(valid_NxB.sum(-1) > 1, nearest[:, 0] / nearest.sum(-1), np.nan)
@@ -182,15 +211,17 @@ _TAUS = np.geomspace(0.003, 30, 25)
 
 
 def cross_fitted_tau(mse_NxB: np.ndarray, valid_NxB: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """[N]: for each half of the documents the τ with the most bits on the other half: no row chooses its own.
+    """Chooses τ for each half of the documents by the most retrieval bits on the other half: [N].
 
-    NaN where the other half has nothing to choose it by, as where there is one document.
+    A row's own bits therefore do not influence its τ. τ is NaN if no row of the other half has a distractor, for
+    example if there is only one document.
     """
     _, index = np.unique(documents, return_inverse=True)
     half, tau = index % 2, np.full(len(documents), np.nan)
     for fold in (0, 1):
-        if (half != fold).any() and (valid_NxB[half != fold].sum(-1) > 1).any():
-            bits = [np.nanmean(retrieval_bits(mse_NxB[half != fold], valid_NxB[half != fold], t)) for t in _TAUS]
+        fitting = half != fold
+        if fitting.any() and (valid_NxB[fitting].sum(-1) > 1).any():
+            bits = [np.nanmean(retrieval_bits(mse_NxB[fitting], valid_NxB[fitting], candidate)) for candidate in _TAUS]
             tau[half == fold] = _TAUS[int(np.argmax(bits))]
     return tau
 
@@ -198,60 +229,79 @@ def cross_fitted_tau(mse_NxB: np.ndarray, valid_NxB: np.ndarray, documents: np.n
 def principal_fve(
     h: np.ndarray, documents: np.ndarray, reference: np.ndarray, reference_documents: np.ndarray, most: int = 512
 ) -> np.ndarray:
-    """[K + 1]: FVE of the first 0 … K principal directions, fitted on `reference` activations of other documents.
+    """Returns the FVE of reconstructions from the first 0, 1, … K principal directions: [K + 1] float64.
 
-    Directions are fitted twice, each time without the documents of one half of the rows, and measured on that half.
-    The reconstruction is not renormalised: that of no directions is the reference's mean.
+    `h` [N, d] are measured. The directions are fitted on `reference` [M, d]. `documents` [N] and `reference_documents`
+    [M] name the documents. The documents of `h` are divided into two halves. The directions that are measured on one
+    half are fitted without its documents. K is at most `most`. If nothing can be fitted, the result is [0].
+
+    The reconstructions are not renormalised. The one from no direction is the mean of the fitted activations.
     """
-    directions = np.asarray(direction.unit_direction(h), np.float64)
-    others = np.asarray(direction.unit_direction(reference), np.float64)
+    h_NxD, reference_MxD = (np.asarray(direction.unit_direction(v), np.float64) for v in (h, reference))
     names, index = np.unique(documents, return_inverse=True)
-    left: np.ndarray | None = None
+    errors: np.ndarray | None = None
     for fold in (0, 1):
-        rows = index % 2 == fold
-        fitted = others[~np.isin(reference_documents, names[np.arange(len(names)) % 2 == fold])]
-        if not rows.any() or len(fitted) < 2:
+        measured = h_NxD[index % 2 == fold]
+        fitted = reference_MxD[~np.isin(reference_documents, names[fold::2])]
+        if not len(measured) or len(fitted) < 2:
             continue
-        mean = fitted.mean(0)
-        _, _, axes = np.linalg.svd(fitted - mean, full_matrices=False)
-        axes = axes[:most]
-        centred = directions[rows] - mean
-        explained = np.square(centred @ axes.T).sum(0)
-        remaining = np.square(centred).sum() - np.concatenate([[0.0], np.cumsum(explained)])
-        left = remaining if left is None else left[: len(remaining)] + remaining[: len(left)]
-    if left is None:
+        fold_errors = _principal_errors(measured, fitted, most)
+        errors = fold_errors if errors is None else errors[: len(fold_errors)] + fold_errors[: len(errors)]
+    if errors is None:
         return np.zeros(1)
-    return np.asarray(1 - left / np.square(directions - directions.mean(0)).sum())
+    return np.asarray(1 - errors / np.square(h_NxD - h_NxD.mean(0)).sum())
+
+
+def _principal_errors(measured: np.ndarray, fitted: np.ndarray, most: int) -> np.ndarray:
+    """Returns the summed squared errors of `measured` [N, d] with 0, 1, … K principal directions of `fitted` [M, d]."""
+    mean = fitted.mean(0)
+    _, _, axes_KxD = np.linalg.svd(fitted - mean, full_matrices=False)
+    centred = measured - mean
+    explained_K = np.square(centred @ axes_KxD[:most].T).sum(0)
+    return np.asarray(np.square(centred).sum() - np.concatenate([[0.0], np.cumsum(explained_K)]))
 
 
 def equivalent_rank(fve_of_rank: np.ndarray, value: float) -> int | None:
-    """The smallest number of principal directions whose FVE is at least `value`; None where none is."""
+    """Returns the smallest number of principal directions whose FVE is at least `value`, or None if there is none.
+
+    `fve_of_rank` is the result of `principal_fve`. A value of 0 or less needs no direction.
+    """
     reached = np.flatnonzero(fve_of_rank >= value) if value > 0 else np.zeros(1, int)
     return int(reached[0]) if len(reached) else None
 
 
 def best_of(mse_NxS: np.ndarray, count: int) -> np.ndarray:
-    """[N]: the expected smallest mse among `count` of the S samples of each row, over all choices of them."""
+    """Returns the smallest mse among `count` of each row's S samples, averaged over all choices of samples: [N].
+
+    `mse_NxS` are the errors of the samples. The formula generalises the estimator of pass@k by Chen et al. 2021.
+    """
     samples = mse_NxS.shape[1]
+    # In so many choices of `count` samples, the sample of this rank is the best.
     choices = [math.comb(samples - 1 - rank, count - 1) for rank in range(samples)]
-    chosen = np.sort(mse_NxS, axis=1) @ np.array(choices, np.float64)
-    return np.asarray(chosen / math.comb(samples, count))
+    total = np.sort(mse_NxS, axis=1) @ np.array(choices, np.float64)
+    return np.asarray(total / math.comb(samples, count))
 
 
 def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean centred cosine of two samples' reconstructions, each [N]: of one activation, and of `other[n]`'s samples.
+    """Returns the mean centred cosine of two samples' reconstructions, for samples of the same and of two activations.
 
-    Rows of zeros are samples that could not be read: they agree with none, not even with each other.
+    `rebuilt_NxSxD` are the reconstructions from S samples of each activation. Samples that could not be read are zero:
+    their cosine with any sample counts as 0. `mean` [d] is the mean direction of the activations. `other` [N] gives
+    each row a row of another document.
+
+    The first array [N] averages over pairs of different samples of one activation; it is NaN if S is 1. The second
+    array [N] averages over pairs of a sample of row n and a sample of row `other[n]`.
     """
     count, readable = rebuilt_NxSxD.shape[1], np.asarray(rebuilt_NxSxD.any(-1))
     centred = np.asarray(direction.unit_direction(rebuilt_NxSxD), np.float64) - mean
     centred /= np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
-    total = np.where(readable[..., None], centred, 0.0).sum(1)
-    own = (np.square(total).sum(-1) - readable.sum(-1)) / max(count * (count - 1), 1)
-    return (own if count > 1 else np.full(len(own), np.nan)), (total * total[other]).sum(-1) / count**2
+    # The cosines of all pairs sum to the dot product of the summed unit vectors.
+    total_NxD = np.where(readable[..., None], centred, 0.0).sum(1)
+    same = (np.square(total_NxD).sum(-1) - readable.sum(-1)) / max(count * (count - 1), 1)
+    return (same if count > 1 else np.full(len(same), np.nan)), (total_NxD * total_NxD[other]).sum(-1) / count**2
 
 
-# --- which tokens
+# --- kinds of tokens
 
 _CODE = re.compile(r"[{};]|\w\(|==|->|::|\w_\w|^\s*(?:def|class|import|from|return|if|for|#)\b")
 
@@ -260,10 +310,11 @@ TOKEN_CLASSES = ("content", "function", "punctuation", "inside", "code")
 
 
 def token_class(context: str, token: str, following: str = "") -> str:
-    """What kind of token a context ends with: code, punctuation, inside (a word's), function or content (a word).
+    """Returns the class of the token that a context ends with, one of `TOKEN_CLASSES`.
 
-    `context` ends with the token. `following` is the text after it. The line that the token stands in says whether it
-    is code. A token is inside a word if the word has begun before it.
+    `context` ends with `token`. `following` is the text after it. The class is `code` if the context's last line looks
+    like code, `punctuation` if the token has no letter or digit, and `inside` if its word has begun before it. The
+    other tokens are `function` or `content`, by the word that begins with the token.
     """
     line = context[context.rfind("\n") + 1 :]
     core, before = token.strip(), context[: len(context) - len(token)]
@@ -279,6 +330,6 @@ def token_class(context: str, token: str, following: str = "") -> str:
 
 
 def deciles(position: np.ndarray) -> np.ndarray:
-    """[N] int from 0 to 9: which tenth of the positions each is in; equal positions are in one."""
+    """Returns which tenth of the positions each position is in: [N] int from 0 to 9. Equal positions share a tenth."""
     order = np.sort(position)
     return np.asarray(np.minimum(np.searchsorted(order, position, side="left") * 10 // max(len(position), 1), 9))

@@ -1,6 +1,7 @@
-"""Explanations in other words: a meaning survives a paraphrase and a translation, a code does not.
+"""Measures explanations after another language model has said them in other words.
 
-They take another language model, which a describe provider asks: without one there are no such figures.
+A meaning survives a paraphrase and a translation, a code does not. The rewording needs another language model, which
+the config's describe provider names. Without one, these figures are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _PARAPHRASE = (
     f"the meaning allows it, and neither add nor leave out anything. Keep what stands in quotation marks. {_ANSWER}"
 )
 _TRANSLATE = f"Below is a note on a text. Translate it into {{}}. Keep what stands in quotation marks. {_ANSWER}"
-# What is asked, one after another, by the figure's name.
+# The instructions of each figure. Each instruction rewords the answer to the instruction before it.
 REWORDINGS = {
     "fve_paraphrased": (_PARAPHRASE,),
     "fve_translated": (_TRANSLATE.format("French"), _TRANSLATE.format("English")),
@@ -27,29 +28,33 @@ REWORDINGS = {
 
 
 def rewordings(work: Work, rewrite: Instruct | None) -> None:
-    """Puts the figures of `REWORDINGS`: FVE of explanations that were said in other words, of those that came back."""
+    """Adds the figures of `REWORDINGS` to the ledger: FVE of reworded explanations. Does nothing without `rewrite`.
+
+    Explanations for which the other model gave no answer do not count.
+    """
     if rewrite is None:
         return
     rows = np.array([row for row in work.some(work.sizes.text).tolist() if work.texts[row].strip()], int)
-    found = {name: _reworded(rewrite, steps, [work.texts[row] for row in rows]) for name, steps in REWORDINGS.items()}
-    texts = {name: [text or "" for text in some] for name, some in found.items()}
-    rebuilt = work.rebuilt_pool("rewordings", {"whole": [work.texts[row] for row in rows], **texts})
-    whole, _ = work.mse_of([work.texts[row] for row in rows], rebuilt["whole"], rows)
-    for name, some in texts.items():
-        came = work.full(np.array([bool(text) for text in some], float), rows) == 1
-        own, permuted = (np.where(came, mse, np.nan) for mse in work.mse_of(some, rebuilt[name], rows))
-        beside = {"whole": np.where(came, whole, np.nan), "permuted": permuted}
-        columns = {control: work.with_variance(mse) for control, mse in beside.items()}
-        work.ledger.put("text", name, work.with_variance(own), fve_of, columns)
+    whole_texts = [work.texts[row] for row in rows]
+    answers = {name: _reworded(rewrite, steps, whole_texts) for name, steps in REWORDINGS.items()}
+    reworded = {name: [text or "" for text in texts] for name, texts in answers.items()}
+    rebuilt = work.rebuilt_pool("rewordings", {"whole": whole_texts, **reworded})
+    whole, _ = work.mse_of(whole_texts, rebuilt["whole"], rows)
+    for name, texts in reworded.items():
+        answered = work.full(np.array([bool(text) for text in texts], float), rows) == 1
+        matched, permuted = (np.where(answered, mse, np.nan) for mse in work.mse_of(texts, rebuilt[name], rows))
+        controls = {"whole": np.where(answered, whole, np.nan), "permuted": permuted}
+        columns = {control: work.with_variance(mse) for control, mse in controls.items()}
+        work.ledger.put("text", name, work.with_variance(matched), fve_of, columns)
 
 
 def answers_asked(count: int) -> int:
-    """How many answers `rewordings` asks for, of so many rows."""
+    """Returns how many answers `rewordings` asks for if it asks about `count` rows."""
     return count * sum(map(len, REWORDINGS.values()))
 
 
 def _reworded(rewrite: Instruct, steps: Sequence[str], texts: Sequence[str]) -> list[str | None]:
-    """Each text after all steps; None where one of them gave nothing."""
+    """Returns each text after all steps, or None for a text that one of the steps gave no answer for."""
     current: dict[int, str] = dict(enumerate(texts))
     for step in steps:
         answers = rewrite(step, list(current.values()))

@@ -1,10 +1,10 @@
-"""What the suite is run on: activations with the texts they are of, from texts, from a parquet file or from a run."""
+"""Reads the suite's input: activations with their texts, from texts, from a parquet file or from a run."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +21,25 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 
-SUFFIX = 32  # tokens after an activation that are kept: what a continuation is told by
-_MAX_TOKENS = 512  # of a text; the rest is not read
-_MIN_POSITION = 16
+SUFFIX = 32  # so many tokens after an activation are kept, for the suffix test
+_MAX_TOKENS = 512  # of a longer text only the beginning is read
+_MIN_POSITION = 16  # earlier positions are avoided if the text is long enough
 _PER_DOCUMENT = 4
 _REFERENCE_PER_DOCUMENT = 16
-_READ = 4, 64  # texts at a time, and what their width is a multiple of
+_TEXTS_AT_A_TIME = 4
+_WIDTH = 64  # texts are padded to multiples of this length
 
 
 class Rows(NamedTuple):
-    """N activations: `h` [N, d] float32, `document` [N] and `position` [N] int.
+    """N activations with their texts.
 
-    `context_ids` end with the activation's token, `following_ids` are up to `SUFFIX` tokens after it; both are empty
-    where only the activation is known. `contexts` are the first as text. `gold` are descriptions, '' for none.
-    `reference` [M, d] are other activations, for principal directions, of documents `reference_document` [M].
+    `h` [N, d] float32 are the activations. `document` [N] int numbers their documents. `position` [N] int are their
+    token positions. `context_ids` are the tokens up to and including the activation's token, `following_ids` up to
+    `SUFFIX` tokens after it; both are empty where the text is not known. `contexts` are the `context_ids` as text.
+    `domain` is each row's kind of text. `gold` are descriptions, '' for a row without one.
+
+    `reference` [M, d] are further activations, from which principal directions are fitted. `reference_document` [M]
+    numbers their documents.
     """
 
     h: np.ndarray
@@ -49,7 +54,7 @@ class Rows(NamedTuple):
     reference_document: np.ndarray
 
     def digest(self) -> str:
-        """Tells these rows from others."""
+        """Returns a hash of everything in the rows that the suite's explanations and reconstructions depend on."""
         digest = hashlib.sha256(np.ascontiguousarray(self.h, np.float32).tobytes())
         digest.update(repr((self.context_ids, self.following_ids, self.document.tolist(), self.gold)).encode())
         return digest.hexdigest()
@@ -66,109 +71,133 @@ def rows_of(
     count: int,
     seed: int,
 ) -> Rows:
-    """At most `count` activations of texts, files of texts and a corpus, or of one parquet of activations.
+    """Reads at most `count` activations of block `layer`, from texts or from one parquet file of activations.
 
-    `arch` is the encoder's. Raises UserError where nothing can be read.
+    Texts come from `texts`, from `files` and from the `corpus`. The seed draws the documents and positions. `subject()`
+    loads the subject, which is needed for texts only. `arch` is the encoder's.
+
+    Raises UserError if `count` is below 2, if a parquet file of activations is not the only input, or if no activation
+    can be read.
     """
     if count < 2:
         raise UserError(f"--num-activations: {count} should be at least 2")
     if not any(has_vectors(path) for path in files):
         return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed)
     if len(files) > 1 or texts or corpus:
-        raise UserError(f"--input {files[0]}: a file of activations should be given alone")
+        raise UserError(
+            f"--input {files[0]}: a file of activations should be given alone, without other files, --text or a corpus"
+        )
     return rows_of_parquet(Path(files[0]), layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
 
 
 def documents_of(
     texts: Sequence[str], paths: Sequence[str | Path], corpus: CorpusConfig | None = None
 ) -> list[tuple[str, Document]]:
-    """(kind of text, document) of texts, of files and of a corpus.
+    """Reads documents from texts, files and a corpus. Returns pairs (kind of text, document), each document once.
 
-    The kind is what a file says of a text in its field `domain`, else the name of the file, or of its folder where it
-    holds one text alone.
+    The kind of a document is its field `domain`, if the file has one. Otherwise it is the name of the file, or the name
+    of the folder if the file holds a single document. `texts` have the kind `text`.
     """
-    found = [("text", document_of(encodable(text))) for text in texts]
+    pairs = [("text", document_of(encodable(text))) for text in texts]
     for path in paths:
         config = CorpusConfig(path=str(path))
-        found += [(document.domain, document) for document in read_named_documents(config, "--input")]
-    found += [(document.domain or "corpus", document) for document in read_documents(corpus)] if corpus else []
+        pairs += [(document.domain, document) for document in read_named_documents(config, "--input")]
+    pairs += [(document.domain or "corpus", document) for document in read_documents(corpus)] if corpus else []
     unique: dict[str, tuple[str, Document]] = {}
-    for domain, document in found:
+    for domain, document in pairs:
         unique.setdefault(document.doc_id, (domain, document))
     return list(unique.values())
+
+
+class _Excerpt(NamedTuple):
+    """The tokens of one document that are read, with the positions of its activations and of its reference."""
+
+    domain: str
+    ids: list[int]
+    positions: np.ndarray
+    reference: np.ndarray
+
+
+def _excerpts(
+    lm: LanguageModel, documents: Sequence[tuple[str, Document]], count: int, seed: int
+) -> Iterator[_Excerpt]:
+    """Draws documents, and at most `count` positions in all, by the seed. Documents without a position are left out."""
+    tokenizer, begin = lm.tokenizer, begin_ids(lm.tokenizer)
+    special = set(tokenizer.all_special_ids)
+    # If there are few documents, more positions of each are read.
+    per_document = max(_PER_DOCUMENT, -(-count // max(len(documents), 1)))
+    missing = count
+    for index in np.random.default_rng([seed, 7]).permutation(len(documents)):
+        if missing <= 0:
+            return
+        domain, document = documents[index]
+        ids = text_ids(tokenizer, document.text, begin)[:_MAX_TOKENS]
+        check_ids(ids, lm.arch.vocab_size, tokenizer, f"text {document.doc_id}")
+        possible = np.array([i for i in range(len(begin) + 1, len(ids)) if ids[i] not in special], int)
+        good = possible[(possible >= min(_MIN_POSITION, len(ids) // 2)) & (possible < len(ids) - SUFFIX)]
+        pool = good if len(good) else possible[possible >= len(ids) // 2]
+        # The generator depends on the document's name, so that a document's positions do not depend on the others.
+        digest = hashlib.sha256(f"{seed}:{document.doc_id}".encode()).digest()
+        rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+        positions = np.sort(rng.permutation(pool)[: min(per_document, missing)])
+        if len(positions):
+            missing -= len(positions)
+            yield _Excerpt(domain, ids, positions, rng.permutation(possible)[:_REFERENCE_PER_DOCUMENT])
 
 
 def rows_of_documents(
     lm: LanguageModel, layer: int, documents: Sequence[tuple[str, Document]], count: int, seed: int
 ) -> Rows:
-    """At most `count` activations of at most four positions of each document, documents drawn by the seed.
+    """Reads at most `count` activations of block `layer` from documents, which the seed draws.
 
-    Positions leave `SUFFIX` tokens after them where the text is long enough. Raises UserError where no text is.
+    `documents` are pairs (kind of text, document). Each document gives at most four activations, or more if there are
+    too few documents for `count`. If the text is long enough, a position has `SUFFIX` tokens after it. Raises UserError
+    if no text is long enough.
     """
-    tokenizer, begin = lm.tokenizer, begin_ids(lm.tokenizer)
-    order = np.random.default_rng([seed, 7]).permutation(len(documents))
-    special = set(tokenizer.all_special_ids)
-    chosen: list[tuple[str, list[int], np.ndarray, np.ndarray]] = []
-    total = 0
-    # Few texts are read at more positions each.
-    each = max(_PER_DOCUMENT, -(-count // max(len(documents), 1)))
-    for index in order:
-        if total >= count:
-            break
-        domain, document = documents[index]
-        ids = text_ids(tokenizer, document.text, begin)[:_MAX_TOKENS]
-        check_ids(ids, lm.arch.vocab_size, tokenizer, f"text {document.doc_id}")
-        places = np.array([i for i in range(len(begin) + 1, len(ids)) if ids[i] not in special], int)
-        good = places[(places >= min(_MIN_POSITION, len(ids) // 2)) & (places < len(ids) - SUFFIX)]
-        pool = good if len(good) else places[places >= len(ids) // 2]
-        rng = np.random.default_rng(
-            np.frombuffer(hashlib.sha256(f"{seed}:{document.doc_id}".encode()).digest(), np.uint32)
-        )
-        drawn = np.sort(rng.permutation(pool)[: min(each, count - total)])
-        if not len(drawn):
-            continue
-        others = rng.permutation(places)[:_REFERENCE_PER_DOCUMENT]
-        chosen.append((domain, ids, drawn, others))
-        total += len(drawn)
-    if not chosen:
+    excerpts = list(_excerpts(lm, documents, count, seed))
+    if not excerpts:
         raise UserError("--text, --input: no text is long enough; an activation needs a few tokens before it")
-    vectors = read_activations(lm, layer, [ids for _, ids, _, _ in chosen])
-    number = np.repeat(np.arange(len(chosen)), [len(drawn) for _, _, drawn, _ in chosen])
-    position = np.concatenate([drawn for _, _, drawn, _ in chosen])
-    context_ids = [chosen[doc][1][: at + 1] for doc, at in zip(number, position, strict=True)]
+    vectors = read_activations(lm, layer, [excerpt.ids for excerpt in excerpts])
+    document = np.repeat(np.arange(len(excerpts)), [len(excerpt.positions) for excerpt in excerpts])
+    position = np.concatenate([excerpt.positions for excerpt in excerpts])
+    places = [(number, excerpt.ids, at) for number, excerpt in enumerate(excerpts) for at in excerpt.positions]
+    context_ids = [ids[: at + 1] for _, ids, at in places]
     return Rows(
-        h=np.stack([vectors[doc][at] for doc, at in zip(number, position, strict=True)]),
-        document=number,
+        h=np.stack([vectors[number][at] for number, _, at in places]),
+        document=document,
         position=position,
         context_ids=context_ids,
-        following_ids=[chosen[doc][1][at + 1 : at + 1 + SUFFIX] for doc, at in zip(number, position, strict=True)],
-        contexts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
-        domain=[chosen[doc][0] for doc in number],
-        gold=[""] * len(number),
-        reference=np.concatenate([vectors[doc][others] for doc, (*_, others) in enumerate(chosen)]),
-        reference_document=np.repeat(np.arange(len(chosen)), [len(others) for *_, others in chosen]),
+        following_ids=[ids[at + 1 : at + 1 + SUFFIX] for _, ids, at in places],
+        contexts=[lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
+        domain=[excerpts[number].domain for number in document],
+        gold=[""] * len(document),
+        reference=np.concatenate([vectors[number][excerpt.reference] for number, excerpt in enumerate(excerpts)]),
+        reference_document=np.repeat(np.arange(len(excerpts)), [len(excerpt.reference) for excerpt in excerpts]),
     )
 
 
 def read_activations(lm: LanguageModel, layer: int, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The activations [T, d] of every text, read in the order of their lengths."""
-    size, multiple = _READ
+    """Reads the activations of block `layer` at every token: texts as token ids -> arrays [T, d] float32.
+
+    Texts are read in the order of their lengths, so that batches need little padding.
+    """
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found: list[np.ndarray] = [np.zeros((0, 0), np.float32)] * len(texts)
+    activations: list[np.ndarray] = [np.zeros((0, 0), np.float32)] * len(texts)
     with progress(len(texts), "eval: activations", unit="text") as bar:
-        for start in range(0, len(texts), size):
-            some = order[start : start + size]
-            width = -(-max(len(texts[index]) for index in some) // multiple) * multiple
-            ids, length = pad([texts[index] for index in [*some, *some[:1] * (size - len(some))]], width)
+        for start in range(0, len(texts), _TEXTS_AT_A_TIME):
+            batch = order[start : start + _TEXTS_AT_A_TIME]
+            width = -(-max(len(texts[index]) for index in batch) // _WIDTH) * _WIDTH
+            filled = [*batch, *batch[:1] * (_TEXTS_AT_A_TIME - len(batch))]
+            ids, length = pad([texts[index] for index in filled], width)
             hidden = np.asarray(lm.residual(ids, layer, np.arange(width) < length[:, None]), np.float32)
-            for row, index in enumerate(some):
-                found[index] = hidden[row, : len(texts[index])]
-            bar.advance(len(some))
-    return found
+            for row, index in enumerate(batch):
+                activations[index] = hidden[row, : len(texts[index])]
+            bar.advance(len(batch))
+    return activations
 
 
 def has_vectors(path: str | Path) -> bool:
-    """Whether a file is a parquet of activations rather than of texts."""
+    """Returns whether a file is a parquet file with a column of activations."""
     if not str(path).lower().endswith(".parquet") or not Path(path).is_file():
         return False
     with opened(Path(path)) as file:
@@ -178,48 +207,56 @@ def has_vectors(path: str | Path) -> bool:
 def rows_of_parquet(
     path: Path, layer: int, tokenizer: Any, d_model: int, vocab_size: int, count: int, seed: int
 ) -> Rows:
-    """At most `count` rows of a dataset in the reference's layout, drawn by the seed; activations as they are stored.
+    """Reads at most `count` rows of a parquet file in the PyTorch reference's layout. The seed draws the rows.
 
-    They should be of block `layer`, where the file says of which they are. The text up to the activation is read where
-    the file has it. What follows is not known.
+    Activations are returned as they are stored. The text up to the activation is read if the file has it. The text
+    after it is not known. The vectors should be `d_model` wide, and tokens should be below `vocab_size`.
+
+    Raises UserError if the file has no rows or no column `doc_id`, or if it says that the activations are of another
+    block than `layer`.
     """
     with opened(path) as file:
         total, names = file.metadata.num_rows, file.schema_arrow.names
         wanted = set(np.random.default_rng([seed, 7]).permutation(total)[:count].tolist())
         if "doc_id" not in names:
-            raise UserError(f"{path}: no column 'doc_id'; intervals are over documents")
+            raise UserError(
+                f"{path}: no column 'doc_id'; it should name each row's document, because intervals need it"
+            )
         if TEXT in names and not is_text(file.schema_arrow.field(TEXT).type):
             raise UserError(f"{path}: the column {TEXT} should hold strings")
         columns = [name for name in (VECTOR, "doc_id", TEXT, LAYER) if name in names]
         if DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type):
             columns.append(DOMAIN)
-        kept: list[tuple[str, str, str]] = []
+        drawn: list[tuple[str, str, str]] = []  # document, text and kind of text
         vectors, start = [], 0
         for batch in file.iter_batches(1024, columns=columns):
             check_batch(path, start, batch)
             check_layers(path, start, batch, layer, "the pair's block")
             docs = read_doc_ids(path, start, batch.column("doc_id"))
-            here = [row for row in range(len(batch)) if start + row in wanted]
-            if here:
-                vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[here])
+            drawn_here = [row for row in range(len(batch)) if start + row in wanted]
+            if drawn_here:
+                vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[drawn_here])
                 texts, domains = (
                     batch.column(name).to_pylist() if name in columns else [""] * len(batch) for name in (TEXT, DOMAIN)
                 )
-                kept += [(docs[row], texts[row] or "", domain_of(domains[row]) or "text") for row in here]
+                drawn += [(docs[row], texts[row] or "", domain_of(domains[row]) or "text") for row in drawn_here]
             start += len(batch)
-    if not kept:
+    if not drawn:
         raise UserError(f"{path}: the file has no rows")
-    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text, _ in kept]
+    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text, _ in drawn]
     for row, ids in enumerate(context_ids):
         check_ids(ids, vocab_size, tokenizer, f"{path}: row {row}")
-    names_of_docs, texts, domains = (list(column) for column in zip(*kept, strict=True))
+    names_of_docs, texts, domains = (list(column) for column in zip(*drawn, strict=True))
     return without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
 
 
 def without_following(
     h: np.ndarray, docs: Sequence[str], context_ids: list[list[int]], contexts: list[str], domain: list[str]
 ) -> Rows:
-    """Rows of which no more is known than their text, which may be '', and its kind."""
+    """Makes rows without the tokens after the activation and without descriptions. The activations are the reference.
+
+    `docs` name each row's document. `context_ids` and `contexts` are empty for rows whose text is not known.
+    """
     numbers = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
     document = np.array([numbers[doc] for doc in docs])
     return Rows(
@@ -237,48 +274,54 @@ def without_following(
 
 
 def likeliest(lm: LanguageModel, context_ids: Sequence[Sequence[int]], count: int) -> list[list[str]]:
-    """The subject's `count` likeliest next tokens after each context, as text, likeliest first."""
+    """Returns the subject's `count` likeliest next tokens after each context, as text, likeliest first."""
     width = -(-max(map(len, context_ids)) // 128) * 128
     ids, length = pad(context_ids, width)
-    found = lm.likeliest(ids, np.arange(width) < length[:, None], count)
-    return [[lm.tokenizer.decode([token]) for token in row] for row in found.tolist()]
+    token_ids = lm.likeliest(ids, np.arange(width) < length[:, None], count)
+    return [[lm.tokenizer.decode([token]) for token in row] for row in token_ids.tolist()]
 
 
 def spread(document: np.ndarray, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:
-    """At most `count` row numbers, ascending: one row of every document, then a second one of each, and so on.
+    """Draws at most `count` row numbers, spread over documents, and returns them in ascending order.
 
-    `document` [N] names each row's document. The seed draws the rows, and the documents where there are more of them
-    than `count`. A larger `count` adds rows to those of a smaller one. `among` are the rows that may be drawn.
+    It draws one row of every document, then a second row of every document, and so on. `document` [N] names each row's
+    document. The seed draws the rows. If there are more documents than `count`, it draws the documents too. A larger
+    `count` adds rows to the rows of a smaller one. `among` are the rows that may be drawn, all if it is None.
     """
-    drawn = np.random.default_rng([seed, 11]).permutation(len(document))
-    drawn = drawn if among is None else drawn[np.isin(drawn, among)]
-    turns: Counter[int] = Counter()
-    turn = []
-    for name in document[drawn].tolist():
-        turn.append(turns[name])
-        turns[name] += 1
-    return np.sort(drawn[np.argsort(np.array(turn, int), kind="stable")][:count])
+    shuffled = np.random.default_rng([seed, 11]).permutation(len(document))
+    shuffled = shuffled if among is None else shuffled[np.isin(shuffled, among)]
+    seen: Counter[int] = Counter()
+    turn = []  # how many rows of the same document come before each row
+    for name in document[shuffled].tolist():
+        turn.append(seen[name])
+        seen[name] += 1
+    return np.sort(shuffled[np.argsort(np.array(turn, int), kind="stable")][:count])
 
 
 def by_part(values: np.ndarray, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-    """The rows [N, ...] of each name, NaN elsewhere: what `Ledger.put` takes as parts. '' names no part."""
+    """Splits `values` [N, ...] by the name of each row's part, for the argument `parts` of `Ledger.put`.
+
+    Each part is an array [N, ...] with NaN at the rows of other parts. Rows named '' belong to no part.
+    """
     parts = {}
     for name in dict.fromkeys(filter(None, names)):
-        own = np.array([other == name for other in names])
-        parts[name] = np.where(own.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
+        is_in_part = np.array([name_of_row == name for name_of_row in names])
+        parts[name] = np.where(is_in_part.reshape(-1, *[1] * (values.ndim - 1)), values, np.nan)
     return parts
 
 
 def kinds(domain: Sequence[str], document: Sequence[int] | np.ndarray, most: int = 12) -> list[str]:
-    """Each row's kind of text. Kinds of one document, and the rarest of more than `most`, are "other kinds".
+    """Returns each row's kind of text, with rare kinds combined as "other kinds".
 
-    A source may have a domain for every document, as where it is the address of a web page; and of one document there
-    is no interval. A single kind of one document keeps its name. '' is no kind: it stays.
+    `domain` and `document` name each row's kind and document. At most `most` kinds are left: the rarest are combined.
+    Kinds of one document are combined too, because there is no interval over one document. A source may have such a
+    kind for every document, for example the address of a web page. If only one kind has one document, it keeps its
+    name. Rows of kind '' keep it.
     """
     counts = Counter(filter(None, domain))
     documents = Counter(name for name, _ in set(zip(domain, np.asarray(document).tolist(), strict=True)))
-    alone = {name for name in counts if documents[name] == 1}
-    several = [name for name in counts if len(alone) < 2 or name not in alone]
-    most_kept = most if len(several) == len(counts) <= most else most - 1
-    named = set(sorted(several, key=lambda name: (-counts[name], name))[:most_kept])
-    return [name if name in named or not name else "other kinds" for name in domain]
+    single = {name for name in counts if documents[name] == 1}
+    candidates = [name for name in counts if len(single) < 2 or name not in single]
+    most_kept = most if len(candidates) == len(counts) <= most else most - 1
+    kept = set(sorted(candidates, key=lambda name: (-counts[name], name))[:most_kept])
+    return [name if name in kept or not name else "other kinds" for name in domain]

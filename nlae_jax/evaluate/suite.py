@@ -1,7 +1,7 @@
-"""The suite: what a pair's explanations carry, of what kind that is, and whether it is true.
+"""The suite measures how much a pair's explanations carry, what kind of information it is, and whether it is true.
 
-Sections are the modules of `evaluate.sections`. Each computes what it needs through `Work`, which keeps it on disk, so
-that a suite that was stopped goes on, and puts its figures into one `Ledger`.
+The sections are the modules of `evaluate.sections`. Each section adds its figures to one `Ledger`. It computes its
+inputs through `Work`, which keeps finished parts on disk, so that a stopped suite can continue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _MODULES: dict[str, ModuleType] = {
 
 
 def sections_of(names: str) -> tuple[str, ...]:
-    """The sections that a comma-separated list names, in the suite's order. Raises UserError for others."""
+    """Returns the sections that a comma-separated list names, in the suite's order; all sections for an empty list.
+
+    Raises UserError for an unknown name.
+    """
     given = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
     if unknown := [name for name in given if name not in SECTIONS]:
         raise UserError(f"--suite: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
@@ -35,13 +38,14 @@ def sections_of(names: str) -> tuple[str, ...]:
 def check_additions(
     sections: Sequence[str], control_steps: int, reword: bool, judge: bool, sampled: int | None = None
 ) -> None:
-    """Raises UserError where figures are asked for that belong to a section which is left out.
+    """Checks the options for additional figures against the chosen sections.
 
-    Also where they would be of fewer than two activations.
+    Raises UserError if an option's figures belong to a section that is left out, or if `sampled`, the number of
+    activations with several explanations, is below 2. `sampled` is None if the option was not given.
     """
-    asked = (("--control-steps", control_steps, "text"), ("--reword", reword, "text"), ("--judge", judge, "truth"))
-    for option, is_asked, section in asked:
-        if is_asked and section not in sections:
+    additions = (("--control-steps", control_steps, "text"), ("--reword", reword, "text"), ("--judge", judge, "truth"))
+    for option, is_given, section in additions:
+        if is_given and section not in sections:
             raise UserError(f"{option}: its figures belong to the section {section}, which --suite should name")
     if sampled is not None and sampled < 2:
         raise UserError(f"--sampled: {sampled} should be at least 2")
@@ -54,10 +58,12 @@ def check_additions(
 def run_suite(
     work: Work, sections: Sequence[str] = SECTIONS, more: Mapping[str, Callable[[], None]] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Every section's figures by section and name; under `suite` what they are of, and what each section took.
+    """Measures the `sections` and returns their figures, by section and figure.
 
-    What several sections need counts for the first of them. `more` adds to a section the figures that take training,
-    or another language model.
+    `more` maps a section to a function that adds further figures, which need training or another language model.
+
+    The key `suite` of the result has the numbers of activations and documents, the seed, and the seconds and
+    explanations of each section. If several sections need the same work, it counts for the first of them.
     """
     seconds, explanations = {}, {}
     for section in SECTIONS:

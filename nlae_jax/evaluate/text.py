@@ -1,6 +1,6 @@
-"""What of an explanation its decoder reads: its sentences, its beginning, its quotations, its order, its copied words.
+"""Cuts and changes explanations, to find out which of their parts the decoder reads.
 
-Pure text; the suite rebuilds activations from what these functions leave.
+The suite rebuilds activations from the changed texts. These functions work on text and need no model.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlae_jax.evaluate.claims import leading, without_quotes
-from nlae_jax.evaluate.health import QUOTED, candidates, joined, pieces, real_sentences, words
+from nlae_jax.evaluate.wording import QUOTED, candidates, joined, pieces, real_sentences, words
 
-MOST_SENTENCES = 4  # whose marginal value is given one by one
-TOKEN_COUNTS = (4, 8, 16, 32, 64)  # that explanations are cut to
-FREE_BITS = 15.0  # of a shared run of words: what chance and grammar give
+MOST_SENTENCES = 4  # the number of sentences whose marginal FVE is measured one by one
+TOKEN_COUNTS = (4, 8, 16, 32, 64)  # explanations are cut to these numbers of tokens
+FREE_BITS = 15.0  # so much information of a shared run of words may come from chance and grammar
 
 
 def without_sentence(text: str, index: int) -> str:
-    """The text without one of its sentences; negative indexes count from the end."""
+    """Returns the text without one of its sentences. Negative indexes count from the end."""
     kept = real_sentences(text)
     del kept[index]
     return "".join(kept).strip()
 
 
 def shuffled_sentences(text: str, seed: int) -> str:
-    """The sentences in another order, where there are several."""
+    """Returns the text with its sentences in another order. A single sentence is returned as it is."""
     kept = [sentence.strip() for sentence in real_sentences(text)]
     order = list(range(len(kept)))
     random.Random(f"{seed} {text}").shuffle(order)
@@ -38,37 +38,37 @@ def shuffled_sentences(text: str, seed: int) -> str:
 
 
 def shuffled_words(text: str, seed: int) -> str:
-    """The words of every sentence in another order; marks move with their words, and CJK characters count as words.
+    """Returns the text with the words of every sentence in another order.
 
-    A sentence of different words never keeps its order.
+    Punctuation moves with its word. A CJK character counts as a word. A sentence of different words always changes.
     """
     rng, mixed = random.Random(f"{seed} {text}"), []
     for sentence in real_sentences(text):
-        parts = pieces(sentence)
-        order = list(parts)
-        rng.shuffle(order)
-        mixed += order if order != parts else [*parts[1:], *parts[:1]]
+        in_order = pieces(sentence)
+        shuffled = list(in_order)
+        rng.shuffle(shuffled)
+        mixed += shuffled if shuffled != in_order else [*in_order[1:], *in_order[:1]]
     return joined(mixed)
 
 
 def quotes_only(text: str) -> str:
-    """The quoted spans alone, with their marks."""
+    """Returns only the quoted spans, with their marks, joined by spaces."""
     return " ".join(re.findall(QUOTED, text))
 
 
 def without_all_quotes(text: str) -> str:
-    """Everything but the quoted spans, wherever they stand."""
+    """Returns the text without any quoted span."""
     return without_quotes(text, text)
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
-    """The text's first `count` tokens."""
+    """Returns the text's first `count` tokens as text."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return text if len(ids) <= count else tokenizer.decode(ids[:count]).strip()
 
 
 def variants(tokenizer: Any, text: str, seed: int) -> dict[str, str]:
-    """What is left of an explanation, by the name that its FVE has in the suite's section `text`."""
+    """Returns the cut and changed versions of an explanation, by the names that the section `text` uses."""
     return {
         **{f"leading_{count}": leading(text, count) for count in range(1, MOST_SENTENCES + 1)},
         **{f"tokens_{count}": first_tokens(tokenizer, text, count) for count in TOKEN_COUNTS},
@@ -81,47 +81,56 @@ def variants(tokenizer: Any, text: str, seed: int) -> dict[str, str]:
 
 
 def twin(text: str, ranked: Sequence[str], ranks: Sequence[int]) -> str | None:
-    """The text with its quoted next token, the subject's likeliest, replaced by one of other ranks (from 0).
+    """Returns the explanation's twin: it quotes another next token in the place of the subject's likeliest one.
 
-    None where the first sentence does not quote the likeliest token, or quotes all the others, too.
+    `ranked` are the subject's next tokens, likeliest first. The other token is the first of the given `ranks`, counted
+    from 0, that the first sentence does not quote. Returns None if the first sentence does not quote the likeliest
+    token, or if there is no such other token.
     """
-    own = ranked[0].strip()
+    likeliest = ranked[0].strip()
     named = candidates(text) if text else []
-    if not own or own not in named:
+    if not likeliest or likeliest not in named:
         return None
     for rank in ranks:
-        other = ranked[rank].strip() if rank < len(ranked) else ""
-        if other and other not in named and not set(other) & set('"“”\n'):
-            return _with_token(text, own, other)
+        token = ranked[rank].strip() if rank < len(ranked) else ""
+        if token and token not in named and not set(token) & set('"“”\n'):
+            return _with_token(text, likeliest, token)
     return None
 
 
-def _with_token(text: str, own: str, other: str) -> str:
-    """Every quotation of exactly `own` quotes `other`."""
-    return re.sub(QUOTED, lambda m: m[0].replace(own, other, 1) if m[0][1:-1].strip() == own else m[0], text)
+def _with_token(text: str, token: str, replacement: str) -> str:
+    """Replaces `token` in every quotation that holds exactly this token."""
+    return re.sub(QUOTED, lambda m: m[0].replace(token, replacement, 1) if m[0][1:-1].strip() == token else m[0], text)
 
 
 def word_bits(texts: Sequence[str]) -> dict[str, float]:
-    """Word -> -log2 of its share of all words of `texts`."""
+    """Returns -log2 p(word) of every word, in bits, where p(word) is the word's share of all words of `texts`."""
     counts = Counter(word for text in texts for word in words(text))
     total = counts.total()
     return {word: -math.log2(count / total) for word, count in counts.items()}
 
 
 def copied_runs(text: str, context: str) -> list[tuple[str, ...]]:
-    """Runs of at least two words of the text that stand in the context too, each as long as can be, left to right."""
-    own, place = words(text), " " + " ".join(words(context)) + " "
+    """Returns the runs of at least two words of the text that also occur in the context.
+
+    Runs are found from left to right. Each is as long as possible, and they do not overlap.
+    """
+    text_words, context_line = words(text), " " + " ".join(words(context)) + " "
     runs, start = [], 0
-    while start < len(own):
+    while start < len(text_words):
         end = start
-        while end < len(own) and f" {' '.join(own[start : end + 1])} " in place:
+        while end < len(text_words) and f" {' '.join(text_words[start : end + 1])} " in context_line:
             end += 1
         if end - start >= 2:
-            runs.append(tuple(own[start:end]))
+            runs.append(tuple(text_words[start:end]))
         start = max(end, start + 1)
     return runs
 
 
 def copied_bits(text: str, context: str, bits: Mapping[str, float]) -> float:
-    """Sum over `copied_runs` of max(0, Σ -log2 p(word) - 15): what can be said by quoting and not by chance."""
+    """Returns the information that the text copies from the context, in bits.
+
+    It is the sum over `copied_runs` of max(0, Σ -log2 p(word) - 15). `bits` is the result of `word_bits`. The 15 bits
+    (`FREE_BITS`) of each run may come from chance and grammar.
+    """
     return sum(max(0.0, sum(bits[word] for word in run) - FREE_BITS) for run in copied_runs(text, context))

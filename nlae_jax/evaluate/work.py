@@ -1,4 +1,4 @@
-"""What the sections of the suite share: the pair at work on the rows, with everything it says kept on disk."""
+"""What the sections of the suite share: one pair's explanations and reconstructions of the rows, kept on disk."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from nlae_jax.roles.roundtrip import Explanations, RoundTrip
 from nlae_jax.runtime.files import AnyPath
 from nlae_jax.runtime.progress import warn
 
-RANKS = 12  # of the subject's next tokens that are looked at
-ONE_DOCUMENT = "eval: all activations are of one document; the controls of other documents are left out"
-_CONTEXTS = 8  # whose next tokens are asked for at once
+RANKS = 12  # so many of the subject's likeliest next tokens are kept for each row
+ONE_DOCUMENT = "eval: all activations are of one document; controls that need a second document are left out"
+_CONTEXTS = 8  # the subject reads so many contexts at once
 
 
 class Pairing(NamedTuple):
-    """A pair at work. `explain(vectors, seed)`; `identity` tells it, and how it is sampled, from any other."""
+    """An encoder and a decoder as the suite uses them.
+
+    `explain(vectors, seed)` samples explanations of vectors [M, d]. `reconstruct_ids(ids, length)` and
+    `reconstruct_texts(texts)` return reconstructions [M, d]. `subject()` loads the subject; `layer` is its block K.
+    `marker` is the character in the encoder's slot. Two pairs with the same `identity` have the same parameters and
+    prompts and sample in the same way.
+    """
 
     explain: Callable[[np.ndarray, int], Explanations]
     reconstruct_ids: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -50,7 +56,7 @@ def pairing_of(
     batch_size: int,
     max_new_tokens: int,
 ) -> Pairing:
-    """A trained pair as the suite uses it; its identity is that of its parameters and of how it is sampled."""
+    """Makes the `Pairing` of a trained pair. Explanations are sampled at `temperature`."""
     sums = parameter_sums((pair.encoder, pair.decoder))
     protocol = roles.encoder.protocol
     return Pairing(
@@ -67,10 +73,12 @@ def pairing_of(
 
 
 class Sizes(NamedTuple):
-    """How many rows the dearer figures are of, spread over documents.
+    """How many rows the expensive figures use. The rows are spread over documents.
 
-    `sampled` rows have several explanations each: `samples` of the activation, those of the tokens before it, and those
-    of vectors that say nothing. With 64 of them, a suite of 512 activations writes fewer than 2,000 explanations.
+    `text` rows have changed explanations and ranked next tokens, `suffix` rows the suffix test, `judged` rows a judge.
+    `sampled` rows have several explanations each: `samples` explanations of the activation, explanations of the tokens
+    before it, and explanations of the vectors of `reconstruction.uninformed`. With 64 sampled rows, a suite on 512
+    activations writes fewer than 2,000 explanations.
     """
 
     text: int = 128
@@ -81,7 +89,11 @@ class Sizes(NamedTuple):
 
 
 class Work:
-    """One pair on one set of rows: what the sections share, each thing made when first asked for and kept on disk."""
+    """One pair's work on one set of N rows. Each result is computed when it is first needed, and kept on disk.
+
+    `other` [N] gives every row a row of another document, for the control `permuted`. `variance` [N] is that of
+    `reconstruction.variances`. `mean` [d] is the mean direction of the activations.
+    """
 
     def __init__(
         self,
@@ -93,7 +105,7 @@ class Work:
         sizes: Sizes = Sizes(),
     ) -> None:
         self.pair, self.rows, self.seed, self.sizes = pair, rows, seed, sizes
-        self.explanations = 0  # how many have been written for what was asked so far, in earlier runs too
+        self.explanations = 0  # the explanations that the results so far needed, including those of earlier runs
         settings = [pair.identity, pair.batch_size, rows.digest(), seed]
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         self.kept = Kept(directory / "evaluation" / name)
@@ -105,13 +117,18 @@ class Work:
         self.mean = np.asarray(direction.unit_direction(rows.h), np.float64).mean(0)
 
     def _seed(self, name: str, start: int) -> int:
+        """Returns the sampling seed of the slice that begins at `start`. It does not depend on other slices."""
         digest = hashlib.sha256(f"{self.seed}:{name}:{start}".encode()).digest()
         return int.from_bytes(digest[:4], "little") >> 1
 
     def written(self, name: str, vectors: np.ndarray, of: Any = None, rebuild: bool = True) -> dict[str, Any]:
-        """Explanations of vectors [M, d], their lengths, and with `rebuild` what is rebuilt from their tokens.
+        """Explains vectors [M, d]. Returns columns with one entry for each vector.
 
-        `of`: what tells the vectors from others, where they are not those of all rows.
+        The columns are `texts` ('' if unreadable), `length` (tokens, 0 if unreadable), `truncated` (cut by the token
+        limit), `canonical` (the text is tokenised into the sampled tokens) and, with `rebuild`, `rebuilt` [M, d]
+        float32, the reconstructions from the tokens.
+
+        `name` names the work on disk. `of` identifies the vectors if they are not the activations of all rows.
         """
         self.explanations += len(vectors)
 
@@ -131,16 +148,19 @@ class Work:
         return self.kept.run(name, len(vectors), self.pair.batch_size, compute, of=of)
 
     def _is_canonical(self, ids: np.ndarray, length: int) -> bool:
-        """Whether the tokens are those that their own text is tokenised into."""
+        """Returns whether decoding the tokens and tokenising the text again gives the same tokens."""
         tokens = np.asarray(ids)[:length].tolist()
         text = self.pair.tokenizer.decode(tokens)
         return bool(self.pair.tokenizer.encode(text, add_special_tokens=False) == tokens)
 
     def rebuilt(self, name: str, texts: Sequence[str]) -> np.ndarray:
-        """[M, d] float32 of texts; equal ones are rebuilt once. Rows of blank texts are zero."""
-        different = sorted({one for one in texts if one.strip()}, key=lambda one: (len(one), one))
-        number = {one: index for index, one in enumerate(different)}
-        found = self.kept.run(
+        """Returns the reconstructions [M, d] float32 from M texts. The rows of blank texts are zero.
+
+        Equal texts are rebuilt once. Texts are sorted by length, so that batches need little padding.
+        """
+        different = sorted({text for text in texts if text.strip()}, key=lambda text: (len(text), text))
+        place = {text: index for index, text in enumerate(different)}
+        columns = self.kept.run(
             name,
             len(different),
             self.pair.batch_size,
@@ -149,89 +169,106 @@ class Work:
             of=different,
         )
         rebuilt = np.zeros((len(texts), self.rows.h.shape[1]), np.float32)
-        for row, one in enumerate(texts):
-            if one in number:
-                rebuilt[row] = found["rebuilt"][number[one]]
+        for row, text in enumerate(texts):
+            if text in place:
+                rebuilt[row] = columns["rebuilt"][place[text]]
         return rebuilt
 
     def rebuilt_pool(self, name: str, texts: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-        """The same of several lists at once: what stands in two of them is rebuilt once."""
-        found = self.rebuilt(name, [one for some in texts.values() for one in some])
-        ends = np.cumsum([len(some) for some in texts.values()])
-        return {key: found[end - len(some) : end] for (key, some), end in zip(texts.items(), ends, strict=True)}
+        """Calls `rebuilt` on several lists of texts together, so that texts of two lists are rebuilt once.
+
+        Returns the reconstructions of each list by its name.
+        """
+        rebuilt = self.rebuilt(name, [text for listed in texts.values() for text in listed])
+        ends = np.cumsum([len(listed) for listed in texts.values()])
+        return {key: rebuilt[end - len(listed) : end] for (key, listed), end in zip(texts.items(), ends, strict=True)}
 
     def others(self, rows: np.ndarray) -> np.ndarray:
-        """[M]: for each of some rows the place among them of the row that it is permuted with."""
+        """Returns [M]: for each of M rows, the index in `rows` of a row of another document (`data.mismatch`)."""
         return mismatched(self.rows.document[rows], self.seed)
 
     def mse_of(self, texts: Sequence[str], rebuilt: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """mse [N] of texts about some rows, and of each about a row of another document; NaN elsewhere."""
-        readable, h = np.array([bool(one.strip()) for one in texts], bool), self.rows.h[rows]
+        """Returns the direction mse of M texts about M rows, and of the same texts permuted: two arrays [N] float64.
+
+        `rebuilt` [M, d] are the reconstructions from the texts. Blank texts have an mse of 2. In the second array, each
+        activation meets the text of another document. Entries of other rows are NaN.
+        """
+        readable, h = np.array([bool(text.strip()) for text in texts], bool), self.rows.h[rows]
         other = self.others(rows)
-        own, wrong = direction_mse(rebuilt, h, readable), direction_mse(rebuilt[other], h, readable[other])
-        return self.full(own, rows), self.full(of_others(wrong, self.rows.document[rows], other), rows)
+        matched, permuted = direction_mse(rebuilt, h, readable), direction_mse(rebuilt[other], h, readable[other])
+        return self.full(matched, rows), self.full(of_others(permuted, self.rows.document[rows], other), rows)
 
     def permuted(self, values: np.ndarray) -> np.ndarray:
-        """Values [N, ...] of rows that met rows `other`, NaN where those are of the same document."""
+        """Returns `values` [N, ...] with NaN where the row in `other` is of the same document.
+
+        Use it for values that compare each row with the row in `other`.
+        """
         return of_others(values, self.rows.document, self.other)
 
     def full(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Values of some rows as those of all, NaN elsewhere."""
+        """Returns [N, ...]: the `values` [M, ...] at M rows, and NaN at all other rows."""
         full = np.full((len(self.rows.h), *values.shape[1:]), np.nan)
         full[rows] = values
         return full
 
     def some(self, count: int, among: np.ndarray | None = None) -> np.ndarray:
-        """At most `count` rows, spread over documents; of those in `among` alone, if it is given."""
+        """Returns at most `count` row numbers, spread over documents. `among` are the rows that may be drawn."""
         return spread(self.rows.document, count, self.seed, among)
 
     def with_variance(self, mse: np.ndarray) -> np.ndarray:
-        """[N] as the columns [N, 2] that `estimate.fve_of` and `share_of` take."""
+        """Returns the columns [N, 2] of an mse [N] and the variance, as `estimate.fve_of` and `share_of` need them."""
         return np.stack([mse, self.variance], axis=-1)
 
     @cached_property
     def main(self) -> dict[str, Any]:
-        """One explanation of every activation."""
+        """One explanation of every activation: the columns of `written`."""
         return self.written("explanations", self.rows.h)
 
     @cached_property
     def texts(self) -> list[str]:
+        """The N explanations of `main`; unreadable ones are ''."""
         texts: list[str] = self.main["texts"]
         return texts
 
     @cached_property
     def readable(self) -> np.ndarray:
+        """[N] bool: whether each explanation of `main` could be read."""
         return np.asarray(self.main["length"] > 0)
 
     @cached_property
     def mse(self) -> np.ndarray:
+        """[N] float64: the direction mse of each explanation of `main`."""
         return direction_mse(self.main["rebuilt"], self.rows.h, self.readable)
 
     @cached_property
     def mse_permuted(self) -> np.ndarray:
+        """[N] float64: the direction mse of each activation with the explanation of another document."""
         return self.permuted(direction_mse(self.main["rebuilt"][self.other], self.rows.h, self.readable[self.other]))
 
     @cached_property
     def has_context(self) -> np.ndarray:
-        """Rows whose text is known."""
+        """The numbers of the rows whose text is known."""
         return np.flatnonzero([len(ids) > 1 for ids in self.rows.context_ids])
 
     @property
     def has_gold(self) -> bool:
-        """Whether any row has a description by a model that saw the text."""
+        """Whether any row has a description that was written from the text itself."""
         return any(self.rows.gold)
 
     @cached_property
     def gold(self) -> np.ndarray | None:
-        """What descriptions give [N, d], NaN without one; None where no row has one."""
+        """The reconstructions from descriptions [N, d]. Rows without a description are NaN. None if no row has one."""
         if not self.has_gold:
             return None
         rebuilt = self.rebuilt("gold", self.rows.gold)
-        return np.where(np.array([bool(one) for one in self.rows.gold])[:, None], rebuilt, np.nan)
+        return np.where(np.array([bool(text) for text in self.rows.gold])[:, None], rebuilt, np.nan)
 
     @cached_property
     def sampled(self) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
-        """Rows, and several explanations of each: texts [n][S] and what is rebuilt [n, S, d], zero of blank ones."""
+        """The numbers of n sampled rows, S explanations of each (texts [n][S]), and their reconstructions [n, S, d].
+
+        The reconstructions of unreadable explanations are zero.
+        """
         rows, count = self.some(self.sizes.sampled), self.sizes.samples
         written = self.written("samples", np.repeat(self.rows.h[rows], count, axis=0), [rows.tolist(), count])
         texts = [written["texts"][i * count : (i + 1) * count] for i in range(len(rows))]
@@ -240,13 +277,14 @@ class Work:
 
     @cached_property
     def ranked(self) -> dict[int, list[str]]:
-        """By row the subject's likeliest next tokens, of some rows."""
+        """The subject's `RANKS` likeliest next tokens of at most `sizes.text` rows, by row number, likeliest first."""
         rows = self.some(self.sizes.text, self.has_context)
 
         def compute(part: slice) -> dict[str, Any]:
-            some = rows[part]
-            filled = [self.rows.context_ids[row] for row in [*some, *some[:1].repeat(_CONTEXTS - len(some))]]
-            return {"ranked": likeliest(self.pair.subject(), filled, RANKS)[: len(some)]}
+            batch = rows[part]
+            # The last batch is filled up with copies of its first row, so that only one shape is compiled.
+            filled = [self.rows.context_ids[row] for row in [*batch, *batch[:1].repeat(_CONTEXTS - len(batch))]]
+            return {"ranked": likeliest(self.pair.subject(), filled, RANKS)[: len(batch)]}
 
-        found = self.kept.run("next_tokens", len(rows), _CONTEXTS, compute, of=rows)
-        return dict(zip(rows.tolist(), found.get("ranked", []), strict=True))
+        columns = self.kept.run("next_tokens", len(rows), _CONTEXTS, compute, of=rows)
+        return dict(zip(rows.tolist(), columns.get("ranked", []), strict=True))

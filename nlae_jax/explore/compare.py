@@ -17,11 +17,11 @@ from nlae_jax.explore.select import picks_of
 from nlae_jax.runtime.errors import UserError
 
 LAYERS_DIFFER = (
-    "the pairs read different blocks: what one says and the other does not is no change from block to block; "
-    "differences of blocks do not verbalise"
+    "the pairs read different blocks: a difference between two explanations does not show what changes from one block "
+    "to the other"
 )
-BASES_DIFFER = "the pairs rebuild activations of different models: their reconstructions have no cosine"
-SUBJECTS_DIFFER = "the pairs read different models: scores are of each one's own activations"
+BASES_DIFFER = "the pairs rebuild activations of different models, so a cosine of their reconstructions has no meaning"
+SUBJECTS_DIFFER = "the pairs read different models, so each pair is scored on activations of its own model"
 
 
 @dataclasses.dataclass(frozen=True)

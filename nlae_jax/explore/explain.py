@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
-from nlae_jax.evaluate.health import has_repeated_item, has_repeated_sentence, words
+from nlae_jax.evaluate.wording import has_repeated_item, has_repeated_sentence, words
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage, Token

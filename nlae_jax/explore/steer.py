@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nlae_jax.evaluate.health import words
+from nlae_jax.evaluate.wording import words
 from nlae_jax.explore.directions import unit
 from nlae_jax.explore.explainer import Explainer, check_temperature
 from nlae_jax.explore.frames import frame
@@ -81,14 +81,14 @@ class Outcome:
 class SteerReport:
     """The continuations without and with the edit, and with random directions.
 
-    `original` has one line for each original explanation. `best_alpha` is the α at which the edit has most hits.
+    `originals` are the explanations before the edit. `best_alpha` is the α at which the edit has most hits.
     `beats_controls` says whether it has more hits there than every random direction at the same α. Both are None
     without a pattern.
     """
 
     text: str
     at: tuple[int, ...]
-    original: str
+    originals: tuple[str, ...]
     edited: str
     pattern: str
     layer: int
@@ -178,7 +178,7 @@ def steer(
     at = sorted(set(positions))
     if original is None:
         ((original, _),) = nla.write(h_TxD[at].mean(0, keepdims=True))
-    originals = [original] if isinstance(original, str) else list(original)
+    originals = (original,) if isinstance(original, str) else tuple(original)
     *before_NxD, after = (unit(row) for row in np.asarray(nla.rebuild([*originals, edited]), np.float64))
     delta = after - np.mean(before_NxD, axis=0)
     if not np.linalg.norm(delta) > 1e-6:
@@ -209,7 +209,7 @@ def steer(
     return SteerReport(
         text=passage.shown(),
         at=tuple(at),
-        original="\n".join(originals),
+        originals=originals,
         edited=edited,
         pattern=pattern.pattern if pattern is not None else "",
         layer=nla.layer,

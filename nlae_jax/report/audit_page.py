@@ -100,7 +100,8 @@ def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
     at = report["at"]
     return {
         "at": f"token {at[0]}" if len(at) == 1 else f"tokens {at[0]} to {at[-1]}",
-        **{name: _line(report[name]) for name in ("text", "original", "edited", "pattern")},
+        **{name: _line(report[name]) for name in ("text", "edited", "pattern")},
+        "originals": [_line(original) for original in report["originals"]],
         "count": len(report["before"]["continuations"]),
         "verdict": steer_verdict(report),
         "outcomes": _outcomes(report),
@@ -109,7 +110,9 @@ def _steered(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def steer_tables(report: Mapping[str, Any]) -> list[Any]:
     """Makes a steering report for a terminal."""
-    head = Text.assemble(("before: ", "dim"), _line(report["original"]), "\n")
+    head = Text()
+    for original in report["originals"]:
+        head.append_text(Text.assemble(("before: ", "dim"), _line(original), "\n"))
     head.append_text(Text.assemble(("edited: ", "dim"), _line(report["edited"]), "\n"))
     head.append(steer_verdict(report))
     table = _table(("added", 0), ("α", 0), ("hits", 0), ("NLL", 0), ("distinct-2", 0), ("a continuation", 1))
@@ -124,14 +127,14 @@ def steer_tables(report: Mapping[str, Any]) -> list[Any]:
 
 
 def audit_lead(report: Mapping[str, Any]) -> list[str]:
-    """Returns sentences that compare the explanations with those of the placebos."""
+    """Returns sentences that compare the explanations with the placebos."""
     placebos = report["unsaid_placebos"]
     unsaid = 100 * report["unsaid_share"]
     share = f"{unsaid:.0f} % of an explanation's content words are not in the text up to its token"
     if not placebos:
-        return [f"{share}. Without a placebo that says little: run it with one."]
+        return [f"{share}. Run the audit with a placebo to judge this share."]
     beside = ", ".join(f"{name} {100 * value:.0f} %" for name, value in placebos.items())
-    lines = [f"{share}; of placebos {beside}. What is not below those is not read off the activations."]
+    lines = [f"{share}; of placebos {beside}. Unless it is below the placebos, words do not come from the activations."]
     for term in report["terms"]:
         others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in term["placebos"].items())
         lines.append(f"“{printable(term['term'])}”: {100 * term['share']:.1f} % of explanations; placebos {others}.")
@@ -208,7 +211,7 @@ def audit_tables(report: Mapping[str, Any]) -> list[Any]:
         unsaid = f"{term['unsaid']} of them where the text does not have it so far"
         parts += [Text(f"{printable(term['term'])}: {term['hits']} of {term['count']}, {unsaid}"), table]
     words = ", ".join(f"{printable(word['word'])} {word['explanations']}" for word in report["recurring"][:15])
-    return [*parts, Text(f"explanations say, texts do not: {words or 'nothing'}")]
+    return [*parts, Text(f"words of explanations that are not in the texts: {words or 'none'}")]
 
 
 def places_table(places: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page about a run, made from the files of its workdir.
 
 Text in it comes from a corpus and from a model, so everything is escaped, and the page's own policy forbids
-scripts and the network. What a workdir does not hold yet is shown as not there yet.
+scripts and the network. Files that the workdir does not have yet are shown as not there yet.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Variance explained", ("fve", "fve_meannorm"), "of the batch, by both definitions"),
+    Panel("Variance explained", ("fve", "fve_meannorm"), "of the batch, by its two definitions"),
     Panel("Reward", ("reward_mean",), "mean over the batch"),
     Panel("Spread of the reward", ("reward_std",), "standard deviation"),
     Panel("Loss", ("loss",), "what the stage minimises"),
@@ -65,25 +65,25 @@ PANELS = (
     Panel("Closed and cut", ("extraction_rate", "truncated_rate"), "share of the explanations"),
     Panel("Repetition", ("repeated_item_rate", "repeated_sentence_rate"), "share of the explanations"),
     Panel("Different from each other", ("distinct_explanations", "distinct_2"), "explanations; pairs of their words"),
-    Panel("Changed", ("changed_words", "changed_candidates"), "against the previous activation's explanation"),
+    Panel("Changed", ("changed_words", "changed_candidates"), "share that the previous explanation does not have"),
     Panel("Strange characters", ("marker_rate", "cjk_rate"), "share of the explanations"),
     Panel("Gradient norms", ("grad_norm_encoder", "grad_norm_decoder"), "before clipping", log=True),
-    Panel("Log-probability gap", ("logp_gap",), "sampler against trainer"),
-    Panel("Without signal", ("zero_variance_groups", "skipped_updates"), "groups of equal reward; updates not finite"),
+    Panel("Log-probability gap", ("logp_gap",), "mean difference between sampler and trainer, in nats"),
+    Panel("Without signal", ("zero_variance_groups", "skipped_updates"), "groups with equal rewards; skipped updates"),
     Panel("Seconds per step", ("step_seconds",), "wall time", log=True),
     Panel("Tokens per second", ("tokens_per_second",), "wall time"),
 )
 
 CARDS = (
-    ("Variance explained", "fve", "What the words carry of the differences between activations; 1 is perfect."),
-    ("Before RL", "fve_before_rl", "The same measure for the warm-started pair."),
-    ("Gained by RL", "fve_gain", "After minus before, paired over documents."),
-    ("Shuffled", "fve_shuffled", "Each explanation scored against another activation: 0 or below is right."),
-    ("Through text", "fve_text", "Explanations turned into strings and tokenised again, as a reader gets them."),
-    ("Gold text", "fve_gold", "The decoder on the warm-start descriptions, whose writer saw the text."),
-    ("Other definition", "fve_meannorm", "fve_meannorm, always the higher one; never compare it with the first."),
-    ("Cosine", "cos", "The mean. All activations share a direction, so a high cosine alone says little."),
-    ("Activations", "num_activations", "Held out by document: nothing was trained on them."),
+    ("Variance explained", "fve", "How much of the activations' differences explanations carry; 1 is perfect."),
+    ("Before RL", "fve_before_rl", "fve of the warm-started pair, before RL."),
+    ("Gained by RL", "fve_gain", "fve after RL minus fve before RL, on the same activations."),
+    ("Shuffled", "fve_shuffled", "fve with explanations of other documents. It should be 0 or lower."),
+    ("Through text", "fve_text", "fve if the decoder reads explanations as text that is tokenised again."),
+    ("Gold text", "fve_gold", "fve of the warm-start descriptions, which were written from the text itself."),
+    ("Other definition", "fve_meannorm", "fve_meannorm. It is always higher than fve; never compare the two."),
+    ("Cosine", "cos", "The mean. Activations share a direction, so it is high even for bad explanations."),
+    ("Activations", "num_activations", "From held-out documents, which nothing was trained on."),
 )
 
 # Geometry of a chart, in its own units; the page scales it to its column.
@@ -150,7 +150,7 @@ def _curve(line: Sequence[Point], place: Callable[[Point], Point], index: int, l
         return "".join('<circle class="c{}" cx="{}" cy="{}" r="3"/>'.format(index, *place(point)) for point in line)
     drawn = [(thinned(line), "raw" if len(line) >= 40 else "line")]
     if len(line) >= 40:
-        # On a log scale the logarithms are averaged, because their distances are those that one sees.
+        # On a log scale the logarithms are averaged, because the chart shows distances of logarithms.
         logs = smoothed([(x, math.log10(y)) for x, y in line]) if log else []
         drawn.append((thinned([(x, 10**y) for x, y in logs] if log else smoothed(line)), "line"))
     return "".join(
@@ -207,7 +207,7 @@ def _interval_text(interval: tuple[float, float] | None) -> str:
 
 
 def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
-    """Makes the headline numbers, each with a line that says what it means."""
+    """Makes a card for each headline number, with a sentence that explains the number."""
     over = _interval(evaluation, "fve_gain_ci95")
     doubt = "; it contains 0, so RL may have added nothing" if over is not None and over[0] <= 0 <= over[1] else ""
     beside = {
@@ -215,7 +215,7 @@ def _cards(evaluation: Mapping[str, Any], is_run: bool) -> str:
         "fve_gain": _interval_text(over) + doubt,
         "num_activations": f"from {number(evaluation.get('num_documents'))} documents",
     }
-    notes = {} if is_run else {"num_activations": "Of what was read; the pair may have been trained on it."}
+    notes = {} if is_run else {"num_activations": "From the given input; the pair may have been trained on it."}
     return "".join(
         f'<div class="card"><h4>{title}</h4><b class="value">{number(evaluation.get(key))}</b>'
         f'<span class="sub">{beside.get(key, "")}</span><p>{notes.get(key, note)}</p></div>'
@@ -247,7 +247,7 @@ def _headline(evaluation: Mapping[str, Any] | None, is_run: bool) -> str:
     table = html_values(without_suite(evaluation), {})
     everything = f"<details><summary>Everything in eval.json</summary>{table}</details>"
     which = "held-out activations" if is_run else "the activations that were read"
-    note = f'<p class="note">fve on {which}: 0 is the mean prediction, 1 is perfect.</p>'
+    note = f'<p class="note">fve on {which}: 0 is as good as predicting the mean, 1 is perfect.</p>'
     cards = f'<div class="cards">{_cards(evaluation, is_run)}</div>'
     return f"{note}{_ruler(evaluation)}{cards}{html_health(evaluation)}{everything}"
 
@@ -296,8 +296,8 @@ def _tame(value: Any, depth: int = 12) -> Any:
 def write_report(workdir: str | os.PathLike[str]) -> AnyPath:
     """Writes `workdir/report.html` from its config, metrics, evaluation and held-out samples; returns its path.
 
-    The file is replaced in one move. Missing inputs are shown as not there yet; damaged ones raise UserError. A
-    directory that holds the suite's figures of a pair and no run has the figures alone.
+    The file is replaced in one move. Missing inputs are shown as not there yet. If the directory holds figures of the
+    suite but no run, the page shows only the figures. Raises UserError for a damaged input.
     """
     workdir = workdir_path(workdir)
     if not workdir.is_dir():

@@ -15,7 +15,7 @@ from nlae_jax.report.table import html_text, is_shown, number, printable
 
 
 def without_suite(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the numbers of eval.json that the run's own evaluation wrote, without the suite's."""
+    """Returns the numbers of eval.json that the run's stage eval wrote, without the suite's figures."""
     return {name: value for name, value in evaluation.items() if name not in (*SECTIONS, "suite")}
 
 
@@ -27,17 +27,21 @@ def _entry(evaluation: Mapping[str, Any], figure: Figure) -> dict[str, Any]:
 
 
 def _named(entry: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """Returns those of a figure's `controls` or `parts` that are numbers, in the order of `_place`.
+    """Returns a figure's `controls` or `parts` whose value can be shown, in the order of `_place`.
 
-    In the file they are in the order of the alphabet.
+    The file has them in alphabetical order.
     """
-    found = entry.get(kind)
-    found = found if isinstance(found, dict) else {}
-    shown = {name: of for name, of in found.items() if isinstance(of, dict) and is_shown(of.get("value"))}
+    entries = entry.get(kind)
+    entries = entries if isinstance(entries, dict) else {}
+    shown = {
+        name: estimate
+        for name, estimate in entries.items()
+        if isinstance(estimate, dict) and is_shown(estimate.get("value"))
+    }
     return {name: shown[name] for name in sorted(shown, key=_place)}
 
 
-# Controls as the table of figures names them.
+# All controls, in the order of the table of figures.
 _CONTROLS = tuple(dict.fromkeys(control for figure in FIGURES for control in figure.controls))
 
 
@@ -48,8 +52,15 @@ def _place(name: str) -> tuple[int, int]:
     return (1, int(name)) if name.isdecimal() and len(name) < 10 else (2, 0)
 
 
-def _with_interval(of: Mapping[str, Any], digits: int = 3) -> str:
-    return f"{number(of.get('value'), digits)} {interval_text(interval_of(of.get('ci95')), digits)}".rstrip()
+def _with_interval(estimate: Mapping[str, Any], digits: int = 3) -> str:
+    return (
+        f"{number(estimate.get('value'), digits)} {interval_text(interval_of(estimate.get('ci95')), digits)}".rstrip()
+    )
+
+
+def _values(entry: Mapping[str, Any]) -> str:
+    """Returns the values of the controls of a figure or of a part, without intervals, as text."""
+    return ", ".join(f"{name} {number(control['value'])}" for name, control in _named(entry, "controls").items())
 
 
 def suite_table(evaluation: Mapping[str, Any]) -> Table:
@@ -58,21 +69,23 @@ def suite_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("figure", overflow="fold", ratio=3)
     table.add_column("value and 95 % interval", overflow="fold", ratio=3)
     table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("beside it", overflow="fold", ratio=4)
+    table.add_column("controls", overflow="fold", ratio=4)
     for figure in FIGURES:
         if not (entry := _entry(evaluation, figure)):
             continue
-        beside = ", ".join(f"{name} {number(of['value'])}" for name, of in _named(entry, "controls").items())
         value, count = _with_interval(entry) if "value" in entry else "", number(entry.get("n"))
-        table.add_row(Text(f"{figure.section}: {figure.key}"), value, count if value else "", beside)
-        for name, of in _named(entry, "parts").items():
-            beside = ", ".join(f"{name} {number(other['value'])}" for name, other in _named(of, "controls").items())
-            table.add_row(Text(f"    {printable(name)}"), _with_interval(of), number(of.get("n")), beside)
+        table.add_row(Text(f"{figure.section}: {figure.key}"), value, count if value else "", _values(entry))
+        for name, part in _named(entry, "parts").items():
+            table.add_row(Text(f"    {printable(name)}"), _with_interval(part), number(part.get("n")), _values(part))
     return table
 
 
 class _Chart(NamedTuple):
-    """A chart of one figure. `says` tells what it shows and what it does not show; `label` formats a part's name."""
+    """A chart of one figure.
+
+    `marks` makes its marks from the figure's entry in eval.json and from `label`, which formats the name of a part.
+    `says` tells the reader what the chart shows and what it does not show.
+    """
 
     title: str
     section: str
@@ -83,35 +96,36 @@ class _Chart(NamedTuple):
     ends: tuple[float, float] = (0.0, 1.0)
 
 
-def _mark(name: str, of: Mapping[str, Any], kind: str = "", control: float | None = None) -> Mark:
-    return Mark(name, float(of["value"]), interval_of(of.get("ci95")), kind, control)
+def _mark(name: str, estimate: Mapping[str, Any], kind: str = "", control: float | None = None) -> Mark:
+    return Mark(name, float(estimate["value"]), interval_of(estimate.get("ci95")), kind, control)
 
 
 def _beside(entry: Mapping[str, Any], label: str) -> list[Mark]:
     """Returns the marks of the figure and of its controls."""
-    own = [_mark("explanations", entry, "main")] if is_shown(entry.get("value")) else []
-    return own + [_mark(_WORDS.get(name, name.replace("_", " ")), of) for name, of in _named(entry, "controls").items()]
+    explanations = [_mark("explanations", entry, "main")] if is_shown(entry.get("value")) else []
+    controls = _named(entry, "controls").items()
+    return explanations + [_mark(_WORDS.get(name, name.replace("_", " ")), control) for name, control in controls]
 
 
 def _divided(entry: Mapping[str, Any], label: str) -> list[Mark]:
     """Returns the marks of the figure's parts, each with the control of another document's explanation."""
     marks = []
-    for name, of in _named(entry, "parts").items():
-        control = _named(of, "controls").get("permuted")
+    for name, part in _named(entry, "parts").items():
+        control = _named(part, "controls").get("permuted")
         shown = label.format(name) if name.isdigit() else name
-        marks.append(_mark(shown, of, "part", None if control is None else float(control["value"])))
+        marks.append(_mark(shown, part, "part", None if control is None else float(control["value"])))
     return marks
 
 
 def _commonest(entry: Mapping[str, Any], label: str) -> list[Mark]:
     """Returns the marks of the figure's parts, with the part of the most activations first."""
     parts = _named(entry, "parts")
-    counts = {name: of["n"] if is_shown(of.get("n")) else 0 for name, of in parts.items()}
+    counts = {name: part["n"] if is_shown(part.get("n")) else 0 for name, part in parts.items()}
     ordered = sorted(parts, key=lambda name: -counts[name])
     return [mark for name in ordered for mark in _divided({"parts": {name: parts[name]}}, label)]
 
 
-# The names of controls in charts.
+# The charts show these words in the place of the names of controls.
 _WORDS = {"permuted": "of other texts", "isotropic": "random error", "gold": "gold text", "true": "the activation"}
 _RINGS = "Rings: explanations of other texts."
 
@@ -122,16 +136,16 @@ _CHARTS = (
         "reconstruction",
         "fve",
         _beside,
-        "Explanations of the right activation should stand far above those of other texts and of vectors that say "
-        "nothing; whether they carry it as words or as a code, this does not show.",
+        "Explanations should have a much higher FVE than explanations of other texts and of vectors without "
+        "information. The chart does not show whether they carry the activation as words or as a code.",
     ),
     _Chart(
         "By sentence",
         "text",
         "marginal_fve",
         _divided,
-        "What each sentence adds to those before it; the sum is the FVE of the whole, and a sentence that adds nothing "
-        "may still be true.",
+        "How much FVE each sentence adds to the sentences before it. The sum is the FVE of the whole explanation. A "
+        "sentence that adds nothing may still be true.",
         "sentence {}",
     ),
     _Chart(
@@ -139,8 +153,8 @@ _CHARTS = (
         "text",
         "fve_tokens",
         _divided,
-        "FVE of the first tokens alone; the decoder was trained on whole explanations, so a cut one may be worth less "
-        "than its words.",
+        "FVE of only the first tokens of an explanation. The decoder was trained on whole explanations, so it may read "
+        "a cut explanation badly although the words carry the information.",
         "{} tokens",
     ),
     _Chart(
@@ -148,23 +162,24 @@ _CHARTS = (
         "meaning",
         "loss_recovered",
         _beside,
-        "Share of the loss on the next token that is won back where the reconstruction stands for the activation: 0 is "
-        "the mean vector, 1 the activation; what matters only later it does not show.",
+        "Share of the loss on the next token that the model wins back if the reconstruction takes the activation's "
+        "place. 0 is as bad as the mean vector, 1 is as good as the activation. The chart does not show effects on "
+        "later tokens.",
     ),
     _Chart(
         "By kind of text",
         "reconstruction",
         "fve_by_domain",
         _commonest,
-        "FVE by kind of text, against the variance of that kind; kinds that were not read it says nothing about.",
+        "FVE by kind of text, relative to the variance of this kind. The chart says nothing about other kinds of text.",
     ),
     _Chart(
         "By kind of token",
         "reconstruction",
         "fve_by_token",
         _commonest,
-        "FVE by what the activation's token is; a higher one may be of activations that are easier to say, rather than "
-        "of words that say more.",
+        "FVE by the kind of the activation's token. A higher FVE may mean that these activations are easier to "
+        "explain, and not that their explanations are better.",
     ),
 )
 
@@ -185,23 +200,23 @@ def html_suite(evaluation: Mapping[str, Any]) -> str:
     for figure in FIGURES:
         if entry := _entry(evaluation, figure):
             rows.append(_html_row(figure, entry))
-    head = "<thead><tr><th>figure</th><th>value and 95 % interval</th><th>n</th><th>beside it</th></tr></thead>"
+    head = "<thead><tr><th>figure</th><th>value and 95 % interval</th><th>n</th><th>controls</th></tr></thead>"
     table = f'<table class="health">{head}<tbody>{"".join(rows)}</tbody></table>'
-    every = f"<details><summary>Every figure, with what it is</summary>{table}</details>"
+    every = f"<details><summary>All figures with their meanings</summary>{table}</details>"
     return f"<section><h2>Is it true?</h2>{''.join(charts)}{every}</section>"
 
 
 def _html_row(figure: Figure, entry: Mapping[str, Any]) -> str:
     parts = _named(entry, "parts")
-    own = [_with_interval(entry)] if "value" in entry else []
-    own += [f"{html_text(name)}: {_with_interval(of)}" for name, of in parts.items()]
-    beside = [f"{html_text(name)}: {_with_interval(of)}" for name, of in _named(entry, "controls").items()]
-    for part, of in parts.items():
-        found = _named(of, "controls").items()
-        beside += [f"{html_text(part)}, {html_text(name)}: {_with_interval(other)}" for name, other in found]
-    counts = [int(of["n"]) for of in (entry, *parts.values()) if is_shown(of.get("n"))]
+    values = [_with_interval(entry)] if "value" in entry else []
+    values += [f"{html_text(name)}: {_with_interval(part)}" for name, part in parts.items()]
+    controls = [f"{html_text(name)}: {_with_interval(item)}" for name, item in _named(entry, "controls").items()]
+    for part, estimate in parts.items():
+        of_part = _named(estimate, "controls").items()
+        controls += [f"{html_text(part)}, {html_text(name)}: {_with_interval(item)}" for name, item in of_part]
+    counts = [int(item["n"]) for item in (entry, *parts.values()) if is_shown(item.get("n"))]
     count = "–" if not counts else " to ".join(dict.fromkeys(number(end) for end in (min(counts), max(counts))))
     return (
-        f"<tr><td><code>{figure.key}</code> {html_text(figure.meaning)}</td><td>{'<br>'.join(own)}</td>"
-        f"<td>{count}</td><td>{'<br>'.join(beside) or '–'}</td></tr>"
+        f"<tr><td><code>{figure.key}</code> {html_text(figure.meaning)}</td><td>{'<br>'.join(values)}</td>"
+        f"<td>{count}</td><td>{'<br>'.join(controls) or '–'}</td></tr>"
     )

@@ -100,7 +100,7 @@ def _explanation_cell(row: Mapping[str, Any]) -> Text:
 def held_out_table(rows: Sequence[Mapping[str, Any]], limit: int) -> Table:
     """Makes a table of the first `limit` held-out samples, for a terminal.
 
-    `rows` are those of `samples/held_out.jsonl`. A line shows the end of the context with the read token in «», the
+    `rows` are the rows of `samples/held_out.jsonl`. A line shows the end of the context with the read token in «», the
     explanation and its scores. Samples are taken in order, because a choice by score would flatter. The table fits 80
     columns and can be read without colour.
     """
@@ -122,11 +122,11 @@ def remarks(row: Mapping[str, Any]) -> list[str]:
     """Returns warnings about an explained token, such as a cut explanation. `row` is one of `NLA.explain_text`."""
     warnings = []
     if row.get("position") == 0:
-        warnings.append("position 0 is an attention sink: its activation holds nothing of the text")
+        warnings.append("position 0 is an attention sink: its activation carries nothing of the text")
     elif row.get("outside") == "position 0":
-        warnings.append("position 0 is in the span: an attention sink, whose length drowns the rest")
+        warnings.append("the span has position 0, an attention sink, whose large norm dominates the mean")
     elif row.get("outside"):
-        warnings.append("the activation's length is unusual: the pair was not trained on such")
+        warnings.append("the activation's norm is unusual: the pair was not trained on such activations")
     if row.get("cut"):
         warnings.append("cut at the limit")
     if row.get("repeated"):
@@ -154,7 +154,7 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
         place = f"{row['span'][0]}–{row['span'][1]}" if row.get("span") else row.get("position")
         scores = number(row["cos"]), number(row["mse"]), number(row.get("relative_mse"), 2)
         table.add_row("–" if place is None else str(place), Text(token.strip(), "bold"), cell, *scores)
-    table.caption = "rel.: mse / the data's variance; 0 is perfect, 1 no better than the mean"
+    table.caption = "rel.: mse / variance of the data; 0 is perfect, 1 is no better than the mean"
     table.caption_justify = "left"
     return table
 
@@ -208,7 +208,7 @@ def html_samples(rows: Sequence[Mapping[str, Any]], name: object) -> str:
         return f'<p class="absent">Not there yet: {html_text(name)}.</p>'
     shown = rows[:HTML_ROWS]
     unclosed = sum(not row.get("closed", True) for row in shown)
-    note = f"The first {len(shown):,} of {len(rows):,}, in the order of the file: none is picked."
+    note = f"The first {len(shown):,} of {len(rows):,}, in the order of the file, not chosen by score."
     note += f" {unclosed:,} of them were not closed." if unclosed else ""
     first, rest = _html_table(shown[:HTML_OPEN_ROWS]), shown[HTML_OPEN_ROWS:]
     more = f"<details><summary>{len(rest):,} more</summary>{_html_table(rest)}</details>" if rest else ""
@@ -246,7 +246,7 @@ def html_health(evaluation: Mapping[str, Any]) -> str:
             f"<td>{number(evaluation[measure.key])}</td><td>{measure.bound or '–'}</td></tr>"
         )
     note = f"Bounds crossed: {crossed}." if crossed else "No bound is crossed."
-    note += " FVE may rise while explanations repeat themselves or all become one: read both."
+    note += " FVE can rise while explanations repeat themselves or all become the same, so look at both."
     head = "<thead><tr><th>measure</th><th>value</th><th>should be</th></tr></thead>"
     table = f'<table class="health">{head}<tbody>{"".join(lines)}</tbody></table>'
     return f'<h3>Health of the explanations</h3><p class="note">{note}</p>{table}'

@@ -1,6 +1,7 @@
-"""Last stage: reinforcement learning on broad text. The carried pair has had 45 of these steps.
+"""Fifth stage: reinforcement learning on broad text. The carried pair has had 45 of these steps.
 
 nlae train --config experiments/smollm2/pair/rl.py --workdir runs/pair/rl
+nlae export --workdir runs/pair/rl --out runs/pair/after_rl --adapters --dtype bfloat16
 """
 
 from ml_collections import ConfigDict

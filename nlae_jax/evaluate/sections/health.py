@@ -1,4 +1,4 @@
-"""Section `health`: whether explanations are still prose about their own activation."""
+"""Section `health`: measures whether explanations are still prose about their own activation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.evaluate.estimate import first, jackknifed
-from nlae_jax.evaluate.health import has_cjk, has_repeated_item, has_repeated_sentence, has_repetition, health
+from nlae_jax.evaluate.health import health
+from nlae_jax.evaluate.wording import has_cjk, has_repeated_item, has_repeated_sentence, has_repetition
 from nlae_jax.evaluate.work import Work
 
+# The measures of `health.health` that compare explanations with each other.
 _OF_MANY = ("distinct_explanations", "distinct_1", "distinct_2", "distinct_3", "changed_words", "changed_candidates")
 
 
 def measure(work: Work) -> None:
-    """Shares of the explanations, how different they are from each other, and the same of descriptions."""
+    """Adds the section's figures to the ledger: shares of explanations, and how different explanations are."""
     put, length = work.ledger.put, work.main["length"].astype(np.float64)
     put("health", "extraction_rate", work.readable.astype(np.float64))
     put("health", "truncated_rate", work.main["truncated"].astype(np.float64))
-    beside = {"gold": _lengths(work, work.rows.gold)} if work.has_gold else {}
-    put("health", "explanation_tokens", np.where(work.readable, length, np.nan), first, beside)
+    controls = {"gold": _lengths(work, work.rows.gold)} if work.has_gold else {}
+    put("health", "explanation_tokens", np.where(work.readable, length, np.nan), first, controls)
     put("health", "noncanonical_rate", np.where(work.readable, ~work.main["canonical"].astype(bool), np.nan))
     shares: dict[str, Callable[[str], bool]] = {
         "repeated_rate": has_repetition,
@@ -30,27 +32,27 @@ def measure(work: Work) -> None:
         "cjk_rate": has_cjk,
     }
     for key, has in shares.items():
-        beside = {"contexts": _share(has, work.rows.contexts)} if key == "cjk_rate" else {}
-        beside |= {"gold": _share(has, work.rows.gold)} if work.has_gold else {}
-        put("health", key, _share(has, work.texts), first, beside)
+        controls = {"contexts": _share(has, work.rows.contexts)} if key == "cjk_rate" else {}
+        controls |= {"gold": _share(has, work.rows.gold)} if work.has_gold else {}
+        put("health", key, _share(has, work.texts), first, controls)
     for key in _OF_MANY:
-        # The fewer texts, the more they differ: descriptions of some rows would not be comparable.
-        controls = {"gold": _variety(work, key, work.rows.gold)} if all(work.rows.gold) else {}
-        work.ledger.put_result("health", key, _variety(work, key, work.texts), controls)
+        # Fewer texts have fewer repetitions, so descriptions are compared only if every row has one.
+        gold = {"gold": _variety(work, key, work.rows.gold)} if all(work.rows.gold) else {}
+        work.ledger.put_result("health", key, _variety(work, key, work.texts), gold)
 
 
 def _share(has: Callable[[str], bool], texts: Sequence[str]) -> np.ndarray:
-    """[N]: 1 or 0 of every text, NaN of a blank one."""
+    """Returns [N]: 1 if `has(text)`, else 0, and NaN for an empty text."""
     return np.array([float(has(text)) if text else np.nan for text in texts])
 
 
 def _lengths(work: Work, texts: Sequence[str]) -> np.ndarray:
-    """[N]: tokens of every text, NaN of a blank one."""
+    """Returns [N]: the number of tokens of every text, and NaN for an empty text."""
     encode = work.pair.tokenizer.encode
     return np.array([len(encode(text, add_special_tokens=False)) if text else np.nan for text in texts])
 
 
 def _variety(work: Work, key: str, texts: Sequence[str]) -> dict[str, Any]:
-    """One of `_OF_MANY`, all of which are shares."""
+    """Returns the measure `key` of the texts with its interval. All measures of `_OF_MANY` are shares."""
     statistic = lambda rows: health([texts[row] for row in rows], work.pair.marker).get(key)  # noqa: E731
     return jackknifed(statistic, work.rows.document, limits=(0.0, 1.0))

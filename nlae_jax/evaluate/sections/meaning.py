@@ -1,4 +1,4 @@
-"""Section `meaning`: what reconstructions do to the model in the activation's place."""
+"""Section `meaning`: measures how predictions change if the reconstruction takes the activation's place."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from nlae_jax.evaluate.work import Work
 
 
 def measure(work: Work) -> None:
-    """Divergence and loss with every vector in the activation's place."""
-    rows, some = work.rows, work.has_context
-    if not len(some):
+    """Adds the section's figures to the ledger. Does nothing if no text is known."""
+    rows, known_rows = work.rows, work.has_context
+    if not len(known_rows):
         return
     ways = splice.ways(rows.h, work.main["rebuilt"], work.readable, work.other, work.gold, work.seed)
-    given = np.stack([of[some] for of in ways.values()], axis=1)
-    contexts, after = ([of[row] for row in some] for of in (rows.context_ids, rows.following_ids))
-    run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute, of=given)  # noqa: E731
-    found = splice.effects(work.pair.subject(), work.pair.layer, contexts, after, given, run)
+    vectors_NxCxD = np.stack([vectors[known_rows] for vectors in ways.values()], axis=1)
+    contexts, following_ids = ([ids[row] for row in known_rows] for ids in (rows.context_ids, rows.following_ids))
+    run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute, of=vectors_NxCxD)  # noqa: E731
+    effects = splice.effects(work.pair.subject(), work.pair.layer, contexts, following_ids, vectors_NxCxD, run)
     names = list(ways)
-
-    def following(values: np.ndarray) -> np.ndarray:
-        """The mean over the tokens after the position that the text has."""
-        known = np.isfinite(values[..., 1:])
-        total = np.where(known, values[..., 1:], 0.0).sum(-1)
-        return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)
-
-    for suffix, of in (("next", lambda values: values[..., 0]), ("following", following)):
-        kl, loss, true = of(found.kl), of(found.loss), of(found.true_loss)
-        by_way = {name: work.full(kl[:, way], some) for way, name in enumerate(names)}
-        by_way["permuted"] = work.permuted(by_way["permuted"])
-        work.ledger.put("meaning", f"kl_{suffix}", by_way.pop("reconstruction"), first, by_way)
-        mean = loss[:, names.index("mean")]
-        by_way = {
-            name: work.full(np.stack([mean, loss[:, way], true], -1), some)
+    for kl_key, loss_key, averaged in (
+        ("kl_next", "loss_recovered", lambda values: values[..., 0]),
+        ("kl_following", "loss_recovered_following", _mean_of_following),
+    ):
+        kl_NxC, loss_NxC, true_loss_N = (averaged(values) for values in effects)
+        kl = {name: work.full(kl_NxC[:, way], known_rows) for way, name in enumerate(names)}
+        kl["permuted"] = work.permuted(kl["permuted"])
+        work.ledger.put("meaning", kl_key, kl.pop("reconstruction"), first, kl)
+        mean_loss_N = loss_NxC[:, names.index("mean")]
+        losses = {
+            name: work.full(np.stack([mean_loss_N, loss_NxC[:, way], true_loss_N], -1), known_rows)
             for way, name in enumerate(names)
             if name != "mean"
         }
-        by_way["permuted"] = work.permuted(by_way["permuted"])
-        key = "loss_recovered" if suffix == "next" else "loss_recovered_following"
-        work.ledger.put("meaning", key, by_way.pop("reconstruction"), recovered, by_way)
+        losses["permuted"] = work.permuted(losses["permuted"])
+        work.ledger.put("meaning", loss_key, losses.pop("reconstruction"), recovered, losses)
+
+
+def _mean_of_following(values: np.ndarray) -> np.ndarray:
+    """Averages predictions [..., 1 + F] over the F tokens after the position: [...]. Tokens beyond the text are NaN."""
+    known = np.isfinite(values[..., 1:])
+    total = np.where(known, values[..., 1:], 0.0).sum(-1)
+    return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)

@@ -1,4 +1,4 @@
-"""Section `reconstruction`: how much of activations the words carry, of which ones, and how specifically."""
+"""Section `reconstruction`: measures how much of the activations explanations carry, and how specific it is."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ _DISTRACTORS = 63
 
 
 def measure(work: Work) -> None:
-    """FVE, its controls, its parts, and what FVE alone does not show."""
+    """Adds the section's figures to the ledger."""
     rows, put = work.rows, work.ledger.put
-    own, wrong = work.with_variance(work.mse), work.with_variance(work.mse_permuted)
-    beside = {"permuted": wrong, **{name: work.with_variance(m) for name, m in _uninformed(work).items()}}
+    matched, permuted = work.with_variance(work.mse), work.with_variance(work.mse_permuted)
+    controls = {"permuted": permuted, **{name: work.with_variance(mse) for name, mse in _uninformed(work).items()}}
     if work.gold is not None:
         known = np.isfinite(work.gold).all(-1)
-        beside["gold"] = work.with_variance(np.where(known, direction_mse(np.nan_to_num(work.gold), rows.h), np.nan))
-    fve = put("reconstruction", "fve", own, fve_of, beside)
+        controls["gold"] = work.with_variance(np.where(known, direction_mse(np.nan_to_num(work.gold), rows.h), np.nan))
+    fve = put("reconstruction", "fve", matched, fve_of, controls)
     baseline = np.full(len(work.mse), float(direction.baselines(rows.h).mean_norm))
-    against = lambda mse: np.stack([mse, baseline], -1)  # noqa: E731
-    put("reconstruction", "fve_meannorm", against(work.mse), fve_of, {"permuted": against(work.mse_permuted)})
+    with_baseline = lambda mse: np.stack([mse, baseline], -1)  # noqa: E731
+    permuted_columns = {"permuted": with_baseline(work.mse_permuted)}
+    put("reconstruction", "fve_meannorm", with_baseline(work.mse), fve_of, permuted_columns)
     put("reconstruction", "cos", 1 - work.mse / 2, first, {"permuted": 1 - work.mse_permuted / 2})
-    _by_part(work, own, wrong)
-    near, far = _centred(work, np.arange(len(rows.h))), work.permuted(_centred(work, work.other))
-    put("reconstruction", "centred_gap", near - far, first, {"own": near, "permuted": far})
+    _by_part(work, matched, permuted)
+    cos, permuted_cos = _centred(work, np.arange(len(rows.h))), work.permuted(_centred(work, work.other))
+    put("reconstruction", "centred_gap", cos - permuted_cos, first, {"own": cos, "permuted": permuted_cos})
     _retrieval(work)
     ranks = reconstruction.principal_fve(rows.h, rows.document, rows.reference, rows.reference_document)
     _rank(work, fve, ranks)
@@ -43,23 +44,26 @@ def measure(work: Work) -> None:
 
 
 def _uninformed(work: Work) -> dict[str, np.ndarray]:
-    """By name the mse [N] of explanations of vectors that say nothing, NaN beyond some rows."""
-    some, found = work.some(work.sizes.sampled), {}
+    """Returns the mse [N] of explanations of the vectors of `reconstruction.uninformed`, by the vectors' names.
+
+    Each mse is NaN outside the sampled rows.
+    """
+    sampled, errors = work.some(work.sizes.sampled), {}
     for name, vectors in reconstruction.uninformed(work.rows.h, work.seed).items():
-        written = work.written(name, vectors[some], some)
-        mse = direction_mse(written["rebuilt"], work.rows.h[some], written["length"] > 0)
-        found[name] = work.full(mse, some)
-    return found
+        written = work.written(name, vectors[sampled], sampled)
+        mse = direction_mse(written["rebuilt"], work.rows.h[sampled], written["length"] > 0)
+        errors[name] = work.full(mse, sampled)
+    return errors
 
 
-def _by_part(work: Work, own: np.ndarray, wrong: np.ndarray) -> None:
-    """FVE of the same explanations, and of those of other documents, by what they are of."""
+def _by_part(work: Work, matched: np.ndarray, permuted: np.ndarray) -> None:
+    """Adds FVE by kind of text, by position and by token. `matched` and `permuted` [N, 2] are columns of `fve_of`."""
     rows = work.rows
 
     def put(key: str, names: Sequence[str], order: Sequence[str]) -> None:
-        parts, permuted = by_part(own, names), by_part(wrong, names)
+        parts, part_controls = by_part(matched, names), {"permuted": by_part(permuted, names)}
         parts = {name: parts[name] for name in order if name in parts}
-        work.ledger.put("reconstruction", key, None, fve_of, parts=parts, part_controls={"permuted": permuted})
+        work.ledger.put("reconstruction", key, None, fve_of, parts=parts, part_controls=part_controls)
 
     named = kinds(rows.domain, rows.document)
     if len(set(named)) > 1:
@@ -77,63 +81,67 @@ def _by_part(work: Work, own: np.ndarray, wrong: np.ndarray) -> None:
 
 
 def _centred(work: Work, index: np.ndarray) -> np.ndarray:
-    """[N]: centred cosine of reconstruction `index[n]` and activation n; 0 where nothing was readable."""
-    found = reconstruction.centred_cos(work.main["rebuilt"][index], work.rows.h, work.mean)
-    return np.where(work.readable[index], found, 0.0)
+    """Returns [N]: the centred cosine of reconstruction `index[n]` and activation n, 0 for unreadable explanations."""
+    cos = reconstruction.centred_cos(work.main["rebuilt"][index], work.rows.h, work.mean)
+    return np.where(work.readable[index], cos, 0.0)
 
 
 def _retrieval(work: Work) -> None:
+    """Adds retrieval bits and top-1 rates, among activations of other documents and of the same document."""
     rebuilt = np.where(work.readable[:, None], work.main["rebuilt"], 0.0)
     for key, same in (("retrieval_bits", False), ("retrieval_bits_same_document", True)):
         candidates, valid = reconstruction.distractors(work.rows.document, _DISTRACTORS, work.seed, same)
-        distance = reconstruction.mse_to(rebuilt, work.rows.h, candidates)
-        tau = reconstruction.cross_fitted_tau(distance, valid, work.rows.document)
-        wrong = reconstruction.mse_to(rebuilt[work.other], work.rows.h, candidates)
-        # Each with the temperature that is best for it: what finds nothing has no bits then, rather than very few.
-        valid_wrong = valid.copy()
-        valid_wrong[work.rows.document[work.other] == work.rows.document, 1:] = False
-        tau_wrong = reconstruction.cross_fitted_tau(wrong, valid_wrong, work.rows.document)
+        mse = reconstruction.mse_to(rebuilt, work.rows.h, candidates)
+        tau = reconstruction.cross_fitted_tau(mse, valid, work.rows.document)
+        permuted_mse = reconstruction.mse_to(rebuilt[work.other], work.rows.h, candidates)
+        permuted_valid = valid.copy()
+        permuted_valid[work.rows.document[work.other] == work.rows.document, 1:] = False
+        # The control has its own temperature. With that of the explanations, its bits would be far below 0.
+        permuted_tau = reconstruction.cross_fitted_tau(permuted_mse, permuted_valid, work.rows.document)
+        bits = reconstruction.retrieval_bits(mse, valid, tau)
+        permuted_bits = reconstruction.retrieval_bits(permuted_mse, permuted_valid, permuted_tau)
         count = valid.sum(-1)
-        most = np.where(count > 1, np.log2(np.maximum(count, 1)), np.nan)
-        beside = {"permuted": reconstruction.retrieval_bits(wrong, valid_wrong, tau_wrong), "most": most}
-        work.ledger.put("reconstruction", key, reconstruction.retrieval_bits(distance, valid, tau), first, beside)
+        most_bits = np.where(count > 1, np.log2(np.maximum(count, 1)), np.nan)
+        work.ledger.put("reconstruction", key, bits, first, {"permuted": permuted_bits, "most": most_bits})
         chance = np.where(count > 1, 1 / count, np.nan)
-        beside = {"permuted": reconstruction.top1(wrong, valid_wrong), "chance": chance}
-        own = reconstruction.top1(distance, valid)
-        work.ledger.put("reconstruction", key.replace("bits", "top1"), own, first, beside)
+        controls = {"permuted": reconstruction.top1(permuted_mse, permuted_valid), "chance": chance}
+        top1 = reconstruction.top1(mse, valid)
+        work.ledger.put("reconstruction", key.replace("bits", "top1"), top1, first, controls)
 
 
 def _rank(work: Work, fve: dict[str, Any], ranks: np.ndarray) -> None:
-    """The rank that the FVE and both ends of its interval are worth."""
+    """Adds the rank that is equivalent to `fve`, and the ranks of both ends of its interval.
 
-    def worth(of: dict[str, Any]) -> dict[str, Any]:
+    `fve` is the figure's entry. `ranks` is the result of `principal_fve`.
+    """
+
+    def ranked(estimate: dict[str, Any]) -> dict[str, Any]:
         rank = lambda value: None if value is None else reconstruction.equivalent_rank(ranks, value)  # noqa: E731
-        return {**of, "value": rank(of["value"]), "ci95": of["ci95"] and [rank(end) for end in of["ci95"]]}
+        interval = estimate["ci95"] and [rank(end) for end in estimate["ci95"]]
+        return {**estimate, "value": rank(estimate["value"]), "ci95": interval}
 
-    bare = {name: value for name, value in fve.items() if name != "controls"}
-    permuted = worth(fve["controls"]["permuted"])
-    work.ledger.put_result("reconstruction", "equivalent_rank", worth(bare), {"permuted": permuted})
+    without_controls = {name: value for name, value in fve.items() if name != "controls"}
+    permuted = ranked(fve["controls"]["permuted"])
+    work.ledger.put_result("reconstruction", "equivalent_rank", ranked(without_controls), {"permuted": permuted})
 
 
 def _samples(work: Work) -> None:
+    """Adds the figures of several explanations of an activation: `best_of` and `agreement`."""
     rows, _, rebuilt = work.sampled
     h, documents = work.rows.h[rows], work.rows.document[rows]
     other = work.others(rows)
     readable: np.ndarray = np.asarray(rebuilt.any(-1))
-    spread = lambda of: np.broadcast_to(of[:, None], rebuilt.shape)  # noqa: E731
-    mse = direction_mse(rebuilt, spread(h), readable)
-    wrong = of_others(direction_mse(rebuilt[other], spread(h), readable[other]), documents, other)
+    h_NxSxD = np.broadcast_to(h[:, None], rebuilt.shape)
+    mse = direction_mse(rebuilt, h_NxSxD, readable)
+    permuted_mse = of_others(direction_mse(rebuilt[other], h_NxSxD, readable[other]), documents, other)
     counts = [count for count in _SAMPLES_SHOWN if count <= rebuilt.shape[1]]
-    best = {count: [work.full(reconstruction.best_of(m, count), rows) for m in (mse, wrong)] for count in counts}
-    work.ledger.put(
-        "reconstruction",
-        "best_of",
-        work.with_variance(best[counts[-1]][0]),
-        fve_of,
-        {"permuted": work.with_variance(best[counts[-1]][1])},
-        {str(count): work.with_variance(own) for count, (own, _) in best.items()},
-        {"permuted": {str(count): work.with_variance(wrong) for count, (_, wrong) in best.items()}},
+    best, permuted_best = (
+        {str(n): work.with_variance(work.full(reconstruction.best_of(mse_NxS, n), rows)) for n in counts}
+        for mse_NxS in (mse, permuted_mse)
     )
-    same, others = reconstruction.agreement(rebuilt, work.mean, other)
-    own, others = work.full(same, rows), work.full(of_others(others, documents, other), rows)
-    work.ledger.put("reconstruction", "agreement", own, first, {"other": others})
+    most = str(counts[-1])
+    controls, part_controls = {"permuted": permuted_best[most]}, {"permuted": permuted_best}
+    work.ledger.put("reconstruction", "best_of", best[most], fve_of, controls, best, part_controls)
+    same, different = reconstruction.agreement(rebuilt, work.mean, other)
+    controls = {"other": work.full(of_others(different, documents, other), rows)}
+    work.ledger.put("reconstruction", "agreement", work.full(same, rows), first, controls)

@@ -1,4 +1,4 @@
-"""Section `text`: which of the words carry it, and whether they are words or a code."""
+"""Section `text`: measures which parts of explanations carry the activation, and whether they are words or a code."""
 
 from __future__ import annotations
 
@@ -8,52 +8,57 @@ import numpy as np
 
 from nlae_jax.evaluate import text
 from nlae_jax.evaluate.estimate import first, fve_of, share_of
-from nlae_jax.evaluate.health import real_sentences
 from nlae_jax.evaluate.reconstruction import direction_mse
+from nlae_jax.evaluate.wording import real_sentences
 from nlae_jax.evaluate.work import RANKS, Work
 
 _CHANGED = ("quotes_only", "quotes_removed", "sentences_shuffled", "words_shuffled", "lower_case")
-# Of the tokens that a twin names instead: their ranks, from 0.
+# The ranks, counted from 0, of the tokens that the twins name.
 _TWINS = {"rank 2 to 4": (1, 2, 3), "rank 8 and beyond": tuple(range(7, RANKS))}
 
-# mse [N] of changed explanations about their own activations and about others, by how they were changed.
+# By change: the mse [N] of the changed explanations with their own activations, and with those of other documents.
 _Mse = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def measure(work: Work) -> None:
-    """Every text that is rebuilt is in one pool: most explanations have fewer sentences than are looked at."""
+    """Adds the section's figures to the ledger.
+
+    All texts are rebuilt together, because many of them are equal: most explanations have few sentences.
+    """
     rows, tokenizer = work.some(work.sizes.text), work.pair.tokenizer
-    changed = [text.variants(tokenizer, work.texts[row], work.seed) for row in rows]
-    pool = {name: [each[name] for each in changed] for name in changed[0]}
+    variants = [text.variants(tokenizer, work.texts[row], work.seed) for row in rows]
+    changed = {name: [variant[name] for variant in variants] for name in variants[0]}
     dropped = _dropped_texts(work, rows)
     twins = {name: _twin_texts(work, ranks) for name, ranks in _TWINS.items()}
     rebuilt = work.rebuilt_pool(
         "changed_texts",
         {
             "whole": work.texts,
-            **pool,
-            "dropped": [one for _, _, one in dropped],
+            **changed,
+            "dropped": [remaining for _, _, remaining in dropped],
             **{name: list(texts.values()) for name, texts in twins.items()},
         },
     )
-    whole, wrong = work.mse_of(work.texts, rebuilt["whole"], np.arange(len(work.texts)))
-    beside = {"ids": work.with_variance(work.mse), "permuted": work.with_variance(wrong)}
-    work.ledger.put("text", "fve_text", work.with_variance(whole), fve_of, beside)
-    pool["whole"] = [work.texts[row] for row in rows]
+    all_rows = np.arange(len(work.texts))
+    whole, permuted = work.mse_of(work.texts, rebuilt["whole"], all_rows)
+    controls = {"ids": work.with_variance(work.mse), "permuted": work.with_variance(permuted)}
+    work.ledger.put("text", "fve_text", work.with_variance(whole), fve_of, controls)
+    changed["whole"] = [work.texts[row] for row in rows]
     rebuilt_whole, rebuilt["whole"] = rebuilt["whole"], rebuilt["whole"][rows]
-    mse = {name: work.mse_of(texts, rebuilt[name], rows) for name, texts in pool.items()}
-    quotes = np.array([bool(quoted) for quoted in pool["quotes_only"]], float)
+    mse = {name: work.mse_of(texts, rebuilt[name], rows) for name, texts in changed.items()}
+    quotes = np.array([bool(quoted) for quoted in changed["quotes_only"]], float)
     _changed(work, mse, work.full(quotes, rows) == 1, work.full(quotes[work.others(rows)], rows) == 1)
-    other = _other_mse(work, rebuilt_whole, np.arange(len(work.texts)))
+    other = _other_mse(work, rebuilt_whole, all_rows)
     _dropped(work, dropped, rebuilt["dropped"], whole, other)
     _twins(work, {name: (texts, rebuilt[name]) for name, texts in twins.items()}, whole, other)
     _copied(work)
 
 
 def _other_mse(work: Work, rebuilt: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[M]: mse of what is rebuilt [M, d] about `rows`, held against the activation that each row is permuted with.
+    """Returns the mse [M] of reconstructions about M rows with the activations of other documents.
 
-    NaN where that is of the same document. What a change does to it says what the change does by itself.
+    `rebuilt` [M, d] are the reconstructions. The mse is NaN if the other row is of the same document. A change of a
+    text also changes this mse. That shows how much the change does without any connection to the activation.
     """
     other = work.other[rows]
     mse = direction_mse(rebuilt, work.rows.h[other], np.asarray(rebuilt.any(-1)))
@@ -61,34 +66,39 @@ def _other_mse(work: Work, rebuilt: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _changed(work: Work, mse: _Mse, quoting: np.ndarray, other_quotes: np.ndarray) -> None:
-    """Measures whole texts that were changed.
+    """Adds the figures of explanations that were changed as a whole, and of their beginnings.
 
-    `quoting` [N] and `other_quotes` [N] bool: the explanation quotes something, and so does the one that it is permuted
-    with. The figures of quotations are of these alone.
+    `quoting` [N] bool says whether the explanation quotes something. `other_quotes` [N] bool says the same of the
+    explanation that it is permuted with. The figures of quotations use only these explanations.
     """
     put, columns = work.ledger.put, work.with_variance
-    whole, wrong = mse["whole"]
+    whole, whole_permuted = mse["whole"]
     for name in _CHANGED:
         kept, kept_permuted = (quoting, quoting & other_quotes) if name.startswith("quotes") else (True, True)
-        own, permuted, unchanged = (
+        matched, permuted, unchanged = (
             columns(np.where(mask, values, np.nan))
             for mask, values in ((kept, mse[name][0]), (kept_permuted, mse[name][1]), (kept, whole))
         )
-        put("text", f"fve_{name}", own, fve_of, {"whole": unchanged, "permuted": permuted})
-    gained, gained_wrong = ({name: columns(of) for name, of in _gained(work, mse, which).items()} for which in (0, 1))
-    total, total_wrong = columns(work.variance - whole), columns(work.variance - wrong)
-    put("text", "marginal_fve", total, share_of, {"permuted": total_wrong}, gained, {"permuted": gained_wrong})
-    cut, cut_wrong = (
+        put("text", f"fve_{name}", matched, fve_of, {"whole": unchanged, "permuted": permuted})
+    gained, gained_permuted = (
+        {name: columns(gain) for name, gain in _gained(work, mse, which).items()} for which in (0, 1)
+    )
+    total, total_permuted = columns(work.variance - whole), columns(work.variance - whole_permuted)
+    put("text", "marginal_fve", total, share_of, {"permuted": total_permuted}, gained, {"permuted": gained_permuted})
+    cut, cut_permuted = (
         {str(count): columns(mse[f"tokens_{count}"][which]) for count in text.TOKEN_COUNTS} for which in (0, 1)
     )
     most = str(text.TOKEN_COUNTS[-1])
-    beside = {"whole": columns(whole), "permuted": cut_wrong[most]}
-    put("text", "fve_tokens", cut[most], fve_of, beside, cut, {"permuted": cut_wrong})
+    controls = {"whole": columns(whole), "permuted": cut_permuted[most]}
+    put("text", "fve_tokens", cut[most], fve_of, controls, cut, {"permuted": cut_permuted})
 
 
 def _gained(work: Work, mse: _Mse, which: int) -> dict[str, np.ndarray]:
-    """By sentence how much of mse it takes away, of explanations of their own (0) or of other documents (1)."""
-    # Of no sentence FVE is 0, so its mse is the variance; the last part is all that follows.
+    """Returns by sentence how much the sentence lowers the mse: [N] each.
+
+    `which` is 0 for explanations with their own activations, 1 for those with activations of other documents.
+    """
+    # Without a sentence FVE is 0, so the mse is the variance. The last part is the rest of the explanation.
     leading = [mse[f"leading_{count + 1}"][which] for count in range(text.MOST_SENTENCES)]
     steps = [work.variance, *leading, mse["whole"][which]]
     names = [*(str(count + 1) for count in range(text.MOST_SENTENCES)), "rest"]
@@ -96,56 +106,64 @@ def _gained(work: Work, mse: _Mse, which: int) -> dict[str, np.ndarray]:
 
 
 def _dropped_texts(work: Work, rows: np.ndarray) -> list[tuple[int, str, str]]:
-    """(row, which sentence is left out, what is left) of explanations of several sentences."""
-    found = []
+    """Leaves out each sentence of the explanations of several sentences.
+
+    Returns (row, which sentence is left out: "last" or "other", the remaining text).
+    """
+    dropped = []
     for row in rows.tolist():
         count = len(real_sentences(work.texts[row]))
         others = range(min(count - 1, text.MOST_SENTENCES))
-        found += [(row, "other", text.without_sentence(work.texts[row], number)) for number in others]
-        found += [(row, "last", text.without_sentence(work.texts[row], -1))] if count > 1 else []
-    return found
+        dropped += [(row, "other", text.without_sentence(work.texts[row], number)) for number in others]
+        dropped += [(row, "last", text.without_sentence(work.texts[row], -1))] if count > 1 else []
+    return dropped
 
 
 def _dropped(
     work: Work, dropped: Sequence[tuple[int, str, str]], rebuilt: np.ndarray, whole: np.ndarray, other: np.ndarray
 ) -> None:
-    """Of each explanation the loss without its last sentence, and the mean loss without one of the others.
+    """Adds `dropped_sentence`: the loss without the last sentence, and the mean loss without one of the others.
 
-    `whole` and `other` [N] are the mse of the whole explanation, of its own activation and of the permuted one.
+    `dropped` is the result of `_dropped_texts`, `rebuilt` are the reconstructions from its texts. `whole` and `other`
+    [N] are the mse of the whole explanation with its own activation and with that of another document.
     """
     rows = np.array([row for row, _, _ in dropped], int)
-    readable = np.array([bool(left) for _, _, left in dropped], bool)
+    readable = np.array([bool(remaining) for _, _, remaining in dropped], bool)
     lost = direction_mse(rebuilt, work.rows.h[rows], readable) - whole[rows]
     lost_other = _other_mse(work, rebuilt, rows) - other[rows]
     parts: dict[str, np.ndarray] = {}
     permuted: dict[str, np.ndarray] = {}
     for which in ("last", "other"):
-        here = np.array([kind == which for _, kind, _ in dropped], bool)
+        chosen = np.array([kind == which for _, kind, _ in dropped], bool)
         for columns, losses in ((parts, lost), (permuted, lost_other)):
-            columns[which] = work.with_variance(_mean_by_row(losses[here], rows[here], len(whole)))
+            columns[which] = work.with_variance(_mean_by_row(losses[chosen], rows[chosen], len(whole)))
     work.ledger.put("text", "dropped_sentence", None, share_of, parts=parts, part_controls={"permuted": permuted})
 
 
 def _mean_by_row(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """[count]: the mean of the values of each row; NaN of a row without any."""
+    """Returns [count]: the mean of the values [M] of each row in `rows` [M], NaN for a row without values."""
     total, number = (np.bincount(rows, weights, minlength=count) for weights in (values, None))
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
 def _twin_texts(work: Work, ranks: Sequence[int]) -> dict[int, str]:
-    """By row the explanation with another next token in it, of those that name the likeliest."""
-    made = {row: text.twin(work.texts[row], ranked, ranks) for row, ranked in work.ranked.items()}
-    return {row: other for row, other in made.items() if other is not None}
+    """Returns the twins of the explanations that name the likeliest next token, by row (see `text.twin`)."""
+    twins = {row: text.twin(work.texts[row], ranked, ranks) for row, ranked in work.ranked.items()}
+    return {row: twin for row, twin in twins.items() if twin is not None}
 
 
 def _twins(
     work: Work, twins: Mapping[str, tuple[dict[int, str], np.ndarray]], whole: np.ndarray, other: np.ndarray
 ) -> None:
-    """How often the explanation is nearer than its twin, to its own activation and to the permuted one."""
+    """Adds `twin`: how often the explanation's mse is below that of its twin.
 
-    def nearer(of_whole: np.ndarray, of_twin: np.ndarray) -> np.ndarray:
-        tied = np.isclose(of_whole, of_twin, rtol=0, atol=1e-9)
-        return np.where(np.isnan(of_twin), np.nan, np.where(tied, 0.5, of_whole < of_twin))
+    `twins` maps a part's name to the twins by row and to their reconstructions. `whole` and `other` [N] are the mse of
+    the explanation with its own activation and with that of another document.
+    """
+
+    def nearer(mse: np.ndarray, twin_mse: np.ndarray) -> np.ndarray:
+        tied = np.isclose(mse, twin_mse, rtol=0, atol=1e-9)
+        return np.where(np.isnan(twin_mse), np.nan, np.where(tied, 0.5, mse < twin_mse))
 
     parts, permuted = {}, {}
     for name, (texts, rebuilt) in twins.items():
@@ -156,15 +174,16 @@ def _twins(
 
 
 def _copied(work: Work) -> None:
+    """Adds `copied_bits`: the information that explanations copy from their contexts."""
     bits = text.word_bits([*work.rows.contexts, *work.texts, *work.rows.gold])
 
     def copied(texts: Sequence[str]) -> np.ndarray:
         column = np.full(len(texts), np.nan)
         for row in work.has_context.tolist():
-            if said := texts[row]:
-                column[row] = text.copied_bits(said, work.rows.contexts[row], bits)
+            if texts[row]:
+                column[row] = text.copied_bits(texts[row], work.rows.contexts[row], bits)
         return column
 
-    beside = {"permuted": work.permuted(copied([work.texts[row] for row in work.other]))}
-    beside |= {"gold": copied(work.rows.gold)} if work.has_gold else {}
-    work.ledger.put("text", "copied_bits", copied(work.texts), first, beside)
+    controls = {"permuted": work.permuted(copied([work.texts[row] for row in work.other]))}
+    controls |= {"gold": copied(work.rows.gold)} if work.has_gold else {}
+    work.ledger.put("text", "copied_bits", copied(work.texts), first, controls)

@@ -1,0 +1,165 @@
+"""Short trainings that differ in one setting, measured on the same validation activations: docs/carried-pair.md.
+
+    python experiments/smollm2/ablations.py runs/pair --out runs/ablations
+    python experiments/smollm2/ablations.py runs/pair --out runs/ablations --only rl
+
+`runs/pair` holds what the stages of the carried pair need and make: `texts/` and `after_last_word/`. Each training
+has a workdir under `--out`, so the same command goes on after an interruption. Every setting is trained with each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from card import GROUPS, drawn
+
+from nlae_jax import NLA
+from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.corpus import read_json_lines
+from nlae_jax.evaluate.claims import claims
+from nlae_jax.evaluate.health import health
+from nlae_jax.evaluate.reconstruction import fve, variances
+from nlae_jax.evaluate.rows import likeliest
+
+SEEDS = (0, 1)
+ACTIVATIONS = 32  # of each group of domains
+HERE = Path(__file__).parent
+WARM_START = {
+    "template": (("pair/base.py", {}),),
+    "describer": (("pair/base.py", {"describe.provider": "describer"}),),
+    "written notes": (("pair/notes.py", {}),),
+    "template, then written notes": (("pair/base.py", {}), ("pair/notes.py", {})),
+}
+WARM_START_STEPS = {"sft.encoder_steps": 60, "sft.decoder_steps": 40, "corpus.max_documents": 200}
+WARM_START_RATES = {"sft.encoder_learning_rate": 3e-3, "sft.decoder_learning_rate": 2e-3, "sft.max_response_tokens": 64}
+RL = {
+    "neg_mse": {},
+    "neg_log_mse": {"rl.reward": "neg_log_mse"},
+    "half contrastive": {"rl.contrastive": 0.5},
+    "length penalty 0.001": {"rl.length_penalty": 0.001},
+    "no charge on repeats": {"rl.repeat_penalty": 0.0},
+}
+RL_STEPS = {"rl.num_steps": 16, "rl.activations_per_step": 8, "corpus.max_documents": 200}
+COLUMNS = ("fve", "fve_shuffled", "candidates_hold_top1", "ending_in_context", "repeated_rate", "distinct_2")
+
+
+class Training(NamedTuple):
+    """One `nlae train`: its experiment file, what it changes, and the pair or encoder that it starts from."""
+
+    name: str
+    experiment: str
+    changes: dict[str, Any]
+    after: str = ""
+
+
+def trainings(kind: str, seed: int) -> Iterator[tuple[str, list[Training]]]:
+    """(setting, its trainings in order) of the warm start or of RL."""
+    if kind == "rl":
+        for setting, changes in RL.items():
+            yield setting, [Training(directory(setting, seed), "pair/rl_again.py", RL_STEPS | changes)]
+        return
+    for setting, stages in WARM_START.items():
+        # Two stages share the steps, so that every setting has as many.
+        share = {name: count // len(stages) for name, count in WARM_START_STEPS.items() if name.endswith("steps")}
+        yield (
+            setting,
+            [
+                Training(
+                    directory(setting, seed) + (f"_{number}" if len(stages) > 1 else ""),
+                    experiment,
+                    WARM_START_STEPS | WARM_START_RATES | share | changes,
+                    f"{directory(setting, seed)}_{number - 1}" if number else "",
+                )
+                for number, (experiment, changes) in enumerate(stages)
+            ],
+        )
+
+
+def directory(setting: str, seed: int) -> str:
+    return setting.replace(", ", "_").replace(" ", "_") + f"_{seed}"
+
+
+def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
+    """The exported pair of one training; training and export are skipped where they are done."""
+    pair = out / "pairs" / training.name
+    if (pair / "ar").exists():
+        return pair
+    changes = training.changes | {"seed": seed, "eval.num_activations": 8}
+    if "notes" in training.experiment:
+        changes |= {"corpus.path": str(notes_of_training(material, out)), "corpus.max_documents": None}
+        changes["describe.path"] = changes["corpus.path"]
+    else:
+        changes["corpus.path"] = f"{material}/texts/train/*.jsonl"
+    if "rl" in training.experiment:
+        changes["init.pair"] = str(material / "after_last_word")
+    if training.after:
+        changes["init.pair"] = str(out / "pairs" / training.after)
+    overrides = [f"--config.{name}={value}" for name, value in changes.items()]
+    workdir = out / training.name
+    stage = "train" if "rl" in training.experiment else "sft"
+    run("nlae", stage, "--config", str(HERE / training.experiment), "--workdir", str(workdir), *overrides)
+    run("nlae", "export", "--workdir", str(workdir), "--out", str(pair), "--adapters", "--dtype", "float32")
+    return pair
+
+
+def notes_of_training(material: Path, out: Path) -> Path:
+    """JSONL of the written notes whose passages are training texts."""
+    file = out / "notes.jsonl"
+    passages = {row["id"] for _, row in read_json_lines(material / "texts/train/passages.jsonl")}
+    rows = [row for _, row in read_json_lines(WARMSTART_NOTES) if row["passage"] in passages]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def run(*command: str) -> None:
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def measured(pair: Path, texts: Path, seed: int) -> dict[str, float]:
+    """The figures of `COLUMNS` on validation activations of all groups, explanations sampled at temperature 0.6."""
+    nla = NLA.from_pretrained(str(pair))
+    places = [place for domains in GROUPS.values() for place in drawn(nla, texts, domains, ACTIVATIONS)]
+    h_NxD = np.stack([activations_TxD[-1] for activations_TxD in nla.read([place.context for place in places])])
+    written = nla.explain(h_NxD, 0.6, 64, seed)
+    contexts = [place.context.text for place in places]
+    expected = [token for (token,) in likeliest(nla.subject, [place.context.ids for place in places], 1)]
+    other = [*range(ACTIVATIONS, len(places)), *range(ACTIVATIONS)]  # of another group
+    shares = health(written, nla.protocol.marker) | claims(written, contexts, expected, other)
+    variance = variances(h_NxD)
+    errors = {"fve": written, "fve_shuffled": [written[index] for index in other]}
+    return shares | {name: fve(nla.score_written(texts, h_NxD)[0], variance) for name, texts in errors.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("material", type=Path, help="directory with texts/ and the pair after_last_word/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=("warm_start", "rl"), help="only these settings")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "ablations.json"
+    results: dict[str, list[dict[str, float]]] = json.loads(file.read_text()) if file.exists() else {}
+    for seed in SEEDS:
+        for kind in [options.only] if options.only else ["rl", "warm_start"]:
+            for setting, stages in trainings(kind, seed):
+                if len(results.get(setting, [])) > seed:
+                    continue
+                pair = [trained(options.material, options.out, stage, seed) for stage in stages][-1]
+                found = measured(pair, options.material / "texts" / "validation", seed)
+                results.setdefault(setting, []).append(found)
+                file.write_text(json.dumps(results, indent=1))
+    print("| setting | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|")
+    for setting, seeds in results.items():
+        cells = [", ".join(f"{found[name]:.3f}" for found in seeds) for name in COLUMNS]
+        print(f"| {setting} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
