@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nlae_jax.lm.arch import Arch, DeltaNet
 
@@ -72,10 +73,11 @@ def row_axis(kv: KeyValues) -> int:
     return 1 if kv.k is None else kv.k.ndim - 3
 
 
-def rows_of(kv: KeyValues, index: jax.Array) -> KeyValues:
+def rows_of(kv: KeyValues, index: jax.Array | np.ndarray) -> KeyValues:
     """Returns the keys and values of the rows at `index` [R'] int32, of one block or of all blocks.
 
-    A segment without a batch axis, such as the constant prompt, is that of all rows and stays as it is.
+    Arrays of numpy give arrays of numpy. A segment without a batch axis, such as the constant prompt, is that of all
+    rows and stays as it is.
     """
     if kv.positions.ndim == 1:
         return kv

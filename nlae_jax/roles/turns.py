@@ -87,7 +87,8 @@ class Turns:
         """
         number = np.arange(len(h_BxD))
         loop, contexts = self._begin(ready.variables, h_BxD, number < count, limit)
-        samples = Samples(*(np.asarray(part)[:, 0].copy() for part in loop.samples))
+        empty: list[Any] = [np.asarray(part)[:, 0].copy() for part in loop.samples]
+        samples = Samples(*empty)
         until = 0
         while until < limit:
             until = min(until + _TURN, limit)
