@@ -5,11 +5,14 @@
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/short_drafts.jsonl --words 2
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/last_word_drafts.jsonl --words 1
 
+    python experiments/smollm2/descriptions.py samples runs/pair/after_rl_again runs/pair/rl_again OUT.jsonl
+
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.
 `notes` takes the carried notes and puts the subject's own likeliest tokens in place of their first sentence, which
 holds what a reader expected. `short` shortens the quoted last words of drafts to `--words` words: an encoder gets the
-last word right far more often than the words before it. All write JSONL for `describe.provider=file`.
+last word right far more often than the words before it. `samples` are a pair's own explanations of the first
+activations of a run, for its decoder to learn from. All write JSONL for `describe.provider=file`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from nlae_jax import LanguageModel
+from nlae_jax import NLA, LanguageModel
 from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.template import expected
 from nlae_jax.evaluate.wording import sentences
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
@@ -62,6 +66,7 @@ TEMPLATE = re.compile(
     r"The text ends(?:, (?P<space>.*?) after it)?: (?P<last>.*)",
     re.DOTALL,
 )
+NEW_TOKENS = 48  # of a sampled explanation
 LONGEST, BATCH = 160, 16  # tokens of a note's text that the subject reads, texts that it reads at once
 QUOTED_END = re.compile(r'(?<=[a-z:] ")([^"]*)(?="(?: [a-z ]+)?\.$)')
 CHARACTERS = 12  # of each word of a shortened quotation
@@ -111,6 +116,18 @@ def shortened(description: str, words: int) -> str:
     return description.replace("The last words are", "The last word is") if words == 1 else description
 
 
+def samples(pair: str, run: Path, count: int, temperature: float) -> Iterator[dict[str, Any]]:
+    """The pair's explanations of the run's first `count` activations. Empty ones are left out."""
+    store = ActivationStore(run / "activations")
+    rows = np.arange(count)
+    written = NLA.from_pretrained(pair).write(store.vectors(rows), temperature, NEW_TOKENS)
+    for row, explanation in zip(rows, written, strict=True):
+        name = store.plan.doc_ids[store.plan.document[row]]
+        if explanation.text:
+            place = {"id": name, "position": int(store.plan.position[row]), "passage": name}
+            yield place | {"description": explanation.text}
+
+
 def notes() -> Iterator[dict[str, Any]]:
     """The carried notes with what the subject expects; a note of one sentence is kept."""
     lm = LanguageModel.from_pretrained(MODEL)
@@ -141,6 +158,12 @@ def main() -> None:
     command.add_argument("drafts", type=Path)
     command.add_argument("out", type=Path)
     command.add_argument("--words", type=int, required=True)
+    command = commands.add_parser("samples")
+    command.add_argument("pair")
+    command.add_argument("run", type=Path, help="workdir whose activations are explained")
+    command.add_argument("out", type=Path)
+    command.add_argument("--count", type=int, default=1600)
+    command.add_argument("--temperature", type=float, default=0.6)
     options = parser.parse_args()
     match options.command:
         case "drafts":
@@ -150,6 +173,8 @@ def main() -> None:
         case "short":
             given = map(json.loads, options.drafts.open())
             rows = (row | {"description": shortened(row["description"], options.words)} for row in given)
+        case "samples":
+            rows = samples(options.pair, options.run, options.count, options.temperature)
     with options.out.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

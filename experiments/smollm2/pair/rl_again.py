@@ -1,7 +1,7 @@
-"""Last stage: reinforcement learning on broad text, with short explanations and a charge on repeated items.
+"""Ninth stage: reinforcement learning on broad text, with short explanations and a charge on repeated items.
 
 nlae train --config experiments/smollm2/pair/rl_again.py --workdir runs/pair/rl_again
-nlae export --workdir runs/pair/rl_again --out runs/pair/carried --adapters --dtype bfloat16
+nlae export --workdir runs/pair/rl_again --out runs/pair/after_rl_again --adapters --dtype float32
 """
 
 from ml_collections import ConfigDict
