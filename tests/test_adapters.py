@@ -17,7 +17,7 @@ from nlae_jax.lm.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, w
 from nlae_jax.lm.families import arch_from_hf, read_arch
 from nlae_jax.lm.layout import flat_weights, hf_name
 from nlae_jax.lm.lora import init_adapters, merge
-from nlae_jax.lm.pretrained import resolve_model
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params, save_model
 from nlae_jax.runtime.errors import UserError
 
@@ -200,6 +200,15 @@ def test_a_pair_is_loaded_by_name_and_says_the_same(
     named = nlae_jax.NLA.from_pretrained("tiny")
     assert only(named.explain_text(text)) == expected
     assert only(named.explain_texts([text, "of the"])[0]) == expected
+
+
+def test_a_pair_of_adapters_loads_one_tokenizer(lora_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(
+        "nlae_jax.interop.released.load_tokenizer", lambda path: loaded.append(path) or load_tokenizer(path)
+    )
+    assert nlae_jax.NLA.from_pretrained(lora_run[1]).tokenizer is not None
+    assert len(loaded) == 1
 
 
 def test_the_subject_of_adapters_is_the_model_that_they_sit_on(lora_run: tuple[Path, Path], tiny_run: Any) -> None:

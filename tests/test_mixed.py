@@ -18,9 +18,10 @@ from nlae_jax.lm.transformer import Segment, Transformer, for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
 from nlae_jax.roles.language_model import LanguageModel
-from nlae_jax.roles.pair import make_roles
+from nlae_jax.roles.pair import Pair, make_roles
 from nlae_jax.roles.rollout import rollout
 from nlae_jax.roles.subject import Subject
+from nlae_jax.roles.turns import Turns
 from nlae_jax.serve.programs import subject_program
 from nlae_jax.serve.tables import Entry, Table
 from nlae_jax.train.state import init_encoder
@@ -208,6 +209,25 @@ def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protoco
     real = np.arange(8) < np.asarray(samples.lengths)[..., None]
     assert real.sum() > 16
     np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", [ARCH, GLOBAL], ids=["delta", "global"])
+def test_rows_that_are_left_in_a_batch_draw_what_they_would_have(monkeypatch, caplog, tokenizer, protocol, arch):
+    """After the first turn the batch shrinks to four rows, of which three are in use."""
+    arch = dataclasses.replace(arch, vocab_size=-(-len(tokenizer) // 8) * 8)
+    params = drawn_params(model_weights(arch), 0)
+    roles = make_roles(tiny_config(lora__rank=2), arch, protocol)
+    trained = perturbed(init_encoder(roles, params, jax.random.PRNGKey(0)), 0)
+    h, key, limit = vectors(8, arch.d_model), jax.random.PRNGKey(1), 8
+    shape = {"samples_per_activation": 1, "max_new_tokens": limit}
+    whole = jax.jit(lambda t: rollout(roles, t, {"base": params}, h, key, **shape))(trained)
+    monkeypatch.setattr("nlae_jax.roles.turns._TURN", 3)
+    turns = Turns(roles, 8, 1)
+    with jax.log_compiles():
+        found = turns.sample(turns.ready(Pair(params, trained, {})), h, 3, key, 1.0, limit)
+    assert sum("Compiling jit(advance)" in message for message in caplog.messages) >= 2
+    np.testing.assert_array_equal(found.tokens[:3], whole.tokens[:3, 0])
+    np.testing.assert_allclose(found.log_probs[:3], whole.log_probs[:3, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("looped", [False, True])

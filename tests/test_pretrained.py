@@ -275,6 +275,7 @@ def test_what_a_tokenizer_model_alone_takes_is_named(tmp_path, monkeypatch, cont
 
 
 def test_a_damaged_tokenizer_model_is_not_blamed_on_a_package(tmp_path, monkeypatch):
+    assert transformers.AutoTokenizer  # is imported at its first use, which needs the real find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
@@ -329,14 +330,14 @@ def test_a_panic_in_the_tokenizers_library_is_one_line(tmp_path, tiny_dir, monke
     def panic(*_, **__):
         raise PanicException("index out of bounds\nnote: run with a backtrace")
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", panic)
     with pytest.raises(UserError, match=r"cannot be loaded \(PanicException: index out of bounds\)"):
         load_tokenizer(tiny_dir)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", interrupt)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(tiny_dir)
 
@@ -350,6 +351,35 @@ def test_tokenizers_that_differ_only_after_a_text_read_alike(tiny_dir, single):
     other.backend_tokenizer.post_processor = processors.TemplateProcessing(f"<|im_end|> {single}", special_tokens=end)
     with pytest.raises(UserError, match="other: its tokenizer reads 'Summary"):
         check_same_tokenizer(mine, other, "other")
+
+
+def test_a_plain_tokenizer_is_loaded_without_auto_classes(tmp_path, tiny_dir, monkeypatch):
+    """The same tokenizer, without the imports of transformers' configurations. Only where the files say that it is."""
+    auto = transformers.AutoTokenizer.from_pretrained(str(tiny_dir), local_files_only=True)
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_dir, plain)
+    used = []
+    for cls in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        loaded = lambda *_, cls=cls, **__: used.append(cls) or auto  # noqa: E731
+        monkeypatch.setattr(cls, "from_pretrained", loaded)
+
+    def loader(directory, file, **changed):
+        path = directory / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        load_tokenizer(directory)
+        return used[-1]
+
+    fast, other = transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer
+    assert loader(plain, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast") is fast
+    assert loader(plain, "config.json", model_type="gemma3") is other
+    assert loader(plain, "config.json", model_type="llama") is fast
+    assert loader(plain, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer") is other
+    monkeypatch.undo()
+    mine = load_tokenizer(tiny_dir)
+    assert type(mine) is type(auto)
+    assert mine.special_tokens_map == auto.special_tokens_map
+    assert mine.backend_tokenizer.to_str() == auto.backend_tokenizer.to_str()
+    assert mine.chat_template == auto.chat_template
 
 
 def test_code_beside_a_tokenizer_is_not_run(tmp_path):

@@ -1,12 +1,17 @@
 """Activations to text and back: batches make no difference, and token ids and texts are the same explanation."""
 
+import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
+from hypothesis import given
 
 from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.protocol import decoder_ids, extract_explanation
-from nlae_jax.roles.roundtrip import RoundTrip, read_samples
+from nlae_jax.roles.rollout import rollout
+from nlae_jax.roles.roundtrip import RoundTrip, like_lengths, read_samples
+from nlae_jax.roles.turns import Turns, smaller_batch
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
 
@@ -134,6 +139,38 @@ def test_reconstructions_do_not_depend_on_the_batch(trip, pair, written):
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 
+def test_texts_of_other_lengths_change_nothing(run, pair, caplog):
+    """A long text among short ones is computed by itself, and the results are in the order of the texts."""
+    words = ["the of", "to in is", "that it for the", "of", "in is that it"]
+    texts = [words[0], " ".join([words[1]] * 150), *words[1:], " ".join([words[2]] * 60)]
+    with jax.log_compiles():
+        together = RoundTrip(run.roles, run.tokenizer, 8, LIMIT, smallest_batch=4).reconstruct_texts(pair, texts)
+    assert 1 < sum("Compiling jit(reconstruct_prompts)" in message for message in caplog.messages) < 4
+    single = RoundTrip(run.roles, run.tokenizer, 1, LIMIT)
+    alone = np.concatenate([single.reconstruct_texts(pair, [text]) for text in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert np.abs(together[:, None] - together[None]).max(-1)[~np.eye(len(texts), dtype=bool)].min() > 1e-3
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=80), st.integers(1, 40), st.integers(1, 8), st.integers(1, 3))
+def test_groups_of_like_length_hold_every_text_once(lengths, size, smallest, most):
+    groups = like_lengths(lengths, size, smallest, most)
+    assert 1 <= len(groups) <= most
+    assert sorted(np.concatenate([rows for rows, _ in groups]).tolist()) == list(range(len(lengths)))
+    for rows, width in groups:
+        assert len(rows) and max(lengths[row] for row in rows) <= width and width % 32 == 0
+    assert groups[-1][1] < max(lengths) + 32
+    ((_, widest),) = like_lengths(lengths, size, smallest, 1)
+    assert sum(len(rows) * width for rows, width in groups) <= len(lengths) * widest
+
+
+def test_a_long_text_is_a_group_of_its_own():
+    lengths = [*[50] * 20, 220, *[60] * 15]
+    (short, width), (long, wide) = like_lengths(lengths, 64, 8, 3)
+    assert long.tolist() == [20] and len(short) == 35 and (width, wide) == (64, 224)
+    assert len(like_lengths([50, 60, 70], 64, 8, 3)) == 1  # a group of its own would cost more than padding
+
+
 def test_reconstruction_is_of_the_words(trip, pair):
     rebuilt = trip.reconstruct_texts(pair, ["the of to in", "the of to in", "is that it for"])
     np.testing.assert_array_equal(rebuilt[0], rebuilt[1])
@@ -146,9 +183,58 @@ def test_nothing_readable_is_still_a_number(trip, pair):
     assert np.isfinite(trip.reconstruct_texts(pair, ["", " \n "])).all()
 
 
-def test_one_compilation_each(run, pair, h):
+def test_one_compilation_each(run, pair, h, caplog):
     trip = RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT)
-    for count in (1, BATCH, BATCH + 1):
-        written = trip.explain(pair, h[:count], seed=count)
-        trip.reconstruct_ids(pair, written.ids, written.length)
-    assert trip._explain._cache_size() == trip._reconstruct._cache_size() == 1
+    with jax.log_compiles():
+        for count in (1, BATCH, BATCH + 1):
+            written = trip.explain(pair, h[:count], seed=count)
+            trip.reconstruct_ids(pair, written.ids, written.length)
+    for name in ("begin", "advance", "read", "reconstruct"):
+        assert sum(f"Compiling jit({name})" in message for message in caplog.messages) == 1, name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_rows_that_leave_the_batch_change_nothing(run, pair, h, temperature, caplog, monkeypatch):
+    """In turns, the same tokens are drawn as in one program without turns, at any temperature."""
+    rows, limit, key = np.concatenate([h, 2 - h])[:16], 96, jax.random.PRNGKey(5)
+    whole = rollout(
+        run.roles,
+        pair.encoder,
+        {"base": pair.base},
+        rows,
+        key,
+        samples_per_activation=1,
+        max_new_tokens=limit,
+        temperature=temperature,
+    )
+    monkeypatch.setattr("nlae_jax.roles.turns._TURN", 4)
+    turns = Turns(run.roles, 16, 1)
+    with jax.log_compiles():
+        samples = turns.sample(turns.ready(pair), rows, len(rows), key, temperature, limit)
+    for name, found in samples._asdict().items():
+        np.testing.assert_allclose(found, getattr(whole, name)[:, 0], rtol=1e-4, atol=1e-4, err_msg=name)
+    compiled = sum("Compiling jit(advance)" in message for message in caplog.messages)
+    assert compiled > 1 or not temperature  # some ended early, and the others went on in smaller batches
+
+
+def test_a_batch_that_is_not_full_samples_its_own_rows_only(run, pair, h):
+    turns, key = Turns(run.roles, 8, 8), jax.random.PRNGKey(5)
+    ready = turns.ready(pair)
+    full, part = (turns.sample(ready, h[:8], count, key, 1.0, LIMIT) for count in (8, 3))
+    np.testing.assert_array_equal(part.tokens[:3], full.tokens[:3])
+    assert not part.lengths[3:].any() and not part.tokens[3:].any()
+
+
+def test_few_batch_sizes_are_compiled():
+    """A batch becomes at most half as large, and is one of few sizes."""
+    assert [smaller_batch(count, 64, 8) for count in (1, 8, 9, 32, 33, 64)] == [8, 8, 32, 32, 64, 64]
+    assert [smaller_batch(count, 40, 8) for count in (8, 9, 32, 40)] == [8, 40, 40, 40]
+    assert [smaller_batch(1, size, 8) for size in (8, 15, 16)] == [8, 15, 8]
+
+
+def test_a_blocks_weights_are_not_copied(run, pair):
+    ready = Turns(run.roles, 8, 8).ready(pair)
+    name = "up" if "up" in ready.weights[0][0] else next(iter(ready.weights[0][0]))
+    stacked = ready.variables["params"]["lm"]["blocks"][name]
+    begin = stacked.unsafe_buffer_pointer()
+    assert all(begin <= block[name].unsafe_buffer_pointer() < begin + stacked.nbytes for block, _ in ready.weights)

@@ -64,14 +64,18 @@ class AdapterFile:
                     f"{self.directory / CONFIG}: alpha_pattern: {module.short} has {quoted(alpha)}; it should be "
                     f"{len(module.members) * self.alpha:g}, the scale of the others"
                 )
-        tensors = read_tensors(self.directory / WEIGHTS, shapes, whole=True)
-        layers: dict[str, dict[str, list[jax.Array]]] = {name: {"a": [], "b": []} for name in tree}
+        stored = read_tensors(self.directory / WEIGHTS, shapes, whole=True)
+        # Cut up by numpy: a thousand small operations of JAX took as long as reading the base model.
+        tensors = {name: np.asarray(tensor) for name, tensor in stored.items()}
+        layers: dict[str, dict[str, list[np.ndarray]]] = {name: {"a": [], "b": []} for name in tree}
         for module in modules:
             for number, (name, places) in enumerate(zip(module.members, module.places, strict=True)):
                 ranks = slice(number * self.rank, (number + 1) * self.rank)
                 layers[name]["a"].append(tensors[module.tensor("a")][ranks])
                 layers[name]["b"].append(tensors[module.tensor("b")][places, ranks].T)
-        return {name: {part: jnp.stack(rows) for part, rows in pair.items()} for name, pair in layers.items()}
+        return {
+            name: {part: jnp.asarray(np.stack(rows)) for part, rows in pair.items()} for name, pair in layers.items()
+        }
 
     @property
     def identity(self) -> str:

@@ -52,6 +52,8 @@ _HUB_FILES = (
     "adapter_model.safetensors",
     *TOKENIZER_FILES,
 )
+# Two names of the class that reads tokenizer.json as it stands.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _WHEEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?(?:==[A-Za-z0-9.!+]+)?")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank
@@ -124,7 +126,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 def load_tokenizer(directory: Path) -> Any:
     """Loads the `PreTrainedTokenizerFast` of a model directory. Raises UserError if it is missing or unreadable."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # the import takes a second
+    from transformers import PreTrainedTokenizerFast  # the import takes a second
 
     directory = Path(directory)
     if not has_tokenizer(directory):
@@ -138,7 +140,7 @@ def load_tokenizer(directory: Path) -> Any:
         )
     clean_log("transformers")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = _loader(directory).from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # errors are of many kinds, and a panic in Rust is no Exception
@@ -151,6 +153,26 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: the tokenizer is a {type(tokenizer).__name__}; one with tokenizer.json is needed"
         )
     return tokenizer
+
+
+def _loader(directory: Path) -> Any:
+    """Returns the class of transformers that loads a tokenizer.
+
+    It is `AutoTokenizer`, which imports configurations, and PyTorch where it is installed, in two seconds. Those are
+    saved where `AutoTokenizer` would only read tokenizer.json as it stands: in a Llama model whose tokenizer has no
+    class of its own. For other families it may know better than the files.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    config = directory / "tokenizer_config.json"
+    if config.is_file() and (directory / "tokenizer.json").is_file() and (directory / "config.json").is_file():
+        fields = read_json(config)
+        is_plain = fields.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in fields
+        if is_plain and read_hf_config(directory).get("model_type") == "llama":
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _check_files(directory: Path) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nlae_jax.lm.sampling import categorical
-from nlae_jax.lm.segments import KeyValues
+from nlae_jax.lm.segments import KeyValues, row_axis, rows_of
 
 # (token [R], step [R], contexts, own) -> (logits [R, V] float32, own): feeds token number `step` of each row's
 # response.
@@ -41,11 +41,6 @@ class Rows(NamedTuple):
     own: Any
 
 
-def _row_axis(kv: KeyValues) -> int:
-    """Returns the axis of rows in keys of one block or of all blocks. In states it is the axis before."""
-    return 1 if kv.k is None else kv.k.ndim - 3
-
-
 def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     """Puts the rows of `new` into the table at `places` [B] int32. A row whose place is R or more is dropped.
 
@@ -61,7 +56,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     def keys(old: KeyValues, fresh: KeyValues) -> KeyValues:
         if old.positions.ndim == 1:  # the context is the constant prompt
             return old
-        axis = _row_axis(old)
+        axis = row_axis(old)
         each = lambda part, fresh, axis: jax.tree.map(lambda a, b: at(a, b, axis), part, fresh)  # noqa: E731
         return KeyValues(
             each(old.k, fresh.k, axis),
@@ -97,16 +92,8 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
             return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
         return jnp.pad(x, [(0, capacity - size if axis == n else 0) for n in range(x.ndim)])
 
-    def moved(kv: KeyValues) -> KeyValues:
-        if kv.positions.ndim == 1:
-            return kv
-        axis = _row_axis(kv)
-        take = lambda part, axis: jax.tree.map(lambda x: jnp.take(x, index, axis=axis), part)  # noqa: E731
-        k, v, wide = (take(part, axis) for part in (kv.k, kv.v, kv.global_kv))
-        return KeyValues(k, v, kv.positions[index], kv.valid[index], take(kv.state, axis - 1), wide)
-
     def widened(kv: KeyValues) -> KeyValues:
-        kv = moved(kv)
+        kv = rows_of(kv, index)
         positions = kv.positions[:, :1] + jnp.arange(capacity, dtype=jnp.int32)
         k, v, wide = jax.tree.map(lambda x: room(x, x.ndim - 2), (kv.k, kv.v, kv.global_kv))
         return KeyValues(k, v, positions, jnp.ones(positions.shape, bool), kv.state, wide)
@@ -120,7 +107,7 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
         temperature=rows.temperature[index],
         seed=rows.seed[index],
         done=rows.done[index] | (kept < 0),
-        contexts=jax.tree.map(moved, rows.contexts, is_leaf=is_keys),
+        contexts=jax.tree.map(lambda kv: rows_of(kv, index), rows.contexts, is_leaf=is_keys),
         own=jax.tree.map(widened, rows.own, is_leaf=is_keys),
     )
 

@@ -1,4 +1,8 @@
-"""The decode loop: samples token after token until every row has stopped."""
+"""The decode loop: samples token after token until every row has stopped.
+
+`sample` is the whole loop. `started` and `advanced` are its parts, for callers that stop between tokens and take rows
+that have ended out of the batch.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,11 @@ class Samples(NamedTuple):
     closed: jax.Array
 
 
-class _Loop(NamedTuple):
-    """The state of the decode loop before `step`. `logits` [*batch, V] are those of the next token."""
+class Loop(NamedTuple):
+    """The state of the decode loop before `step`.
+
+    `logits` [*batch, V] are those of the next token. `done` [*batch] bool marks the rows that have ended.
+    """
 
     step: jax.Array
     logits: jax.Array
@@ -91,6 +98,50 @@ def sample(
     depend on how rows are laid out over devices.
     """
     batch = first_logits.shape[:-1]
+    return advanced(
+        decode,
+        started(first_logits, caches, max_new_tokens),
+        lambda step: jax.random.uniform(jax.random.fold_in(key, step), batch),
+        max_new_tokens,
+        closing=closing,
+        eos_id=eos_id,
+        temperature=temperature,
+    ).samples
+
+
+def started(first_logits: jax.Array, caches: Any, max_new_tokens: int) -> Loop:
+    """Returns the loop's state before the first token, with room for `max_new_tokens` tokens in each row."""
+    batch = first_logits.shape[:-1]
+    return Loop(
+        step=jnp.zeros((), jnp.int32),
+        logits=first_logits,
+        caches=caches,
+        samples=Samples(
+            tokens=jnp.zeros((*batch, max_new_tokens), jnp.int32),
+            log_probs=jnp.zeros((*batch, max_new_tokens), jnp.float32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            closed=jnp.zeros(batch, bool),
+        ),
+        done=jnp.zeros(batch, bool),
+    )
+
+
+def advanced(
+    decode: DecodeStep,
+    loop: Loop,
+    uniform: Callable[[jax.Array], jax.Array],
+    until: int | jax.Array,
+    *,
+    closing: tuple[int, ...],
+    eos_id: int | Sequence[int],
+    temperature: float,
+) -> Loop:
+    """Runs the loop until step `until` or until all rows have ended. `sample` describes the other parameters.
+
+    `uniform(step)` returns the random numbers [*batch] float32 in [0, 1) that the step's tokens are drawn with. They
+    are not drawn at temperature 0.
+    """
+    batch = loop.done.shape
     closing_ids = jnp.asarray(closing, jnp.int32)
     stops = jnp.asarray([eos_id] if isinstance(eos_id, int) else list(eos_id), jnp.int32)
 
@@ -106,11 +157,11 @@ def sample(
         else:
             if temperature != 1:  # minus the largest, so that a quotient may overflow to -inf only
                 logits = (logits - logits.max(-1, keepdims=True)) / temperature
-            token = categorical(jax.random.uniform(jax.random.fold_in(key, step), batch), logits)
+            token = categorical(uniform(step), logits)
         chosen = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
         return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, -1)
 
-    def body(loop: _Loop) -> _Loop:
+    def body(loop: Loop) -> Loop:
         token, log_prob = draw(loop.logits, loop.step)
         token, log_prob = jnp.where(loop.done, 0, token), jnp.where(loop.done, 0.0, log_prob)
         tokens = loop.samples.tokens.at[..., loop.step].set(token)
@@ -127,21 +178,9 @@ def sample(
         )
         done = loop.done | closed | (token[..., None] == stops).any(-1)
         logits, caches = decode(token, loop.step, loop.caches)
-        return _Loop(loop.step + 1, logits, caches, samples, done)
+        return Loop(loop.step + 1, logits, caches, samples, done)
 
-    start = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        logits=first_logits,
-        caches=caches,
-        samples=Samples(
-            tokens=jnp.zeros((*batch, max_new_tokens), jnp.int32),
-            log_probs=jnp.zeros((*batch, max_new_tokens), jnp.float32),
-            lengths=jnp.zeros(batch, jnp.int32),
-            closed=jnp.zeros(batch, bool),
-        ),
-        done=jnp.zeros(batch, bool),
-    )
-    return jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(), body, start).samples
+    return jax.lax.while_loop(lambda loop: (loop.step < until) & ~loop.done.all(), body, loop)
 
 
 def truncated(samples: Samples, eos_id: int) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nlae_jax.lm.arch import Arch, DeltaNet
 
@@ -65,6 +66,25 @@ def of_kind(kv: KeyValues, kind: str, at: Callable[[jax.Array], jax.Array]) -> K
     pair = (kv.k, kv.v) if kind == "attention" else kv.global_kv
     assert pair is not None  # because there is a block of this kind
     return kv._replace(k=at(pair[0]), v=at(pair[1]), state=None, global_kv=None)
+
+
+def row_axis(kv: KeyValues) -> int:
+    """Returns the axis of rows in keys of one block or of all blocks. In states it is the axis before."""
+    return 1 if kv.k is None else kv.k.ndim - 3
+
+
+def rows_of(kv: KeyValues, index: jax.Array | np.ndarray) -> KeyValues:
+    """Returns the keys and values of the rows at `index` [R'] int32, of one block or of all blocks.
+
+    Arrays of numpy give arrays of numpy. A segment without a batch axis, such as the constant prompt, is that of all
+    rows and stays as it is.
+    """
+    if kv.positions.ndim == 1:
+        return kv
+    axis = row_axis(kv)
+    take = lambda part, axis: jax.tree.map(lambda x: x.take(index, axis=axis), part)  # noqa: E731
+    k, v, wide = (take(part, axis) for part in (kv.k, kv.v, kv.global_kv))
+    return KeyValues(k, v, kv.positions[index], kv.valid[index], take(kv.state, axis - 1), wide)
 
 
 def empty_state(delta: DeltaNet, rows: int, dtype: jnp.dtype, blocks: tuple[int, ...] = ()) -> DeltaState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,14 +12,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.sampling import explanation_tokens, truncated
+from nlae_jax.lm.sampling import Samples, explanation_tokens, truncated
 from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import OPENING, Protocol, extract_explanation
 from nlae_jax.roles.rollout import rollout
+from nlae_jax.roles.turns import Turns
 from nlae_jax.runtime import processes
+
+_WIDTH_STEP = 32  # tokens: texts are padded to a multiple of it
+_GROUPS = 3  # of texts of like length
+_GROUP_TOKENS = 512  # a further group takes about as long as this many tokens: its shape is compiled or loaded
 
 
 class Explanations(NamedTuple):
@@ -69,7 +75,8 @@ class RoundTrip:
 
         `max_new_tokens` is an explanation's limit, unless a call of `explain` says otherwise.
         `mesh` is the mesh that the pairs are on. Batches are split over it, and all its processes get all results.
-        Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`.
+        Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`. On one CPU, explanations that have
+        ended leave the batch, until half of `smallest_batch` is left. Without `smallest_batch` there is one shape.
         """
         self._vocab_size = roles.decoder.arch.vocab_size
         self._compiled_shapes: set[tuple[Any, ...]] = set()
@@ -92,9 +99,11 @@ class RoundTrip:
                 max_new_tokens=limit,
                 temperature=temperature,
             )
+            return read(jax.tree.map(lambda x: x[:, 0], samples))
+
+        def read(samples: Samples) -> tuple[jax.Array, ...]:
             ids, length = explanation_tokens(samples, self.protocol.closing, jnp.asarray(blank))
-            cut = truncated(samples, self.protocol.eos_id)
-            return samples.tokens[:, 0], samples.lengths[:, 0], ids[:, 0], length[:, 0], cut[:, 0]
+            return samples.tokens, samples.lengths, ids, length, truncated(samples, self.protocol.eos_id)
 
         def reconstruct(pair: Pair, ids: jax.Array, length: jax.Array, endings: Any) -> jax.Array:
             rebuilt_NxD: jax.Array = apply(roles.decoder, pair.decoder_variables(roles), ids, length, endings)
@@ -106,6 +115,10 @@ class RoundTrip:
             return rebuilt_NxD
 
         self._explain = jax.jit(explain, static_argnums=(3, 4), out_shardings=everywhere)
+        self._read = jax.jit(read)
+        left = batch_size if smallest_batch is None else max(1, smallest_batch // 2)
+        self._turns = Turns(roles, batch_size, left) if _on_one_cpu(mesh) else None
+        self._groups = 1 if self._turns is None else _GROUPS
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)
 
@@ -130,11 +143,17 @@ class RoundTrip:
         token. `advance` is called after every batch with its number of rows.
         """
         key, limit = jax.random.PRNGKey(seed), max_new_tokens or self._max_new_tokens
+        ready = None if self._turns is None else self._turns.ready(pair)
         parts = []
         for number, (h,) in enumerate(self._batches(np.asarray(vectors, np.float32))):
-            out = self._call(self._explain, pair, h, self._put(jax.random.fold_in(key, number)), temperature, limit)
+            batch_key = self._put(jax.random.fold_in(key, number))
+            count = min(self._batch_size, len(vectors) - number * self._batch_size)
+            if self._turns is None or ready is None:
+                out = self._call(self._explain, pair, h, batch_key, temperature, limit)
+            else:
+                out = self._read(self._turns.sample(ready, h, count, batch_key, temperature, limit))
             parts.append([np.asarray(x)[: self._batch_size] for x in out])
-            advance(min(self._batch_size, len(vectors) - number * self._batch_size))
+            advance(count)
         tokens, lengths, ids, length, cut = (np.concatenate(x)[: len(vectors)] for x in zip(*parts, strict=True))
         responses, texts = read_samples(self.tokenizer, self.protocol, tokens, lengths)
         return Explanations(texts, responses, ids, length, cut)
@@ -150,15 +169,21 @@ class RoundTrip:
         """Rebuilds activations [N, d] float32 from explanations as text.
 
         The decoder's whole prompt is tokenised as one string. Tokens that the model has no embedding for are left out:
-        a sampled text may spell one.
+        a sampled text may spell one. On one CPU, texts are computed in a few groups of like length; elsewhere all are
+        padded to the longest, because there a shape takes longer to compile than padding takes to compute.
         """
         tokenization = self.tokenizer, self.protocol
         prompts = [protocol.known_decoder_ids(*tokenization, text, self._vocab_size) for text in texts]
-        width = -(-max(map(len, prompts)) // 32) * 32
-        ids, length = pad(prompts, width)
-        mask = np.arange(width) < length[:, None]
-        batches = self._batches(ids, mask)
-        return self._collect(len(ids), (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches))
+        groups = like_lengths([len(prompt) for prompt in prompts], self._batch_size, self._smallest_batch, self._groups)
+        rebuilt = []
+        for rows, width in groups:
+            ids, length = pad([prompts[row] for row in rows], width)
+            batches = self._batches(ids, np.arange(width) < length[:, None], few=self._groups > 1)
+            parts = (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches)
+            rebuilt.append(self._collect(len(rows), parts))
+        places = np.argsort(np.concatenate([rows for rows, _ in groups]))
+        in_order: np.ndarray = np.concatenate(rebuilt)[places]
+        return in_order
 
     def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
         """Calls a compiled function. All processes first compile together for a shape that is new."""
@@ -168,25 +193,61 @@ class RoundTrip:
             processes.compile_together(function, pair, rows, *rest)
         return function(pair, rows, *rest)
 
-    def _batches(self, *arrays: np.ndarray) -> Any:
-        batches = _batches(self._batch_size, self._smallest_batch, self._parts, *arrays)
+    def _batches(self, *arrays: np.ndarray, few: bool = False) -> Any:
+        batches = _batches(self._batch_size, self._smallest_batch, self._parts, few, *arrays)
         return (self._put(batch, batch_sharding) for batch in batches)
 
     def _collect(self, count: int, parts: Any) -> np.ndarray:
         return np.concatenate([np.asarray(part)[: self._batch_size] for part in parts])[:count]
 
 
-def _batches(size: int, smallest: int, parts: int, *arrays: np.ndarray) -> Any:
+def _on_one_cpu(mesh: Mesh | None) -> bool:
+    """Returns whether a mesh, or the default device without one, is a single CPU."""
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def like_lengths(lengths: Sequence[int], size: int, smallest: int, most: int) -> list[tuple[np.ndarray, int]]:
+    """Splits texts of these `lengths` into at most `most` groups, so that the fewest tokens are computed.
+
+    Returns (rows, width) of each group: the numbers of its texts, and the width that they are padded to. `size` and
+    `smallest` are those of the batches that a group is computed in. A group counts as `_GROUP_TOKENS` more tokens.
+    """
+    width_N = -(-np.asarray(lengths) // _WIDTH_STEP) * _WIDTH_STEP
+    *shorter, widest = np.unique(width_N).tolist()
+
+    def groups(widths: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        spans = zip((0, *widths[:-1]), widths, strict=True)
+        return [(np.flatnonzero((width_N > above) & (width_N <= width)), width) for above, width in spans]
+
+    def tokens(split: list[tuple[np.ndarray, int]]) -> int:
+        whole, rest = zip(*(divmod(len(rows), size) for rows, _ in split), strict=True)
+        rows = [size * count + _filled(left, smallest, few=True) for count, left in zip(whole, rest, strict=True)]
+        return sum(count * width + _GROUP_TOKENS for count, (_, width) in zip(rows, split, strict=True))
+
+    splits = (chosen for count in range(most) for chosen in itertools.combinations(shorter, count))
+    return min((groups((*chosen, widest)) for chosen in splits), key=tokens)
+
+
+def _filled(rows: int, smallest: int, few: bool) -> int:
+    """Returns the size that a batch is filled up to: a multiple of `smallest`, or with `few` also a power of two."""
+    multiple = -(-rows // smallest) * smallest
+    return min(multiple, 1 << (rows - 1).bit_length()) if few and rows else multiple
+
+
+def _batches(size: int, smallest: int, parts: int, few: bool, *arrays: np.ndarray) -> Any:
     """Yields consecutive batches of `size` rows.
 
     A batch is filled up with copies of its first row until `parts` divides its size. Fewer rows than `size` are filled
-    up to a multiple of `smallest`, so that there are few shapes to compile and few copies to compute.
+    up to a multiple of `smallest`, so that there are few shapes to compile and few copies to compute; with `few`, to a
+    power of two if that is less.
 
     A row's random draws depend on its number in the batch (jax's threefry is partitionable), so they are the same
     however many devices there are.
     """
     for start in range(0, len(arrays[0]), size):
         rows = [array[start : start + size] for array in arrays]
-        width = min(-(-len(rows[0]) // smallest) * smallest, size)
+        width = min(_filled(len(rows[0]), smallest, few), size)
         missing = -(-width // parts) * parts - len(rows[0])
         yield [np.concatenate([row, np.repeat(row[:1], missing, axis=0)]) if missing else row for row in rows]
