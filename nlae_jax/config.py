@@ -206,7 +206,8 @@ class RlConfig:
     # weight of the KL to the warm-started encoder; 0: no copy of it is stored or computed
     kl_coef: float = option(0.01, at_least=0)
     length_penalty: float = option(0.0, at_least=0)  # reward lost per token
-    repeat_penalty: float = option(0.0, at_least=0)  # reward lost per quoted string that its sentence has had before
+    # reward lost per quoted string that its sentence has had before, and for a quotation that does not end
+    repeat_penalty: float = option(0.0, at_least=0)
     # share of the contrastive reward, which tells the batch's activations apart (`objectives.contrast`)
     contrastive: float = option(0.0, at_least=0, at_most=1)
     # one jitted step, or three (rollout, score, update) with equal results

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nlae_jax.config import ViewsConfig, resolve
 from nlae_jax.lm.tiny import tiny_tokenizer
 from nlae_jax.lm.tokens import pad
-from nlae_jax.roles.views import Marks, keep, marks, repeated_strings, sentences, shown
+from nlae_jax.roles.views import Marks, keep, marks, open_quotations, repeated_strings, sentences, shown
 from nlae_jax.runtime.errors import UserError
 
 NOTE = 'a or "b." or "c", the end. Of the land. It ends: "in the".'
@@ -80,6 +80,23 @@ def test_nothing_is_cut_by_default(tokenizer: PreTrainedTokenizerFast) -> None:
 )
 def test_strings_that_a_sentence_quotes_again(tokenizer: PreTrainedTokenizerFast, text: str, expected: int) -> None:
     assert repeated_strings(*encoded(tokenizer, [text, "a"])).tolist() == [expected, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [
+        ('"of" or "the".', 0),
+        ('"is", "was observed or "may".', 1),
+        ('It ends: "of', 1),
+        ("“of”.", 0),
+        ("of", 0),
+        ("", 0),
+    ],
+)
+def test_a_quotation_that_does_not_end(tokenizer: PreTrainedTokenizerFast, text: str, is_open: int) -> None:
+    ids, length, tables = encoded(tokenizer, [text, 'a "'])
+    assert open_quotations(ids, length, tables).tolist() == [is_open, 1]
+    assert open_quotations(ids[:, None], length[:, None], tables).tolist() == [[is_open], [1]]
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,15 @@ def repeated_strings(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Ar
     return repeated.sum(1).astype(jnp.int32).reshape(length.shape)
 
 
+def open_quotations(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Array:
+    """Returns 1 for each explanation with a quotation that does not end, else 0: ids [..., T] -> [...] int32.
+
+    Without a charge for these, an encoder that is charged for repeated strings leaves marks out to escape the charge.
+    """
+    valid = jnp.arange(ids.shape[-1]) < length[..., None]
+    return jnp.where(valid, tables.quotes[ids], 0).sum(-1).astype(jnp.int32) % 2
+
+
 def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Moves the tokens marked in `kept` [N, T] bool together on the left, with zeros after them.
 

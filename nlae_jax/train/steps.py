@@ -22,7 +22,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.pair import Params, Roles
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.views import repeated_strings, shown
+from nlae_jax.roles.views import open_quotations, repeated_strings, shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import RlState, RoleState
 
@@ -207,7 +207,7 @@ class Scores(NamedTuple):
 
     `mse` [B, G] is the direction mse, `length` [B, G] an explanation's number of tokens. `contrast` [B, G] is
     `objectives.contrast`, if it is rewarded. `whole` [B] marks activations whose explanations were seen whole, if not
-    all were. `repeats` [B, G] counts repeated quoted strings, if they are charged for.
+    all were. `repeats` [B, G] counts repeated strings and open quotations, if they are charged for.
     """
 
     mse: jax.Array
@@ -222,7 +222,10 @@ def score(
 ) -> tuple[Scores, Params]:
     """Computes every sample's scores and, in the same pass, the decoder's gradient."""
     ids, written_length = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
-    repeats = repeated_strings(ids, written_length, frozen["marks"]) if config.rl.repeat_penalty else None
+    repeats = None
+    if config.rl.repeat_penalty:
+        quoted = ids, written_length, frozen["marks"]
+        repeats = repeated_strings(*quoted) + open_quotations(*quoted)
     ids, length, whole = shown(ids, written_length, frozen.get("marks"), config.views)
     (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
