@@ -16,11 +16,13 @@ import pytest
 from nlae_jax.config import Config, MeshConfig
 from nlae_jax.lm import transformer
 from nlae_jax.lm.arch import Arch, DeltaNet, Experts, model_weights
+from nlae_jax.lm.sampling import Samples
 from nlae_jax.mesh import batch_sharding, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.roles.protocol import blank_tokens, response_ids
 from nlae_jax.roles.rollout import rollout
+from nlae_jax.roles.views import Marks
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import compiled, put_batch
 from nlae_jax.train.state import (
@@ -412,6 +414,35 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     sign = np.sign(objectives.FAILED_MSE - mse[0, 0])
     assert sign * gained[0, :4].sum() > 1e-4  # the better response becomes likelier
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
+
+
+def test_repeated_strings_and_open_quotations_cost_reward(settings):
+    """With a table in which token 50 is a quotation mark and token 51 a quoted word."""
+    config = settings[4].config
+    charged = dataclasses.replace(config, rl=dataclasses.replace(config.rl, repeat_penalty=0.5))
+    setting = settings[4]._replace(config=charged)
+    begun, parts = start(setting, ONE), rl_parts(setting)
+    vocab_size, closing = setting.roles.encoder.arch.vocab_size, setting.roles.encoder.protocol.closing[0]
+    quotes, pieces = np.zeros(vocab_size, np.int32), np.zeros((vocab_size, 3), np.uint32)
+    quotes[50], pieces[51, 0] = 1, 7
+    frozen = begun.frozen | {"marks": Marks(quotes, np.zeros(vocab_size, bool), pieces)}
+    written = [[52], [50, 51], [50, 51, 50, 50, 51, 50], [50, 51, 50, 50, 51, 50, 50]]
+    expected = np.array([0, 1, 1, 2])
+    tokens = np.zeros((BATCH, GROUP, RESPONSE), np.int32)
+    lengths = np.zeros((BATCH, GROUP), np.int32)
+    for row, ids in enumerate(written):
+        tokens.reshape(-1, RESPONSE)[row, : len(ids) + 1] = [*ids, closing]
+        lengths.reshape(-1)[row] = len(ids) + 1
+    samples = Samples(tokens, np.zeros(tokens.shape, np.float32), lengths, lengths > 0)
+    _, (scores, metrics) = jax.jit(parts.train_decoder)(begun.state.decoder, frozen, begun.batch, samples)
+    assert scores.repeats.ravel().tolist() == [*expected, *[0] * (BATCH * GROUP - len(written))]
+    assert (np.asarray(scores.length) > 0).sum() == len(written)
+    # The decoder is random, and the lowest reward would hide the charge.
+    scores = scores._replace(mse=jnp.full((BATCH, GROUP), 0.25))
+    _, metrics = jax.jit(parts.train_encoder)(begun.state.encoder, frozen, begun.batch, samples, scores, metrics)
+    reward = np.full(BATCH * GROUP, -objectives.FAILED_MSE)
+    reward[: len(written)] = -0.25 - 0.5 * expected
+    assert abs(metrics["reward_mean"] - reward.mean()) < 1e-5
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(settings, alone):

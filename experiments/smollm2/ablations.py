@@ -50,7 +50,7 @@ COLUMNS = ("fve", "fve_shuffled", "candidates_hold_top1", "ending_in_context", "
 
 
 class Training(NamedTuple):
-    """One `nlae train`: its experiment file, what it changes, and the pair or encoder that it starts from."""
+    """One `nlae train`: its experiment file, what it changes, and the pair that it starts from."""
 
     name: str
     experiment: str
@@ -59,7 +59,7 @@ class Training(NamedTuple):
 
 
 def trainings(kind: str, seed: int) -> Iterator[tuple[str, list[Training]]]:
-    """(setting, its trainings in order) of the warm start or of RL."""
+    """Yields each setting of the warm start or of RL with its trainings, in order."""
     if kind == "rl":
         for setting, changes in RL.items():
             yield setting, [Training(directory(setting, seed), "pair/rl_again.py", RL_STEPS | changes)]
@@ -86,7 +86,7 @@ def directory(setting: str, seed: int) -> str:
 
 
 def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
-    """The exported pair of one training; training and export are skipped where they are done."""
+    """Trains and exports a pair, unless that is done already, and returns the directory of the pair."""
     pair = out / "pairs" / training.name
     if (pair / "ar").exists():
         return pair
@@ -109,7 +109,7 @@ def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
 
 
 def notes_of_training(material: Path, out: Path) -> Path:
-    """JSONL of the written notes whose passages are training texts."""
+    """Writes the notes whose passages are training texts to a JSONL file, and returns its path."""
     file = out / "notes.jsonl"
     passages = {row["id"] for _, row in read_json_lines(material / "texts/train/passages.jsonl")}
     rows = [row for _, row in read_json_lines(WARMSTART_NOTES) if row["passage"] in passages]
@@ -123,7 +123,7 @@ def run(*command: str) -> None:
 
 
 def measured(pair: Path, texts: Path, seed: int) -> dict[str, float]:
-    """The figures of `COLUMNS` on validation activations of all groups, explanations sampled at temperature 0.6."""
+    """Measures the figures of `COLUMNS` on validation activations of all groups. Explanations have temperature 0.6."""
     nla = NLA.from_pretrained(str(pair))
     places = [place for domains in GROUPS.values() for place in drawn(nla, texts, domains, ACTIVATIONS)]
     h_NxD = np.stack([activations_TxD[-1] for activations_TxD in nla.read([place.context for place in places])])

@@ -47,7 +47,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "reconstruction",
         "fve_meannorm",
-        "FVE by the other definition, against the renormalised mean; always higher than fve",
+        "FVE by the other definition, against the renormalised mean; never lower than fve",
         "1 - mean(mse) / mean(mse(mean(u(h)), h))",
         ("permuted",),
         source=_PAPER,
@@ -210,7 +210,7 @@ FIGURES: tuple[Figure, ...] = (
         "text",
         "twin",
         "how often an explanation that names the likeliest next token beats its twin, which names another token",
-        "P(mse of the explanation < mse of its twin); 0.5 is chance",
+        "P(mse of the explanation < mse of its twin); a tie counts 0.5, which is chance",
         parts="rank of the other token: 2 to 4, 8 and beyond",
         part_controls=("permuted",),
     ),
@@ -366,7 +366,12 @@ FIGURES: tuple[Figure, ...] = (
         ("chance",),
     ),
     # --- health
-    Figure("health", "extraction_rate", "share of explanations that end with their closing tag", "mean over rows"),
+    Figure(
+        "health",
+        "extraction_rate",
+        "share of readable explanations, which have a closing tag and text before it",
+        "mean over rows",
+    ),
     Figure(
         "health",
         "truncated_rate",
@@ -377,7 +382,7 @@ FIGURES: tuple[Figure, ...] = (
         "health",
         "explanation_tokens",
         "number of tokens in an explanation",
-        "mean over the explanations that end with their closing tag",
+        "mean over the readable explanations",
         ("gold",),
     ),
     Figure(
@@ -458,7 +463,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "health",
         "changed_candidates",
-        "share of quoted next tokens that are not in the explanation before",
+        "share of named next tokens that the explanation before does not name",
         "new tokens / tokens",
         ("gold",),
     ),

@@ -172,7 +172,7 @@ MEASURES = (
     ),
     Measure(
         "changed_candidates",
-        "share of quoted next tokens that are not in the previous activation's explanation",
+        "share of named next tokens that the previous activation's explanation does not name",
         at_least=0.5,
         advice=f"explanations of different activations name the same next tokens; {_MORE_ENCODER}",
     ),
@@ -191,7 +191,7 @@ MEASURES = (
     ),
     Measure(
         "extraction_rate",
-        "share of explanations that end with their closing tag; only these are readable and counted in other shares",
+        "share of readable explanations (text and a closing tag); the measures of the text count only these",
         at_least=0.8,
         advice=f"raise rl.max_new_tokens if this limit cuts explanations; otherwise {_MORE_ENCODER}",
     ),

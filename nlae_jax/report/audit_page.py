@@ -134,7 +134,7 @@ def audit_lead(report: Mapping[str, Any]) -> list[str]:
     if not placebos:
         return [f"{share}. Run the audit with a placebo to judge this share."]
     beside = ", ".join(f"{name} {100 * value:.0f} %" for name, value in placebos.items())
-    lines = [f"{share}; of placebos {beside}. Unless it is below the placebos, words do not come from the activations."]
+    lines = [f"{share}; of placebos {beside}. Only a share below theirs shows words from the activations."]
     for term in report["terms"]:
         others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in term["placebos"].items())
         lines.append(f"“{printable(term['term'])}”: {100 * term['share']:.1f} % of explanations; placebos {others}.")

@@ -81,7 +81,7 @@ CARDS = (
     ("Shuffled", "fve_shuffled", "fve with explanations of other documents. It should be 0 or lower."),
     ("Through text", "fve_text", "fve if the decoder reads explanations as text that is tokenised again."),
     ("Gold text", "fve_gold", "fve of the warm-start descriptions, which were written from the text itself."),
-    ("Other definition", "fve_meannorm", "fve_meannorm. It is always higher than fve; never compare the two."),
+    ("Other definition", "fve_meannorm", "fve_meannorm. It is never lower than fve; do not compare the two."),
     ("Cosine", "cos", "The mean. Activations share a direction, so it is high even for bad explanations."),
     ("Activations", "num_activations", "From held-out documents, which nothing was trained on."),
 )

@@ -74,8 +74,9 @@ class Turns:
         host = jax.tree.map(np.asarray, variables)  # reads arrays on a CPU in place
         blocks, adapters = host["params"]["lm"]["blocks"], host.get("lora", {"lm": {"blocks": {}}})["lm"]["blocks"]
         arch = self._roles.encoder.arch
-        of = lambda stacks, layer: jax.device_put(of_layer(arch, stacks, layer))  # noqa: E731
-        return Ready(variables, [(of(blocks, layer), of(adapters, layer)) for layer in range(arch.num_layers)])
+        of_block = lambda stacks, layer: jax.device_put(of_layer(arch, stacks, layer))  # noqa: E731
+        layers = range(arch.num_layers)
+        return Ready(variables, [(of_block(blocks, layer), of_block(adapters, layer)) for layer in layers])
 
     def sample(
         self, ready: Ready, h_BxD: jax.Array, count: int, key: jax.Array, temperature: float, limit: int

@@ -6,7 +6,8 @@ An encoder that is only ever scored on whole explanations learns to quote the la
 nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
 the decoder's warm start and in RL, so that every sentence earns its place.
 
-A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time; RL may charge for it.
+A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time; RL may charge for it,
+and for a quotation that does not end.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def marks(tokenizer: Any, vocab_size: int) -> Marks:
 
 
 def reads_marks(config: Config) -> bool:
-    """Returns whether a run needs the tables: to show the decoder a part, or to charge for repeated strings."""
+    """Returns whether a run needs the tables: to show the decoder a part, or to charge for quotations."""
     return config.views != ViewsConfig() or config.rl.repeat_penalty > 0
 
 
@@ -106,9 +107,10 @@ def repeated_strings(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Ar
 
 
 def open_quotations(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Array:
-    """Returns 1 for each explanation with a quotation that does not end, else 0: ids [..., T] -> [...] int32.
+    """Returns 1 for each explanation with an odd number of quotation marks, else 0: ids [..., T] -> [...] int32.
 
-    Without a charge for these, an encoder that is charged for repeated strings leaves marks out to escape the charge.
+    A quotation does not end there. Two such quotations in one explanation are not found. Without a charge for open
+    quotations, an encoder that is charged for repeated strings leaves marks out to escape the charge.
     """
     valid = jnp.arange(ids.shape[-1]) < length[..., None]
     return jnp.where(valid, tables.quotes[ids], 0).sum(-1).astype(jnp.int32) % 2
