@@ -66,6 +66,7 @@ TEMPLATE = re.compile(
     r"The text ends(?:, (?P<space>.*?) after it)?: (?P<last>.*)",
     re.DOTALL,
 )
+TAG = "explanation>"  # of an opening and of a closing tag
 NEW_TOKENS = 48  # of a sampled explanation
 LONGEST, BATCH = 160, 16  # tokens of a note's text that the subject reads, texts that it reads at once
 QUOTED_END = re.compile(r'(?<=[a-z:] ")([^"]*)(?="(?: [a-z ]+)?\.$)')
@@ -117,13 +118,13 @@ def shortened(description: str, words: int) -> str:
 
 
 def samples(pair: str, run: Path, count: int, temperature: float) -> Iterator[dict[str, Any]]:
-    """The pair's explanations of the run's first `count` activations. Empty ones are left out."""
+    """The pair's explanations of the run's first `count` activations, without empty ones and those that hold a tag."""
     store = ActivationStore(run / "activations")
     rows = np.arange(count)
     written = NLA.from_pretrained(pair).write(store.vectors(rows), temperature, NEW_TOKENS)
     for row, explanation in zip(rows, written, strict=True):
         name = store.plan.doc_ids[store.plan.document[row]]
-        if explanation.text:
+        if explanation.text and TAG not in explanation.text:
             place = {"id": name, "position": int(store.plan.position[row]), "passage": name}
             yield place | {"description": explanation.text}
 
