@@ -4,7 +4,7 @@
     python experiments/smollm2/descriptions.py notes runs/pair/notes.jsonl
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/short_drafts.jsonl --words 2
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/last_word_drafts.jsonl --words 1
-    python experiments/smollm2/descriptions.py samples runs/pair/after_rl_again runs/pair/rl_again \\
+    python experiments/smollm2/descriptions.py samples runs/pair/after_rl_anchored runs/pair/rl_anchored \\
         runs/pair/samples.jsonl
 
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,

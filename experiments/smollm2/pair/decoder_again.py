@@ -13,9 +13,11 @@ from nlae_jax.config import inherit
 
 def get_config() -> ConfigDict:
     config = inherit("rl_again.py", beside=__file__)
-    config.init.pair = "runs/pair/after_rl_again"
+    config.init.pair = "runs/pair/after_rl_anchored"
+    config.corpus.max_documents = 320
     config.describe.provider, config.describe.path = "file", "runs/pair/samples.jsonl"
     config.split.encoder_sft, config.split.decoder_sft, config.split.rl, config.split.held_out = 0.01, 0.95, 0.01, 0.03
     config.sft.max_response_tokens = 48
-    config.sft.decoder_steps, config.sft.decoder_learning_rate = 250, 1e-3
+    config.sft.decoder_steps, config.sft.decoder_learning_rate = 200, 1e-3
+    config.rl.num_steps = 0
     return config

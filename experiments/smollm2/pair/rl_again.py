@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = inherit("rl.py", beside=__file__)
     config.init.pair = "runs/pair/after_last_word"
     config.extract.positions_per_document = 5
-    config.rl.num_steps = 200
+    config.rl.num_steps = 25
     config.rl.max_new_tokens = 48
     config.rl.encoder_learning_rate = 8e-4
     config.rl.repeat_penalty = 0.5
