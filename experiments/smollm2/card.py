@@ -45,7 +45,7 @@ FIGURES = (
     ("FVE, mean-norm", "fve_meannorm"),
     ("gain over its warm start", "fve_gain"),
     ("explanations permuted over documents", "fve_shuffled"),
-    *((f"{name} vector injected", f"fve_{name}") for name in UNINFORMED),
+    *((f"{name.removesuffix('_vector')} vector injected", f"fve_{name}") for name in UNINFORMED),
     ("first sentence alone", "fve_leading_1"),
     ("first two sentences", "fve_leading_2"),
     ("without the last sentence", "fve_without_last"),
@@ -202,10 +202,9 @@ def shown(figures: dict[str, Any], key: str) -> str:
 
 
 def examples(card: dict[str, Any]) -> list[str]:
-    """The first explanations of each group, in turn, as a Markdown table."""
+    """The first explanations of passages, which the package carries, as a Markdown table."""
     lines = ["| text, its end | likeliest next token | explanation | cos |", "|---|---|---|---|"]
-    in_turn = [row for rows in zip(*(figures["examples"] for figures in card.values()), strict=False) for row in rows]
-    for row in in_turn[:EXAMPLES]:
+    for row in card["passages"]["examples"][:EXAMPLES]:
         end = ("… " if len(row["context"]) > SHOWN else "") + row["context"][-SHOWN:]
         cells = (cell(end), f"`{cell(row['likeliest'])}`", cell(row["explanation"]), f"{row['cos']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
