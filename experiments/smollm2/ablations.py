@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from card import GROUPS, drawn
+from card import GROUPS, drawn, read
 
 from nlae_jax import NLA
 from nlae_jax.assets import WARMSTART_NOTES
@@ -25,7 +24,6 @@ from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.evaluate.claims import claims
 from nlae_jax.evaluate.health import health
 from nlae_jax.evaluate.reconstruction import fve, variances
-from nlae_jax.evaluate.rows import likeliest
 
 SEEDS = (0, 1)
 ACTIVATIONS = 32  # of each group of domains
@@ -36,8 +34,13 @@ WARM_START = {
     "written notes": (("pair/notes.py", {}),),
     "template, then written notes": (("pair/base.py", {}), ("pair/notes.py", {})),
 }
-WARM_START_STEPS = {"sft.encoder_steps": 60, "sft.decoder_steps": 40, "corpus.max_documents": 200}
-WARM_START_RATES = {"sft.encoder_learning_rate": 3e-3, "sft.decoder_learning_rate": 2e-3, "sft.max_response_tokens": 64}
+WARM_START_STEPS = {"sft.encoder_steps": 60, "sft.decoder_steps": 40}  # of all stages of a setting together
+WARM_START_COMMON = {
+    "corpus.max_documents": 200,
+    "sft.encoder_learning_rate": 3e-3,
+    "sft.decoder_learning_rate": 2e-3,
+    "sft.max_response_tokens": 64,
+}
 RL = {
     "neg_mse": {},
     "neg_log_mse": {"rl.reward": "neg_log_mse"},
@@ -65,15 +68,14 @@ def trainings(kind: str, seed: int) -> Iterator[tuple[str, list[Training]]]:
             yield setting, [Training(directory(setting, seed), "pair/rl_again.py", RL_STEPS | changes)]
         return
     for setting, stages in WARM_START.items():
-        # Two stages share the steps, so that every setting has as many.
-        share = {name: count // len(stages) for name, count in WARM_START_STEPS.items() if name.endswith("steps")}
+        share = {name: count // len(stages) for name, count in WARM_START_STEPS.items()}
         yield (
             setting,
             [
                 Training(
                     directory(setting, seed) + (f"_{number}" if len(stages) > 1 else ""),
                     experiment,
-                    WARM_START_STEPS | WARM_START_RATES | share | changes,
+                    WARM_START_COMMON | share | changes,
                     f"{directory(setting, seed)}_{number - 1}" if number else "",
                 )
                 for number, (experiment, changes) in enumerate(stages)
@@ -126,10 +128,9 @@ def measured(pair: Path, texts: Path, seed: int) -> dict[str, float]:
     """Measures the figures of `COLUMNS` on validation activations of all groups. Explanations have temperature 0.6."""
     nla = NLA.from_pretrained(str(pair))
     places = [place for domains in GROUPS.values() for place in drawn(nla, texts, domains, ACTIVATIONS)]
-    h_NxD = np.stack([activations_TxD[-1] for activations_TxD in nla.read([place.context for place in places])])
+    h_NxD, expected = read(nla, places)
     written = nla.explain(h_NxD, 0.6, 64, seed)
     contexts = [place.context.text for place in places]
-    expected = [token for (token,) in likeliest(nla.subject, [place.context.ids for place in places], 1)]
     other = [*range(ACTIVATIONS, len(places)), *range(ACTIVATIONS)]  # of another group
     shares = health(written, nla.protocol.marker) | claims(written, contexts, expected, other)
     variance = variances(h_NxD)

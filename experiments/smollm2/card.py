@@ -25,7 +25,7 @@ from nlae_jax import NLA
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.data.mismatch import mismatched
-from nlae_jax.evaluate.claims import claims, parts
+from nlae_jax.evaluate.claims import claims, ending, parts
 from nlae_jax.evaluate.estimate import estimate, fve_of
 from nlae_jax.evaluate.health import health
 from nlae_jax.evaluate.reconstruction import UNINFORMED, fve, summarise, uninformed, variances
@@ -53,7 +53,10 @@ FIGURES = (
     ("without either", "fve_bare"),
     ("written notes through the decoder", "fve_gold"),
     ("expected tokens hold the subject's likeliest", "candidates_hold_top1"),
+    ("the same, explanations permuted", "candidates_hold_top1_shuffled"),
     ("quoted last words are in the context", "ending_in_context"),
+    ("the same, explanations permuted", "ending_in_context_shuffled"),
+    ("quoted last words end the context", "ending_is_last"),
     ("an item of a list is repeated", "repeated_rate"),
     ("different explanations", "distinct_explanations"),
     ("closed explanations", "extraction_rate"),
@@ -122,11 +125,23 @@ def drawn(nla: NLA, texts: Path, domains: Sequence[str], count: int) -> list[Pla
     return places
 
 
+def read(nla: NLA, places: Sequence[Place]) -> tuple[np.ndarray, list[str]]:
+    """The activations [N, d] at the ends of the places, and the tokens that the subject thinks likeliest to follow."""
+    h_NxD = np.stack([activations_TxD[-1] for activations_TxD in nla.read([place.context for place in places])])
+    return h_NxD, [token for (token,) in likeliest(nla.subject, [place.context.ids for place in places], 1)]
+
+
+def share_of_last(texts: Sequence[str], contexts: Sequence[str]) -> float:
+    """The share of the explanations with quoted last words whose context ends with these words."""
+    quoted = [(span.strip(), context) for text, context in zip(texts, contexts, strict=True) if (span := ending(text))]
+    found = [span and context.rstrip().casefold().endswith(span.casefold()) for span, context in quoted]
+    return float(np.mean([bool(last) for last in found])) if found else float("nan")
+
+
 def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperature: float) -> dict[str, Any]:
     """The figures of `FIGURES` as means over seeds, with intervals over documents and the explanations of one seed."""
-    h_NxD = np.stack([activations_TxD[-1] for activations_TxD in after.read([place.context for place in places])])
+    h_NxD, expected = read(after, places)
     documents = np.array([place.document for place in places])
-    expected = [token for (token,) in likeliest(after.subject, [place.context.ids for place in places], 1)]
     runs = [of_seed(after, before, h_NxD, places, documents, expected, temperature, seed) for seed in range(seeds)]
     mse = {name: np.mean([errors[name] for errors, _, _ in runs], axis=0) for name in runs[0][0]}
     notes = [place.note for place in places]
@@ -180,6 +195,7 @@ def of_seed(
         **{name: errors(after, found) for name, found in by_part.items()},
     }
     shares = health(texts, after.protocol.marker) | claims(texts, contexts, expected, list(other))
+    shares["ending_is_last"] = share_of_last(texts, contexts)
     return mse, shares | {"extraction_rate": float(np.mean([bool(text) for text in texts]))}, texts
 
 
