@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlae_jax.lm.arch import LinearRope, YarnRope
-from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, read_gguf_arch
+from nlae_jax.lm.arch import GlobalAttention, LinearRope, YarnRope
+from nlae_jax.lm.gguf.arch import read_gguf_arch
+from nlae_jax.lm.gguf.families import GGUF_FAMILIES
 from nlae_jax.runtime.errors import UserError
 
 SIZES = {
@@ -19,17 +20,33 @@ SIZES = {
     "attention.key_length": 16,
     "attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
 }
+DELTA_NET = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 6,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 20,
+}
+# Keys that an architecture has beside those of all.
+OWN = {
+    "qwen35": DELTA_NET,
+    "qwen35moe": DELTA_NET
+    | {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
+    | {"expert_shared_feed_forward_length": 8},
+    "gemma4": {"attention.key_length": 32, "attention.key_length_swa": 16, "attention.sliding_window": 5},
+}
 
 
-def arch_of(architecture, changes=None, tensors=()):
-    keys = {key: value for key, value in (SIZES | (changes or {})).items() if value is not None}
+def arch_of(architecture, changes=None, tensors=(), rope_tensors=None):
+    sizes = SIZES | OWN.get(architecture, {})
+    keys = {key: value for key, value in (sizes | (changes or {})).items() if value is not None}
     if architecture in ("gpt2", "gptneox"):
         keys = {
             "context_length": 64,
             "attention.layer_norm_epsilon": keys.pop("attention.layer_norm_rms_epsilon"),
         } | keys
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
-    return read_gguf_arch(Path("m.gguf"), metadata, tensors, 50)
+    return read_gguf_arch(Path("m.gguf"), metadata, tensors, 50, rope_tensors)
 
 
 @pytest.mark.parametrize(("architecture", "blocks"), [("gemma2", 46), ("gemma3", 62)])
@@ -115,11 +132,30 @@ def test_a_tied_head_is_one_that_is_not_there():
         ("phi3", {"rope.scaling.attn_factor": 1.2}, "phi3.rope.scaling.attn_factor = 1.2"),
         *(
             (architecture, {}, f"architecture '{architecture}' is not supported")
-            for architecture in ("mistral3", "qwen35", "qwen35moe", "gemma4", "granitehybrid")
+            for architecture in ("mistral4", "qwen3next", "gemma3n", "granitehybrid")
         ),
+        (
+            "granite",
+            {"rope.scaling.finetuned": False},
+            "granite.rope.scaling.finetuned = False, attention without RoPE",
+        ),
+        ("mistral3", {"rope.scaling.type": "longrope"}, "mistral3.rope.scaling.type 'longrope' is not supported"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "the GGUF lacks the tensor rope_factors_long.weight"),
+        ("qwen35", {"ssm.inner_size": 21}, "qwen35.ssm.inner_size = 21 should be a multiple of ssm.time_step_rank = 4"),
+        ("qwen35", {"ssm.group_count": 3}, "linear_num_value_heads = 4 should be a multiple of linear_num_key_heads"),
+        ("qwen35moe", {"expert_shared_feed_forward_length": None}, "lack qwen35moe.expert_shared_feed_forward_length"),
+        ("gemma4", {"attention.shared_kv_layers": 2}, "num_kv_shared_layers = 2 is not supported"),
+        ("gemma4", {"embedding_length_per_layer_input": 8}, "hidden_size_per_layer_input, as Gemma 4 E2B"),
+        ("gemma4", {"attention.head_count_kv": [2] * 11}, "attention.head_count_kv should have 12 entries"),
+        (
+            "gemma4",
+            {"attention.head_count_kv": [1, 2] * 6},
+            "head_count_kv should be one number for blocks with a window",
+        ),
+        ("gemma4", {"rope.dimension_count_swa": 8}, "gemma4.rope.dimension_count_swa should be 16"),
         ("qwen2", {"attention.causal": False}, "qwen2.attention.causal should be true"),
         ("qwen3", {"attention.value_length": 8}, "qwen3.attention.value_length should be 16"),
-        ("smollm3", {"attention.head_count_kv": [1] * 12}, "smollm3.attention.head_count_kv should be one number"),
+        ("smollm3", {"attention.head_count_kv": [1, 2] * 6}, "smollm3.attention.head_count_kv should be one number"),
         ("gemma2", {"block_count": None}, "lack gemma2.block_count"),
         ("gemma3", {"attention.head_count_kv": 3}, "m.gguf: its gemma3 metadata describe no model"),
         ("qwen2", {"rope.scaling.type": "yarn"}, "qwen2.rope.scaling.type 'yarn'"),
@@ -131,3 +167,34 @@ def test_what_cannot_be_run_is_named(architecture, changes, message):
         arch_of(architecture, changes)
     assert "\n" not in str(caught.value)
     assert arch_of("llama", {"expert_count": 0})
+
+
+def test_one_number_of_heads_may_be_there_for_each_block():
+    """As the converter writes it for dense Granite 4, beside sizes of state-space blocks that there are none of."""
+    mamba = {"ssm.conv_kernel": 4, "ssm.state_size": 256, "ssm.group_count": 1, "ssm.inner_size": 192}
+    listed = {"attention.head_count_kv": [2] * 12, "ssm.time_step_rank": 48, "rope.scaling.finetuned": True} | mamba
+    scales = {"attention.scale": 0.1, "embedding_scale": 6.0, "residual_scale": 0.22, "logit_scale": 7.0}
+    assert arch_of("granite", scales | listed) == arch_of("granite", scales)
+
+
+def test_heads_of_two_sizes():
+    """Gemma 4: the numbers are those of blocks without a window, but for the keys that end in swa."""
+    arch = arch_of(
+        "gemma4",
+        {"attention.head_count_kv": [2, 2, 2, 2, 2, 1] * 2, "rope.freq_base": 50.0, "rope.freq_base_swa": 70.0},
+        rope_tensors={"rope_freqs.weight": np.array([1.0] * 4 + [1e30] * 12, np.float32)},
+    )
+    assert (arch.num_kv_heads, arch.head_dim, arch.rope_theta) == (2, 16, 70.0)
+    assert arch.global_attention == GlobalAttention(1, 32, 50.0, 4, keys_are_values=True)
+    assert arch.mixers == ("attention",) * 5 + ("global",) + ("attention",) * 5 + ("global",)
+    with pytest.raises(UserError, match="which should hold ones and then 1e30"):
+        arch_of("gemma4", rope_tensors={"rope_freqs.weight": np.full(16, 2.0, np.float32)})
+
+
+def test_which_blocks_have_delta_net():
+    assert arch_of("qwen35").mixers == (("delta",) * 3 + ("attention",)) * 3
+    assert arch_of("qwen35", {"full_attention_interval": 6}).mixers == (("delta",) * 5 + ("attention",)) * 2
+    listed = arch_of(
+        "qwen35", {"attention.recurrent_layers": [False] + [True] * 11 + [False], "nextn_predict_layers": 1}
+    )
+    assert listed.mixers == ("attention",) + ("delta",) * 10

@@ -6,6 +6,7 @@ import random
 
 import gguf
 import pytest
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from nlae_jax.lm.arch import Arch
@@ -50,6 +51,10 @@ O200K = (
     "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
+QWEN35 = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
 # tokenizer.ggml.pre -> pattern ("" for GPT-2's own), whether digits are cut off first, whether text is normalised.
 PRE = {
     "gpt-2": ("", False, False),
@@ -58,6 +63,7 @@ PRE = {
     "smaug-bpe": (LLAMA3, False, False),
     "dbrx": (LLAMA3, False, False),
     "qwen2": (QWEN2, False, True),
+    "qwen35": (QWEN35, False, True),
     "tekken": (TEKKEN, False, False),
     "gpt-4o": (O200K, False, False),
 }
@@ -119,9 +125,9 @@ def test_byte_level_bpe_is_the_reference(tmp_path, pre):
         words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
         assert words == reference.pre_tokenizer.pre_tokenize_str(text)
         assert tokenizer.decode(expected) == reference.decode(expected, skip_special_tokens=False)
-        if pre != "qwen2":
+        if not PRE[pre][2]:
             assert tokenizer.decode(expected) == text
-    assert tokenizer.decode(tokenizer.encode(TEXTS[7])) == ("café Å \ufb01" if pre == "qwen2" else TEXTS[7])
+    assert tokenizer.decode(tokenizer.encode(TEXTS[7])) == ("café Å \ufb01" if PRE[pre][2] else TEXTS[7])
 
 
 def test_the_rules_of_splitting_differ_here():
@@ -283,3 +289,26 @@ def test_scores_are_needed(tmp_path):
     vocabulary = sentencepiece_vocabulary(LLAMA2)
     with pytest.raises(UserError, match=r"lack tokenizer\.ggml\.scores"):
         rebuilt(tmp_path, len(vocabulary), sentencepiece_writer(vocabulary, {}, scores=False))
+
+
+def test_gemma4_is_the_class_of_transformers(tmp_path):
+    """The merges are in the file, and white space is not user-defined."""
+    vocabulary = sentencepiece_vocabulary(dict(list(GEMMA.items())[:5]))
+    tokens = [token for token, *_ in vocabulary]
+    normal = {token for token, _, kind in vocabulary if kind == gguf.TokenType.NORMAL}
+    cuts = [(token[:cut], token[cut:]) for token in tokens if token in normal for cut in range(1, len(token))]
+    merges = [pair for pair in cuts if normal.issuperset(pair)]
+    reference = transformers.GemmaTokenizer(vocab={token: n for n, token in enumerate(tokens)}, merges=merges)
+    reference.add_tokens([AddedToken("<tag>", normalized=False)])
+    as_llama = sentencepiece_writer(vocabulary, GEMMA_IDS, prefix=False, scores=False)
+
+    def write(writer):
+        as_llama(writer)
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+
+    tokenizer = rebuilt(tmp_path, len(vocabulary), write)
+    for text in [*TEXTS, "<tag>x  y\n\n\nz<tag>", "a    b     c"]:
+        expected = reference.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == [GEMMA_IDS["bos"], *expected], text
+        assert tokenizer.decode(expected) == text

@@ -1,14 +1,13 @@
 """A GGUF file's metadata read as an `Arch`: the fields of an HF `config.json`, then `families.arch_from_hf`.
 
-What sets the GGUF architectures apart is the table `GGUF_FAMILIES`. It holds what llama.cpp's converter does
-to their weights and what its graphs fix without a metadata key; key names are those of the `gguf` package.
+What sets the GGUF architectures apart is the table `families.GGUF_FAMILIES`. Here are those of their keys that take
+more than a name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,119 +16,11 @@ import numpy as np
 from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import arch_from_hf
 from nlae_jax.lm.fields import NAMES
+from nlae_jax.lm.gguf.families import GGUF_FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GgufFamily
 from nlae_jax.lm.rope_fields import written_rope
 from nlae_jax.lm.writers import part_of
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
-
-
-@dataclasses.dataclass(frozen=True)
-class GgufFamily:
-    """One GGUF architecture; the defaults are those of Qwen2."""
-
-    model_type: str  # HF's
-    rotary_pairs: bool = False  # rows of queries and keys lie with rotary pairs side by side
-    rope_factors: bool = False  # there may be a tensor of factors by which RoPE wavelengths are stretched
-    fields: tuple[tuple[str, str], ...] = ()  # metadata key -> config.json field, where the file has the key
-    fixed: tuple[tuple[str, Any], ...] = ()  # config.json fields that no key holds, or that hold where it is missing
-    window_period: int = 0  # all but the last of so many blocks have a window; 0: the family has no such pattern
-    model_type_with_window: str = ""  # of files that name a window
-    biases: tuple[tuple[str, str], ...] = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
-    eps: str = "attention.layer_norm_rms_epsilon"  # the key of what norms add to the variance
-    partial_rope: bool = False  # a key says how much of a head turns
-    # Where RoPE may be stretched by YaRN: the fields of its parameters that the graph fixes; None: it may not.
-    yarn: tuple[tuple[str, Any], ...] | None = None
-    rope_by_kind: bool = False  # blocks with a window have the base alone, without the scaling
-    names: tuple[tuple[str, str], ...] = ()  # our parameter -> GGUF tensor, where it is not the usual one
-    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()  # GGUF tensor -> our parameters in it, one after another
-    query_scalar: bool = False  # scores are scaled by a constant of the release
-    wide_scale_layers: int = 0  # the release with so many blocks scales by d_model / num_heads, others by head_dim
-
-
-_SLIDING_WINDOW = ("attention.sliding_window", "sliding_window")
-_LOGIT_SOFTCAP = ("final_logit_softcapping", "final_logit_softcapping")
-
-_EXPERTS = (("expert_count", "num_experts"), ("expert_used_count", "num_experts_per_tok"))
-_QKV = (
-    ("blk.{}.attn_qkv.weight", ("q", "k", "v")),
-    ("blk.{}.attn_qkv.bias", ("q_bias", "k_bias", "v_bias")),
-)
-_LAYER_NORM = "attention.layer_norm_epsilon"
-
-GGUF_FAMILIES: dict[str, GgufFamily] = {
-    # Mistral is stored as llama too; its window, where a file names one, is all that sets it apart.
-    "llama": GgufFamily(
-        "llama", rotary_pairs=True, rope_factors=True, fields=(_SLIDING_WINDOW,), model_type_with_window="mistral"
-    ),
-    "qwen2": GgufFamily("qwen2"),
-    "qwen3": GgufFamily("qwen3"),
-    "gemma2": GgufFamily(
-        "gemma2",
-        fields=(_SLIDING_WINDOW, _LOGIT_SOFTCAP, ("attn_logit_softcapping", "attn_logit_softcapping")),
-        window_period=2,
-        query_scalar=True,
-        wide_scale_layers=46,
-    ),
-    "gemma3": GgufFamily(
-        "gemma3_text",
-        fields=(_SLIDING_WINDOW, _LOGIT_SOFTCAP, ("rope.freq_base_swa", "rope_local_base_freq")),
-        fixed=(("sliding_window", None),),
-        window_period=6,
-        query_scalar=True,
-        wide_scale_layers=62,
-    ),
-    "smollm3": GgufFamily("smollm3", rotary_pairs=True, fixed=(("no_rope_layer_interval", 4),)),
-    # OLMo 3 is stored as olmo2 with a window.
-    "olmo2": GgufFamily(
-        "olmo2",
-        fields=(_SLIDING_WINDOW,),
-        window_period=4,
-        model_type_with_window="olmo3",
-        biases=(("attention_bias", "blk.0.attn_q.bias"),),
-        yarn=(("truncate", True),),
-        rope_by_kind=True,
-    ),
-    "gpt2": GgufFamily("gpt2", fields=(("context_length", "n_positions"),), biases=(), eps=_LAYER_NORM, joined=_QKV),
-    "gptneox": GgufFamily(
-        "gpt_neox",
-        fields=(("use_parallel_residual", "use_parallel_residual"),),
-        biases=(("attention_bias", "blk.0.attn_qkv.bias"),),
-        eps=_LAYER_NORM,
-        partial_rope=True,
-        joined=_QKV,
-    ),
-    "phi3": GgufFamily(
-        "phi3",
-        fields=(_SLIDING_WINDOW,),
-        biases=(),
-        partial_rope=True,
-        joined=(_QKV[0], ("blk.{}.ffn_up.weight", ("gate", "up"))),
-    ),
-    "gpt-oss": GgufFamily(
-        "gpt_oss",
-        fields=(_SLIDING_WINDOW, *_EXPERTS, ("expert_feed_forward_length", "intermediate_size")),
-        window_period=2,
-        biases=(("attention_bias", "blk.0.attn_q.bias"),),
-        yarn=(("truncate", False),),
-        names=(("mlp_norm", "blk.{}.post_attention_norm.weight"),),
-    ),
-    "qwen3moe": GgufFamily(
-        "qwen3_moe",
-        fields=(*_EXPERTS, ("expert_feed_forward_length", "moe_intermediate_size")),
-        fixed=(("norm_topk_prob", True),),
-    ),
-    "olmoe": GgufFamily("olmoe", fields=_EXPERTS, fixed=(("norm_topk_prob", False),)),
-    "granite": GgufFamily(
-        "granite",
-        rotary_pairs=True,
-        fields=(
-            ("attention.scale", "attention_multiplier"),
-            ("embedding_scale", "embedding_multiplier"),
-            ("residual_scale", "residual_multiplier"),
-            ("logit_scale", "logits_scaling"),
-        ),
-    ),
-}
 
 _READ = (
     *("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
@@ -146,6 +37,7 @@ _NO_MATHS = (
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 )
 _PATTERN = "attention.sliding_window_pattern"
+_DRAFTS = "nextn_predict_layers"
 _MOST = 1 << 24
 
 
@@ -154,11 +46,13 @@ class _Metadata:
 
     def __init__(self, path: Path, metadata: dict[str, Any], family: str) -> None:
         self._path, self._metadata, self._family = path, metadata, family
+        self._read: set[str] = set()
 
     def fail(self, key: str, complaint: str) -> UserError:
         return UserError(f"{self._path}: {self._family}.{key} {complaint}")
 
     def get(self, key: str, absent: Any = None) -> Any:
+        self._read.add(key)
         value = self._metadata.get(f"{self._family}.{key}")
         return absent if value is None else value
 
@@ -170,6 +64,8 @@ class _Metadata:
     def number(self, key: str, absent: float | None = None) -> float:
         """A number; a float as the shortest decimal that is the same float32, for 1e-5 is stored as 9.99…e-06."""
         value = self.get(key, absent)
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+            value = value[0]  # one for each block
         if value is None:
             raise UserError(f"{self._path}: the GGUF metadata lack {self._family}.{key}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -183,12 +79,12 @@ class _Metadata:
             raise self.fail(key, f"should be a whole number from 0 to {_MOST}, not {quoted(value)}")
         return int(value)
 
-    def refuse_unknown(self, known: Container[str]) -> None:
+    def refuse_unknown(self, known: set[str]) -> None:
         """Raises UserError for a key that nobody reads: the maths may depend on it."""
         prefix = f"{self._family}."
         for name, value in self._metadata.items():
             key = name.removeprefix(prefix)
-            if name.startswith(prefix) and key not in known and value not in (0, "", [], None):
+            if name.startswith(prefix) and key not in {*known, *self._read} and value not in (0, "", [], None):
                 raise self.fail(key, f"= {quoted(value)} is not supported; it may change the maths")
 
 
@@ -197,22 +93,25 @@ def read_gguf_arch(
     metadata: dict[str, Any],
     tensors: Container[str],
     vocab_size: int,
-    rope_factors: np.ndarray | None = None,
+    rope_tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Arch:
     """The architecture that GGUF `metadata` describe, with those biases and that head that are among `tensors`.
 
-    `rope_factors` [head_dim / 2] are the values of rope_freqs.weight. Raises UserError, naming `path` and the
-    key, for an architecture or a variant that cannot be run.
+    `rope_tensors` has the values of tensors with RoPE's constants, each [head_dim / 2], by their names. Raises
+    UserError, naming `path` and the key, for an architecture or a variant that cannot be run.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in GGUF_FAMILIES:
         raise UserError(f"{path}: GGUF architecture {quoted(name)} is not supported; {', '.join(GGUF_FAMILIES)} are")
     family, keys = GGUF_FAMILIES[name], _Metadata(path, metadata, name)
+    factors = rope_tensors or {}
     config = _common_fields(keys, family) | _own_fields(keys, family)
+    if family.model_type in _MORE:
+        config |= _MORE[family.model_type](keys, config, tensors, factors)
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in tensors}
     config |= {field: tensor in tensors for field, tensor in family.biases}
-    if rope_factors is not None and not np.all(rope_factors == 1):
-        config["rope_scaling"] = _llama3_scaling(path, rope_factors, config["head_dim"], config["rope_theta"])
+    if name == "llama" and not np.all(factors.get(ROPE_FACTORS, 1) == 1):
+        config["rope_scaling"] = _llama3_scaling(path, factors[ROPE_FACTORS], config["head_dim"], config["rope_theta"])
     if family.rope_by_kind and config.get("sliding_window"):
         turned = {"rope_theta": config["rope_theta"]}
         kinds = {
@@ -222,7 +121,7 @@ def read_gguf_arch(
         config |= {"rope_parameters": kinds, "rope_scaling": None}
     config = _by_family(config)
     known = {*_READ, *_HEAD_SIZES, *_NO_MATHS, "attention.causal", family.eps, *(key for key, _ in family.fields)}
-    known |= {_PATTERN} if family.window_period else set()
+    known |= {*family.ignored, *({_PATTERN} if family.window_period else ())}
     keys.refuse_unknown(known | ({*_YARN.values(), *_YARN_FACTORS} if family.yarn is not None else set()))
     try:
         return arch_from_hf(config)
@@ -242,19 +141,17 @@ def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
     if heads < 1:
         raise keys.fail("attention.head_count", "should be at least 1")
     head_dim = keys.size("attention.key_length", d_model // heads)
-    for key in _HEAD_SIZES:
-        if keys.get(key, head_dim) != head_dim and not (family.partial_rope and key == _TURNED):
-            raise keys.fail(key, f"should be {head_dim}, the size of a head")
+    _check_head_sizes(keys, head_dim, family.partial_rope)
     turned = {"partial_rotary_factor": part_of(keys.size(_TURNED, head_dim), head_dim)} if family.partial_rope else {}
     if keys.get("attention.causal", True) is not True:
         raise keys.fail("attention.causal", "should be true")
     return {
         "hidden_size": d_model,
-        "num_hidden_layers": keys.size("block_count"),
+        "num_hidden_layers": keys.size("block_count") - (keys.size(_DRAFTS, 0) if family.drafts else 0),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.size("attention.head_count_kv", heads) or heads,
+        "num_key_value_heads": 0 if family.head_parts else keys.size("attention.head_count_kv", heads) or heads,
         "head_dim": head_dim,
-        "intermediate_size": keys.size("feed_forward_length"),
+        "intermediate_size": keys.size("feed_forward_length", keys.get("expert_feed_forward_length")),
         "rms_norm_eps": keys.number(family.eps),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
         "rope_scaling": _scaling(keys, family),
@@ -262,10 +159,18 @@ def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
     }
 
 
+def _check_head_sizes(keys: _Metadata, head_dim: int, partial_rope: bool = False, suffix: str = "") -> None:
+    for key in _HEAD_SIZES:
+        if keys.get(key + suffix, head_dim) != head_dim and not (partial_rope and key == _TURNED):
+            raise keys.fail(key + suffix, f"should be {head_dim}, the size of a head")
+
+
 def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
     """RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
     kind = keys.get("rope.scaling.type", "linear")
     supported = "none and linear" if family.yarn is None else "none, linear and yarn"
+    if kind == "longrope" and LONG_FACTORS in family.rope_tensors:
+        return None  # the tensors say more
     if kind not in ("none", "linear") and (kind != "yarn" or family.yarn is None):
         raise keys.fail("rope.scaling.type", f"{quoted(kind)} is not supported; {supported} are")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
@@ -320,6 +225,140 @@ def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
         return [bool(one) for one in pattern]
     period = keys.size(_PATTERN, period)
     return [not period or layer % period < period - 1 for layer in range(layers)]
+
+
+def _granite(keys: _Metadata, *_: Any) -> dict[str, Any]:
+    if keys.get("rope.scaling.finetuned", True) is not True:
+        raise keys.fail("rope.scaling.finetuned", "= False, attention without RoPE, is not supported")
+    return {}
+
+
+def _ministral3(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, Any]:
+    beta, stretched = keys.number("attention.temperature_scale", 0.0), dict(config["rope_scaling"])
+    if not beta:
+        return {"model_type": "mistral", "sliding_window": None}
+    stretched |= {"mscale_all_dim": keys.number("rope.scaling.yarn_log_multiplier", 0.0)}
+    return {"rope_scaling": stretched | {"llama_4_scaling_beta": beta}}
+
+
+def _phi3(keys: _Metadata, _: Any, __: Any, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """LongRoPE, where the file has its factors."""
+    named = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    if not factors and keys.get("rope.scaling.type") != "longrope":
+        return {}
+    if missing := sorted(set(named.values()) - set(factors)):
+        raise keys.fail("rope.scaling.type", f"is longrope, and the GGUF lacks the tensor {missing[0]}")
+    scaling = {key: [float(str(factor)) for factor in factors[name]] for key, name in named.items()}
+    original, factor = keys.size("rope.scaling.original_context_length"), keys.number("rope.scaling.attn_factor", 1.0)
+    context = keys.size("context_length", original)
+    grown = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
+    usual = math.isclose(factor, grown, rel_tol=1e-6)  # then the exact number, which the file has as a float32
+    scaling |= {"rope_type": "longrope"} | ({} if usual else {"attention_factor": factor})
+    lengths = {"max_position_embeddings": context, "original_max_position_embeddings": original}
+    return lengths | {"rope_scaling": scaling}
+
+
+def _qwen3_5(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, Any]:
+    """DeltaNet's sizes, and which blocks have it."""
+    value_heads, layers = keys.size("ssm.time_step_rank"), config["num_hidden_layers"]
+    every = keys.size("full_attention_interval", 4)
+    recurrent = keys.get("attention.recurrent_layers", [bool(every and (n + 1) % every) for n in range(layers)])
+    if not isinstance(recurrent, list):
+        raise keys.fail("attention.recurrent_layers", f"should be a list, not {quoted(recurrent)}")
+    inner = keys.size("ssm.inner_size")
+    if not value_heads or inner % value_heads:
+        raise keys.fail("ssm.inner_size", f"= {inner} should be a multiple of ssm.time_step_rank = {value_heads}")
+    return {
+        "layer_types": ["linear_attention" if one else "full_attention" for one in recurrent[:layers]],
+        "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
+        "linear_num_key_heads": keys.size("ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": keys.size("ssm.state_size"),
+        "linear_value_head_dim": inner // value_heads,
+    }
+
+
+def _qwen3_5_moe(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, Any]:
+    sizes = {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    }
+    return _qwen3_5(keys, config) | {field: keys.size(key) for field, key in sizes.items()}
+
+
+def _gemma4(
+    keys: _Metadata, config: dict[str, Any], tensors: Container[str], factors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Heads of two sizes, RoPE of two kinds, and experts beside the MLP."""
+    layers, wide = config["num_hidden_layers"], config["head_dim"]
+    narrow = keys.size("attention.key_length_swa")
+    _check_head_sizes(keys, narrow, suffix="_swa")
+    sliding = _sliding(keys, 6, layers)
+    narrow_heads, wide_heads = _heads_by_kind(keys, sliding)
+    pairs = _turned_pairs(keys, factors.get(ROPE_FACTORS, np.ones(wide // 2)), wide)
+    full = [block for block, slides in enumerate(sliding) if not slides]
+    experts = {
+        "enable_moe_block": keys.size("expert_count", 0) > 0,
+        "num_experts": keys.size("expert_count", 0) or None,
+        "top_k_experts": keys.size("expert_used_count", 0) or None,
+        "moe_intermediate_size": keys.size("expert_feed_forward_length", 0) or None,
+    }
+    return experts | {
+        "head_dim": narrow,
+        "global_head_dim": wide,
+        "num_key_value_heads": narrow_heads,
+        "per_layer_config": {str(n): {"head_dim": wide, "num_key_value_heads": wide_heads} for n in full},
+        "attention_k_eq_v": f"blk.{full[0]}.attn_v.weight" not in tensors,
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "num_kv_shared_layers": keys.size("attention.shared_kv_layers", 0),
+        "hidden_size_per_layer_input": keys.size("embedding_length_per_layer_input", 0),
+        "rope_scaling": None,
+        "rope_parameters": {
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": keys.number("rope.freq_base_swa", config["rope_theta"]),
+            },
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": config["rope_theta"],
+                "partial_rotary_factor": part_of(2 * pairs, wide),
+            },
+        },
+    }
+
+
+def _heads_by_kind(keys: _Metadata, sliding: list[bool]) -> tuple[int, int]:
+    """The numbers of key heads in blocks with a window, and in those without."""
+    key = "attention.head_count_kv"
+    listed = keys.get(key)
+    by_block = listed if isinstance(listed, list) else [keys.size(key)] * len(sliding)
+    if len(by_block) != len(sliding):
+        raise keys.fail(key, f"should have {len(sliding)} entries, one a block; it has {len(by_block)}")
+    kinds = [{heads for heads, one in zip(by_block, sliding, strict=True) if one is kind} for kind in (True, False)]
+    if len(kinds[1]) != 1 or len(kinds[0]) > 1:
+        raise keys.fail(key, "should be one number for blocks with a window, and one for those without, the last block")
+    return min(kinds[0] or kinds[1]), min(kinds[1])
+
+
+def _turned_pairs(keys: _Metadata, factors: np.ndarray, head_dim: int) -> int:
+    """How many pairs of a head turn: the others' wavelengths are stretched by 1e30."""
+    pairs = int((factors == 1).sum())
+    if factors.shape != (head_dim // 2,) or (factors[:pairs] != 1).any() or (factors[pairs:] < 1e29).any():
+        raise keys.fail("rope.freq_base", f"is scaled by {ROPE_FACTORS}, which should hold ones and then 1e30")
+    return pairs
+
+
+_More = Callable[[_Metadata, dict[str, Any], Container[str], Mapping[str, np.ndarray]], dict[str, Any]]
+_MORE: dict[str, _More] = {
+    "granite": _granite,
+    "ministral3": _ministral3,
+    "phi3": _phi3,
+    "qwen3_5_text": _qwen3_5,
+    "qwen3_5_moe_text": _qwen3_5_moe,
+    "gemma4_text": _gemma4,
+}
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:

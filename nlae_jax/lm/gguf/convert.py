@@ -1,9 +1,13 @@
 """Converting a GGUF file to a model directory in the HF layout, in float32.
 
-Names and metadata keys follow the GGUF specification; `gguf_arch.py` has what differs between families. Two
-changes of llama.cpp's converter are undone here. Where its graph turns neighbouring dimensions, the rows of
-queries and keys lie with rotary pairs side by side, while HF keeps the halves apart. And norms whose weights
-have an offset (Gemma's 1) are stored with it added.
+Names and metadata keys follow the GGUF specification; `families.py` has what differs between families. Changes of
+llama.cpp's converter are undone here:
+
+* Where its graph turns neighbouring dimensions, the rows of queries and keys lie with rotary pairs side by side, while
+  HF keeps the halves apart.
+* Norms whose weights have an offset (Gemma's 1) are stored with it added.
+* DeltaNet's decay is stored as the negative rate instead of its logarithm, and its value heads in another order: first
+  the first one of every key head, then the second ones.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,8 @@ import numpy as np
 
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.families import hf_config
-from nlae_jax.lm.gguf.arch import GGUF_FAMILIES, GgufFamily, read_gguf_arch
+from nlae_jax.lm.gguf.arch import read_gguf_arch
+from nlae_jax.lm.gguf.families import GGUF_FAMILIES, GgufFamily
 from nlae_jax.lm.gguf.tokenizer import write_tokenizer
 from nlae_jax.lm.layout import flat_weights, hf_tensors
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
@@ -65,12 +70,33 @@ TENSOR_NAMES: dict[str, str] = {
     "attn_norm_bias": "blk.{}.attn_norm.bias",
     "mlp_norm_bias": "blk.{}.ffn_norm.bias",
     "final_norm_bias": "output_norm.bias",
+    "delta_z": "blk.{}.attn_gate.weight",
+    "delta_b": "blk.{}.ssm_beta.weight",
+    "delta_a": "blk.{}.ssm_alpha.weight",
+    "delta_rate": "blk.{}.ssm_a",
+    "delta_bias": "blk.{}.ssm_dt.bias",
+    "delta_norm": "blk.{}.ssm_norm.weight",
+    "delta_o": "blk.{}.ssm_out.weight",
+    "shared_gate": "blk.{}.ffn_gate_shexp.weight",
+    "shared_up": "blk.{}.ffn_up_shexp.weight",
+    "shared_down": "blk.{}.ffn_down_shexp.weight",
+    "shared_share": "blk.{}.ffn_gate_inp_shexp.weight",
+    "layer_scale": "blk.{}.layer_output_scale.weight",
+    "router_norm": "blk.{}.ffn_gate_inp.scale",
+    "expert_scale": "blk.{}.ffn_down_exps.scale",
+    "experts_norm": "blk.{}.pre_ffw_norm_2.weight",
+    "experts_post_norm": "blk.{}.post_ffw_norm_2.weight",
+    "shared_post_norm": "blk.{}.post_ffw_norm_1.weight",
 }
 # Where a block has experts, each of these holds all of theirs: [experts, out, in].
 _EXPERTS = {name: f"blk.{{}}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
 _EXPERTS |= {f"{name}_bias": f"blk.{{}}.ffn_{name}_exps.bias" for name in ("gate", "up", "down")}
-_ROPE_FACTORS = "rope_freqs.weight"
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)  # the name of one of the files that a model is split into
+
+# Parameters with an entry for each value head of DeltaNet, or `value_dim` of them.
+_BY_VALUE_HEAD = dict.fromkeys(("delta_v", "delta_v_conv", "delta_z", "delta_o"), True)
+_BY_VALUE_HEAD |= dict.fromkeys(("delta_a", "delta_b", "delta_rate", "delta_bias"), False)
 
 Metadata = dict[str, Any]
 Tensors = dict[str, gguf.ReaderTensor]
@@ -105,8 +131,8 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     arch = _arch(gguf_path, metadata, tensors)
     name = metadata["general.architecture"]
     family = GGUF_FAMILIES[name]
-    slots = _slots(arch, family)
-    _check_tensors(gguf_path, slots, family, tensors)
+    slots = _slots(arch, family, tensors)
+    _check_tensors(gguf_path, arch, slots, family, tensors)
     logging.getLogger(__name__).info("converting %s to %s", gguf_path, directory)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -164,25 +190,27 @@ def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
     embeddings = tensors.get(TENSOR_NAMES["embed"])
     if embeddings is None:
         raise UserError(f"{path}: the GGUF lacks the tensor {TENSOR_NAMES['embed']}")
-    factors = _dequantise(path, tensors[_ROPE_FACTORS]).reshape(-1) if _ROPE_FACTORS in tensors else None
+    family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")))
+    named = [name for name in family.rope_tensors if name in tensors] if family else []
+    factors = {name: _dequantise(path, tensors[name]).reshape(-1) for name in named}
     return read_gguf_arch(path, metadata, tensors, int(embeddings.shape[1]), factors)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Where one parameter of one block stands: rows of a GGUF tensor, which has so many in all.
+    """Where one parameter of one block stands: rows of a GGUF tensor, or all of it.
 
     `matrix`: ours is [in, out], and a GGUF stores [out, in].
     """
 
     tensor: str
     shape: tuple[int, ...]  # of the whole GGUF tensor
-    rows: slice
+    rows: np.ndarray | None
     matrix: bool
 
 
-def _slots(arch: Arch, family: GgufFamily) -> dict[tuple[str, int | None], _Slot]:
-    """(Our parameter, its block) -> where the GGUF has it."""
+def _slots(arch: Arch, family: GgufFamily, tensors: Container[str]) -> dict[tuple[str, int | None], _Slot]:
+    """(Our parameter, its entry in the stack of blocks that have it) -> where the GGUF has it."""
     weights = model_weights(arch)
     in_blocks: dict[str, Weight] = weights.pop("blocks")
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -191,26 +219,44 @@ def _slots(arch: Arch, family: GgufFamily) -> dict[tuple[str, int | None], _Slot
     names = TENSOR_NAMES | (_EXPERTS if arch.experts else {}) | dict(family.names)
     slots = {}
     for name, shape in shapes.items():
-        template, members = joined.get(name) or (names[name], (name,))
+        blocks = range(arch.num_layers) if name in in_blocks else (None,)
         matrix = name in in_blocks and len(shape) > 1 and not name.endswith("_bias")
-        widths = [shapes[member][-1] if len(members) > 1 or matrix else shape[0] for member in members]
-        first = sum(widths[: members.index(name)])
-        whole = (*shape[:-2], sum(widths), shape[-2]) if matrix else (sum(widths), *shape[1:])
-        rows = slice(first, first + widths[members.index(name)])
-        for layer in range(arch.num_layers) if name in in_blocks else (None,):
-            slots[name, layer] = _Slot(template.format(layer), whole, rows, matrix)
+        for layer in blocks:
+            place = None if layer is None else arch.place(in_blocks[name].axes[0], layer)
+            if layer is not None and place is None:
+                continue
+            template, members = joined.get(name, ("", ()))
+            if template.format(layer) not in tensors:
+                template, members = names.get(name, template), (name,) if name in names else members
+            widths = [shapes[member][-1] if len(members) > 1 or matrix else shape[0] for member in members]
+            whole = (*shape[:-2], sum(widths), shape[-2]) if matrix else (sum(widths), *shape[1:])
+            rows = None
+            if len(members) > 1:
+                heads = arch.num_heads if template in family.by_head else 1
+                rows = _rows(widths, members.index(name), heads)
+            slots[name, place] = _Slot(template.format(layer), whole, rows, matrix)
     return slots
 
 
-def _check_tensors(path: Path, slots: Mapping[Any, _Slot], family: GgufFamily, tensors: Tensors) -> None:
+def _rows(widths: Sequence[int], member: int, heads: int) -> np.ndarray:
+    """The rows of one of several parameters of these widths, which lie one after another in each head."""
+    within = [width // heads for width in widths]
+    first = sum(within[:member]) + sum(within) * np.arange(heads)
+    return (first[:, None] + np.arange(within[member])).reshape(-1)
+
+
+def _check_tensors(path: Path, arch: Arch, slots: Mapping[Any, _Slot], family: GgufFamily, tensors: Tensors) -> None:
     wanted = {slot.tensor: slot.shape for slot in slots.values()}
     for name, expected in wanted.items():
         if name not in tensors:
             raise UserError(f"{path}: the GGUF lacks the tensor {name}")
-        if (shape := _shape(tensors[name])) != expected:
+        shape = _shape(tensors[name])
+        if shape != expected and (1, *shape) != expected:  # a matrix of one row may be a vector
             raise UserError(f"{path}: the tensor {name} has shape {shape}; the metadata ask for {expected}")
     for name in tensors:
-        if name not in wanted and not (name == _ROPE_FACTORS and family.rope_factors):
+        block = _BLOCK.match(name)
+        draft = family.drafts and block and int(block[1]) >= arch.num_layers
+        if name not in wanted and name not in family.rope_tensors and not draft:
             raise UserError(f"{path}: unexpected tensor {name}; this variant of {family.model_type} is not supported")
 
 
@@ -230,13 +276,19 @@ def _tensors_to_write(
     def values(name: str, layer: int | None) -> np.ndarray:
         slot = slots[name, layer]
         tensor = tensors[slot.tensor]
-        if slot.rows != slice(0, slot.shape[-2 if slot.matrix else 0]):
-            tensor = tensor._replace(data=tensor.data[slot.rows])  # joined: no experts
-        found = _undo(arch, family, name)(_dequantise(path, tensor))
+        if slot.rows is not None:
+            tensor = tensor._replace(data=tensor.data.take(slot.rows, axis=-2 if slot.matrix else 0))
+        found = _dequantise(path, tensor)
+        if len(slot.shape) > found.ndim:
+            found = found[None]
+        if name == "delta_rate" and not (found < 0).all():
+            raise UserError(f"{path}: the tensor {slot.tensor} should hold numbers below 0, the rates of decay")
+        found = _undo(arch, family, name)(found)
         return found.swapaxes(-1, -2) if slot.matrix else found
 
     order = {name: number for number, name in enumerate(TENSOR_NAMES)}
-    found = sorted(hf_tensors(arch, flat_weights(arch)), key=lambda hf: (order[hf.shares[0].name], hf.shares[0].index))
+    place = lambda hf: (order.get(hf.shares[0].name, len(order)), hf.shares[0].index)  # noqa: E731
+    found = sorted(hf_tensors(arch, flat_weights(arch)), key=place)
     return [TensorToWrite(hf.name, hf.stored_shape, functools.partial(hf_values, values, hf)) for hf in found]
 
 
@@ -245,8 +297,14 @@ def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], n
     heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name.removesuffix("_bias"))
     if family.rotary_pairs and heads:
         return lambda values: split_rotary_pairs(values, heads)
-    if name.endswith("norm") and arch.norm_offset:
+    if name.endswith("norm") and arch.norm_offset and name != "delta_norm":
         return lambda values: values - np.float32(arch.norm_offset)
+    if arch.delta is not None and name in _BY_VALUE_HEAD:
+        delta = arch.delta
+        width = delta.value_dim if _BY_VALUE_HEAD[name] else 1
+        axis = -1 if name == "delta_o" else 0  # of its inputs, else of the outputs
+        rate = (lambda values: np.log(-values)) if name == "delta_rate" else (lambda values: values)
+        return lambda values: rate(by_key_head(values, delta.key_heads, width, axis))
     return lambda values: values
 
 
@@ -271,3 +329,13 @@ def split_rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = weight.shape[0] // heads // 2
     return weight.reshape(heads, pairs, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def by_key_head(values: np.ndarray, key_heads: int, width: int, axis: int) -> np.ndarray:
+    """Reorders value heads, `width` entries of an axis each, so that those of one key head lie side by side.
+
+    A GGUF has the first value head of every key head first, then the second ones. The values are a copy.
+    """
+    moved = np.moveaxis(values, axis, 0)
+    apart = moved.reshape(-1, key_heads, width, *moved.shape[1:]).swapaxes(0, 1)
+    return np.moveaxis(apart.reshape(moved.shape), 0, axis)

@@ -1,13 +1,15 @@
 """The tokenizer inside a GGUF file, written as the files that `transformers` loads.
 
-Two kinds, by `tokenizer.ggml.model`: gpt2 is byte-level BPE with merges, whose rules of splitting are named by
-`tokenizer.ggml.pre`; llama is SentencePiece BPE, which has a score per token in place of merges.
+Three kinds, by `tokenizer.ggml.model`: gpt2 is byte-level BPE with merges, whose rules of splitting are named by
+`tokenizer.ggml.pre`; llama is SentencePiece BPE, which has a score per token in place of merges; gemma4 is the same
+with merges.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ _WORDS = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GROUPED_DIGITS, _SINGLE_DIGITS = _WORDS.replace("{digits}", "{1,3}"), _WORDS.replace("{digits}", "")
+# Like the latter, with combining marks as parts of words.
+_MARKED_WORDS = _SINGLE_DIGITS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # Like those, but a word ends where a capital follows a small letter.
 _CAPITALS = (
@@ -64,12 +70,14 @@ _PRE: dict[str, _Rules] = {
     "smaug-bpe": _Rules(_GROUPED_DIGITS),  # SmolLM3
     "dbrx": _Rules(_GROUPED_DIGITS),  # OLMo 2
     "qwen2": _Rules(_SINGLE_DIGITS, nfc=True),
+    "qwen35": _Rules(_MARKED_WORDS, nfc=True),
     "gpt-4o": _Rules(_O200K),  # gpt-oss
     "tekken": _Rules(_CAPITALS, whole_words=True, adds_bos=True),
 }
 
 # Ids that llama.cpp takes where a file does not name them, by tokenizer.ggml.model.
-_DEFAULT_IDS: dict[str, dict[str, int]] = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}}
+_DEFAULT_IDS: dict[str, dict[str, int]] = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "gemma4": {}}
+_SENTENCEPIECE = ("llama", "gemma4")  # text in place of bytes, and spaces written as SentencePiece does
 
 
 def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> dict[str, int]:
@@ -82,8 +90,8 @@ def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> di
     model = metadata.get("tokenizer.ggml.model")
     if model not in _DEFAULT_IDS:
         raise UserError(
-            f"{path}: tokenizer.ggml.model {model!r} is not supported; gpt2 (byte-level BPE) and llama "
-            "(SentencePiece BPE) are"
+            f"{path}: tokenizer.ggml.model {model!r} is not supported; gpt2 (byte-level BPE), llama "
+            "(SentencePiece BPE) and gemma4 are"
         )
     tokens, types = _vocabulary(path, metadata)
     ids = {role: _token_id(path, metadata, role, len(tokens)) for role in ("bos", "eos", "padding", "unknown")}
@@ -120,7 +128,7 @@ def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> di
 def _vocabulary(path: Path, metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Tokens in the order of their ids, and the type of each."""
     tokens, types = (_required(path, metadata, key) for key in ("tokens", "token_type"))
-    if metadata["tokenizer.ggml.model"] == "llama" and len(types) == len(tokens):
+    if metadata["tokenizer.ggml.model"] in _SENTENCEPIECE and len(types) == len(tokens):
         # User-defined pieces are matched in the text as it stands; older files have SentencePiece's spaces there.
         spelt = zip(tokens, types, strict=True)
         tokens = [token.replace(_SPACE, " ") if kind == _USER_DEFINED else token for token, kind in spelt]
@@ -151,7 +159,7 @@ def _tokenizer(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether it adds a beginning-of-text token where the file does not say."""
-    if metadata["tokenizer.ggml.model"] == "llama":
+    if metadata["tokenizer.ggml.model"] in _SENTENCEPIECE:
         tokenizer, adds_bos = _sentencepiece_bpe(path, metadata, tokens, types, unknown), True
     else:
         rules = _rules(path, metadata)
@@ -169,12 +177,8 @@ def _rules(path: Path, metadata: dict[str, Any]) -> _Rules:
 
 
 def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str], rules: _Rules) -> Tokenizer:
-    merges = [tuple(merge.split(" ")) for merge in _required(path, metadata, "merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    try:
-        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.whole_words)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from None
+    bpe = _bpe(path, vocabulary, _merges(path, metadata), ignore_merges=rules.whole_words)
     tokenizer = Tokenizer(bpe)
     steps: list[Any] = [_byte_level(use_regex=not rules.split)]
     if rules.split:
@@ -188,23 +192,33 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str], rul
     return tokenizer
 
 
+def _merges(path: Path, metadata: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(merge.split(" ")) for merge in _required(path, metadata, "merges")]
+
+
+def _bpe(path: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab=vocabulary, merges=merges, **options)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"{path}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error})") from None
+
+
 def _sentencepiece_bpe(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> Tokenizer:
     """BPE over characters, with bytes (tokens like <0x0A>) for characters that are no tokens."""
-    scores = _required(path, metadata, "scores")
-    if len(scores) != len(tokens):
-        raise UserError(f"{path}: tokenizer.ggml.scores should have one number for each of tokenizer.ggml.tokens")
-    bpe = models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=_merges_from_scores(tokens, types, scores),
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
+    if merged := metadata["tokenizer.ggml.model"] == "gemma4":
+        merges = _merges(path, metadata)
+    else:
+        scores = _required(path, metadata, "scores")
+        if len(scores) != len(tokens):
+            raise UserError(f"{path}: tokenizer.ggml.scores should have one number for each of tokenizer.ggml.tokens")
+        merges = _merges_from_scores(tokens, types, scores)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    bpe = _bpe(path, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     # Llama 2 reads a text as if a space stood before it, and so each piece between special tokens; Gemma does not.
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", not merged))
     spaces = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
