@@ -138,6 +138,12 @@ FAMILIES = [
     "gemma3-ropes",
     "smollm3",
     "olmo2",
+    "gpt2",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen3_5_text",
+    "qwen3_5_text-attention-first",
+    "gemma4_text-experts",
 ]
 
 
