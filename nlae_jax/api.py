@@ -21,8 +21,7 @@ from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import check_rows, rows_of
 from nlae_jax.evaluate.suite import check_additions, run_suite
-from nlae_jax.evaluate.trained_controls import STEPS as CONTROL_STEPS
-from nlae_jax.evaluate.trained_controls import trained_controls
+from nlae_jax.evaluate.trained_controls import default_steps, trained_controls
 from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, check_several, explained_passages, permuted, term_pattern
@@ -182,8 +181,8 @@ class NLA(Explainer):
         The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. Decoders are trained on other words, each for
-        `control_steps` steps (by default 40 in the section text; 0 trains none). `reword` names a server that rewords
-        explanations, `judge` one that says whether they are true.
+        `control_steps` steps (by default 40 if there are at least 128 activations; 0 trains none). `reword` names a
+        server that rewords explanations, `judge` one that says whether they are true.
         Figures that take several explanations of an activation are of `sampled` activations (by default 64).
         Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, where
         `sampled` is below 2, and in one of several processes: they would write the same files.
@@ -192,8 +191,6 @@ class NLA(Explainer):
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
         check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
-        if control_steps is None:
-            control_steps = CONTROL_STEPS if "text" in sections else 0
         out = workdir_path(out)
         begun = (out / "evaluation").exists()
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
@@ -201,8 +198,11 @@ class NLA(Explainer):
         subject = lambda: self.subject  # noqa: E731
         arch, sizes = self._roles.encoder.arch, Sizes() if sampled is None else Sizes(sampled=sampled)
 
+        def steps_of(rows: EvaluatedRows) -> int:
+            return default_steps(sections, len(rows.document)) if control_steps is None else control_steps
+
         def say_cost(rows: EvaluatedRows, reading: int) -> None:
-            extras = Extras(control_steps, reword is not None, judge is not None)
+            extras = Extras(steps_of(rows), reword is not None, judge is not None)
             say(cost_text(Asked(rows, sizes, seed, sections, extras, reading), arch, begun))
 
         if rows is None:
@@ -219,7 +219,7 @@ class NLA(Explainer):
         work = Work(pairing, rows, out, seed, bootstrap_samples, sizes)
 
         def further_text_controls() -> None:
-            trained_controls(work, self._roles, self._pair, control_steps)
+            trained_controls(work, self._roles, self._pair, steps_of(work.rows))
             rewordings(work, rewrite)
 
         further = {"text": further_text_controls, "truth": lambda: judged(work, ask)}

@@ -37,7 +37,8 @@ def on_workdir(tiny_run, tmp_path_factory):
     """The whole suite on a copy of the run: (workdir, eval.json before, eval.json after)."""
     workdir = shutil.copytree(tiny_run.workdir, tmp_path_factory.mktemp("suite") / "W")
     before = json.loads((workdir / "eval.json").read_text())
-    assert main(["eval", "--workdir", str(workdir), "--suite", ",".join(SECTIONS)]) == 0
+    command = ["eval", "--workdir", str(workdir), "--suite", ",".join(SECTIONS), "--control-steps", "2"]
+    assert main(command) == 0
     return workdir, before, json.loads((workdir / "eval.json").read_text())
 
 

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from nlae_jax.evaluate.trained_controls import _Trainer, trained_controls
+from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.trained_controls import STEPS, _Trainer, default_steps, trained_controls
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles.pair import Pair
 from tests.planted_pairs import SIZES, planted, planted_rows
@@ -65,6 +66,11 @@ def test_decoders_of_the_same_texts_are_the_same_whatever_is_beside_them(work, p
     assert found.shape == (test.sum(), work.rows.h.shape[1]) and len(np.unique(found, axis=0)) == len(found)
     alike = [texts[5] if held_out else text for text, held_out in zip(texts, test, strict=True)]
     np.testing.assert_allclose(trainer.rebuilt("words", alike, test), np.repeat(found[1:2], test.sum(), 0), atol=1e-4)
+
+
+def test_decoders_are_trained_by_default_where_there_is_enough_to_train_on():
+    assert default_steps(SECTIONS, 512) == default_steps(("text",), 128) == STEPS
+    assert default_steps(("truth", "meaning"), 512) == default_steps(SECTIONS, 127) == 0
 
 
 def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path, capsys):

@@ -27,11 +27,17 @@ from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
 STEPS = 40  # of each decoder, unless the user names another number
+_FEWEST = 128  # activations: decoders of fewer are so bad and so uncertain that they are trained only on request
 BATCH = 16
 _RANK = 16  # of the adapters, for a pair that has none
 _LEARNING_RATE = 2e-3
 TEST_SHARE = 4  # one document in so many is held out
 _WIDTH = 16  # a batch's prompts are padded to a multiple of this length
+
+
+def default_steps(sections: Sequence[str], activations: int) -> int:
+    """Returns the steps of each decoder if the user has named none: 0 without the section text or for few rows."""
+    return STEPS if "text" in sections and activations >= _FEWEST else 0
 
 
 def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
