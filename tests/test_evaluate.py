@@ -126,6 +126,9 @@ def test_a_parquet_of_activations(exported, tmp_path):
     assert "fve_by_token" in found["reconstruction"]  # the file has the texts
     with pytest.raises(UserError, match="should be given alone"):
         nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
+    # The file of the encoder's warm start has descriptions, too.
+    found = nla.evaluate(tmp_path, files=[exported / "av_sft.parquet"], sections=("reconstruction",), num_activations=6)
+    assert found["reconstruction"]["fve"]["controls"]["gold"]["n"] == found["suite"]["num_activations"] > 1
     table = pq.read_table(held_out)
     kinds = pa.array(["prose" if row % 2 else None for row in range(len(table))], pa.string())
     pq.write_table(table.append_column("domain", kinds), tmp_path / "named.parquet")

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
+from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.corpus import DOMAIN, Document, document_of, domain_of, read_documents, read_named_documents
 from nlae_jax.data.parquet import check_batch, is_text, opened
-from nlae_jax.interop.datasets import LAYER, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
+from nlae_jax.interop.datasets import LAYER, RESPONSE, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.language_model import LanguageModel
@@ -238,8 +239,9 @@ def rows_of_parquet(
 ) -> Rows:
     """Reads at most `count` rows of a parquet file in the PyTorch reference's layout. The seed draws the rows.
 
-    Activations are returned as they are stored. The text up to the activation is read if the file has it. The text
-    after it is not known. The vectors should be `d_model` wide, and tokens should be below `vocab_size`.
+    Activations are returned as they are stored. The text up to the activation is read if the file has it, and so is the
+    description in a column `response`. The text after the activation is not known. The vectors should be `d_model`
+    wide, and tokens should be below `vocab_size`.
 
     Raises UserError if the file has no rows or no column `doc_id`, or if it says that the activations are of another
     block than `layer`.
@@ -254,9 +256,10 @@ def rows_of_parquet(
         if TEXT in names and not is_text(file.schema_arrow.field(TEXT).type):
             raise UserError(f"{path}: the column {TEXT} should hold strings")
         columns = [name for name in (VECTOR, "doc_id", TEXT, LAYER) if name in names]
-        if DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type):
-            columns.append(DOMAIN)
-        drawn: list[tuple[str, str, str]] = []  # document, text and kind of text
+        columns += [
+            name for name in (DOMAIN, RESPONSE) if name in names and is_text(file.schema_arrow.field(name).type)
+        ]
+        drawn: list[tuple[str, str, str, str]] = []  # document, text, kind of text and response
         vectors, start = [], 0
         for batch in file.iter_batches(1024, columns=columns):
             check_batch(path, start, batch)
@@ -265,18 +268,23 @@ def rows_of_parquet(
             drawn_here = [row for row in range(len(batch)) if start + row in wanted]
             if drawn_here:
                 vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[drawn_here])
-                texts, domains = (
-                    batch.column(name).to_pylist() if name in columns else [""] * len(batch) for name in (TEXT, DOMAIN)
+                texts, domains, responses = (
+                    batch.column(name).to_pylist() if name in columns else [""] * len(batch)
+                    for name in (TEXT, DOMAIN, RESPONSE)
                 )
-                drawn += [(docs[row], texts[row] or "", domain_of(domains[row]) or "text") for row in drawn_here]
+                drawn += [
+                    (docs[row], texts[row] or "", domain_of(domains[row]) or "text", responses[row] or "")
+                    for row in drawn_here
+                ]
             start += len(batch)
     if not drawn:
         raise UserError(f"{path}: the file has no rows")
-    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text, _ in drawn]
+    names_of_docs, texts, domains, responses = (list(column) for column in zip(*drawn, strict=True))
+    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for text in texts]
     for row, ids in enumerate(context_ids):
         check_ids(ids, vocab_size, tokenizer, f"{path}: row {row}")
-    names_of_docs, texts, domains = (list(column) for column in zip(*drawn, strict=True))
-    return without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
+    rows = without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
+    return rows._replace(gold=[encodable(explanation_of(response) or "") for response in responses])
 
 
 def without_following(
