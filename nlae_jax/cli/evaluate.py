@@ -28,7 +28,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
     help_text = "number of activations that get several explanations each (default 64)"
     command.add_argument("--sampled", type=int, help=help_text)
-    help_text = "steps of the decoders that are trained as controls (default: 40 from 128 activations on; 0: none)"
+    help_text = "steps of the decoders that are trained as controls (default: 60 from 128 activations on; 0: none)"
     command.add_argument("--control-steps", type=int, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
     command.add_argument("--reword", action="store_true", help=help_text)

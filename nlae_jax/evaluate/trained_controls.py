@@ -26,7 +26,7 @@ from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
-STEPS = 40  # of each decoder, unless the user names another number
+STEPS = 60  # of each decoder, unless the user names another number
 _FEWEST = 128  # activations: decoders of fewer are so bad and so uncertain that they are trained only on request
 BATCH = 16
 _RANK = 16  # of the adapters, for a pair that has none
