@@ -336,7 +336,7 @@ def likeliest(lm: LanguageModel, contexts: Sequence[Sequence[Sequence[int]]], co
     width = -(-max(len(group[0]) for group in contexts) // _PREDICTING_WIDTH) * _PREDICTING_WIDTH
     ids, length = pad([group[0] for group in contexts], width)
     columns = np.array(
-        [[len(context) - 1 for context in [*group, *group[:1] * (PLACES - len(group))]] for group in contexts]
+        [[len(context) - 1 for context in [*group, *list(group[:1]) * (PLACES - len(group))]] for group in contexts]
     )
     token_ids = lm.likeliest(ids, np.arange(width) < length[:, None], columns, count)
     return [

@@ -65,14 +65,7 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
     permuted: dict[str, np.ndarray] = {}
     trainer = _Trainer(work, roles, pair, num_steps)
     for name, texts in _texts(work).items():
-        rebuilt = work.kept.run(
-            f"trained_decoder_{name}_{num_steps}",
-            len(rows),
-            len(rows),
-            lambda _, name=name, texts=texts: {"rebuilt": trainer.rebuilt(name, texts, test)},
-            unit="text",
-            of=[texts, rows.tolist()],
-        )["rebuilt"]
+        rebuilt = _rebuilt_by_training(work, trainer, name, texts, test)
         matched[name], permuted[name] = work.mse_of([texts[row] for row in rows], rebuilt, rows)
     parts, permuted_parts = (
         {name: work.with_variance(mse) for name, mse in by_name.items()} for by_name in (matched, permuted)
@@ -102,6 +95,22 @@ def _texts(work: Work) -> dict[str, list[str]]:
     }
 
 
+def _rebuilt_by_training(
+    work: Work, trainer: _Trainer, name: str, texts: Sequence[str], test: np.ndarray
+) -> np.ndarray:
+    """Calls `_Trainer.rebuilt`. The result is kept on disk as one part."""
+    count = int(test.sum())
+    columns = work.kept.run(
+        f"trained_decoder_{name}_{trainer.num_steps}",
+        count,
+        count,
+        lambda _: {"rebuilt": trainer.rebuilt(name, texts, test)},
+        unit="text",
+        of=[texts, test.tolist()],
+    )
+    return np.asarray(columns["rebuilt"])
+
+
 class _Trainer:
     """Trains decoders that differ in nothing but their texts. They share the compiled functions."""
 
@@ -112,7 +121,7 @@ class _Trainer:
             subject = work.pair.subject()
             base, decoder = subject.params, roles.decoder.clone(arch=subject.arch)
             roles = dataclasses.replace(roles, decoder=decoder, rank=_RANK, dtype=None)
-        self._work, self._roles, self._base, self._num_steps = work, roles, base, num_steps
+        self._work, self._roles, self._base, self.num_steps = work, roles, base, num_steps
         schedule = sft_schedule(_LEARNING_RATE, num_steps, 0.05)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
         whole = roles.with_whole_prompts()
@@ -134,8 +143,8 @@ class _Trainer:
         frozen: Params = {"base": self._base, "baselines": direction.baselines(jnp.asarray(work.rows.h[train]))}
         trained = init_decoder(roles, self._base, jax.random.PRNGKey(work.seed))
         state = RoleState(jnp.zeros((), jnp.int32), trained, jax.jit(self._optimizer.init)(trained))
-        with progress(self._num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
-            for _ in range(self._num_steps):
+        with progress(self.num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
+            for _ in range(self.num_steps):
                 drawn = rng.choice(train, BATCH)
                 ids, length = _padded([prompts[row] for row in drawn])
                 batch = {"h": work.rows.h[drawn], "ids": ids, "length": length}
