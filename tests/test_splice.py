@@ -142,8 +142,6 @@ FAMILIES = [
     "qwen3_moe",
     "gpt_oss",
     "qwen3_5_text",
-    "qwen3_5_text-attention-first",
-    "gemma4_text-experts",
 ]
 
 
