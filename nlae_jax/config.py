@@ -162,7 +162,6 @@ class ProtocolConfig:
 class LoraConfig:
     rank: int = option(16, at_least=0)  # 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    experts: bool = False  # in models with experts, each expert has an adapter, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,8 +454,6 @@ def _validate(config: Config) -> None:
             )
     if config.lora.rank and config.lora.alpha <= 0:
         raise UserError(f"config.lora.alpha: {config.lora.alpha} should be positive")
-    if config.lora.experts and not config.lora.rank:
-        raise UserError("config.lora.experts: should be False with lora.rank = 0, which trains experts themselves")
 
 
 def _check(leaf: Leaf, value: Any) -> None:

@@ -343,10 +343,3 @@ def test_experiments_say_what_they_are(name):
 
 def test_every_experiment_is_known():
     assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "scratch", "tiny"}
-
-
-def test_experts_have_adapters_only_where_there_are_adapters(experiment):
-    path = experiment("config.lora.experts = True")
-    assert load_experiment(path, []).lora.experts
-    with pytest.raises(UserError, match=r"config\.lora\.experts: should be False with lora\.rank = 0"):
-        load_experiment(path, ["lora.rank=0"])

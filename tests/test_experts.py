@@ -1,6 +1,5 @@
 """A mixture of experts: what devices share, and that each does its part only."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nlae_jax.config import MeshConfig
 from nlae_jax.lm.arch import Arch, ClampedGate, Experts, block_weights
 from nlae_jax.lm.experts import mixture
-from nlae_jax.lm.lora import adapter_weights, merge
 from nlae_jax.mesh import DECODE_RULES, RULES, make_mesh, split, weight_sharding
 from tests.conftest import drawn_params
 
@@ -32,16 +30,13 @@ ARCH = Arch(
 )
 
 
-def case(shape, sizes, decoding, adapted=False):
+def case(shape, sizes, decoding):
     """The mixture as a function of weights and rows, both on one device, and as a mesh of these sizes has them."""
     declared = {
         name: weight
         for name, weight in block_weights(ARCH).items()
         if "experts" in weight.axes or name.startswith("router")
     }
-    if adapted:
-        of_experts = adapter_weights(ARCH, 3, experts=True)
-        declared |= {f"{name}.{part}": of_experts[name][part] for name in ("gate", "up", "down") for part in "ab"}
     weights = drawn_params(declared, 0)
     x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     mesh, rules = make_mesh(MeshConfig(*sizes)), DECODE_RULES if decoding else RULES
@@ -49,23 +44,19 @@ def case(shape, sizes, decoding, adapted=False):
     rows = PartitionSpec(split(mesh, "rows" if decoding else "batch", shape[0], rules) if len(shape) > 2 else None)
 
     def function(weights, x):
-        of_block = {name: w[0] for name, w in weights.items()}
-        names = [name.removesuffix(".a") for name in of_block if name.endswith(".a")]
-        adapters = {name: {part: of_block[f"{name}.{part}"] for part in "ab"} for name in names}
-        return mixture(ARCH, EXPERTS, of_block, x, decoding, adapters, 0.7)
+        return mixture(ARCH, EXPERTS, {name: w[0] for name, w in weights.items()}, x, decoding)
 
     return function, mesh, (weights, x), (placed, jax.device_put(x, NamedSharding(mesh, rows)))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
 @pytest.mark.parametrize(
     ("shape", "decoding"),
     [((8, 3, 32), False), ((6, 3, 32), False), ((5, 32), False), ((8, 2, 1, 32), True), ((5, 2, 1, 32), True)],
 )
-def test_a_mesh_gives_what_one_device_gives(shape, decoding, sizes, adapted):
+def test_a_mesh_gives_what_one_device_gives(shape, decoding, sizes):
     """Values, and the gradients of rows and of every weight; also of rows that all devices have, or some of them."""
-    function, mesh, whole, placed = case(shape, sizes, decoding, adapted)
+    function, mesh, whole, placed = case(shape, sizes, decoding)
     target = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
     loss = jax.jit(jax.value_and_grad(lambda w, x: jnp.vdot(function(w, x), target), argnums=(0, 1)))
     expected = loss(*whole)
@@ -97,38 +88,15 @@ def _backward(kept, cotangent):
 careless.defvjp(_forward, _backward)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_rows_that_no_expert_here_takes_reach_nothing(monkeypatch, adapted):
+def test_rows_that_no_expert_here_takes_reach_nothing(monkeypatch):
     """Accelerators leave open what a ragged product makes of them: it is in no value and in no gradient."""
-    function, mesh, whole, placed = case((8, 3, 32), (2, 1, 4), False, adapted)
+    function, mesh, whole, placed = case((8, 3, 32), (2, 1, 4), False)
     loss = lambda w, x: jnp.sum(jnp.square(function(w, x)))  # noqa: E731
     expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*whole)
     monkeypatch.setattr(jax.lax, "ragged_dot", lambda rows, matrices, sizes, **_: careless(rows, matrices, sizes))
     with jax.set_mesh(mesh):
         found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*placed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), found, expected)
-
-
-def test_adapters_of_experts_are_those_merged_into_their_matrices():
-    function, _, (weights, x), _ = case((5, 32), (1, 1, 1), False, adapted=True)
-    plain = {name: weight for name, weight in weights.items() if "." not in name}
-    merged = {
-        name: merge(weight, {part: weights[f"{name}.{part}"] for part in "ab"}, 0.7)
-        if f"{name}.a" in weights
-        else weight
-        for name, weight in plain.items()
-    }
-    applied, expected, base = (jax.jit(function)(of, x) for of in (weights, merged, plain))
-    np.testing.assert_allclose(applied, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(applied - base).max() > 0.1 * np.abs(base).max()
-
-
-def test_experts_have_adapters_only_if_asked_for():
-    asked, unasked = adapter_weights(ARCH, 3, experts=True), adapter_weights(ARCH, 3)
-    assert asked.keys() - unasked.keys() == {"gate", "up", "down"}
-    assert asked["up"]["a"].shape == (1, 8, 3, 32) and asked["down"]["b"].axes[:2] == ("layers", "experts")
-    dense = dataclasses.replace(ARCH, experts=None)
-    assert adapter_weights(dense, 3, experts=True) == adapter_weights(dense, 3)
 
 
 def test_each_device_multiplies_its_own_rows():

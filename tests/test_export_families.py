@@ -19,7 +19,6 @@ from nlae_jax.interop.sidecar import tokens_and_templates, write_sidecar
 from nlae_jax.lm.families import FAMILIES, read_arch
 from nlae_jax.lm.pretrained import TOKENIZER_FILES
 from nlae_jax.mesh import make_mesh
-from nlae_jax.roles.pair import make_roles
 from nlae_jax.roles.protocol import make_protocol
 from nlae_jax.run.export import export
 from nlae_jax.run.preparation import extract
@@ -65,7 +64,6 @@ FIELDS |= {
 FIELDS["gemma4_text+experts"] = CASES["gemma4_text-experts"][1] | {
     "layer_types": ["sliding_attention", "full_attention"] * 3
 }
-FIELDS["qwen3_moe+adapted"] = FIELDS["qwen3_moe"]  # its experts have adapters, too
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
 
 
@@ -111,12 +109,7 @@ def run(request, tmp_path, tiny_dir, tokenizer):
     pq.write_table(pa.table(table), path)
     meta = {"kind": "nla_dataset", "extraction": {"d_model": width, "layer_index": LAYER}}
     write_sidecar(path, meta | tokens_and_templates(protocol))
-    none = {
-        "lora.experts": family.endswith("+adapted"),
-        "sft.encoder_steps": 0,
-        "sft.decoder_steps": 0,
-        "rl.num_steps": 0,
-    }
+    none = {"sft.encoder_steps": 0, "sft.decoder_steps": 0, "rl.num_steps": 0}
     given = {"subject.model": str(directory), "subject.layer": LAYER, "dataset.rl": str(path), "lora.rank": 2}
     made = open_run(resolve({**TINY, **none, **given}), tmp_path / "W")
     extract(made)
@@ -153,17 +146,6 @@ def test_out_and_in_again(request, run, tmp_path):
     assert_close(released.reconstruct(TEXTS), rebuilt, "import", case)
     encoder = nlae_jax.LanguageModel.from_pretrained(str(out / "av"))
     assert_close(encoder.logits(ids), logits, "import", case)
-
-
-@pytest.mark.parametrize("run", ["qwen3_moe+adapted"], indirect=True)
-def test_adapters_of_experts_leave_in_whole_models_only(run, tmp_path):
-    pair = trained_pair(run)
-    assert pair.encoder["adapters"]["up"]["a"].shape[1] == run.arch.experts.count
-    with pytest.raises(UserError, match="--adapters: the PEFT library has no adapters of experts"):
-        export(run, pair, tmp_path / "out", "float32", adapters=True)
-    dense = dataclasses.replace(run.arch, experts=None)
-    with pytest.raises(UserError, match=r"config\.lora\.experts: subject\.model has no experts"):
-        make_roles(run.config, dense, run.protocol)
 
 
 @pytest.mark.parametrize("run", ["gemma4_text"], indirect=True)

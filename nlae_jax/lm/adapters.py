@@ -122,7 +122,7 @@ def write_adapters(
 
     `alpha / rank` is their scale, and `base_model` the name of the model that they belong to.
     """
-    rank = next(iter(adapters.values()))["a"].shape[-2]
+    rank = next(iter(adapters.values()))["a"].shape[1]
     tensors = []
     modules = _modules(arch, adapters)
     for module in modules:

@@ -300,19 +300,10 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
             weights[name] = Weight((layers, arch.d_model), ("layers", "norm"))
     elif experts.shared:
         weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
-    return weights | expert_matrices(arch)
-
-
-def expert_matrices(arch: Arch) -> dict[str, Weight]:
-    """Declares the matrices [L, experts, in, out] of the experts that a router chooses among; none in a dense model."""
-    if arch.experts is None:
-        return {}
-    stack = arch.num_layers, arch.experts.count
-    matrices = {}
     for name, shape, axes in _mlp(arch):
         inside = ["none" if axis == "mlp" else axis for axis in axes]
-        matrices[name] = Weight((*stack, *shape), ("layers", "experts", *inside), shape[0])
-    return matrices
+        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
+    return weights
 
 
 def block_weights(arch: Arch) -> dict[str, Weight]:

@@ -226,10 +226,9 @@ class Block:
             return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
         normed = self._norm(x, weights, "mlp_norm")
         if not experts.apart:
-            mixed = mixture(self.arch, experts, weights, normed, decoding, adapters, self.lora_scale)
+            mixed = mixture(self.arch, experts, weights, normed, decoding)
             return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
-        mixed = mixture(self.arch, experts, weights, x, decoding, adapters, self.lora_scale)
-        mixed = residual(mixed, decoding)
+        mixed = residual(mixture(self.arch, experts, weights, x, decoding), decoding)
         shared = residual(self._shared(normed, weights, adapters, decoding), decoding)
         return self._norm(mixed, weights, "experts_post_norm") + self._norm(shared, weights, "shared_post_norm")
 

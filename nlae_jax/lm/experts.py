@@ -7,7 +7,6 @@ tokens have experts, whatever their shares. Nothing is dropped, and no expert ha
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,51 +43,32 @@ def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -
 
 
 def mixture(
-    arch: Arch,
-    experts: Experts,
-    weights: dict[str, jax.Array],
-    x: jax.Array,
-    decoding: bool = False,
-    adapters: dict[str, Any] | None = None,
-    lora_scale: float = 1.0,
+    arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array, decoding: bool = False
 ) -> jax.Array:
     """[*batch, T, d] -> [*batch, T, d]: the chosen experts' outputs, summed by the router's weights.
 
-    x is what the MLP reads, or the residual stream where router and experts have norms of their own. `adapters` may
-    have those of the experts.
+    x is what the MLP reads, or the residual stream where router and experts have norms of their own.
 
     On a mesh each device takes the rows and the experts that it has, and what they make of a row is added up: left to
     XLA, all rows are sorted and multiplied on every device.
     """
     by_expert = [name for name, weight in block_weights(arch).items() if "experts" in weight.axes]
     own = {name: weights[name] for name in (*by_expert, *_EVERYWHERE) if name in weights}
-    adapted = {
-        f"{name}_{part}": (adapters or {})[name][part]
-        for name in by_expert
-        for part in ("a", "b")
-        if name in (adapters or {})
-    }
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
-        return _of_device(arch, experts, None, lora_scale, own | adapted, x)
+        return _of_device(arch, experts, None, own, x)
     rules, rows = (DECODE_RULES, "rows") if decoding else (RULES, "batch")
     among = split(mesh, "experts", experts.count, rules)
     stacked = {name: PartitionSpec(among if name in by_expert else None) for name in own}
-    stacked |= {name: PartitionSpec(among) for name in adapted}
     by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
-    local = functools.partial(_of_device, arch, experts, among, lora_scale)
+    local = functools.partial(_of_device, arch, experts, among)
     split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
-    mixed: jax.Array = split_up(own | adapted, x)
+    mixed: jax.Array = split_up(own, x)
     return mixed
 
 
 def _of_device(
-    arch: Arch,
-    experts: Experts,
-    among: str | tuple[str, ...] | None,
-    lora_scale: float,
-    weights: dict[str, jax.Array],
-    x: jax.Array,
+    arch: Arch, experts: Experts, among: str | tuple[str, ...] | None, weights: dict[str, jax.Array], x: jax.Array
 ) -> jax.Array:
     """`mixture` of a device's rows; the mesh axes `among` split the experts, as many each."""
     flat_NxD = x.reshape(-1, x.shape[-1])
@@ -108,14 +88,8 @@ def _of_device(
     only_here = lambda rows: jnp.where(here, rows, 0) if among else rows  # noqa: E731
 
     def product(rows: jax.Array, name: str, share: jax.Array | float = 1.0) -> jax.Array:
-        ragged = lambda rows, matrices: jax.lax.ragged_dot(  # noqa: E731
-            rows, matrices, sizes, precision=precision_of(rows, matrices)
-        )
-        out = ragged(rows, weights[name])
-        if f"{name}_a" in weights:
-            a, b = (weights[f"{name}_{part}"].astype(rows.dtype) for part in ("a", "b"))
-            inner = only_here(ragged(rows, a.swapaxes(-1, -2)))
-            out = out + ragged(inner, b) * jnp.asarray(lora_scale, rows.dtype)
+        matrices = weights[name]
+        out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
         if name in arch.biases:
             out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] * share
         return checkpoint_name(only_here(out), name)  # for the gradient of each bias, too

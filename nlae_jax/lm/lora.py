@@ -1,6 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use, and if asked on experts.
-
-Routers never have adapters.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use: not on experts or routers.
 
 Adapters are a separate tree beside the frozen base, stacked over blocks as the base is. So one base in memory serves
 every role, whatever the role's depth and adapters are.
@@ -8,36 +6,32 @@ every role, whatever the role's depth and adapters are.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch, expert_matrices, linear_layers
+from nlae_jax.lm.arch import Arch, linear_layers
 from nlae_jax.lm.products import einsum
 from nlae_jax.mesh import Weight
 
 
-def adapter_weights(arch: Arch, rank: int, experts: bool = False) -> dict[str, dict[str, Weight]]:
-    """Declares the adapters of every linear layer: `a` [L, rank, in] and `b` [L, rank, out].
-
-    With `experts` each expert has its own, too: [L, experts, rank, in] and [L, experts, rank, out].
-    """
-    matrices = linear_layers(arch) | (expert_matrices(arch) if experts else {})
+def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
+    """Declares the adapters of every linear layer: `a` [L, rank, in] and `b` [L, rank, out]."""
     return {
         name: {
-            "a": Weight((*stack, rank, rows), (*axes, "rank", row_axis), rows),
-            "b": Weight((*stack, rank, columns), (*axes, "rank", column_axis)),
+            "a": Weight(
+                (weight.shape[0], rank, weight.shape[1]), (weight.axes[0], "rank", weight.axes[1]), weight.shape[1]
+            ),
+            "b": Weight((weight.shape[0], rank, weight.shape[2]), (weight.axes[0], "rank", weight.axes[2])),
         }
-        for name, weight in matrices.items()
-        for (*stack, rows, columns), (*axes, row_axis, column_axis) in [(weight.shape, weight.axes)]
+        for name, weight in linear_layers(arch).items()
     }
 
 
-def init_adapters(key: jax.Array, arch: Arch, rank: int, experts: bool = False) -> dict[str, Any]:
+def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
     """Draws new adapters, float32: `a` is random and `b` zero, so the adapted model equals the base."""
-    weights = adapter_weights(arch, rank, experts)
+    weights = adapter_weights(arch, rank)
     keys = jax.random.split(key, len(weights))
     return {
         name: {
@@ -46,11 +40,6 @@ def init_adapters(key: jax.Array, arch: Arch, rank: int, experts: bool = False) 
         }
         for k, (name, w) in zip(keys, weights.items(), strict=True)
     }
-
-
-def has_expert_adapters(arch: Arch, names: Container[str]) -> bool:
-    """Returns whether adapters with these names are also those of experts."""
-    return any(name in names for name in expert_matrices(arch))
 
 
 def linear(x: jax.Array, weight: jax.Array, adapter: dict[str, jax.Array] | None, scale: float) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nlae_jax.lm import head
 from nlae_jax.lm.arch import MIXERS, Arch, model_weights
 from nlae_jax.lm.block import Block, BlockWeights, LayerCache, Segment, cached, layer_of, layers_of, residual
-from nlae_jax.lm.lora import adapter_weights, has_expert_adapters
+from nlae_jax.lm.lora import adapter_weights
 from nlae_jax.lm.mixed import of_layer, over_blocks, stacked_caches
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.norms import norm
@@ -336,8 +336,8 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
     lm = constrained_tree(variables["params"]["lm"], model_weights(role.arch), DECODE_RULES)
     variables = {**variables, "params": {**variables["params"], "lm": lm}}
     if adapters := variables.get("lora", {}).get("lm", {}).get("blocks"):
-        rank, experts = next(iter(adapters.values()))["a"].shape[-2], has_expert_adapters(role.arch, adapters)
-        adapters = constrained_tree(adapters, adapter_weights(role.arch, rank, experts), DECODE_RULES)
+        rank = next(iter(adapters.values()))["a"].shape[1]
+        adapters = constrained_tree(adapters, adapter_weights(role.arch, rank), DECODE_RULES)
         variables["lora"] = {"lm": {"blocks": adapters}}
     if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
         return Decoding(variables, None, contexts, own)

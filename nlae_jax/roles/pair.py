@@ -16,7 +16,6 @@ from nlae_jax.mesh import Weight
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.protocol import Protocol
-from nlae_jax.runtime.errors import UserError
 
 Params = dict[str, Any]
 
@@ -35,7 +34,6 @@ class Roles:
     decoder: Decoder
     rank: int
     dtype: str | None = None
-    expert_adapters: bool = False  # experts that a router chooses have adapters, too
 
     def encoder_variables(self, base: Params, trained: Params) -> Params:
         """Builds the encoder module's variables."""
@@ -67,7 +65,7 @@ class Roles:
     def encoder_weights(self) -> Params:
         """Declares the encoder's trained parameters: their shapes and logical axes."""
         arch = self.encoder.arch
-        return {"lm": model_weights(arch)} if self.rank == 0 else {"adapters": self._adapter_weights(arch)}
+        return {"lm": model_weights(arch)} if self.rank == 0 else {"adapters": adapter_weights(arch, self.rank)}
 
     def decoder_weights(self) -> Params:
         """Declares the decoder's trained parameters: their shapes and logical axes."""
@@ -75,10 +73,7 @@ class Roles:
         head = Weight((arch.d_model, arch.d_model), ("norm", "embed"))
         if self.rank == 0:
             return {"lm": decoder_model_weights(arch), "value_head": head}
-        return {"adapters": self._adapter_weights(arch), "value_head": head}
-
-    def _adapter_weights(self, arch: Arch) -> Params:
-        return adapter_weights(arch, self.rank, self.expert_adapters)
+        return {"adapters": adapter_weights(arch, self.rank), "value_head": head}
 
 
 class Pair(NamedTuple):
@@ -129,8 +124,6 @@ def make_roles(
     `arch` is the subject's. `encoder_arch` and `decoder_arch` replace it for a role that starts from another model.
     """
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
-    if config.lora.experts and arch.experts is None:
-        raise UserError("config.lora.experts: subject.model has no experts; it should be False")
     layer = config.subject.layer
     if decoder_arch is None:
         depth = layer + 1 if config.lora.rank == 0 else arch.num_layers
@@ -141,5 +134,4 @@ def make_roles(
         decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat, config.attention),
         rank=config.lora.rank,
         dtype=config.subject.dtype,
-        expert_adapters=config.lora.experts and config.lora.rank > 0,
     )

@@ -45,8 +45,6 @@ def export(
     """
     if datasets and run.config.dataset.rl:
         raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
-    if adapters and run.roles.expert_adapters:
-        raise UserError("--adapters: the PEFT library has no adapters of experts (lora.experts); export whole models")
     if adapters and not run.config.lora.rank:
         raise UserError(f"--adapters: {run.workdir} has none; its lora.rank is 0")
     if not adapters:

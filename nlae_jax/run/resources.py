@@ -278,8 +278,6 @@ def _check_adapters(config: Config, directory: Path, role: str, released: Releas
     if (adapters := released.adapters) is None:
         return
     lora = config.lora
-    if lora.experts:
-        raise UserError(f"config.lora.experts: {adapters.directory} has no adapters of experts; it should be False")
     for name, configured, trained in (("rank", lora.rank, adapters.rank), ("alpha", lora.alpha, adapters.alpha)):
         if configured != trained:
             raise UserError(f"config.lora.{name}: {configured} should be {trained}, that of {adapters.directory}")
