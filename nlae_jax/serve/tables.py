@@ -219,8 +219,8 @@ class Table:
 
     @property
     def _first_capacity(self) -> int:
-        """The capacity of a new table: smaller than `longest`, because rows rarely need all of it."""
-        return next((size for size in reversed(CAPACITIES) if size < self._longest), self._longest)
+        """The capacity of a new table. It does not depend on `longest`, so all limits begin with the same programs."""
+        return min(CAPACITIES[0], self._longest)
 
     def _resize(self, size: int, capacity: int | None = None) -> None:
         """Changes the number of rows and the capacity, and moves the used rows together."""
