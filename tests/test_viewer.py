@@ -172,6 +172,20 @@ def test_a_tour_ends_where_it_began(open_page):
     assert page.input_value("#text")
 
 
+def test_a_finger_selects_several_tokens(open_page):
+    page = open_page(viewport={"width": 360, "height": 700}, has_touch=True)
+    read(page, TEXT)
+    page.tap("#t1")
+    page.wait_for_selector("#t1.scored")
+    page.tap("text=Select up to…")
+    page.tap("#t3")
+    assert page.locator(".tok.selected").count() == 3
+    assert page.inner_text("#explain-selected") == "Explain 3 tokens"
+    assert page.locator("#t3.scored").count() == 0
+    page.tap("#explain-selected")
+    page.wait_for_selector("#t3.scored")
+
+
 def test_two_tokens_stand_side_by_side(open_page):
     page = open_page()
     read(page, TEXT)
