@@ -192,7 +192,7 @@ class Table:
         capacity = self._rows.tokens.shape[1]
         longest = int(max(self._steps[place] for place, holder in enumerate(self._holders) if holder is not None))
         if longest >= capacity:
-            self._resize(len(self._holders), min(bucket(longest + 1, CAPACITIES), self._longest))
+            self.grow(longest + 1)
             capacity = self._rows.tokens.shape[1]
         count = min(count, capacity - longest)
         self._rows = self._compiled.advanced(
@@ -208,6 +208,10 @@ class Table:
             for place, holder in enumerate(self._holders)
             if holder is not None
         ]
+
+    def grow(self, tokens: int) -> None:
+        """Gives all rows room for that many tokens, as far as rows of this table may have them."""
+        self._resize(len(self._holders), min(bucket(tokens, CAPACITIES), self._longest))
 
     def remove(self, gone: Callable[[Any], bool]) -> None:
         """Frees the places of all holders that are `gone`, and the table's memory if it becomes empty."""
