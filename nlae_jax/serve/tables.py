@@ -84,6 +84,7 @@ class Compiled:
     def __init__(self, program: Program, weights: Any = None) -> None:
         self.variables, self.arch = program.variables, program.role.arch
         self._itemsize = program.variables["params"]["lm"]["embed"].dtype.itemsize
+        self._most_rows: dict[int, int] = {}
         role = program.role
         on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
         block_weights = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
@@ -126,7 +127,9 @@ class Compiled:
 
     def most_rows(self, capacity: int) -> int:
         """Returns the most rows of a table of this program, see the function `most_rows`."""
-        return most_rows(self.arch, capacity, self._itemsize)
+        if capacity not in self._most_rows:  # it is traced, which every round would wait for
+            self._most_rows[capacity] = most_rows(self.arch, capacity, self._itemsize)
+        return self._most_rows[capacity]
 
 
 class Table:
