@@ -124,7 +124,7 @@ def test_a_table_grows_with_its_rows(monkeypatch, reader, vectors):
 
 
 def test_what_is_prepared_when_idle_is_not_compiled_again(nla, monkeypatch):
-    monkeypatch.setattr("nlae_jax.serve.reading._PREPARED", 16)
+    monkeypatch.setattr("nlae_jax.serve.reading._PREPARED", 32)
     reader = Reader(nla)
     reader.warm()
     assert list(reader.warm_more())

@@ -125,7 +125,7 @@ class Reader:
         for count in _SCORED[1:]:
             self.score(["the text"] * count, np.stack([self._example] * count))
             yield
-        for size in sizes:
+        for size in (size for size in sizes if 2 * size <= _PREPARED):  # longer rows take more memory
             table = self._filled(size)
             table.grow(CAPACITIES[1])
             table.advance(1)
