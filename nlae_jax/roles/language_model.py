@@ -72,8 +72,8 @@ class LanguageModel:
         def continuations(params: Any, *arrays: jax.Array) -> Any:
             return apply(subject, variables(params), *arrays, method="continuations")
 
-        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, count: int) -> Any:
-            return apply(subject, variables(params), ids, mask, count, method="likeliest")
+        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, columns: jax.Array, count: int) -> Any:
+            return apply(subject, variables(params), ids, mask, columns, count, method="likeliest")
 
         def neurons(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
             neurons_BxTxF: jax.Array = apply(subject, variables(params), ids, mask, layer, method="neurons")
@@ -135,7 +135,7 @@ class LanguageModel:
         self._run_with = jax.jit(run_with, static_argnums=5)
         self._splice = jax.jit(splice, static_argnames="layer")
         self._continuations = jax.jit(continuations)
-        self._likeliest = jax.jit(likeliest, static_argnums=3)
+        self._likeliest = jax.jit(likeliest, static_argnums=4)
         self._neurons = jax.jit(neurons, static_argnums=3)
         self._log_probs = jax.jit(log_probs)
         self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=everywhere)
@@ -223,9 +223,13 @@ class LanguageModel:
         )
         return log_p
 
-    def likeliest(self, ids: Any, mask: Any, count: int) -> np.ndarray:
-        """Returns the ids [B, count] of each row's likeliest next tokens, likeliest first: [B, T] int -> int32."""
-        return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), count))
+    def likeliest(self, ids: Any, mask: Any, columns: Any, count: int) -> np.ndarray:
+        """Returns the ids [B, P, count] int32 of the likeliest tokens after P columns of each row, likeliest first.
+
+        `ids` and `mask` are [B, T], `columns` [B, P] int.
+        """
+        columns = jnp.asarray(np.asarray(columns, np.int32))
+        return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), columns, count))
 
     def neurons(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """Returns the MLP's neurons in block `layer`, gate times up: [B, T] int -> [B, T, d_ff].
