@@ -123,21 +123,6 @@ def test_a_table_grows_with_its_rows(monkeypatch, reader, vectors):
     assert max(map(len, short.values())) > 8
 
 
-def test_what_is_prepared_when_idle_is_not_compiled_again(nla, monkeypatch):
-    monkeypatch.setattr("nlae_jax.serve.reading._PREPARED", 32)
-    reader = Reader(nla)
-    reader.warm()
-    assert list(reader.warm_more())
-    functions = [getattr(reader.encoder, name) for name in ("begun", "joined", "advanced", "resized")]
-    compiled = [function._cache_size() for function in functions]
-    table = reader.table(CAPACITIES[1])
-    table.add([Entry(reader._example, 200, 5.0, seed) for seed in range(9)], list(range(9)))
-    for _ in range(CAPACITIES[0] // 16 + 1):
-        table.remove({row for row, _, done in table.advance(16) if done and row > 5}.__contains__)
-    assert table.size[1] == CAPACITIES[1]
-    assert [function._cache_size() for function in functions] == compiled
-
-
 def test_tables_of_all_limits_begin_with_the_same_programs(reader, vectors):
     written(reader, vectors[1:2], [0])
     compiled = reader.encoder.begun._cache_size(), reader.encoder.advanced._cache_size()
