@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.cli import main
+from nlae_jax.cli.steer import _lines
 from nlae_jax.explore.passage import read_text
 from nlae_jax.explore.select import parse_at
 from nlae_jax.explore.steer import Settings, compile_pattern, distinct_2, steer, summary, wilson
@@ -90,6 +92,26 @@ def test_an_edit_that_misses_its_word_does_not_beat_them(planted, passage):
     without = steer(planted, passage, [1], "it is about string", None, None, FEW)
     assert without.beats_controls is None and without.before.hits is None
     assert summary([without])["prompts"] == 0
+    assert summary([without])["conditions"] == {}
+
+
+def test_hits_of_several_prompts_are_pooled_at_each_best_strength(report):
+    pooled = summary([report, report])["conditions"]
+    best = [outcome for outcome in report.edits if outcome.alpha == report.best_alpha]
+    assert pooled["edit"]["hits"] == 2 * best[0].hits > 0
+    assert pooled["edit"]["continuations"] == pooled["none"]["continuations"] == 2 * FEW.samples
+    assert pooled["random"]["continuations"] == 3 * pooled["edit"]["continuations"]
+    assert pooled["edit"]["hit_rate_ci95"] == wilson(2 * best[0].hits, 2 * FEW.samples)
+    assert pooled["none"]["nll"] == pytest.approx(report.before.nll)
+
+
+def test_committed_prompts_ask_for_a_word_that_only_the_edit_has():
+    prompts = _lines(Path(__file__).parents[1] / "experiments/smollm2/steering.jsonl")
+    assert len(prompts) >= 20
+    for prompt in prompts:
+        pattern = compile_pattern(prompt["word"], prompt["pattern"])
+        assert pattern.search(prompt["edit"]), prompt["name"]
+        assert not any(pattern.search(text) for text in (prompt["source"], *prompt["original"])), prompt["name"]
 
 
 def test_an_edit_that_changes_nothing(planted, passage):
@@ -160,7 +182,13 @@ def test_the_command(tiny_run, tmp_path, capsys):
     lines = [{"text": "the of to", "edit": "the list", "word": "of"}, {"text": "it is", "edit": "for that"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["steer", *few, "--input", str(prompts), "--html", str(tmp_path / "s.html")]) == 0
-    assert "1 prompts" in capsys.readouterr().out and (tmp_path / "s.html").exists()
+    shown = capsys.readouterr().out
+    assert (
+        "1 prompts" in shown
+        and "hits with the edit: " in shown
+        and "of 2 (share " in shown
+        and (tmp_path / "s.html").exists()
+    )
     several = {"text": "the of to", "edit": "the list", "original": ["the array", "the to"]}
     prompts.write_text(json.dumps(several) + "\n")
     assert main(["steer", *few, "--generated", "--input", str(prompts), "--json"]) == 0

@@ -28,7 +28,7 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.engine import description_of
 from nlae_jax.serve.reading import Reader, error_rates
-from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket
+from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for
 from nlae_jax.serve.transport import BoundedBody
 from tests.serving import Served
 
@@ -121,6 +121,14 @@ def test_a_table_grows_with_its_rows(monkeypatch, reader, vectors):
     monkeypatch.undo()
     assert short == written(reader, vectors[1:3], [0, 1])
     assert max(map(len, short.values())) > 8
+
+
+def test_tables_of_all_limits_begin_with_the_same_programs(reader, vectors):
+    written(reader, vectors[1:2], [0])
+    compiled = reader.encoder.begun._cache_size(), reader.encoder.advanced._cache_size()
+    for limit in (CAPACITIES[1] + 1, CAPACITIES[-1]):
+        written(reader, vectors[1:2], [0], longest=room_for(limit, reader.most_new_tokens))
+    assert (reader.encoder.begun._cache_size(), reader.encoder.advanced._cache_size()) == compiled
 
 
 def test_a_loop_over_layers_writes_the_same(monkeypatch, nla, reader, vectors):
@@ -258,6 +266,8 @@ REFUSED = [
     ("/score", {"description": "x" * 8193, "activation": [1.0] * 64}, 422, "description"),
     ("/completion", {"text": TEXT, "completion_tokens": 0}, 422, "completion_tokens"),
     ("/api/page/score", {"text": TEXT, "position": 99, "description": "x"}, 400, "Position 99"),
+    ("/api/page/compare", {"text": TEXT, "position": 99, "other": 1}, 400, "Position 99"),
+    ("/api/page/compare", {"text": TEXT, "position": -1, "other": -1}, 400, "no difference"),
 ]
 
 
@@ -400,6 +410,7 @@ def test_beyond_its_places_the_server_refuses_at_once(reader):
         ("/describe", {"activations": [[1.0] * 64]}),
         ("/compare", {"activation_a": [1.0] * 64, "activation_b": [0.0] * 64}),
         ("/api/page/direction", {"vector": [1.0] * 64}),
+        ("/api/page/compare", {"text": TEXT, "position": 0, "other": 1}),
     ],
 )
 def test_all_that_explains_vectors_shares_its_places(reader, path, body):
@@ -651,6 +662,17 @@ def test_the_page_asks_what_it_shows(http):
     assert scored["mse"] == pytest.approx(2 * (1 - scored["cosine_similarity"]))
     agreed = ok(http, "/api/page/agreement", {"texts": ["a red house", "the red houses"]})
     assert 0 <= agreed["agreement"] <= 1
+
+
+def test_two_tokens_are_compared_by_their_difference(http):
+    found = ok(http, "/api/page/compare", {"text": TEXT, "position": -1, "other": 1})
+    tokens = ok(http, "/extract", {"text": TEXT})["tokens"]
+    a, b = np.array(tokens[-1]["activation"]), np.array(tokens[1]["activation"])
+    assert found["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    limit = http.get("/api/page").json()["max_new_tokens"]
+    body = {"activation_a": a.tolist(), "activation_b": b.tolist(), "temperature": 0, "max_new_tokens": limit}
+    compared = ok(http, "/compare", body)
+    assert {name: found[name] for name in compared} == compared
 
 
 def test_nothing_is_known_of_a_pair_without_an_evaluation(tmp_path):

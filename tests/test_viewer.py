@@ -143,6 +143,63 @@ def test_a_link_brings_back_what_was_seen(open_page):
     broken.wait_for_function("document.getElementById('status').textContent === 'ready'")
 
 
+def test_a_link_keeps_a_phrase_and_a_comment(open_page):
+    page = open_page()
+    read(page, TEXT)
+    page.focus(".tok.pinned")
+    page.keyboard.press("Shift+ArrowLeft")
+    page.fill("#comment", "why <b>this</b>?")
+    again = open_page(page.evaluate("location.hash"))
+    again.wait_for_selector(".tok.scored.pinned")
+    assert again.locator(".tok.selected").count() == 2
+    assert again.inner_text("#comment-shown") == "why <b>this</b>?"
+    with again.expect_download() as saved:
+        again.click("#save-html")
+    assert "why &#60;b&#62;this" in saved.value.path().read_text()
+
+
+def test_a_tour_ends_where_it_began(open_page):
+    page = open_page()
+    page.wait_for_function("document.getElementById('status').textContent === 'ready'")
+    page.click("#tour-start")
+    page.wait_for_selector("#tour:visible")
+    for _ in range(int(page.inner_text("#tour-count").partition("/")[2])):
+        assert page.inner_text("#tour-text")
+        page.click("#tour-next")
+    assert page.is_hidden("#tour")
+    assert page.evaluate("document.activeElement.id") == "tour-start"
+    assert page.locator(".toured").count() == 0
+    assert page.input_value("#text")
+
+
+def test_a_finger_selects_several_tokens(open_page):
+    page = open_page(viewport={"width": 360, "height": 700}, has_touch=True)
+    read(page, TEXT)
+    page.tap("#t1")
+    page.wait_for_selector("#t1.scored")
+    page.tap("text=Select up to…")
+    page.tap("#t3")
+    assert page.locator(".tok.selected").count() == 3
+    assert page.inner_text("#explain-selected") == "Explain 3 tokens"
+    assert page.locator("#t3.scored").count() == 0
+    page.tap("#explain-selected")
+    page.wait_for_selector("#t3.scored")
+
+
+def test_two_tokens_stand_side_by_side(open_page):
+    page = open_page()
+    read(page, TEXT)
+    page.click("text=Compare with another token")
+    page.fill("#compare-with", "1")
+    page.click("#do-Compare")
+    page.wait_for_selector("details[data-tool=compare] .outcome")
+    assert page.locator("details[data-tool=compare] .two .badge").count() == 2
+    assert page.inner_text("#list tbody tr:first-child td:first-child") == "1"
+    page.fill("#compare-with", "999")
+    page.click("#do-Compare")
+    page.wait_for_selector("#status.error")
+
+
 def test_an_edit_keeps_what_stands_before_it(open_page):
     page = open_page()
     read(page, TEXT)
@@ -167,9 +224,11 @@ def test_samples_own_words_and_steering(open_page):
     page.wait_for_selector("text=the encoder's")
     page.click("text=Edit the words")
     page.fill("#steer-words", "it for that is")
+    page.fill("#steer-alpha", "0.5")
     page.click("button:has-text('Steer')")
     page.wait_for_selector("text=with your words")
     assert page.locator("details[data-tool=steer] .outcome").count() == 5
+    assert page.input_value("#steer-alpha") == "0.5"
 
 
 def test_a_chat_is_bubbles_and_the_model_answers(open_page):
@@ -191,6 +250,12 @@ def test_a_neuron_stands_beside_its_controls(open_page):
     page.click("#look")
     page.wait_for_selector("table.sweep")
     assert "random direction" in page.inner_text("table.sweep")
+    with page.expect_download() as saved:
+        page.click("#direction button")
+    assert json.loads(saved.value.path().read_text())["neuron"] == "0:3"
+    again = open_page(page.evaluate("location.hash"))
+    again.wait_for_selector("table.sweep")
+    assert again.input_value("#neuron") == "0:3"
     page.fill("#neuron", "0:99999")
     page.click("#look")
     page.wait_for_selector("#status.error")

@@ -130,6 +130,7 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     from nlae_jax.data.corpus import read_json_lines
     from nlae_jax.explore.items import Results
     from nlae_jax.explore.neurons import check_layer, choose_neurons, explain_neuron, values_of
+    from nlae_jax.explore.steer import wilson
     from nlae_jax.report.direction_page import write_direction_page
     from nlae_jax.runtime.progress import progress, say
 
@@ -154,7 +155,9 @@ def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
     reports = [row for _, row in read_json_lines(options.out)]
     page = options.out.with_suffix(".html")
     write_direction_page(page, reports, f"Neurons of block {layer}, {nla.name}")
-    say(f"{sum(row['explained'] for row in reports)} of {len(reports)} beat their controls; page: {page}")
+    explained = sum(row["explained"] for row in reports)
+    low, high = wilson(explained, len(reports))
+    say(f"{explained} of {len(reports)} beat their controls (share {low:.2f} to {high:.2f}); page: {page}")
     return 0
 
 

@@ -159,8 +159,18 @@ def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> 
     if options.input and not options.json:
         show_rich(
             f"with a word or pattern {total['prompts']} prompts; the edit beats the best random direction on "
-            f"{total['beaten']}, loses on {total['lost']}, equal on {total['equal']}"
+            f"{total['beaten']}{_interval(total['beaten_share_ci95'])}, loses on {total['lost']}, equal on "
+            f"{total['equal']}"
         )
+        names = {"none": "nothing added", "edit": "the edit", "random": "random directions"}
+        for kind, pooled in total["conditions"].items():
+            share = _interval(pooled["hit_rate_ci95"])
+            show_rich(f"hits with {names[kind]}: {pooled['hits']} of {pooled['continuations']}{share}")
+
+
+def _interval(shares: tuple[float, float] | None) -> str:
+    """Shows the interval of a share, or nothing where there is none."""
+    return "" if shares is None else f" (share {shares[0]:.2f} to {shares[1]:.2f})"
 
 
 COMMANDS = (Command("steer", "push activations by an edited explanation, beside controls", _add, _run, check=_check),)

@@ -239,6 +239,8 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
     """Summarises many prompts: on how many the edit beats the best random direction, with Wilson's interval.
 
     `hit_rate` and `control_hit_rate` are means over prompts at each prompt's best α, the latter of the best control.
+    `conditions` has, for each kind of outcome, the hits among all continuations at each prompt's best α, with Wilson's
+    interval of their share, and the means of NLL and distinct-2 over these outcomes.
     """
     judged = [report for report in reports if report.beats_controls is not None]
     rates: list[tuple[float, float, float]] = []
@@ -260,6 +262,27 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
         "hit_rate_before": means[0],
         "hit_rate": means[1],
         "control_hit_rate": means[2],
+        "conditions": {kind: _pooled(judged, kind) for kind in ("none", "edit", "random")} if judged else {},
+    }
+
+
+def _pooled(reports: Sequence[SteerReport], kind: str) -> dict[str, Any]:
+    """Pools the outcomes of one kind at each report's best α. "none" has no α."""
+    outcomes = [
+        outcome
+        for report in reports
+        for outcome in (report.before, *report.edits, *report.controls)
+        if outcome.kind == kind and (kind == "none" or outcome.alpha == report.best_alpha)
+    ]
+    hits, count = sum(map(_hits, outcomes)), sum(len(outcome.continuations) for outcome in outcomes)
+    nlls = [outcome.nll for outcome in outcomes if outcome.nll is not None]
+    distinct = [outcome.distinct_2 for outcome in outcomes if outcome.distinct_2 is not None]
+    return {
+        "hits": hits,
+        "continuations": count,
+        "hit_rate_ci95": wilson(hits, count),
+        "nll": float(np.mean(nlls)) if nlls else None,
+        "distinct_2": float(np.mean(distinct)) if distinct else None,
     }
 
 

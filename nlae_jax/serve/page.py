@@ -13,8 +13,10 @@ from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from nlae_jax.assets import VIEWER
+from nlae_jax.explore.directions import cosine
 from nlae_jax.explore.explain import agreement, consensus
 from nlae_jax.explore.steer import Outcome, Settings, steer
+from nlae_jax.serve.frames import l2_norm
 from nlae_jax.serve.looking import look_at
 from nlae_jax.serve.service import Service
 from nlae_jax.serve.transport import Gate, unless_gone
@@ -54,6 +56,13 @@ class Look(BaseModel):
     neuron: Annotated[Text, Field(max_length=40)] = ""
     side: Literal["write", "gate", "up"] = "write"
     vector: Vector | None = None
+
+
+class TwoTokens(Input):
+    """Two positions of a text, whose activations are compared."""
+
+    position: int
+    other: int
 
 
 class OwnWords(Input):
@@ -112,6 +121,23 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
         vectors = await unless_gone(request, service.activations(passage))
         (scored,) = await unless_gone(request, service.scores([body.description], vectors[position][None]))
         return JSONResponse(scored.fields())
+
+    @app.post("/api/page/compare")
+    async def compare(body: TwoTokens, request: Request) -> JSONResponse:
+        """Explains and scores the difference of two tokens' activations, the first minus the other."""
+        reader = service.reader
+        with describes.enter():
+            passage = await service.passage(body)
+            position, other = service.positions(passage, [body.position, body.other])
+            vectors = await unless_gone(request, service.activations(passage))
+            difference = vectors[position] - vectors[other]
+            if not difference.any():
+                raise HTTPException(400, "position and other: their activations are equal; there is no difference")
+            limit = min(reader.explainer.max_new_tokens, reader.most_new_tokens)
+            arguments = [difference], [difference.tobytes()], limit, 0.0, 0
+            (scored,) = await unless_gone(request, service.all_explained(*arguments))
+            alike = float(cosine(vectors[position], vectors[other]))
+            return JSONResponse({**scored.fields(), "diff_norm": l2_norm(difference), "cosine": alike})
 
     @app.post("/api/page/direction")
     async def direction(body: Look, request: Request) -> JSONResponse:

@@ -27,7 +27,7 @@ from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, buc
 
 _WIDTHS = tuple(64 * 2**n for n in range(10))  # texts are padded to one of these
 _SCORED = (1, 4, 16)  # the decoder reads this many descriptions at once
-_PREPARED = 64  # rows of the largest table that is compiled before a request needs it
+_PREPARED = 128  # rows of the largest table that is compiled before a request needs it: four texts of forty tokens
 _READ_BYTES = 256 << 20  # of cached activations
 
 
@@ -113,17 +113,31 @@ class Reader:
 
     def warm_more(self) -> Iterator[None]:
         """Compiles the functions of larger requests, one step at a time, while there is no other work."""
-        for size in (size for size in SIZES[1:] if size <= min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))):
-            table, entry = self.table(CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
-            for missing in range(size, 0, -16):
-                added = min(missing, 16)
-                table.add([entry] * added, list(range(added)))
+        most = min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))
+        sizes = [size for size in SIZES if size <= most]
+        for size in sizes[1:]:
+            table = self._filled(size)
             yield
             table.advance(1)
+            for smaller in reversed([other for other in sizes if other < size]):
+                table.remove(lambda row, smaller=smaller: row >= smaller)
             yield
         for count in _SCORED[1:]:
             self.score(["the text"] * count, np.stack([self._example] * count))
             yield
+        for size in (size for size in sizes if 2 * size <= _PREPARED):  # longer rows take more memory
+            table = self._filled(size)
+            table.grow(CAPACITIES[1])
+            table.advance(1)
+            yield
+
+    def _filled(self, size: int) -> Table:
+        """Makes a table of `size` rows of one token each, which began in groups as those of a request do."""
+        table, entry = self.table(CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
+        for start in range(0, size, 16):
+            rows = range(start, min(size, start + 16))
+            table.add([entry] * len(rows), rows)
+        return table
 
     def decoded(self, tokens: np.ndarray) -> str:
         """Decodes tokens without the end of sequence."""

@@ -84,6 +84,7 @@ class Compiled:
     def __init__(self, program: Program, weights: Any = None) -> None:
         self.variables, self.arch = program.variables, program.role.arch
         self._itemsize = program.variables["params"]["lm"]["embed"].dtype.itemsize
+        self._most_rows: dict[int, int] = {}
         role = program.role
         on_cpu = platform_of(jax.tree.leaves(program.variables["params"])[0]) == "cpu"
         block_weights = jax.jit(lambda v: role.apply(v, method=lambda role: role.lm.block_weights()))
@@ -126,7 +127,9 @@ class Compiled:
 
     def most_rows(self, capacity: int) -> int:
         """Returns the most rows of a table of this program, see the function `most_rows`."""
-        return most_rows(self.arch, capacity, self._itemsize)
+        if capacity not in self._most_rows:  # it is traced, which every round would wait for
+            self._most_rows[capacity] = most_rows(self.arch, capacity, self._itemsize)
+        return self._most_rows[capacity]
 
 
 class Table:
@@ -192,7 +195,7 @@ class Table:
         capacity = self._rows.tokens.shape[1]
         longest = int(max(self._steps[place] for place, holder in enumerate(self._holders) if holder is not None))
         if longest >= capacity:
-            self._resize(len(self._holders), min(bucket(longest + 1, CAPACITIES), self._longest))
+            self.grow(longest + 1)
             capacity = self._rows.tokens.shape[1]
         count = min(count, capacity - longest)
         self._rows = self._compiled.advanced(
@@ -209,6 +212,10 @@ class Table:
             if holder is not None
         ]
 
+    def grow(self, tokens: int) -> None:
+        """Gives all rows room for that many tokens, as far as rows of this table may have them."""
+        self._resize(len(self._holders), min(bucket(tokens, CAPACITIES), self._longest))
+
     def remove(self, gone: Callable[[Any], bool]) -> None:
         """Frees the places of all holders that are `gone`, and the table's memory if it becomes empty."""
         self._holders = [None if holder is None or gone(holder) else holder for holder in self._holders]
@@ -219,8 +226,8 @@ class Table:
 
     @property
     def _first_capacity(self) -> int:
-        """The capacity of a new table: smaller than `longest`, because rows rarely need all of it."""
-        return next((size for size in reversed(CAPACITIES) if size < self._longest), self._longest)
+        """The capacity of a new table. It does not depend on `longest`, so all limits begin with the same programs."""
+        return min(CAPACITIES[0], self._longest)
 
     def _resize(self, size: int, capacity: int | None = None) -> None:
         """Changes the number of rows and the capacity, and moves the used rows together."""
