@@ -4,10 +4,12 @@
     python experiments/smollm2/descriptions.py notes runs/pair/notes.jsonl
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/short_drafts.jsonl --words 2
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/last_word_drafts.jsonl --words 1
-    python experiments/smollm2/descriptions.py recent runs/pair/last_word_drafts.jsonl runs/pair/drafts_again \
+    python experiments/smollm2/descriptions.py recent runs/pair/last_word_drafts.jsonl runs/pair/drafts_again \\
         runs/pair/recent_drafts.jsonl
     python experiments/smollm2/descriptions.py samples runs/pair/after_rl_anchored runs/pair/rl_anchored \\
         runs/pair/samples.jsonl
+    python experiments/smollm2/descriptions.py samples runs/pair/after_rl_settled runs/pair/rl_recent \\
+        runs/pair/last_samples.jsonl --count 3200
 
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.

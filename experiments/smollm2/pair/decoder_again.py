@@ -1,9 +1,9 @@
-"""Last stage: the decoder learns from the encoder's own explanations, after reinforcement learning.
+"""Eleventh stage: the decoder learns from the encoder's own explanations, after reinforcement learning.
 
 An RL step gives the decoder one update. A step of this stage is twenty times cheaper, because it samples nothing.
 
 nlae sft --config experiments/smollm2/pair/decoder_again.py --workdir runs/pair/decoder_again
-nlae export --workdir runs/pair/decoder_again --out runs/pair/carried --adapters --dtype bfloat16
+nlae export --workdir runs/pair/decoder_again --out runs/pair/after_decoder_again --adapters --dtype bfloat16
 """
 
 from ml_collections import ConfigDict
