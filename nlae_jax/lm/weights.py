@@ -80,13 +80,13 @@ def load_params(
     """
     target, weights = numpy_dtype(dtype), _weights(arch, trunk)
     sources, heads = _find(Path(directory), arch, trunk, weights)
-    given = dict.fromkeys(weights) if shardings is None else _flat(shardings)
+    sharding_of = dict.fromkeys(weights) if shardings is None else _flat(shardings)
     with contextlib.ExitStack() as stack:
         paths = {path for parts in sources.values() for source in parts for path in source.tensor.paths}
         paths |= {head.path for head in heads}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
         arrays = {
-            name: load_array(weight.shape, target, given[name], sources[name], files)
+            name: load_array(weight.shape, target, sharding_of[name], sources[name], files)
             for name, weight in weights.items()
         }
         for head in heads:

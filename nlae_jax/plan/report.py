@@ -168,10 +168,10 @@ def as_table(result: dict[str, Any]) -> Table:
         share = f"{100 * step['peak_bytes_per_chip'] / memory:.0f} %{'' if step['fits'] else ' !'}"
         cells = [name, gb("argument_bytes"), gb("temporary_bytes"), gb("peak_bytes_per_chip"), share]
         if step["flops_per_chip"] is not None:
-            alone = step["seconds_alone"]
+            bounds = step["seconds_alone"]
             cells += [f"{step['flops_per_chip'] / 1e12:.2f}", f"{step['flops_ratio']:.2f}×"]
             cells += [gb("hbm_bytes_moved_per_chip"), gb("collective_bytes_per_chip")]
-            cells += [f"{step['estimated_seconds']:.3g}", max(alone, key=alone.__getitem__)]
+            cells += [f"{step['estimated_seconds']:.3g}", max(bounds, key=bounds.__getitem__)]
             cells += [f"{100 * step['mfu_bound']:.0f} %"]
         table.add_row(*cells)
     sent = [

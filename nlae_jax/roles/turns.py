@@ -41,7 +41,7 @@ class Turns:
 
         def begin(variables: Params, h_BxD: jax.Array, used_B: jax.Array, limit: int) -> tuple[Loop, Any]:
             logits, decoding = prefilled(encoder, variables, h_BxD, 1, limit)
-            return started(logits, decoding.own, limit)._replace(done=~used_B[:, None]), decoding.contexts
+            return started(logits, decoding.growing, limit)._replace(done=~used_B[:, None]), decoding.contexts
 
         def advance(
             variables: Params,
@@ -108,8 +108,8 @@ class Turns:
 
 def _keep(samples: Samples, loop: Loop, number: np.ndarray) -> None:
     """Writes what the loop's rows have drawn into `samples`, where these rows have the numbers `number`."""
-    for whole, part in zip(samples, loop.samples, strict=True):
-        whole[number] = np.asarray(part)[:, 0]
+    for array, part in zip(samples, loop.samples, strict=True):
+        array[number] = np.asarray(part)[:, 0]
 
 
 def smaller_batch(count: int, size: int, smallest: int) -> int:

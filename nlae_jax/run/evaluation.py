@@ -45,7 +45,7 @@ def evaluate(run: PreparedRun) -> None:
     after, before = trained_pair(run), warm_started_pair(run)
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
-    documents = run.store.plan.document[rows]
+    documents = run.store.index.document[rows]
     trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
     seed = run.seed(Purpose.EVAL)
     mse_uninformed: dict[str, np.ndarray] = {}
@@ -174,13 +174,13 @@ def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
 
 def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse_N: np.ndarray, gold: np.ndarray) -> None:
     """Writes one JSON line for each evaluated row."""
-    plan = run.store.plan
+    index = run.store.index
     lines = []
     for i, row in enumerate(rows.tolist()):
         context, token = _context(run, row)
         sample = {
-            "doc_id": plan.doc_ids[plan.document[row]],
-            "position": int(plan.position[row]),
+            "doc_id": index.doc_ids[index.document[row]],
+            "position": int(index.position[row]),
             "context": context,
             "token": token,
             "explanation": written.texts[i],

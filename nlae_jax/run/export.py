@@ -267,7 +267,7 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
 
     Rows of the warm start that have no description are left out.
     """
-    plan, described = run.store.plan, descriptions_of(run) if run.config.sft.learns else {}
+    index, described = run.store.index, descriptions_of(run) if run.config.sft.learns else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     extraction = {
         "base_model": run.config.subject.model,
@@ -281,14 +281,14 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
     with progress(len(SPLIT_OF), "export", unit="dataset") as bar:
         for name, split in SPLIT_OF.items():
             # The reference reads a file in order, and our rows are ordered by their documents' lengths.
-            rows = np.random.default_rng([run.config.seed, 2]).permutation(plan.rows_of(split))
+            rows = np.random.default_rng([run.config.seed, 2]).permutation(index.rows_of(split))
             if name in ("av_sft", "ar_sft"):
                 rows = np.array([row for row in rows.tolist() if row in described], np.int64)
             source = Exported(
                 rows=rows,
                 vectors=run.store.vectors,
-                doc_id=lambda row: plan.doc_ids[plan.document[row]],
-                position=lambda row: int(plan.position[row]),
+                doc_id=lambda row: index.doc_ids[index.document[row]],
+                position=lambda row: int(index.position[row]),
                 text=lambda row: decode(run.store.context_ids(row)),
                 description=lambda row: described.get(row, ""),
             )

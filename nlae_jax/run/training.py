@@ -56,7 +56,7 @@ def sft(run: PreparedRun) -> None:
 
 def _frozen(run: PreparedRun, split: str) -> Params:
     """Returns the arrays that training steps read and never change, see `train.steps`."""
-    rows, config = run.store.plan.rows_of(split), run.config
+    rows, config = run.store.index.rows_of(split), run.config
     # Rows are ordered by their documents' lengths, so the sample is spread evenly over all of them.
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
     tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
@@ -78,7 +78,7 @@ def _described_rows(
     """
     limit, descriptions = run.config.sft.max_response_tokens + frame, descriptions_of(run)
     vocab_size = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
-    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in descriptions]
+    rows = [row for row in run.store.index.rows_of(split).tolist() if row in descriptions]
     tokens = [tokenise(descriptions[row]) for row in rows]
     used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < vocab_size]
     if not rows:
@@ -231,7 +231,7 @@ def rl(run: PreparedRun) -> None:
     else:
         decoder = compiled(parts.train_decoder, state.decoder, run.mesh)
         step = steps.SplitStep(parts, decoder, compiled(parts.train_encoder, state.encoder, run.mesh))
-    rows = run.store.plan.rows_of("rl")
+    rows = run.store.index.rows_of("rl")
     iterator = batches(
         len(rows),
         config.activations_per_step,

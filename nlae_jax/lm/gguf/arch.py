@@ -292,7 +292,7 @@ def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, An
 
 
 def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
-    """What only some families have."""
+    """Returns the fields that only some families have."""
     fields = dict(family.fixed) | {field: keys.value(key) for key, field in family.fields if keys.get(key) is not None}
     fields["model_type"] = family.model_type
     window = fields.get("sliding_window")
@@ -301,9 +301,9 @@ def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
         fields["sliding_window"] = window or None
     layers = keys.size("block_count")
     if family.window_period and (window or not family.model_type_with_window):
-        none = "sliding_window" in fields and not window
-        sliding = [False] * layers if none else _sliding(keys, family.window_period, layers)
-        fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+        has_no_window = "sliding_window" in fields and not window
+        sliding = [False] * layers if has_no_window else _sliding(keys, family.window_period, layers)
+        fields["layer_types"] = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in sliding]
     if family.query_scalar:
         per_head = keys.size("embedding_length") // keys.size("attention.head_count")
         head_dim = keys.size("attention.key_length", per_head)
@@ -312,12 +312,12 @@ def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
 
 
 def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
-    """Which blocks have a window: listed in the file, or all but the last of every `period`."""
+    """Returns which blocks have a window: those that the file lists, or all but the last of every `period`."""
     pattern = keys.get(_PATTERN, period)
     if isinstance(pattern, list):
         if len(pattern) != layers:
             raise keys.fail(_PATTERN, f"should have {layers} entries, one a block; it has {len(pattern)}")
-        return [bool(one) for one in pattern]
+        return [bool(is_sliding) for is_sliding in pattern]
     period = keys.size(_PATTERN, period)
     return [not period or layer % period < period - 1 for layer in range(layers)]
 

@@ -232,8 +232,8 @@ def _tensors_to_write(
         tensor = tensors[slot.tensor]
         if slot.rows != slice(0, slot.shape[-2 if slot.matrix else 0]):
             tensor = tensor._replace(data=tensor.data[slot.rows])  # joined: no experts
-        found = _undo(arch, family, name)(_dequantise(path, tensor))
-        return found.swapaxes(-1, -2) if slot.matrix else found
+        array = _undo(arch, family, name)(_dequantise(path, tensor))
+        return array.swapaxes(-1, -2) if slot.matrix else array
 
     order = {name: number for number, name in enumerate(TENSOR_NAMES)}
     found = sorted(hf_tensors(arch, flat_weights(arch)), key=lambda hf: (order[hf.shares[0].name], hf.shares[0].index))
