@@ -66,8 +66,8 @@ class ReadBatch:
 def read_batches(index: Index, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
     """Yields the index's documents in order, as many in a batch as fit. A batch's shape depends only on its width.
 
-    A batch's number of documents is a multiple of `parts`. As documents ascend in length, no other cut into batches
-    makes fewer of them.
+    A batch's number of documents is a multiple of `parts`. Documents are ordered by length, so no other division gives
+    fewer batches.
     """
     first_row = np.searchsorted(index.document, np.arange(len(index.ids) + 1))
     widths = [_width(len(ids), config.max_tokens) for ids in index.ids]
@@ -115,7 +115,7 @@ def extract(
 ) -> None:
     """Reads every batch that has not been read yet and writes the store. Calls `advance(rows)` as rows are passed.
 
-    `read` may return before it has computed. The next batch is begun before the results of one are fetched, so devices
+    `read` may return before it has computed. The next batch is begun before a batch's results are fetched, so devices
     have work while the host fetches and writes. Rows count once they are on disk: a killed run reads again the rows of
     its last `_UNWRITTEN_SECONDS`, or its last batch (with several processes, its last shard). `parts` is passed to
     `read_batches`. Each process writes the rows that its devices hold.

@@ -156,7 +156,7 @@ def read_index(directory: AnyPath) -> Index:
 
 
 def _domains(documents: pa.Table) -> list[str]:
-    """Each document's kind of text; "" in tables that were written before they had the column."""
+    """Returns each document's kind of text. It is "" in tables that were written before they had this column."""
     if "domain" not in documents.column_names:
         return [""] * len(documents)
     return [domain if isinstance(domain, str) else "" for domain in documents["domain"].to_pylist()]

@@ -52,9 +52,9 @@ def needed(planned: Planned) -> dict[str, float]:
 def measure(
     name: str, programs: Sequence[Program], topology: Topology, planned: Planned, quick: bool = False
 ) -> dict[str, Any]:
-    """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak.
+    """Returns one step's numbers per chip. A step of several programs has the sum of their work and their highest peak.
 
-    `quick`: as `plan.schedule` compiles them, without machine code.
+    With `quick`, programs are compiled by `plan.schedule`, without machine code.
     """
     parts = []
     for index, program in enumerate(programs):
@@ -69,7 +69,7 @@ def measure(
     return {**dict.fromkeys(_UNKNOWN), **numbers}
 
 
-# A module's text, and bytes of main memory of a device by what they are for.
+# A module's text, and the bytes of a device's main memory by their use.
 Compiled = tuple[str, dict[str, int]]
 
 
@@ -81,14 +81,14 @@ def _program(
     resident = resident_bytes((program.arguments, program.kept))
     try:
         text, sizes = compiled()
-    except RuntimeError as error:  # jax's own is one
+    except RuntimeError as error:  # also jax's own error, a subclass
         if (needed := needed_memory(str(error), resident)) is None:
             raise
         say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
         return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": resident * per_chip}
     compiling = time.perf_counter() - begin
     cost = cost_of(parse(text), dict(planned.mesh.shape), planned.config.rl.max_new_tokens)
-    # What the devices hold beside this program's arguments: of those, jit leaves out what is not read.
+    # The devices hold more than the arguments counted here, because jit leaves out arguments that are not read.
     sizes["kept_bytes"] = max(0, resident - sizes["argument_bytes"])
     peak = sum(sizes.values()) - 2 * sizes["reused_bytes"]
     say(

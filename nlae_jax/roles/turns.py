@@ -54,11 +54,11 @@ class Turns:
             temperature: float,
         ) -> Loop:
             # A row keeps its random numbers: those of its place in the batch as it was before rows left.
-            everyone = lambda step: jax.random.uniform(jax.random.fold_in(key, step), (batch_size,))  # noqa: E731
+            draws_of_all = lambda step: jax.random.uniform(jax.random.fold_in(key, step), (batch_size,))  # noqa: E731
             return advanced(
                 decode_step(encoder, variables, weights, contexts),
                 loop,
-                lambda step: everyone(step)[number_B][:, None],
+                lambda step: draws_of_all(step)[number_B][:, None],
                 until,
                 closing=protocol.closing,
                 eos_id=protocol.eos_id,

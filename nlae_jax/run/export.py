@@ -95,8 +95,8 @@ def _check_last_block(run: PreparedRun) -> None:
     arch, layer = run.roles.decoder.arch, run.config.subject.layer
     if arch.global_attention is not None and arch.mixers[layer] != "global":
         raise UserError(
-            f"config.subject.layer: transformers reads a {arch.family} only where its last block is of full attention, "
-            f"and the decoder's, {layer}, has a window; export the --adapters alone"
+            f"config.subject.layer: the decoder's last block, {layer}, has a window; transformers loads a "
+            f"{arch.family} only if its last block has full attention; add --adapters to export the adapters alone"
         )
 
 
@@ -238,7 +238,7 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
     if tokenizer.chat_template is None:
         (directory / "chat_template.jinja").write_text(plain_template(tokenizer), encoding="utf-8")
         if chats_ids(load_tokenizer(directory), ["x"]) != expected:
-            warn(f"{directory}: no chat template writes this base model's prompts; other programs read other ones")
+            warn(f"{directory}: no chat template writes this base model's prompts; other programs write other ones")
         return
     if (path := directory / "chat_template.jinja").is_file():
         template = path.read_text(encoding="utf-8")
@@ -259,7 +259,10 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
             return
         _change_settings(directory, [_SETTINGS], chat_template=changed)
     if chats_ids(load_tokenizer(directory), ["x"]) != expected:
-        warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
+        warn(
+            f"{directory}: the chat template prints the current date; other programs give the encoder another date "
+            "than that of training"
+        )
 
 
 def export_datasets(run: PreparedRun, out: Path) -> None:
