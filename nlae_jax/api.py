@@ -120,9 +120,10 @@ class NLA(Explainer):
             pair,
             tokenizer,
             load_subject,
-            mesh=mesh,
-            statistics=statistics,
-            name=str(av),
+            encoder.max_new_tokens,
+            mesh,
+            statistics,
+            str(av),
             subject_name=subject or sidecar.base_model or "subject",
             base_name=sidecar.base_model or "",
         )
@@ -366,7 +367,15 @@ def _with_adapters(
     stops = stop_ids(encoder.directory, tokenizer)
     subject = lambda: LanguageModel(arch, base, tokenizer, mesh, stops)  # noqa: E731
     return NLA(
-        roles, pair, tokenizer, subject, mesh=mesh, statistics=statistics, name=name, subject_name=av_file.base_model
+        roles,
+        pair,
+        tokenizer,
+        subject,
+        encoder.max_new_tokens,
+        mesh,
+        statistics,
+        name,
+        subject_name=av_file.base_model,
     )
 
 
@@ -384,7 +393,8 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
         pair._pair,
         pair.tokenizer,
         lambda: _mapped_subject(directory, adapter, dtype, mesh),
-        mesh=mesh,
+        pair.max_new_tokens,
+        mesh,
         statistics=pair._make_statistics,
         name=str(directory),
         subject_name=adapter.model,

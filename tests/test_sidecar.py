@@ -24,7 +24,7 @@ def protocol(tokenizer):
 @pytest.fixture
 def content(protocol):
     """An encoder's sidecar."""
-    return model_sidecar(protocol, "av", 64, 1, "some/model", "some text")
+    return model_sidecar(protocol, "av", 64, 1, "some/model", "some text", 48)
 
 
 def read(tmp_path, content):
@@ -34,11 +34,11 @@ def read(tmp_path, content):
 
 @pytest.mark.parametrize("role", ["av", "ar"])
 def test_what_is_written_is_read_back(tmp_path, protocol, tokenizer, role):
-    sidecar = read(tmp_path, model_sidecar(protocol, role, 64, 1, "some/model", "some text"))
+    sidecar = read(tmp_path, model_sidecar(protocol, role, 64, 1, "some/model", "some text", 48))
     assert (sidecar.role, sidecar.d_model, sidecar.layer, sidecar.base_model) == (role, 64, 1, "some/model")
     assert sidecar.encoder_template == TEMPLATES.encoder_prompt
     assert sidecar.decoder_template == TEMPLATES.decoder_prompt
-    assert (sidecar.marker_id, sidecar.injection_scale) == (protocol.marker_id, 8.0)
+    assert (sidecar.marker_id, sidecar.injection_scale, sidecar.max_new_tokens) == (protocol.marker_id, 8.0, 48)
     assert protocol_of(sidecar, tokenizer, ProtocolConfig(), 8.0) == protocol
 
 
@@ -47,6 +47,18 @@ def test_scales_are_numbers_and_templates_are_format_strings(content):
     assert float(content["extraction"]["mse_scale"]) == 8.0
     assert content["prompt_templates"]["actor"].format(injection_char="X") == "Say what\nX\nis, as {json}"
     assert content["prompt_templates"]["critic"].format(explanation="it") == "Text: it of {a}. The end:"
+
+
+def test_a_sidecar_may_say_nothing_of_the_length_of_explanations(tmp_path, content):
+    del content["max_new_tokens"]
+    assert read(tmp_path, content).max_new_tokens is None
+
+
+@pytest.mark.parametrize("limit", [0, -1, 10**9, "48", True, 1.5])
+def test_a_length_of_explanations_that_is_none(tmp_path, content, limit):
+    content["max_new_tokens"] = limit
+    with pytest.raises(UserError, match=r"max_new_tokens should be"):
+        read(tmp_path, content)
 
 
 def test_both_spellings_are_one(tmp_path, content):
@@ -218,7 +230,7 @@ def test_braces_of_a_template_survive(tmp_path_factory, tokenizer, before, after
     """Whatever stands around the slot."""
     protocol = make_protocol(tokenizer, TEMPLATES, 8.0)
     changed = dataclasses.replace(protocol, encoder_template=before + "{injection_char}" + after)
-    content = yaml.safe_load(yaml.safe_dump(model_sidecar(changed, "av", 64, 1, "m", "c")))
+    content = yaml.safe_load(yaml.safe_dump(model_sidecar(changed, "av", 64, 1, "m", "c", 48)))
     directory = tmp_path_factory.mktemp("sidecar")
     if (before + after).count("{injection_char}") == 0:
         assert read(directory, content).encoder_template == changed.encoder_template

@@ -22,7 +22,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Roles, make_roles
 from nlae_jax.roles.protocol import blank_tokens, response_ids
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.views import Marks
+from nlae_jax.roles.views import no_marks
 from nlae_jax.train import objectives
 from nlae_jax.train.loop import compiled, put_batch
 from nlae_jax.train.state import (
@@ -416,18 +416,18 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
 
 
-def test_repeated_strings_and_open_quotations_cost_reward(settings):
-    """With a table in which token 50 is a quotation mark and token 51 a quoted word."""
+def test_repetitions_and_open_quotations_cost_reward(settings):
+    """With tables in which token 50 is a quotation mark, 51 a quoted word, 53 another word and 54 a comma."""
     config = settings[4].config
     charged = dataclasses.replace(config, rl=dataclasses.replace(config.rl, repeat_penalty=0.5))
     setting = settings[4]._replace(config=charged)
     begun, parts = start(setting, ONE), rl_parts(setting)
     vocab_size, closing = setting.roles.encoder.arch.vocab_size, setting.roles.encoder.protocol.closing[0]
-    quotes, pieces = np.zeros(vocab_size, np.int32), np.zeros((vocab_size, 3), np.uint32)
-    quotes[50], pieces[51, 0] = 1, 7
-    frozen = begun.frozen | {"marks": Marks(quotes, np.zeros(vocab_size, bool), pieces)}
-    written = [[52], [50, 51], [50, 51, 50, 50, 51, 50], [50, 51, 50, 50, 51, 50, 50]]
-    expected = np.array([0, 1, 1, 2])
+    tables = no_marks(vocab_size)
+    tables.quotes[50], tables.pieces[51, 0], tables.words[53], tables.separates[54] = 1, 7, 8, True
+    frozen = begun.frozen | {"marks": tables}
+    written = [[52], [50, 51], [50, 51, 50, 50, 51, 50], [50, 51, 50, 50, 51, 50, 50], [53, 54, 53]]
+    expected = np.array([0, 1, 1, 2, 1])
     tokens = np.zeros((BATCH, GROUP, RESPONSE), np.int32)
     lengths = np.zeros((BATCH, GROUP), np.int32)
     for row, ids in enumerate(written):

@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerFast
 from nlae_jax.config import ViewsConfig, resolve
 from nlae_jax.lm.tiny import tiny_tokenizer
 from nlae_jax.lm.tokens import pad
-from nlae_jax.roles.views import Marks, keep, marks, open_quotations, repeated_strings, sentences, shown
+from nlae_jax.roles.views import (
+    Marks,
+    keep,
+    marks,
+    open_quotations,
+    repeated_strings,
+    repeated_words,
+    sentences,
+    shown,
+)
 from nlae_jax.runtime.errors import UserError
 
 NOTE = 'a or "b." or "c", the end. Of the land. It ends: "in the".'
@@ -80,6 +89,31 @@ def test_nothing_is_cut_by_default(tokenizer: PreTrainedTokenizerFast) -> None:
 )
 def test_strings_that_a_sentence_quotes_again(tokenizer: PreTrainedTokenizerFast, text: str, expected: int) -> None:
     assert repeated_strings(*encoded(tokenizer, [text, "a"])).tolist() == [expected, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It mentions cats, dogs and cats.", 1),
+        ("It mentions cats, dogs and Cats.", 1),
+        ("It mentions cats, cats and cats.", 2),
+        ("Prose about land, land.", 1),
+        ("Prose about land; land", 1),
+        ("It mentions cats, dogs and cat.", 0),
+        ("It mentions cats, dogs and cats again.", 0),
+        ("It mentions cats and dogs. It mentions dogs, cats.", 0),
+        ("cats. cats. cats", 0),
+        ('"cats", "cats" or "cats".', 0),
+        ('"cats" cats, "dogs" or cats.', 1),
+        ("1, 1 and 1", 0),
+        ("the land of the land of", 0),
+        ("", 0),
+    ],
+)
+def test_words_that_a_list_names_again(tokenizer: PreTrainedTokenizerFast, text: str, expected: int) -> None:
+    ids, length, tables = encoded(tokenizer, [text, "a"])
+    assert repeated_words(ids, length, tables).tolist() == [expected, 0]
+    assert repeated_words(ids[:, None], length[:, None], tables).tolist() == [[expected], [0]]
 
 
 @pytest.mark.parametrize(

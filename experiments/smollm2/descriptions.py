@@ -4,6 +4,8 @@
     python experiments/smollm2/descriptions.py notes runs/pair/notes.jsonl
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/short_drafts.jsonl --words 2
     python experiments/smollm2/descriptions.py short runs/pair/drafts.jsonl runs/pair/last_word_drafts.jsonl --words 1
+    python experiments/smollm2/descriptions.py recent runs/pair/last_word_drafts.jsonl runs/pair/drafts_again \
+        runs/pair/recent_drafts.jsonl
     python experiments/smollm2/descriptions.py samples runs/pair/after_rl_anchored runs/pair/rl_anchored \\
         runs/pair/samples.jsonl
 
@@ -11,17 +13,20 @@
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.
 `notes` takes the carried notes and puts the subject's own likeliest tokens in place of their first sentence, which
 holds what a reader expected. `short` shortens the quoted last words of drafts to `--words` words: an encoder gets the
-last word right far more often than the words before it. `samples` are a pair's own explanations of the first
-activations of a run, for its decoder to learn from. All write JSONL for `describe.provider=file`.
+last word right far more often than the words before it. `recent` puts rare words that stand just before the
+activation in place of the topic words, which are of all the text before it. `samples` are a pair's own explanations of
+the first activations of a run, for its decoder to learn from. All write JSONL for `describe.provider=file`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ import pyarrow.parquet as pq
 from nlae_jax import NLA, LanguageModel
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.activations import ActivationStore
+from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.data.template import expected
 from nlae_jax.evaluate.wording import sentences
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
@@ -71,6 +77,8 @@ NEW_TOKENS = 48  # of a sampled explanation
 LONGEST, BATCH = 160, 16  # tokens of a note's text that the subject reads, texts that it reads at once
 QUOTED_END = re.compile(r'(?<=[a-z:] ")([^"]*)(?="(?: [a-z ]+)?\.$)')
 CHARACTERS = 12  # of each word of a shortened quotation
+WORD = re.compile(r"[^\W\d_]{3,18}")
+WORDS_BACK, MENTIONED = 10, 3  # over how many words a word's weight halves, how many words a draft mentions
 
 
 def draft(description: str, domain: str, rng: random.Random) -> str | None:
@@ -117,6 +125,46 @@ def shortened(description: str, words: int) -> str:
     return description.replace("The last words are", "The last word is") if words == 1 else description
 
 
+def mentioning(description: str, words: Sequence[str], rng: random.Random) -> str:
+    """The draft with `words` in place of its topic words."""
+    kind = max((kind for kinds in KINDS.values() for kind in kinds if kind in description), key=len)
+    before, after = description.split(kind, 1)
+    link = rng.choice(LINKS).format(enumerate_words(words)) if words else ""
+    return f"{before}{kind}{link}{after[after.index('. ') :]}"
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def recent_words(context: str, document_frequency: Counter[str], num_documents: int) -> list[str]:
+    """The rare words just before the end of a text, without its last word.
+
+    A word's weight is -log(share of documents) 2^(-words back / WORDS_BACK), summed over its occurrences.
+    """
+    found = [word.casefold() for word in WORD.findall(context)]
+    last = found.pop() if found and context.rstrip().casefold().endswith(found[-1]) else ""
+    weights: dict[str, float] = defaultdict(float)
+    for back, word in enumerate(reversed(found)):
+        if word != last and word not in FUNCTION_WORDS:
+            weights[word] += math.log(num_documents / (1 + document_frequency[word])) * 0.5 ** (back / WORDS_BACK)
+    return sorted(weights, key=lambda word: -weights[word])[:MENTIONED]
+
+
+def recent(drafts: Path, run: Path) -> Iterator[dict[str, Any]]:
+    """The drafts of a run's activations, with words that stand just before the activation."""
+    tokenizer, rng = load_tokenizer(resolve_model(MODEL)), random.Random(0)
+    documents = pq.read_table(run / "activations/documents.parquet").to_pylist()
+    tokens = {document["doc_id"]: document["ids"] for document in documents}
+    texts = [tokenizer.decode(ids) for ids in tokens.values()]
+    frequency = Counter(word for text in texts for word in {word.casefold() for word in WORD.findall(text)})
+    for row in map(json.loads, drafts.open()):
+        if row["id"] in tokens:
+            context = tokenizer.decode(tokens[row["id"]][: row["position"] + 1])
+            words = recent_words(context, frequency, len(texts))
+            yield row | {"description": mentioning(row["description"], words, rng)}
+
+
 def samples(pair: str, run: Path, count: int, temperature: float) -> Iterator[dict[str, Any]]:
     """The pair's explanations of the run's first `count` activations, without empty ones and those that hold a tag."""
     store = ActivationStore(run / "activations")
@@ -159,6 +207,10 @@ def main() -> None:
     command.add_argument("drafts", type=Path)
     command.add_argument("out", type=Path)
     command.add_argument("--words", type=int, required=True)
+    command = commands.add_parser("recent")
+    command.add_argument("drafts", type=Path)
+    command.add_argument("run", type=Path, help="workdir whose activations the drafts describe")
+    command.add_argument("out", type=Path)
     command = commands.add_parser("samples")
     command.add_argument("pair")
     command.add_argument("run", type=Path, help="workdir whose activations are explained")
@@ -174,6 +226,8 @@ def main() -> None:
         case "short":
             given = map(json.loads, options.drafts.open())
             rows = (row | {"description": shortened(row["description"], options.words)} for row in given)
+        case "recent":
+            rows = recent(options.drafts, options.run)
         case "samples":
             rows = samples(options.pair, options.run, options.count, options.temperature)
     with options.out.open("w", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ def add_pair(command: argparse.ArgumentParser) -> None:
     command.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
     help_text = "of a released pair's weights and the subject's (default float32)"
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
-    command.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the run's, or 200)")
+    command.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the pair's, or 200)")
 
 
 def check_pair(options: argparse.Namespace) -> str:

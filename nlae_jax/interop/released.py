@@ -28,6 +28,7 @@ from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
 
 VALUE_HEAD = "value_head.safetensors"
+MAX_NEW_TOKENS = 200  # of an explanation whose encoder's sidecar says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Released:
                 f"{self.sidecar.path}: extraction.injection_scale is missing; an encoder needs the one it learned"
             )
         return self.sidecar.injection_scale
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The length of explanations that the encoder was trained for, or a default where the sidecar has none."""
+        return self.sidecar.max_new_tokens or MAX_NEW_TOKENS
 
     def weights(self, dtype: str, mesh: Mesh | None = None) -> dict[str, Any]:
         """Loads the parameters, sharded over the mesh if there is one."""

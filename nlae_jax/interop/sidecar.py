@@ -21,6 +21,7 @@ from nlae_jax.runtime.files import write_atomically
 from nlae_jax.runtime.outside import quoted, read_yaml
 
 NAME = "nla_meta.yaml"
+MOST_NEW_TOKENS = 4096  # of an explanation
 
 _ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 _SLOTS = {"av": "{injection_char}", "ar": "{explanation}"}
@@ -33,7 +34,8 @@ class Sidecar:
 
     `role` is "av" (encoder), "ar" (decoder) or "" (a dataset). `layer` is K. `injection_scale` is a norm, or 0 for
     activations injected unscaled. `neighbours` are the token ids on both sides of the slot. Templates contain their
-    placeholder once; other braces are single.
+    placeholder once; other braces are single. `max_new_tokens` is the length of explanations that RL allowed; only
+    sidecars of this package have it.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Sidecar:
     suffix_ids: tuple[int, ...] | None
     encoder_template: str
     decoder_template: str | None
+    max_new_tokens: int | None
 
 
 def path_of(target: Path) -> Path:
@@ -80,6 +83,9 @@ def read_sidecar(target: Path) -> Sidecar:
     suffix = _get(path, content, "tokens.critic_suffix_ids", list, optional=True)
     if any(not isinstance(token, int) for token in suffix or []):
         raise UserError(f"{path}: tokens.critic_suffix_ids should be a list of numbers")
+    limit = _get(path, content, "max_new_tokens", int, optional=True)
+    if limit is not None and not 1 <= limit <= MOST_NEW_TOKENS:
+        raise UserError(f"{path}: max_new_tokens should be from 1 to {MOST_NEW_TOKENS}; it is {limit}")
     return Sidecar(
         path=path,
         role=_ROLES.get(role, ""),
@@ -97,6 +103,7 @@ def read_sidecar(target: Path) -> Sidecar:
         suffix_ids=tuple(suffix) if suffix else None,
         encoder_template=templates["av"],
         decoder_template=templates["ar"],
+        max_new_tokens=limit,
     )
 
 
@@ -173,9 +180,11 @@ def tokens_and_templates(protocol: Protocol) -> dict[str, Any]:
 
 
 def model_sidecar(
-    protocol: Protocol, role: str, d_model: int, layer: int, base_model: str, corpus: str
+    protocol: Protocol, role: str, d_model: int, layer: int, base_model: str, corpus: str, max_new_tokens: int
 ) -> dict[str, Any]:
     """Returns the sidecar of an exported encoder ("av") or decoder ("ar").
+
+    `max_new_tokens` is the length of explanations that RL allowed.
 
     Scales are numbers, because the reference's client reads no other form.
     """
@@ -187,6 +196,7 @@ def model_sidecar(
         "stage": "rl",
         "base_checkpoint": base_model,
         "d_model": d_model,
+        "max_new_tokens": max_new_tokens,
         "extraction": {
             "base_model": base_model,
             "layer_index": layer,

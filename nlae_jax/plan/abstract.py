@@ -24,7 +24,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Params, Roles, make_roles
 from nlae_jax.roles.protocol import ASSUMED, Endings, Protocol, assumed_protocol, endings, make_protocol
 from nlae_jax.roles.subject import jitted_reader
-from nlae_jax.roles.views import Marks, reads_marks
+from nlae_jax.roles.views import no_marks, reads_marks
 from nlae_jax.train import steps
 from nlae_jax.train.loop import compiled
 from nlae_jax.train.state import RlState, abstract_params, abstract_role, rl_optimizers
@@ -118,9 +118,7 @@ def _frozen(planned: Planned) -> Params:
     baselines = jax.eval_shape(direction.baselines, jax.ShapeDtypeStruct((1, planned.arch.d_model), jnp.float32))
     placed = {} if planned.endings is None else {"endings": _like(planned.endings, everywhere)}
     if reads_marks(config):
-        size = planned.arch.vocab_size
-        tables = Marks(np.zeros(size, np.int32), np.zeros(size, bool), np.zeros((size, 3), np.uint32))
-        placed["marks"] = _like(tables, everywhere)
+        placed["marks"] = _like(no_marks(planned.arch.vocab_size), everywhere)
     return {**bases, **placed, "baselines": _like(baselines, everywhere)}
 
 

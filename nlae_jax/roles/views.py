@@ -6,8 +6,8 @@ An encoder that is only ever scored on whole explanations learns to quote the la
 nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
 the decoder's warm start and in RL, so that every sentence earns its place.
 
-A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time; RL may charge for it,
-and for a quotation that does not end.
+A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time, and neither does a word that
+a list names twice (`about cats and cats`). RL may charge for both, and for a quotation that does not end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _CLOSERS = "\"')]”’»"
 _MARKS = '"“”'
 _AT_MARKS = re.compile(f"[{_MARKS}]")
 _MOST_MARKS = 32  # repeated strings are searched among the first 32 quotation marks; written notes have ten at most
+_SEPARATORS = frozenset((",", ";", ":", "and", "or", "nor", "&"))
 
 
 class Marks(NamedTuple):
@@ -34,24 +35,43 @@ class Marks(NamedTuple):
 
     `quotes` counts the quotation marks in a token. `stops` says whether a token can end a sentence. `pieces` holds
     three hashes: of the text before the token's first mark, between its first two marks, and after its last mark.
+    `words` holds a hash of the token's text without case. `spaces` says whether the token has white space at its
+    beginning and at its end, and `separates` whether it stands between two items of a list.
     """
 
     quotes: jax.Array | np.ndarray  # [V] int32
     stops: jax.Array | np.ndarray  # [V] bool
     pieces: jax.Array | np.ndarray  # [V, 3] uint32; 0 for a text of nothing but white space
+    words: jax.Array | np.ndarray  # [V] uint32; 0 for a text without letters
+    spaces: jax.Array | np.ndarray  # [V, 2] bool
+    separates: jax.Array | np.ndarray  # [V] bool
 
 
 def marks(tokenizer: Any, vocab_size: int) -> Marks:
     """Builds the tables of a tokenizer. Ids that the tokenizer does not know get zeros."""
-    quotes, stops = np.zeros(vocab_size, np.int32), np.zeros(vocab_size, bool)
-    pieces = np.zeros((vocab_size, 3), np.uint32)
+    tables = no_marks(vocab_size)
     num_tokens = min(len(tokenizer), vocab_size)
     for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(num_tokens)])):
         first, *rest = _AT_MARKS.split(text)
-        quotes[token] = len(rest)
-        pieces[token] = [_hash(first), _hash(rest[0] if len(rest) > 1 else ""), _hash(rest[-1] if rest else "")]
-        stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
-    return Marks(quotes, stops, pieces)
+        tables.quotes[token] = len(rest)
+        tables.pieces[token] = [_hash(first), _hash(rest[0] if len(rest) > 1 else ""), _hash(rest[-1] if rest else "")]
+        tables.stops[token] = text.strip().rstrip(_CLOSERS).endswith(_STOPS)
+        tables.words[token] = _hash(text.casefold()) if any(character.isalpha() for character in text) else 0
+        tables.spaces[token] = text[:1].isspace(), text[-1:].isspace()
+        tables.separates[token] = text.strip().casefold() in _SEPARATORS
+    return tables
+
+
+def no_marks(vocab_size: int) -> Marks:
+    """Returns the tables of a vocabulary without quotation marks, stops and words."""
+    return Marks(
+        quotes=np.zeros(vocab_size, np.int32),
+        stops=np.zeros(vocab_size, bool),
+        pieces=np.zeros((vocab_size, 3), np.uint32),
+        words=np.zeros(vocab_size, np.uint32),
+        spaces=np.zeros((vocab_size, 2), bool),
+        separates=np.zeros(vocab_size, bool),
+    )
 
 
 def reads_marks(config: Config) -> bool:
@@ -103,6 +123,36 @@ def repeated_strings(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Ar
     same = (total[:, :, None] == total[:, None, :]) & (sentence_of_string[:, :, None] == sentence_of_string[:, None, :])
     earlier = closed[:, None, :] & (number[:, None] > number)[1::2, 1::2]
     repeated = closed & (total > 0) & (same & earlier).any(-1)
+    return repeated.sum(1).astype(jnp.int32).reshape(length.shape)
+
+
+def repeated_words(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Array:
+    """Counts each explanation's items of one word that end an item before them: ids [..., T] -> [...] int32.
+
+    `It mentions cats, dogs and cats` has one: the first item is `It mentions cats`. Separators, quoted strings and ends
+    of sentences stand between items. Items are compared within their sentence, without case.
+    """
+    ids_NxT, length_N = ids.reshape(-1, ids.shape[-1]), length.reshape(-1)
+    width = ids_NxT.shape[1]
+    sentence_NxT, quoted_NxT, _ = sentences(ids_NxT, length_N, tables)
+    valid_NxT = jnp.arange(width) < length_N[:, None]
+    between_NxT = quoted_NxT | jnp.asarray(tables.separates)[ids_NxT]
+    holds_letters = valid_NxT & ~between_NxT & (jnp.asarray(tables.words)[ids_NxT] > 0)
+    # An item is the tokens between two places; the sentence's number is added, so that its end is such a place too.
+    item_NxT = jnp.cumsum(between_NxT, axis=1) + sentence_NxT
+    in_item = (item_NxT[:, :, None] == jnp.arange(2 * width)) & holds_letters[:, :, None]  # [N, T, M]
+    place = jnp.arange(width)[:, None]
+    first = jnp.min(jnp.where(in_item, place, width), axis=1)
+    spaces_NxTx2 = jnp.asarray(tables.spaces)[ids_NxT]
+    begins = spaces_NxTx2[..., 0] | jnp.roll(spaces_NxTx2[..., 1], 1, axis=1)
+    begins_item = place == first[:, None]
+    last_word = jnp.max(jnp.where(in_item & (begins[:, :, None] | begins_item), place, -1), axis=1)
+    hashes = jnp.asarray(tables.words)[ids_NxT][:, :, None]
+    word_NxM = jnp.where(in_item & (place >= last_word[:, None]), hashes, 0).sum(1, dtype=jnp.uint32)
+    sentence_NxM = jnp.max(jnp.where(in_item, sentence_NxT[:, :, None], -1), axis=1)
+    same = (word_NxM[:, :, None] == word_NxM[:, None, :]) & (sentence_NxM[:, :, None] == sentence_NxM[:, None, :])
+    earlier = jnp.tril(jnp.ones((2 * width, 2 * width), bool), -1)
+    repeated = (last_word >= 0) & (last_word == first) & (same & earlier & (word_NxM > 0)[:, None]).any(-1)
     return repeated.sum(1).astype(jnp.int32).reshape(length.shape)
 
 

@@ -16,7 +16,7 @@ from tokenizers import processors
 
 from nlae_jax.interop.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.interop.released import VALUE_HEAD
-from nlae_jax.interop.sidecar import model_sidecar, write_sidecar
+from nlae_jax.interop.sidecar import MOST_NEW_TOKENS, model_sidecar, write_sidecar
 from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.chat import chats_ids, plain_template, prompts_ids, with_its_date
 from nlae_jax.lm.families import hf_config, language_config, read_hf_config
@@ -119,8 +119,16 @@ def _write_head(directory: Path, trained: Params, dtype: str) -> None:
 
 
 def _write_sidecar(run: PreparedRun, role: str, directory: Path) -> None:
-    corpus, model = run.store.meta["corpus"], run.config.subject.model
-    content = model_sidecar(run.protocol, role, run.arch.d_model, run.config.subject.layer, model, corpus)
+    config, corpus = run.config, run.store.meta["corpus"]
+    content = model_sidecar(
+        run.protocol,
+        role,
+        run.arch.d_model,
+        config.subject.layer,
+        config.subject.model,
+        corpus,
+        min(config.rl.max_new_tokens, MOST_NEW_TOKENS),
+    )
     write_sidecar(directory, content)
 
 

@@ -22,7 +22,7 @@ from nlae_jax.roles import direction
 from nlae_jax.roles.describer import Describer
 from nlae_jax.roles.pair import Params, Roles
 from nlae_jax.roles.rollout import rollout
-from nlae_jax.roles.views import open_quotations, repeated_strings, shown
+from nlae_jax.roles.views import open_quotations, repeated_strings, repeated_words, shown
 from nlae_jax.train import objectives
 from nlae_jax.train.state import RlState, RoleState
 
@@ -224,8 +224,8 @@ def score(
     ids, written_length = explanation_tokens(samples, roles.encoder.protocol.closing, frozen["blank"])
     repeats = None
     if config.rl.repeat_penalty:
-        quoted = ids, written_length, frozen["marks"]
-        repeats = repeated_strings(*quoted) + open_quotations(*quoted)
+        written = ids, written_length, frozen["marks"]
+        repeats = repeated_strings(*written) + repeated_words(*written) + open_quotations(*written)
     ids, length, whole = shown(ids, written_length, frozen.get("marks"), config.views)
     (_, (mse, rebuilt)), gradients = reconstruction(roles, trained, frozen, h_BxD, ids, length, config.rl.microbatches)
     mse = jnp.where(length > 0, mse, objectives.FAILED_MSE)
