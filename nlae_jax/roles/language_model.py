@@ -74,17 +74,17 @@ class LanguageModel:
         return jax.jit(call, static_argnums=static)
 
     def _generate_batch(
-        self, params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, temperature: float
+        self, params: Any, ids_BxT: jax.Array, mask_BxT: jax.Array, key: jax.Array, limit: int, temperature: float
     ) -> Samples:
         """Continues prompts [B, T] with at most `limit` tokens."""
-        prefilled = apply(self._subject, _variables(params), ids, mask, method="prefill")
-        return self._continue(params, mask, key, limit, temperature, prefilled)
+        prefilled = apply(self._subject, _variables(params), ids_BxT, mask_BxT, method="prefill")
+        return self._continue(params, mask_BxT, key, limit, temperature, prefilled)
 
     def _steer_batch(
         self,
         params: Any,
-        ids: jax.Array,
-        mask: jax.Array,
+        ids_BxT: jax.Array,
+        mask_BxT: jax.Array,
         key: jax.Array,
         added_BxTxD: jax.Array,
         later_BxD: jax.Array,
@@ -93,13 +93,15 @@ class LanguageModel:
         temperature: float,
     ) -> Samples:
         """Does `_generate_batch` with vectors added to block `layer`: to the prompts' tokens, and to each later one."""
-        prefilled = apply(self._subject, _variables(params), ids, mask, added_BxTxD, layer, method="steered_prefill")
-        return self._continue(params, mask, key, limit, temperature, prefilled, Push(later_BxD[:, None], layer))
+        prefilled = apply(
+            self._subject, _variables(params), ids_BxT, mask_BxT, added_BxTxD, layer, method="steered_prefill"
+        )
+        return self._continue(params, mask_BxT, key, limit, temperature, prefilled, Push(later_BxD[:, None], layer))
 
     def _continue(
         self,
         params: Any,
-        mask: jax.Array,
+        mask_BxT: jax.Array,
         key: jax.Array,
         limit: int,
         temperature: float,
@@ -108,7 +110,7 @@ class LanguageModel:
     ) -> Samples:
         """Samples after the prompts that `prefilled` has read."""
         first_logits, contexts = prefilled
-        start = mask.sum(-1).astype(jnp.int32)
+        start = mask_BxT.sum(-1).astype(jnp.int32)
         caches = self._subject.empty_caches(start, limit, contexts[0].k.dtype)
         decoding = for_decoding(self._subject, _variables(params), contexts, caches)
 

@@ -100,18 +100,18 @@ def _described_rows(
 
 
 def _sft_batches(
-    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
+    config: SftConfig, length_N: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
 ) -> tuple[Any, tuple[Batch, ...]]:
     """Returns the stage's batches, and one example batch of each width where there are several.
 
     `load` takes row numbers and a width. Every process draws the same row numbers, and loads its share of them.
     """
-    widths, load_share = bucket_widths(length, config.buckets), lambda i, width: load(share(mesh, i), width)
+    widths, load_share = bucket_widths(length_N, config.buckets), lambda i, width: load(share(mesh, i), width)
     if len(widths) == 1:
-        return batches(len(length), config.batch_size, seed, lambda i: load_share(i, None)), ()
-    example_rows = np.arange(config.batch_size) % len(length)
+        return batches(len(length_N), config.batch_size, seed, lambda i: load_share(i, None)), ()
+    example_rows = np.arange(config.batch_size) % len(length_N)
     examples = tuple(load_share(example_rows, int(width)) for width in widths)
-    return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
+    return bucketed_batches(length_N, widths, config.batch_size, seed, load_share), examples
 
 
 def _initial_encoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
