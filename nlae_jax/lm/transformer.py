@@ -51,7 +51,7 @@ class Push(NamedTuple):
 
 
 def pushed(x: jax.Array, push: Push | None, index: jax.Array) -> jax.Array:
-    """Returns the output `x` of block `index`, with what is added to it if the push is to this block."""
+    """Adds the push to the output `x` of block `index`, if it is meant for this block."""
     return x if push is None else jnp.where(index == push.layer, x + push.added.astype(x.dtype), x)
 
 

@@ -30,10 +30,10 @@ class GgufFamily:
     model_type: str  # HF's
     rotary_pairs: bool = False  # rows of queries and keys lie with rotary pairs side by side
     rope_factors: bool = False  # there may be a tensor of factors by which RoPE wavelengths are stretched
-    fields: tuple[tuple[str, str], ...] = ()  # metadata key -> config.json field, where the file has the key
-    fixed: tuple[tuple[str, Any], ...] = ()  # config.json fields that no key holds, or that hold where it is missing
-    window_period: int = 0  # all but the last of so many blocks have a window; 0: the family has no such pattern
-    model_type_with_window: str = ""  # of files that name a window
+    fields: tuple[tuple[str, str], ...] = ()  # metadata key -> config.json field, if the file has the key
+    fixed: tuple[tuple[str, Any], ...] = ()  # config.json fields without a key, or the values for missing keys
+    window_period: int = 0  # in each group of so many blocks, all but the last have a window; 0: no such pattern
+    model_type_with_window: str = ""  # replaces `model_type` in files that name a window
     biases: tuple[tuple[str, str], ...] = (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias"))
     eps: str = "attention.layer_norm_rms_epsilon"  # the key of what norms add to the variance
     partial_rope: bool = False  # a key says how much of a head turns
@@ -163,12 +163,12 @@ class _Metadata:
         return absent if value is None else value
 
     def value(self, key: str) -> float | bool:
-        """A number or a switch."""
+        """Returns a number or a switch."""
         value = self.get(key)
         return value if isinstance(value, bool) else self.number(key)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """A number; a float as the shortest decimal that is the same float32, for 1e-5 is stored as 9.99…e-06."""
+        """Returns a number. A float is rounded to the shortest decimal of the same float32: 1e-5, not 9.99…e-06."""
         value = self.get(key, absent)
         if value is None:
             raise UserError(f"{self._path}: the GGUF metadata lack {self._family}.{key}")
@@ -177,7 +177,7 @@ class _Metadata:
         return value if isinstance(value, int) else float(str(np.float32(value)))
 
     def size(self, key: str, absent: int | None = None) -> int:
-        """A whole number that a model may have; `families` knows more exactly which."""
+        """Returns a whole number within wide bounds. `families` checks the bounds of each field."""
         value = self.number(key, absent)
         if not 0 <= value <= _MOST or value != int(value):
             raise self.fail(key, f"should be a whole number from 0 to {_MOST}, not {quoted(value)}")
@@ -199,7 +199,7 @@ def read_gguf_arch(
     vocab_size: int,
     rope_factors: np.ndarray | None = None,
 ) -> Arch:
-    """The architecture that GGUF `metadata` describe, with those biases and that head that are among `tensors`.
+    """Returns the architecture that GGUF `metadata` describe. It has the biases and the head that are in `tensors`.
 
     `rope_factors` [head_dim / 2] are the values of rope_freqs.weight. Raises UserError, naming `path` and the
     key, for an architecture or a variant that cannot be run.
@@ -237,7 +237,7 @@ def _by_family(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
-    """What every family has: sizes and RoPE."""
+    """Returns the fields that every family has: sizes and RoPE."""
     d_model, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     if heads < 1:
         raise keys.fail("attention.head_count", "should be at least 1")
@@ -263,7 +263,10 @@ def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
 
 
 def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
-    """RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
+    """Returns the fields of RoPE scaling.
+
+    As in llama.cpp, a factor without a type is linear, and a factor of 0 means no scaling.
+    """
     kind = keys.get("rope.scaling.type", "linear")
     supported = "none and linear" if family.yarn is None else "none, linear and yarn"
     if kind not in ("none", "linear") and (kind != "yarn" or family.yarn is None):
@@ -277,9 +280,9 @@ def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
 
 
 def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, Any]:
-    """YaRN, whose attention factor is the usual one of the factor.
+    """Returns the fields of YaRN. The attention factor always follows from `factor`.
 
-    A file that names it names either that or 1, which llama.cpp multiplies it by. Raises UserError for another.
+    A file may name this attention factor, or 1, by which llama.cpp multiplies it. Raises UserError for another value.
     """
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     for key in _YARN_FACTORS:
@@ -323,10 +326,10 @@ def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """Llama 3's RoPE scaling, which a GGUF holds only as the factors that follow from it.
+    """Returns the fields of Llama 3's RoPE scaling, of which a GGUF holds only the resulting factors.
 
-    All its releases share three of the four constants; the fourth is the largest factor. Factors that
-    these do not reproduce are refused, because the model would silently compute something else.
+    All releases of Llama 3 share three of the four constants; the fourth is the largest factor. Raises UserError if the
+    constants do not reproduce the factors, because the model would silently compute something else.
     """
     scaling = Llama3Rope(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -336,5 +339,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
     kept = np.clip(kept, 0, 1)
     expected = 1 / ((1 - kept) / scaling.factor + kept)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise UserError(f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; none else can be run")
+        raise UserError(
+            f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; other factors are not supported"
+        )
     return written_rope(scaling)

@@ -77,7 +77,7 @@ Tensors = dict[str, gguf.ReaderTensor]
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """The files of the model that `path` belongs to: itself, or all parts, of which it is any.
+    """Returns the files of the model that `path` belongs to: the file itself, or all parts if it is one of several.
 
     Raises UserError where a part is missing.
     """
@@ -128,7 +128,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Metadata, Tensors]:
-    """All metadata values, and the tensors by name (memory-mapped, still quantised), of all parts."""
+    """Returns the metadata and the tensors of all parts, by name. Tensors are memory-mapped and still quantised."""
     parts = gguf_parts(path)
     metadata, tensors = _read_file(parts[0])
     for number, part in enumerate(parts):
@@ -182,7 +182,7 @@ class _Slot:
 
 
 def _slots(arch: Arch, family: GgufFamily) -> dict[tuple[str, int | None], _Slot]:
-    """(Our parameter, its block) -> where the GGUF has it."""
+    """Returns (our parameter, its block) -> the parameter's place in the GGUF."""
     weights = model_weights(arch)
     in_blocks: dict[str, Weight] = weights.pop("blocks")
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -195,10 +195,10 @@ def _slots(arch: Arch, family: GgufFamily) -> dict[tuple[str, int | None], _Slot
         matrix = name in in_blocks and len(shape) > 1 and not name.endswith("_bias")
         widths = [shapes[member][-1] if len(members) > 1 or matrix else shape[0] for member in members]
         first = sum(widths[: members.index(name)])
-        whole = (*shape[:-2], sum(widths), shape[-2]) if matrix else (sum(widths), *shape[1:])
+        joined_shape = (*shape[:-2], sum(widths), shape[-2]) if matrix else (sum(widths), *shape[1:])
         rows = slice(first, first + widths[members.index(name)])
         for layer in range(arch.num_layers) if name in in_blocks else (None,):
-            slots[name, layer] = _Slot(template.format(layer), whole, rows, matrix)
+            slots[name, layer] = _Slot(template.format(layer), joined_shape, rows, matrix)
     return slots
 
 
@@ -221,12 +221,12 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 def _tensors_to_write(
     path: Path, arch: Arch, family: GgufFamily, slots: Mapping[tuple[str, int | None], _Slot], tensors: Tensors
 ) -> Sequence[TensorToWrite]:
-    """The tensors of the HF layout, in the order of `TENSOR_NAMES`.
+    """Returns the tensors of the HF layout, in the order of `TENSOR_NAMES`.
 
-    The fingerprint of a converted model depends on where its tensors lie.
+    The order must not change, because the fingerprint of a converted model depends on it.
     """
 
-    @functools.lru_cache(maxsize=1)  # of a block's experts, each may be written by itself
+    @functools.lru_cache(maxsize=1)  # a block's experts may be written one at a time
     def values(name: str, layer: int | None) -> np.ndarray:
         slot = slots[name, layer]
         tensor = tensors[slot.tensor]
@@ -236,12 +236,14 @@ def _tensors_to_write(
         return array.swapaxes(-1, -2) if slot.matrix else array
 
     order = {name: number for number, name in enumerate(TENSOR_NAMES)}
-    found = sorted(hf_tensors(arch, flat_weights(arch)), key=lambda hf: (order[hf.shares[0].name], hf.shares[0].index))
-    return [TensorToWrite(hf.name, hf.stored_shape, functools.partial(hf_values, values, hf)) for hf in found]
+    hf_order = sorted(
+        hf_tensors(arch, flat_weights(arch)), key=lambda hf: (order[hf.shares[0].name], hf.shares[0].index)
+    )
+    return [TensorToWrite(hf.name, hf.stored_shape, functools.partial(hf_values, values, hf)) for hf in hf_order]
 
 
 def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """From the values of our parameter `name` as a GGUF has them to HF's."""
+    """Returns a function from the values of our parameter `name` in a GGUF to its values in the HF layout."""
     heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name.removesuffix("_bias"))
     if family.rotary_pairs and heads:
         return lambda values: split_rotary_pairs(values, heads)
@@ -251,7 +253,7 @@ def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], n
 
 
 def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The tensor's values in float32, [out, in]. Raises UserError where one is not finite."""
+    """Returns the tensor's values [out, in] in float32. Raises UserError where a value is not finite."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             values = gguf.dequantize(tensor.data, tensor.tensor_type)

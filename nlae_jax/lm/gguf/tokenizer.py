@@ -150,7 +150,7 @@ def _token(tokens: list[str], index: int | None) -> str | None:
 def _tokenizer(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> tuple[Tokenizer, bool]:
-    """The tokenizer, and whether it adds a beginning-of-text token where the file does not say."""
+    """Returns the tokenizer, and whether it adds a beginning-of-text token by default."""
     if metadata["tokenizer.ggml.model"] == "llama":
         tokenizer, adds_bos = _sentencepiece_bpe(path, metadata, tokens, types, unknown), True
     else:
@@ -191,7 +191,7 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str], rul
 def _sentencepiece_bpe(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> Tokenizer:
-    """BPE over characters, with bytes (tokens like <0x0A>) for characters that are no tokens."""
+    """Makes BPE over characters. A character without a token becomes tokens of its bytes, such as <0x0A>."""
     scores = _required(path, metadata, "scores")
     if len(scores) != len(tokens):
         raise UserError(f"{path}: tokenizer.ggml.scores should have one number for each of tokenizer.ggml.tokens")
@@ -213,9 +213,9 @@ def _sentencepiece_bpe(
 
 
 def _merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Merges, first come first, that put the tokens together as SentencePiece does: the highest score first.
+    """Returns the merges in their order of priority: as in SentencePiece, the token with the highest score first.
 
-    Files made without SentencePiece's own model give all tokens one score; ids are in the order of scores then.
+    Files made without SentencePiece's model give all tokens the same score. Their ids are in the order of priority.
     """
     known = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
     order = sorted((-score, index) for index, score in enumerate(scores) if types[index] == _NORMAL)
