@@ -249,7 +249,7 @@ def _made_tiny() -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    """Returns the converted directory of a GGUF file. Its name hashes the parts' sizes, change times and first bytes."""
+    """Returns the converted directory of a GGUF file. Its name hashes the parts' sizes, times and first bytes."""
     digest, parts = hashlib.sha256(), gguf_parts(path)
     for part in parts:
         status = part.stat()
