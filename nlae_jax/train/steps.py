@@ -233,17 +233,12 @@ def score(
     return Scores(mse, written_length, contrast, whole, repeats), gradients
 
 
-def _sampled(samples: Samples) -> jax.Array:
-    """Marks the tokens that were sampled, [B, G, R] bool; the others are padding."""
-    return jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
-
-
-def _rewards(scores: Scores, samples: Samples, rl: RlConfig) -> jax.Array:
-    """Returns the samples' rewards, [B, G] float32."""
-    penalty = rl.length_penalty * samples.lengths
+def _rewards(rl: RlConfig, scores: Scores, valid_BxG: jax.Array, lengths_BxG: jax.Array) -> jax.Array:
+    """Returns rewards [B, G] float32 of samples of these lengths. `valid` marks those with a readable explanation."""
+    penalty = rl.length_penalty * lengths_BxG
     if scores.repeats is not None:
         penalty += rl.repeat_penalty * scores.repeats
-    reward = objectives.rewards(scores.mse, scores.length > 0, penalty, rl.reward)
+    reward = objectives.rewards(scores.mse, valid_BxG, penalty, rl.reward)
     if scores.contrast is not None:
         reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
     return reward
@@ -255,15 +250,15 @@ def policy_gradient(
     trained: Params,
     frozen: Params,
     h_BxD: jax.Array,
-    samples: Samples,
+    tokens_BxGxR: jax.Array,
     advantage_BxG: jax.Array,
+    mask_BxGxR: jax.Array,
 ) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], Params]:
-    """Returns ((loss, arrays [B, G, R] float32), the encoder's gradient).
+    """Returns ((loss, arrays [B, G, R] float32), the encoder's gradient). The mask marks sampled tokens.
 
     The arrays are the tokens' log-probs and entropies and, with a KL term, the reference's log-probs.
     """
-    sampled = _sampled(samples)
-    count = objectives.count(sampled)
+    count = objectives.count(mask_BxGxR)
 
     def policy_loss(
         log_probs: jax.Array, advantage: jax.Array, mask: jax.Array, reference: jax.Array | None = None
@@ -283,7 +278,7 @@ def policy_gradient(
             loss, rows = apply(roles.encoder, variables, h, tokens, policy_loss, *per_token, method="loss")
         return loss, (*rows, *reference)
 
-    return in_microbatches(loss_fn, trained, (h_BxD, samples.tokens, advantage_BxG, sampled), rl.microbatches)
+    return in_microbatches(loss_fn, trained, (h_BxD, tokens_BxGxR, advantage_BxG, mask_BxGxR), rl.microbatches)
 
 
 class RlParts(NamedTuple):
@@ -339,11 +334,12 @@ def rl_step(
     def train_encoder(
         state: RoleState, frozen: Params, batch: Params, samples: Samples, scores: Scores, metrics: Metrics
     ) -> tuple[RoleState, Metrics]:
-        mask = _sampled(samples)
+        mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
         valid = scores.length > 0
-        reward = _rewards(scores, samples, rl)
+        reward = _rewards(rl, scores, valid, samples.lengths)
         advantage, no_spread = objectives.group_advantages(reward)
-        (loss, rows), gradients = policy_gradient(roles, rl, state.trained, frozen, batch["h"], samples, advantage)
+        policy_inputs = batch["h"], samples.tokens, advantage, mask
+        (loss, rows), gradients = policy_gradient(roles, rl, state.trained, frozen, *policy_inputs)
         log_probs, entropy, *reference = rows
         kl = {"kl": objectives.masked_mean(objectives.kl_k3(log_probs, *reference), mask)} if reference else {}
         state, norm, skipped = apply_update(state, gradients, encoder_optimizer)
