@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax.assets import pair_directory
 from nlae_jax.config import CorpusConfig, DescribeConfig, MeshConfig, ProtocolConfig, load_config
 from nlae_jax.data.providers import rewriter
-from nlae_jax.evaluate.cost import Extras, cost_text
+from nlae_jax.evaluate.cost import Asked, Extras, cost_text
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
-from nlae_jax.evaluate.rows import rows_of
+from nlae_jax.evaluate.rows import check_rows, rows_of
 from nlae_jax.evaluate.suite import check_additions, run_suite
-from nlae_jax.evaluate.trained_controls import trained_controls
+from nlae_jax.evaluate.trained_controls import default_steps, trained_controls
 from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, check_several, explained_passages, permuted, term_pattern
@@ -169,7 +170,7 @@ class NLA(Explainer):
         temperature: float = 1.0,
         seed: int = 0,
         bootstrap_samples: int = 2000,
-        control_steps: int = 0,
+        control_steps: int | None = None,
         corpus: CorpusConfig | None = None,
         reword: DescribeConfig | None = None,
         judge: DescribeConfig | None = None,
@@ -179,30 +180,46 @@ class NLA(Explainer):
 
         The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
-        `out`/evaluation, and the same call goes on from there. `control_steps` trains decoders on other words, each for
-        that many steps. `reword` names a server that rewords explanations, `judge` one that says whether they are true.
+        `out`/evaluation, and the same call goes on from there. Decoders are trained on other words, each for
+        `control_steps` steps (by default 60 if there are at least 128 activations; 0 trains none). `reword` names a
+        server that rewords explanations, `judge` one that says whether they are true.
         Figures that take several explanations of an activation are of `sampled` activations (by default 64).
-        Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, and where
-        `sampled` is below 2.
+        Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, where
+        `sampled` is below 2, and in one of several processes: they would write the same files.
         """
         self.check_own_subject("eval")
-        check_additions(sections, control_steps, reword is not None, judge is not None, sampled)
+        if (processes := jax.process_count()) > 1:
+            raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
+        check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
+        begun = (out / "evaluation").exists()
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
         subject = lambda: self.subject  # noqa: E731
-        arch = self._roles.encoder.arch
+        arch, sizes = self._roles.encoder.arch, Sizes() if sampled is None else Sizes(sampled=sampled)
+
+        def steps_of(rows: EvaluatedRows) -> int:
+            return default_steps(sections, len(rows.document)) if control_steps is None else control_steps
+
+        def say_cost(rows: EvaluatedRows, reading: int) -> None:
+            extras = Extras(steps_of(rows), reword is not None, judge is not None)
+            say(cost_text(Asked(rows, sizes, seed, sections, extras, reading), arch, begun))
+
         if rows is None:
-            rows = rows_of(subject, self.layer, self.tokenizer, arch, texts, files, corpus, num_activations, seed)
+            read_from = texts, files, corpus, num_activations, seed
+            rows = rows_of(subject, self.layer, self.tokenizer, arch, *read_from, say_cost)
+            if len(rows.h) < num_activations:
+                say(f"eval: {num_activations} activations were asked for, and the input has {len(rows.h)}")
+        else:
+            check_rows(rows, self.d_model)
+            say_cost(rows, 0)
         pairing = pairing_of(
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
-        sizes = Sizes() if sampled is None else Sizes(sampled=sampled)
         work = Work(pairing, rows, out, seed, bootstrap_samples, sizes)
-        say(cost_text(work, sections, arch, Extras(control_steps, reword is not None, judge is not None)))
 
         def further_text_controls() -> None:
-            trained_controls(work, self._roles, self._pair, control_steps)
+            trained_controls(work, self._roles, self._pair, steps_of(work.rows))
             rewordings(work, rewrite)
 
         further = {"text": further_text_controls, "truth": lambda: judged(work, ask)}

@@ -5,6 +5,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +37,8 @@ def on_workdir(tiny_run, tmp_path_factory):
     """The whole suite on a copy of the run: (workdir, eval.json before, eval.json after)."""
     workdir = shutil.copytree(tiny_run.workdir, tmp_path_factory.mktemp("suite") / "W")
     before = json.loads((workdir / "eval.json").read_text())
-    assert main(["eval", "--workdir", str(workdir), "--suite", ",".join(SECTIONS)]) == 0
+    command = ["eval", "--workdir", str(workdir), "--suite", ",".join(SECTIONS), "--control-steps", "2"]
+    assert main(command) == 0
     return workdir, before, json.loads((workdir / "eval.json").read_text())
 
 
@@ -46,7 +49,8 @@ def test_a_runs_own_numbers_stay_and_sections_are_added(on_workdir):
     assert after["suite"]["num_activations"] == before["num_activations"]
     # Both measure the same pair on the same activations; the draws are others.
     assert after["reconstruction"]["fve"]["controls"]["gold"]["value"] == pytest.approx(before["fve_gold"], abs=1e-4)
-    assert 0 <= after["meaning"]["kl_next"]["controls"]["true"]["value"] < 1e-6
+    assert after["meaning"]["kl_next"]["controls"]["true"]["value"] == 0
+    assert set(after["text"]["trained_decoder"]["parts"]) == {"explanations", "last_words", "next_tokens"}
     assert after["meaning"]["kl_next"]["controls"]["zero"]["value"] > 1e-4
 
 
@@ -122,6 +126,9 @@ def test_a_parquet_of_activations(exported, tmp_path):
     assert "fve_by_token" in found["reconstruction"]  # the file has the texts
     with pytest.raises(UserError, match="should be given alone"):
         nla.evaluate(tmp_path, texts=["a text"], files=[held_out])
+    # The file of the encoder's warm start has descriptions, too.
+    found = nla.evaluate(tmp_path, files=[exported / "av_sft.parquet"], sections=("reconstruction",), num_activations=6)
+    assert found["reconstruction"]["fve"]["controls"]["gold"]["n"] == found["suite"]["num_activations"] > 1
     table = pq.read_table(held_out)
     kinds = pa.array(["prose" if row % 2 else None for row in range(len(table))], pa.string())
     pq.write_table(table.append_column("domain", kinds), tmp_path / "named.parquet")
@@ -158,6 +165,40 @@ def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
         assert found["judged_support"]["value"] == 0.5 and found["judged_choice"]["n"] > 0
         assert main(command) == 0 and len(script.requests) == count  # answers are kept
     assert (workdir / "config.json").read_bytes() == (tiny_run.workdir / "config.json").read_bytes()
+
+
+def test_sections_of_the_same_activations_stay_and_others_go(exported, tmp_path, capsys):
+    """What it costs is said before anything is read, and how many activations there are if there are too few."""
+    texts = [text.text for _, text in documents(4, 40)]
+    pair = ["eval", "--av", str(exported / "av"), "--ar", str(exported / "ar"), "--out", str(tmp_path), "--json"]
+    pair += ["--max-new-tokens", "24", *(part for text in texts for part in ("--text", text))]
+
+    def run(section, count):
+        assert main([*pair, "--suite", section, "--num-activations", str(count)]) == 0
+        shown = capsys.readouterr()
+        return json.loads(shown.out), shown.err
+
+    health, _ = run("health", 8)
+    both, said = run("meaning", 8)
+    assert both["health"] == health["health"] and set(both["suite"]["seconds"]) == {"health", "meaning"}
+    assert said.index("8 activations, 8 explanations, about") < said.index("eval: activations")
+    only, said = run("meaning", 10**4)
+    assert "health" not in only and set(only["suite"]["seconds"]) == {"meaning"}
+    assert "the sections health were of another pair or of other activations" in said
+    assert f"10000 activations were asked for, and the input has {only['num_activations']}" in said
+
+
+def test_rows_that_cannot_be_measured_and_several_processes_are_refused(tiny_run, tmp_path, monkeypatch):
+    nla, rows = NLA.from_workdir(tiny_run.workdir), rows_of_run(open_run(tiny_run.workdir), 4)
+    h = rows.h.copy()
+    h[2, 5] = np.nan
+    with pytest.raises(UserError, match="row 2 should hold finite numbers"):
+        nla.evaluate(tmp_path, rows=rows._replace(h=h))
+    with pytest.raises(UserError, match="one activation a row"):
+        nla.evaluate(tmp_path, rows=rows._replace(h=h[:, :3]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="the suite runs in one process, and this is one of 2"):
+        nla.evaluate(tmp_path, rows=rows)
 
 
 def test_positions_leave_room_and_depend_on_the_seed(tiny_lm):

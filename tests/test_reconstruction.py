@@ -29,6 +29,7 @@ from nlae_jax.evaluate.reconstruction import (
     uninformed,
     variances,
 )
+from nlae_jax.roles import direction
 from tests.conftest import vectors
 
 COUNTS = st.lists(st.integers(1, 7), min_size=1, max_size=8)
@@ -337,6 +338,9 @@ def test_samples_that_cannot_be_read_agree_with_nothing():
     np.testing.assert_allclose(own, 2 / 12, atol=1e-5)  # of 12 ordered pairs, two are of readable samples
     for found in agreement(np.zeros_like(samples), mean, other):
         np.testing.assert_array_equal(found, 0)
+    alike = np.repeat(np.repeat(h[:1, None], 4, axis=1), 20, axis=0)  # all are the mean direction
+    for found in agreement(alike, np.asarray(direction.unit_direction(h[0]), np.float64), other):
+        np.testing.assert_array_equal(found, 0)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +353,8 @@ def test_samples_that_cannot_be_read_agree_with_nothing():
         ("He saw it.", ".", " Then", "punctuation"),
         ("x\nreturn foo(bar_baz, n", " n", ");", "code"),
         ("A normal line; it goes on", " on", "", "function"),
+        ("昔、灰色の", "色の", "犬", "content"),
+        ("昔、灰\ufffd", "\ufffd", "\ufffdの", "inside"),
     ],
 )
 def test_token_classes(context, token, following, expected):

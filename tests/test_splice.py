@@ -138,6 +138,10 @@ FAMILIES = [
     "gemma3-ropes",
     "smollm3",
     "olmo2",
+    "gpt2",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen3_5_text",
 ]
 
 

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from nlae_jax.evaluate.trained_controls import _train, trained_controls
+from nlae_jax.evaluate.figures import SECTIONS
+from nlae_jax.evaluate.trained_controls import STEPS, _Trainer, default_steps, trained_controls
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles.pair import Pair
 from tests.planted_pairs import SIZES, planted, planted_rows
@@ -51,11 +52,25 @@ def test_words_that_spell_a_token_without_an_embedding_are_read_without_it(work,
     tokenizer.add_tokens([f"<extra{number}>" for number in range(40)])
     assert max(tokenizer.encode(extra)) >= roles.decoder.arch.vocab_size
     monkeypatch.setattr(work, "pair", work.pair._replace(tokenizer=tokenizer))
-    train, found = np.ones(len(work.rows.h), bool), []
-    for said in ("the moon", f"the moon{extra}"):
-        texts = [said] * len(work.rows.h)
-        found.append(_train(work, roles, Pair(params, {}, {}), "words", texts, train, 1))
-    np.testing.assert_array_equal(*found)
+    test, trainer = np.arange(len(work.rows.h)) < 3, _Trainer(work, roles, Pair(params, {}, {}), 1)
+    texts = ([said] * len(test) for said in ("the moon", f"the moon{extra}"))
+    np.testing.assert_array_equal(*(trainer.rebuilt("words", said, test) for said in texts))
+
+
+def test_decoders_of_the_same_texts_are_the_same_whatever_is_beside_them(work, params, make_tiny_roles):
+    """Texts of held-out documents change nothing in training, and each row gets the reconstruction of its own text."""
+    trainer = _Trainer(work, make_tiny_roles(lora__rank=4), Pair(params, {}, {}), 2)
+    test = np.arange(len(work.rows.h)) % 4 == 1
+    texts = [f"{'moon ' * (row % 7)}{row}" for row in range(len(test))]
+    found = trainer.rebuilt("words", texts, test)
+    assert found.shape == (test.sum(), work.rows.h.shape[1]) and len(np.unique(found, axis=0)) == len(found)
+    alike = [texts[5] if held_out else text for text, held_out in zip(texts, test, strict=True)]
+    np.testing.assert_allclose(trainer.rebuilt("words", alike, test), np.repeat(found[1:2], test.sum(), 0), atol=1e-4)
+
+
+def test_decoders_are_trained_by_default_where_there_is_enough_to_train_on():
+    assert default_steps(SECTIONS, 512) == default_steps(("text",), 128) == STEPS
+    assert default_steps(("truth", "meaning"), 512) == default_steps(SECTIONS, 127) == 0
 
 
 def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path, capsys):

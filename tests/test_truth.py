@@ -23,6 +23,11 @@ def test_words_and_quotations_in_the_context():
     assert truth.words_in_context("A grey dragon rode.", CONTEXT) == (2, 3)
     assert truth.quotes_in_context('"grey horse", "grey dragon", "town"', CONTEXT) == (1, 2)
     assert truth.quotes_in_context("none", CONTEXT) == (0, 0)
+    # A single word is a quotation where it is no next token.
+    assert truth.quotes_in_context('"of" or "to". A tale of "horse" and "cart". It stops at "town", ".".', CONTEXT) == (
+        2,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,6 +39,10 @@ def test_words_and_quotations_in_the_context():
         ("Nothing quoted.", [" to"], 1, None),
         ('Next comes "of".', ["\n", " of"], 5, None),
         ("", [" to"], 1, None),
+        ('It is about "horses". It stops at "to".', [" to"], 1, 0.0),
+        ('A tale. It stops at "to".', [" to"], 1, None),
+        ('A tale. It stops at "grey". The next word may be "of" or "to".', [" to"], 1, 1.0),
+        ('A tale of "to". Expects "of" and "in".', [" to"], 1, 1.0),
     ],
 )
 def test_expected_tokens(note, ranked, most, expected):

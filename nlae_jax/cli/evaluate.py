@@ -28,7 +28,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
     help_text = "number of activations that get several explanations each (default 64)"
     command.add_argument("--sampled", type=int, help=help_text)
-    help_text = "also train decoders on other words for so many steps each (default 0: none)"
+    help_text = "steps of the decoders that are trained as controls (default: 60 from 128 activations on; 0: none)"
     command.add_argument("--control-steps", type=int, help=help_text)
     help_text = "also have explanations said in other words, by the server that the config's describe names"
     command.add_argument("--reword", action="store_true", help=help_text)
@@ -106,6 +106,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config = run.config
         if not (options.text or options.input):
             rows = rows_of_run(run, options.num_activations or config.eval.num_activations)
+            if len(rows.h) < (options.num_activations or 0):
+                say(f"eval: {options.num_activations} activations were asked for, and the run holds out {len(rows.h)}")
     figures = nla.evaluate(
         out,
         options.text,
@@ -116,7 +118,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         config.eval.temperature if options.temperature is None else options.temperature,
         config.seed,
         config.eval.bootstrap_samples,
-        options.control_steps or 0,
+        options.control_steps,
         config.corpus if options.config and not (options.workdir or options.text or options.input) else None,
         describe if options.reword else None,
         describe if options.judge else None,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from nlae_jax.evaluate import judge, rewordings, splice, text, trained_controls
 from nlae_jax.evaluate.reconstruction import UNINFORMED
-from nlae_jax.evaluate.rows import SUFFIX
+from nlae_jax.evaluate.rows import SUFFIX, Rows
 from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES, recurrence_rows
-from nlae_jax.evaluate.work import Work
+from nlae_jax.evaluate.work import Sizes
 from nlae_jax.lm.arch import Arch, model_weights
 from nlae_jax.lm.transformer import is_weight
 from nlae_jax.runtime.progress import clock_text
@@ -50,17 +50,36 @@ class Extras(NamedTuple):
     judges: bool = False
 
 
-def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dict[str, Cost]:
-    """Returns the cost of each of the `sections`, by name.
+class Asked(NamedTuple):
+    """What the suite's cost depends on.
+
+    `rows` may still be without activations: only their number, documents and contexts count. `reading` is the number of
+    tokens that the subject reads for the activations, 0 if they are there.
+    """
+
+    rows: Rows
+    sizes: Sizes
+    seed: int
+    sections: Sequence[str]
+    extras: Extras = Extras()
+    reading: int = 0
+
+    def some(self, count: int) -> int:
+        """Returns how many of at most `count` rows there are."""
+        return min(count, len(self.rows.document))
+
+
+def costs(asked: Asked) -> dict[str, Cost]:
+    """Returns the cost of each section, by name.
 
     If several sections need the same work, the first of them has its cost. Numbers of explanations are exact. Numbers
     of tokens are estimates, because the lengths of explanations are not known yet.
     """
-    rows, sizes = len(work.rows.h), work.sizes
-    some = lambda count: min(count, rows)  # noqa: E731
-    context = sum(map(len, work.rows.context_ids))
+    rows, sizes, extras, some = len(asked.rows.document), asked.sizes, asked.extras, asked.some
+    context = sum(map(len, asked.rows.context_ids))
     # About eight vectors are spliced into every row. Only the blocks above the activation's compute, about a third.
     spliced = 8 * (splice.FOLLOWING + 2) // 3
+    before = recurrence_rows(asked.rows, sizes.sampled, asked.seed)
     by_section = {
         "reconstruction": Cost().add(len(UNINFORMED) * some(sizes.sampled)),
         "text": Cost().add(
@@ -71,10 +90,10 @@ def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dic
         ),
         "meaning": Cost().add(0, context + rows * spliced),
         # The explanations of earlier tokens are compared as text, so the decoder does not read them.
-        "truth": Cost(len(recurrence_rows(work)) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
+        "truth": Cost(len(before) * BEFORE, some(sizes.suffix) * 3 * (CANDIDATES * SUFFIX + 96)),
         "health": Cost(),
     }
-    chosen = {name: by_section[name] for name in by_section if name in sections}
+    chosen = {name: by_section[name] for name in by_section if name in asked.sections}
     shared = (
         (chosen, rows, 0),  # every activation is explained once
         (("reconstruction", "truth"), some(sizes.sampled) * sizes.samples, 0),
@@ -88,36 +107,40 @@ def costs(work: Work, sections: Sequence[str], extras: Extras = Extras()) -> dic
 
 def _trained(rows: int, steps: int) -> int:
     """Returns the tokens that the three trained controls read. A training step costs about three forward passes."""
-    return 3 * (3 * steps * trained_controls.BATCH + rows) * _EXPLANATION
+    held_out = rows // trained_controls.TEST_SHARE
+    return 3 * (3 * steps * trained_controls.BATCH + held_out) * _EXPLANATION
 
 
-def answers(work: Work, sections: Sequence[str], extras: Extras) -> int:
+def answers(asked: Asked) -> int:
     """Returns the largest number of requests to another language model."""
-    some = lambda count: min(count, len(work.rows.h))  # noqa: E731
-    reworded = rewordings.answers_asked(some(work.sizes.text)) if extras.rewords and "text" in sections else 0
-    return reworded + (judge.answers_asked(some(work.sizes.judged)) if extras.judges and "truth" in sections else 0)
+    extras, sizes, sections = asked.extras, asked.sizes, asked.sections
+    reworded = rewordings.answers_asked(asked.some(sizes.text)) if extras.rewords and "text" in sections else 0
+    return reworded + (judge.answers_asked(asked.some(sizes.judged)) if extras.judges and "truth" in sections else 0)
 
 
-def cost_text(work: Work, sections: Sequence[str], arch: Arch, extras: Extras = Extras()) -> str:
+def cost_text(asked: Asked, arch: Arch, begun: bool = False) -> str:
     """Returns the cost as one line: explanations, the total time, and the time of each section.
 
     Times are estimated from the speed of one matrix product on this machine. `arch` is the encoder's. The line also has
-    the number of requests to another language model, and says whether an earlier run has done some of the work.
+    the number of requests to another language model. `begun` says whether an earlier run may have done some of the
+    work.
     """
     weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
+    by_part = {"activations": Cost(0, asked.reading)} if asked.reading else {}
     parts, total, explanations = [], 0.0, 0
-    for section, cost in costs(work, sections, extras).items():
+    for name, cost in {**by_part, **costs(asked)}.items():
         written = cost.explanations * _EXPLANATION
         seconds = flops_per_token * (cost.read / _READING + written / _WRITING) / speed
         explanations += cost.explanations
         total += seconds
-        parts.append(f"{section} {clock_text(seconds)}")
-    line = f"eval: {len(work.rows.h)} activations, {explanations:,} explanations, about {clock_text(total)} in all: "
+        parts.append(f"{name} {clock_text(seconds)}")
+    rows = len(asked.rows.document)
+    line = f"eval: {rows} activations, {explanations:,} explanations, about {clock_text(total)} in all: "
     line += ", ".join(parts)
-    if asked := answers(work, sections, extras):
-        line += f"; another language model is asked {asked} times at most"
-    return f"{line}; less what an earlier run has done" if work.kept.begun else line
+    if requests := answers(asked):
+        line += f"; another language model is asked {requests} times at most"
+    return f"{line}; less what an earlier run has done" if begun else line
 
 
 def _product_speed(width: int = 1024, times: int = 8) -> float:

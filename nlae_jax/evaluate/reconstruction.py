@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
+from nlae_jax.evaluate.wording import has_cjk
 from nlae_jax.roles import direction
 from nlae_jax.train import objectives
 
@@ -286,8 +287,8 @@ def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) ->
     """Returns the mean centred cosine of two samples' reconstructions, for samples of the same and of two activations.
 
     `rebuilt_NxSxD` are the reconstructions from S samples of each activation. Samples that could not be read are zero:
-    their cosine with any sample counts as 0. `mean` [d] is the mean direction of the activations. `other` [N] gives
-    each row a row of another document.
+    their cosine with any sample counts as 0, and so does that of the mean direction. `mean` [d] is the mean direction
+    of the activations. `other` [N] gives each row a row of another document.
 
     The first array [N] averages over pairs of different samples of one activation; it is NaN if S is 1. The second
     array [N] averages over pairs of a sample of row n and a sample of row `other[n]`.
@@ -296,8 +297,10 @@ def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) ->
     centred = np.asarray(direction.unit_direction(rebuilt_NxSxD), np.float64) - mean
     centred /= np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
     # The cosines of all pairs sum to the dot product of the summed unit vectors.
-    total_NxD = np.where(readable[..., None], centred, 0.0).sum(1)
-    same = (np.square(total_NxD).sum(-1) - readable.sum(-1)) / max(count * (count - 1), 1)
+    centred = np.where(readable[..., None], centred, 0.0)
+    total_NxD = centred.sum(1)
+    # Pairs of a sample with itself are left out.
+    same = (np.square(total_NxD).sum(-1) - np.square(centred).sum((1, 2))) / max(count * (count - 1), 1)
     return (same if count > 1 else np.full(len(same), np.nan)), (total_NxD * total_NxD[other]).sum(-1) / count**2
 
 
@@ -306,6 +309,8 @@ def agreement(rebuilt_NxSxD: np.ndarray, mean: np.ndarray, other: np.ndarray) ->
 _CODE = re.compile(r"[{};]|\w\(|==|->|::|\w_\w|^\s*(?:def|class|import|from|return|if|for|#)\b")
 
 
+_PIECE_OF_CHARACTER = "\ufffd"  # a tokenizer decodes incomplete bytes to it
+
 TOKEN_CLASSES = ("content", "function", "punctuation", "inside", "code")
 
 
@@ -313,16 +318,20 @@ def token_class(context: str, token: str, following: str = "") -> str:
     """Returns the class of the token that a context ends with, one of `TOKEN_CLASSES`.
 
     `context` ends with `token`. `following` is the text after it. The class is `code` if the context's last line looks
-    like code, `punctuation` if the token has no letter or digit, and `inside` if its word has begun before it. The
-    other tokens are `function` or `content`, by the word that begins with the token.
+    like code, `punctuation` if the token has no letter or digit, and `inside` if its word has begun before it, or if it
+    holds only some of a character's bytes. The other tokens are `function` or `content`, by the word that begins with
+    the token.
     """
+    if _PIECE_OF_CHARACTER in token:
+        return "inside"
     line = context[context.rfind("\n") + 1 :]
     core, before = token.strip(), context[: len(context) - len(token)]
     if len(_CODE.findall(line)) > 1:
         return "code"
     if not any(character.isalnum() for character in core):
         return "punctuation"
-    if token[:1].isalnum() and before[-1:].isalnum():
+    # Chinese, Japanese and Korean text has no spaces between words, so a letter before such a token tells nothing.
+    if token[:1].isalnum() and before[-1:].isalnum() and not has_cjk(before[-1:] + token[:1]):
         return "inside"
     rest = re.match(r"\w*", following)
     word = (core + (rest[0] if rest else "")).casefold()

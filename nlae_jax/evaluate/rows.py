@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nlae_jax.config import CorpusConfig
+from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.corpus import DOMAIN, Document, document_of, domain_of, read_documents, read_named_documents
 from nlae_jax.data.parquet import check_batch, is_text, opened
-from nlae_jax.interop.datasets import LAYER, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
+from nlae_jax.interop.datasets import LAYER, RESPONSE, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.language_model import LanguageModel
@@ -26,8 +27,10 @@ _MAX_TOKENS = 512  # of a longer text only the beginning is read
 _MIN_POSITION = 16  # earlier positions are avoided if the text is long enough
 _PER_DOCUMENT = 4
 _REFERENCE_PER_DOCUMENT = 16
-_TEXTS_AT_A_TIME = 4
+TEXTS_AT_A_TIME = 4
+PLACES = 4  # the subject predicts the next token at so many places of a text at once
 _WIDTH = 64  # texts are padded to multiples of this length
+_PREDICTING_WIDTH = 128  # the same where all blocks compute, because their programs take longer to compile
 
 
 class Rows(NamedTuple):
@@ -60,6 +63,15 @@ class Rows(NamedTuple):
         return digest.hexdigest()
 
 
+def check_rows(rows: Rows, d_model: int) -> None:
+    """Checks rows that a caller has made. Raises UserError if the activations are not finite or of another width."""
+    count = len(rows.document)
+    if rows.h.shape != (count, d_model) or not count:
+        raise UserError(f"rows.h: shape {rows.h.shape} should be ({max(count, 1)}, {d_model}), one activation a row")
+    if (bad := np.flatnonzero(~np.isfinite(rows.h).all(-1))).size:
+        raise UserError(f"rows.h: row {bad[0]} should hold finite numbers")
+
+
 def rows_of(
     subject: Callable[[], LanguageModel],
     layer: int,
@@ -70,11 +82,13 @@ def rows_of(
     corpus: CorpusConfig | None,
     count: int,
     seed: int,
+    begin: Begin = lambda rows, tokens: None,
 ) -> Rows:
     """Reads at most `count` activations of block `layer`, from texts or from one parquet file of activations.
 
     Texts come from `texts`, from `files` and from the `corpus`. The seed draws the documents and positions. `subject()`
-    loads the subject, which is needed for texts only. `arch` is the encoder's.
+    loads the subject, which is needed for texts only. `arch` is the encoder's. `begin` is called as in
+    `rows_of_documents`, also if there is nothing to read.
 
     Raises UserError if `count` is below 2, if a parquet file of activations is not the only input, or if no activation
     can be read.
@@ -82,12 +96,14 @@ def rows_of(
     if count < 2:
         raise UserError(f"--num-activations: {count} should be at least 2")
     if not any(has_vectors(path) for path in files):
-        return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed)
+        return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed, begin)
     if len(files) > 1 or texts or corpus:
         raise UserError(
             f"--input {files[0]}: a file of activations should be given alone, without other files, --text or a corpus"
         )
-    return rows_of_parquet(Path(files[0]), layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
+    rows = rows_of_parquet(Path(files[0]), layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
+    begin(rows, 0)
+    return rows
 
 
 def documents_of(
@@ -145,34 +161,48 @@ def _excerpts(
             yield _Excerpt(domain, ids, positions, rng.permutation(possible)[:_REFERENCE_PER_DOCUMENT])
 
 
+# Gets the rows without their activations, and the number of tokens that are read for these.
+Begin = Callable[["Rows", int], None]
+
+
 def rows_of_documents(
-    lm: LanguageModel, layer: int, documents: Sequence[tuple[str, Document]], count: int, seed: int
+    lm: LanguageModel,
+    layer: int,
+    documents: Sequence[tuple[str, Document]],
+    count: int,
+    seed: int,
+    begin: Begin = lambda rows, tokens: None,
 ) -> Rows:
     """Reads at most `count` activations of block `layer` from documents, which the seed draws.
 
     `documents` are pairs (kind of text, document). Each document gives at most four activations, or more if there are
-    too few documents for `count`. If the text is long enough, a position has `SUFFIX` tokens after it. Raises UserError
-    if no text is long enough.
+    too few documents for `count`. If the text is long enough, a position has `SUFFIX` tokens after it. `begin` is
+    called before the subject reads anything. Raises UserError if no text is long enough.
     """
     excerpts = list(_excerpts(lm, documents, count, seed))
     if not excerpts:
         raise UserError("--text, --input: no text is long enough; an activation needs a few tokens before it")
-    vectors = read_activations(lm, layer, [excerpt.ids for excerpt in excerpts])
     document = np.repeat(np.arange(len(excerpts)), [len(excerpt.positions) for excerpt in excerpts])
-    position = np.concatenate([excerpt.positions for excerpt in excerpts])
     places = [(number, excerpt.ids, at) for number, excerpt in enumerate(excerpts) for at in excerpt.positions]
     context_ids = [ids[: at + 1] for _, ids, at in places]
-    return Rows(
-        h=np.stack([vectors[number][at] for number, _, at in places]),
+    nothing = np.zeros((0, lm.arch.d_model), np.float32)
+    rows = Rows(
+        h=nothing,
         document=document,
-        position=position,
+        position=np.concatenate([excerpt.positions for excerpt in excerpts]),
         context_ids=context_ids,
         following_ids=[ids[at + 1 : at + 1 + SUFFIX] for _, ids, at in places],
         contexts=[lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
         domain=[excerpts[number].domain for number in document],
         gold=[""] * len(document),
-        reference=np.concatenate([vectors[number][excerpt.reference] for number, excerpt in enumerate(excerpts)]),
+        reference=nothing,
         reference_document=np.repeat(np.arange(len(excerpts)), [len(excerpt.reference) for excerpt in excerpts]),
+    )
+    begin(rows, sum(len(excerpt.ids) for excerpt in excerpts))
+    vectors = read_activations(lm, layer, [excerpt.ids for excerpt in excerpts])
+    return rows._replace(
+        h=np.stack([vectors[number][at] for number, _, at in places]),
+        reference=np.concatenate([vectors[number][excerpt.reference] for number, excerpt in enumerate(excerpts)]),
     )
 
 
@@ -184,10 +214,10 @@ def read_activations(lm: LanguageModel, layer: int, texts: Sequence[Sequence[int
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     activations: list[np.ndarray] = [np.zeros((0, 0), np.float32)] * len(texts)
     with progress(len(texts), "eval: activations", unit="text") as bar:
-        for start in range(0, len(texts), _TEXTS_AT_A_TIME):
-            batch = order[start : start + _TEXTS_AT_A_TIME]
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            batch = order[start : start + TEXTS_AT_A_TIME]
             width = -(-max(len(texts[index]) for index in batch) // _WIDTH) * _WIDTH
-            filled = [*batch, *batch[:1] * (_TEXTS_AT_A_TIME - len(batch))]
+            filled = [*batch, *batch[:1] * (TEXTS_AT_A_TIME - len(batch))]
             ids, length = pad([texts[index] for index in filled], width)
             hidden = np.asarray(lm.residual(ids, layer, np.arange(width) < length[:, None]), np.float32)
             for row, index in enumerate(batch):
@@ -209,8 +239,9 @@ def rows_of_parquet(
 ) -> Rows:
     """Reads at most `count` rows of a parquet file in the PyTorch reference's layout. The seed draws the rows.
 
-    Activations are returned as they are stored. The text up to the activation is read if the file has it. The text
-    after it is not known. The vectors should be `d_model` wide, and tokens should be below `vocab_size`.
+    Activations are returned as they are stored. The text up to the activation is read if the file has it, and so is the
+    description in a column `response`. The text after the activation is not known. The vectors should be `d_model`
+    wide, and tokens should be below `vocab_size`.
 
     Raises UserError if the file has no rows or no column `doc_id`, or if it says that the activations are of another
     block than `layer`.
@@ -225,9 +256,10 @@ def rows_of_parquet(
         if TEXT in names and not is_text(file.schema_arrow.field(TEXT).type):
             raise UserError(f"{path}: the column {TEXT} should hold strings")
         columns = [name for name in (VECTOR, "doc_id", TEXT, LAYER) if name in names]
-        if DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type):
-            columns.append(DOMAIN)
-        drawn: list[tuple[str, str, str]] = []  # document, text and kind of text
+        columns += [
+            name for name in (DOMAIN, RESPONSE) if name in names and is_text(file.schema_arrow.field(name).type)
+        ]
+        drawn: list[tuple[str, str, str, str]] = []  # document, text, kind of text and response
         vectors, start = [], 0
         for batch in file.iter_batches(1024, columns=columns):
             check_batch(path, start, batch)
@@ -236,18 +268,23 @@ def rows_of_parquet(
             drawn_here = [row for row in range(len(batch)) if start + row in wanted]
             if drawn_here:
                 vectors.append(read_vectors(path, start, batch.column(VECTOR), d_model)[drawn_here])
-                texts, domains = (
-                    batch.column(name).to_pylist() if name in columns else [""] * len(batch) for name in (TEXT, DOMAIN)
+                texts, domains, responses = (
+                    batch.column(name).to_pylist() if name in columns else [""] * len(batch)
+                    for name in (TEXT, DOMAIN, RESPONSE)
                 )
-                drawn += [(docs[row], texts[row] or "", domain_of(domains[row]) or "text") for row in drawn_here]
+                drawn += [
+                    (docs[row], texts[row] or "", domain_of(domains[row]) or "text", responses[row] or "")
+                    for row in drawn_here
+                ]
             start += len(batch)
     if not drawn:
         raise UserError(f"{path}: the file has no rows")
-    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for _, text, _ in drawn]
+    names_of_docs, texts, domains, responses = (list(column) for column in zip(*drawn, strict=True))
+    context_ids = [text_ids(tokenizer, encodable(text)) if text else [] for text in texts]
     for row, ids in enumerate(context_ids):
         check_ids(ids, vocab_size, tokenizer, f"{path}: row {row}")
-    names_of_docs, texts, domains = (list(column) for column in zip(*drawn, strict=True))
-    return without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
+    rows = without_following(np.concatenate(vectors), names_of_docs, context_ids, texts, domains)
+    return rows._replace(gold=[encodable(explanation_of(response) or "") for response in responses])
 
 
 def without_following(
@@ -273,12 +310,39 @@ def without_following(
     )
 
 
-def likeliest(lm: LanguageModel, context_ids: Sequence[Sequence[int]], count: int) -> list[list[str]]:
-    """Returns the subject's `count` likeliest next tokens after each context, as text, likeliest first."""
-    width = -(-max(map(len, context_ids)) // 128) * 128
-    ids, length = pad(context_ids, width)
-    token_ids = lm.likeliest(ids, np.arange(width) < length[:, None], count)
-    return [[lm.tokenizer.decode([token]) for token in row] for row in token_ids.tolist()]
+def shared_reads(texts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Groups texts, so that all texts of a group are beginnings of the group's first one: lists of text numbers.
+
+    One pass over the first text then gives what the model predicts after each of the others. A group has at most `most`
+    texts. Groups are in the order of their lengths.
+    """
+    groups: list[list[int]] = []
+    # In alphabetical order a text stands before all texts that it begins.
+    for number in sorted(range(len(texts)), key=lambda number: list(texts[number]), reverse=True):
+        text, group = list(texts[number]), groups[-1] if groups else []
+        if group and len(group) < most and list(texts[group[0]][: len(text)]) == text:
+            group.append(number)
+        else:
+            groups.append([number])
+    return sorted(groups, key=lambda group: len(texts[group[0]]))
+
+
+def likeliest(lm: LanguageModel, contexts: Sequence[Sequence[Sequence[int]]], count: int) -> list[list[list[str]]]:
+    """Returns the subject's `count` likeliest next tokens, as text, likeliest first.
+
+    `contexts` has a group of `shared_reads` in each row, as token ids. The result has the tokens of every context in
+    the place of the context. At most `PLACES` contexts are in a group.
+    """
+    width = -(-max(len(group[0]) for group in contexts) // _PREDICTING_WIDTH) * _PREDICTING_WIDTH
+    ids, length = pad([group[0] for group in contexts], width)
+    columns = np.array(
+        [[len(context) - 1 for context in [*group, *list(group[:1]) * (PLACES - len(group))]] for group in contexts]
+    )
+    token_ids = lm.likeliest(ids, np.arange(width) < length[:, None], columns, count)
+    return [
+        [[lm.tokenizer.decode([token]) for token in tokens] for tokens in row[: len(group)].tolist()]
+        for row, group in zip(token_ids, contexts, strict=True)
+    ]
 
 
 def spread(document: np.ndarray, count: int, seed: int, among: np.ndarray | None = None) -> np.ndarray:

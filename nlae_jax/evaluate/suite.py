@@ -62,8 +62,9 @@ def run_suite(
 
     `more` maps a section to a function that adds further figures, which need training or another language model.
 
-    The key `suite` of the result has the numbers of activations and documents, the seed, and the seconds and
-    explanations of each section. If several sections need the same work, it counts for the first of them.
+    The key `suite` of the result has the numbers of activations and documents, the seed, a name of the pair and the
+    activations (`Work.name`), and the seconds and explanations of each section. If several sections need the same work,
+    it counts for the first of them.
     """
     seconds, explanations = {}, {}
     for section in SECTIONS:
@@ -80,6 +81,7 @@ def run_suite(
         "num_documents": len(set(rows.document.tolist())),
         "num_sampled": len(work.some(work.sizes.sampled)),
         "seed": work.seed,
+        "work": work.name,
         "seconds": seconds,
         "explanations": explanations,
     }

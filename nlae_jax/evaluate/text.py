@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nlae_jax.evaluate.claims import leading, without_quotes
-from nlae_jax.evaluate.wording import QUOTED, candidates, joined, pieces, real_sentences, words
+from nlae_jax.evaluate.wording import QUOTED, joined, named_next, pieces, real_sentences, words
 
 MOST_SENTENCES = 4  # the number of sentences whose marginal FVE is measured one by one
 TOKEN_COUNTS = (4, 8, 16, 32, 64)  # explanations are cut to these numbers of tokens
@@ -84,11 +84,10 @@ def twin(text: str, ranked: Sequence[str], ranks: Sequence[int]) -> str | None:
     """Returns the explanation's twin: it quotes another next token in the place of the subject's likeliest one.
 
     `ranked` are the subject's next tokens, likeliest first. The other token is the first of the given `ranks`, counted
-    from 0, that the first sentence does not quote. Returns None if the first sentence does not quote the likeliest
-    token, or if there is no such other token.
+    from 0, that is not among the named next tokens (`wording.named_next`). Returns None if the likeliest token is not
+    among them, or if there is no such other token.
     """
-    likeliest = ranked[0].strip()
-    named = candidates(text) if text else []
+    likeliest, named = ranked[0].strip(), named_next(text)
     if not likeliest or likeliest not in named:
         return None
     for rank in ranks:

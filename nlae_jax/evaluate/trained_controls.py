@@ -7,8 +7,8 @@ likeliest next tokens. All three start from the same weights and are trained in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import optax
 
 from nlae_jax.evaluate import controls
 from nlae_jax.evaluate.estimate import fve_of, share_of
-from nlae_jax.evaluate.rows import likeliest
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 from nlae_jax.roles import direction
@@ -27,9 +26,18 @@ from nlae_jax.runtime.progress import progress, warn
 from nlae_jax.train import steps
 from nlae_jax.train.state import RoleState, init_decoder, sft_schedule
 
+STEPS = 60  # of each decoder, unless the user names another number
+_FEWEST = 128  # activations: decoders of fewer are so bad and so uncertain that they are trained only on request
 BATCH = 16
-_LEARNING_RATE, _FULL_LEARNING_RATE = 2e-3, 2e-5  # for adapters, and for full fine-tuning
-_TEST_SHARE = 4  # one document in so many is held out
+_RANK = 16  # of the adapters, for a pair that has none
+_LEARNING_RATE = 2e-3
+TEST_SHARE = 4  # one document in so many is held out
+_WIDTH = 16  # a batch's prompts are padded to a multiple of this length
+
+
+def default_steps(sections: Sequence[str], activations: int) -> int:
+    """Returns the steps of each decoder if the user has named none: 0 without the section text or for few rows."""
+    return STEPS if "text" in sections and activations >= _FEWEST else 0
 
 
 def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
@@ -38,26 +46,27 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
     `trained_decoder` is the FVE, on held-out documents, of one decoder for each kind of text. The other two figures are
     the FVE of the decoder of explanations minus the FVE of each of the other decoders, on the same rows.
 
-    Each decoder starts from the subject's blocks and the identity head. It is trained for `num_steps` steps of 16
-    activations. Nothing is done if `num_steps` is 0. If texts are missing or there are too few documents, the function
-    warns and trains nothing.
+    Each decoder starts from the subject's blocks and the identity head. Adapters and head are trained for `num_steps`
+    steps of 16 activations. Nothing is done if `num_steps` is 0. If texts are missing or there are too few documents,
+    the function warns and trains nothing.
     """
     names, index = np.unique(work.rows.document, return_inverse=True)
     if not num_steps:
         return
-    if len(names) < _TEST_SHARE or len(work.has_context) < len(work.rows.h):
+    if len(names) < TEST_SHARE or len(work.has_context) < len(work.rows.h):
         warn(
             "--control-steps: no decoder is trained, because this needs the text of every activation and at least "
-            f"{_TEST_SHARE} documents"
+            f"{TEST_SHARE} documents"
         )
         return
-    test = index % _TEST_SHARE == 0
+    test = index % TEST_SHARE == 0
     rows = np.flatnonzero(test)
     matched: dict[str, np.ndarray] = {}
     permuted: dict[str, np.ndarray] = {}
+    trainer = _Trainer(work, roles, pair, num_steps)
     for name, texts in _texts(work).items():
-        rebuilt = _rebuilt_by_training(work, roles, pair, name, texts, test, num_steps)
-        matched[name], permuted[name] = work.mse_of([texts[row] for row in rows], rebuilt[rows], rows)
+        rebuilt = _rebuilt_by_training(work, trainer, name, texts, test)
+        matched[name], permuted[name] = work.mse_of([texts[row] for row in rows], rebuilt, rows)
     parts, permuted_parts = (
         {name: work.with_variance(mse) for name, mse in by_name.items()} for by_name in (matched, permuted)
     )
@@ -73,6 +82,8 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
 def _texts(work: Work) -> dict[str, list[str]]:
     """Returns the three kinds of text about every activation. The last words have as many tokens as the explanation."""
     tokenizer = work.pair.tokenizer
+    unknown = np.setdiff1d(np.arange(len(work.texts)), list(work.ranked))
+    ranked = {**work.ranked, **work.next_tokens(unknown)}
     lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in work.texts]
     return {
         "explanations": work.texts,
@@ -80,68 +91,74 @@ def _texts(work: Work) -> dict[str, list[str]]:
             controls.last_words(tokenizer, context, length)
             for context, length in zip(work.rows.contexts, lengths, strict=True)
         ],
-        "next_tokens": [controls.next_tokens_text(ranked) for ranked in _all_ranked(work)],
+        "next_tokens": [controls.next_tokens_text(ranked[row]) for row in range(len(work.texts))],
     }
 
 
-def _all_ranked(work: Work) -> list[list[str]]:
-    """Returns the subject's five likeliest next tokens after every context."""
-    ids, size = work.rows.context_ids, 8
-
-    def compute(part: slice) -> dict[str, Any]:
-        contexts = ids[part]
-        full_batch = [*contexts, *contexts[:1] * (size - len(contexts))]
-        return {"ranked": likeliest(work.pair.subject(), full_batch, 5)[: len(contexts)]}
-
-    ranked: list[list[str]] = work.kept.run("all_next_tokens", len(ids), size, compute)["ranked"]
-    return ranked
-
-
 def _rebuilt_by_training(
-    work: Work, roles: Roles, pair: Pair, name: str, texts: Sequence[str], test: np.ndarray, num_steps: int
+    work: Work, trainer: _Trainer, name: str, texts: Sequence[str], test: np.ndarray
 ) -> np.ndarray:
-    """Trains a decoder on the rows outside `test` [N], and returns its reconstructions [N, d] from all N texts.
-
-    The result is kept on disk as one part.
-    """
+    """Calls `_Trainer.rebuilt`. The result is kept on disk as one part."""
+    count = int(test.sum())
     columns = work.kept.run(
-        f"trained_{name}_{num_steps}",
-        len(texts),
-        len(texts),
-        lambda _: {"rebuilt": _train(work, roles, pair, name, texts, ~test, num_steps)},
-        of=texts,
+        f"trained_decoder_{name}_{trainer.num_steps}",
+        count,
+        count,
+        lambda _: {"rebuilt": trainer.rebuilt(name, texts, test)},
+        unit="text",
+        of=[texts, test.tolist()],
     )
     return np.asarray(columns["rebuilt"])
 
 
-def _train(
-    work: Work, roles: Roles, pair: Pair, name: str, texts: Sequence[str], train: np.ndarray, num_steps: int
-) -> np.ndarray:
-    """Trains a decoder on the rows in `train` [N], and returns its reconstructions [N, d] float32 from all N texts."""
-    base = pair.base if pair.decoder_base is None else pair.decoder_base
-    start = base or work.pair.subject().params
-    trained = init_decoder(roles, start, jax.random.PRNGKey(work.seed))
-    rate = _LEARNING_RATE if roles.rank else _FULL_LEARNING_RATE
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(sft_schedule(rate, num_steps, 0.05)))
-    whole = roles.with_whole_prompts()
-    step = jax.jit(steps.decoder_sft_step(whole, optimizer), donate_argnums=0)
-    tokenizer, protocol = work.pair.tokenizer, roles.decoder.protocol
-    prompts = [known_decoder_ids(tokenizer, protocol, text, roles.decoder.arch.vocab_size) for text in texts]
-    ids, length = pad(prompts, -(-max(map(len, prompts)) // 32) * 32)
-    frozen: Params = {"base": base, "baselines": direction.baselines(jnp.asarray(work.rows.h[train]))}
-    state = RoleState(jnp.zeros((), jnp.int32), trained, jax.jit(optimizer.init)(trained))
-    rows = np.flatnonzero(train)
-    rng = np.random.default_rng(work.seed)
-    with progress(num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
-        for _ in range(num_steps):
-            drawn = rng.choice(rows, BATCH)
-            batch = {"h": work.rows.h[drawn], "ids": ids[drawn], "length": length[drawn]}
-            state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch))
-            bar.advance(loss=metrics["loss"])
-    variables = lambda trained: roles.decoder_variables(base, trained)  # noqa: E731
-    apply = jax.jit(lambda trained, ids, length: whole.decoder.apply(variables(trained), ids, length))
-    rebuilt = []
-    for begin in range(0, len(ids), BATCH):
-        batch_rows = np.minimum(np.arange(begin, begin + BATCH), len(ids) - 1)
-        rebuilt.append(np.asarray(apply(state.trained, jnp.asarray(ids[batch_rows]), jnp.asarray(length[batch_rows]))))
-    return np.concatenate(rebuilt)[: len(ids)]
+class _Trainer:
+    """Trains decoders that differ in nothing but their texts. They share the compiled functions."""
+
+    def __init__(self, work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
+        base = pair.base if pair.decoder_base is None else pair.decoder_base
+        if not roles.rank:
+            # A full copy with its optimiser may not fit beside the pair, and adapters learn more in few steps.
+            subject = work.pair.subject()
+            base, decoder = subject.params, roles.decoder.clone(arch=subject.arch)
+            roles = dataclasses.replace(roles, decoder=decoder, rank=_RANK, dtype=None)
+        self._work, self._roles, self._base, self.num_steps = work, roles, base, num_steps
+        schedule = sft_schedule(_LEARNING_RATE, num_steps, 0.05)
+        self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+        whole = roles.with_whole_prompts()
+        self._step = jax.jit(steps.decoder_sft_step(whole, self._optimizer), donate_argnums=0)
+        variables = lambda base, trained: roles.decoder_variables(base, trained)  # noqa: E731
+        self._apply = jax.jit(
+            lambda base, trained, ids, length: whole.decoder.apply(variables(base, trained), ids, length)
+        )
+
+    def rebuilt(self, name: str, texts: Sequence[str], test: np.ndarray) -> np.ndarray:
+        """Trains a decoder on the rows outside `test` [N] of N texts. Returns its reconstructions [M, d] of the others.
+
+        Rows are drawn by the seed, so all decoders see the same activations in the same order.
+        """
+        work, roles = self._work, self._roles
+        tokenizer, protocol = work.pair.tokenizer, roles.decoder.protocol
+        prompts = [known_decoder_ids(tokenizer, protocol, text, roles.decoder.arch.vocab_size) for text in texts]
+        train, rng = np.flatnonzero(~test), np.random.default_rng(work.seed)
+        frozen: Params = {"base": self._base, "baselines": direction.baselines(jnp.asarray(work.rows.h[train]))}
+        trained = init_decoder(roles, self._base, jax.random.PRNGKey(work.seed))
+        state = RoleState(jnp.zeros((), jnp.int32), trained, jax.jit(self._optimizer.init)(trained))
+        with progress(self.num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
+            for _ in range(self.num_steps):
+                drawn = rng.choice(train, BATCH)
+                ids, length = _padded([prompts[row] for row in drawn])
+                batch = {"h": work.rows.h[drawn], "ids": ids, "length": length}
+                state, metrics = self._step(state, frozen, jax.tree.map(jnp.asarray, batch))
+                bar.advance(loss=metrics["loss"])
+        held_out = np.flatnonzero(test)
+        order = held_out[np.argsort([len(prompts[row]) for row in held_out], kind="stable")]
+        rebuilt = np.zeros((len(texts), work.rows.h.shape[1]), np.float32)
+        for begin in range(0, len(order), BATCH):
+            rows = order[np.minimum(np.arange(begin, begin + BATCH), len(order) - 1)]
+            rebuilt[rows] = np.asarray(self._apply(self._base, state.trained, *_padded([prompts[row] for row in rows])))
+        return rebuilt[held_out]
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts on the right to a multiple of `_WIDTH`. Returns ids [B, T] and lengths [B]."""
+    return pad(prompts, -(-max(map(len, prompts)) // _WIDTH) * _WIDTH)

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.claims import holds, is_in
-from nlae_jax.evaluate.wording import QUOTED, candidates, cjk_pairs, words
+from nlae_jax.evaluate.wording import QUOTED, cjk_pairs, named_next, real_sentences, words
 
 # Explanations use these words whatever their text is about, so finding one of them in a text shows little.
 _FRAME = frozenset(
@@ -36,19 +36,25 @@ def words_in_context(text: str, context: str) -> tuple[int, int]:
 def quotes_in_context(text: str, context: str) -> tuple[int, int]:
     """Returns how many of the text's quoted spans occur in the context, and how many quoted spans it has.
 
-    Only spans of two words or more count. Single quoted words are more often next tokens than quotations.
+    Single words of the first sentence do not count, because they are more often next tokens than quotations. Spans
+    without a word do not count either.
     """
-    spans = [span[1:-1] for span in re.findall(QUOTED, text) if len(words(span)) > 1]
+    spans = [
+        span[1:-1]
+        for number, sentence in enumerate(real_sentences(text))
+        for span in re.findall(QUOTED, sentence)
+        if len(words(span)) > (0 if number else 1)
+    ]
     return sum(is_in(span, context) for span in spans), len(spans)
 
 
 def expects(text: str, ranked: Sequence[str], most: int) -> float:
-    """Returns 1 if a quoted next token is one of the subject's `most` likeliest, else 0.
+    """Returns 1 if a quoted next token (`wording.named_next`) is one of the subject's `most` likeliest, else 0.
 
     `ranked` are the subject's next tokens, likeliest first. Returns NaN if the text quotes no next token, or if the
     subject's likeliest token is white space.
     """
-    named = candidates(text) if text else []
+    named = named_next(text)
     if not named or not ranked or not ranked[0].strip():
         return float("nan")
     return float(any(holds(named, token) for token in ranked[:most]))

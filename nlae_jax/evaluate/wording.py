@@ -25,6 +25,7 @@ _SENTENCE_PART = re.compile(f"(?:{QUOTED})|({_SENTENCE_END})")
 _LIST_UNIT = re.compile(rf"{QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
 _SEPARATORS = frozenset((",", "、", "，", "&", "or", "and", "nor"))
 _QUOTES = '"“'
+_OF_NEXT = re.compile(r"\b(?:next|expect\w*|follow\w*|continu\w*|predict\w*|likel(?:y|iest))\b", re.IGNORECASE)
 _LIST_ENDS = frozenset(".!?。！？\n;:()[]{}—–")
 
 
@@ -74,6 +75,18 @@ def candidates(text: str) -> list[str]:
     `Next comes "a", "b" or a new line.` and `"a" or "b", then the verb.` both give a and b.
     """
     return [item for quoted in re.findall(QUOTED, sentences(text)[0]) if (item := quoted[1:-1].strip())]
+
+
+def named_next(text: str) -> list[str]:
+    """Returns the next tokens that a text names, wherever it names them.
+
+    They are its `candidates`. If there are none, they are the quoted items of the first sentence that speaks of what
+    comes next, as in `A recipe. The next word may be "salt" or "oil".`
+    """
+    for number, sentence in enumerate(sentences(text)):
+        if (number == 0 or _OF_NEXT.search(re.sub(QUOTED, "", sentence))) and (named := candidates(sentence)):
+            return named
+    return []
 
 
 def has_repeated_sentence(text: str) -> bool:

@@ -14,7 +14,7 @@ from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.kept import Kept
 from nlae_jax.evaluate.ledger import Ledger
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
-from nlae_jax.evaluate.rows import Rows, likeliest, spread
+from nlae_jax.evaluate.rows import PLACES, TEXTS_AT_A_TIME, Rows, likeliest, shared_reads, spread
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
@@ -24,7 +24,6 @@ from nlae_jax.runtime.progress import warn
 
 RANKS = 12  # so many of the subject's likeliest next tokens are kept for each row
 ONE_DOCUMENT = "eval: all activations are of one document; controls that need a second document are left out"
-_CONTEXTS = 8  # the subject reads so many contexts at once
 
 
 class Pairing(NamedTuple):
@@ -91,8 +90,9 @@ class Sizes(NamedTuple):
 class Work:
     """One pair's work on one set of N rows. Each result is computed when it is first needed, and kept on disk.
 
-    `other` [N] gives every row a row of another document, for the control `permuted`. `variance` [N] is that of
-    `reconstruction.variances`. `mean` [d] is the mean direction of the activations.
+    `name` is another one for another pair, other rows or another seed. `other` [N] gives every row a row of another
+    document, for the control `permuted`. `variance` [N] is that of `reconstruction.variances`. `mean` [d] is the mean
+    direction of the activations.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Work:
         self.pair, self.rows, self.seed, self.sizes = pair, rows, seed, sizes
         self.explanations = 0  # the explanations that the results so far needed, including those of earlier runs
         settings = [pair.identity, pair.batch_size, rows.digest(), seed]
-        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        self.kept = Kept(directory / "evaluation" / name)
+        self.name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        self.kept = Kept(directory / "evaluation" / self.name)
         self.ledger = Ledger(rows.document, bootstrap_samples, seed)
         self.other = mismatched(rows.document, seed)
         if len(np.unique(rows.document)) < 2:
@@ -278,13 +278,24 @@ class Work:
     @cached_property
     def ranked(self) -> dict[int, list[str]]:
         """The subject's `RANKS` likeliest next tokens of at most `sizes.text` rows, by row number, likeliest first."""
-        rows = self.some(self.sizes.text, self.has_context)
+        return self.next_tokens(self.some(self.sizes.text, self.has_context))
+
+    def next_tokens(self, rows: np.ndarray) -> dict[int, list[str]]:
+        """Returns the subject's `RANKS` likeliest next tokens after the contexts of `rows` [M], by row number."""
+        ids = [self.rows.context_ids[row] for row in rows]
+        groups = shared_reads(ids, PLACES)
 
         def compute(part: slice) -> dict[str, Any]:
-            batch = rows[part]
-            # The last batch is filled up with copies of its first row, so that only one shape is compiled.
-            filled = [self.rows.context_ids[row] for row in [*batch, *batch[:1].repeat(_CONTEXTS - len(batch))]]
-            return {"ranked": likeliest(self.pair.subject(), filled, RANKS)[: len(batch)]}
+            batch = groups[part]
+            # The last batch is filled up with copies of its first text, so that only one shape is compiled.
+            filled = [*batch, *batch[:1] * (TEXTS_AT_A_TIME - len(batch))]
+            contexts = [[ids[number] for number in group] for group in filled]
+            return {"ranked": likeliest(self.pair.subject(), contexts, RANKS)[: len(batch)]}
 
-        columns = self.kept.run("next_tokens", len(rows), _CONTEXTS, compute, of=rows)
-        return dict(zip(rows.tolist(), columns.get("ranked", []), strict=True))
+        read = self.kept.run("likeliest_tokens", len(groups), TEXTS_AT_A_TIME, compute, unit="text", of=rows)
+        ranked = {
+            int(rows[number]): tokens
+            for group, of_group in zip(groups, read.get("ranked", []), strict=True)
+            for number, tokens in zip(group, of_group, strict=True)
+        }
+        return {row: ranked[row] for row in rows.tolist()}

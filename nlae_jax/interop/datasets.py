@@ -31,6 +31,7 @@ SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_
 
 VECTOR, INJECT = "activation_vector", "<INJECT>"
 TEXT = "detokenized_text_truncated"
+RESPONSE = "response"
 LAYER = "activation_layer"
 _ROWS = 1024  # rows that are read or written at a time
 _MOST_TOKENS = 2**31 - 1  # positions are stored as int32
@@ -249,7 +250,7 @@ def import_texts(files: dict[str, Path], index: Index, sidecar: Sidecar) -> tupl
     contexts: list[tuple[int, str]] = []
     held_out, dropped, first = set(index.rows_of("held_out").tolist()), 0, 0
     for name, path in _ordered(files):
-        columns = ["prompt", *(["response"] if name == "av_sft" else [])]
+        columns = ["prompt", *([RESPONSE] if name == "av_sft" else [])]
         optional = [TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []
         for start, batch in _batches(path, columns, optional):
             for number, row in enumerate(batch.to_pylist(), start):
@@ -262,7 +263,7 @@ def import_texts(files: dict[str, Path], index: Index, sidecar: Sidecar) -> tupl
                         f"{path}: row {number}: another prompt than that of {sidecar.path}; it should be the same"
                     )
                 if name == "av_sft":
-                    text = explanation_of(_text(path, number, "response", row["response"]))
+                    text = explanation_of(_text(path, number, RESPONSE, row[RESPONSE]))
                     dropped += text is None
                     described += [(first + number, text)] if text else []
                 if first + number in held_out and (text := _text(path, number, TEXT, row.get(TEXT))):
@@ -389,13 +390,13 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
     prompt = [{"role": "user", "content": protocol.encoder_template.replace("{injection_char}", INJECT)}]
     columns: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
         "prompt": (_MESSAGES, lambda row: prompt),
-        "response": (pa.string(), lambda row: f"{OPENING}{source.description(row)}\n{CLOSING}"),
+        RESPONSE: (pa.string(), lambda row: f"{OPENING}{source.description(row)}\n{CLOSING}"),
     }
     if name == "ar_sft":
         filled = lambda row: protocol.decoder_template.replace("{explanation}", source.description(row))  # noqa: E731
         columns = {"prompt": (pa.string(), filled)}
     elif name != "av_sft":
-        del columns["response"]
+        del columns[RESPONSE]
     vector = pa.list_(pa.float32(), extraction["d_model"])
     provenance: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
         "n_raw_tokens": (pa.int64(), lambda row: source.position(row) + 1),

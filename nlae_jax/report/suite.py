@@ -136,16 +136,16 @@ _CHARTS = (
         "reconstruction",
         "fve",
         _beside,
-        "Explanations should have a much higher FVE than explanations of other texts and of vectors without "
-        "information. The chart does not show whether they carry the activation as words or as a code.",
+        "Explanations carry something about their own activation as far as their FVE is above that of explanations of "
+        "other texts and of vectors without information, but the chart does not show whether as words or as a code.",
     ),
     _Chart(
         "By sentence",
         "text",
         "marginal_fve",
         _divided,
-        "How much FVE each sentence adds to the sentences before it. The sum is the FVE of the whole explanation. A "
-        "sentence that adds nothing may still be true.",
+        "Each mark is the FVE that a sentence adds to those before it, and their sum is the FVE of the whole "
+        "explanation, but the chart does not show whether a sentence is true.",
         "sentence {}",
     ),
     _Chart(
@@ -153,8 +153,8 @@ _CHARTS = (
         "text",
         "fve_tokens",
         _divided,
-        "FVE of only the first tokens of an explanation. The decoder was trained on whole explanations, so it may read "
-        "a cut explanation badly although the words carry the information.",
+        "Each mark is the FVE of an explanation's first tokens, but a low one does not show that they carry nothing, "
+        "because the decoder was trained on whole explanations.",
         "{} tokens",
     ),
     _Chart(
@@ -162,24 +162,24 @@ _CHARTS = (
         "meaning",
         "loss_recovered",
         _beside,
-        "Share of the loss on the next token that the model wins back if the reconstruction takes the activation's "
-        "place. 0 is as bad as the mean vector, 1 is as good as the activation. The chart does not show effects on "
-        "later tokens.",
+        "In the activation's place, a vector at 1 predicts the next token as well as the activation, and one at 0 as "
+        "badly as the mean vector, but the chart does not show effects on later tokens.",
     ),
     _Chart(
         "By kind of text",
         "reconstruction",
         "fve_by_domain",
         _commonest,
-        "FVE by kind of text, relative to the variance of this kind. The chart says nothing about other kinds of text.",
+        "Each mark is the FVE on one kind of text, relative to the variance of this kind, and says nothing about other "
+        "kinds.",
     ),
     _Chart(
         "By kind of token",
         "reconstruction",
         "fve_by_token",
         _commonest,
-        "FVE by the kind of the activation's token. A higher FVE may mean that these activations are easier to "
-        "explain, and not that their explanations are better.",
+        "Each mark is the FVE on one kind of token, but a higher one does not show that its explanations are better, "
+        "because its activations may be easier to explain.",
     ),
 )
 

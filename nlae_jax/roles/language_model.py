@@ -58,7 +58,7 @@ class LanguageModel:
         self._run_with = self._compiled("run_with", 5)
         self._splice = self._compiled("splice", 6)
         self._continuations = self._compiled("continuations")
-        self._likeliest = self._compiled("likeliest", 3)
+        self._likeliest = self._compiled("likeliest", 4)
         self._neurons = self._compiled("neurons", 3)
         self._log_probs = self._compiled("log_probs")
         self._generate = jax.jit(self._generate_batch, static_argnums=(4, 5), out_shardings=everywhere)
@@ -209,9 +209,13 @@ class LanguageModel:
         )
         return log_p
 
-    def likeliest(self, ids: Any, mask: Any, count: int) -> np.ndarray:
-        """Returns the ids [B, count] of each row's likeliest next tokens, likeliest first: [B, T] int -> int32."""
-        return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), count))
+    def likeliest(self, ids: Any, mask: Any, columns: Any, count: int) -> np.ndarray:
+        """Returns the ids [B, P, count] int32 of the likeliest tokens after P columns of each row, likeliest first.
+
+        `ids` and `mask` are [B, T], `columns` [B, P] int.
+        """
+        columns = jnp.asarray(np.asarray(columns, np.int32))
+        return np.asarray(self._likeliest(self.params, *self._with_mask(ids, mask), columns, count))
 
     def neurons(self, ids: Any, layer: int, mask: Any = None) -> jax.Array:
         """Returns the MLP's neurons in block `layer`, gate times up: [B, T] int -> [B, T, d_ff].

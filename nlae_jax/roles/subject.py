@@ -16,6 +16,9 @@ from nlae_jax.lm.segments import KeyValues, empty_caches
 from nlae_jax.lm.transformer import BlockWeights, Push, Segment, Transformer, key_values
 from nlae_jax.mesh import batch_sharding
 
+# By dtype: two computations of one activation differ by at most this share of its norm.
+_ROUNDING = {"float32": 1e-3, "bfloat16": 2e-2}
+
 
 class Spliced(NamedTuple):
     """The result of `Subject.splice` for C vectors and the S tokens read. All arrays are float32.
@@ -89,7 +92,9 @@ class Subject(nn.Module):
         """Measures the effect of C vectors put in the place of the activation of `read`'s first token.
 
         `context` holds the tokens before that token, padded on the right. `read` holds the token and those after it.
-        The context is computed once: all vectors share its keys, as samples share a prompt's.
+        The context is computed once: all vectors share its keys, as samples share a prompt's. A vector that equals the
+        true activation up to rounding is the true activation, so its KL is exactly 0. The activation that a caller has
+        stored was computed in a batch of another shape, whose sums are rounded differently.
         """
         start = context_mask_BxT.sum(-1).astype(jnp.int32)
         context = self.lm.padded(context_BxT, context_mask_BxT)
@@ -98,7 +103,11 @@ class Subject(nn.Module):
         (context_BxTxD, hidden_BxSxD), _ = self.lm.run((context, read), stop=layer + 1)
         runs = 1 + h_BxCxD.shape[1]
         x = jnp.broadcast_to(hidden_BxSxD[:, None], (hidden_BxSxD.shape[0], runs, *hidden_BxSxD.shape[1:]))
-        x = x.at[:, 1:, 0].set(h_BxCxD.astype(x.dtype))  # the first run keeps the true activation
+        true_Bx1xD = hidden_BxSxD[:, :1]
+        apart = jnp.linalg.norm((h_BxCxD - true_Bx1xD).astype(jnp.float32), axis=-1, keepdims=True)
+        size = jnp.linalg.norm(true_Bx1xD.astype(jnp.float32), axis=-1, keepdims=True)
+        h_BxCxD = jnp.where(apart <= _ROUNDING[x.dtype.name] * size, true_Bx1xD, h_BxCxD.astype(x.dtype))
+        x = x.at[:, 1:, 0].set(h_BxCxD)  # the first run keeps the true activation
         spread = lambda array: jnp.broadcast_to(array[:, None], (array.shape[0], runs, *array.shape[1:]))  # noqa: E731
         spliced = Segment(x, spread(positions), spread(read.valid))
         (_, final), _ = self.lm.run((context._replace(x=context_BxTxD), spliced), start=layer + 1)
@@ -192,9 +201,11 @@ class Subject(nn.Module):
         hidden, generated_caches = self.lm.decode(segment, contexts, generated_caches, step, weights, push)
         return self.lm.logits(hidden[:, 0]), generated_caches
 
-    def likeliest(self, ids_BxT: jax.Array, mask_BxT: jax.Array, count: int) -> jax.Array:
-        """Returns the ids [B, count] int32 of the likeliest tokens after each row's last real one, likeliest first."""
-        return jax.lax.top_k(self.prefill(ids_BxT, mask_BxT)[0], count)[1].astype(jnp.int32)
+    def likeliest(self, ids_BxT: jax.Array, mask_BxT: jax.Array, column_BxP: jax.Array, count: int) -> jax.Array:
+        """Returns the ids [B, P, count] int32 of the likeliest tokens after P columns of each row, likeliest first."""
+        (hidden,), _ = self.lm.run((self.lm.padded(ids_BxT, mask_BxT),))
+        logits_BxPxV = self.lm.logits(jnp.take_along_axis(hidden, column_BxP[..., None], axis=1))
+        return jax.lax.top_k(logits_BxPxV, count)[1].astype(jnp.int32)
 
     def empty_caches(self, start_B: jax.Array, capacity: int, dtype: jnp.dtype) -> KeyValues:
         """Returns empty caches with room for `capacity` tokens after prompts of `start_B` tokens."""

@@ -14,6 +14,7 @@ from nlae_jax.lm.tokens import text_ids
 from nlae_jax.run.resources import Run, descriptions_of
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, write_json
+from nlae_jax.runtime.progress import say
 
 _REFERENCE = 4096  # activations that principal directions are fitted on
 
@@ -69,7 +70,8 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
     """Adds the suite's sections to `directory/eval.json` and returns its path.
 
     Numbers that the stage `eval` has written stay. Where there are none, the suite's are written under their names.
-    Raises UserError where the file holds no JSON object.
+    Sections that an earlier call has measured stay, if they are of the same pair and of the same activations. Raises
+    UserError where the file holds no JSON object.
     """
     path = directory / "eval.json"
     stored = read_json(path) if path.exists() else {}
@@ -87,5 +89,14 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
     if "fve_before_rl" in stored:
         summary = {}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**stored, **summary, **{name: figures[name] for name in (*SECTIONS, "suite") if name in figures}})
+    about, earlier = dict(figures["suite"]), stored.get("suite")
+    if isinstance(earlier, dict) and earlier.get("work") == about["work"]:
+        # Sections of earlier calls stay in the file, so their costs stay beside them.
+        for name in ("seconds", "explanations"):
+            about[name] = {**earlier.get(name, {}), **about[name]}
+    elif others := [name for name in SECTIONS if name in stored and name not in figures]:
+        say(f"{path}: the sections {', '.join(others)} were of another pair or of other activations, and are left out")
+        stored = {name: value for name, value in stored.items() if name not in others}
+    sections = {name: figures[name] for name in SECTIONS if name in figures}
+    write_json(path, {**stored, **summary, **sections, "suite": about})
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +36,11 @@ def measure(work: Work) -> None:
         controls = {"contexts": _share(has, work.rows.contexts)} if key == "cjk_rate" else {}
         controls |= {"gold": _share(has, work.rows.gold)} if work.has_gold else {}
         put("health", key, _share(has, work.texts), first, controls)
+    variety = _variety(work, work.texts)
+    # Fewer texts have fewer repetitions, so descriptions are compared only if every row has one.
+    gold = _variety(work, work.rows.gold) if all(work.rows.gold) else {}
     for key in _OF_MANY:
-        # Fewer texts have fewer repetitions, so descriptions are compared only if every row has one.
-        gold = {"gold": _variety(work, key, work.rows.gold)} if all(work.rows.gold) else {}
-        work.ledger.put_result("health", key, _variety(work, key, work.texts), gold)
+        work.ledger.put_result("health", key, variety[key], {"gold": gold[key]} if gold else {})
 
 
 def _share(has: Callable[[str], bool], texts: Sequence[str]) -> np.ndarray:
@@ -52,7 +54,17 @@ def _lengths(work: Work, texts: Sequence[str]) -> np.ndarray:
     return np.array([len(encode(text, add_special_tokens=False)) if text else np.nan for text in texts])
 
 
-def _variety(work: Work, key: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Returns the measure `key` of the texts with its interval. All measures of `_OF_MANY` are shares."""
-    statistic = lambda rows: health([texts[row] for row in rows], work.pair.marker).get(key)  # noqa: E731
-    return jackknifed(statistic, work.rows.document, limits=(0.0, 1.0))
+def _variety(work: Work, texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns the measures of `_OF_MANY` of the readable texts, with their intervals. All of them are shares."""
+    readable = np.flatnonzero([bool(text) for text in texts])
+
+    @functools.cache
+    def measured(rows: tuple[int, ...]) -> dict[str, float]:
+        """All keys leave out the same groups of rows, so each of these is measured once."""
+        return health([texts[readable[row]] for row in rows], work.pair.marker)
+
+    def jackknifed_key(key: str) -> dict[str, Any]:
+        statistic = lambda rows: measured(tuple(rows.tolist())).get(key)  # noqa: E731
+        return jackknifed(statistic, work.rows.document[readable], limits=(0.0, 1.0))
+
+    return {key: jackknifed_key(key) for key in _OF_MANY}

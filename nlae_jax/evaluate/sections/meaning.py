@@ -7,6 +7,9 @@ import numpy as np
 from nlae_jax.evaluate import splice
 from nlae_jax.evaluate.estimate import first, recovered
 from nlae_jax.evaluate.work import Work
+from nlae_jax.runtime.progress import warn
+
+_ROUNDING = 1e-3  # nats: rounding alone changes predictions by less
 
 
 def measure(work: Work) -> None:
@@ -20,6 +23,11 @@ def measure(work: Work) -> None:
     run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute, of=vectors_NxCxD)  # noqa: E731
     effects = splice.effects(work.pair.subject(), work.pair.layer, contexts, following_ids, vectors_NxCxD, run)
     names = list(ways)
+    if apart := int((effects.kl[:, names.index("true"), 0] > _ROUNDING).sum()):
+        warn(
+            f"eval: in {apart} of {len(known_rows)} rows the stored activation is not the subject's for the text, so "
+            "the section meaning is wrong for them; check the subject, and that the texts belong to the activations"
+        )
     for kl_key, loss_key, averaged in (
         ("kl_next", "loss_recovered", lambda values: values[..., 0]),
         ("kl_following", "loss_recovered_following", _mean_of_following),

@@ -11,7 +11,7 @@ import numpy as np
 from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate import reconstruction, truth
 from nlae_jax.evaluate.estimate import first, share_of
-from nlae_jax.evaluate.rows import SUFFIX, read_activations
+from nlae_jax.evaluate.rows import SUFFIX, Rows, read_activations, spread
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 
@@ -19,6 +19,7 @@ BEFORE = 10  # `recurrence` compares an explanation with those of so many tokens
 CANDIDATES = 10  # the suffix test has so many continuations, with the true one
 _NOTES, _GOES_ON, _NONE = "Notes on a text: ", "\n\nThe text goes on:", "(none)"
 _SUFFIX_BATCH = 2
+_NOTHING = (float("nan"), float("nan"))
 
 
 def measure(work: Work) -> None:
@@ -29,7 +30,7 @@ def measure(work: Work) -> None:
     def counted(count: Callable[[str, str], tuple[int, int]], texts: Sequence[str]) -> np.ndarray:
         return np.array(
             [
-                count(text, context) if row in known and text else (np.nan, np.nan)
+                _or_none(count(text, context)) if row in known and text else _NOTHING
                 for row, (text, context) in enumerate(zip(texts, rows.contexts, strict=True))
             ],
             np.float64,
@@ -53,6 +54,11 @@ def measure(work: Work) -> None:
     _suffix(work)
     _recurrence(work)
     _consensus(work)
+
+
+def _or_none(counts: tuple[int, int]) -> tuple[float, float]:
+    """Returns counts of found and of all cases, or NaN without a case: such a row does not count in `n`."""
+    return counts if counts[1] else _NOTHING
 
 
 def _suffix(work: Work) -> None:
@@ -109,14 +115,17 @@ def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray)
     return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute, of=asked)["scores"])
 
 
-def recurrence_rows(work: Work) -> np.ndarray:
-    """Returns the sampled rows of `recurrence`. They have `BEFORE` tokens between the first token and their own."""
-    return work.some(work.sizes.sampled, np.flatnonzero([len(ids) > BEFORE + 1 for ids in work.rows.context_ids]))
+def recurrence_rows(rows: Rows, sampled: int, seed: int) -> np.ndarray:
+    """Returns at most `sampled` rows for `recurrence`. They have `BEFORE` tokens between the first token and their own.
+
+    The rows may be without activations.
+    """
+    return spread(rows.document, sampled, seed, np.flatnonzero([len(ids) > BEFORE + 1 for ids in rows.context_ids]))
 
 
 def _recurrence(work: Work) -> None:
     """Adds `recurrence`: how much explanations share with the explanations of the tokens before."""
-    rows = recurrence_rows(work)
+    rows = recurrence_rows(work.rows, work.sizes.sampled, work.seed)
     matched, permuted = (np.full(len(work.rows.h), np.nan) for _ in range(2))
     if len(rows):
         read = read_activations(work.pair.subject(), work.pair.layer, [work.rows.context_ids[row] for row in rows])
@@ -142,9 +151,9 @@ def _consensus(work: Work) -> None:
     other = work.others(rows)
     for i, (row, samples) in enumerate(zip(rows, texts, strict=True)):
         shared, every = truth.consensus(samples), set().union(*map(truth.content_words, samples))
-        shared_found[row] = truth.precision(shared, work.rows.contexts[row])
-        all_found[row] = truth.precision(every, work.rows.contexts[row])
-        permuted[row] = truth.precision(shared, work.rows.contexts[rows[other[i]]])
+        shared_found[row] = _or_none(truth.precision(shared, work.rows.contexts[row]))
+        all_found[row] = _or_none(truth.precision(every, work.rows.contexts[row]))
+        permuted[row] = _or_none(truth.precision(shared, work.rows.contexts[rows[other[i]]]))
         sizes[row] = len(shared), len(every)
     permuted[rows] = of_others(permuted[rows], work.rows.document[rows], other)
     controls = {"all_words": all_found, "permuted": permuted}
