@@ -225,21 +225,24 @@ def bench_rows(result: dict[str, Any]) -> list[str]:
     peak, bandwidth = result["matmul_peak_flops"], result["memory_bandwidth_bytes_per_second"]
     device = result["device"].replace("-", " ").split()
     flops, bytes_per_second = next((PUBLISHED[word] for word in device if word in PUBLISHED), (None, None))
-    of = lambda share, measured, published: "" if published is None else f"{100 * share * measured / published:.0f} %"  # noqa: E731
+
+    def percent(share: float, measured: float, published: float | None) -> str:
+        return "" if published is None else f"{100 * share * measured / published:.0f} %"
+
     lines = [
         f"| phase | seconds | of {peak / 1e12:.3g} TFLOP/s measured | of the published peak |",
         "|---|---|---|---|",
     ]
     for name, phase in result["phases"].items():
         share = phase["peak_fraction"]
-        lines.append(f"| {name} | {phase['seconds']:.4f} | {100 * share:.0f} % | {of(share, peak, flops)} |")
+        lines.append(f"| {name} | {phase['seconds']:.4f} | {100 * share:.0f} % | {percent(share, peak, flops)} |")
     if "rl_step_seconds" in result:
         speed = f"{result['tokens_per_second']:.0f} tokens/s"
         lines.append(f"| RL step, {speed} | {result['rl_step_seconds']:.4f} | | |")
     if "rollout_bandwidth_fraction" in result:
         share = result["rollout_bandwidth_fraction"]
         name = f"bandwidth while decoding (of {bandwidth / 1e9:.0f} GB/s measured)"
-        lines.append(f"| {name} | | {100 * share:.0f} % | {of(share, bandwidth, bytes_per_second)} |")
+        lines.append(f"| {name} | | {100 * share:.0f} % | {percent(share, bandwidth, bytes_per_second)} |")
     return lines
 
 

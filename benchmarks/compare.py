@@ -43,8 +43,8 @@ def side_by_side(ours: dict[str, Any], theirs: dict[str, float]) -> dict[str, tu
     shared = {name: (phases[name], theirs[name]) for name in ("rollout", "policy", "reference")}
     unshared = {"unshared RL step": (step, ours["rl_step_seconds_unshared"])}
     if "rl_step_without_decoder" in theirs:
-        alone = step - phases["score"], theirs["rl_step_without_decoder"]
-        return {"RL step without decoder": alone, **shared, **unshared}
+        without_decoder = step - phases["score"], theirs["rl_step_without_decoder"]
+        return {"RL step without decoder": without_decoder, **shared, **unshared}
     decoder = phases["score"], theirs["reward"] + theirs["decoder"]
     sft = phases["encoder_sft"], theirs["encoder_sft"]
     step_pair = {"RL step": (step, theirs["rl_step"])}

@@ -121,23 +121,23 @@ def main() -> int:
     start_jax()
     theirs = dict(np.load(options.against)) if options.against else None
     device, kept = jax.devices()[0], {}
-    found: dict[str, Any] = {"jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"}
+    result: dict[str, Any] = {"jax": jax.__version__, "device": f"{device.platform} {device.device_kind}"}
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
-    found |= {"checks": rows, "left_out": missing}
+    result |= {"checks": rows, "left_out": missing}
     for model, dtype in ((model, dtype) for model in options.models.split(",") for dtype in TOLERANCE):
         key = f"{model} {dtype} "
-        given = None if theirs is None else _of(theirs, key)
+        reference = None if theirs is None else _of(theirs, key)
         try:
-            if given == {}:
+            if reference == {}:
                 raise UserError("not among what the CPU computed")
-            mine = compute(model, dtype, given)
+            mine = compute(model, dtype, reference)
         except UserError as error:  # a model that cannot be had here
             missing.append(f"{key.strip()}: {error}")
             print(f"left out  {missing[-1]}", flush=True)
         else:
             kept |= {key + name: value for name, value in mine.items()}
-            checked = checks(model, dtype, mine, given) if given else []
+            checked = checks(model, dtype, mine, reference) if reference else []
             show(checked, key)
             rows += checked
         # After each: what was computed is kept where this runs out of time.
@@ -145,7 +145,7 @@ def main() -> int:
             np.savez(part := options.out.with_suffix(".part.npz"), **kept)
             part.replace(options.out)
         if options.json:
-            write_json(options.json, found)
+            write_json(options.json, result)
     return 0 if all(row["passed"] for row in rows) and (rows or theirs is None) else 1
 
 

@@ -332,12 +332,12 @@ def _has_activations(run: PreparedRun) -> bool:
 
 def _run_texts(run: PreparedRun, count: int) -> list[list[int]]:
     """Returns the token ids of the run's texts; none for a run on datasets, which have no tokens."""
-    return [ids.tolist() for ids in run.store.plan.ids[:count] if len(ids)]
+    return [ids.tolist() for ids in run.store.index.ids[:count] if len(ids)]
 
 
 def _run_statistics(run: PreparedRun) -> Statistics:
     """Computes the statistics of a run's activations, from a sample spread over all of them if there are many."""
-    count = len(run.store.plan.position)
+    count = len(run.store.index.position)
     rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
     return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 

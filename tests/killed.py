@@ -108,7 +108,7 @@ def extract_writing() -> None:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "plan": lambda: half_written("rows.parquet"),
+    "index": lambda: half_written("rows.parquet"),
     "extract": extract,
     "extract_writing": extract_writing,
     "extract_meta": lambda: half_written("meta.json"),

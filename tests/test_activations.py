@@ -4,66 +4,27 @@ The subject is a stand-in: a row's vector is a function of the document's tokens
 the wrong place shows.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
 
-from nlae_jax.config import Config, ExtractConfig, SplitConfig
 from nlae_jax.data import activations
-from nlae_jax.data.activations import SPLITS, ActivationStore, Plan, plan, read_batches, read_plan, write_plan
+from nlae_jax.data.activations import ActivationStore, read_batches
 from nlae_jax.data.corpus import Document
-from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.data.index import make_index, read_index, write_index
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json, workdir_path, write_json
+from tests.letters import Letters, config, flip, made
 
 pytest_plugins = ["tests.fake_gcs"]
 
-WIDTH, NUM_NEXT, SPECIAL = 5, 3, 7
-
-
-class Letters:
-    """A tokenizer: one token a character, and `|` is special."""
-
-    all_special_ids = (SPECIAL,)
-
-    def encode(self, text, add_special_tokens=True):
-        return [SPECIAL if character == "|" else ord(character) for character in text]
-
-    def convert_ids_to_tokens(self, token):
-        return chr(token)
-
-    def __len__(self):
-        return 256
-
-
-def documents(count, seed=0, longest=90):
-    rng = np.random.default_rng(seed)
-    texts = ["".join(rng.choice(list("abcdefgh|"), rng.integers(1, longest))) for _ in range(count)]
-    return [Document(f"{number:016x}", text) for number, text in enumerate(texts)]
-
-
-def config(seed=0, **extract):
-    return dataclasses.replace(
-        Config(),
-        seed=seed,
-        extract=ExtractConfig(**{"positions_per_document": 3, "min_position": 5, "max_tokens": 80, **extract}),
-        split=SplitConfig(0.25, 0.25, 0.25, 0.25),
-    )
-
-
-def made(count=40, seed=0, **extract):
-    settings = config(seed, **extract)
-    return plan(documents(count), Letters(), settings), settings
+WIDTH, NUM_NEXT = 5, 3
 
 
 def vector_of(ids, position):
@@ -84,97 +45,6 @@ def expected_vectors(chosen):
     return np.stack([vector_of(chosen.ids[document], position) for document, position in pairs])
 
 
-def same(left: Plan, right: Plan):
-    assert left.doc_ids == right.doc_ids
-    for a, b in zip(left.ids, right.ids, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for name in ("split", "document", "position", "domain"):
-        np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
-
-
-# --- the plan
-
-
-def test_plan_depends_on_texts_and_seed_alone():
-    first, settings = made()
-    same(first, plan(documents(40)[::-1], Letters(), settings))
-    other = plan(documents(40), Letters(), config(seed=1))
-    assert (other.position != first.position).any()
-    assert (other.split != first.split).any()
-
-
-def test_a_document_keeps_its_positions_when_others_come_or_go():
-    few, many = made(20)[0], made(40)[0]
-    kept = {doc_id: few.position[few.document == i].tolist() for i, doc_id in enumerate(few.doc_ids)}
-    grown = {doc_id: many.position[many.document == i].tolist() for i, doc_id in enumerate(many.doc_ids)}
-    assert kept.items() <= grown.items()
-
-
-@given(st.integers(4, 30), st.integers(0, 5), st.integers(1, 8), st.integers(1, 20))
-def test_positions_may_be_read(count, seed, positions, min_position):
-    texts = [Document(f"{i}", "|abcd|" * 6 + "abc" * i) for i in range(count)]
-    settings = config(seed, positions_per_document=positions, min_position=min_position)
-    chosen = plan(texts, Letters(), settings)
-    for document, ids in enumerate(chosen.ids):
-        read_here = chosen.position[chosen.document == document]
-        assert len(ids) <= settings.extract.max_tokens
-        assert read_here.min() >= min_position
-        assert read_here.max() < len(ids)
-        assert (np.diff(read_here) > 0).all()
-        assert (ids[read_here] != SPECIAL).all()
-        candidates = (ids[min_position:] != SPECIAL).sum()
-        assert len(read_here) == min(positions, candidates)
-
-
-@given(st.integers(4, 200), st.integers(0, 3), st.lists(st.integers(1, 97), min_size=4, max_size=4))
-def test_every_document_is_in_one_split_and_none_is_empty(count, seed, weights):
-    shares = SplitConfig(*(weight / sum(weights) for weight in weights))
-    settings = dataclasses.replace(config(seed), split=shares)
-    chosen = plan([Document(f"{i}", "abcdefghij") for i in range(count)], Letters(), settings)
-    rows = [set(chosen.rows_of(name).tolist()) for name in SPLITS]
-    assert all(rows)
-    assert sum(map(len, rows)) == len(set.union(*rows)) == len(chosen.position)
-    holders = [set(chosen.document[sorted(of_split)].tolist()) for of_split in rows]
-    assert sum(map(len, holders)) == len(set.union(*holders)) == count
-    for name, held in zip(SPLITS, holders, strict=True):
-        assert abs(len(held) - getattr(shares, name) * count) <= len(SPLITS)
-
-
-@pytest.mark.parametrize("rule", ["$A", "<|endoftext|> $A", "<|endoftext|> $A <|im_end|>", "$A <|im_end|>"])
-@pytest.mark.parametrize("rendered", [False, True])
-def test_documents_are_read_with_one_beginning_and_no_end(tiny_dir, rule, rendered):
-    """Text that a chat template has made begins already."""
-    tokenizer = load_tokenizer(tiny_dir)
-    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(rule, special_tokens=special)
-    texts = [("<|endoftext|>" if rendered else "") + f"{number} of the text" for number in range(4)]
-    chosen = plan([Document(f"{i}", text) for i, text in enumerate(texts)], tokenizer, config(min_position=2))
-    (bos, eos), begins = (index for _, index in special), rendered or rule.startswith("<")
-    for doc_id, ids in zip(chosen.doc_ids, chosen.ids, strict=True):
-        bare = tokenizer.encode(f"{doc_id} of the text", add_special_tokens=False)
-        assert ids.tolist() == ([bos] if begins else []) + bare
-        assert eos not in ids
-
-
-def test_a_document_with_a_token_that_the_subject_lacks_is_named():
-    texts = documents(40)
-    texts[7] = dataclasses.replace(texts[7], text="abcdef" * 5 + "z")
-    plan(texts, Letters(), config(), vocab_size=ord("z") + 1)
-    with pytest.raises(UserError, match=rf"corpus: document {texts[7].doc_id}: the token 'z' has id {ord('z')}"):
-        plan(texts, Letters(), config(), vocab_size=ord("z"))
-
-
-def test_too_few_documents_are_said():
-    with pytest.raises(UserError, match=r"extract\.min_position"):
-        plan(documents(40, longest=60), Letters(), config(min_position=58))
-
-
-def test_plan_is_read_as_written(tmp_path):
-    chosen, _ = made()
-    write_plan(tmp_path, chosen)
-    same(chosen, read_plan(tmp_path))
-
-
 # --- batches
 
 
@@ -182,7 +52,7 @@ def test_plan_is_read_as_written(tmp_path):
 def test_batches_hold_every_row_once_and_in_order(count, seed, batch_tokens, max_tokens):
     settings = config(seed, batch_tokens=batch_tokens, max_tokens=max_tokens)
     texts = [Document(str(i), "abcdefgh" * (1 + i % 12)) for i in range(count)]
-    chosen = plan(texts, Letters(), settings)
+    chosen = make_index(texts, Letters(), settings)
     shapes, covered = {}, 0
     for batch in read_batches(chosen, settings.extract):
         assert batch.start == covered
@@ -204,7 +74,7 @@ def test_batches_hold_every_row_once_and_in_order(count, seed, batch_tokens, max
 @given(st.integers(4, 60), st.sampled_from([64, 200, 1000]), st.sampled_from([64, 200]), st.sampled_from([1, 3, 4]))
 def test_batches_are_as_full_as_they_can_be(count, batch_tokens, max_tokens, parts):
     settings = config(batch_tokens=batch_tokens, max_tokens=max_tokens)
-    chosen = plan([Document(str(i), "abcdefgh" * (1 + i % 29)) for i in range(count)], Letters(), settings)
+    chosen = make_index([Document(str(i), "abcdefgh" * (1 + i % 29)) for i in range(count)], Letters(), settings)
     found = list(read_batches(chosen, settings.extract, parts))
     begin = 0
     for batch, following in zip(found, [*found[1:], None], strict=True):
@@ -241,7 +111,7 @@ def extract(directory, chosen, settings, reader=read):
 
 
 def finish(directory, chosen):
-    write_plan(directory, chosen)
+    write_index(directory, chosen)
     activations.write_meta(directory, chosen, WIDTH, NUM_NEXT, {"model": "none"})
     return ActivationStore(directory)
 
@@ -506,7 +376,7 @@ def test_store_without_next_tokens(tmp_path):
         return read(*batch)[0], None
 
     activations.extract(tmp_path, chosen, vectors_only, settings.extract, WIDTH, 0, lambda _: None)
-    write_plan(tmp_path, chosen)
+    write_index(tmp_path, chosen)
     activations.write_meta(tmp_path, chosen, WIDTH, 0, {})
     assert ActivationStore(tmp_path).next_tokens(np.array([3, 1])).shape == (2, 0)
 
@@ -528,12 +398,6 @@ def shards(directory, name="vectors"):
     return sorted(
         (path for path in (directory / name / "c").rglob("*") if path.is_file()), key=lambda p: int(p.parts[-2])
     )
-
-
-def flip(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def a_shard_missing(directory):
@@ -603,7 +467,7 @@ def test_damaged_vectors_are_an_error(store_of_shards, damage):
     assert message.startswith(f"{directory / 'vectors'}: ") and "restore it, or delete" in message
     assert "\n" not in message
     with pytest.raises(UserError, match="vectors: "):
-        activations.write_meta(directory, read_plan(directory), WIDTH, NUM_NEXT, {})
+        activations.write_meta(directory, read_index(directory), WIDTH, NUM_NEXT, {})
 
 
 @pytest.mark.parametrize("position", [3, -9])
@@ -622,63 +486,6 @@ def test_an_array_without_its_metadata_is_an_error(store_of_shards, name, conten
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: missing or damaged"):
         ActivationStore(directory)
-
-
-@pytest.mark.parametrize("name", ["documents", "rows"])
-def test_any_flipped_bit_of_the_plan_is_noticed_or_means_nothing(tmp_path, name):
-    chosen, _ = made()
-    write_plan(tmp_path, chosen)
-    path = tmp_path / f"{name}.parquet"
-    whole = path.read_bytes()
-    refused = 0
-    for position in range(0, len(whole), 7):
-        path.write_bytes(whole)
-        flip(path, position)
-        try:
-            same(chosen, read_plan(tmp_path))
-        except UserError as error:
-            refused += 1
-            assert str(tmp_path) in str(error)
-    assert refused > len(whole) / 20
-
-
-def with_columns(path, **columns):
-    table = pq.read_table(path)
-    for column, values in columns.items():
-        table = table.set_column(table.schema.get_field_index(column), column, values)
-    pq.write_table(table, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("documents", lambda table: {"split": pa.array(["training"] * len(table))}),
-        ("documents", lambda table: {"ids": pa.array([[1]] * len(table))}),
-        ("documents", lambda table: {"ids": pa.array(["x"] * len(table))}),
-        ("documents", lambda table: {"ids": pa.array([[1, None]] * len(table))}),
-        ("rows", lambda table: {"document": pa.array(table["document"].to_numpy() + 1)}),
-        ("rows", lambda table: {"document": pa.array(table["document"].to_numpy()[::-1])}),
-        ("rows", lambda table: {"document": pa.array([None] * len(table), pa.int32())}),
-        ("rows", lambda table: {"position": pa.array(table["position"].to_numpy() + 1000)}),
-        ("rows", lambda table: {"position": pa.array(["3"] * len(table))}),
-    ],
-)
-def test_rows_that_are_of_no_document_are_an_error(tmp_path, name, change):
-    chosen, _ = made()
-    write_plan(tmp_path, chosen)
-    path = tmp_path / f"{name}.parquet"
-    with_columns(path, **change(pq.read_table(path)))
-    with pytest.raises(UserError, match="does not fit documents"):
-        read_plan(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["documents", "rows"])
-def test_a_file_of_the_plan_that_is_missing_is_named_with_the_remedy(tmp_path, name):
-    chosen, _ = made()
-    write_plan(tmp_path, chosen)
-    (tmp_path / f"{name}.parquet").unlink()
-    with pytest.raises(UserError, match=f"{name}.parquet: missing; restore it, or delete"):
-        read_plan(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -762,28 +569,6 @@ def test_a_chunk_of_an_older_run_that_is_missing_is_an_error(tmp_path):
     shards(tmp_path)[1].unlink()
     with pytest.raises(UserError, match=r"vectors: cannot be read .*missing"):
         store.vectors(np.arange(len(chosen.position)))
-
-
-def test_plans_of_older_runs_are_read(tmp_path):
-    """Their token ids are lists with offsets of 32 bits, their pages without checksums."""
-    chosen, _ = made()
-    write_plan(tmp_path, chosen)
-    path = tmp_path / "documents.parquet"
-    with_columns(path, ids=pa.array([ids.tolist() for ids in chosen.ids], pa.list_(pa.int32())))
-    same(chosen, read_plan(tmp_path))
-
-
-def test_kinds_of_text_are_kept_and_tell_no_plan_from_another(tmp_path):
-    named = [dataclasses.replace(document, domain=f"kind {i % 3}") for i, document in enumerate(documents(40))]
-    chosen, plain = plan(named, Letters(), config()), made()[0]
-    write_plan(tmp_path, chosen)
-    same(chosen, read_plan(tmp_path))
-    kind_of = {document.doc_id: document.domain for document in named}
-    assert chosen.domain == [kind_of[doc_id] for doc_id in chosen.doc_ids]
-    assert chosen.digest() == plain.digest() and set(plain.domain) == {""}
-    path = tmp_path / "documents.parquet"
-    pq.write_table(pq.read_table(path).drop_columns(["domain"]), path)  # as it was before there was the column
-    same(plain, read_plan(tmp_path))
 
 
 # --- what reading costs

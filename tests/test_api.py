@@ -12,8 +12,8 @@ from tokenizers import processors
 
 import nlae_jax
 from nlae_jax.config import MeshConfig, resolve
-from nlae_jax.data.activations import plan
 from nlae_jax.data.corpus import Document
+from nlae_jax.data.index import make_index
 from nlae_jax.explore import explainer
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.mesh import make_mesh, place, replicated
@@ -170,7 +170,7 @@ def test_a_text_is_explained_as_extraction_reads_it(nla, tiny_dir, rule):
     reading = nlae_jax.NLA(nla._roles, nla._pair, tokenizer, lambda: nla.subject, nla.max_new_tokens, nla._mesh)
     for text in ("of the list", "<|endoftext|>of the list"):
         documents = [Document(f"{n}", text) for n in range(4)]
-        (ids, *_) = plan(documents, tokenizer, resolve({"extract.min_position": 1})).ids
+        (ids, *_) = make_index(documents, tokenizer, resolve({"extract.min_position": 1})).ids
         tokens = [token["token"] for token in reading.explain_text(text)]
         assert tokens == [tokenizer.decode([index]) for index in ids]
         assert tokens.count("<|endoftext|>") == (rule != "$A" or text.startswith("<"))

@@ -7,6 +7,7 @@ import pytest
 from nlae_jax.bench.extraction import time_extraction
 from nlae_jax.data import activations
 from nlae_jax.data.corpus import read_documents
+from nlae_jax.data.index import make_index
 from nlae_jax.run import preparation
 from nlae_jax.run.resources import open_run
 from tests.conftest import tiny_config
@@ -35,7 +36,7 @@ def test_devices_that_split_a_batch_read_the_same(tiny_dir, corpus_file, tmp_pat
         sizes = {"sft__batch_size": 8, "rl__activations_per_step": 8}
         run = open_run(settings(tiny_dir, corpus_file, **mesh, **sizes), tmp_path / name)
         preparation.extract(run)
-        rows = np.arange(len(run.store.plan.position))
+        rows = np.arange(len(run.store.index.position))
         found[name] = run.store.vectors(rows), run.store.next_tokens(rows)
     np.testing.assert_allclose(found["eight"][0], found["one"][0], atol=1e-4)
     np.testing.assert_array_equal(found["eight"][1], found["one"][1])
@@ -47,8 +48,8 @@ def test_documents_are_split_over_devices(tiny_dir, corpus_file, tmp_path):
     for name, data in (("one", 1), ("four", 4)):
         config = settings(tiny_dir, corpus_file, mesh__data=data, sft__batch_size=8, rl__activations_per_step=8)
         run = open_run(config, tmp_path / name)
-        plan = activations.plan(read_documents(config.corpus), run.tokenizer, config)
-        batch = next(activations.read_batches(plan, config.extract, data))
+        index = make_index(read_documents(config.corpus), run.tokenizer, config)
+        batch = next(activations.read_batches(index, config.extract, data))
         flops.append(_flops(run, batch))
     assert flops[1] < 0.4 * flops[0]
 

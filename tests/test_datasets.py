@@ -13,7 +13,7 @@ from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import DatasetConfig
 from nlae_jax.interop import datasets
-from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_plan, import_texts, import_vectors
+from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_index, import_texts, import_vectors
 from nlae_jax.run.export import export_datasets
 from nlae_jax.run.resources import descriptions_of
 from nlae_jax.runtime.errors import UserError
@@ -56,10 +56,10 @@ def rewrite(path, **columns):
 
 
 def read(files, layer=1, **config):
-    """What an import of the files would hold: plan, descriptions, contexts."""
+    """What an import of the files would hold: index, descriptions, contexts."""
     sidecar = dataset_sidecar(files, D, layer)
-    plan = import_plan(files, tiny_config(subject__layer=layer, **config))
-    return plan, *import_texts(files, plan, sidecar)
+    index = import_index(files, tiny_config(subject__layer=layer, **config))
+    return index, *import_texts(files, index, sidecar)
 
 
 def given(files):
@@ -99,29 +99,29 @@ def test_the_schema_is_the_references(written, run):
 
 def test_what_is_written_is_read_back(written, run):
     files = {name: written / f"{name}.parquet" for name in NAMES}
-    plan, descriptions, contexts, dropped = read(files)
+    index, descriptions, contexts, dropped = read(files)
     assert dropped == 0
     store = run.store
     described = dict(zip(*(descriptions[name].to_pylist() for name in ("row", "description")), strict=True))
     texts = dict(zip(contexts["row"].to_pylist(), contexts["text"].to_pylist(), strict=True))
 
-    def of(plan, split):
+    def of(index, split):
         """Rows in one order: the files are shuffled."""
-        rows = plan.rows_of(split).tolist()
-        return sorted(rows, key=lambda row: (plan.doc_ids[plan.document[row]], plan.position[row]))
+        rows = index.rows_of(split).tolist()
+        return sorted(rows, key=lambda row: (index.doc_ids[index.document[row]], index.position[row]))
 
     for split in ("encoder_sft", "rl", "held_out"):
-        mine, theirs = of(plan, split), of(store.plan, split)
-        assert [plan.doc_ids[plan.document[r]] for r in mine] == [
-            store.plan.doc_ids[store.plan.document[r]] for r in theirs
+        mine, theirs = of(index, split), of(store.index, split)
+        assert [index.doc_ids[index.document[r]] for r in mine] == [
+            store.index.doc_ids[store.index.document[r]] for r in theirs
         ]
-        np.testing.assert_array_equal(plan.position[mine], store.plan.position[theirs])
+        np.testing.assert_array_equal(index.position[mine], store.index.position[theirs])
         if split == "encoder_sft":
             assert [described[r] for r in mine] == [descriptions_of(run)[r] for r in theirs]
         if split == "held_out":
             assert [texts[r] for r in mine] == [run.tokenizer.decode(store.context_ids(r)) for r in theirs]
-    gold = descriptions_of(run)[of(store.plan, "decoder_sft")[0]]
-    assert described[of(plan, "decoder_sft")[0]] == run.protocol.decoder_template.replace("{explanation}", gold)
+    gold = descriptions_of(run)[of(store.index, "decoder_sft")[0]]
+    assert described[of(index, "decoder_sft")[0]] == run.protocol.decoder_template.replace("{explanation}", gold)
 
 
 def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
@@ -130,7 +130,7 @@ def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
     assert main(tiny_run.arguments(workdir, **given(files))) == 0
     imported = open_run(workdir)
     for split in ("encoder_sft", "decoder_sft", "rl", "held_out"):
-        both = [np.sort(one.store.vectors(one.store.plan.rows_of(split)), axis=0) for one in (imported, run)]
+        both = [np.sort(one.store.vectors(one.store.index.rows_of(split)), axis=0) for one in (imported, run)]
         np.testing.assert_array_equal(*both)
     assert imported.protocol.encoder_prefix == run.protocol.encoder_prefix
     assert imported.protocol.injection_scale == pytest.approx(run.protocol.injection_scale, rel=1e-6)
@@ -166,9 +166,9 @@ def test_without_a_held_out_file_documents_of_rl_alone_are_held_out(files):
     docs = pq.read_table(files["rl"])["doc_id"].to_pylist()
     rewrite(files["rl"], doc_id=pa.array([shared if doc == docs[0] else doc for doc in docs]))
     for seed in range(5):
-        plan, *_ = read(files, seed=seed, split__held_out=0.2, split__rl=0.32)
-        held_out = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("held_out")}
-        trained = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("rl")}
+        index, *_ = read(files, seed=seed, split__held_out=0.2, split__rl=0.32)
+        held_out = {index.doc_ids[index.document[row]] for row in index.rows_of("held_out")}
+        trained = {index.doc_ids[index.document[row]] for row in index.rows_of("rl")}
         assert held_out
         assert not held_out & trained
         assert shared not in held_out
@@ -233,8 +233,8 @@ def test_a_finished_import_needs_its_files_no_more(tiny_run, files, tmp_path):
 def test_only_documents_must_be_named(files):
     rewrite(files["rl"], n_raw_tokens=None)
     rewrite(files["rl"], activation_layer=None)
-    plan, *_ = read(files)
-    assert not plan.position[plan.rows_of("rl")].any()
+    index, *_ = read(files)
+    assert not index.position[index.rows_of("rl")].any()
 
 
 def vectors_with(path, row, value):
@@ -395,10 +395,10 @@ def test_whole_numbers_may_be_written_as_floats_and_be_missing(files):
         activation_layer=pa.array([1.0, None] + [1.0] * (count - 2)),
         doc_id=pa.array(range(count), pa.int32()),
     )
-    plan, *_ = read(files)
+    index, *_ = read(files)
     start = sum(pq.read_metadata(files[name]).num_rows for name in ("av_sft", "ar_sft"))
-    assert plan.position[start : start + 3].tolist() == [6, 0, 4]
-    assert plan.doc_ids[plan.document[start + 2]] == "2"
+    assert index.position[start : start + 3].tolist() == [6, 0, 4]
+    assert index.doc_ids[index.document[start + 2]] == "2"
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int8()])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import resolve
-from nlae_jax.data.activations import SPLITS, plan
 from nlae_jax.data.corpus import Document, document_of, read_documents
 from nlae_jax.data.described import described_path, match, read_descriptions
+from nlae_jax.data.index import SPLITS, make_index
 from nlae_jax.lm.tiny import tiny_tokenizer
 from nlae_jax.runtime.errors import UserError
 
@@ -117,7 +117,7 @@ def test_texts_of_a_passage_are_never_in_two_splits(sizes: list[int]) -> None:
         for passage, size in enumerate([*sizes, 1, 1, 1, 1])
         for part in range(size)
     ]
-    result = plan(documents, tokenizer, resolve({}))
+    result = make_index(documents, tokenizer, resolve({}))
     passages = {document.doc_id: document.passage for document in documents}
     splits: dict[str, set[int]] = {}
     for doc_id, split in zip(result.doc_ids, result.split.tolist(), strict=True):

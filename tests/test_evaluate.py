@@ -63,7 +63,7 @@ def test_the_report_shows_it(on_workdir):
 def test_as_many_held_out_rows_are_measured_as_are_asked_for(tiny_run):
     """Also more than the run's own evaluation looked at, which are the first of them."""
     run = open_run(tiny_run.workdir)
-    own, held_out = run.held_out_rows(), run.store.plan.rows_of("held_out")
+    own, held_out = run.held_out_rows(), run.store.index.rows_of("held_out")
     assert len(own) < len(held_out)
     every = run.held_out_rows(10**6)
     assert sorted(every) == held_out.tolist() and every[: len(own)].tolist() == own.tolist()
@@ -76,11 +76,11 @@ def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run):
     assert {document.domain for document in documents} == {"texts"}  # the name of its one file
     rows = rows_of_run(run, 12)
     assert set(rows.domain) == {"texts"}
-    ids = [run.store.plan.doc_ids[document] for document in rows.document]
-    named = [f"kind {number % 2}" for number in range(len(run.store.plan.doc_ids))]
-    run.store.plan = dataclasses.replace(run.store.plan, domain=named)
+    ids = [run.store.index.doc_ids[document] for document in rows.document]
+    named = [f"kind {number % 2}" for number in range(len(run.store.index.doc_ids))]
+    run.store.index = dataclasses.replace(run.store.index, domain=named)
     found = rows_of_run(run, 12)
-    assert found.domain == [named[run.store.plan.doc_ids.index(doc_id)] for doc_id in ids]
+    assert found.domain == [named[run.store.index.doc_ids.index(doc_id)] for doc_id in ids]
     assert set(found.domain) == {"kind 0", "kind 1"}
     assert found.digest() == rows.digest()  # how rows are put together changes no work
 

@@ -379,7 +379,7 @@ def test_a_date_that_cannot_be_fixed_is_said(source, tmp_path, capsys):
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "av").mkdir()
     _copy_tokenizer(source, tmp_path / "av", "av")
-    assert "prints the date of the day" in capsys.readouterr().err
+    assert "prints the current date" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -153,7 +153,7 @@ def test_a_decoder_that_transformers_would_misread_is_refused(run, tmp_path):
     """It takes every last block for one of full attention; adapters come without blocks."""
     subject = dataclasses.replace(run.config.subject, layer=0)
     earlier = dataclasses.replace(run, config=dataclasses.replace(run.config, subject=subject))
-    with pytest.raises(UserError, match="transformers reads a gemma4_text only"):
+    with pytest.raises(UserError, match="transformers loads a gemma4_text only"):
         export(earlier, trained_pair(run), tmp_path / "out", "float32")
     assert not (tmp_path / "out").exists()
 

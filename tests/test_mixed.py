@@ -242,11 +242,11 @@ def test_in_bfloat16_the_state_is_float32(monkeypatch, looped):
         _, contexts = subject.apply(variables, ids, ids == 0, method="prefill")
         own = subject.empty_caches(jnp.full(2, 7), 4, contexts[0].k.dtype)
         made = for_decoding(subject, variables, contexts, own)
-        read = made.contexts, made.own, made.weights
+        read = made.contexts, made.growing, made.weights
         return (
             contexts,
             own,
-            made.own,
+            made.growing,
             subject.apply(made.variables, ids[:, 0], 0, jnp.full(2, 7), *read, method="decode"),
         )
 

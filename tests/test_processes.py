@@ -360,7 +360,7 @@ def assert_close(tiny_run, workdir, whole):
     if all(same):
         assert results[0] == close_to(results[1])
     stores = [ActivationStore(path / "activations") for path in (workdir, whole)]
-    vectors = [store.vectors(np.arange(len(store.plan.position))) for store in stores]
+    vectors = [store.vectors(np.arange(len(store.index.position))) for store in stores]
     np.testing.assert_allclose(*vectors, rtol=1e-4, atol=1e-4)
 
 

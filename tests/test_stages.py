@@ -11,7 +11,8 @@ import pytest
 
 from nlae_jax.cli import main
 from nlae_jax.config import load_config
-from nlae_jax.data.activations import SPLITS, ActivationStore
+from nlae_jax.data.activations import ActivationStore
+from nlae_jax.data.index import SPLITS
 from nlae_jax.evaluate.health import MEASURES, health
 from nlae_jax.evaluate.reconstruction import UNINFORMED
 from nlae_jax.roles.language_model import LanguageModel
@@ -191,8 +192,8 @@ def test_explanations_of_other_vectors_tell_whether_the_encoder_reads_its_own(ti
 def test_samples_are_the_held_out_activations(tiny_run, result):
     lines = (tiny_run.workdir / "samples/held_out.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines]
-    plan = ActivationStore(tiny_run.workdir / "activations").plan
-    held_out = {plan.doc_ids[plan.document[row]] for row in plan.rows_of("held_out")}
+    index = ActivationStore(tiny_run.workdir / "activations").index
+    held_out = {index.doc_ids[index.document[row]] for row in index.rows_of("held_out")}
     assert len(samples) == result["num_activations"]
     assert {sample["doc_id"] for sample in samples} <= held_out
     assert len({sample["doc_id"] for sample in samples}) == result["num_documents"]
@@ -211,7 +212,7 @@ def test_activations_are_the_subjects(tiny_run):
     config = load_config(tiny_run.workdir / "config.json")
     store = ActivationStore(tiny_run.workdir / "activations")
     lm = LanguageModel.from_pretrained(config.subject.model)
-    rows = np.array([0, len(store.plan.position) - 1])
+    rows = np.array([0, len(store.index.position) - 1])
     for row, vector in zip(rows, store.vectors(rows), strict=True):
         ids = store.context_ids(row)[None]
         np.testing.assert_allclose(lm.residual(ids, config.subject.layer)[0, -1], vector, atol=1e-4, rtol=1e-4)
@@ -219,8 +220,8 @@ def test_activations_are_the_subjects(tiny_run):
 
 def test_descriptions_are_of_the_rows_that_need_one(tiny_run):
     table = pq.read_table(tiny_run.workdir / "activations/descriptions.parquet")
-    plan = ActivationStore(tiny_run.workdir / "activations").plan
-    split_of = [SPLITS[split] for split in plan.split[plan.document[table["row"].to_numpy()]]]
+    index = ActivationStore(tiny_run.workdir / "activations").index
+    split_of = [SPLITS[split] for split in index.split[index.document[table["row"].to_numpy()]]]
     assert set(split_of) == {"encoder_sft", "decoder_sft", "held_out"}
     assert all(table["description"].to_pylist())
 

@@ -173,9 +173,9 @@ def samples(pair: str, run: Path, count: int, temperature: float) -> Iterator[di
     rows = np.arange(count)
     written = NLA.from_pretrained(pair).write(store.vectors(rows), temperature, NEW_TOKENS)
     for row, explanation in zip(rows, written, strict=True):
-        name = store.plan.doc_ids[store.plan.document[row]]
+        name = store.index.doc_ids[store.index.document[row]]
         if explanation.text and TAG not in explanation.text:
-            place = {"id": name, "position": int(store.plan.position[row]), "passage": name}
+            place = {"id": name, "position": int(store.index.position[row]), "passage": name}
             yield place | {"description": explanation.text}
 
 

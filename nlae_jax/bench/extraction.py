@@ -17,6 +17,7 @@ from nlae_jax.config import Config, CorpusConfig, DatasetConfig, DescribeConfig,
 from nlae_jax.data import activations
 from nlae_jax.data.activations import Reader
 from nlae_jax.data.corpus import read_documents
+from nlae_jax.data.index import Index, make_index
 from nlae_jax.mesh import batch_parts, batch_sharding, replicated
 from nlae_jax.run.preparation import read_activations, reader
 from nlae_jax.run.resources import Run, open_run
@@ -49,28 +50,28 @@ def time_extraction(
     )
     with tempfile.TemporaryDirectory() as directory:
         run = open_run(config, Path(directory))
-        plan, read = activations.plan(read_documents(config.corpus), run.tokenizer, config), reader(run, num_next)
+        index, read = make_index(read_documents(config.corpus), run.tokenizer, config), reader(run, num_next)
         split, everywhere = batch_sharding(run.mesh), replicated(run.mesh)
         unpadded = [
             jax.device_put(
                 (batch.ids, np.ones_like(batch.mask), batch.rows, batch.columns), (split, split, everywhere, everywhere)
             )
-            for batch in activations.read_batches(plan, config.extract, batch_parts(run.mesh))
+            for batch in activations.read_batches(index, config.extract, batch_parts(run.mesh))
         ]
         for batch in {batch[0].shape: batch for batch in unpadded}.values():
             jax.block_until_ready(read(*batch))  # compiles
-        seconds = [(_extraction(run, plan, read, num_next), _bare(unpadded, read)) for _ in range(repeats)]
+        seconds = [(_extraction(run, index, read, num_next), _bare(unpadded, read)) for _ in range(repeats)]
     stage, bare = (statistics.median(column) for column in zip(*seconds, strict=True))
-    tokens, padded = sum(map(len, plan.ids)) / stage, sum(batch[0].size for batch in unpadded) / bare
+    tokens, padded = sum(map(len, index.ids)) / stage, sum(batch[0].size for batch in unpadded) / bare
     return {"extraction": {"tokens_per_second": tokens, "bare_tokens_per_second": padded, "ratio": tokens / padded}}
 
 
-def _extraction(run: Run, plan: activations.Plan, read: Reader, num_next: int) -> float:
+def _extraction(run: Run, index: Index, read: Reader, num_next: int) -> float:
     """Returns the seconds to read and write all activations anew."""
     shutil.rmtree(run.workdir / "activations", ignore_errors=True)
     (run.workdir / "activations").mkdir()
     begin = time.perf_counter()
-    read_activations(run, plan, read, num_next)
+    read_activations(run, index, read, num_next)
     return time.perf_counter() - begin
 
 

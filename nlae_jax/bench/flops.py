@@ -45,10 +45,10 @@ def shapes_of(config: Config, protocol: Protocol) -> Shapes:
 
 
 def block_flops(arch: Arch, tokens: int, seen: float) -> float:
-    """Forward FLOPs of one block on so many tokens that see `seen` keys in all: matrices, scores, weighted values.
+    """Returns the forward FLOPs of one block on `tokens` tokens, which attend to `seen` keys in all.
 
-    Where blocks differ, of their mean. DeltaNet corrects and reads its matrix once a token, however many came before.
-    Of experts those count that a token passes.
+    They are those of matrices, scores and weighted values. If blocks differ, it is their mean. DeltaNet corrects and
+    reads its matrix once a token, however many tokens came before. Only the experts that a token passes count.
     """
     matrices = _matrices(arch, arch.experts.per_token if arch.experts else 0) / arch.num_layers
     queries, _ = _widths(arch)

@@ -57,9 +57,9 @@ def _check_eval(options: argparse.Namespace) -> str:
     for name in ("reword", "judge"):
         if getattr(options, name) and not options.config:
             return f"--{name} takes --config, whose describe.provider is the server to ask"
-    given = [name for name in _OF_SUITE if getattr(options, name) not in (None, [])]
-    if given and _is_stage(options) and not options.suite:
-        return f"--{given[0].replace('_', '-')} is the suite's: add --suite, or leave --config out"
+    used = [name for name in _OF_SUITE if getattr(options, name) not in (None, [])]
+    if used and _is_stage(options) and not options.suite:
+        return f"--{used[0].replace('_', '-')} is the suite's: add --suite, or leave --config out"
     if not options.workdir and not options.out:
         return "eval of a released pair takes --out, the directory that gets eval.json"
     if not options.workdir and not (options.text or options.input or options.config):

@@ -1,8 +1,7 @@
-"""Turns documents into stored activations: the plan of positions to read, the extraction, and the store.
+"""Reads the activations that an index names, and stores them.
 
-`plan` fixes everything that is written later (positions, splits, batches, row numbers) before anything is computed.
-`extract` then goes through the batches in order. It reads one batch while the one before is written, and can stop
-anywhere. The files in the workdir:
+`extract` goes through the index's documents in batches. It reads one batch while the batch before is written, and can
+stop anywhere. The files in the workdir:
 
     activations/subject.json        identity of the weights that were read
     activations/documents.parquet   doc_id, split, token ids, domain
@@ -16,28 +15,21 @@ anywhere. The files in the workdir:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
-import pyarrow as pa
 import tensorstore as ts
 
-from nlae_jax.config import Config, ExtractConfig, SplitConfig
-from nlae_jax.data.corpus import Document
-from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
+from nlae_jax.config import ExtractConfig
+from nlae_jax.data.index import Index, read_index
 from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, kvstore, read_fields, read_parquet, write_json, write_parquet
+from nlae_jax.runtime.files import AnyPath, kvstore, read_fields, read_parquet, write_json
 from nlae_jax.runtime.progress import warn
-
-SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
 # Documents are padded to one of these numbers of tokens. Each is compiled once, and padding adds at most a quarter.
 _WIDTHS = tuple(quarter << octave for octave in range(12) for quarter in (64, 80, 96, 112))
@@ -57,104 +49,10 @@ NUM_NEXT_TOKENS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The documents and positions to read. Rows are ordered by document, and by position within one.
-
-    `doc_ids`, `ids` (token ids, int32), `split` (index into SPLITS) and `domain` (the kind of text, "" where it is not
-    known) have one entry per document. `document` (index into the documents) and `position` (from 0) have one per row.
-    """
-
-    doc_ids: list[str]
-    ids: list[np.ndarray]
-    split: np.ndarray
-    document: np.ndarray
-    position: np.ndarray
-    domain: list[str]
-
-    def rows_of(self, split: str) -> np.ndarray:
-        """Returns the row numbers of a split, ascending."""
-        return np.flatnonzero(self.split[self.document] == SPLITS.index(split))
-
-    def digest(self) -> str:
-        """Returns a hash that identifies these documents, splits and rows."""
-        digest = hashlib.sha256("\n".join(self.doc_ids).encode("utf-8", "surrogatepass"))
-        for array, dtype in ((self.split, np.int8), (self.document, np.int32), (self.position, np.int32)):
-            digest.update(np.ascontiguousarray(array, dtype).tobytes())
-        return digest.hexdigest()
-
-
-def plan(
-    documents: Sequence[Document],
-    tokenizer: Any,
-    config: Config,
-    fixed_positions: Mapping[str, Collection[int]] = MappingProxyType({}),
-    vocab_size: int = np.iinfo(np.int32).max,
-) -> Plan:
-    """Draws each document's positions from a generator keyed by (seed, doc_id), and splits by document.
-
-    `fixed_positions` maps a doc_id to the only positions at which that document is read. Documents are ordered by
-    length, so that batches pad little. Raises UserError where a split stays empty, or a document holds a token beyond
-    the subject's `vocab_size` embeddings.
-    """
-    extract, begin = config.extract, begin_ids(tokenizer)
-    special = np.array(sorted(tokenizer.all_special_ids), np.int32)
-    chosen: list[tuple[Document, np.ndarray, np.ndarray]] = []
-    for document in documents:
-        all_ids = text_ids(tokenizer, document.text, begin)
-        ids = np.array(all_ids[: extract.max_tokens], np.int32)
-        check_ids(ids, vocab_size, tokenizer, f"corpus: document {document.doc_id}")
-        if document.doc_id in fixed_positions:
-            positions = np.array(sorted(fixed_positions[document.doc_id]), np.int32)
-        elif document.at_end:
-            positions = np.array([len(ids) - 1] if 1 < len(ids) == len(all_ids) else [], np.int32)
-        else:
-            candidates = np.arange(extract.min_position, len(ids))
-            candidates = candidates[~np.isin(ids[candidates], special)]
-            count = min(extract.positions_per_document, len(candidates))
-            positions = _rng(config.seed, document.doc_id).choice(candidates, count, replace=False)
-        if len(positions):
-            chosen.append((document, ids, np.sort(positions).astype(np.int32)))
-    if len(chosen) < len(SPLITS):
-        raise UserError(
-            f"corpus: {len(chosen)} of {len(documents)} documents are longer than extract.min_position = "
-            f"{extract.min_position} tokens; at least {len(SPLITS)} are needed, one per split"
-        )
-    chosen.sort(key=lambda entry: (len(entry[1]), entry[0].doc_id))
-    counts = [len(positions) for _, _, positions in chosen]
-    return Plan(
-        doc_ids=[document.doc_id for document, _, _ in chosen],
-        ids=[ids for _, ids, _ in chosen],
-        split=_split([document.group for document, _, _ in chosen], config),
-        document=np.repeat(np.arange(len(chosen), dtype=np.int32), counts),
-        position=np.concatenate([positions for _, _, positions in chosen]),
-        domain=[document.domain for document, _, _ in chosen],
-    )
-
-
-def _rng(seed: int, doc_id: str) -> np.random.Generator:
-    """Returns a generator whose draws depend only on the seed and the document."""
-    digest = hashlib.sha256(f"{seed}:{doc_id}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest, np.uint32))
-
-
-def _split(groups: list[str], config: Config) -> np.ndarray:
-    """Returns each document's split. Groups are ordered by a keyed hash and cut at the shares.
-
-    Every split gets at least one group.
-    """
-    names = sorted(set(groups), key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest())
-    shares = np.array([getattr(config.split, name) for name in SPLITS])
-    counts = np.maximum(1, np.floor(shares * len(names)).astype(int))
-    counts[np.argmax(counts)] += len(names) - counts.sum()
-    splits = dict(zip(names, np.repeat(np.arange(len(SPLITS), dtype=np.int8), counts).tolist(), strict=True))
-    return np.array([splits[group] for group in groups], np.int8)
-
-
-@dataclasses.dataclass(frozen=True)
 class ReadBatch:
     """B documents padded to one width T, and the M places in them that are read.
 
-    The first `count` places are the plan's rows from `start` on; the others are padding.
+    The first `count` places are the index's rows from `start` on; the others are padding.
     """
 
     ids: np.ndarray  # [B, T] int32
@@ -165,30 +63,30 @@ class ReadBatch:
     count: int
 
 
-def read_batches(plan: Plan, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
-    """Yields the plan's documents in order, as many in a batch as fit. A batch's shape depends only on its width.
+def read_batches(index: Index, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
+    """Yields the index's documents in order, as many in a batch as fit. A batch's shape depends only on its width.
 
-    A batch's number of documents is a multiple of `parts`. As documents ascend in length, no other cut into batches
-    makes fewer of them.
+    A batch's number of documents is a multiple of `parts`. Documents are ordered by length, so no other division gives
+    fewer batches.
     """
-    first_row = np.searchsorted(plan.document, np.arange(len(plan.ids) + 1))
-    widths = [_width(len(ids), config.max_tokens) for ids in plan.ids]
+    first_row = np.searchsorted(index.document, np.arange(len(index.ids) + 1))
+    widths = [_width(len(ids), config.max_tokens) for ids in index.ids]
     sizes = {width: max(1, config.batch_tokens // width // parts) * parts for width in set(widths)}
     begin = 0
-    while begin < len(plan.ids):
+    while begin < len(index.ids):
         end = begin + 1
-        while end < len(plan.ids) and end - begin < sizes[widths[end]]:
+        while end < len(index.ids) and end - begin < sizes[widths[end]]:
             end += 1
         width = widths[end - 1]
         size = sizes[width]
         ids, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
         mask[end - begin :, 0] = True
-        for row, document in enumerate(plan.ids[begin:end]):
+        for row, document in enumerate(index.ids[begin:end]):
             ids[row, : len(document)], mask[row, : len(document)] = document, True
         start, stop = int(first_row[begin]), int(first_row[end])
         rows, columns = (np.zeros(size * config.positions_per_document, np.int32) for _ in range(2))
-        rows[: stop - start] = plan.document[start:stop] - begin
-        columns[: stop - start] = plan.position[start:stop]
+        rows[: stop - start] = index.document[start:stop] - begin
+        columns[: stop - start] = index.position[start:stop]
         yield ReadBatch(ids, mask, rows, columns, start, stop - start)
         begin = end
 
@@ -207,7 +105,7 @@ Reader = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 def extract(
     directory: AnyPath,
-    plan: Plan,
+    index: Index,
     read: Reader,
     config: ExtractConfig,
     d_model: int,
@@ -217,17 +115,17 @@ def extract(
 ) -> None:
     """Reads every batch that has not been read yet and writes the store. Calls `advance(rows)` as rows are passed.
 
-    `read` may return before it has computed. The next batch is begun before the results of one are fetched, so devices
+    `read` may return before it has computed. The next batch is begun before a batch's results are fetched, so devices
     have work while the host fetches and writes. Rows count once they are on disk: a killed run reads again the rows of
     its last `_UNWRITTEN_SECONDS`, or its last batch (with several processes, its last shard). `parts` is passed to
     `read_batches`. Each process writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
-    sizes = len(plan.position), d_model, num_next
+    sizes = len(index.position), d_model, num_next
     done = processes.by_first(lambda: _begin(directory, progress, sizes))
     pending: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, done, *_arrays(directory, *sizes, mode="write")) as writer:
-        for batch in read_batches(plan, config, parts):
+        for batch in read_batches(index, config, parts):
             if batch.start + batch.count <= done:
                 advance(batch.count)
                 continue
@@ -437,77 +335,13 @@ def _rows_of(store: ts.TensorStore, rows: np.ndarray | slice, path: AnyPath) -> 
     return values
 
 
-def write_plan(directory: AnyPath, plan: Plan) -> None:
-    """Writes documents.parquet and then rows.parquet, whose presence says that the plan is complete."""
-    starts = np.cumsum([0, *map(len, plan.ids)])
-    ids = pa.LargeListArray.from_arrays(starts, np.concatenate([*plan.ids, np.zeros(0, np.int32)]))
-    splits = [SPLITS[i] for i in plan.split]
-    documents = pa.table({"doc_id": plan.doc_ids, "split": splits, "ids": ids, "domain": plan.domain})
-    rows = pa.table({"document": plan.document, "position": plan.position})
-    for name, table in (("documents", documents), ("rows", rows)):
-        write_parquet(directory / f"{name}.parquet", table)
-
-
-def read_plan(directory: AnyPath) -> Plan:
-    """Reads the plan that `write_plan` wrote.
-
-    Raises UserError where a file is missing or damaged, or where the two files do not belong together.
-    """
-    remedy = f"restore it, or delete {directory} to extract again"
-    documents = read_parquet(directory / "documents.parquet", remedy, ("doc_id", "split", "ids"))
-    rows = read_parquet(directory / "rows.parquet", remedy, ("document", "position"))
-    try:
-        plan = Plan(
-            doc_ids=documents["doc_id"].to_pylist(),
-            ids=[ids for chunk in documents["ids"].chunks for ids in _views(chunk)],
-            split=np.array([SPLITS.index(name) for name in documents["split"].to_pylist()], np.int8),
-            document=rows["document"].to_numpy(),
-            position=rows["position"].to_numpy(),
-            domain=_domains(documents),
-        )
-        sound = _is_sound(plan)
-    except (ValueError, TypeError, AttributeError):  # columns of other types than were written
-        sound = False
-    if not sound:
-        raise UserError(f"{directory / 'rows.parquet'}: does not fit documents.parquet beside it; {remedy}")
-    return plan
-
-
-def _domains(documents: pa.Table) -> list[str]:
-    """Each document's kind of text; "" in tables that were written before they had the column."""
-    if "domain" not in documents.column_names:
-        return [""] * len(documents)
-    return [domain if isinstance(domain, str) else "" for domain in documents["domain"].to_pylist()]
-
-
-def _views(lists: pa.LargeListArray | pa.ListArray) -> list[np.ndarray]:
-    """Returns every list of an arrow array as a numpy array, without a copy."""
-    starts = lists.offsets.to_numpy()
-    values = lists.values.to_numpy().astype(np.int32, copy=False)
-    return [values[start:stop] for start, stop in itertools.pairwise(starts)]
-
-
-def _is_sound(plan: Plan) -> bool:
-    """Returns whether every row is a position of a document.
-
-    Rows of datasets come in any order, and their documents have no token ids.
-    """
-    document, position = plan.document, plan.position
-    if len(document) == 0 or document.dtype.kind != "i" or position.dtype.kind != "i":
-        return False
-    if not 0 <= document.min() <= document.max() < len(plan.doc_ids) == len(plan.ids) or position.min() < 0:
-        return False
-    lengths = np.array([len(ids) for ids in plan.ids])
-    return not lengths.any() or bool((np.diff(document) >= 0).all() and (position < lengths[document]).all())
-
-
 class ActivationStore:
-    """The finished activations of a workdir. `plan` holds their documents and positions, `meta` their provenance."""
+    """The finished activations of a workdir. `index` has their documents and positions, `meta` their provenance."""
 
     def __init__(self, directory: AnyPath) -> None:
-        self.plan = read_plan(directory)
+        self.index = read_index(directory)
         self.meta: dict[str, Any] = read_fields(directory / "meta.json", _META)
-        rows, num_next = len(self.plan.position), self.meta["num_next_tokens"]
+        rows, num_next = len(self.index.position), self.meta["num_next_tokens"]
         self._vectors, self._next_tokens = _arrays(directory, rows, self.meta["d_model"], num_next)
         self._directory = directory
 
@@ -523,7 +357,7 @@ class ActivationStore:
 
     def context_ids(self, row: int) -> np.ndarray:
         """Returns the token ids up to and including the row's position; none for activations from a dataset."""
-        return self.plan.ids[self.plan.document[row]][: self.plan.position[row] + 1]
+        return self.index.ids[self.index.document[row]][: self.index.position[row] + 1]
 
     @cached_property
     def contexts(self) -> dict[int, str]:
@@ -535,10 +369,10 @@ class ActivationStore:
         return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 
-def write_meta(directory: AnyPath, plan: Plan, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
+def write_meta(directory: AnyPath, index: Index, d_model: int, num_next: int, provenance: dict[str, Any]) -> None:
     """Writes meta.json: provenance, counts, and statistics of the stored vectors, which are read shard by shard."""
-    vectors, _ = _arrays(directory, len(plan.position), d_model, num_next)
-    norms, mean_direction = np.empty(len(plan.position)), np.zeros(d_model)
+    vectors, _ = _arrays(directory, len(index.position), d_model, num_next)
+    norms, mean_direction = np.empty(len(index.position)), np.zeros(d_model)
     for start in range(0, len(norms), SHARD_ROWS):
         stop = min(start + SHARD_ROWS, len(norms))
         shard = _rows_of(vectors, slice(start, stop), directory / "vectors").astype(np.float64)
@@ -553,7 +387,7 @@ def write_meta(directory: AnyPath, plan: Plan, d_model: int, num_next: int, prov
         "norm_of_mean_direction": float(np.linalg.norm(mean_direction)),
     }
     counts = {
-        "num_documents": len(plan.doc_ids),
+        "num_documents": len(index.doc_ids),
         "num_activations": len(norms),
         "d_model": d_model,
         "num_next_tokens": num_next,

@@ -194,18 +194,18 @@ def _file_texts(config: CorpusConfig) -> Iterator[Text]:
 
 
 def _is_single(path: Path, text_field: str) -> bool:
-    """Whether the file holds one document alone. No more than its beginning is read."""
+    """Returns whether the file has exactly one document. Reads only the beginning of the file."""
     reader = _reader(path)
     return reader is _read_txt or len(list(islice(reader(path, text_field), 2))) < 2
 
 
 def domain_of(value: Any) -> str:
-    """A source's word for a kind of text, short and printable; "" for what is no text."""
+    """Cleans and shortens a source's name for a kind of text. Returns "" for a value that is not a text."""
     return one_line(_clean(value), _LONGEST_DOMAIN).strip() if isinstance(value, str) else ""
 
 
 def _row_domain(row: Mapping[str, Any], text_field: str) -> str:
-    """The kind of text that a row's field `domain` says, unless that field holds the text itself."""
+    """Returns the kind of text in a row's field `domain`, or "" if that field holds the text itself."""
     return "" if text_field == DOMAIN else domain_of(row.get(DOMAIN))
 
 

@@ -6,15 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_FEWEST_FOLDERS = 4  # of one document each, from which they count as their parent
+_FEWEST_FOLDERS = 4  # so many folders of one document each count as their parent folder
 
 
 def kinds_of_files(several: Sequence[Path], single: Sequence[Path]) -> dict[Path, str]:
-    """Names the kind of each file: of those with several documents, and of those with a single one.
+    """Names the kind of text in each file. `several` are files with several documents, `single` files with one.
 
-    A file with several documents is a kind of its own, by its name up to the first dot. Files with a single document
-    are of the kind of their folder, by its name. Where two kinds would have one name, it is lengthened: by the rest of
-    the file's name, then by folders.
+    A file with several documents is one kind, named by the file's name up to the first dot. Files with a single
+    document belong to the kind of their folder, which has the folder's name. Where two kinds would have the same name,
+    the name is lengthened: first by the rest of the file's name, then by folders above it.
     """
     folders = _folders(single)
     longer = {path: _file_names(path.absolute()) for path in several}
@@ -24,9 +24,10 @@ def kinds_of_files(several: Sequence[Path], single: Sequence[Path]) -> dict[Path
 
 
 def _folders(single: Sequence[Path]) -> dict[Path, Path]:
-    """The folder of each file. Where every folder beside each other holds one file, it is the one that holds them.
+    """Returns the folder whose name each file's kind takes.
 
-    Otherwise a corpus of one folder per document would have as many kinds as documents.
+    It is the file's folder. If several folders side by side have one file each, it is the folder above them: otherwise
+    a corpus with one folder per document would have as many kinds as documents.
     """
     folder_of = {path: path.absolute().parent for path in single}
     depths = {len(folder.parts) for folder in folder_of.values()}
@@ -44,7 +45,7 @@ def _folders(single: Sequence[Path]) -> dict[Path, Path]:
 
 
 def _file_names(path: Path) -> list[str]:
-    """Names of a file, shortest first. One that begins with a dot is named by what follows it."""
+    """Returns possible names of a file, the shortest first. Dots at the beginning of the file's name are left out."""
     bare = path.name.lstrip(".")
     stem = bare.removesuffix(".gz").rpartition(".")[0] or bare
     folders = [f"{above}/" for above in _with_folders(path.parent)]
@@ -52,13 +53,13 @@ def _file_names(path: Path) -> list[str]:
 
 
 def _with_folders(folder: Path) -> list[str]:
-    """The folder's name, then with one folder above it, with two, and so on."""
+    """Returns the folder's name, then its name with one folder above it, with two, and so on."""
     parts = folder.parts[1:]
     return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)] or [""]
 
 
 def _distinct(longer: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
-    """For each source the first of its names with which it differs from all others, as far as there is one."""
+    """Returns each source's first name that no other source has, or its last name if all of its names are shared."""
     level = dict.fromkeys(longer, 0)
     while True:
         names = {source: longer[source][index] for source, index in level.items()}

@@ -40,12 +40,12 @@ def bucketed_batches(
     """Returns an endless iterator of `load(row numbers, width)` that puts rows of similar `length` [N] together.
 
     `width` is the smallest of `widths` that holds the batch. Every epoch is shuffled anew and epochs follow each other
-    without a gap, as in `batches`. Within each window of `_WINDOW_BATCHES`, rows are then sorted by the width that they
-    need and keep their random order otherwise, and the window's batches are shuffled. So every row comes once an epoch,
-    but for the window at its end. Where the loss is a mean over a batch's tokens, a batch of short rows weighs as much
-    as one of long rows: a token in a short row weighs more than without buckets.
+    without a gap, as in `batches`. Within each window of `_WINDOW_BATCHES` batches, rows are sorted by the width that
+    they need; rows of one width keep their random order. The window's batches are then shuffled. So every row comes
+    once an epoch, except in the window that spans two epochs. If the loss is a mean over a batch's tokens, a batch of
+    short rows weighs as much as a batch of long rows, so a token in a short row weighs more than without buckets.
     """
-    num_rows, needed = len(length), np.searchsorted(widths, length)
+    num_rows, width_index = len(length), np.searchsorted(widths, length)
     window = max(1, min(_WINDOW_BATCHES, num_rows // batch_size))
 
     @functools.lru_cache(maxsize=2)
@@ -56,12 +56,12 @@ def bucketed_batches(
     def rows_of_window(number: int) -> np.ndarray:
         places = np.arange(number * window * batch_size, (number + 1) * window * batch_size)
         rows = np.array([epoch(e)[place] for e, place in zip(*np.divmod(places, num_rows), strict=True)])
-        rows = rows[np.argsort(needed[rows], kind="stable")].reshape(window, batch_size)
+        rows = rows[np.argsort(width_index[rows], kind="stable")].reshape(window, batch_size)
         return np.random.default_rng([seed, 1, number]).permutation(rows)
 
     def batch(number: int) -> Batch:
         rows = rows_of_window(number // window)[number % window]
-        return load(rows, int(widths[needed[rows].max()]))
+        return load(rows, int(widths[width_index[rows].max()]))
 
     dataset = grain.MapDataset.range(_EPOCHS).map(batch)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -255,13 +255,15 @@ class Watch:
         count, self._rows = len(self._rows), []
         self.check(means, f"mean of the {count} steps up to {step}")
 
-    def check(self, values: Mapping[str, Any], of: str) -> None:
-        """Compares values with their bounds. `of` names what was measured, for the warning."""
+    def check(self, values: Mapping[str, Any], description: str) -> None:
+        """Compares values with their bounds. `description` names what was measured, for the warning."""
         for measure in MEASURES:
             healthy = measure.is_healthy(values)
             if healthy is False and measure.key not in self._crossed:
                 value = f"{values[measure.key]:.3g}"
-                self._say(f"{self._stage}: {measure.key} {value} ({of}) should be {measure.bound}: {measure.advice}")
+                self._say(
+                    f"{self._stage}: {measure.key} {value} ({description}) should be {measure.bound}: {measure.advice}"
+                )
                 self._crossed.add(measure.key)
             elif healthy:
                 self._crossed.discard(measure.key)

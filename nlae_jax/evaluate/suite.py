@@ -29,10 +29,10 @@ def sections_of(names: str) -> tuple[str, ...]:
 
     Raises UserError for an unknown name.
     """
-    given = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
-    if unknown := [name for name in given if name not in SECTIONS]:
+    named = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
+    if unknown := [name for name in named if name not in SECTIONS]:
         raise UserError(f"--suite: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
-    return tuple(name for name in SECTIONS if name in given)
+    return tuple(name for name in SECTIONS if name in named)
 
 
 def check_additions(

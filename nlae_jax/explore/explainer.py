@@ -143,9 +143,9 @@ class Explainer:
             raise UserError(f"score: {len(texts)} texts for {len(vectors)} vectors; there should be one each")
         return _scores(self.reconstruct(texts), vectors, texts)
 
-    def score_written(self, texts: Sequence[str], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def score_written(self, texts: Sequence[str], vectors_BxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Does what `score` does for texts of the encoder, see `rebuild`."""
-        return _scores(self.rebuild(texts), vectors, texts)
+        return _scores(self.rebuild(texts), vectors_BxD, texts)
 
     def write(
         self, vectors: Any, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0

@@ -112,12 +112,12 @@ def scores(predicted: np.ndarray, target: np.ndarray) -> dict[str, float]:
     return {"fve": float(1 - mse / np.square(unit - unit.mean(0)).mean()), "cos": float(1 - mse / 2)}
 
 
-def mean_scores(fitted: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Returns the scores of predicting the mean direction of the `fitted` targets.
+def mean_scores(fitted_NxD: np.ndarray, target_NxD: np.ndarray) -> dict[str, float]:
+    """Returns the scores of predicting the mean direction of the `fitted_NxD` targets.
 
     The mean is not renormalised for the FVE, which is therefore 0 but for chance.
     """
-    mean, unit = _directions(fitted).mean(0), _directions(target)
+    mean, unit = _directions(fitted_NxD).mean(0), _directions(target_NxD)
     fve = 1 - np.square(unit - mean).mean() / np.square(unit - unit.mean(0)).mean()
     return {"fve": float(fve), "cos": float((unit @ mean).mean() / (np.linalg.norm(mean) * unit.shape[1] ** 0.5))}
 

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlae_jax.config import Config, DatasetConfig
-from nlae_jax.data.activations import SPLITS, Plan, counted, open_vectors
+from nlae_jax.data.activations import counted, open_vectors
 from nlae_jax.data.answers import explanation_of
+from nlae_jax.data.index import SPLITS, Index
 from nlae_jax.data.parquet import check_batch, is_text, opened
 from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
@@ -129,8 +130,8 @@ def _encoder_template(path: Path, row: int, messages: Any) -> str:
     return content.replace(INJECT, "{injection_char}")
 
 
-def import_plan(files: dict[str, Path], config: Config) -> Plan:
-    """Makes the plan of the rows of all files, one file after the other in the order of `SPLIT_OF`.
+def import_index(files: dict[str, Path], config: Config) -> Index:
+    """Makes the index of all files, one file after the other in the order of `SPLIT_OF`.
 
     Documents have no token ids. Without a file `held_out`, a share (`split.held_out`) of the documents that are only in
     `rl` is held out. Raises UserError that names the file and its column or row.
@@ -153,7 +154,7 @@ def import_plan(files: dict[str, Path], config: Config) -> Plan:
         position.append(positions)
     if "held_out" in files:
         _refuse_overlap(files["held_out"], columns)
-    return Plan(
+    return Index(
         doc_ids=doc_ids,
         ids=[np.zeros(0, np.int32)] * len(doc_ids),
         split=np.array(splits, np.int8),
@@ -238,7 +239,7 @@ def _whole_numbers(path: Path, start: int, name: str, column: pa.Array, missing:
     return values.astype(np.int64)
 
 
-def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
+def import_texts(files: dict[str, Path], index: Index, sidecar: Sidecar) -> tuple[pa.Table, pa.Table, int]:
     """Reads the descriptions (row, description) and the contexts of held-out rows (row, text).
 
     The third result is the number of responses without tags, which have no description. The description of an `av_sft`
@@ -247,7 +248,7 @@ def import_texts(files: dict[str, Path], plan: Plan, sidecar: Sidecar) -> tuple[
     """
     described: list[tuple[int, str]] = []
     contexts: list[tuple[int, str]] = []
-    held_out, dropped, first = set(plan.rows_of("held_out").tolist()), 0, 0
+    held_out, dropped, first = set(index.rows_of("held_out").tolist()), 0, 0
     for name, path in _ordered(files):
         columns = ["prompt", *([RESPONSE] if name == "av_sft" else [])]
         optional = [TEXT] if SPLIT_OF[name] in ("rl", "held_out") else []

@@ -90,7 +90,7 @@ def attend(
         float(softcap),
         window is not None,
     )
-    at = _padded(q_positions, blocks * block).reshape(*batch, blocks, 1, block)
+    query_places = _padded(q_positions, blocks * block).reshape(*batch, blocks, 1, block)
     places = [
         _padded(jnp.where(kv.valid, kv.positions, _ABSENT), size, _PADDING)
         for kv, size in zip(segments, lengths, strict=True)
@@ -103,7 +103,7 @@ def attend(
     limit = jnp.full(1, _ABSENT if window is None else window, jnp.int32)
     rows = q.swapaxes(-2, -3).reshape(*batch, kv_heads, heads // kv_heads, length, head_dim)
     keys, values = (tuple(jnp.moveaxis(getattr(kv, name), 0, -3) for kv in segments) for name in ("k", "v"))
-    out = _fused(static, limit, _padded(at, _up(block, _LANES)), place, rows, keys, values)
+    out = _fused(static, limit, _padded(query_places, _up(block, _LANES)), place, rows, keys, values)
     out = checkpoint_name(out, "attention")
     return out.reshape(*batch, heads, length, head_dim).swapaxes(-2, -3)
 
@@ -177,18 +177,20 @@ def _split_over_devices(function: Callable[..., Any], static: _Static, operands:
     def spec(rank: int, *tail: Any) -> PartitionSpec:
         return PartitionSpec(*[rows, *[None] * rank][:rank], *tail)
 
-    own = [spec(rank, heads) for rank in static.ranks * 2]
+    key_specs = [spec(rank, heads) for rank in static.ranks * 2]
     like_q = spec(static.rank, heads)
 
     def local(*operands: jax.Array) -> Any:
-        made = function(static, *operands)
+        results = function(static, *operands)
         if not gradient or rows is None:
-            return made
-        shared = [jax.lax.psum(d, rows) if rank == 0 else d for d, rank in zip(made[1:], static.ranks * 2, strict=True)]
-        return made[0], *shared
+            return results
+        shared = [
+            jax.lax.psum(d, rows) if rank == 0 else d for d, rank in zip(results[1:], static.ranks * 2, strict=True)
+        ]
+        return results[0], *shared
 
-    in_specs = (PartitionSpec(), spec(static.rank), spec(static.rank), like_q, *own, *[like_q] * len(gradient))
-    out_specs = (like_q, *own) if gradient else like_q
+    in_specs = (PartitionSpec(), spec(static.rank), spec(static.rank), like_q, *key_specs, *[like_q] * len(gradient))
+    out_specs = (like_q, *key_specs) if gradient else like_q
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
@@ -200,13 +202,13 @@ def _forward(static: _Static, *operands: jax.Array) -> jax.Array:
 
 def _backward(static: _Static, *operands: jax.Array) -> tuple[jax.Array, ...]:
     limit, rows, shape = _rows(static, operands[:-1])
-    alone = [rank == static.rank and static.blocks == 1 for rank in static.ranks] * 2
-    dtypes = [x.dtype if a else jnp.float32 for x, a in zip(rows[3:], alone, strict=True)]
+    unshared = [rank == static.rank and static.blocks == 1 for rank in static.ranks] * 2
+    dtypes = [x.dtype if a else jnp.float32 for x, a in zip(rows[3:], unshared, strict=True)]
     out = [jax.ShapeDtypeStruct(rows[2].shape, rows[2].dtype)]
     out += [jax.ShapeDtypeStruct(x.shape, dtype) for x, dtype in zip(rows[3:], dtypes, strict=True)]
     rows.append(operands[-1].reshape(rows[2].shape))
-    made = _call(_backward_kernel, static, shape, out, rows)(limit, *rows)
-    return tuple(x.reshape(like.shape) for x, like in zip(made, operands[3:-1], strict=True))
+    gradients = _call(_backward_kernel, static, shape, out, rows)(limit, *rows)
+    return tuple(x.reshape(like.shape) for x, like in zip(gradients, operands[3:-1], strict=True))
 
 
 def _rows(static: _Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array], _Shape]:

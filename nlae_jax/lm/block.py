@@ -78,9 +78,9 @@ class Block:
     """One block as a pure function. The object holds what all blocks share, such as RoPE's tables.
 
     Calling it takes one block's `weights` and `adapters` and the segments' residual streams `xs`, each [*batch, T, d].
-    `contexts` are the keys and values of earlier segments (a prefilled cache). While decoding, `own` is the cache of
-    the only segment, which is written at `offset`; with a `place`, `own` has all blocks' caches, and this block's is
-    the entry `place`. Returns the residual streams after the block, and the block's cache of each segment.
+    `contexts` are the keys and values of earlier segments (a prefilled cache). While decoding there is one segment. Its
+    cache is `growing`, which is written at `offset`. With a `place`, `growing` has the caches of all blocks, and this
+    block's is the entry `place`. Returns the residual streams after the block, and the block's cache of each segment.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Block:
         self.valid = [s.valid for s in segments]
         # By matrix: the mesh axes that split its input and its output. Residual streams are split by rows only.
         axes = {name: weight.axes[1:] for name, weight in linear_layers(arch).items()}
-        self._axes = {name: [axis if axis != "embed" else None for axis in both] for name, both in axes.items()}
+        self._axes = {name: [axis if axis != "embed" else None for axis in sides] for name, sides in axes.items()}
         self.ropes = [[rope_table(arch, s.positions, kind) for kind in rope_kinds(arch)] for s in segments]
         if (wide := arch.global_attention) is not None:
             self.global_ropes = [global_rope_table(wide, s.positions) for s in segments]
@@ -103,12 +103,12 @@ class Block:
         adapters: dict[str, Any],
         xs: tuple[jax.Array, ...],
         contexts: Sequence[KeyValues] = (),
-        own: KeyValues | None = None,
+        growing: KeyValues | None = None,
         offset: jax.Array | int = 0,
         layer: Layer | None = None,
         place: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-        layer, decoding = layer or Layer(), own is not None
+        layer, decoding = layer or Layer(), growing is not None
         seen, outs, caches = list(contexts), [], []
         for i, x in enumerate(xs):
             x = residual(x, decoding)
@@ -116,9 +116,9 @@ class Block:
                 normed = self._norm(x, weights, "attn_norm")
                 out = next(name for name in ("o", "delta_o", "global_o") if name in weights)
                 if out != "delta_o":
-                    mixed, grown = self._attention(i, weights, adapters, normed, seen, own, offset, layer, place)
+                    mixed, grown = self._attention(i, weights, adapters, normed, seen, growing, offset, layer, place)
                 else:
-                    mixed, grown = self._delta(i, weights, adapters, normed, seen, own, offset, place)
+                    mixed, grown = self._delta(i, weights, adapters, normed, seen, growing, offset, place)
                 caches.append(grown)
                 mixed = residual(self._linear(mixed, weights, adapters, out, decoding), decoding)
                 before, x = x, _sum(x, self._added(mixed, weights, "attn_post_norm"), decoding)
@@ -137,7 +137,7 @@ class Block:
         adapters: dict[str, Any],
         x: jax.Array,
         seen: list[KeyValues],
-        own: KeyValues | None,
+        growing: KeyValues | None,
         offset: jax.Array | int,
         layer: Layer,
         place: jax.Array | None,
@@ -146,18 +146,18 @@ class Block:
 
         Adds the segment's keys to the list `seen`, which holds those of the segments before.
         """
-        decoding, wide = own is not None, self.arch.global_attention if "global_o" in weights else None
+        decoding, wide = growing is not None, self.arch.global_attention if "global_o" in weights else None
         rope = _one_of(self.ropes[i], layer.rope) if wide is None else self.global_ropes[i]
         q, k, v = self._project(weights, adapters, x, rope, decoding, wide)
         if (growth := self.growths[i]) is not None:
             q = (q * growth[..., None, None]).astype(q.dtype)
-        if own is None:
+        if growing is None:
             keys = KeyValues(k, v, self.positions[i], self.valid[i])
             grown = LayerCache(k, v)
         else:
-            grown = LayerCache(_write(own.k, k, offset, place), _write(own.v, v, offset, place))
+            grown = LayerCache(_write(growing.k, k, offset, place), _write(growing.v, v, offset, place))
             read = grown if place is None else layer_of(grown, place)
-            keys = own._replace(k=read.k, v=read.v)
+            keys = growing._replace(k=read.k, v=read.v)
         seen.append(keys)
         mixed = attend(
             q,
@@ -183,24 +183,24 @@ class Block:
         adapters: dict[str, Any],
         x: jax.Array,
         seen: list[KeyValues],
-        own: KeyValues | None,
+        growing: KeyValues | None,
         offset: jax.Array | int,
         place: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache]:
         """Computes the input of the matrix "delta_o" for segment `i`, and the segment's cache, in a block of DeltaNet.
 
         The segment begins with the state of the last entry of `seen`, and its own state is added to that list. While
-        decoding, the first token begins with that state, and a later token with the state in `own`.
+        decoding, the first token begins with that state, and a later token with the state in `growing`.
         """
-        delta, decoding = self.arch.delta, own is not None
+        delta, decoding = self.arch.delta, growing is not None
         assert delta is not None  # because the block has DeltaNet's weights
         if decoding:  # XLA would split x by rows for the narrow products, and gather it for each wide product
             x = residual(x, decoding)
         rows = math.prod(x.shape[:-2])
         before = (seen[-1].state if seen else None) or empty_state(delta, rows, x.dtype)
         before = jax.tree.map(lambda s: _repeated(s, rows), before)
-        if own is not None:
-            kept = own.state if place is None else layer_of(own.state, place)
+        if growing is not None:
+            kept = growing.state if place is None else layer_of(growing.state, place)
             first = jnp.reshape(jnp.equal(offset, 0), -1)
             choose = lambda new, old: jnp.where(first.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
             before = jax.tree.map(lambda new, old: choose(new.astype(old.dtype), old), before, kept)
@@ -216,9 +216,9 @@ class Block:
         )
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, before)
         seen.append(KeyValues(None, None, self.positions[i], self.valid[i], state))
-        if own is not None and place is not None:
+        if growing is not None and place is not None:
             update = jax.lax.dynamic_update_index_in_dim
-            state = jax.tree.map(lambda stack, new: update(stack, new, place, 0), own.state, state)
+            state = jax.tree.map(lambda stack, new: update(stack, new, place, 0), growing.state, state)
         return _by_column(mixed) if decoding else mixed, LayerCache(None, None, state)
 
     def _mlp(self, x: jax.Array, weights: dict[str, jax.Array], adapters: dict[str, Any], decoding: bool) -> jax.Array:
@@ -350,8 +350,8 @@ def residual(x: jax.Array, decoding: bool) -> jax.Array:
 def _sum(x: jax.Array, added: jax.Array, decoding: bool) -> jax.Array:
     """Adds to the residual stream.
 
-    While decoding, the sum is kept as every matrix reads it. XLA split it by rows, as sampled tokens are, and gathered
-    it before each product, which added half as much to what the products' own sums exchange.
+    While decoding, the sum is told to keep the layout that every matrix reads. Without that, XLA split it by rows, as
+    sampled tokens are, and gathered it before each product. That sent half as many bytes again as the products' sums.
     """
     return residual(x + added, decoding) if decoding else x + added
 
@@ -365,8 +365,8 @@ def _write(cache: jax.Array, new: jax.Array, offset: jax.Array | int, place: jax
     before = () if place is None else (place,)
     kv_heads, rows = cache.shape[len(before) : len(before) + 2]
     if jnp.ndim(offset):
-        every, number = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
-        written = cache.at[(*before, every, number, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
+        heads, row = jnp.arange(kv_heads)[:, None], jnp.arange(rows)
+        written = cache.at[(*before, heads, row, offset)].set(new.reshape(kv_heads, rows, new.shape[-1]))
         return cached(written, len(before))
     new = new.reshape(*(1 for _ in before), kv_heads, rows, *new.shape[-2:])
     return cached(jax.lax.dynamic_update_slice(cache, new, (*before, 0, 0, offset, 0)), len(before))

@@ -24,7 +24,7 @@ _EVERYWHERE = ("router", "router_bias", "router_norm", "expert_scale", "experts_
 
 
 def route(experts: Experts, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Router logits [N, experts] float32 -> the chosen experts and their weights, each [N, per_token]."""
+    """Returns the experts that router logits [N, experts] float32 choose, and their weights, each [N, per_token]."""
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.per_token)
     return chosen, weights / weights.sum(-1, keepdims=True) if experts.normalised else weights
 
@@ -45,59 +45,59 @@ def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -
 def mixture(
     arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array, decoding: bool = False
 ) -> jax.Array:
-    """[*batch, T, d] -> [*batch, T, d]: the chosen experts' outputs, summed by the router's weights.
+    """Returns the sum of the chosen experts' outputs, weighted by the router: [*batch, T, d] -> [*batch, T, d].
 
-    x is what the MLP reads, or the residual stream where router and experts have norms of their own.
+    x is the MLP's input, or the residual stream if router and experts have norms of their own.
 
-    On a mesh each device takes the rows and the experts that it has, and what they make of a row is added up: left to
-    XLA, all rows are sorted and multiplied on every device.
+    On a mesh each device computes its rows with its experts, and the results are summed. Left to itself, XLA sorts and
+    multiplies all rows on every device.
     """
     by_expert = [name for name, weight in block_weights(arch).items() if "experts" in weight.axes]
-    own = {name: weights[name] for name in (*by_expert, *_EVERYWHERE) if name in weights}
+    mixture_weights = {name: weights[name] for name in (*by_expert, *_EVERYWHERE) if name in weights}
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
-        return _of_device(arch, experts, None, own, x)
+        return _of_device(arch, experts, None, mixture_weights, x)
     rules, rows = (DECODE_RULES, "rows") if decoding else (RULES, "batch")
     among = split(mesh, "experts", experts.count, rules)
-    stacked = {name: PartitionSpec(among if name in by_expert else None) for name in own}
+    stacked = {name: PartitionSpec(among if name in by_expert else None) for name in mixture_weights}
     by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
     local = functools.partial(_of_device, arch, experts, among)
     split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
-    mixed: jax.Array = split_up(own, x)
+    mixed: jax.Array = split_up(mixture_weights, x)
     return mixed
 
 
 def _of_device(
     arch: Arch, experts: Experts, among: str | tuple[str, ...] | None, weights: dict[str, jax.Array], x: jax.Array
 ) -> jax.Array:
-    """`mixture` of a device's rows; the mesh axes `among` split the experts, as many each."""
+    """Computes `mixture` on one device. The mesh axes `among` split the experts into equal shares."""
     flat_NxD = x.reshape(-1, x.shape[-1])
     chosen, shares = route(experts, router_logits(arch, weights, flat_NxD))
     if experts.apart:
         shares = shares * weights["expert_scale"].astype(jnp.float32)[chosen]
         flat_NxD = norm(arch, flat_NxD, weights["experts_norm"], None)
 
-    held = weights["up"].shape[0]
-    first = jax.lax.axis_index(among) * held if among else 0
-    numbers = ((chosen - first) % experts.count).reshape(-1)  # the device's own are the first
+    device_experts = weights["up"].shape[0]
+    first = jax.lax.axis_index(among) * device_experts if among else 0
+    numbers = ((chosen - first) % experts.count).reshape(-1)  # the device's experts come first
     order = jnp.argsort(numbers)  # of a token's choices, expert by expert
     expert, token = numbers[order], order // experts.per_token
-    sizes = jnp.bincount(expert, length=experts.count)[:held].astype(jnp.int32)
-    # A ragged product leaves open what it makes of rows after the last group, and so does its gradient.
-    here = (expert < held)[:, None]
-    only_here = lambda rows: jnp.where(here, rows, 0) if among else rows  # noqa: E731
+    sizes = jnp.bincount(expert, length=experts.count)[:device_experts].astype(jnp.int32)
+    # Rows after the last group are undefined in a ragged product and in its gradient.
+    is_local = (expert < device_experts)[:, None]
+    only_local = lambda rows: jnp.where(is_local, rows, 0) if among else rows  # noqa: E731
 
     def product(rows: jax.Array, name: str, share: jax.Array | float = 1.0) -> jax.Array:
         matrices = weights[name]
         out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
         if name in arch.biases:
-            out = out + weights[f"{name}_bias"][jnp.minimum(expert, held - 1)] * share
-        return checkpoint_name(only_here(out), name)  # for the gradient of each bias, too
+            out = out + weights[f"{name}_bias"][jnp.minimum(expert, device_experts - 1)] * share
+        return checkpoint_name(only_local(out), name)  # for the gradient of each bias, too
 
-    rows = only_here(flat_NxD[token])
+    rows = only_local(flat_NxD[token])
     share = shares.reshape(-1)[order][:, None].astype(rows.dtype)
     # Scaled before the last product: the gradient of the shares would otherwise need that product's output again.
-    scaled = only_here(activated(arch, lambda name: product(rows, name)) * share)
+    scaled = only_local(activated(arch, lambda name: product(rows, name)) * share)
     rows = product(scaled, "down", share)
     summed = rows[jnp.argsort(order)].reshape(*chosen.shape, -1).sum(1)
     summed = jax.lax.psum(summed, among) if among else summed

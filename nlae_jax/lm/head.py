@@ -39,11 +39,11 @@ def log_probs(
     weight = constrained(weight, ("vocab", None))
 
     @jax.checkpoint
-    def one(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def one_chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         chosen, entropy = _softmax(logits(inputs[0], weight, softcap), inputs[1])[:2]
         return None, (chosen, jax.lax.stop_gradient(entropy))
 
-    _, chunks = jax.lax.scan(one, None, _chunked((x, targets), targets.shape, chunk * row_parts(x)))
+    _, chunks = jax.lax.scan(one_chunk, None, _chunked((x, targets), targets.shape, chunk * row_parts(x)))
     chosen, entropy = _joined(chunks, targets.shape)
     return chosen, entropy
 
@@ -72,9 +72,9 @@ def _loss_with_gradient(
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
     parts, chunk = row_parts(x), chunk * row_parts(x)
     weight = constrained(weight, ("vocab", None))
-    by_part = lambda of: of.reshape(parts, -1, *of.shape[1:])  # noqa: E731
+    by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
 
-    def one(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def one_chunk(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x, targets, *extras = inputs
         capped = logits(x, weight, softcap)
         chosen, entropy, exponentials, denominator = _softmax(capped, targets)
@@ -91,7 +91,9 @@ def _loss_with_gradient(
         return (sums[0] + added, of_weight), (of_x, chosen, entropy)
 
     zeros = jnp.zeros(()), jnp.zeros((parts, *weight.shape[::-1]), jnp.float32)
-    (total, of_weight), (of_x, *rows) = jax.lax.scan(one, zeros, _chunked((x, targets, *extras), targets.shape, chunk))
+    (total, of_weight), (of_x, *rows) = jax.lax.scan(
+        one_chunk, zeros, _chunked((x, targets, *extras), targets.shape, chunk)
+    )
     (of_x,) = _joined((of_x,), targets.shape)
     of_weight = constrained(of_weight.sum(0), ("embed", "vocab")).T.astype(weight.dtype)
     return (total, _joined(tuple(rows), targets.shape)), (of_x, of_weight)
@@ -127,21 +129,21 @@ def _chunked(arrays: tuple[jax.Array, ...], batch: tuple[int, ...], chunk: int) 
     chunks = -(-count // max(1, chunk // rows))
     width = -(-count // chunks)  # nearly equal chunks, because what fills up the last one is computed too
 
-    def one(array: jax.Array) -> jax.Array:
+    def split(array: jax.Array) -> jax.Array:
         flat = array.reshape(rows, count, *array.shape[len(batch) :])
         padded = jnp.pad(flat, [(0, 0), (0, -count % width), *[(0, 0)] * (flat.ndim - 2)])
         return jnp.moveaxis(padded.reshape(rows, -1, width, *flat.shape[2:]), 1, 0)
 
-    return tuple(one(array) for array in arrays)
+    return tuple(split(array) for array in arrays)
 
 
 def _joined(chunks: tuple[jax.Array, ...], batch: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """The inverse of `_chunked`."""
+    """Undoes `_chunked`: returns arrays [*batch, ...]."""
     rows = batch[0]
     count = math.prod(batch[1:])
 
-    def one(array: jax.Array) -> jax.Array:
+    def join(array: jax.Array) -> jax.Array:
         flat = jnp.moveaxis(array, 0, 1).reshape(rows, -1, *array.shape[3:])
         return flat[:, :count].reshape(*batch, *array.shape[3:])
 
-    return tuple(one(array) for array in chunks)
+    return tuple(join(array) for array in chunks)

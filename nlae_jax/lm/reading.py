@@ -173,9 +173,9 @@ def load_array(
 
     whole = (slice(None),) * len(shape)
     indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
-    buffers = {held: _aligned_empty([stop - start for start, stop in held], dtype) for held in map(box, indices)}
+    buffers = {piece: _aligned_empty([stop - start for start, stop in piece], dtype) for piece in map(box, indices)}
     for source in sources:
-        parts = [part for held, buffer in buffers.items() for part in _parts(source, held, buffer)]
+        parts = [part for piece, buffer in buffers.items() for part in _parts(source, piece, buffer)]
         _read_parts(files, source.tensor, parts)
     if sharding is None:
         array = jax.device_put(buffers[box(whole)])
@@ -185,17 +185,17 @@ def load_array(
     return array.block_until_ready()
 
 
-def _parts(source: Source, held: Box, buffer: np.ndarray) -> Iterator[Part]:
-    """Yields the parts of a source's tensor that fill `buffer`, which holds the rectangle `held` of the array.
+def _parts(source: Source, box: Box, buffer: np.ndarray) -> Iterator[Part]:
+    """Yields the parts of a source's tensor that fill `buffer`, which holds the rectangle `box` of the array.
 
     There are none if the rectangle does not contain the source's index.
     """
     for place in source.index:
-        (first, end), held = held[0], held[1:]
+        (first, end), box = box[0], box[1:]
         if not first <= place < end:
             return
         buffer = buffer[place - first]
-    rows, cols = held if len(held) == 2 else ((0, 1), *held)
+    rows, cols = box if len(box) == 2 else ((0, 1), *box)
     matrix = buffer if buffer.ndim == 2 else buffer[None]
     spans = [(cols, cols, 1)] if source.spread is None else source.spread.spans(*cols)
     for array_span, stored_span, step in spans:

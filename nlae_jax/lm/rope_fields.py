@@ -65,28 +65,28 @@ def proportional_rope(parameters: dict[str, Any], default_theta: float, head_dim
 
 
 def _original(parameters: dict[str, Any], context: int | None) -> int:
-    """The context before it was stretched: that of the model where nothing is said."""
+    """Returns the number of positions before RoPE was stretched. By default it is the model's `context`."""
     key = "original_max_position_embeddings"
     return whole(key, required({key: parameters.get(key) or context}, key))
 
 
 def _yarn(parameters: dict[str, Any], context: int | None) -> YarnRope:
     """Reads YaRN's fields. The defaults of missing ones are those of transformers."""
-    given = {key: value for key, value in parameters.items() if value is not None}
+    fields = {key: value for key, value in parameters.items() if value is not None}
     original = _original(parameters, context)
-    factor = number("factor", given.get("factor", (context or original) / original))
-    mscale, mscale_all_dim = (number(key, given.get(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
-    grown = lambda by: 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0  # noqa: E731
-    both = grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1.0)
+    factor = number("factor", fields.get("factor", (context or original) / original))
+    mscale, mscale_all_dim = (number(key, fields.get(key, 0.0)) for key in ("mscale", "mscale_all_dim"))
+    growth = lambda scale: 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0  # noqa: E731
+    attention_factor = growth(mscale) / growth(mscale_all_dim) if mscale and mscale_all_dim else growth(1.0)
     truncate = parameters.get("truncate", True)  # null is off
     if not isinstance(truncate, bool | None):
         raise ValueError(f"truncate = {quoted(truncate)} should be true or false")
     return YarnRope(
         factor=factor,
-        attention_factor=number("attention_factor", given.get("attention_factor", both)),
+        attention_factor=number("attention_factor", fields.get("attention_factor", attention_factor)),
         original_max_positions=original,
-        beta_fast=number("beta_fast", given.get("beta_fast") or 32),
-        beta_slow=number("beta_slow", given.get("beta_slow") or 1),
+        beta_fast=number("beta_fast", fields.get("beta_fast") or 32),
+        beta_slow=number("beta_slow", fields.get("beta_slow") or 1),
         truncate=bool(truncate),
     )
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from nlae_jax.lm.sampling import categorical
 from nlae_jax.lm.segments import KeyValues, row_axis, rows_of
 
-# (token [R], step [R], contexts, own) -> (logits [R, V] float32, own): feeds token number `step` of each row's
-# response.
+# (token [R], step [R], contexts, growing) -> (logits [R, V] float32, growing).
+# Feeds token number `step` of each row's response.
 RowStep = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     `logits` [R, V] float32 are those of each row's next token. `tokens` [R, C] int32 are the tokens drawn so far, and
     `steps` [R] int32 their number. `limit` [R] int32, `temperature` [R] float32 and `seed` [R] uint32 are the row's
     settings. Rows that are `done` [R] bool are not advanced: they ended with the closing tag, an end of sequence or
-    their limit, or the place is free. `contexts` and `own` are keys and values as in `transformer.Decoding`.
+    their limit, or the place is free. `contexts` and `growing` are keys and values as in `transformer.Decoding`.
     """
 
     logits: jax.Array
@@ -38,15 +38,15 @@ class Rows(NamedTuple):
     seed: jax.Array
     done: jax.Array
     contexts: Any
-    own: Any
+    growing: Any
 
 
 def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     """Puts the rows of `new` into the table at `places` [B] int32. A row whose place is R or more is dropped.
 
-    The rows of `new` have drawn no token yet. Contexts with a batch axis are replaced; a constant context stays. Of
-    `own` only the positions are replaced: keys that an earlier row left have later positions than a new row's queries
-    until the new row has overwritten them, and its first token begins with the state of its contexts.
+    The rows of `new` have drawn no token yet. Contexts with a batch axis are replaced; a constant context stays. Only
+    the positions of `growing` are replaced. Keys that an earlier row left there have later positions than the new row's
+    queries, until the new row overwrites them. The new row's first token begins with the state of its contexts.
     """
 
     def at(old: jax.Array, fresh: jax.Array, axis: int = 0) -> jax.Array:
@@ -78,7 +78,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
         seed=at(rows.seed, new.seed),
         done=at(rows.done, new.done),
         contexts=jax.tree.map(keys, rows.contexts, new.contexts, is_leaf=is_keys),
-        own=jax.tree.map(positions, rows.own, new.own, is_leaf=is_keys),
+        growing=jax.tree.map(positions, rows.growing, new.growing, is_leaf=is_keys),
     )
 
 
@@ -108,7 +108,7 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
         seed=rows.seed[index],
         done=rows.done[index] | (kept < 0),
         contexts=jax.tree.map(lambda kv: rows_of(kv, index), rows.contexts, is_leaf=is_keys),
-        own=jax.tree.map(widened, rows.own, is_leaf=is_keys),
+        growing=jax.tree.map(widened, rows.growing, is_leaf=is_keys),
     )
 
 
@@ -124,7 +124,7 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
     def draw(rows: Rows) -> jax.Array:
         greedy = rows.temperature < jnp.finfo(jnp.float32).tiny
         heat = jnp.where(greedy, 1.0, rows.temperature)[:, None]
-        # Minus the largest, so that a quotient may overflow to -inf only.
+        # The largest logit is subtracted, so that a quotient can only overflow to -inf.
         heated = (rows.logits - rows.logits.max(-1, keepdims=True)) / heat
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.PRNGKey(seed), step))(rows.seed, rows.steps)
         uniform = jax.vmap(jax.random.uniform)(keys)
@@ -143,13 +143,13 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
             start = steps - len(closing)
             window = jnp.take_along_axis(tokens, jnp.maximum(start, 0)[:, None] + jnp.arange(len(closing)), axis=1)
             ended = ended | ((window == closing_ids).all(-1) & (start >= 0))
-        logits, own = decode(token, jnp.minimum(rows.steps, tokens.shape[1] - 1), rows.contexts, rows.own)
+        logits, growing = decode(token, jnp.minimum(rows.steps, tokens.shape[1] - 1), rows.contexts, rows.growing)
         rows = rows._replace(
             logits=jnp.where(going[:, None], logits, rows.logits),
             tokens=tokens,
             steps=steps,
             done=rows.done | ended,
-            own=own,
+            growing=growing,
         )
         return turn + 1, rows
 

@@ -184,7 +184,7 @@ def advanced(
 
 
 def truncated(samples: Samples, eos_id: int) -> jax.Array:
-    """[*batch] bool: whether the token limit ended the response, which has neither closing tag nor end of sequence."""
+    """Marks responses [*batch] that the token limit ended before a closing tag or an end of sequence."""
     at_limit = samples.lengths == samples.tokens.shape[-1]
     return at_limit & ~samples.closed & (samples.tokens[..., -1] != eos_id)
 

@@ -51,7 +51,7 @@ class Push(NamedTuple):
 
 
 def pushed(x: jax.Array, push: Push | None, index: jax.Array) -> jax.Array:
-    """Returns the output `x` of block `index`, with what is added to it if the push is to this block."""
+    """Adds the push to the output `x` of block `index`, if it is meant for this block."""
     return x if push is None else jnp.where(index == push.layer, x + push.added.astype(x.dtype), x)
 
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         stop: int,
         keep_caches: bool,
     ) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-        """The same where blocks are not all of one kind."""
+        """Does `run` for a model with several kinds of blocks."""
         layers = layers_of(self.arch)
 
         def step(xs: Any, weights: Any, adapters: Any, number: Any, places: Any) -> tuple[Any, Any]:
@@ -163,11 +163,11 @@ class Transformer(nn.Module):
             return xs, caches if keep_caches else ()
 
         policy = REMAT[self.remat]
-        xs, given = over_blocks(self.arch, self.blocks, self._adapters(), step, xs, start, stop, policy)
-        return xs, stacked_caches(self.arch, given, segments) if keep_caches else ()
+        xs, outputs = over_blocks(self.arch, self.blocks, self._adapters(), step, xs, start, stop, policy)
+        return xs, stacked_caches(self.arch, outputs, segments) if keep_caches else ()
 
     def neurons(self, segment: Segment, layer: int) -> jax.Array:
-        """What the MLP's neurons of block `layer` make of a segment, [*batch, T, d_ff].
+        """Returns the activations of the MLP's neurons in block `layer` on a segment, [*batch, T, d_ff].
 
         Raises UserError for a mixture of experts, whose neurons depend on the router.
         """
@@ -178,53 +178,54 @@ class Transformer(nn.Module):
         weights, adapters = (of_layer(self.arch, stacks, layer) for stacks in (self.blocks, self._adapters()))
         if self.arch.parallel:
             return block.neurons(hidden, weights, adapters)
-        # Without its MLP's output, what leaves the block is what its MLP reads.
+        # A block whose MLP gives zeros returns the residual stream that the MLP reads.
         silent = {**weights, "down": jnp.zeros_like(weights["down"])}
         if "layer_scale" in weights:
             silent["layer_scale"] = jnp.ones_like(weights["layer_scale"])
         if "down_bias" in weights:
             silent["down_bias"] = jnp.zeros_like(weights["down_bias"])
-        own = {name: adapter for name, adapter in adapters.items() if name != "down"}
+        without_down = {name: adapter for name, adapter in adapters.items() if name != "down"}
         kind = jax.tree.map(lambda a: int(a[layer]), layers_of(self.arch))
-        (middle,), _ = block(silent, own, (hidden,), layer=kind)
+        (middle,), _ = block(silent, without_down, (hidden,), layer=kind)
         return block.neurons(middle, weights, adapters)
 
     def block_weights(self) -> list[BlockWeights]:
-        """Each block's weights and adapters by themselves."""
+        """Returns the weights and adapters of each block."""
         adapters = self._adapters()
-        of = lambda stacks, index: of_layer(self.arch, stacks, index)  # noqa: E731
-        return [(of(self.blocks, index), of(adapters, index)) for index in range(self.arch.num_layers)]
+        block = lambda stacks, index: of_layer(self.arch, stacks, index)  # noqa: E731
+        return [(block(self.blocks, index), block(adapters, index)) for index in range(self.arch.num_layers)]
 
     def decode(
         self,
         segment: Segment,
         contexts: Any,
-        own: Any,
+        growing: Any,
         offset: jax.Array,
         weights: Sequence[BlockWeights] | None = None,
         push: Push | None = None,
     ) -> tuple[jax.Array, Any]:
-        """One token for every row; keys and values are written into `own` at `offset`, a scalar or one for each row.
+        """Feeds one token to every row. Returns the last residual stream and the grown caches.
 
-        With the blocks' `weights` one by one, layers are unrolled, and `contexts[l]`, a `KeyValues` per segment, and
-        `own[l]` belong to block l. Without, layers are scanned, and `contexts` and `own` have keys and values of all
-        blocks on a leading axis (see `for_decoding`). `push` is added to the output of its block. Returns the last
-        residual stream and the grown caches.
+        The token's keys and values are written into the caches `growing` at `offset`, a scalar or one for each row.
+        `weights` is a list of each block's weights. With it, layers are unrolled, and `contexts[l]` (a `KeyValues` per
+        segment) and `growing[l]` belong to block l. Without it, layers are scanned, and `contexts` and `growing` have
+        keys and values of all blocks on a leading axis (see `for_decoding`). `push` is added to the output of its
+        block.
         """
         block = Block(self.arch, self.lora_scale, [segment], self.attention)
-        parts = (*contexts, own) if weights is None else (*contexts[0], own[0])
+        parts = (*contexts, growing) if weights is None else (*contexts[0], growing[0])
         x = self._placed(segment.x, segment.positions, sum(kv.positions.shape[-1] for kv in parts))
         x = residual(x, decoding=True)
         if weights is None:
-            return self._scanned_decode(block, x, contexts, own, offset, push)
+            return self._scanned_decode(block, x, contexts, growing, offset, push)
         xs: tuple[jax.Array, ...] = (x,)
         grown = []
         layers = layers_of(self.arch)
         for index, (base, adapters) in enumerate(weights):
             layer = jax.tree.map(lambda a, index=index: int(a[index]), layers)
-            xs, (cache,) = block(base, adapters, xs, contexts[index], own[index], offset, layer)
+            xs, (cache,) = block(base, adapters, xs, contexts[index], growing[index], offset, layer)
             xs = (pushed(xs[0], push, jnp.asarray(index)),)
-            grown.append(own[index]._replace(k=cache.k, v=cache.v, state=cache.state))
+            grown.append(growing[index]._replace(k=cache.k, v=cache.v, state=cache.state))
         return xs[0], grown
 
     def _scanned_decode(
@@ -232,32 +233,32 @@ class Transformer(nn.Module):
         block: Block,
         x: jax.Array,
         contexts: Sequence[KeyValues],
-        own: KeyValues,
+        growing: KeyValues,
         offset: jax.Array,
         push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
         """Decodes in a loop over layers. It carries the stacked caches and writes in place, which copies nothing."""
         if self.arch.mixers:
-            return self._mixed_decode(block, x, contexts, own, offset, push)
+            return self._mixed_decode(block, x, contexts, growing, offset, push)
 
         def body(carry: tuple[jax.Array, LayerCache], inputs: Any) -> tuple[Any, None]:
             (x, grown), (place, base, adapters, layer, read) = carry, inputs
             seen = [kv._replace(k=k, v=v) for kv, (k, v) in zip(contexts, read, strict=True)]
-            room = own._replace(k=grown.k, v=grown.v)
+            room = growing._replace(k=grown.k, v=grown.v)
             (x,), (grown,) = block(base, adapters, (x,), seen, room, offset, layer, place)
             return (pushed(x, push, place), grown), None
 
         places, read = jnp.arange(self.arch.num_layers), [(kv.k, kv.v) for kv in contexts]
         inputs = places, self.blocks, self._adapters(), layers_of(self.arch), read
-        (x, grown), _ = jax.lax.scan(body, (x, LayerCache(own.k, own.v)), inputs)
-        return x, own._replace(k=grown.k, v=grown.v)
+        (x, grown), _ = jax.lax.scan(body, (x, LayerCache(growing.k, growing.v)), inputs)
+        return x, growing._replace(k=grown.k, v=grown.v)
 
     def _mixed_decode(
         self,
         block: Block,
         x: jax.Array,
         contexts: Sequence[KeyValues],
-        own: KeyValues,
+        growing: KeyValues,
         offset: jax.Array,
         push: Push | None,
     ) -> tuple[jax.Array, KeyValues]:
@@ -269,17 +270,17 @@ class Transformer(nn.Module):
             layer = jax.tree.map(lambda a: jnp.asarray(a)[number], layers)
             kind, place = next((MIXERS[axis], place) for axis, place in places.items() if axis in MIXERS)
             seen = [of_kind(kv, kind, lambda stack: layer_of(stack, place)) for kv in contexts]
-            room = of_kind(own._replace(**grown._asdict()), kind, lambda stack: stack)
+            room = of_kind(growing._replace(**grown._asdict()), kind, lambda stack: stack)
             (x,), (cache,) = block(weights, adapters, (x,), seen, room, offset, layer, jnp.asarray(place))
             if kind == "global":
                 cache = LayerCache(None, None, global_kv=(cache.k, cache.v))
             kept = {name: part for name, part in cache._asdict().items() if part is not None}
             return (pushed(x, push, number), grown._replace(**kept)), ()
 
-        carry = x, LayerCache(own.k, own.v, own.state, own.global_kv)
+        carry = x, LayerCache(growing.k, growing.v, growing.state, growing.global_kv)
         adapters = self._adapters()
         (x, grown), _ = over_blocks(self.arch, self.blocks, adapters, step, carry, 0, self.arch.num_layers)
-        return x, own._replace(**grown._asdict())
+        return x, growing._replace(**grown._asdict())
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Applies final norm and head to x [..., d]: logits [..., V] float32."""
@@ -317,15 +318,15 @@ def key_values(caches: Sequence[LayerCache], segments: Sequence[Segment]) -> tup
 
 
 class Decoding(NamedTuple):
-    """The variables and caches of a decode loop. `Transformer.decode` describes `weights`, `contexts` and `own`."""
+    """The variables and caches of a decode loop. `Transformer.decode` describes `weights`, `contexts` and `growing`."""
 
     variables: Any
     weights: list[BlockWeights] | None
     contexts: Any
-    own: Any
+    growing: Any
 
 
-def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues], own: KeyValues) -> Decoding:
+def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues], growing: KeyValues) -> Decoding:
     """Prepares a decode loop of `role`, a module with an `lm`, from its variables and stacked keys and values.
 
     On a mesh the variables get another layout (`mesh.DECODE_RULES`), once for all tokens. On a CPU the stacks are split
@@ -340,13 +341,13 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
         adapters = constrained_tree(adapters, adapter_weights(role.arch, rank), DECODE_RULES)
         variables["lora"] = {"lm": {"blocks": adapters}}
     if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
-        return Decoding(variables, None, contexts, own)
-    apart = lambda kv, index: of_block(role.arch, kv, index)  # noqa: E731
+        return Decoding(variables, None, contexts, growing)
+    block_of = lambda kv, index: of_block(role.arch, kv, index)  # noqa: E731
     return Decoding(
         variables,
         apply(role, variables, method=lambda role: role.lm.block_weights()),
-        [tuple(apart(kv, index) for kv in contexts) for index in range(role.arch.num_layers)],
-        [apart(own, index) for index in range(role.arch.num_layers)],
+        [tuple(block_of(kv, index) for kv in contexts) for index in range(role.arch.num_layers)],
+        [block_of(growing, index) for index in range(role.arch.num_layers)],
     )
 
 

@@ -80,13 +80,13 @@ def load_params(
     """
     target, weights = numpy_dtype(dtype), _weights(arch, trunk)
     sources, heads = _find(Path(directory), arch, trunk, weights)
-    given = dict.fromkeys(weights) if shardings is None else _flat(shardings)
+    sharding_of = dict.fromkeys(weights) if shardings is None else _flat(shardings)
     with contextlib.ExitStack() as stack:
         paths = {path for parts in sources.values() for source in parts for path in source.tensor.paths}
         paths |= {head.path for head in heads}
         files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in sorted(paths)}
         arrays = {
-            name: load_array(weight.shape, target, given[name], sources[name], files)
+            name: load_array(weight.shape, target, sharding_of[name], sources[name], files)
             for name, weight in weights.items()
         }
         for head in heads:
@@ -160,7 +160,7 @@ def hf_values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.
 
 
 def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[TensorToWrite]]:
-    """Consecutive groups of at most so many elements, or of one tensor."""
+    """Splits tensors into consecutive groups of one tensor, or of several with at most `elements` numbers together."""
     shards: list[list[TensorToWrite]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -174,7 +174,7 @@ def _shards(tensors: Sequence[TensorToWrite], elements: int) -> list[list[Tensor
 
 
 def _weights(arch: Arch, trunk: bool) -> dict[str, Weight]:
-    """Every parameter by our name, blocks stacked."""
+    """Returns every parameter by our name. Those of the blocks are stacked."""
     return {name: weight for name, weight in flat_weights(arch).items() if not (trunk and name in _OUTPUT)}
 
 
@@ -189,14 +189,14 @@ def _tree(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_be_ignored(name: str, arch: Arch, trunk: bool) -> bool:
-    """Whether a surplus tensor is harmless: a buffer, one of `_BESIDE`, or a trunk's output part."""
+    """Returns whether an unexpected tensor is harmless: a buffer, one of `_BESIDE`, or a trunk's output part."""
     if is_buffer(arch, name) or name.startswith(_BESIDE):
         return True
     return trunk and name in {hf_name(arch, output) for output in _OUTPUT if output in layout(arch)}
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a model directory holds more than a config.json."""
+    """Returns whether a model directory holds more than a config.json."""
     return any((Path(directory) / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 

@@ -203,7 +203,7 @@ def _part(arch: Arch) -> float:
 
 
 def part_of(turned: int, head_dim: int) -> float:
-    """The share of a head that turns, such that transformers comes to as many dimensions again."""
+    """Returns the share of a head that RoPE turns, from which transformers computes `turned` dimensions again."""
     part = turned / head_dim
     return part if int(head_dim * part) == turned else (turned + 0.5) / head_dim
 

@@ -64,8 +64,8 @@ class Cost:
     """The cost of a computation that runs once, on one device. The cost of loops is in `loops` only.
 
     `flops` counts the multiplications and additions of matrix products; `kernel_flops` is the part that kernels declare
-    themselves. `repeated_flops` is the matrix unit's further work, because it computes a float32 product in several
-    passes of bfloat16 products. `moved` is the number of bytes read from and written to main memory, without
+    themselves. `repeated_flops` is the matrix unit's additional work: it computes a float32 product as several bfloat16
+    products. `moved` is the number of bytes read from and written to main memory, without
     collectives. `exchanges` holds collectives by channel: one that runs beside a chain of products appears in each of
     them, and counts once.
     """
@@ -294,7 +294,7 @@ class _Counter:
                 numbers = [number for number, operand in enumerate(user.operands) if operand == name]
                 read += sum(self._read(called, called.parameters[number].name) for number in numbers)
             elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.root):
-                continue  # a collective is counted by itself, and a tuple only hands the value on
+                continue  # a collective is counted elsewhere, and a tuple reads nothing
             elif user.opcode != "dynamic-update-slice" or not first_only:
                 return all_bytes
         return min(read, all_bytes)

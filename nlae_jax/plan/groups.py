@@ -50,14 +50,14 @@ def _mesh_groups(mesh: str, along: str) -> list[list[int]]:
     named_dimensions: list[tuple[int, int]] = []  # place in `along`, dimension
     for axis, size in sizes.items():
         cuts = sorted(
-            (int(before or 1), int(length or size), at)
-            for at, (name, before, length) in enumerate(parts)
+            (int(before or 1), int(length or size), number)
+            for number, (name, before, length) in enumerate(parts)
             if name == axis
         )
         covered = 1
-        for before, length, at in cuts:
+        for before, length, number in cuts:
             dims += [before // covered] if before > covered else []
-            named_dimensions.append((at, len(dims)))
+            named_dimensions.append((number, len(dims)))
             dims.append(length)
             covered = before * length
         dims += [size // covered] if size > covered else []

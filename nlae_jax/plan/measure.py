@@ -52,24 +52,24 @@ def needed(planned: Planned) -> dict[str, float]:
 def measure(
     name: str, programs: Sequence[Program], topology: Topology, planned: Planned, quick: bool = False
 ) -> dict[str, Any]:
-    """One step's numbers per chip. A step of several programs takes the sum of their work and their highest peak.
+    """Returns one step's numbers per chip. A step of several programs has the sum of their work and their highest peak.
 
-    `quick`: as `plan.schedule` compiles them, without machine code.
+    With `quick`, programs are compiled by `plan.schedule`, without machine code.
     """
     parts = []
     for index, program in enumerate(programs):
         compiled = partial(_scheduled, planned, topology, name, index) if quick else partial(_whole, program)
         parts.append(_program(name, program, topology, planned, compiled))
-    whole = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
-    flops, work = needed(planned)[name] / topology.chips, whole.get("flops_per_chip")
-    whole["needed_flops_per_chip"] = flops
+    numbers = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
+    flops, work = needed(planned)[name] / topology.chips, numbers.get("flops_per_chip")
+    numbers["needed_flops_per_chip"] = flops
     if work is not None:
-        whole["flops_ratio"] = work / flops
-        whole["mfu_bound"] = flops / topology.chip.flops / whole["estimated_seconds"]
-    return {**dict.fromkeys(_UNKNOWN), **whole}
+        numbers["flops_ratio"] = work / flops
+        numbers["mfu_bound"] = flops / topology.chip.flops / numbers["estimated_seconds"]
+    return {**dict.fromkeys(_UNKNOWN), **numbers}
 
 
-# A module's text, and bytes of main memory of a device by what they are for.
+# A module's text, and the bytes of a device's main memory by their use.
 Compiled = tuple[str, dict[str, int]]
 
 
@@ -78,18 +78,18 @@ def _program(
 ) -> dict[str, Any]:
     per_chip, limit = topology.devices_per_chip, topology.chip.usable_bytes
     begin = time.perf_counter()
-    held = resident_bytes((program.arguments, program.kept))
+    resident = resident_bytes((program.arguments, program.kept))
     try:
         text, sizes = compiled()
-    except RuntimeError as error:  # jax's own is one
-        if (needed := needed_memory(str(error), held)) is None:
+    except RuntimeError as error:  # also jax's own error, a subclass
+        if (needed := needed_memory(str(error), resident)) is None:
             raise
         say(f"plan: {step} ({program.name}): needs {needed * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip")
-        return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": held * per_chip}
+        return {"fits": False, "peak_bytes_per_chip": needed * per_chip, "held_bytes": resident * per_chip}
     compiling = time.perf_counter() - begin
     cost = cost_of(parse(text), dict(planned.mesh.shape), planned.config.rl.max_new_tokens)
-    # What the devices hold beside this program's arguments: of those, jit leaves out what is not read.
-    sizes["kept_bytes"] = max(0, held - sizes["argument_bytes"])
+    # The devices hold more than the arguments counted here, because jit leaves out arguments that are not read.
+    sizes["kept_bytes"] = max(0, resident - sizes["argument_bytes"])
     peak = sum(sizes.values()) - 2 * sizes["reused_bytes"]
     say(
         f"plan: {step} ({program.name}): {peak * per_chip / 1e9:.1f} of {limit / 1e9:.1f} GB a chip; "
@@ -117,18 +117,18 @@ def _whole(program: Program) -> Compiled:
 
 
 def _scheduled(planned: Planned, topology: Topology, step: str, index: int) -> Compiled:
-    found = scheduled(planned.config, topology.name, step, index)
-    sizes = {"argument_bytes": found.argument_bytes, "temporary_bytes": found.temporary_bytes}
-    return found.text, {**dict.fromkeys(("output_bytes", "reused_bytes", "code_bytes"), 0), **sizes}
+    program = scheduled(planned.config, topology.name, step, index)
+    sizes = {"argument_bytes": program.argument_bytes, "temporary_bytes": program.temporary_bytes}
+    return program.text, {**dict.fromkeys(("output_bytes", "reused_bytes", "code_bytes"), 0), **sizes}
 
 
-def needed_memory(message: str, held: int) -> int | None:
+def needed_memory(message: str, resident: int) -> int | None:
     """Returns the bytes that a program needs according to the compiler's refusal; None for other errors.
 
-    The message names only temporaries, or all bytes in use. `held` are the bytes of the arguments.
+    The message names only temporaries, or all bytes in use. `resident` are the bytes of the arguments.
     """
     if temporaries := _TEMPORARIES.search(message):
-        return held + int(float(temporaries[1]) * _UNITS[temporaries[2]])
+        return resident + int(float(temporaries[1]) * _UNITS[temporaries[2]])
     used = _USED.search(message)
     return int(float(used[1]) * _UNITS[used[2]]) if used else None
 
@@ -181,21 +181,21 @@ def work(cost: Cost, topology: Topology) -> dict[str, Any]:
 
 def _joined(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Joins the numbers of a step's programs: the highest peak, the sum of all work, and each under `parts`."""
-    whole = dict(max(parts, key=lambda part: part["peak_bytes_per_chip"]))
-    whole["fits"] = all(part["fits"] for part in parts)
-    whole["parts"] = dict(zip(names, parts, strict=True))
-    summed = [name for name, value in whole.items() if name.endswith(_SUMMED) and isinstance(value, int | float)]
+    step = dict(max(parts, key=lambda part: part["peak_bytes_per_chip"]))
+    step["fits"] = all(part["fits"] for part in parts)
+    step["parts"] = dict(zip(names, parts, strict=True))
+    summed = [name for name, value in step.items() if name.endswith(_SUMMED) and isinstance(value, int | float)]
     if not all("flops_per_chip" in part for part in parts):
-        return {name: whole[name] for name in ("fits", "peak_bytes_per_chip", "held_bytes", "parts") if name in whole}
+        return {name: step[name] for name in ("fits", "peak_bytes_per_chip", "held_bytes", "parts") if name in step}
     for name in summed:
-        whole[name] = sum(part[name] for part in parts)
-    whole["seconds_alone"] = {unit: sum(part["seconds_alone"][unit] for part in parts) for unit in UNITS}
-    whole["collectives"] = {}
+        step[name] = sum(part[name] for part in parts)
+    step["seconds_alone"] = {unit: sum(part["seconds_alone"][unit] for part in parts) for unit in UNITS}
+    step["collectives"] = {}
     for part in parts:
         for kind, by_axes in part["collectives"].items():
             for axes, amount in by_axes.items():
-                known = whole["collectives"].setdefault(kind, {}).setdefault(axes, {"count": 0, "bytes": 0})
+                known = step["collectives"].setdefault(kind, {}).setdefault(axes, {"count": 0, "bytes": 0})
                 known["count"], known["bytes"] = known["count"] + amount["count"], known["bytes"] + amount["bytes"]
     loops = [loop for part in parts for loop in part["loops"]]
-    whole["loops"] = sorted(loops, key=lambda loop: -loop["seconds"])[:_LOOPS_SHOWN]
-    return whole
+    step["loops"] = sorted(loops, key=lambda loop: -loop["seconds"])[:_LOOPS_SHOWN]
+    return step

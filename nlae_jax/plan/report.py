@@ -37,10 +37,10 @@ QUICK_MEMORY = "memory is a lower bound with --quick: the whole program takes mo
 
 
 def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick: bool = False) -> dict[str, Any]:
-    """The numbers of `nlae plan` for some steps. Raises UserError for a topology, mesh or batches that cannot be.
+    """Returns the numbers of `nlae plan` for the steps `names`.
 
-    What was planned once with these versions and this code is read from the cache. `quick`: as `plan.schedule`
-    compiles; memory is a lower bound then.
+    A plan that these versions and this code have made before is read from the cache. With `quick`, steps are compiled
+    by `plan.schedule`, and memory is a lower bound. Raises UserError for an impossible topology, mesh or batch size.
     """
     if unknown := set(names) - set(STEPS):
         raise UserError(f"--steps: {min(unknown)!r} should be one of {', '.join(STEPS)}")
@@ -135,7 +135,7 @@ def _versions() -> dict[str, str]:
 
 
 def _key(config: Config, topology: str, names: Sequence[str], quick: bool = False) -> str:
-    """Of everything that the plan depends on."""
+    """Returns a hash of everything that the plan depends on."""
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
@@ -168,10 +168,10 @@ def as_table(result: dict[str, Any]) -> Table:
         share = f"{100 * step['peak_bytes_per_chip'] / memory:.0f} %{'' if step['fits'] else ' !'}"
         cells = [name, gb("argument_bytes"), gb("temporary_bytes"), gb("peak_bytes_per_chip"), share]
         if step["flops_per_chip"] is not None:
-            alone = step["seconds_alone"]
+            bounds = step["seconds_alone"]
             cells += [f"{step['flops_per_chip'] / 1e12:.2f}", f"{step['flops_ratio']:.2f}×"]
             cells += [gb("hbm_bytes_moved_per_chip"), gb("collective_bytes_per_chip")]
-            cells += [f"{step['estimated_seconds']:.3g}", max(alone, key=alone.__getitem__)]
+            cells += [f"{step['estimated_seconds']:.3g}", max(bounds, key=bounds.__getitem__)]
             cells += [f"{100 * step['mfu_bound']:.0f} %"]
         table.add_row(*cells)
     sent = [

@@ -1,11 +1,11 @@
-"""A step's program compiled as far as its schedule: memory, operations and exchanges are known then.
+"""Compiles a step's program only up to its schedule, which tells memory, operations and exchanges.
 
-Machine code takes most of the TPU compiler's time, and the compiler cannot be asked to leave it out. So a process of
-its own compiles, and is ended when the compiler has written what comes before: the scheduled module and its buffers.
-The names and the form of those files are not documented; they are those of libtpu 0.0.42.
+The TPU compiler spends most of its time on machine code, and it has no option to leave machine code out. A separate
+process therefore compiles, and it is ended once the compiler has written the scheduled module and its buffers. The
+names and the form of these files are not documented; they are those of libtpu 0.0.42.
 
-Memory is a lower bound: that of the buffers. For a whole program the compiler reports other temporaries, about twice as
-many bytes for some small models, and the code.
+Memory is a lower bound, because it counts only the buffers. For a whole program the compiler also reports the code, and
+other temporaries: about twice as many bytes for some small models.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def scheduled(config: Config, topology_name: str, step: str, index: int) -> Sche
 
 
 def buffer_bytes(assignment: str) -> tuple[int, int]:
-    """Bytes of main memory (color 0, which is not written down) in a buffer assignment: arguments, and what else.
+    """Returns the bytes of main memory in a buffer assignment: those of arguments, and all others.
 
-    Raises UserError where it names no allocation.
+    Main memory is color 0, which the text does not mention. Raises UserError where the text names no allocation.
     """
     allocations = _ALLOCATION.findall(assignment)
     if not allocations:
@@ -94,7 +94,7 @@ def buffer_bytes(assignment: str) -> tuple[int, int]:
 
 
 def main(directory: str, topology_name: str, step: str, index: str) -> None:
-    """What the process of its own does."""
+    """Compiles one program. It is the work of the separate process."""
     jax.config.update("jax_enable_compilation_cache", False)
     planned = make_planned(load_config(Path(directory) / "config.json"), open_topology(topology_name).devices)
     program = programs(planned, step)[int(index)]

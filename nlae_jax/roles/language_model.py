@@ -15,7 +15,8 @@ from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
-from nlae_jax.lm.sampling import sample
+from nlae_jax.lm.sampling import Samples, sample
+from nlae_jax.lm.segments import KeyValues
 from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
 from nlae_jax.lm.transformer import Push, for_decoding
 from nlae_jax.lm.weights import load_params
@@ -50,96 +51,83 @@ class LanguageModel:
         self.arch, self.params, self.tokenizer = arch, params, tokenizer
         tokenizer_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_ids = tuple(tokenizer_end if stop_ids is None else stop_ids)
-        subject = Subject(arch)
+        self._subject = Subject(arch)
+        # The numbers are those of the static arguments, counted with the parameters as number 0.
+        self._logits = self._compiled("logits")
+        self._residual = self._compiled("residual", 3)
+        self._run_with = self._compiled("run_with", 5)
+        self._splice = self._compiled("splice", 6)
+        self._continuations = self._compiled("continuations")
+        self._likeliest = self._compiled("likeliest", 4)
+        self._neurons = self._compiled("neurons", 3)
+        self._log_probs = self._compiled("log_probs")
+        self._generate = jax.jit(self._generate_batch, static_argnums=(4, 5), out_shardings=everywhere)
+        self._steer = jax.jit(self._steer_batch, static_argnums=(6, 7, 8), out_shardings=everywhere)
 
-        def variables(params: Any) -> dict[str, Any]:
-            return {"params": {"lm": params}}
+    def _compiled(self, method: str, *static: int) -> Any:
+        """Compiles a method of `Subject` as a function of the parameters and the method's arguments."""
 
-        def logits(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            logits_BxTxV: jax.Array = apply(subject, variables(params), ids, mask, method="logits")
-            return logits_BxTxV
+        def call(params: Any, *arguments: Any) -> Any:
+            return apply(self._subject, _variables(params), *arguments, method=method)
 
-        def residual(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            hidden_BxTxD: jax.Array = apply(subject, variables(params), ids, mask, layer, method="residual")
-            return hidden_BxTxD
+        call.__name__ = method  # names the program in profiles
+        return jax.jit(call, static_argnums=static)
 
-        def run_with(params: Any, ids: jax.Array, mask: jax.Array, h: jax.Array, at: jax.Array, layer: int) -> Any:
-            return apply(subject, variables(params), ids, mask, h, at, layer, method="run_with")
+    def _generate_batch(
+        self, params: Any, ids_BxT: jax.Array, mask_BxT: jax.Array, key: jax.Array, limit: int, temperature: float
+    ) -> Samples:
+        """Continues prompts [B, T] with at most `limit` tokens."""
+        prefilled = apply(self._subject, _variables(params), ids_BxT, mask_BxT, method="prefill")
+        return self._continue(params, mask_BxT, key, limit, temperature, prefilled)
 
-        def splice(params: Any, *arrays: jax.Array, layer: int) -> Any:
-            return apply(subject, variables(params), *arrays, layer, method="splice")
+    def _steer_batch(
+        self,
+        params: Any,
+        ids_BxT: jax.Array,
+        mask_BxT: jax.Array,
+        key: jax.Array,
+        added_BxTxD: jax.Array,
+        later_BxD: jax.Array,
+        layer: int,
+        limit: int,
+        temperature: float,
+    ) -> Samples:
+        """Does `_generate_batch` with vectors added to block `layer`: to the prompts' tokens, and to each later one."""
+        prefilled = apply(
+            self._subject, _variables(params), ids_BxT, mask_BxT, added_BxTxD, layer, method="steered_prefill"
+        )
+        return self._continue(params, mask_BxT, key, limit, temperature, prefilled, Push(later_BxD[:, None], layer))
 
-        def continuations(params: Any, *arrays: jax.Array) -> Any:
-            return apply(subject, variables(params), *arrays, method="continuations")
+    def _continue(
+        self,
+        params: Any,
+        mask_BxT: jax.Array,
+        key: jax.Array,
+        limit: int,
+        temperature: float,
+        prefilled: tuple[jax.Array, tuple[KeyValues, ...]],
+        push: Push | None = None,
+    ) -> Samples:
+        """Samples after the prompts that `prefilled` has read."""
+        first_logits, contexts = prefilled
+        start = mask_BxT.sum(-1).astype(jnp.int32)
+        caches = self._subject.empty_caches(start, limit, contexts[0].k.dtype)
+        decoding = for_decoding(self._subject, _variables(params), contexts, caches)
 
-        def likeliest(params: Any, ids: jax.Array, mask: jax.Array, columns: jax.Array, count: int) -> Any:
-            return apply(subject, variables(params), ids, mask, columns, count, method="likeliest")
+        def decode(token: jax.Array, step: jax.Array, growing: Any) -> Any:
+            cached = decoding.contexts, growing, decoding.weights
+            return apply(self._subject, decoding.variables, token, step, start, *cached, push, method="decode")
 
-        def neurons(params: Any, ids: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-            neurons_BxTxF: jax.Array = apply(subject, variables(params), ids, mask, layer, method="neurons")
-            return neurons_BxTxF
-
-        def log_probs(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            log_probs_BxT: jax.Array = apply(subject, variables(params), ids, mask, method="log_probs")
-            return log_probs_BxT
-
-        def generate(params: Any, ids: jax.Array, mask: jax.Array, key: jax.Array, limit: int, heat: float) -> Any:
-            prefilled = apply(subject, variables(params), ids, mask, method="prefill")
-            return generate_from(params, mask, key, limit, heat, prefilled)
-
-        def steer(
-            params: Any,
-            ids: jax.Array,
-            mask: jax.Array,
-            key: jax.Array,
-            added: jax.Array,
-            later: jax.Array,
-            layer: int,
-            limit: int,
-            heat: float,
-        ) -> Any:
-            prefilled = apply(subject, variables(params), ids, mask, added, layer, method="steered_prefill")
-            return generate_from(params, mask, key, limit, heat, prefilled, Push(later[:, None], layer))
-
-        def generate_from(
-            params: Any,
-            mask: jax.Array,
-            key: jax.Array,
-            limit: int,
-            heat: float,
-            prefilled: Any,
-            push: Push | None = None,
-        ) -> Any:
-            first, contexts = prefilled
-            start = mask.sum(-1).astype(jnp.int32)
-            grown = subject.empty_caches(start, limit, contexts[0].k.dtype)
-            decoding = for_decoding(subject, variables(params), contexts, grown)
-
-            def decode(token: jax.Array, step: jax.Array, caches: Any) -> Any:
-                cached = decoding.contexts, caches, decoding.weights
-                return apply(subject, decoding.variables, token, step, start, *cached, push, method="decode")
-
-            return sample(
-                decode,
-                first,
-                decoding.own,
-                key,
-                max_new_tokens=limit,
-                closing=(),
-                eos_id=self.stop_ids,
-                temperature=heat,
-            )
-
-        self._logits = jax.jit(logits)
-        self._residual = jax.jit(residual, static_argnums=3)
-        self._run_with = jax.jit(run_with, static_argnums=5)
-        self._splice = jax.jit(splice, static_argnames="layer")
-        self._continuations = jax.jit(continuations)
-        self._likeliest = jax.jit(likeliest, static_argnums=4)
-        self._neurons = jax.jit(neurons, static_argnums=3)
-        self._log_probs = jax.jit(log_probs)
-        self._generate = jax.jit(generate, static_argnums=(4, 5), out_shardings=everywhere)
-        self._steer = jax.jit(steer, static_argnums=(6, 7, 8), out_shardings=everywhere)
+        return sample(
+            decode,
+            first_logits,
+            decoding.growing,
+            key,
+            max_new_tokens=limit,
+            closing=(),
+            eos_id=self.stop_ids,
+            temperature=temperature,
+        )
 
     @staticmethod
     def from_pretrained(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
@@ -208,9 +196,7 @@ class LanguageModel:
         (context, context_mask), (read, read_mask) = (
             self._with_mask(*ids_and_mask) for ids_and_mask in ((context, context_mask), (read, read_mask))
         )
-        spliced: Spliced = self._splice(
-            self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer=layer
-        )
+        spliced: Spliced = self._splice(self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer)
         return spliced
 
     def continuations(self, notes: Any, notes_mask: Any, after: Any, after_mask: Any) -> jax.Array:
@@ -340,3 +326,8 @@ class LanguageModel:
             raise UserError(f"mask: shape {mask.shape} should be that of the ids, {ids.shape}")
         check_ids(ids[mask], self.arch.vocab_size, self.tokenizer, "ids")
         return jnp.asarray(np.where(mask, ids, 0), jnp.int32), jnp.asarray(mask)
+
+
+def _variables(params: Any) -> dict[str, Any]:
+    """Returns the variables of the module `Subject`."""
+    return {"params": {"lm": params}}

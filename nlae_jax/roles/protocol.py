@@ -162,8 +162,8 @@ def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[i
 
     They are the explanation, the closing tag and the end of sequence.
 
-    The line break before the closing tag is tokenised by itself: some tokenizers would merge it with a full stop,
-    and the decoder, which sees these very tokens without the break, would then read another last token than in SFT.
+    The line break before the closing tag is tokenised by itself. Some tokenizers would merge it with a full stop. The
+    decoder sees these tokens without the line break, so in RL its last token would differ from that in SFT.
     """
     texts = encodable(explanation).strip(), "\n"
     body, line_break = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
@@ -278,14 +278,14 @@ def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | No
 def kept_protocol(path: AnyPath, tokenizer: Any) -> Protocol:
     """Reads the protocol that a workdir was made with.
 
-    Raises UserError where the file is damaged, or where the tokenizer of today no longer fits it. The encoder's prompt
-    may differ, because chat templates print dates: the stored one counts.
+    Raises UserError where the file is damaged, or where it does not fit the tokenizer. The encoder's prompt may
+    differ, because some chat templates print the date; the stored prompt is used.
     """
     try:
         stored = Protocol.from_json(read_text(path))
     except (ValueError, UserError):
         raise UserError(
-            f"{path}: damaged; restore it: it holds the prompts that this workdir was trained with"
+            f"{path}: damaged; restore this file, which holds the prompts that the workdir was trained with"
         ) from None
     prompts = ProtocolConfig(stored.encoder_template, stored.decoder_template)
     current = make_protocol(tokenizer, prompts, stored.injection_scale, stored.marker)

@@ -38,7 +38,7 @@ def rollout(
         return sample(
             decode_step(encoder, decoding.variables, decoding.weights, decoding.contexts),
             logits,
-            decoding.own,
+            decoding.growing,
             key,
             max_new_tokens=max_new_tokens,
             closing=protocol.closing,

@@ -41,7 +41,7 @@ class Turns:
 
         def begin(variables: Params, h_BxD: jax.Array, used_B: jax.Array, limit: int) -> tuple[Loop, Any]:
             logits, decoding = prefilled(encoder, variables, h_BxD, 1, limit)
-            return started(logits, decoding.own, limit)._replace(done=~used_B[:, None]), decoding.contexts
+            return started(logits, decoding.growing, limit)._replace(done=~used_B[:, None]), decoding.contexts
 
         def advance(
             variables: Params,
@@ -54,11 +54,11 @@ class Turns:
             temperature: float,
         ) -> Loop:
             # A row keeps its random numbers: those of its place in the batch as it was before rows left.
-            everyone = lambda step: jax.random.uniform(jax.random.fold_in(key, step), (batch_size,))  # noqa: E731
+            draws_of_all = lambda step: jax.random.uniform(jax.random.fold_in(key, step), (batch_size,))  # noqa: E731
             return advanced(
                 decode_step(encoder, variables, weights, contexts),
                 loop,
-                lambda step: everyone(step)[number_B][:, None],
+                lambda step: draws_of_all(step)[number_B][:, None],
                 until,
                 closing=protocol.closing,
                 eos_id=protocol.eos_id,
@@ -106,10 +106,10 @@ class Turns:
         return samples
 
 
-def _keep(samples: Samples, loop: Loop, number: np.ndarray) -> None:
-    """Writes what the loop's rows have drawn into `samples`, where these rows have the numbers `number`."""
-    for whole, part in zip(samples, loop.samples, strict=True):
-        whole[number] = np.asarray(part)[:, 0]
+def _keep(samples: Samples, loop: Loop, number_N: np.ndarray) -> None:
+    """Writes what the loop's rows have drawn into `samples`, where these rows have the numbers `number_N`."""
+    for array, part in zip(samples, loop.samples, strict=True):
+        array[number_N] = np.asarray(part)[:, 0]
 
 
 def smaller_batch(count: int, size: int, smallest: int) -> int:
@@ -123,20 +123,20 @@ def smaller_batch(count: int, size: int, smallest: int) -> int:
     return fitting if 2 * fitting <= size else size
 
 
-def _rows(loop: Loop, contexts: Any, index: np.ndarray) -> tuple[Loop, Any]:
-    """Returns the rows at `index` of the loop's state and of the contexts.
+def _rows(loop: Loop, contexts: Any, index_N: np.ndarray) -> tuple[Loop, Any]:
+    """Returns the rows at `index_N` of the loop's state and of the contexts.
 
     Rows are taken by numpy, which reads arrays on a CPU in place. A compiled function would be compiled for each size.
     """
     loop, contexts = jax.tree.map(np.asarray, (loop, contexts))
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
-    of_rows = lambda tree: jax.tree.map(lambda kv: rows_of(kv, index), tree, is_leaf=is_keys)  # noqa: E731
+    of_rows = lambda tree: jax.tree.map(lambda kv: rows_of(kv, index_N), tree, is_leaf=is_keys)  # noqa: E731
     kept = Loop(
         step=loop.step,
-        logits=loop.logits[index],
+        logits=loop.logits[index_N],
         caches=of_rows(loop.caches),
-        samples=Samples(*(part[index] for part in loop.samples)),
-        done=loop.done[index],
+        samples=Samples(*(part[index_N] for part in loop.samples)),
+        done=loop.done[index_N],
     )
     taken: tuple[Loop, Any] = jax.device_put((kept, of_rows(contexts)))
     return taken

@@ -45,7 +45,7 @@ def evaluate(run: PreparedRun) -> None:
     after, before = trained_pair(run), warm_started_pair(run)
     config, rows = run.config.eval, run.held_out_rows()
     h = run.store.vectors(rows)
-    documents = run.store.plan.document[rows]
+    documents = run.store.index.document[rows]
     trip = RoundTrip(run.roles, run.tokenizer, config.batch_size, run.config.rl.max_new_tokens, run.mesh)
     seed = run.seed(Purpose.EVAL)
     mse_uninformed: dict[str, np.ndarray] = {}
@@ -157,34 +157,34 @@ def _mse_of_parts(
     return mse
 
 
-def _likeliest_tokens(run: Run, rows: np.ndarray) -> list[str]:
+def _likeliest_tokens(run: Run, rows_N: np.ndarray) -> list[str]:
     """Returns the subject's likeliest next token, as text, after each row's context; '' where it is not known.
 
     Where extraction did not store the tokens, the subject computes them, if its weights are in memory anyhow.
     """
-    stored = run.store.next_tokens(rows)
+    stored = run.store.next_tokens(rows_N)
     if stored.shape[1]:
         return [run.tokenizer.decode([token]) for token in stored[:, 0].tolist()]
     if run.config.dataset.rl or not run.config.lora.rank or world.count() > 1:
-        return [""] * len(rows)
+        return [""] * len(rows_N)
     subject = LanguageModel(run.arch, run.base, run.tokenizer)
-    likeliest = subject.generate([run.store.context_ids(row).tolist() for row in rows.tolist()], 1, temperature=0.0)
+    likeliest = subject.generate([run.store.context_ids(row).tolist() for row in rows_N.tolist()], 1, temperature=0.0)
     return [run.tokenizer.decode(tokens) for tokens in likeliest]
 
 
-def _write_samples(run: Run, rows: np.ndarray, written: Explanations, mse_N: np.ndarray, gold: np.ndarray) -> None:
+def _write_samples(run: Run, rows_N: np.ndarray, written: Explanations, mse_N: np.ndarray, gold_N: np.ndarray) -> None:
     """Writes one JSON line for each evaluated row."""
-    plan = run.store.plan
+    index = run.store.index
     lines = []
-    for i, row in enumerate(rows.tolist()):
+    for i, row in enumerate(rows_N.tolist()):
         context, token = _context(run, row)
         sample = {
-            "doc_id": plan.doc_ids[plan.document[row]],
-            "position": int(plan.position[row]),
+            "doc_id": index.doc_ids[index.document[row]],
+            "position": int(index.position[row]),
             "context": context,
             "token": token,
             "explanation": written.texts[i],
-            "gold": str(gold[i]),
+            "gold": str(gold_N[i]),
             "cos": float(1 - mse_N[i] / 2),
             "mse": float(mse_N[i]),
             "closed": bool(written.length[i] > 0),

@@ -95,8 +95,8 @@ def _check_last_block(run: PreparedRun) -> None:
     arch, layer = run.roles.decoder.arch, run.config.subject.layer
     if arch.global_attention is not None and arch.mixers[layer] != "global":
         raise UserError(
-            f"config.subject.layer: transformers reads a {arch.family} only where its last block is of full attention, "
-            f"and the decoder's, {layer}, has a window; export the --adapters alone"
+            f"config.subject.layer: the decoder's last block, {layer}, has a window; transformers loads a "
+            f"{arch.family} only if its last block has full attention; add --adapters to export the adapters alone"
         )
 
 
@@ -246,7 +246,7 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
     if tokenizer.chat_template is None:
         (directory / "chat_template.jinja").write_text(plain_template(tokenizer), encoding="utf-8")
         if chats_ids(load_tokenizer(directory), ["x"]) != expected:
-            warn(f"{directory}: no chat template writes this base model's prompts; other programs read other ones")
+            warn(f"{directory}: no chat template writes this base model's prompts; other programs write other ones")
         return
     if (path := directory / "chat_template.jinja").is_file():
         template = path.read_text(encoding="utf-8")
@@ -267,7 +267,10 @@ def _fix_date(directory: Path, tokenizer: Any) -> None:
             return
         _change_settings(directory, [_SETTINGS], chat_template=changed)
     if chats_ids(load_tokenizer(directory), ["x"]) != expected:
-        warn(f"{directory}: the chat template prints the date of the day; in other programs it is not that of training")
+        warn(
+            f"{directory}: the chat template prints the current date; other programs give the encoder another date "
+            "than that of training"
+        )
 
 
 def export_datasets(run: PreparedRun, out: Path) -> None:
@@ -275,7 +278,7 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
 
     Rows of the warm start that have no description are left out.
     """
-    plan, described = run.store.plan, descriptions_of(run) if run.config.sft.learns else {}
+    index, described = run.store.index, descriptions_of(run) if run.config.sft.learns else {}
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     extraction = {
         "base_model": run.config.subject.model,
@@ -289,14 +292,14 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
     with progress(len(SPLIT_OF), "export", unit="dataset") as bar:
         for name, split in SPLIT_OF.items():
             # The reference reads a file in order, and our rows are ordered by their documents' lengths.
-            rows = np.random.default_rng([run.config.seed, 2]).permutation(plan.rows_of(split))
+            rows = np.random.default_rng([run.config.seed, 2]).permutation(index.rows_of(split))
             if name in ("av_sft", "ar_sft"):
                 rows = np.array([row for row in rows.tolist() if row in described], np.int64)
             source = Exported(
                 rows=rows,
                 vectors=run.store.vectors,
-                doc_id=lambda row: plan.doc_ids[plan.document[row]],
-                position=lambda row: int(plan.position[row]),
+                doc_id=lambda row: index.doc_ids[index.document[row]],
+                position=lambda row: int(index.position[row]),
                 text=lambda row: decode(run.store.context_ids(row)),
                 description=lambda row: described.get(row, ""),
             )

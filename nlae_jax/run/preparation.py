@@ -17,8 +17,9 @@ from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.describe import make_describer
 from nlae_jax.data.described import Described, described_path, match, read_descriptions
 from nlae_jax.data.describer import Context, DescribeResources
+from nlae_jax.data.index import Index, make_index, read_index, write_index
 from nlae_jax.data.template import document_frequencies
-from nlae_jax.interop.datasets import dataset_files, identities, import_plan, import_texts, import_vectors
+from nlae_jax.interop.datasets import dataset_files, identities, import_index, import_texts, import_vectors
 from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.pretrained import cache_directory, stop_ids
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
@@ -39,15 +40,15 @@ def extract(run: Run) -> None:
         return
     if files := dataset_files(config.dataset):
         return processes.by_first(lambda: _import(run, files))
-    processes.by_first(lambda: _plan(run))
-    plan = activations.read_plan(directory)
+    processes.by_first(lambda: _make_index(run))
+    index = read_index(directory)
     # Only the template describer reads the subject's next tokens. Without them the upper blocks need not run.
     num_next = activations.NUM_NEXT_TOKENS if config.describe.provider == "template" else 0
-    read_activations(run, plan, reader(run, num_next), num_next)
+    read_activations(run, index, reader(run, num_next), num_next)
 
 
-def _plan(run: Run) -> None:
-    """Writes the plan (documents and rows) and claims the workdir, unless the plan exists."""
+def _make_index(run: Run) -> None:
+    """Writes the index of documents and rows, and claims the workdir, unless the index exists."""
     directory = run.workdir / "activations"
     if (directory / "rows.parquet").exists():
         return
@@ -61,19 +62,19 @@ def _plan(run: Run) -> None:
             say(f"{path}: {count} descriptions {reason}: left out")
         documents = described.documents
     positions = described.positions if described else {}
-    plan = activations.plan(documents, run.tokenizer, config, positions, run.arch.vocab_size)
+    index = make_index(documents, run.tokenizer, config, positions, run.arch.vocab_size)
     _ = run.base  # read now: a model that cannot be read must raise before anything is written
     claim(run.workdir, run.config)
     write_json(directory / "subject.json", run.identity)
     if described is not None:
-        write_parquet(directory / "descriptions.parquet", _table(_descriptions_by_row(plan, described)))
-    activations.write_plan(directory, plan)
+        write_parquet(directory / "descriptions.parquet", _table(_descriptions_by_row(index, described)))
+    write_index(directory, index)
 
 
-def _descriptions_by_row(plan: activations.Plan, described: Described) -> dict[int, str]:
+def _descriptions_by_row(index: Index, described: Described) -> dict[int, str]:
     """Returns row -> description, for the rows that the file describes."""
-    places = zip(plan.document.tolist(), plan.position.tolist(), strict=True)
-    texts = (described.positions.get(plan.doc_ids[document], {}).get(position) for document, position in places)
+    places = zip(index.document.tolist(), index.position.tolist(), strict=True)
+    texts = (described.positions.get(index.doc_ids[document], {}).get(position) for document, position in places)
     return {row: text for row, text in enumerate(texts) if text is not None}
 
 
@@ -90,35 +91,35 @@ def reader(run: Run, num_next: int) -> activations.Reader:
     return lambda *batch: read(run.base, *place(batch, (split, split, everywhere, everywhere)))
 
 
-def read_activations(run: Run, plan: activations.Plan, read: activations.Reader, num_next: int) -> None:
+def read_activations(run: Run, index: Index, read: activations.Reader, num_next: int) -> None:
     """Reads the activations that the store does not have yet, then writes meta.json."""
     directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
-    with progress(len(plan.position), "extract", unit="activation") as bar:
+    with progress(len(index.position), "extract", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh)
-        activations.extract(directory, plan, read, config.extract, run.arch.d_model, num_next, advance, parts)
+        activations.extract(directory, index, read, config.extract, run.arch.d_model, num_next, advance, parts)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,
         "dtype": config.subject.dtype,
         "corpus": config.corpus.path or config.corpus.hub or "installed documentation",
     }
-    processes.by_first(lambda: activations.write_meta(directory, plan, run.arch.d_model, num_next, provenance))
+    processes.by_first(lambda: activations.write_meta(directory, index, run.arch.d_model, num_next, provenance))
 
 
 def _import(run: Run, files: dict[str, Path]) -> None:
     """Imports parquet files, with their descriptions, into activations/."""
     directory, d_model = run.workdir / "activations", run.arch.d_model
     if (directory / "rows.parquet").exists():
-        plan = activations.read_plan(directory)
+        index = read_index(directory)
         if read_json(directory / "dataset.json") != identities(files):
             raise UserError(
                 f"config.dataset: the files are not those that {directory} was begun with; restore the former ones"
             )
     else:
         say("reading the dataset")
-        plan, sidecar = import_plan(files, run.config), sidecar_of(run)
+        index, sidecar = import_index(files, run.config), sidecar_of(run)
         assert sidecar is not None  # a dataset always has a sidecar
-        descriptions, contexts, dropped = import_texts(files, plan, sidecar)
+        descriptions, contexts, dropped = import_texts(files, index, sidecar)
         if dropped:
             say(f"av_sft: {dropped} responses without explanation tags: left out")
         claim(run.workdir, run.config)
@@ -126,11 +127,11 @@ def _import(run: Run, files: dict[str, Path]) -> None:
         write_parquet(directory / "descriptions.parquet", descriptions)
         write_parquet(directory / "contexts.parquet", contexts)
         write_json(directory / "dataset.json", identities(files))
-        activations.write_plan(directory, plan)
-    with progress(len(plan.position), "import", unit="activation") as bar:
-        import_vectors(directory, files, len(plan.position), d_model, partial(_advance_alone, bar))
+        write_index(directory, index)
+    with progress(len(index.position), "import", unit="activation") as bar:
+        import_vectors(directory, files, len(index.position), d_model, partial(_advance_alone, bar))
     provenance = {"model": run.config.subject.model, "layer": run.config.subject.layer, "corpus": str(files["rl"])}
-    activations.write_meta(directory, plan, d_model, 0, provenance)
+    activations.write_meta(directory, index, d_model, 0, provenance)
 
 
 def _advance_together(bar: Progress, mesh: Mesh) -> Callable[[int], None]:
@@ -175,13 +176,13 @@ def describe(run: Run) -> None:
 
 def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
     """Asks the provider, or `model` if it is given, and writes the table of descriptions."""
-    plan, config = run.store.plan, run.config.describe
-    rows = np.concatenate([plan.rows_of("encoder_sft"), plan.rows_of("decoder_sft"), run.held_out_rows()])
+    index, config = run.store.index, run.config.describe
+    rows = np.concatenate([index.rows_of("encoder_sft"), index.rows_of("decoder_sft"), run.held_out_rows()])
     expected = run.store.next_tokens(rows)
     decode = partial(run.tokenizer.decode, skip_special_tokens=True)
     contexts = [
         Context(
-            doc_id=plan.doc_ids[plan.document[row]],
+            doc_id=index.doc_ids[index.document[row]],
             text=decode(run.store.context_ids(row)),
             next_tokens=tuple(decode([token]) for token in tokens),
         )
@@ -189,8 +190,8 @@ def _describe(run: Run, path: Path, model: LanguageModel | None = None) -> None:
     ]
     resources = DescribeResources(
         # Only the template provider reads the counts, and counting the whole corpus takes time.
-        document_frequency=document_frequencies(map(decode, plan.ids)) if config.provider == "template" else {},
-        num_documents=len(plan.ids),
+        document_frequency=document_frequencies(map(decode, index.ids)) if config.provider == "template" else {},
+        num_documents=len(index.ids),
         generate=None if model is None else partial(_chat, run, model),
         cache_directory=run.workdir / "activations/answers",
         shared_directory=cache_directory() / "answers",

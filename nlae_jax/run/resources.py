@@ -129,7 +129,7 @@ class Run:
 
         Their order is random and depends on the seed only.
         """
-        rows = self.store.plan.rows_of("held_out")
+        rows = self.store.index.rows_of("held_out")
         count = self.config.eval.num_activations if count is None else count
         return np.random.default_rng([self.config.seed, 1]).permutation(rows)[:count]
 
@@ -161,7 +161,7 @@ class PreparedRun(Run):
         return {
             "config": dataclasses.asdict(self.config),
             "weights": self.identity,
-            "rows": self.store.plan.digest(),
+            "rows": self.store.index.digest(),
             "protocol": json.loads(self.protocol.to_json()),
         }
 
@@ -247,7 +247,7 @@ def _open_store(workdir: AnyPath, record: dict[str, Any]) -> ActivationStore:
     if not (workdir / "activations/meta.json").exists():
         raise UserError(f"{workdir}: no activations yet; run `nlae extract` (or `nlae train`) first")
     store = ActivationStore(workdir / "activations")
-    check_record(record, "rows", store.plan.digest(), str(workdir / "activations/rows.parquet"), workdir)
+    check_record(record, "rows", store.index.digest(), str(workdir / "activations/rows.parquet"), workdir)
     return store
 
 

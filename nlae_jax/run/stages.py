@@ -25,13 +25,13 @@ _FINISHED: dict[str, Callable[[Run], bool]] = {"rl": rl_is_finished, "eval": is_
 
 
 def run_stage(run: Run, name: str) -> None:
-    """Runs what is left of one stage, after what is left of the stages before it."""
+    """Runs the unfinished work of one stage, after that of the stages before it."""
     if name not in _FINISHED or not _FINISHED[name](run):
         run_stages(run, name)
 
 
 def run_stages(run: Run, last: str = "eval") -> None:
-    """Runs what is left of every stage, in order, up to the `last`."""
+    """Runs the unfinished work of every stage, in order, up to the stage `last`."""
     for name, stage in STAGES.items():
         if name == _FIRST_PREPARED:
             run = prepare(run)

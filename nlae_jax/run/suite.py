@@ -34,28 +34,28 @@ def rows_of_run(run: Run, count: int) -> Rows:
     The first of them are those that the run's own evaluation uses: they alone have been described.
     """
     rows = run.held_out_rows(count)
-    plan, h = run.store.plan, run.store.vectors(rows)
+    index, h = run.store.index, run.store.vectors(rows)
     if run.config.dataset.rl:
         texts = [run.store.contexts.get(row, "") for row in rows.tolist()]
         ids = [text_ids(run.tokenizer, text) if text else [] for text in texts]
-        docs, domains = ([values[plan.document[row]] for row in rows] for values in (plan.doc_ids, plan.domain))
+        docs, domains = ([values[index.document[row]] for row in rows] for values in (index.doc_ids, index.domain))
         return without_following(h, docs, ids, texts, domains)
-    fitted = np.concatenate([plan.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
+    fitted = np.concatenate([index.rows_of(split) for split in ("rl", "decoder_sft", "encoder_sft")])
     fitted = np.sort(np.random.default_rng([run.config.seed, 7]).permutation(fitted)[:_REFERENCE])
     context_ids = [run.store.context_ids(row).tolist() for row in rows.tolist()]
-    following_ids = [plan.ids[plan.document[row]][plan.position[row] + 1 :][:SUFFIX].tolist() for row in rows]
+    following_ids = [index.ids[index.document[row]][index.position[row] + 1 :][:SUFFIX].tolist() for row in rows]
     descriptions = _descriptions(run)
     return Rows(
         h=h,
-        document=plan.document[rows].astype(int),
-        position=plan.position[rows].astype(int),
+        document=index.document[rows].astype(int),
+        position=index.position[rows].astype(int),
         context_ids=context_ids,
         following_ids=following_ids,
         contexts=[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in context_ids],
-        domain=[plan.domain[document] for document in plan.document[rows]],
+        domain=[index.domain[document] for document in index.document[rows]],
         gold=[descriptions.get(row, "") for row in rows.tolist()],
         reference=run.store.vectors(fitted) if len(fitted) else h,
-        reference_document=plan.document[fitted].astype(int) if len(fitted) else plan.document[rows].astype(int),
+        reference_document=index.document[fitted].astype(int) if len(fitted) else index.document[rows].astype(int),
     )
 
 

@@ -56,7 +56,7 @@ def sft(run: PreparedRun) -> None:
 
 def _frozen(run: PreparedRun, split: str) -> Params:
     """Returns the arrays that training steps read and never change, see `train.steps`."""
-    rows, config = run.store.plan.rows_of(split), run.config
+    rows, config = run.store.index.rows_of(split), run.config
     # Rows are ordered by their documents' lengths, so the sample is spread evenly over all of them.
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _BASELINE_ROWS).astype(int))]
     tables: Params = {"baselines": direction.baselines(jnp.asarray(run.store.vectors(rows)))}
@@ -78,7 +78,7 @@ def _described_rows(
     """
     limit, descriptions = run.config.sft.max_response_tokens + frame, descriptions_of(run)
     vocab_size = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
-    rows = [row for row in run.store.plan.rows_of(split).tolist() if row in descriptions]
+    rows = [row for row in run.store.index.rows_of(split).tolist() if row in descriptions]
     tokens = [tokenise(descriptions[row]) for row in rows]
     used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < vocab_size]
     if not rows:
@@ -100,18 +100,18 @@ def _described_rows(
 
 
 def _sft_batches(
-    config: SftConfig, length: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
+    config: SftConfig, length_N: np.ndarray, seed: int, load: Callable[[np.ndarray, int | None], Batch], mesh: Mesh
 ) -> tuple[Any, tuple[Batch, ...]]:
     """Returns the stage's batches, and one example batch of each width where there are several.
 
     `load` takes row numbers and a width. Every process draws the same row numbers, and loads its share of them.
     """
-    widths, load_share = bucket_widths(length, config.buckets), lambda i, width: load(share(mesh, i), width)
+    widths, load_share = bucket_widths(length_N, config.buckets), lambda i, width: load(share(mesh, i), width)
     if len(widths) == 1:
-        return batches(len(length), config.batch_size, seed, lambda i: load_share(i, None)), ()
-    example_rows = np.arange(config.batch_size) % len(length)
+        return batches(len(length_N), config.batch_size, seed, lambda i: load_share(i, None)), ()
+    example_rows = np.arange(config.batch_size) % len(length_N)
     examples = tuple(load_share(example_rows, int(width)) for width in widths)
-    return bucketed_batches(length, widths, config.batch_size, seed, load_share), examples
+    return bucketed_batches(length_N, widths, config.batch_size, seed, load_share), examples
 
 
 def _initial_encoder(run: PreparedRun, optimizer: optax.GradientTransformation) -> RoleState:
@@ -231,7 +231,7 @@ def rl(run: PreparedRun) -> None:
     else:
         decoder = compiled(parts.train_decoder, state.decoder, run.mesh)
         step = steps.SplitStep(parts, decoder, compiled(parts.train_encoder, state.encoder, run.mesh))
-    rows = run.store.plan.rows_of("rl")
+    rows = run.store.index.rows_of("rl")
     iterator = batches(
         len(rows),
         config.activations_per_step,

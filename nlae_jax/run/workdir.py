@@ -122,7 +122,7 @@ def recorded(workdir: AnyPath) -> dict[str, Any]:
 def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
     """Raises UserError where the file `name` is missing although files exist that were made with it.
 
-    `others` are glob patterns of such files. Without them `_RECORDS` says which they are.
+    `others` are glob patterns of these files; by default they are those in `_RECORDS`.
     """
     if (workdir / name).exists():
         return

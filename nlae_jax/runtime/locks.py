@@ -14,11 +14,11 @@ from nlae_jax.runtime.progress import warn
 _LOCKED: dict[Path, BinaryIO] = {}
 
 
-def hold(path: Path, name: str, busy: str, alone: str) -> None:
+def hold(path: Path, name: str, busy: str, advice: str) -> None:
     """Locks a file for this process, and makes it if it does not exist.
 
     Raises UserError `name: busy` where another process has locked it. Network file systems may have no locks: then a
-    warning ends with `alone`, which tells the user what not to do.
+    warning ends with `advice`, which tells the user what not to do.
     """
     path = path.resolve()
     locked = _LOCKED.get(path)
@@ -32,5 +32,5 @@ def hold(path: Path, name: str, busy: str, alone: str) -> None:
         file.close()
         raise UserError(f"{name}: {busy}") from None
     except OSError as error:  # file systems without locks raise errors of many kinds
-        warn(f"{name}: cannot be locked ({error.strerror}); {alone}")
+        warn(f"{name}: cannot be locked ({error.strerror}); {advice}")
     _LOCKED[path] = file

@@ -22,9 +22,9 @@ def tokenized(passage: Passage) -> dict[str, Any]:
     return {"tokens": tokens, "prompt_length": len(tokens), "text": passage.text}
 
 
-def l2_norm(vector: np.ndarray) -> float:
+def l2_norm(vector_D: np.ndarray) -> float:
     """Returns the L2 norm, computed in float64."""
-    return float(np.linalg.norm(vector.astype(np.float64)))
+    return float(np.linalg.norm(vector_D.astype(np.float64)))
 
 
 async def explain_frames(

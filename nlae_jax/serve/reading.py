@@ -120,7 +120,7 @@ class Reader:
             yield
             table.advance(1)
             for smaller in reversed([other for other in sizes if other < size]):
-                table.remove(lambda row, smaller=smaller: row >= smaller)
+                table.remove(smaller.__le__)
             yield
         for count in _SCORED[1:]:
             self.score(["the text"] * count, np.stack([self._example] * count))

@@ -61,8 +61,8 @@ class Program:
     """How a role begins rows and feeds tokens. Parameters are arguments of all compiled functions.
 
     `prefill(variables, sources)` returns logits [B, V] and contexts. `caches(sources, capacity, dtype)` returns empty
-    caches of the rows. `decode(variables, weights, token, step, contexts, own)` feeds a token to each row, whose caches
-    are `own`.
+    caches of the rows. `decode(variables, weights, token, step, contexts, growing)` feeds a token to each
+    row, whose caches are `growing`.
     """
 
     role: nn.Module
@@ -110,7 +110,7 @@ class Compiled:
                 seed=seed,
                 done=~used,
                 contexts=decoding.contexts,
-                own=decoding.own,
+                growing=decoding.growing,
             )
 
         def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:

@@ -151,8 +151,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Finishes a save under way, also when the run ends in an error; that error is the one to report.
 
-        After an error with several processes it does not wait: the other processes go on, so this one would wait for
-        them for ever and its error would never be reported.
+        With several processes it does not wait after an error. The other processes go on, so it would wait for them for
+        ever and never report the error.
         """
         if error is not None and world.count() > 1 and not isinstance(error, supervision.Preempted):
             return

@@ -18,7 +18,7 @@ from nlae_jax.mesh import put_batch, replicated
 from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath
-from nlae_jax.runtime.progress import progress, warn
+from nlae_jax.runtime.progress import Progress, progress, warn
 from nlae_jax.train.checkpoint import Checkpoints, abstract_of
 from nlae_jax.train.metrics import MetricsLog
 from nlae_jax.train.state import shardings_of
@@ -27,6 +27,8 @@ from nlae_jax.train.trackers import Log, tracker
 
 # After this many steps a stage ends if all its updates were skipped: it has no finite gradient to learn from.
 _PATIENCE = 10
+
+_Shapes = tuple[tuple[int, ...], ...]  # of a batch's arrays, ordered by the arrays' names
 
 SHOWN = ("loss", "fve", "reward_mean", "kl", "explanation_tokens")
 
@@ -85,68 +87,40 @@ def _run(
     track: Log,
 ) -> Any:
     """Runs a stage from its `newest` checkpoint on. `run_stage` opens and closes the files that it writes."""
-    stop, start = processes.Agreement(mesh), 0
+    stop, start = processes.Agreement(mesh), newest or 0
     if newest is not None:
-        abstract = abstract_of(state)
-        for leaf in jax.tree.leaves(state):
-            leaf.delete()  # the caller still holds this state, and the device may have room for one only
-        start = newest
-        state, data = checkpoints.restore_step(abstract, newest)
-        stage.iterator.set_state(data["iterator"])
+        state = _restored(stage, state, checkpoints, newest)
     if log is not None:
         log.rewind(stage.name, start)
         log.sort()
     if start == stage.steps:
         return state
-    announced_shapes, seen_shapes = set(), set()
-    for example in stage.examples:
-        batch = put_batch(example, mesh)
-        stage.step.lower(state, frozen, batch).compile()
-        announced_shapes.add(_shapes(batch))
+    announced_shapes = _compile_examples(stage, state, frozen, mesh)
     processes.barrier()
-    compiled_before, expected = stage.step._cache_size(), max(1, len(announced_shapes))
-    clock, warned = time.perf_counter(), False
-    pending: tuple[int, Any] | None = None
-
-    def flush() -> None:
-        nonlocal pending, clock
-        if pending is not None:
-            number, metrics = pending
-            observed = metrics.pop(OBSERVED, None)
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            now = time.perf_counter()
-            seconds, clock = now - clock, now
-            tokens = values.pop("tokens")
-            row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
-            if log is not None:
-                observations = {} if stage.observe is None else stage.observe(jax.device_get(observed))
-                log.append({"stage": stage.name, "step": number, **row, **observations})
-                track(number, {**row, **observations})
-            bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
-            pending = None
-
+    compiled_before, expected, warned = stage.step._cache_size(), max(1, len(announced_shapes)), False
     with progress(stage.steps, stage.name, unit="step", start=start) as bar:
+        rows = _Rows(stage, log, track, bar)
         for number in range(start + 1, stage.steps + 1):
             batch = put_batch(next(stage.iterator), mesh)
+            if announced_shapes and _shapes(batch) not in announced_shapes:
+                raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
             if number == start + 1 and not announced_shapes:
                 processes.compile_together(stage.step, state, frozen, batch)
-            seen_shapes.add(_shapes(batch))
-            if announced_shapes and seen_shapes - announced_shapes:
-                raise RuntimeError(f"{stage.name}: a batch of shapes {_shapes(batch)}, which no example announced")
             with jax.transfer_guard("disallow"):
                 state, metrics = stage.step(state, frozen, batch)
             if not warned and stage.step._cache_size() - compiled_before > expected:
                 warned = True
                 warn(f"{stage.name}: step {number} was compiled anew; {expected} compilations are expected in all")
             # The previous step's metrics are fetched only now, so that the device never waits for the host.
-            flush()
+            rows.write()
             checkpoints.poll()
-            pending, stopping = (number, metrics), stop()
+            rows.hold(number, metrics)
+            stopping = stop()
             if number in (_PATIENCE, stage.steps):
-                flush()
+                rows.write()
                 _check_learned(stage.name, number, state)
             if stopping or number % config.checkpoint.every_steps == 0 or number == stage.steps:
-                flush()
+                rows.write()
                 if log is not None:
                     log.sync()  # a complete checkpoint must not be ahead of its rows
                     if stage.at_checkpoint is not None:
@@ -163,6 +137,57 @@ def _run(
     return state
 
 
+def _restored(stage: Stage, state: Any, checkpoints: Checkpoints, step: int) -> Any:
+    """Restores the state and the position in the data after `step`. Deletes the arrays of `state`."""
+    abstract = abstract_of(state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # the caller still holds this state, and the device may have room for one only
+    state, data = checkpoints.restore_step(abstract, step)
+    stage.iterator.set_state(data["iterator"])
+    return state
+
+
+def _compile_examples(stage: Stage, state: Any, frozen: Any, mesh: Mesh) -> set[_Shapes]:
+    """Compiles the step for each of the stage's example batches. Returns their shapes."""
+    shapes = set()
+    for example in stage.examples:
+        batch = put_batch(example, mesh)
+        stage.step.lower(state, frozen, batch).compile()
+        shapes.add(_shapes(batch))
+    return shapes
+
+
+class _Rows:
+    """Logs each step's metrics one step late: `hold` keeps them on the device, and `write` fetches and logs them."""
+
+    def __init__(self, stage: Stage, log: MetricsLog | None, track: Log, bar: Progress) -> None:
+        self._stage, self._log, self._track, self._bar = stage, log, track, bar
+        self._clock = time.perf_counter()
+        self._held: tuple[int, Any] | None = None
+
+    def hold(self, number: int, metrics: Any) -> None:
+        """Keeps the metrics of step `number`."""
+        self._held = number, metrics
+
+    def write(self) -> None:
+        """Logs the metrics that are held, if there are any."""
+        if self._held is None:
+            return
+        (number, metrics), self._held = self._held, None
+        observed = metrics.pop(OBSERVED, None)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens = values.pop("tokens")
+        if self._log is not None:
+            row = {**values, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
+            if self._stage.observe is not None:
+                row |= self._stage.observe(jax.device_get(observed))
+            self._log.append({"stage": self._stage.name, "step": number, **row})
+            self._track(number, row)
+        self._bar.advance(1, **{name: values[name] for name in SHOWN if name in values})
+
+
 def _check_learned(stage: str, steps: int, state: Any) -> None:
     """Raises UserError where an optimiser has skipped every update: the stage would silently learn nothing."""
     for path, count in optax.tree_utils.tree_get_all_with_path(state, "count"):
@@ -175,7 +200,7 @@ def _check_learned(stage: str, steps: int, state: Any) -> None:
             )
 
 
-def _shapes(batch: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+def _shapes(batch: dict[str, Any]) -> _Shapes:
     return tuple(batch[name].shape for name in sorted(batch))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlae_jax.config import Config, ViewsConfig
+from nlae_jax.config import Config, RlConfig, ViewsConfig
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import Samples, explanation_tokens, truncated
 from nlae_jax.roles import direction
@@ -233,6 +233,54 @@ def score(
     return Scores(mse, written_length, contrast, whole, repeats), gradients
 
 
+def _rewards(rl: RlConfig, scores: Scores, valid_BxG: jax.Array, lengths_BxG: jax.Array) -> jax.Array:
+    """Returns rewards [B, G] float32 of samples of these lengths. `valid` marks those with a readable explanation."""
+    penalty = rl.length_penalty * lengths_BxG
+    if scores.repeats is not None:
+        penalty += rl.repeat_penalty * scores.repeats
+    reward = objectives.rewards(scores.mse, valid_BxG, penalty, rl.reward)
+    if scores.contrast is not None:
+        reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
+    return reward
+
+
+def policy_gradient(
+    roles: Roles,
+    rl: RlConfig,
+    trained: Params,
+    frozen: Params,
+    h_BxD: jax.Array,
+    tokens_BxGxR: jax.Array,
+    advantage_BxG: jax.Array,
+    mask_BxGxR: jax.Array,
+) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], Params]:
+    """Returns ((loss, arrays [B, G, R] float32), the encoder's gradient). The mask marks sampled tokens.
+
+    The arrays are the tokens' log-probs and entropies and, with a KL term, the reference's log-probs.
+    """
+    count = objectives.count(mask_BxGxR)
+
+    def policy_loss(
+        log_probs: jax.Array, advantage: jax.Array, mask: jax.Array, reference: jax.Array | None = None
+    ) -> jax.Array:
+        return objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef, count)
+
+    def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        h, tokens, advantage, mask = part
+        reference: tuple[jax.Array, ...] = ()
+        if rl.kl_coef:
+            with jax.named_scope("reference"):
+                variables = roles.encoder_variables(frozen["base"], frozen["reference"])
+                reference = apply(roles.encoder, variables, h, tokens, method="log_probs")[:1]
+        per_token = jnp.broadcast_to(advantage[..., None], mask.shape), mask, *reference
+        with jax.named_scope("policy"):
+            variables = roles.encoder_variables(frozen["base"], trained)
+            loss, rows = apply(roles.encoder, variables, h, tokens, policy_loss, *per_token, method="loss")
+        return loss, (*rows, *reference)
+
+    return in_microbatches(loss_fn, trained, (h_BxD, tokens_BxGxR, advantage_BxG, mask_BxGxR), rl.microbatches)
+
+
 class RlParts(NamedTuple):
     """The parts of an RL step, each jittable by itself, and their composition.
 
@@ -287,35 +335,11 @@ def rl_step(
         state: RoleState, frozen: Params, batch: Params, samples: Samples, scores: Scores, metrics: Metrics
     ) -> tuple[RoleState, Metrics]:
         mask = jnp.arange(samples.tokens.shape[-1]) < samples.lengths[..., None]
-        valid, count = scores.length > 0, objectives.count(mask)
-        penalty = rl.length_penalty * samples.lengths
-        if scores.repeats is not None:
-            penalty += rl.repeat_penalty * scores.repeats
-        reward = objectives.rewards(scores.mse, valid, penalty, rl.reward)
-        if scores.contrast is not None:
-            reward = (1 - rl.contrastive) * reward + rl.contrastive * scores.contrast
+        valid = scores.length > 0
+        reward = _rewards(rl, scores, valid, samples.lengths)
         advantage, no_spread = objectives.group_advantages(reward)
-
-        def policy_loss(
-            log_probs: jax.Array, advantage: jax.Array, mask: jax.Array, reference: jax.Array | None = None
-        ) -> jax.Array:
-            return objectives.policy_loss(log_probs, reference, advantage, mask, rl.kl_coef, count)
-
-        def loss_fn(trained: Params, part: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            h, tokens, advantage, mask = part
-            reference: tuple[jax.Array, ...] = ()
-            if rl.kl_coef:
-                with jax.named_scope("reference"):
-                    variables = roles.encoder_variables(frozen["base"], frozen["reference"])
-                    reference = apply(roles.encoder, variables, h, tokens, method="log_probs")[:1]
-            per_token = jnp.broadcast_to(advantage[..., None], mask.shape), mask, *reference
-            with jax.named_scope("policy"):
-                variables = roles.encoder_variables(frozen["base"], trained)
-                loss, rows = apply(roles.encoder, variables, h, tokens, policy_loss, *per_token, method="loss")
-            return loss, (*rows, *reference)
-
-        per_sample = batch["h"], samples.tokens, advantage, mask
-        (loss, rows), gradients = in_microbatches(loss_fn, state.trained, per_sample, rl.microbatches)
+        policy_inputs = batch["h"], samples.tokens, advantage, mask
+        (loss, rows), gradients = policy_gradient(roles, rl, state.trained, frozen, *policy_inputs)
         log_probs, entropy, *reference = rows
         kl = {"kl": objectives.masked_mean(objectives.kl_k3(log_probs, *reference), mask)} if reference else {}
         state, norm, skipped = apply_update(state, gradients, encoder_optimizer)

@@ -73,7 +73,7 @@ def _missing(kind: str) -> UserError:
 
 @contextlib.contextmanager
 def tracker(kind: str, workdir: AnyPath, stage: str, start: int) -> Iterator[Log]:
-    """Logs the steps of a stage that goes on after step `start`; `kind` is the config's `track`, '' for none.
+    """Logs the steps of a stage after step `start`. `kind` is the config's `track`, which is '' for no tracker.
 
     Raises UserError where the tracker is not installed or cannot begin.
     """

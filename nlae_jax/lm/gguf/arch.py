@@ -57,12 +57,12 @@ class _Metadata:
         return absent if value is None else value
 
     def value(self, key: str) -> float | bool:
-        """A number or a switch."""
+        """Returns a number or a switch."""
         value = self.get(key)
         return value if isinstance(value, bool) else self.number(key)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """A number; a float as the shortest decimal that is the same float32, for 1e-5 is stored as 9.99…e-06."""
+        """Returns a number. A float is rounded to the shortest decimal of the same float32: 1e-5, not 9.99…e-06."""
         value = self.get(key, absent)
         if isinstance(value, list) and value and all(entry == value[0] for entry in value):
             value = value[0]  # one for each block
@@ -73,7 +73,7 @@ class _Metadata:
         return value if isinstance(value, int) else float(str(np.float32(value)))
 
     def size(self, key: str, absent: int | None = None) -> int:
-        """A whole number that a model may have; `families` knows more exactly which."""
+        """Returns a whole number within wide bounds. `families` checks the bounds of each field."""
         value = self.number(key, absent)
         if not 0 <= value <= _MOST or value != int(value):
             raise self.fail(key, f"should be a whole number from 0 to {_MOST}, not {quoted(value)}")
@@ -95,7 +95,7 @@ def read_gguf_arch(
     vocab_size: int,
     rope_tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Arch:
-    """The architecture that GGUF `metadata` describe, with those biases and that head that are among `tensors`.
+    """Returns the architecture that GGUF `metadata` describe. It has the biases and the head that are in `tensors`.
 
     `rope_tensors` has the values of tensors with RoPE's constants, each [head_dim / 2], by their names. Raises
     UserError, naming `path` and the key, for an architecture or a variant that cannot be run.
@@ -136,7 +136,7 @@ def _by_family(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
-    """What every family has: sizes and RoPE."""
+    """Returns the fields that every family has: sizes and RoPE."""
     d_model, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     if heads < 1:
         raise keys.fail("attention.head_count", "should be at least 1")
@@ -166,7 +166,10 @@ def _check_head_sizes(keys: _Metadata, head_dim: int, partial_rope: bool = False
 
 
 def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
-    """RoPE scaling. llama.cpp takes a factor without a type for a linear one, and 0 for none."""
+    """Returns the fields of RoPE scaling.
+
+    As in llama.cpp, a factor without a type is linear, and a factor of 0 means no scaling.
+    """
     kind = keys.get("rope.scaling.type", "linear")
     supported = "none and linear" if family.yarn is None else "none, linear and yarn"
     if kind == "longrope" and LONG_FACTORS in family.rope_tensors:
@@ -182,9 +185,9 @@ def _scaling(keys: _Metadata, family: GgufFamily) -> dict[str, Any] | None:
 
 
 def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, Any]:
-    """YaRN, whose attention factor is the usual one of the factor.
+    """Returns the fields of YaRN. The attention factor always follows from `factor`.
 
-    A file that names it names either that or 1, which llama.cpp multiplies it by. Raises UserError for another.
+    A file may name this attention factor, or 1, by which llama.cpp multiplies it. Raises UserError for another value.
     """
     usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     for key in _YARN_FACTORS:
@@ -197,7 +200,7 @@ def _yarn(keys: _Metadata, factor: float, fixed: dict[str, Any]) -> dict[str, An
 
 
 def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
-    """What only some families have."""
+    """Returns the fields that only some families have."""
     fields = dict(family.fixed) | {field: keys.value(key) for key, field in family.fields if keys.get(key) is not None}
     fields["model_type"] = family.model_type
     window = fields.get("sliding_window")
@@ -206,9 +209,9 @@ def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
         fields["sliding_window"] = window or None
     layers = keys.size("block_count")
     if family.window_period and (window or not family.model_type_with_window):
-        none = "sliding_window" in fields and not window
-        sliding = [False] * layers if none else _sliding(keys, family.window_period, layers)
-        fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
+        has_no_window = "sliding_window" in fields and not window
+        sliding = [False] * layers if has_no_window else _sliding(keys, family.window_period, layers)
+        fields["layer_types"] = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in sliding]
     if family.query_scalar:
         per_head = keys.size("embedding_length") // keys.size("attention.head_count")
         head_dim = keys.size("attention.key_length", per_head)
@@ -217,12 +220,12 @@ def _own_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
 
 
 def _sliding(keys: _Metadata, period: int, layers: int) -> list[bool]:
-    """Which blocks have a window: listed in the file, or all but the last of every `period`."""
+    """Returns which blocks have a window: those that the file lists, or all but the last of every `period`."""
     pattern = keys.get(_PATTERN, period)
     if isinstance(pattern, list):
         if len(pattern) != layers:
             raise keys.fail(_PATTERN, f"should have {layers} entries, one a block; it has {len(pattern)}")
-        return [bool(one) for one in pattern]
+        return [bool(is_sliding) for is_sliding in pattern]
     period = keys.size(_PATTERN, period)
     return [not period or layer % period < period - 1 for layer in range(layers)]
 
@@ -248,7 +251,7 @@ def _phi3(keys: _Metadata, _: Any, __: Any, factors: Mapping[str, np.ndarray]) -
         return {}
     if missing := sorted(set(named.values()) - set(factors)):
         raise keys.fail("rope.scaling.type", f"is longrope, and the GGUF lacks the tensor {missing[0]}")
-    scaling = {key: [float(str(factor)) for factor in factors[name]] for key, name in named.items()}
+    scaling: dict[str, Any] = {key: [float(str(factor)) for factor in factors[name]] for key, name in named.items()}
     original, factor = keys.size("rope.scaling.original_context_length"), keys.number("rope.scaling.attn_factor", 1.0)
     context = keys.size("context_length", original)
     grown = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
@@ -362,10 +365,10 @@ _MORE: dict[str, _More] = {
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """Llama 3's RoPE scaling, which a GGUF holds only as the factors that follow from it.
+    """Returns the fields of Llama 3's RoPE scaling, of which a GGUF holds only the resulting factors.
 
-    All its releases share three of the four constants; the fourth is the largest factor. Factors that
-    these do not reproduce are refused, because the model would silently compute something else.
+    All releases of Llama 3 share three of the four constants; the fourth is the largest factor. Raises UserError if the
+    constants do not reproduce the factors, because the model would silently compute something else.
     """
     scaling = Llama3Rope(float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -375,5 +378,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
     kept = np.clip(kept, 0, 1)
     expected = 1 / ((1 - kept) / scaling.factor + kept)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise UserError(f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; none else can be run")
+        raise UserError(
+            f"{path}: the RoPE factors in rope_freqs.weight are not those of Llama 3; other factors are not supported"
+        )
     return written_rope(scaling)

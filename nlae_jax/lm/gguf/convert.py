@@ -103,7 +103,7 @@ Tensors = dict[str, gguf.ReaderTensor]
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """The files of the model that `path` belongs to: itself, or all parts, of which it is any.
+    """Returns the files of the model that `path` belongs to: the file itself, or all parts if it is one of several.
 
     Raises UserError where a part is missing.
     """
@@ -154,7 +154,7 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Metadata, Tensors]:
-    """All metadata values, and the tensors by name (memory-mapped, still quantised), of all parts."""
+    """Returns the metadata and the tensors of all parts, by name. Tensors are memory-mapped and still quantised."""
     parts = gguf_parts(path)
     metadata, tensors = _read_file(parts[0])
     for number, part in enumerate(parts):
@@ -210,7 +210,7 @@ class _Slot:
 
 
 def _slots(arch: Arch, family: GgufFamily, tensors: Container[str]) -> dict[tuple[str, int | None], _Slot]:
-    """(Our parameter, its entry in the stack of blocks that have it) -> where the GGUF has it."""
+    """Returns (our parameter, its entry in the stack of blocks that have it) -> the parameter's place in the GGUF."""
     weights = model_weights(arch)
     in_blocks: dict[str, Weight] = weights.pop("blocks")
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -267,12 +267,12 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 def _tensors_to_write(
     path: Path, arch: Arch, family: GgufFamily, slots: Mapping[tuple[str, int | None], _Slot], tensors: Tensors
 ) -> Sequence[TensorToWrite]:
-    """The tensors of the HF layout, in the order of `TENSOR_NAMES`.
+    """Returns the tensors of the HF layout, in the order of `TENSOR_NAMES`.
 
-    The fingerprint of a converted model depends on where its tensors lie.
+    The order must not change, because the fingerprint of a converted model depends on it.
     """
 
-    @functools.lru_cache(maxsize=1)  # of a block's experts, each may be written by itself
+    @functools.lru_cache(maxsize=1)  # a block's experts may be written one at a time
     def values(name: str, layer: int | None) -> np.ndarray:
         slot = slots[name, layer]
         tensor = tensors[slot.tensor]
@@ -293,7 +293,7 @@ def _tensors_to_write(
 
 
 def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """From the values of our parameter `name` as a GGUF has them to HF's."""
+    """Returns a function from the values of our parameter `name` in a GGUF to its values in the HF layout."""
     heads = {"q": arch.num_heads, "k": arch.num_kv_heads}.get(name.removesuffix("_bias"))
     if family.rotary_pairs and heads:
         return lambda values: split_rotary_pairs(values, heads)
@@ -309,7 +309,7 @@ def _undo(arch: Arch, family: GgufFamily, name: str) -> Callable[[np.ndarray], n
 
 
 def _dequantise(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The tensor's values in float32, [out, in]. Raises UserError where one is not finite."""
+    """Returns the tensor's values [out, in] in float32. Raises UserError where a value is not finite."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             values = gguf.dequantize(tensor.data, tensor.tensor_type)

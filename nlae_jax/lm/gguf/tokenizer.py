@@ -158,7 +158,7 @@ def _token(tokens: list[str], index: int | None) -> str | None:
 def _tokenizer(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> tuple[Tokenizer, bool]:
-    """The tokenizer, and whether it adds a beginning-of-text token where the file does not say."""
+    """Returns the tokenizer, and whether it adds a beginning-of-text token by default."""
     if metadata["tokenizer.ggml.model"] in _SENTENCEPIECE:
         tokenizer, adds_bos = _sentencepiece_bpe(path, metadata, tokens, types, unknown), True
     else:
@@ -192,11 +192,12 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any], tokens: list[str], rul
     return tokenizer
 
 
-def _merges(path: Path, metadata: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [tuple(merge.split(" ")) for merge in _required(path, metadata, "merges")]
+def _merges(path: Path, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = (merge.partition(" ") for merge in _required(path, metadata, "merges"))
+    return [(first, second) for first, _, second in parts]
 
 
-def _bpe(path: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]], **options: Any) -> models.BPE:
+def _bpe(path: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> models.BPE:
     try:
         return models.BPE(vocab=vocabulary, merges=merges, **options)
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -206,7 +207,7 @@ def _bpe(path: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...
 def _sentencepiece_bpe(
     path: Path, metadata: dict[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> Tokenizer:
-    """BPE over characters, with bytes (tokens like <0x0A>) for characters that are no tokens."""
+    """Makes BPE over characters. A character without a token becomes tokens of its bytes, such as <0x0A>."""
     if merged := metadata["tokenizer.ggml.model"] == "gemma4":
         merges = _merges(path, metadata)
     else:
@@ -227,9 +228,9 @@ def _sentencepiece_bpe(
 
 
 def _merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Merges, first come first, that put the tokens together as SentencePiece does: the highest score first.
+    """Returns the merges in their order of priority: as in SentencePiece, the token with the highest score first.
 
-    Files made without SentencePiece's own model give all tokens one score; ids are in the order of scores then.
+    Files made without SentencePiece's model give all tokens the same score. Their ids are in the order of priority.
     """
     known = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
     order = sorted((-score, index) for index, score in enumerate(scores) if types[index] == _NORMAL)
