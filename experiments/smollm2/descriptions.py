@@ -9,7 +9,7 @@
     python experiments/smollm2/descriptions.py samples runs/pair/after_rl_anchored runs/pair/rl_anchored \\
         runs/pair/samples.jsonl
     python experiments/smollm2/descriptions.py samples runs/pair/after_rl_settled runs/pair/rl_recent \\
-        runs/pair/last_samples.jsonl --count 3200
+        runs/pair/last_samples.jsonl --count 2400
 
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.

@@ -1,4 +1,4 @@
-"""Last stage: the decoder learns from 3,200 explanations of the finished encoder (descriptions.py samples).
+"""Last stage: the decoder learns from 2,400 explanations of the finished encoder (descriptions.py samples).
 
 nlae sft --config experiments/smollm2/pair/decoder_last.py --workdir runs/pair/decoder_last
 nlae export --workdir runs/pair/decoder_last --out runs/pair/carried --adapters --dtype bfloat16
@@ -12,9 +12,9 @@ from nlae_jax.config import inherit
 def get_config() -> ConfigDict:
     config = inherit("decoder_again.py", beside=__file__)
     config.seed = 2
-    config.corpus.max_documents = 640
+    config.corpus.max_documents = 480
     config.init.pair = "runs/pair/after_rl_settled"
     config.describe.path = "runs/pair/last_samples.jsonl"
     config.views.leading = 0.4
-    config.sft.decoder_steps = 420
+    config.sft.decoder_steps = 320
     return config
