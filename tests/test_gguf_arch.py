@@ -122,6 +122,11 @@ def test_a_tied_head_is_one_that_is_not_there():
     [
         ("llama", {"expert_count": 8}, "m.gguf: llama.expert_count = 8 is not supported"),
         ("qwen3", {"attention.sliding_window": 4096}, "qwen3.attention.sliding_window = 4096"),
+        *(
+            (architecture, {"expert_feed_forward_length": 8}, f"{architecture}.expert_feed_forward_length = 8 is not")
+            for architecture in ("llama", "qwen3", "olmoe", "qwen35")
+        ),
+        ("qwen3moe", {"feed_forward_length": None, "expert_feed_forward_length": 8}, "lack qwen3moe.feed_forward_len"),
         (
             "olmo2",
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.attn_factor": 1.5}
@@ -198,3 +203,8 @@ def test_which_blocks_have_delta_net():
         "qwen35", {"attention.recurrent_layers": [False] + [True] * 11 + [False], "nextn_predict_layers": 1}
     )
     assert listed.mixers == ("attention",) + ("delta",) * 10
+
+
+def test_a_model_without_mlps_beside_its_experts_needs_no_width_of_them():
+    without, with_both = (arch_of("qwen35moe", {"feed_forward_length": width}) for width in (None, 64))
+    assert (without.d_ff, with_both.d_ff) == (32, 32) and without == with_both

@@ -38,6 +38,7 @@ _NO_MATHS = (
 )
 _PATTERN = "attention.sliding_window_pattern"
 _DRAFTS = "nextn_predict_layers"
+_EXPERT_WIDTH = "expert_feed_forward_length"
 _MOST = 1 << 24
 
 
@@ -151,12 +152,22 @@ def _common_fields(keys: _Metadata, family: GgufFamily) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": 0 if family.head_parts else keys.size("attention.head_count_kv", heads) or heads,
         "head_dim": head_dim,
-        "intermediate_size": keys.size("feed_forward_length", keys.get("expert_feed_forward_length")),
+        "intermediate_size": _mlp_width(keys, family),
         "rms_norm_eps": keys.number(family.eps),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
         "rope_scaling": _scaling(keys, family),
         **turned,
     }
+
+
+def _mlp_width(keys: _Metadata, family: GgufFamily) -> int:
+    """Returns the width of an MLP, which a file without MLPs beside its experts may leave out.
+
+    The width of experts is read for such families alone: what has been read is not refused as unknown.
+    """
+    if family.all_experts:
+        return keys.size("feed_forward_length", keys.size(_EXPERT_WIDTH))
+    return keys.size("feed_forward_length")
 
 
 def _check_head_sizes(keys: _Metadata, head_dim: int, partial_rope: bool = False, suffix: str = "") -> None:
@@ -245,7 +256,7 @@ def _ministral3(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, A
 
 
 def _phi3(keys: _Metadata, _: Any, __: Any, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """LongRoPE, where the file has its factors."""
+    """Returns the fields of LongRoPE, or none where the file has no factors of it."""
     named = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
     if not factors and keys.get("rope.scaling.type") != "longrope":
         return {}
@@ -262,7 +273,7 @@ def _phi3(keys: _Metadata, _: Any, __: Any, factors: Mapping[str, np.ndarray]) -
 
 
 def _qwen3_5(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, Any]:
-    """DeltaNet's sizes, and which blocks have it."""
+    """Returns the fields of DeltaNet: its sizes, and which blocks have it."""
     value_heads, layers = keys.size("ssm.time_step_rank"), config["num_hidden_layers"]
     every = keys.size("full_attention_interval", 4)
     recurrent = keys.get("attention.recurrent_layers", [bool(every and (n + 1) % every) for n in range(layers)])
@@ -272,7 +283,7 @@ def _qwen3_5(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, Any]
     if not value_heads or inner % value_heads:
         raise keys.fail("ssm.inner_size", f"= {inner} should be a multiple of ssm.time_step_rank = {value_heads}")
     return {
-        "layer_types": ["linear_attention" if one else "full_attention" for one in recurrent[:layers]],
+        "layer_types": ["linear_attention" if has_state else "full_attention" for has_state in recurrent[:layers]],
         "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
         "linear_num_key_heads": keys.size("ssm.group_count"),
         "linear_num_value_heads": value_heads,
@@ -285,7 +296,7 @@ def _qwen3_5_moe(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, 
     sizes = {
         "num_experts": "expert_count",
         "num_experts_per_tok": "expert_used_count",
-        "moe_intermediate_size": "expert_feed_forward_length",
+        "moe_intermediate_size": _EXPERT_WIDTH,
         "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     }
     return _qwen3_5(keys, config) | {field: keys.size(key) for field, key in sizes.items()}
@@ -294,7 +305,7 @@ def _qwen3_5_moe(keys: _Metadata, config: dict[str, Any], *_: Any) -> dict[str, 
 def _gemma4(
     keys: _Metadata, config: dict[str, Any], tensors: Container[str], factors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Heads of two sizes, RoPE of two kinds, and experts beside the MLP."""
+    """Returns the fields of heads of two sizes, of RoPE of two kinds, and of experts beside the MLP."""
     layers, wide = config["num_hidden_layers"], config["head_dim"]
     narrow = keys.size("attention.key_length_swa")
     _check_head_sizes(keys, narrow, suffix="_swa")
@@ -306,7 +317,7 @@ def _gemma4(
         "enable_moe_block": keys.size("expert_count", 0) > 0,
         "num_experts": keys.size("expert_count", 0) or None,
         "top_k_experts": keys.size("expert_used_count", 0) or None,
-        "moe_intermediate_size": keys.size("expert_feed_forward_length", 0) or None,
+        "moe_intermediate_size": keys.size(_EXPERT_WIDTH, 0) or None,
     }
     return experts | {
         "head_dim": narrow,
@@ -314,7 +325,7 @@ def _gemma4(
         "num_key_value_heads": narrow_heads,
         "per_layer_config": {str(n): {"head_dim": wide, "num_key_value_heads": wide_heads} for n in full},
         "attention_k_eq_v": f"blk.{full[0]}.attn_v.weight" not in tensors,
-        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
         "num_kv_shared_layers": keys.size("attention.shared_kv_layers", 0),
         "hidden_size_per_layer_input": keys.size("embedding_length_per_layer_input", 0),
         "rope_scaling": None,
@@ -333,20 +344,23 @@ def _gemma4(
 
 
 def _heads_by_kind(keys: _Metadata, sliding: list[bool]) -> tuple[int, int]:
-    """The numbers of key heads in blocks with a window, and in those without."""
+    """Returns the numbers of key heads in blocks with a window, and in those without."""
     key = "attention.head_count_kv"
     listed = keys.get(key)
     by_block = listed if isinstance(listed, list) else [keys.size(key)] * len(sliding)
     if len(by_block) != len(sliding):
         raise keys.fail(key, f"should have {len(sliding)} entries, one a block; it has {len(by_block)}")
-    kinds = [{heads for heads, one in zip(by_block, sliding, strict=True) if one is kind} for kind in (True, False)]
-    if len(kinds[1]) != 1 or len(kinds[0]) > 1:
+    narrow, wide = (
+        {heads for heads, slides in zip(by_block, sliding, strict=True) if slides is has_window}
+        for has_window in (True, False)
+    )
+    if len(wide) != 1 or len(narrow) > 1:
         raise keys.fail(key, "should be one number for blocks with a window, and one for those without, the last block")
-    return min(kinds[0] or kinds[1]), min(kinds[1])
+    return min(narrow or wide), min(wide)
 
 
 def _turned_pairs(keys: _Metadata, factors: np.ndarray, head_dim: int) -> int:
-    """How many pairs of a head turn: the others' wavelengths are stretched by 1e30."""
+    """Returns how many rotary pairs of a head turn. The wavelengths of the other pairs are stretched by 1e30."""
     pairs = int((factors == 1).sum())
     if factors.shape != (head_dim // 2,) or (factors[:pairs] != 1).any() or (factors[pairs:] < 1e29).any():
         raise keys.fail("rope.freq_base", f"is scaled by {ROPE_FACTORS}, which should hold ones and then 1e30")

@@ -239,7 +239,10 @@ def _slots(arch: Arch, family: GgufFamily, tensors: Container[str]) -> dict[tupl
 
 
 def _rows(widths: Sequence[int], member: int, heads: int) -> np.ndarray:
-    """The rows of one of several parameters of these widths, which lie one after another in each head."""
+    """Returns the rows of parameter number `member` among several that lie one after another in each head.
+
+    `widths` are the numbers of rows of the parameters, over all heads.
+    """
     within = [width // heads for width in widths]
     first = sum(within[:member]) + sum(within) * np.arange(heads)
     return (first[:, None] + np.arange(within[member])).reshape(-1)

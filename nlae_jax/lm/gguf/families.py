@@ -26,6 +26,7 @@ class GgufFamily:
     eps: str = "attention.layer_norm_rms_epsilon"  # the key of what norms add to the variance
     partial_rope: bool = False  # a key says how much of a head turns
     head_parts: bool = False  # blocks with a window have heads of another size, and keys of their own for it
+    all_experts: bool = False  # no block has an MLP beside its experts, so files may leave out its width
     drafts: bool = False  # blocks after the model's own draft tokens; they are passed over
     rope_tensors: tuple[str, ...] = ()  # tensors with RoPE's constants
     ignored: tuple[str, ...] = ()  # keys that change nothing
@@ -169,5 +170,5 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
         joined=(_GATE_UP,),
     ),
     "qwen35": GgufFamily("qwen3_5_text", **_DELTA_NET),
-    "qwen35moe": GgufFamily("qwen3_5_moe_text", **_DELTA_NET),
+    "qwen35moe": GgufFamily("qwen3_5_moe_text", all_experts=True, **_DELTA_NET),
 }
