@@ -31,6 +31,20 @@ def test_words_and_quotations_in_the_context():
 
 
 @pytest.mark.parametrize(
+    ("note", "counts"),
+    [
+        ('A recipe. The next word may be "salt" or "oil". It stops at "the".', (1, 1)),
+        ('\n\n"salt" or "oil". It stops at "the".', (1, 1)),
+        ('A recipe. Expects "salt", "oil" or "put in". It stops at "the" and "end".', (2, 3)),
+        ('A recipe. It stops at "the".', (1, 1)),
+        ('Likely a letter. It follows "put" and ends at "the".', (2, 2)),
+    ],
+)
+def test_single_words_where_next_tokens_are_named_are_no_quotations(note, counts):
+    assert truth.quotes_in_context(note, "Put in the") == counts
+
+
+@pytest.mark.parametrize(
     ("note", "ranked", "most", "expected"),
     [
         ('Next comes "of" or "to".', [" to", " in"], 1, 1.0),

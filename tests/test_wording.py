@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.evaluate.wording import candidates, has_repeated_item, has_repeated_sentence, sentences, words
+from nlae_jax.evaluate.wording import candidates, has_repeated_item, has_repeated_sentence, named_next, sentences, words
 
 NOTE = (
     '"drops", "falls" or "slopes" a few metres. Hydrology of a delta, slow flood, dry winter. It ends: "floor, which".'
@@ -95,6 +95,49 @@ def test_sentences_words_and_candidates():
     assert candidates('Next comes ".", "!" or " x". It says "no".') == [".", "!", "x"]
     assert candidates("“a” or “b”, then") == candidates('an empty "", "a", " " or "b"') == ["a", "b"]
     assert candidates("No quote here. Then “a”.") == candidates("") == candidates('an open "quote') == []
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        'The next word may be "a" or "b"',
+        'Next comes "a" or "b"',
+        'Expects "a" and "b"',
+        'It predicts "a" or "b"',
+        'Most likely "a" or "b"',
+        'The likeliest words are "a" and "b"',
+        '"a" or "b" is likely',
+        "It may continue with “a” or “b”",
+        'It continues with "a" or "b"',
+        'Then "a" or "b" follows',
+        'Likely to follow: "a", "b"',
+        'What follows may be "a" or "b"',
+        'A noun as its continuation: "a" or "b"',
+    ],
+)
+def test_next_tokens_may_be_named_later(sentence):
+    assert named_next(f'A recipe. It begins with "Put". {sentence}. It stops at "the".') == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        'It follows "Dear" and ends at "to"',
+        'It continues "Dear"',
+        'The text that follows "Dear" is formal',
+        'A continuation of "Dear"',
+        '"Dear" followed by a name',
+        'The following words: "Dear", "Sir"',
+        'Likely a letter, as it begins with "Dear"',
+        'The unlikely "Dear"',
+        'As expected, it stops at "to"',
+        'It stands next to "Dear"',
+        'The quotation says "what comes next"',
+        "It predicts nothing",
+    ],
+)
+def test_what_came_before_is_no_next_token(sentence):
+    assert named_next(f"Likely a letter. {sentence}.") == []
 
 
 @given(st.text(st.sampled_from("ab .\"“”,\nor苹。:('-")) | st.text())

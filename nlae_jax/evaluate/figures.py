@@ -298,7 +298,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "truth",
         "quotes_in_context",
-        "share of the quoted spans that occur in the context, without single words that name next tokens",
+        "share of the quoted spans that occur in the context, without single words in the sentence of next tokens",
         "spans found / spans, summed over all explanations",
         ("permuted", "gold"),
     ),

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.evaluate.claims import holds, is_in
-from nlae_jax.evaluate.wording import QUOTED, cjk_pairs, named_next, real_sentences, words
+from nlae_jax.evaluate.wording import QUOTED, cjk_pairs, named_next, naming_sentence, real_sentences, words
 
 # Explanations use these words whatever their text is about, so finding one of them in a text shows little.
 _FRAME = frozenset(
@@ -36,14 +36,15 @@ def words_in_context(text: str, context: str) -> tuple[int, int]:
 def quotes_in_context(text: str, context: str) -> tuple[int, int]:
     """Returns how many of the text's quoted spans occur in the context, and how many quoted spans it has.
 
-    Single words of the first sentence do not count, because they are more often next tokens than quotations. Spans
-    without a word do not count either.
+    Single words of the sentence that names the next tokens (`wording.naming_sentence`) do not count, because they are
+    next tokens rather than quotations. Spans without a word do not count either.
     """
+    naming = naming_sentence(text)
     spans = [
         span[1:-1]
         for number, sentence in enumerate(real_sentences(text))
         for span in re.findall(QUOTED, sentence)
-        if len(words(span)) > (0 if number else 1)
+        if len(words(span)) > (1 if number == naming else 0)
     ]
     return sum(is_in(span, context) for span in spans), len(spans)
 

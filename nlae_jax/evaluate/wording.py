@@ -25,7 +25,24 @@ _SENTENCE_PART = re.compile(f"(?:{QUOTED})|({_SENTENCE_END})")
 _LIST_UNIT = re.compile(rf"{QUOTED}|\w+(?:['’./-]\w+)*|[^\w\s]|\n")
 _SEPARATORS = frozenset((",", "、", "，", "&", "or", "and", "nor"))
 _QUOTES = '"“'
-_OF_NEXT = re.compile(r"\b(?:next|expect\w*|follow\w*|continu\w*|predict\w*|likel(?:y|iest))\b", re.IGNORECASE)
+# A sentence says what comes next if this is in it, where "" stands for each of its quotations. "It follows", "it
+# continues" and "likely a letter" are left out, because they may be about what came before.
+_OF_NEXT = re.compile(
+    r"""
+    \bnext\b(?!\ to\b)
+    | (?<!\bas\ ) \bexpect(?:s|ed|ing)?\b
+    | \bpredict(?:s|ed|ing|ions?)?\b
+    | \blikeliest\b
+    | \blikely\ (?:(?:to\ be|is|are|either|the|words?|tokens?|candidates?)\ )* ""
+    | ""\ (?:is|are|seems?)\ (?:\w+\ )?likely\b
+    | \b(?:to|can|could|may|might|must|should|will|would|likely)\ (?:be\ followed\ by|follow|continue)\b
+    | \bwhat\ follows\ (?:is|are|may|might|will)\b
+    | ""\ follows?\ *(?:[.,;]|$)
+    | \bcontinues?\ (?:with|as|by)\b
+    | \bcontinuations?\b(?!\ of\b)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 _LIST_ENDS = frozenset(".!?。！？\n;:()[]{}—–")
 
 
@@ -74,19 +91,30 @@ def candidates(text: str) -> list[str]:
 
     `Next comes "a", "b" or a new line.` and `"a" or "b", then the verb.` both give a and b.
     """
-    return [item for quoted in re.findall(QUOTED, sentences(text)[0]) if (item := quoted[1:-1].strip())]
+    return _quoted_items(sentences(text)[0])
+
+
+def _quoted_items(sentence: str) -> list[str]:
+    """Returns the quoted spans of a sentence without their marks. Blank ones are left out."""
+    return [item for quoted in re.findall(QUOTED, sentence) if (item := quoted[1:-1].strip())]
 
 
 def named_next(text: str) -> list[str]:
-    """Returns the next tokens that a text names, wherever it names them.
+    """Returns the next tokens that a text names, wherever it names them: the quoted items of its `naming_sentence`."""
+    number = naming_sentence(text)
+    return [] if number is None else _quoted_items(real_sentences(text)[number])
 
-    They are its `candidates`. If there are none, they are the quoted items of the first sentence that speaks of what
-    comes next, as in `A recipe. The next word may be "salt" or "oil".`
+
+def naming_sentence(text: str) -> int | None:
+    """Returns the number, among the `real_sentences` of a text, of the one that names the next tokens, or None.
+
+    It is the first sentence if that quotes something. Otherwise it is the first sentence that quotes something and
+    says what comes next, as in `A recipe. The next word may be "salt" or "oil".`
     """
-    for number, sentence in enumerate(sentences(text)):
-        if (number == 0 or _OF_NEXT.search(re.sub(QUOTED, "", sentence))) and (named := candidates(sentence)):
-            return named
-    return []
+    for number, sentence in enumerate(real_sentences(text)):
+        if _quoted_items(sentence) and (number == 0 or _OF_NEXT.search(re.sub(QUOTED, '""', sentence))):
+            return number
+    return None
 
 
 def has_repeated_sentence(text: str) -> bool:
