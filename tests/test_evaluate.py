@@ -16,7 +16,8 @@ from nlae_jax.cli import main
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
-from nlae_jax.run.suite import rows_of_run
+from nlae_jax.report.page import write_report
+from nlae_jax.run.suite import rows_of_run, write_figures
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import documents
 from tests.servers import chat, serving
@@ -101,7 +102,8 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
         *("reconstruction", "health", "suite", "fve", "fve_ci95", "fve_meannorm", "cos", "fve_shuffled", "fve_gold"),
         *("num_activations", "num_documents"),
     }
-    assert result["suite"]["num_sampled"] == result["reconstruction"]["agreement"]["n"] == 3
+    assert result["reconstruction"]["agreement"]["n"] == 3
+    assert result["suite"]["num_sampled"] == {"reconstruction": 3}
     assert result["suite"]["explanations"] == {"reconstruction": 24 + 3 * (10 + 3), "health": 0}
     assert result["fve"] == result["reconstruction"]["fve"]["value"] and result["num_activations"] == 24
     assert set(result["reconstruction"]["fve_by_domain"]["parts"]) == {"text", "rivers"}
@@ -186,6 +188,70 @@ def test_sections_of_the_same_activations_stay_and_others_go(exported, tmp_path,
     assert "health" not in only and set(only["suite"]["seconds"]) == {"meaning"}
     assert "the sections health were of another pair or of other activations" in said
     assert f"10000 activations were asked for, and the input has {only['num_activations']}" in said
+    assert "an earlier run has done" not in said and "an earlier run has done" in run("meaning", 8)[1]
+
+
+SUMMARY = {"fve", "fve_ci95", "fve_meannorm", "cos", "fve_text", "fve_shuffled", "fve_gold"}
+
+
+def figures_of(work, *sections, sampled=4, value=0.5):
+    estimate = {"value": value, "ci95": [0.4, 0.6], "controls": {"permuted": {"value": 0.1}, "gold": {"value": 0.7}}}
+    keys = {"reconstruction": ("fve", "fve_meannorm", "cos"), "text": ("fve_text",), "truth": ("recurrence",)}
+    about = {"num_activations": 8, "num_documents": 4, "work": work, "seconds": dict.fromkeys(sections, 1.0)}
+    about |= {"explanations": dict.fromkeys(sections, 8)}
+    about |= {"num_sampled": {name: sampled for name in sections if name in ("reconstruction", "truth")}}
+    return {name: {key: dict(estimate) for key in keys.get(name, ("n",))} for name in sections} | {"suite": about}
+
+
+def written(directory, *calls, **changed):
+    """Returns eval.json after these calls, and with `changed` fields before the last of them."""
+    *earlier, last = calls
+    for call in earlier:
+        write_figures(directory, call)
+    path = directory / "eval.json"
+    if changed:
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changed))
+    write_figures(directory, last)
+    return json.loads(path.read_text())
+
+
+def test_numbers_of_another_pair_go_with_its_sections(tmp_path):
+    both = figures_of("a", "reconstruction", "text"), figures_of("b", "health")
+    found = written(tmp_path / "other", *both)
+    assert found.keys() == {"health", "suite", "num_activations", "num_documents"}
+    assert found["suite"]["num_sampled"] == {}
+    same = written(tmp_path / "same", both[0], figures_of("a", "health"))
+    assert same.keys() >= {*SUMMARY, "reconstruction", "text", "health"} and same["fve"] == 0.5
+    # A number that the other pair has, and this one has not.
+    found = written(tmp_path / "null", both[0], figures_of("b", "reconstruction", value=None))
+    assert found["fve"] is None and "fve_text" not in found
+    # The stage's own numbers are of the run, whichever pair the suite has measured.
+    found = written(tmp_path / "stage", *both, fve_before_rl=None, fve=0.3)
+    assert found["fve"] == 0.3 and found["fve_ci95"] and "reconstruction" not in found
+
+
+def test_sections_keep_the_number_of_their_sampled_activations(tmp_path):
+    calls = [("reconstruction", 64), ("truth", 32), ("health", 64)]
+    found = written(tmp_path, *(figures_of("a", section, sampled=count) for section, count in calls))
+    assert found["suite"]["num_sampled"] == {"reconstruction": 64, "truth": 32}
+
+
+@pytest.mark.parametrize("work", ["a", "b"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"suite": None},
+        {"suite": {"work": "a", "seconds": None, "explanations": None, "num_sampled": None}},
+        {"suite": {"work": "a", "num_sampled": 64}},
+        {"suite": {"work": None}},
+        {"reconstruction": None, "fve": None, "num_activations": None},
+    ],
+)
+def test_an_edited_file_is_added_to(tmp_path, work, changed):
+    found = written(tmp_path, figures_of("a", "reconstruction"), figures_of(work, "text"), **changed)
+    assert found["suite"]["num_activations"] == 8 and found["fve_text"] == 0.5
+    assert found["suite"]["explanations"]["text"] == 8
+    write_report(tmp_path)
 
 
 def test_rows_that_cannot_be_measured_and_several_processes_are_refused(tiny_run, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ _MODULES: dict[str, ModuleType] = {
     "truth": truth,
     "health": health,
 }
+# The sections with figures that take several explanations of an activation.
+_SAMPLED = ("reconstruction", "truth")
 
 
 def sections_of(names: str) -> tuple[str, ...]:
@@ -49,9 +51,9 @@ def check_additions(
             raise UserError(f"{option}: its figures belong to the section {section}, which --suite should name")
     if sampled is not None and sampled < 2:
         raise UserError(f"--sampled: {sampled} should be at least 2")
-    if sampled is not None and not {"reconstruction", "truth"} & set(sections):
+    if sampled is not None and not set(_SAMPLED) & set(sections):
         raise UserError(
-            "--sampled: its figures belong to the sections reconstruction and truth; --suite should name one of them"
+            f"--sampled: its figures belong to the sections {' and '.join(_SAMPLED)}; --suite should name one of them"
         )
 
 
@@ -63,8 +65,8 @@ def run_suite(
     `more` maps a section to a function that adds further figures, which need training or another language model.
 
     The key `suite` of the result has the numbers of activations and documents, the seed, a name of the pair and the
-    activations (`Work.name`), and the seconds and explanations of each section. If several sections need the same work,
-    it counts for the first of them.
+    activations (`Work.name`), and for each section its seconds, its explanations and, as `num_sampled`, the number of
+    activations with several explanations. If several sections need the same work, it counts for the first of them.
     """
     seconds, explanations = {}, {}
     for section in SECTIONS:
@@ -79,7 +81,7 @@ def run_suite(
     about = {
         "num_activations": len(rows.h),
         "num_documents": len(set(rows.document.tolist())),
-        "num_sampled": len(work.some(work.sizes.sampled)),
+        "num_sampled": {name: len(work.some(work.sizes.sampled)) for name in _SAMPLED if name in sections},
         "seed": work.seed,
         "work": work.name,
         "seconds": seconds,

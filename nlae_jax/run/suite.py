@@ -26,6 +26,9 @@ _CONTRACT = {
     "fve_text": ("text", "fve_text"),
 }
 _CONTROLS = {"fve_shuffled": "permuted", "fve_gold": "gold"}
+_SUMMARY = (*_CONTRACT, *_CONTROLS, "fve_ci95", "num_activations", "num_documents")
+# Fields of `suite` that map sections to numbers.
+_BY_SECTION = ("seconds", "explanations", "num_sampled")
 
 
 def rows_of_run(run: Run, count: int) -> Rows:
@@ -70,13 +73,35 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
     """Adds the suite's sections to `directory/eval.json` and returns its path.
 
     Numbers that the stage `eval` has written stay. Where there are none, the suite's are written under their names.
-    Sections that an earlier call has measured stay, if they are of the same pair and of the same activations. Raises
-    UserError where the file holds no JSON object.
+    What an earlier call has measured stays, if it is of the same pair and of the same activations: its sections, and
+    the suite's numbers under the names of the stage. Raises UserError where the file holds no JSON object.
     """
     path = directory / "eval.json"
     stored = read_json(path) if path.exists() else {}
     if not isinstance(stored, dict):
         raise UserError(f"{path}: should hold a JSON object; delete it and run `nlae eval` again")
+    directory.mkdir(parents=True, exist_ok=True)
+    about, earlier = dict(figures["suite"]), stored.get("suite")
+    earlier = earlier if isinstance(earlier, dict) else {}
+    is_of_stage = "fve_before_rl" in stored
+    if earlier.get("work") == about["work"]:
+        # Sections of earlier calls stay in the file, so what belongs to them stays beside them.
+        for name in _BY_SECTION:
+            about[name] = {**(earlier[name] if isinstance(earlier.get(name), dict) else {}), **about[name]}
+    else:
+        if others := [name for name in SECTIONS if name in stored and name not in figures]:
+            sections = ", ".join(others)
+            say(f"{path}: the sections {sections} were of another pair or of other activations, and are left out")
+        left_out = {*others, *(() if is_of_stage else _SUMMARY)}
+        stored = {name: value for name, value in stored.items() if name not in left_out}
+    summary = {} if is_of_stage else _summary(figures)
+    sections_of_call = {name: figures[name] for name in SECTIONS if name in figures}
+    write_json(path, {**stored, **summary, **sections_of_call, "suite": about})
+    return path
+
+
+def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the suite's numbers under the names by which the stage `eval` writes them."""
     summary: dict[str, Any] = {}
     for name, (section, key) in _CONTRACT.items():
         if (figure := figures.get(section, {}).get(key)) is not None:
@@ -85,18 +110,4 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
                 summary["fve_ci95"] = figure["ci95"]
                 for field, control in _CONTROLS.items():
                     summary[field] = figure.get("controls", {}).get(control, {}).get("value")
-    summary |= {name: figures["suite"][name] for name in ("num_activations", "num_documents")}
-    if "fve_before_rl" in stored:
-        summary = {}
-    directory.mkdir(parents=True, exist_ok=True)
-    about, earlier = dict(figures["suite"]), stored.get("suite")
-    if isinstance(earlier, dict) and earlier.get("work") == about["work"]:
-        # Sections of earlier calls stay in the file, so their costs stay beside them.
-        for name in ("seconds", "explanations"):
-            about[name] = {**earlier.get(name, {}), **about[name]}
-    elif others := [name for name in SECTIONS if name in stored and name not in figures]:
-        say(f"{path}: the sections {', '.join(others)} were of another pair or of other activations, and are left out")
-        stored = {name: value for name, value in stored.items() if name not in others}
-    sections = {name: figures[name] for name in SECTIONS if name in figures}
-    write_json(path, {**stored, **summary, **sections, "suite": about})
-    return path
+    return summary | {name: figures["suite"][name] for name in ("num_activations", "num_documents")}
