@@ -1,5 +1,6 @@
 """Other activations in the model's place: the true one changes nothing, and both ways of splicing agree."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -92,6 +93,18 @@ def test_kl_of_the_true_activation_is_exactly_zero(tiny_lm, batch, true):
     _, kl, _ = tiny_lm.splice(context, context_mask, read, read_mask, np.stack([h, -true], axis=1), LAYER)
     assert (np.asarray(kl)[:, 0][read_mask] == 0).all()
     assert (np.asarray(kl)[:, 1, 0] > 0.01).all()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_what_is_within_rounding_is_the_true_activation_in_every_dtype(tiny_lm, batch, dtype, rounding):
+    lm = LanguageModel(tiny_lm.arch, jax.tree.map(lambda x: x.astype(dtype), tiny_lm.params), tiny_lm.tokenizer)
+    context, context_mask, read, read_mask = cut(batch)
+    read_with = lambda h: lm.splice(context, context_mask, read, read_mask, h, LAYER)  # noqa: E731
+    h = np.asarray(read_with(np.ones((3, 1, tiny_lm.arch.d_model), np.float32)).h)
+    away = np.random.default_rng(0).standard_normal(h.shape)
+    away *= np.linalg.norm(h, axis=-1, keepdims=True) / np.linalg.norm(away, axis=-1, keepdims=True)
+    kl = np.asarray(read_with(np.stack([h + 0.8 * rounding * away, h + 20 * rounding * away], axis=1)).kl)
+    assert (kl[:, 0][read_mask] == 0).all() and (kl[:, 1, 0] > 0).all()
 
 
 def test_continuations_are_scored_as_the_model_scores_them(tiny_lm, arch):

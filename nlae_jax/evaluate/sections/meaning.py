@@ -20,7 +20,8 @@ def measure(work: Work) -> None:
     ways = splice.ways(rows.h, work.main["rebuilt"], work.readable, work.other, work.gold, work.seed)
     vectors_NxCxD = np.stack([vectors[known_rows] for vectors in ways.values()], axis=1)
     contexts, following_ids = ([ids[row] for row in known_rows] for ids in (rows.context_ids, rows.following_ids))
-    run = lambda count, compute: work.kept.run("splice", count, splice.BATCH, compute, of=vectors_NxCxD)  # noqa: E731
+    # Parts named "splice" are of former versions, in which the true activation's divergence is above 0 by rounding.
+    run = lambda count, compute: work.kept.run("spliced", count, splice.BATCH, compute, of=vectors_NxCxD)  # noqa: E731
     effects = splice.effects(work.pair.subject(), work.pair.layer, contexts, following_ids, vectors_NxCxD, run)
     names = list(ways)
     if apart := int((effects.kl[:, names.index("true"), 0] > _ROUNDING).sum()):
