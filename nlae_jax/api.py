@@ -181,7 +181,8 @@ class NLA(Explainer):
         The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. Decoders are trained on other words, each for
-        `control_steps` steps (by default 60 if there are at least 128 activations; 0 trains none). `reword` names a
+        `control_steps` steps (by default 60 if there are at least 128 activations, of 4 documents, with their texts; 0
+        trains none). `reword` names a
         server that rewords explanations, `judge` one that says whether they are true.
         Figures that take several explanations of an activation are of `sampled` activations (by default 64).
         Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, where
@@ -192,18 +193,17 @@ class NLA(Explainer):
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
         check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
-        begun = (out / "evaluation").exists()
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
         subject = lambda: self.subject  # noqa: E731
         arch, sizes = self._roles.encoder.arch, Sizes() if sampled is None else Sizes(sampled=sampled)
 
         def steps_of(rows: EvaluatedRows) -> int:
-            return default_steps(sections, len(rows.document)) if control_steps is None else control_steps
+            return default_steps(sections, rows) if control_steps is None else control_steps
 
         def say_cost(rows: EvaluatedRows, reading: int) -> None:
             extras = Extras(steps_of(rows), reword is not None, judge is not None)
-            say(cost_text(Asked(rows, sizes, seed, sections, extras, reading), arch, begun))
+            say(cost_text(Asked(rows, sizes, seed, sections, extras, reading), arch))
 
         if rows is None:
             read_from = texts, files, corpus, num_activations, seed
@@ -217,6 +217,8 @@ class NLA(Explainer):
             self._roles, self._pair, self._trip, subject, temperature, LARGEST_BATCH, self.max_new_tokens
         )
         work = Work(pairing, rows, out, seed, bootstrap_samples, sizes)
+        if work.kept.begun:
+            say("eval: what an earlier run has done of this is not done again, and takes none of the time above")
 
         def further_text_controls() -> None:
             trained_controls(work, self._roles, self._pair, steps_of(work.rows))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nlae_jax.evaluate.figures import SECTIONS
-from nlae_jax.evaluate.trained_controls import STEPS, _Trainer, default_steps, trained_controls
+from nlae_jax.evaluate.rows import without_following
+from nlae_jax.evaluate.trained_controls import STEPS, _padded, _Trainer, default_steps, trained_controls
 from nlae_jax.evaluate.work import Work
 from nlae_jax.roles.pair import Pair
 from tests.planted_pairs import SIZES, planted, planted_rows
@@ -66,11 +67,37 @@ def test_decoders_of_the_same_texts_are_the_same_whatever_is_beside_them(work, p
     assert found.shape == (test.sum(), work.rows.h.shape[1]) and len(np.unique(found, axis=0)) == len(found)
     alike = [texts[5] if held_out else text for text, held_out in zip(texts, test, strict=True)]
     np.testing.assert_allclose(trainer.rebuilt("words", alike, test), np.repeat(found[1:2], test.sum(), 0), atol=1e-4)
+    assert trainer._step._cache_size() == 1  # every batch is padded to the same length
 
 
-def test_decoders_are_trained_by_default_where_there_is_enough_to_train_on():
-    assert default_steps(SECTIONS, 512) == default_steps(("text",), 128) == STEPS
-    assert default_steps(("truth", "meaning"), 512) == default_steps(SECTIONS, 127) == 0
+def test_batches_have_few_lengths():
+    lengths = range(1, 300)
+    ids, found = zip(*(_padded([[5], [7] * length]) for length in lengths), strict=True)
+    assert {array.shape[1] for array in ids} == {32, 64, 128, 256, 512}
+    assert [length.tolist() for length in found] == [[1, length] for length in lengths]
+    assert all(array.shape[1] < 2 * max(length, 32) for array, length in zip(ids, lengths, strict=True))
+
+
+def rows_like(count, documents, without_text=0):
+    ids = [[1, 2]] * (count - without_text) + [[]] * without_text
+    texts = [str(len(context)) for context in ids]
+    return without_following(np.zeros((count, 2)), np.arange(count) % documents, ids, texts, ["text"] * count)
+
+
+@pytest.mark.parametrize(
+    ("sections", "rows", "expected"),
+    [
+        (SECTIONS, rows_like(512, 40), STEPS),
+        (("text",), rows_like(128, 4), STEPS),
+        (("truth", "meaning"), rows_like(512, 40), 0),
+        (SECTIONS, rows_like(127, 40), 0),
+        (SECTIONS, rows_like(512, 3), 0),  # none could be held out
+        (SECTIONS, rows_like(512, 40, without_text=512), 0),
+        (SECTIONS, rows_like(512, 40, without_text=1), 0),
+    ],
+)
+def test_decoders_are_trained_by_default_where_there_is_enough_to_train_on(sections, rows, expected):
+    assert default_steps(sections, rows) == expected
 
 
 def test_without_steps_or_texts_nothing_is_trained(work, rows, tiny_lm, make_tiny_roles, tmp_path, capsys):

@@ -118,12 +118,12 @@ def answers(asked: Asked) -> int:
     return reworded + (judge.answers_asked(asked.some(sizes.judged)) if extras.judges and "truth" in sections else 0)
 
 
-def cost_text(asked: Asked, arch: Arch, begun: bool = False) -> str:
+def cost_text(asked: Asked, arch: Arch) -> str:
     """Returns the cost as one line: explanations, the total time, and the time of each section.
 
     Times are estimated from the speed of one matrix product on this machine. `arch` is the encoder's. The line also has
-    the number of requests to another language model. `begun` says whether an earlier run may have done some of the
-    work.
+    the number of requests to another language model. What an earlier run has done is not known before the activations
+    are read, so it is counted too.
     """
     weights = jax.tree.leaves(model_weights(arch)["blocks"], is_leaf=is_weight)
     flops_per_token, speed = 2 * sum(math.prod(weight.shape) for weight in weights), _product_speed()
@@ -140,7 +140,7 @@ def cost_text(asked: Asked, arch: Arch, begun: bool = False) -> str:
     line += ", ".join(parts)
     if requests := answers(asked):
         line += f"; another language model is asked {requests} times at most"
-    return f"{line}; less what an earlier run has done" if begun else line
+    return line
 
 
 def _product_speed(width: int = 1024, times: int = 8) -> float:

@@ -35,7 +35,7 @@ class Kept:
 
     @property
     def begun(self) -> bool:
-        """Whether parts of this work may be on disk already."""
+        """Whether parts of this work, of the same pair and rows, are on disk."""
         return self._directory.exists()
 
     def run(

@@ -17,6 +17,7 @@ import optax
 
 from nlae_jax.evaluate import controls
 from nlae_jax.evaluate.estimate import fve_of, share_of
+from nlae_jax.evaluate.rows import Rows
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 from nlae_jax.roles import direction
@@ -32,12 +33,21 @@ BATCH = 16
 _RANK = 16  # of the adapters, for a pair that has none
 _LEARNING_RATE = 2e-3
 TEST_SHARE = 4  # one document in so many is held out
-_WIDTH = 16  # a batch's prompts are padded to a multiple of this length
+_NARROWEST = 32  # a batch's prompts are padded to this length, or to twice, four times, ... of it
 
 
-def default_steps(sections: Sequence[str], activations: int) -> int:
-    """Returns the steps of each decoder if the user has named none: 0 without the section text or for few rows."""
-    return STEPS if "text" in sections and activations >= _FEWEST else 0
+def default_steps(sections: Sequence[str], rows: Rows) -> int:
+    """Returns the steps of each decoder if the user has named none.
+
+    They are 0 without the section text, for few rows, and for rows that no decoder can be trained on. The rows may be
+    without activations.
+    """
+    return STEPS if "text" in sections and len(rows.document) >= _FEWEST and _has_what_training_needs(rows) else 0
+
+
+def _has_what_training_needs(rows: Rows) -> bool:
+    """Returns whether the text of every activation is known, and whether some documents can be held out."""
+    return len(np.unique(rows.document)) >= TEST_SHARE and all(len(ids) > 1 for ids in rows.context_ids)
 
 
 def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
@@ -50,15 +60,15 @@ def trained_controls(work: Work, roles: Roles, pair: Pair, num_steps: int) -> No
     steps of 16 activations. Nothing is done if `num_steps` is 0. If texts are missing or there are too few documents,
     the function warns and trains nothing.
     """
-    names, index = np.unique(work.rows.document, return_inverse=True)
     if not num_steps:
         return
-    if len(names) < TEST_SHARE or len(work.has_context) < len(work.rows.h):
+    if not _has_what_training_needs(work.rows):
         warn(
             "--control-steps: no decoder is trained, because this needs the text of every activation and at least "
             f"{TEST_SHARE} documents"
         )
         return
+    _, index = np.unique(work.rows.document, return_inverse=True)
     test = index % TEST_SHARE == 0
     rows = np.flatnonzero(test)
     matched: dict[str, np.ndarray] = {}
@@ -112,7 +122,7 @@ def _rebuilt_by_training(
 
 
 class _Trainer:
-    """Trains decoders that differ in nothing but their texts. They share the compiled functions."""
+    """Trains decoders that differ in nothing but their texts. They share the compiled programs."""
 
     def __init__(self, work: Work, roles: Roles, pair: Pair, num_steps: int) -> None:
         base = pair.base if pair.decoder_base is None else pair.decoder_base
@@ -160,5 +170,8 @@ class _Trainer:
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads prompts on the right to a multiple of `_WIDTH`. Returns ids [B, T] and lengths [B]."""
-    return pad(prompts, -(-max(map(len, prompts)) // _WIDTH) * _WIDTH)
+    """Pads prompts on the right to 32, 64, 128, 256, ... tokens. Returns ids [B, T] and lengths [B].
+
+    A program is compiled for each of these lengths, so few lengths matter more than little padding.
+    """
+    return pad(prompts, max(_NARROWEST, 1 << (max(map(len, prompts)) - 1).bit_length()))
