@@ -354,6 +354,9 @@ def test_samples_that_cannot_be_read_agree_with_nothing():
         ("x\nreturn foo(bar_baz, n", " n", ");", "code"),
         ("A normal line; it goes on", " on", "", "function"),
         ("昔、灰色の", "色の", "犬", "content"),
+        ("그는 안녕하세요", "세요", "", "inside"),
+        ("그는 안녕", " 안녕", "하세요", "content"),
+        ("韓国の안녕", "안녕", "", "content"),
         ("昔、灰\ufffd", "\ufffd", "\ufffdの", "inside"),
     ],
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlae_jax.data.english import FUNCTION_WORDS
-from nlae_jax.evaluate.wording import has_cjk
+from nlae_jax.evaluate.wording import has_unspaced
 from nlae_jax.roles import direction
 from nlae_jax.train import objectives
 
@@ -330,8 +330,8 @@ def token_class(context: str, token: str, following: str = "") -> str:
         return "code"
     if not any(character.isalnum() for character in core):
         return "punctuation"
-    # Chinese, Japanese and Korean text has no spaces between words, so a letter before such a token tells nothing.
-    if token[:1].isalnum() and before[-1:].isalnum() and not has_cjk(before[-1:] + token[:1]):
+    # Chinese and Japanese text has no spaces between words, so a letter before such a token tells nothing.
+    if token[:1].isalnum() and before[-1:].isalnum() and not has_unspaced(before[-1:] + token[:1]):
         return "inside"
     rest = re.match(r"\w*", following)
     word = (core + (rest[0] if rest else "")).casefold()

@@ -9,11 +9,13 @@ from itertools import pairwise
 
 from nlae_jax.data.english import FUNCTION_WORDS
 
-_CJK = (
-    "\u1100-\u11ff\u3040-\u30ff\u3100-\u318f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f"
-    "\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
+_HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"  # Korean, with spaces between words
+_UNSPACED = (
+    "\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
+_CJK = _HANGUL + _UNSPACED
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
+_UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 # The pattern of a quoted span with its marks.
 QUOTED = '"[^"\n]{0,80}"|“[^”\n]{0,80}”'
 # Most CJK scripts put no spaces between words, so each of their characters counts as a word.
@@ -202,3 +204,8 @@ def has_repetition(text: str) -> bool:
 def has_cjk(text: str) -> bool:
     """Returns whether the text has a Chinese, Japanese or Korean character."""
     return _CJK_CHARACTER.search(text) is not None
+
+
+def has_unspaced(text: str) -> bool:
+    """Returns whether the text has a Chinese or Japanese character, of scripts that put no spaces between words."""
+    return _UNSPACED_CHARACTER.search(text) is not None
