@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlae_jax.evaluate.estimate import estimate, fve_of, jackknifed, recovered, share_of
+from nlae_jax.evaluate.estimate import _drawn_documents, estimate, fve_of, jackknifed, recovered, share_of
 
 
 def test_value_is_the_statistic_of_the_means():
@@ -51,6 +51,19 @@ def test_interval_holds_the_smallest_and_largest_document_at_most(values, seed):
     found = estimate(np.array(values), np.arange(len(values)), samples=50, seed=seed)
     low, high = found["ci95"]
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(255, np.uint8), (300, np.uint16)])
+def test_drawn_documents_take_little_room_and_count_as_before(count, dtype):
+    times = _drawn_documents(count, 50, 3)
+    wide = np.random.default_rng(3).multinomial(count, np.full(count, 1 / count), size=50)
+    np.testing.assert_array_equal(times, wide)
+    assert times.dtype == dtype
+    values = np.random.default_rng(0).standard_normal(count)
+    found = estimate(values, np.arange(count), samples=50, seed=3)["ci95"]
+    assert (
+        found == np.percentile((wide @ values[:, None] / (wide @ np.ones(count))[:, None])[:, 0], [2.5, 97.5]).tolist()
+    )
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():

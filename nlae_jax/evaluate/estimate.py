@@ -68,14 +68,15 @@ def estimate(
     return result
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _drawn_documents(count: int, samples: int, seed: int) -> np.ndarray:
-    """Returns how often each of `count` documents is drawn in each resampling: [samples, count].
+    """Returns how often each of `count` documents is drawn in each resampling: [samples, count] of small whole numbers.
 
-    Most figures of a suite are of the same number of documents, and drawing takes longer than everything else here.
+    Most figures of a suite are of the same number of documents, and drawing takes longer than everything else here. The
+    arrays are kept, so they have the smallest dtype that holds `count`, the largest number possible.
     """
-    times: np.ndarray = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
-    return times
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    return times.astype(np.min_scalar_type(count))
 
 
 def _number(value: np.ndarray) -> float | None:
