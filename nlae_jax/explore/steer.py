@@ -300,16 +300,17 @@ def _pooled(reports: Sequence[SteerReport], kind: str) -> dict[str, Any]:
     }
 
 
-def _interval_over_prompts(counts_Px2: np.ndarray) -> tuple[float, float] | None:
-    """Returns the 95 % interval of the share of hits over resampled prompts, None for one prompt.
+def _interval_over_prompts(counts_Px2: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % interval of the share of hits over resampled prompts.
 
     `counts_Px2` are each prompt's hits and continuations. Continuations of one prompt are alike, so they do not count
     as independent. Where all prompts have the same share, resampling shows no spread, and the interval is Wilson's for
-    as many cases as there are prompts.
+    as many cases as there are prompts. For a single prompt it is Wilson's over its continuations: it is about that
+    prompt, of which they are independent samples.
     """
     prompts = len(counts_Px2)
-    if prompts < 2:
-        return None
+    if prompts == 1:
+        return wilson(*counts_Px2[0].tolist())
     shares = counts_Px2[:, 0] / counts_Px2[:, 1]
     if np.ptp(shares) == 0:
         return wilson(prompts * float(shares[0]), prompts)
