@@ -28,6 +28,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.engine import description_of
+from nlae_jax.serve.programs import encoder_program
 from nlae_jax.serve.reading import Reader, error_rates
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for
 from nlae_jax.serve.transport import BoundedBody
@@ -38,7 +39,7 @@ pytest_plugins = ["tests.tiny_run"]
 TEXT = "the of to in is that it for"
 CHAT = [{"role": "user", "content": "the of to"}]
 TOKENS = 24
-TABLE_PROGRAMS = {f"jit({name})" for name in ("begun", "joined", "advanced", "resized")}
+TABLE_PROGRAMS = {f"jit({name})" for name in ("begun", "joined", "advanced", "moved")}
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS}
 
 
@@ -164,7 +165,7 @@ def test_what_is_prepared_when_idle_is_not_compiled_again(nla, monkeypatch, capl
             assert table.size == (size, CAPACITIES[1])
         assert [name for name in compiled_programs(caplog) if name in TABLE_PROGRAMS] == []
         table.add([Entry(reader._example, 200, 5.0, 99)], [99])  # larger and longer: it would be seen
-        assert "jit(resized)" in compiled_programs(caplog)
+        assert "jit(moved)" in compiled_programs(caplog)
 
 
 def test_tables_of_all_limits_begin_with_the_same_programs(reader, vectors):
@@ -183,11 +184,24 @@ def test_a_loop_over_layers_writes_the_same(monkeypatch, nla, reader, vectors):
     assert written(looped, vectors[1:4], [0, 2, 0]) == written(reader, vectors[1:4], [0, 2, 0])
 
 
-def test_a_pair_on_several_devices_writes_the_same(nla, reader, vectors):
+def test_a_pair_on_several_devices_writes_the_same(nla, reader, vectors, caplog):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     pair = jax.tree.map(lambda leaf: place(np.asarray(leaf), replicated(mesh)), nla.pair)
     split = Reader(nlae_jax.NLA(nla.roles, pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, mesh))
     assert written(split, vectors[1:6], [0, 0, 2, 0, 1]) == written(reader, vectors[1:6], [0, 0, 2, 0, 1])
+    names = ["jit(begun)", "jit(advanced)", "jit(moved)", "jit(advanced)", "jit(joined)"]
+    with jax.log_compiles():  # each function once for each size, whatever was done to the table before
+        split.encoder = encoder_program(nla.roles, pair).compiled()
+        for rounds in (0, 2):
+            table = split.table(CAPACITIES[1])
+            table.add([Entry(vectors[row], TOKENS, 0.0, row) for row in range(3)], [0, 1, 2])
+            for _ in range(rounds):
+                table.advance(2)
+            table.grow(CAPACITIES[1])
+            for _ in range(rounds):
+                table.advance(2)
+            table.add([Entry(vectors[3], TOKENS, 0.0, 3)], [3])
+    assert sorted(name for name in compiled_programs(caplog) if name in TABLE_PROGRAMS) == sorted(names)
 
 
 def test_a_limit_ends_a_row(reader, vectors):
