@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlae_jax.config import ProtocolConfig
-from nlae_jax.interop.sidecar import model_sidecar, neighbours, path_of, protocol_of, read_sidecar, write_sidecar
+from nlae_jax.interop.sidecar import (
+    MOST_NEW_TOKENS,
+    model_sidecar,
+    neighbours,
+    path_of,
+    protocol_of,
+    read_sidecar,
+    write_sidecar,
+)
 from nlae_jax.roles.protocol import make_protocol
 from nlae_jax.runtime.errors import UserError
 
@@ -54,7 +62,12 @@ def test_a_sidecar_may_say_nothing_of_the_length_of_explanations(tmp_path, conte
     assert read(tmp_path, content).max_new_tokens is None
 
 
-@pytest.mark.parametrize("limit", [0, -1, 10**9, "48", True, 1.5])
+def test_a_length_without_measure_is_bounded(tmp_path, content):
+    content["max_new_tokens"] = 10**9
+    assert read(tmp_path, content).max_new_tokens == MOST_NEW_TOKENS
+
+
+@pytest.mark.parametrize("limit", [0, -1, "48", True, 1.5])
 def test_a_length_of_explanations_that_is_none(tmp_path, content, limit):
     content["max_new_tokens"] = limit
     with pytest.raises(UserError, match=r"max_new_tokens should be"):

@@ -94,20 +94,18 @@ class Explainer:
             self._roles, self._pair_tokenizer, LARGEST_BATCH, self.max_new_tokens, self._mesh, _SMALLEST_BATCH
         )
 
-    def explain(
-        self, vectors: Any, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0
-    ) -> list[str]:
+    def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
         """Writes one explanation of each raw activation [B, d]; '' where the encoder did not close its tag.
 
         `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows. A
-        `temperature` of 0 takes the likeliest token at each step. `max_new_tokens` is by default the pair's limit.
-        Raises UserError for vectors of another width, and for NaN or infinity in them.
+        `temperature` of 0 takes the likeliest token at each step. Raises UserError for vectors of another width, and
+        for NaN or infinity in them.
         """
         vectors = self._checked(vectors)
-        limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
+        self._checked_limit(max_new_tokens)
         check_temperature(temperature)
         with progress(len(vectors), "explain", unit="activation") as bar:
-            return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit).texts
+            return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Rebuilds activations [B, d] float32 from explanations. They are the raw output of the decoder's head.

@@ -21,7 +21,7 @@ from nlae_jax.runtime.files import write_atomically
 from nlae_jax.runtime.outside import quoted, read_yaml
 
 NAME = "nla_meta.yaml"
-MOST_NEW_TOKENS = 4096  # of an explanation
+MOST_NEW_TOKENS = 4096  # of an explanation; a sidecar that names more means this many
 
 _ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 _SLOTS = {"av": "{injection_char}", "ar": "{explanation}"}
@@ -84,8 +84,8 @@ def read_sidecar(target: Path) -> Sidecar:
     if any(not isinstance(token, int) for token in suffix or []):
         raise UserError(f"{path}: tokens.critic_suffix_ids should be a list of numbers")
     limit = _get(path, content, "max_new_tokens", int, optional=True)
-    if limit is not None and not 1 <= limit <= MOST_NEW_TOKENS:
-        raise UserError(f"{path}: max_new_tokens should be from 1 to {MOST_NEW_TOKENS}; it is {limit}")
+    if limit is not None and limit < 1:
+        raise UserError(f"{path}: max_new_tokens should be at least 1; it is {limit}")
     return Sidecar(
         path=path,
         role=_ROLES.get(role, ""),
@@ -103,7 +103,7 @@ def read_sidecar(target: Path) -> Sidecar:
         suffix_ids=tuple(suffix) if suffix else None,
         encoder_template=templates["av"],
         decoder_template=templates["ar"],
-        max_new_tokens=limit,
+        max_new_tokens=None if limit is None else min(limit, MOST_NEW_TOKENS),
     )
 
 

@@ -27,6 +27,7 @@ _CLOSERS = "\"')]”’»"
 _MARKS = '"“”'
 _AT_MARKS = re.compile(f"[{_MARKS}]")
 _MOST_MARKS = 32  # repeated strings are searched among the first 32 quotation marks; written notes have ten at most
+_MOST_ITEMS = 64  # repeated words are searched among the first 64 items
 _SEPARATORS = frozenset((",", ";", ":", "and", "or", "nor", "&"))
 
 
@@ -130,7 +131,8 @@ def repeated_words(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Arra
     """Counts each explanation's items of one word that end an item before them: ids [..., T] -> [...] int32.
 
     `It mentions cats, dogs and cats` has one: the first item is `It mentions cats`. Separators, quoted strings and ends
-    of sentences stand between items. Items are compared within their sentence, without case.
+    of sentences stand between items. Items are compared within their sentence, without case. Idioms such as `more and
+    more` count too.
     """
     ids_NxT, length_N = ids.reshape(-1, ids.shape[-1]), length.reshape(-1)
     width = ids_NxT.shape[1]
@@ -140,7 +142,8 @@ def repeated_words(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Arra
     holds_letters = valid_NxT & ~between_NxT & (jnp.asarray(tables.words)[ids_NxT] > 0)
     # An item is the tokens between two places; the sentence's number is added, so that its end is such a place too.
     item_NxT = jnp.cumsum(between_NxT, axis=1) + sentence_NxT
-    in_item = (item_NxT[:, :, None] == jnp.arange(2 * width)) & holds_letters[:, :, None]  # [N, T, M]
+    count = min(2 * width, _MOST_ITEMS)
+    in_item = (item_NxT[:, :, None] == jnp.arange(count)) & holds_letters[:, :, None]  # [N, T, M]
     place = jnp.arange(width)[:, None]
     first = jnp.min(jnp.where(in_item, place, width), axis=1)
     spaces_NxTx2 = jnp.asarray(tables.spaces)[ids_NxT]
@@ -151,7 +154,7 @@ def repeated_words(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Arra
     word_NxM = jnp.where(in_item & (place >= last_word[:, None]), hashes, 0).sum(1, dtype=jnp.uint32)
     sentence_NxM = jnp.max(jnp.where(in_item, sentence_NxT[:, :, None], -1), axis=1)
     same = (word_NxM[:, :, None] == word_NxM[:, None, :]) & (sentence_NxM[:, :, None] == sentence_NxM[:, None, :])
-    earlier = jnp.tril(jnp.ones((2 * width, 2 * width), bool), -1)
+    earlier = jnp.tril(jnp.ones((count, count), bool), -1)
     repeated = (last_word >= 0) & (last_word == first) & (same & earlier & (word_NxM > 0)[:, None]).any(-1)
     return repeated.sum(1).astype(jnp.int32).reshape(length.shape)
 

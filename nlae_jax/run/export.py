@@ -16,7 +16,7 @@ from tokenizers import processors
 
 from nlae_jax.interop.datasets import SPLIT_OF, Exported, export_dataset
 from nlae_jax.interop.released import VALUE_HEAD
-from nlae_jax.interop.sidecar import MOST_NEW_TOKENS, model_sidecar, write_sidecar
+from nlae_jax.interop.sidecar import model_sidecar, write_sidecar
 from nlae_jax.lm.adapters import write_adapters
 from nlae_jax.lm.chat import chats_ids, plain_template, prompts_ids, with_its_date
 from nlae_jax.lm.families import hf_config, language_config, read_hf_config
@@ -127,7 +127,7 @@ def _write_sidecar(run: PreparedRun, role: str, directory: Path) -> None:
         config.subject.layer,
         config.subject.model,
         corpus,
-        min(config.rl.max_new_tokens, MOST_NEW_TOKENS),
+        config.rl.max_new_tokens,
     )
     write_sidecar(directory, content)
 
