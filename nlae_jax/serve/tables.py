@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.rows import Rows, advance, put, resized, spread
@@ -97,7 +97,8 @@ class Compiled:
             self.weights = block_weights(program.variables)
 
         sharding = program.variables["params"]["lm"]["embed"].sharding
-        mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+        many = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
+        mesh = sharding.mesh if many else None
 
         def laid_out(rows: Rows) -> Rows:
             return rows if mesh is None else spread(rows, mesh)
