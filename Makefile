@@ -37,6 +37,7 @@ lint: .venv/tested
 
 types: .venv/tested
 	.venv/bin/mypy
+	MYPYPATH=experiments/smollm2 .venv/bin/mypy experiments/smollm2/*.py  # scripts, which no package holds
 
 docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict

@@ -13,8 +13,8 @@ from nlae_jax.cli import main
 from nlae_jax.cli.steer import _lines
 from nlae_jax.explore.passage import read_text
 from nlae_jax.explore.select import parse_at
-from nlae_jax.explore.steer import Settings, compile_pattern, distinct_2, steer, summary, wilson
-from nlae_jax.report.audit_page import audit_page, steer_tables
+from nlae_jax.explore.steer import Outcome, Settings, compile_pattern, distinct_2, steer, summary, wilson
+from nlae_jax.report.audit_page import audit_page, steer_tables, steer_verdict
 from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run", "tests.planted"]
@@ -101,8 +101,42 @@ def test_hits_of_several_prompts_are_pooled_at_each_best_strength(report):
     assert pooled["edit"]["hits"] == 2 * best[0].hits > 0
     assert pooled["edit"]["continuations"] == pooled["none"]["continuations"] == 2 * FEW.samples
     assert pooled["random"]["continuations"] == 3 * pooled["edit"]["continuations"]
-    assert pooled["edit"]["hit_rate_ci95"] == wilson(2 * best[0].hits, 2 * FEW.samples)
+    assert pooled["edit"]["hit_rate_ci95"] == wilson(2, 2)  # both prompts have hits only
     assert pooled["none"]["nll"] == pytest.approx(report.before.nll)
+
+
+def outcome(kind, hits, alpha=0.0):
+    return Outcome(kind, alpha, ("x",) * 8, hits, hits / 8, wilson(hits, 8), 1.0, 1.0)
+
+
+def with_hits(report, edits, control=0):
+    """The report with these hits of its edits, one at each α."""
+    return dataclasses.replace(
+        report,
+        before=outcome("none", 0),
+        edits=tuple(outcome("edit", hits, 0.1 * (n + 1)) for n, hits in enumerate(edits)),
+        controls=tuple(outcome("random", control, 0.1 * (n + 1)) for n in range(len(edits)) for _ in range(3)),
+        best_alpha=0.1 * (edits.index(max(edits)) + 1),
+    )
+
+
+def test_continuations_of_one_prompt_are_not_independent(report):
+    prompts = [with_hits(report, [hits]) for hits in [8] * 3 + [0] * 9]
+    conditions = summary(prompts)["conditions"]
+    low, high = conditions["edit"]["hit_rate_ci95"]
+    assert low < 0.25 < high
+    alike = wilson(24, 96)
+    assert high - low > 2 * (alike[1] - alike[0])  # eight equal continuations say no more than one
+    assert conditions["none"]["hit_rate_ci95"] == wilson(0, 12)  # no spread is not certainty
+    assert summary(prompts[:1])["conditions"]["edit"]["hit_rate_ci95"] == wilson(8, 8)
+
+
+def test_it_is_said_that_the_edits_hits_chose_the_strength(report):
+    assert summary([with_hits(report, [2])])["alpha_chosen"] is False
+    assert "with most hits of the edit" not in steer_verdict(with_hits(report, [2]).row())
+    several = with_hits(report, [2, 5], control=3)
+    assert summary([several])["alpha_chosen"] is True
+    assert "At α = 0.2, the one of 2 with most hits of the edit, the edit has 5 of 8" in steer_verdict(several.row())
 
 
 def test_committed_prompts_ask_for_a_word_that_only_the_edit_has():

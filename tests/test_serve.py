@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import jax
@@ -27,6 +28,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.engine import description_of
+from nlae_jax.serve.programs import encoder_program
 from nlae_jax.serve.reading import Reader, error_rates
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for
 from nlae_jax.serve.transport import BoundedBody
@@ -37,6 +39,7 @@ pytest_plugins = ["tests.tiny_run"]
 TEXT = "the of to in is that it for"
 CHAT = [{"role": "user", "content": "the of to"}]
 TOKENS = 24
+TABLE_PROGRAMS = {f"jit({name})" for name in ("begun", "joined", "advanced", "moved")}
 GREEDY = {"temperature": 0, "max_new_tokens": TOKENS}
 
 
@@ -123,6 +126,48 @@ def test_a_table_grows_with_its_rows(monkeypatch, reader, vectors):
     assert max(map(len, short.values())) > 8
 
 
+def compiled_programs(caplog):
+    """The names of functions that were compiled. A cache may have several entries for one program: P() and P(None)."""
+    found = [record.getMessage() for record in caplog.records]
+    return [message.split()[1] for message in found if message.startswith("Compiling jit(")]
+
+
+def test_what_is_prepared_when_idle_is_not_compiled_again(nla, monkeypatch, caplog):
+    monkeypatch.setattr("nlae_jax.serve.reading._PREPARED", 32)
+    reader, alive = Reader(nla), weakref.WeakSet()
+    reader.warm()
+    table_of = reader.table
+    monkeypatch.setattr(reader, "table", lambda limit: (table := table_of(limit), alive.add(table))[0])
+    with jax.log_compiles():
+        for _ in reader.warm_more():
+            programs = [name for name in compiled_programs(caplog) if name in TABLE_PROGRAMS]
+            assert len(programs) <= 2  # an addition may make the table larger first
+            assert not alive
+            caplog.clear()
+        assert not compiled_programs(caplog)
+        for sizes in ((32, 4), (32, 16, 1), (16, 1)):
+            table = table_of(CAPACITIES[1])
+            while table.size[0] < sizes[0]:
+                rows = range(len(table), len(table) + 16)
+                table.add([Entry(reader._example, 200, 5.0, row) for row in rows], list(rows))
+            for size in sizes:
+                table.remove(lambda row, size=size: row >= size)
+                assert table.size[0] == size
+                table.advance(3)
+                table.advance(3)
+        for size in (4, 16):
+            table = table_of(CAPACITIES[1])
+            table.add([Entry(reader._example, 200, 5.0, row) for row in range(size)], list(range(size)))
+            for _ in range(2):
+                table.advance(3)
+                table.advance(3)
+                table.grow(CAPACITIES[1])
+            assert table.size == (size, CAPACITIES[1])
+        assert [name for name in compiled_programs(caplog) if name in TABLE_PROGRAMS] == []
+        table.add([Entry(reader._example, 200, 5.0, 99)], [99])  # larger and longer: it would be seen
+        assert "jit(moved)" in compiled_programs(caplog)
+
+
 def test_tables_of_all_limits_begin_with_the_same_programs(reader, vectors):
     written(reader, vectors[1:2], [0])
     compiled = reader.encoder.begun._cache_size(), reader.encoder.advanced._cache_size()
@@ -139,11 +184,24 @@ def test_a_loop_over_layers_writes_the_same(monkeypatch, nla, reader, vectors):
     assert written(looped, vectors[1:4], [0, 2, 0]) == written(reader, vectors[1:4], [0, 2, 0])
 
 
-def test_a_pair_on_several_devices_writes_the_same(nla, reader, vectors):
+def test_a_pair_on_several_devices_writes_the_same(nla, reader, vectors, caplog):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     pair = jax.tree.map(lambda leaf: place(np.asarray(leaf), replicated(mesh)), nla.pair)
     split = Reader(nlae_jax.NLA(nla.roles, pair, nla.tokenizer, lambda: nla.subject, nla.max_new_tokens, mesh))
     assert written(split, vectors[1:6], [0, 0, 2, 0, 1]) == written(reader, vectors[1:6], [0, 0, 2, 0, 1])
+    names = ["jit(begun)", "jit(advanced)", "jit(moved)", "jit(advanced)", "jit(joined)"]
+    with jax.log_compiles():  # each function once for each size, whatever was done to the table before
+        split.encoder = encoder_program(nla.roles, pair).compiled()
+        for rounds in (0, 2):
+            table = split.table(CAPACITIES[1])
+            table.add([Entry(vectors[row], TOKENS, 0.0, row) for row in range(3)], [0, 1, 2])
+            for _ in range(rounds):
+                table.advance(2)
+            table.grow(CAPACITIES[1])
+            for _ in range(rounds):
+                table.advance(2)
+            table.add([Entry(vectors[3], TOKENS, 0.0, 3)], [3])
+    assert sorted(name for name in compiled_programs(caplog) if name in TABLE_PROGRAMS) == sorted(names)
 
 
 def test_a_limit_ends_a_row(reader, vectors):
@@ -702,6 +760,8 @@ def test_an_edit_is_held_against_random_directions(http):
     same = http.post("/api/page/steer", json={**body, "edited": body["original"]})
     assert same.status_code == 400
     assert "same" in same.json()["detail"]
+    (refused,) = http.post("/api/page/steer", json={**body, "alpha": 0}).json()["detail"]
+    assert refused["loc"] == ["body", "alpha"]
 
 
 def test_a_neuron_is_held_against_controls(http, nla):

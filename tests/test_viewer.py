@@ -69,6 +69,13 @@ def read(page, text):
     page.wait_for_selector(".tok.scored")
 
 
+def explain_all(page):
+    page.click("#explain-all")
+    page.wait_for_function(
+        "document.querySelectorAll('#tokens .tok').length === document.querySelectorAll('.tok.scored').length"
+    )
+
+
 def test_the_last_token_is_explained_and_a_click_explains_another(open_page):
     page = open_page()
     read(page, TEXT)
@@ -99,10 +106,7 @@ def test_what_texts_hold_is_shown_and_never_run(open_page):
     page = open_page()
     page.evaluate("() => { window.boom = () => { throw new Error('a text was run') } }")
     read(page, HOSTILE)
-    page.click("#explain-all")
-    page.wait_for_function(
-        "document.querySelectorAll('#tokens .tok').length === document.querySelectorAll('.tok.scored').length"
-    )
+    explain_all(page)
     assert page.locator("main img").count() == 0
     assert "<img src=x" in page.inner_text("#tokens")
     with page.expect_download() as saved:
@@ -115,10 +119,7 @@ def test_what_texts_hold_is_shown_and_never_run(open_page):
 def test_search_goes_from_hit_to_hit(open_page):
     page = open_page()
     read(page, TEXT)
-    page.click("#explain-all")
-    page.wait_for_function(
-        "document.querySelectorAll('#tokens .tok').length === document.querySelectorAll('.tok.scored').length"
-    )
+    explain_all(page)
     word = page.inner_text("#list tbody tr:first-child td:nth-child(3)").split()[0]
     page.fill("#query", word)
     count = page.locator(".tok.hit").count()
@@ -229,6 +230,112 @@ def test_samples_own_words_and_steering(open_page):
     page.wait_for_selector("text=with your words")
     assert page.locator("details[data-tool=steer] .outcome").count() == 5
     assert page.input_value("#steer-alpha") == "0.5"
+
+
+def test_the_fields_of_one_token_do_not_go_to_the_next(open_page):
+    page = open_page()
+    read(page, TEXT)
+    explain_all(page)
+    page.click("#t4")
+    page.evaluate("document.querySelectorAll('#detail details').forEach(tool => { tool.open = true })")
+    assert page.input_value("#compare-with") == "3"
+    page.fill("#own-words", "mine of token 4")
+    page.fill("#steer-words", "edited at token 4")
+    page.fill("#steer-alpha", "0.5")
+    page.click("#do-Select-up-to-")  # it is drawn again, and keeps what was typed
+    assert page.input_value("#own-words") == "mine of token 4"
+    page.keyboard.press("Escape")
+    page.click("#do-Select-up-to-")
+    page.click("#list tbody tr:nth-child(4)")
+    assert page.inner_text("#detail h2") == "Token 3"
+    assert page.input_value("#compare-with") == "2"
+    assert page.input_value("#own-words") == ""
+    assert page.input_value("#steer-words") == page.evaluate("state.results.get(3).result.description")
+    assert page.input_value("#steer-alpha") == "0.3"
+    page.fill("#own-words", "mine of the text before")
+    page.fill("#text", "it for that is")
+    page.click("#read")
+    page.wait_for_function("state.tokens.length && state.results.get(state.pinned)?.state === 'scored'")
+    page.click("#t3")
+    page.wait_for_selector("#t3.scored")
+    assert page.input_value("#own-words") == ""
+
+
+def test_an_outcome_stays_with_its_token(open_page):
+    page = open_page()
+    read(page, TEXT)
+    explain_all(page)
+    page.click("#t4")
+    page.click("text=Score a sentence of your own")
+    page.fill("#own-words", "the end")
+    held = []
+    page.route("**/api/page/score", lambda route: held.append(route))
+    with page.expect_request("**/api/page/score"):
+        page.click("text=Score it")
+    page.click("#t3")
+    with page.expect_response("**/api/page/score"):
+        held[0].continue_()
+    page.wait_for_function("state.running === 0")
+    assert page.inner_text("#detail h2") == "Token 3"
+    assert page.locator("details[data-tool=own] .outcome").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("tool", "field", "press"),
+    [("Edit the words", "#steer-alpha", "button:has-text('Steer')"), ("Compare with", "#compare-with", "#do-Compare")],
+)
+def test_an_empty_number_is_not_0(open_page, tool, field, press):
+    page = open_page()
+    read(page, TEXT)
+    page.click(f"text={tool}")
+    page.fill(field, "")
+    page.click(press)
+    page.wait_for_selector("#status.error")
+    assert "should be" in page.inner_text("#status")
+
+
+def test_two_tokens_of_one_text_are_compared(open_page):
+    page = open_page()
+    read(page, TEXT)
+    page.click("text=Compare with another token")
+    page.fill("#compare-with", "1")
+    sent, changed = [], "await plain(...all); state.asked = {text: 'another text'}"
+    page.route("**/api/page/compare", lambda route: (sent.append(route.request.post_data_json), route.continue_()))
+    page.evaluate(f"() => {{ const plain = explain; explain = async (...all) => {{ {changed} }} }}")
+    page.click("#do-Compare")
+    page.wait_for_function("state.running === 0")
+    assert [body["text"] for body in sent] == [TEXT]
+
+
+def test_an_address_never_names_what_was_seen_before(open_page):
+    page = open_page()
+    read(page, TEXT)
+    assert page.evaluate("location.hash")
+    page.evaluate("() => { state.asked = {text: 'x'.repeat(60000)} }")
+    page.click("#link")
+    assert "too long for a link" in page.inner_text("#status")
+    assert page.evaluate("location.hash") == ""
+    page.evaluate("() => { state.mode = 'neuron' }")
+    assert page.evaluate("keep({n: {vector: Array(4000).fill(0.123456789012)}})") is False
+
+
+def test_a_comment_of_a_link_goes_with_its_text(open_page):
+    page = open_page()
+    read(page, TEXT)
+    page.fill("#comment", "look here")
+    again = open_page(page.evaluate("location.hash"))
+    again.wait_for_selector(".tok.scored.pinned")
+    again.click("#read")
+    again.wait_for_function("state.running === 0")
+    assert again.inner_text("#comment-shown") == "look here"
+    read(again, "it for that is")
+    again.wait_for_function("state.running === 0")
+    assert again.is_hidden("#comment-shown")
+    assert again.input_value("#comment") == ""
+    own = "of my own"
+    again.fill("#comment", own)
+    read(again, TEXT)
+    assert again.inner_text("#comment-shown") == own
 
 
 def test_a_chat_is_bubbles_and_the_model_answers(open_page):

@@ -41,7 +41,7 @@ WARM_START_COMMON = {
     "sft.decoder_learning_rate": 2e-3,
     "sft.max_response_tokens": 64,
 }
-RL = {
+RL: dict[str, dict[str, Any]] = {
     "neg_mse": {},
     "neg_log_mse": {"rl.reward": "neg_log_mse"},
     "half contrastive": {"rl.contrastive": 0.5},

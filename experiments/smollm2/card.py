@@ -128,7 +128,8 @@ def drawn(nla: NLA, texts: Path, domains: Sequence[str], count: int) -> list[Pla
 def read(nla: NLA, places: Sequence[Place]) -> tuple[np.ndarray, list[str]]:
     """The activations [N, d] at the ends of the places, and the tokens that the subject thinks likeliest to follow."""
     h_NxD = np.stack([activations_TxD[-1] for activations_TxD in nla.read([place.context for place in places])])
-    return h_NxD, [token for (token,) in likeliest(nla.subject, [place.context.ids for place in places], 1)]
+    ranked = likeliest(nla.subject, [[place.context.ids] for place in places], 1)
+    return h_NxD, [tokens[0] for (tokens,) in ranked]
 
 
 def share_of_last(texts: Sequence[str], contexts: Sequence[str]) -> float:

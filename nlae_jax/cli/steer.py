@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from nlae_jax.explore.steer import Settings, SteerReport
 
 
+_ALPHAS = (
+    "lengths of the push, in units of the activation's; of several, the verdict takes the one with most hits of the "
+    "edit, which favours the edit; one alone is a fair comparison"
+)
+
+
 def _add(steer: argparse.ArgumentParser) -> None:
     add_pair(steer)
     add_source(steer, prompts=True)
@@ -33,7 +39,7 @@ def _add(steer: argparse.ArgumentParser) -> None:
     counted = steer.add_mutually_exclusive_group()
     counted.add_argument("--word", help="a word that continuations should have: hits are counted")
     counted.add_argument("--pattern", help="the same as a regular expression")
-    steer.add_argument("--alphas", default="0.15,0.25,0.35", help="lengths of the push, in units of the activation's")
+    steer.add_argument("--alphas", default="0.15,0.25,0.35", help=_ALPHAS)
     steer.add_argument("--generated", action="store_true", help="push the generated tokens, too")
     steer.add_argument("--controls", type=int, default=3, help="random directions of the same length (at least 3)")
     steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
@@ -166,6 +172,10 @@ def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> 
         for kind, pooled in total["conditions"].items():
             share = _interval(pooled["hit_rate_ci95"])
             show_rich(f"hits with {names[kind]}: {pooled['hits']} of {pooled['continuations']}{share}")
+        if total["alpha_chosen"]:
+            show_rich(
+                "each prompt's α has most hits of the edit, which favours the edit; give one α for a fair comparison"
+            )
 
 
 def _interval(shares: tuple[float, float] | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nlae_jax.evaluate.estimate import estimate, share_of
 from nlae_jax.evaluate.wording import words
 from nlae_jax.explore.directions import unit
 from nlae_jax.explore.explainer import Explainer, check_temperature
@@ -83,7 +84,8 @@ class SteerReport:
 
     `originals` are the explanations before the edit. `best_alpha` is the α at which the edit has most hits.
     `beats_controls` says whether it has more hits there than every random direction at the same α. Both are None
-    without a pattern.
+    without a pattern. With several α the edit has an advantage: its own hits choose the α, and so choose its luck, too.
+    With a single α nothing is chosen.
     """
 
     text: str
@@ -112,7 +114,7 @@ class SteerReport:
         return steer_card(self.row())
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
+def wilson(hits: float, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of the share hits / count (Wilson 1927). It is never empty, also for few."""
     z = 1.959964
     share, spread = hits / count, z * z / count
@@ -239,8 +241,10 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
     """Summarises many prompts: on how many the edit beats the best random direction, with Wilson's interval.
 
     `hit_rate` and `control_hit_rate` are means over prompts at each prompt's best α, the latter of the best control.
-    `conditions` has, for each kind of outcome, the hits among all continuations at each prompt's best α, with Wilson's
-    interval of their share, and the means of NLL and distinct-2 over these outcomes.
+    `conditions` has, for each kind of outcome, the hits among all continuations at each prompt's best α, with a 95 %
+    interval of their share over prompts, and the means of NLL and distinct-2 over these outcomes. `alpha_chosen` says
+    whether a prompt had several α. Then the edit's own hits chose among them, so its share of hits is higher than it
+    would be in new samples. The random directions have no such advantage.
     """
     judged = [report for report in reports if report.beats_controls is not None]
     rates: list[tuple[float, float, float]] = []
@@ -255,6 +259,7 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
     means = np.mean(rates, axis=0).tolist() if rates else [None] * 3
     return {
         "prompts": count,
+        "alpha_chosen": any(len({edit.alpha for edit in report.edits}) > 1 for report in judged),
         "beaten": beaten,
         "lost": sum(edit < control for _, edit, control in rates),
         "equal": sum(edit == control for _, edit, control in rates),
@@ -268,22 +273,49 @@ def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
 
 def _pooled(reports: Sequence[SteerReport], kind: str) -> dict[str, Any]:
     """Pools the outcomes of one kind at each report's best α. "none" has no α."""
-    outcomes = [
-        outcome
+    of_prompts = [
+        [
+            outcome
+            for outcome in (report.before, *report.edits, *report.controls)
+            if outcome.kind == kind and (kind == "none" or outcome.alpha == report.best_alpha)
+        ]
         for report in reports
-        for outcome in (report.before, *report.edits, *report.controls)
-        if outcome.kind == kind and (kind == "none" or outcome.alpha == report.best_alpha)
     ]
-    hits, count = sum(map(_hits, outcomes)), sum(len(outcome.continuations) for outcome in outcomes)
+    counts_Px2 = np.array(
+        [
+            (sum(map(_hits, outcomes)), sum(len(outcome.continuations) for outcome in outcomes))
+            for outcomes in of_prompts
+        ]
+    )
+    hits, count = counts_Px2.sum(0).tolist()
+    outcomes = list(itertools.chain.from_iterable(of_prompts))
     nlls = [outcome.nll for outcome in outcomes if outcome.nll is not None]
     distinct = [outcome.distinct_2 for outcome in outcomes if outcome.distinct_2 is not None]
     return {
         "hits": hits,
         "continuations": count,
-        "hit_rate_ci95": wilson(hits, count),
+        "hit_rate_ci95": _interval_over_prompts(counts_Px2),
         "nll": float(np.mean(nlls)) if nlls else None,
         "distinct_2": float(np.mean(distinct)) if distinct else None,
     }
+
+
+def _interval_over_prompts(counts_Px2: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % interval of the share of hits over resampled prompts.
+
+    `counts_Px2` are each prompt's hits and continuations. Continuations of one prompt are alike, so they do not count
+    as independent. Where all prompts have the same share, resampling shows no spread, and the interval is Wilson's for
+    as many cases as there are prompts. For a single prompt it is Wilson's over its continuations: it is about that
+    prompt, of which they are independent samples.
+    """
+    prompts = len(counts_Px2)
+    if prompts == 1:
+        return wilson(*counts_Px2[0].tolist())
+    shares = counts_Px2[:, 0] / counts_Px2[:, 1]
+    if np.ptp(shares) == 0:
+        return wilson(prompts * float(shares[0]), prompts)
+    low, high = estimate(counts_Px2, np.arange(prompts), share_of)["ci95"]
+    return low, high
 
 
 def _outcomes(

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nlae_jax.lm.sampling import categorical
 from nlae_jax.lm.segments import KeyValues, row_axis, rows_of
+from nlae_jax.mesh import split
 
 # (token [R], step [R], contexts, growing) -> (logits [R, V] float32, growing).
 # Feeds token number `step` of each row's response.
@@ -109,6 +111,35 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
         done=rows.done[index] | (kept < 0),
         contexts=jax.tree.map(lambda kv: rows_of(kv, index), rows.contexts, is_leaf=is_keys),
         growing=jax.tree.map(widened, rows.growing, is_leaf=is_keys),
+    )
+
+
+def spread(rows: Rows, mesh: Mesh) -> Rows:
+    """Splits the rows of a table over devices, and keys, values and states over heads too, inside a jitted function.
+
+    Functions that return tables end with this. Left to itself, XLA returns new tables whole and advanced ones split, so
+    that every function that takes tables would be compiled for both. A constant context stays as it is.
+    """
+
+    def over(x: jax.Array, axes: dict[int, str]) -> jax.Array:
+        spec = [axes.get(n) and split(mesh, axes[n], length) for n, length in enumerate(x.shape)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def keys(kv: KeyValues) -> KeyValues:
+        if kv.positions.ndim == 1:
+            return kv
+        axis = row_axis(kv)
+        k, v, wide = jax.tree.map(lambda x: over(x, {axis - 1: "kv_heads", axis: "batch"}), (kv.k, kv.v, kv.global_kv))
+        state = kv.state
+        if state is not None:
+            tails = jax.tree.map(lambda x: over(x, {axis - 1: "batch", x.ndim - 1: "heads"}), state.tails)
+            state = state._replace(tails=tails, memory=over(state.memory, {axis - 1: "batch", axis: "heads"}))
+        return KeyValues(k, v, over(kv.positions, {0: "batch"}), over(kv.valid, {0: "batch"}), state, wide)
+
+    return jax.tree.map(
+        lambda part: keys(part) if isinstance(part, KeyValues) else over(part, {0: "batch"}),
+        rows,
+        is_leaf=lambda part: isinstance(part, KeyValues),
     )
 
 

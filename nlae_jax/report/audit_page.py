@@ -75,9 +75,11 @@ def steer_verdict(report: Mapping[str, Any]) -> str:
     rival = max(outcome["hits"] for outcome in report["controls"] if outcome["alpha"] == alpha)
     count = len(report["before"]["continuations"])
     verdict = "beats" if report["beats_controls"] else "does not beat"
+    alphas = len({outcome["alpha"] for outcome in report["edits"]})
+    chosen = f", the one of {alphas} with most hits of the edit," if alphas > 1 else ""
     return (
-        f"At α = {alpha:g} the edit has {edit} of {count} hits and {verdict} the best random direction's {rival}; "
-        f"with nothing added there are {report['before']['hits']}."
+        f"At α = {alpha:g}{chosen} the edit has {edit} of {count} hits and {verdict} the best random direction's "
+        f"{rival}; with nothing added there are {report['before']['hits']}."
     )
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from nlae_jax.assets import VIEWER
@@ -41,13 +41,19 @@ class Texts(BaseModel):
     texts: Annotated[list[Description], Field(max_length=16)]
 
 
+def _not_zero(alpha: float) -> float:
+    if not alpha:
+        raise ValueError("should not be 0: nothing would be added")
+    return alpha
+
+
 class Edit(Input):
     """An edit of an explanation to steer by. `alpha` is the length of the push, in units of ‖h‖."""
 
     positions: Annotated[list[int], Field(min_length=1, max_length=LIMITS["max_positions_per_request"])]
     original: Description
     edited: Description
-    alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 0.3
+    alpha: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False), AfterValidator(_not_zero)] = 0.3
 
 
 class Look(BaseModel):

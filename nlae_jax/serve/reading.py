@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -52,6 +52,25 @@ def error_rates(name: str) -> dict[str, str]:
     if is_shown(results.get("repeated_rate")):
         rates["explanations that repeat themselves"] = f"{number(100 * results['repeated_rate'], 0)} %"
     return rates
+
+
+def _advance(table: Table) -> None:
+    """Advances a table twice: its second round begins with arrays as a round leaves them."""
+    table.advance(1)
+    table.advance(1)
+
+
+def _grow(table: Table) -> None:
+    table.grow(CAPACITIES[1])
+
+
+def _shrink_to(size: int) -> Callable[[Table], None]:
+    """Returns what keeps the first `size` rows of a table, whose holders are their numbers."""
+
+    def shrink(table: Table) -> None:
+        table.remove(lambda row: row >= size)
+
+    return shrink
 
 
 class Reader:
@@ -112,32 +131,42 @@ class Reader:
         self._example = vector
 
     def warm_more(self) -> Iterator[None]:
-        """Compiles the functions of larger requests, one step at a time, while there is no other work."""
+        """Compiles the functions of larger requests while there is no other work.
+
+        A step does what tables of requests do, as far as their next operation, so that a request waits for one of them
+        at most. These are: the growth to each size in groups of 16 rows, each size's rounds, the moves from each size
+        to every smaller one, and the first growth of explanations. No step leaves a table in memory.
+        """
         most = min(_PREPARED, self.encoder.most_rows(CAPACITIES[1]))
         sizes = [size for size in SIZES if size <= most]
         for size in sizes[1:]:
-            table = self._filled(size)
+            self._prepare(size)
             yield
-            table.advance(1)
-            for smaller in reversed([other for other in sizes if other < size]):
-                table.remove(smaller.__le__)
+            self._prepare(size, _advance)
             yield
+            for smaller in (smaller for smaller in sizes if smaller < size):
+                self._prepare(size, _advance, _shrink_to(smaller))
+                yield
         for count in _SCORED[1:]:
             self.score(["the text"] * count, np.stack([self._example] * count))
             yield
         for size in (size for size in sizes if 2 * size <= _PREPARED):  # longer rows take more memory
-            table = self._filled(size)
-            table.grow(CAPACITIES[1])
-            table.advance(1)
+            self._prepare(size, _advance, _grow)
+            yield
+            self._prepare(size, _advance, _grow, _advance)
             yield
 
-    def _filled(self, size: int) -> Table:
-        """Makes a table of `size` rows of one token each, which began in groups as those of a request do."""
+    def _prepare(self, size: int, *operations: Callable[[Table], None]) -> None:
+        """Runs operations on a table of `size` rows of one token each, which began in groups as a request's do.
+
+        Operations that were compiled before take little time.
+        """
         table, entry = self.table(CAPACITIES[1]), Entry(self._example, 1, 0.0, 0)
-        for start in range(0, size, 16):
-            rows = range(start, min(size, start + 16))
+        while table.size[0] < size:
+            rows = range(len(table), len(table) + min(size, 16))
             table.add([entry] * len(rows), rows)
-        return table
+        for operation in operations:
+            operation(table)
 
     def decoded(self, tokens: np.ndarray) -> str:
         """Decodes tokens without the end of sequence."""

@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.rows import Rows, advance, put, resized
+from nlae_jax.lm.rows import Rows, advance, put, resized, spread
 from nlae_jax.lm.segments import bytes_of_row
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.mesh import platform_of
@@ -95,13 +96,20 @@ class Compiled:
         elif on_cpu:
             self.weights = block_weights(program.variables)
 
+        sharding = program.variables["params"]["lm"]["embed"].sharding
+        many = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
+        mesh = sharding.mesh if many else None
+
+        def laid_out(rows: Rows) -> Rows:
+            return rows if mesh is None else spread(rows, mesh)
+
         def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> Rows:
             source, limit, temperature, seed = entries
             logits, contexts = program.prefill(variables, source)
             caches = program.caches(source, capacity, contexts[0].k.dtype)
             decoding = for_decoding(role, variables, contexts, caches)
             count = logits.shape[0]
-            return Rows(
+            new = Rows(
                 logits=logits,
                 tokens=jnp.zeros((count, capacity), jnp.int32),
                 steps=jnp.zeros(count, jnp.int32),
@@ -112,18 +120,22 @@ class Compiled:
                 contexts=decoding.contexts,
                 growing=decoding.growing,
             )
+            return laid_out(new)
 
         def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:
-            return put(rows, begun(variables, entries, used, rows.tokens.shape[1]), places)
+            return laid_out(put(rows, begun(variables, entries, used, rows.tokens.shape[1]), places))
 
         def advanced(variables: Any, weights: Any, rows: Rows, count: jax.Array) -> Rows:
             decode = partial(program.decode, variables, weights)
-            return advance(decode, rows, count, program.closing, program.stops)
+            return laid_out(advance(decode, rows, count, program.closing, program.stops))
+
+        def moved(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
+            return laid_out(resized(rows, kept, capacity))
 
         self.begun = jax.jit(begun, static_argnums=3)
         self.joined = jax.jit(joined, donate_argnums=1)
         self.advanced = jax.jit(advanced, donate_argnums=2)
-        self.resized = jax.jit(resized, static_argnums=2)
+        self.resized = jax.jit(moved, static_argnums=2)
 
     def most_rows(self, capacity: int) -> int:
         """Returns the most rows of a table of this program, see the function `most_rows`."""
