@@ -148,13 +148,13 @@ def test_a_loop_told_to_stop_saves_its_last_step(tmp_path, stop):
     assert rows_of(workdir) == rows_of(whole)
 
 
-@pytest.mark.parametrize(("owner", "name"), [("activations", "write_parquet"), ("preparation", "make_describer")])
+@pytest.mark.parametrize(("owner", "name"), [("index", "write_parquet"), ("preparation", "make_describer")])
 def test_nothing_is_begun_that_cannot_be_stopped(tiny_run, tmp_path, monkeypatch, owner, name):
     """Told to stop while documents are planned, and while they are described."""
-    import nlae_jax.data.activations
+    import nlae_jax.data.index
     import nlae_jax.run.preparation
 
-    module = {"activations": nlae_jax.data.activations, "preparation": nlae_jax.run.preparation}[owner]
+    module = {"index": nlae_jax.data.index, "preparation": nlae_jax.run.preparation}[owner]
     original = getattr(module, name)
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *given: terminate() or original(*given))
