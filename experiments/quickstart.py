@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.split.rl, config.split.held_out = 0.68, 0.3
     config.sft.encoder_steps = config.sft.decoder_steps = 0
     config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 14, 8, 4
-    config.rl.max_new_tokens = 48
+    config.rl.max_new_tokens = 64
     config.rl.kl_coef = 0.0  # so few steps cannot lead far away
     config.rl.repeat_penalty = 0.5
     # The pair's decoder has settled at low rates; a high one would first undo that.

@@ -200,13 +200,15 @@ class RlConfig:
     # the activations are scored and trained on in this many parts, one after another
     microbatches: int = option(1, at_least=1, divides="activations_per_step", binds=Binds.NEVER)
     max_new_tokens: int = option(150, at_least=1)
+    # explanations are sampled at this temperature, and the sampled distribution is the one that is trained
+    temperature: float = option(1.0, above=0)
     encoder_learning_rate: float = option(1e-5, at_least=0)
     decoder_learning_rate: float = option(5e-5, at_least=0)
     reward: str = option("neg_mse", choices=("neg_mse", "neg_log_mse"))  # neg_mse or neg_log_mse
     # weight of the KL to the warm-started encoder; 0: no copy of it is stored or computed
     kl_coef: float = option(0.01, at_least=0)
     length_penalty: float = option(0.0, at_least=0)  # reward lost per token
-    # reward lost per quoted string that its sentence has had before, and for a quotation that does not end
+    # reward lost per quoted string and per word that a list repeats, and for a quotation that does not end
     repeat_penalty: float = option(0.0, at_least=0)
     # share of the contrastive reward, which tells the batch's activations apart (`objectives.contrast`)
     contrastive: float = option(0.0, at_least=0, at_most=1)

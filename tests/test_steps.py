@@ -416,6 +416,16 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_step_at_a_temperature_is_on_policy_there(settings, alone, temperature):
+    config = settings[4].config
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, temperature=temperature))
+    metrics = train(settings[4]._replace(config=config), ONE).metrics
+    assert all(0 < row["logp_gap"] < 1e-5 for row in metrics)
+    assert 0 <= metrics[0]["kl"] < 1e-9
+    assert bool(metrics[0]["entropy"] < alone(4).metrics[0]["entropy"]) == (temperature < 1)
+
+
 def test_repetitions_and_open_quotations_cost_reward(settings):
     """With tables in which token 50 is a quotation mark, 51 a quoted word, 53 another word and 54 a comma."""
     config = settings[4].config

@@ -1,5 +1,6 @@
 """The transformer against transformers' own numbers, in parts against the whole, and its log-probs in chunks."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -234,3 +235,14 @@ def test_linen_initialises_the_declared_weights():
     np.testing.assert_array_equal(made["final_norm"], 1)
     for params in (made, expected):
         assert abs(params["embed"].std() - 64**-0.5) < 0.01
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 1.5])
+def test_a_tempered_architecture_divides_its_logits(arch, params, softcap, temperature):
+    arch = dataclasses.replace(arch, logit_softcap=softcap, logit_divisor=2.0)
+    x = jax.random.normal(jax.random.PRNGKey(0), (2, 3, arch.d_model)) * 9
+    logits = lambda arch: Transformer(arch).apply({"params": params}, x, method="logits")  # noqa: E731
+    expected = logits(arch) / temperature
+    assert float(jnp.abs(expected).max()) > 1
+    np.testing.assert_allclose(logits(arch.tempered(temperature)), expected, rtol=1e-5, atol=1e-5)

@@ -183,6 +183,14 @@ class Arch:
         """The largest supported number of tokens of a sequence; 0: any number."""
         return self.rope_scaling.original_max_positions if isinstance(self.rope_scaling, LongRope) else self.positions
 
+    def tempered(self, temperature: float) -> Arch:
+        """Returns the architecture whose logits are those of this one, divided by `temperature` T.
+
+        With a soft cap c, c tanh(z/c) / T = (c/T) tanh((z/T) / (c/T)), so the cap is divided too.
+        """
+        divisor, softcap = self.logit_divisor * temperature, self.logit_softcap / temperature
+        return dataclasses.replace(self, logit_divisor=divisor, logit_softcap=softcap)
+
     def truncated(self, num_layers: int) -> Arch:
         """Returns the architecture of the first `num_layers` blocks."""
         windows, mixers = self.windows[:num_layers], self.mixers[:num_layers]

@@ -62,6 +62,11 @@ class Roles:
         bare = dataclasses.replace(self.decoder.protocol, decoder_prefix=(), decoder_suffix=())
         return dataclasses.replace(self, decoder=self.decoder.clone(protocol=bare))
 
+    def at_temperature(self, temperature: float) -> Roles:
+        """Returns the roles with an encoder whose distribution is that of sampling at `temperature`."""
+        arch = self.encoder.arch.tempered(temperature)
+        return dataclasses.replace(self, encoder=self.encoder.clone(arch=arch))
+
     def encoder_weights(self) -> Params:
         """Declares the encoder's trained parameters: their shapes and logical axes."""
         arch = self.encoder.arch

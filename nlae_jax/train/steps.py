@@ -305,8 +305,11 @@ def rl_step(
     A batch holds `h` [B, d]. `frozen` also holds `blank` (`protocol.blank_tokens`) and `reference`, the encoder that
     the KL term compares with. With `rl.kl_coef` = 0 there is no reference: none is stored or computed, and the metrics
     have no `kl`.
+
+    The policy is the encoder at `rl.temperature`: samples, log-probs, entropy and KL are of that distribution.
     """
     rl = config.rl
+    roles = roles.at_temperature(rl.temperature)
 
     def rollout_part(state: RlState, frozen: Params, batch: Params) -> Samples:
         key = jax.random.fold_in(state.key, state.encoder.step)
