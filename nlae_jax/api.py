@@ -181,10 +181,9 @@ class NLA(Explainer):
         The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
         .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
         `out`/evaluation, and the same call goes on from there. Decoders are trained on other words, each for
-        `control_steps` steps (by default 60 if there are at least 128 activations, of 4 documents, with their texts; 0
-        trains none). `reword` names a
-        server that rewords explanations, `judge` one that says whether they are true.
-        Figures that take several explanations of an activation are of `sampled` activations (by default 64).
+        `control_steps` steps; 0 trains none. The default is 60 if there are at least 128 activations, of 4 documents,
+        with their texts. `reword` names a server that rewords explanations, `judge` one that says whether they are
+        true. Figures that take several explanations of an activation are of `sampled` activations (by default 64).
         Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, where
         `sampled` is below 2, and in one of several processes: they would write the same files.
         """

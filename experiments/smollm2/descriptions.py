@@ -39,7 +39,7 @@ from nlae_jax import NLA, LanguageModel
 from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.english import FUNCTION_WORDS
-from nlae_jax.data.template import expected
+from nlae_jax.data.template import enumerated, expected
 from nlae_jax.evaluate.wording import sentences
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.lm.tokens import pad_left
@@ -131,12 +131,8 @@ def mentioning(description: str, words: Sequence[str], rng: random.Random) -> st
     """The draft with `words` in place of its topic words."""
     kind = max((kind for kinds in KINDS.values() for kind in kinds if kind in description), key=len)
     before, after = description.split(kind, 1)
-    link = rng.choice(LINKS).format(enumerate_words(words)) if words else ""
+    link = rng.choice(LINKS).format(enumerated(words, "and")) if words else ""
     return f"{before}{kind}{link}{after[after.index('. ') :]}"
-
-
-def enumerate_words(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def recent_words(context: str, document_frequency: Counter[str], num_documents: int) -> list[str]:

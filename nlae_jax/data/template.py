@@ -77,7 +77,7 @@ def describe_by_template(context: Context, resources: DescribeResources) -> str:
         sentences.append(f"Next comes {tokens}.")
     topic = topic_words(context.text, resources.document_frequency, resources.num_documents)
     if topic:
-        sentences.append(f"The text is about {_enumerate(topic, 'and')}.")
+        sentences.append(f"The text is about {enumerated(topic, 'and')}.")
     sentences.append(_ending(context.text))
     return " ".join(sentences)
 
@@ -85,7 +85,7 @@ def describe_by_template(context: Context, resources: DescribeResources) -> str:
 def expected(next_tokens: Iterable[str], text: str) -> str:
     """Lists the likeliest tokens after `text` for a reader: `"a", "b" or a new line`; '' without any."""
     tokens = _unique(_name_token(token, text) for token in next_tokens)[:NUM_NEXT_TOKENS]
-    return _enumerate(tokens, "or") if tokens else ""
+    return enumerated(tokens, "or") if tokens else ""
 
 
 def topic_words(text: str, document_frequency: Mapping[str, int], num_documents: int) -> list[str]:
@@ -127,7 +127,8 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def _enumerate(items: list[str], conjunction: str) -> str:
+def enumerated(items: Sequence[str], conjunction: str) -> str:
+    """Lists items for a reader: `a, b and c`. There should be at least one."""
     if len(items) == 1:
         return items[0]
     return f"{', '.join(items[:-1])} {conjunction} {items[-1]}"

@@ -184,9 +184,8 @@ def model_sidecar(
 ) -> dict[str, Any]:
     """Returns the sidecar of an exported encoder ("av") or decoder ("ar").
 
-    `max_new_tokens` is the length of explanations that RL allowed.
-
-    Scales are numbers, because the reference's client reads no other form.
+    `max_new_tokens` is the length of explanations that RL allowed. Scales are numbers, because the reference's client
+    reads no other form.
     """
     layers = {"extraction_layer_index": layer}
     return {

@@ -30,8 +30,7 @@ async def look_at(service: Service, vector: np.ndarray | None, neuron: str, side
     kinds = [("direction", unit(vector)), *control_directions(unit(vector), 1, 0)]
     pushed = await service.on_device(lambda: pushed_along(reader.explainer, [u for _, u in kinds], STEPS))
     keys = [h.tobytes() for h in pushed]
-    limit = min(reader.explainer.max_new_tokens, reader.most_new_tokens)
-    explanations = await service.all_explained(list(pushed), keys, limit, 0.0, 0)
+    explanations = await service.all_explained(list(pushed), keys, reader.usual_new_tokens, 0.0, 0)
     texts = [explanation.description for explanation in explanations]
     rebuilt = await service.on_device(lambda: reader.reconstruct(texts))
     heard = heard_of(rebuilt, pushed).tolist()

@@ -139,8 +139,7 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
             difference = vectors[position] - vectors[other]
             if not difference.any():
                 raise HTTPException(400, "position and other: their activations are equal; there is no difference")
-            limit = min(reader.explainer.max_new_tokens, reader.most_new_tokens)
-            arguments = [difference], [difference.tobytes()], limit, 0.0, 0
+            arguments = [difference], [difference.tobytes()], reader.usual_new_tokens, 0.0, 0
             (scored,) = await unless_gone(request, service.all_explained(*arguments))
             alike = float(cosine(vectors[position], vectors[other]))
             return JSONResponse({**scored.fields(), "diff_norm": l2_norm(difference), "cosine": alike})
@@ -203,7 +202,7 @@ async def _info(service: Service) -> dict[str, Any]:
         "norm_high": statistics.norm_high,
         "statistics": statistics.source,
         "rates": reader.rates,
-        "max_new_tokens": min(reader.explainer.max_new_tokens, reader.most_new_tokens),
+        "max_new_tokens": reader.usual_new_tokens,
         "steer": True,
         "limits": service.limits,
     }

@@ -116,6 +116,11 @@ class Reader:
         most = encoder.arch.most_tokens
         return min(CAPACITIES[-1], most - encoder.prompt_length) if most else CAPACITIES[-1]
 
+    @property
+    def usual_new_tokens(self) -> int:
+        """The pair's own limit of an explanation, as far as the model can be run on."""
+        return min(self.explainer.max_new_tokens, self.most_new_tokens)
+
     def table(self, limit: int) -> Table:
         """Makes an empty table for explanations of up to `limit` tokens."""
         return Table(self.encoder, room_for(limit, self.most_new_tokens))
