@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nlae_jax.data.providers import ANTHROPIC, OPENAI
+from nlae_jax.data.model_server import ANTHROPIC, OPENAI
 from nlae_jax.run.keys import keys_of, main, variables
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.data import providers
+from nlae_jax.data import model_server
 from nlae_jax.run import preparation
 from nlae_jax.runtime import supervision
 from tests.servers import GOOD, chat, serving
@@ -113,7 +113,7 @@ def test_ended_and_continued_on_another_machine(tiny, workdir, tmp_path, serve, 
             os.kill(os.getpid(), signal.SIGTERM if end == "terminated" else signal.SIGINT)
         return chat()
 
-    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
+    monkeypatch.setattr(model_server, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
     refused = []
     url, script = serve(steps)
     code = {"terminated": supervision.PREEMPTED, "interrupted": 130, "refused": 2}[end]
@@ -134,7 +134,7 @@ def test_terminated_with_a_server_that_says_nothing(tiny, workdir, serve, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         return script.hang
 
-    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 1.0)
+    monkeypatch.setattr(model_server, "_DRAIN_SECONDS", 1.0)
     url, script = serve(steps)
     assert main(command(tiny, workdir, url, describe__timeout_seconds=3600.0)) == supervision.PREEMPTED
     assert "describe: waiting 1 s at most for answers under way\n" in capsys.readouterr().err
@@ -162,7 +162,7 @@ def test_answers_live_in_the_bucket(tiny, gcs, tmp_path, serve, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return chat()
 
-    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)
+    monkeypatch.setattr(model_server, "_DRAIN_SECONDS", 60.0)
     url, script = serve(steps)
     assert main(command(tiny, "gs://bucket/W", url)) == supervision.PREEMPTED
     assert len(gcs.names("W/activations/answers/part-00000-")) == 1

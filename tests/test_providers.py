@@ -11,11 +11,11 @@ import httpx
 import pytest
 
 from nlae_jax.config import DescribeConfig
-from nlae_jax.data import answers, providers
+from nlae_jax.data import answers, model_server, providers
 from nlae_jax.data.answers import Answer
 from nlae_jax.data.describe import make_describer
 from nlae_jax.data.describer import Context, DescribeResources
-from nlae_jax.data.providers import ANTHROPIC, OPENAI, Server
+from nlae_jax.data.model_server import ANTHROPIC, OPENAI, Server
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.supervision import Preempted
 from tests.servers import GOOD, chat, self_signed, serving
@@ -378,7 +378,7 @@ def test_a_request_has_an_end_however_slowly_its_answer_comes(serve, tmp_path, p
 @pytest.mark.parametrize("pieces", SLOW)
 def test_interrupted_while_an_answer_comes_slowly(serve, tmp_path, monkeypatch, pieces):
     """No request is waited for to its end, which is an hour away here."""
-    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr(model_server, "_DRAIN_SECONDS", 0.2)
     url, script = serve(lambda n, body: script.drip(pieces))
 
     def interrupt(rows):
@@ -522,7 +522,7 @@ def test_certificates_that_cannot_be_read(tmp_path, monkeypatch, variable, conte
 @pytest.mark.parametrize("end", ["401", "404", "stop", "interrupt", "signal"])
 def test_answers_under_way_at_the_end_are_kept(serve, tmp_path, monkeypatch, end):
     """Eight are under way as the run ends; they come after it has been told to, and none of them is asked again."""
-    ending, drain = threading.Event(), providers._cancel_after_drain
+    ending, drain = threading.Event(), model_server._cancel_after_drain
 
     async def draining(tasks, stop):
         await stop.wait()
@@ -543,8 +543,8 @@ def test_answers_under_way_at_the_end_are_kept(serve, tmp_path, monkeypatch, end
         if len(script.requests) == 32 and end in ("stop", "interrupt"):
             raise {"stop": Preempted, "interrupt": KeyboardInterrupt}[end]
 
-    monkeypatch.setattr(providers, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
-    monkeypatch.setattr(providers, "_cancel_after_drain", draining)
+    monkeypatch.setattr(model_server, "_DRAIN_SECONDS", 60.0)  # however slow this machine is
+    monkeypatch.setattr(model_server, "_cancel_after_drain", draining)
     url, script = serve(steps)
     config = openai_config(url, concurrency=8, max_retries=0)
     with pytest.raises(UserError if end.isdigit() else Preempted if end == "stop" else KeyboardInterrupt):

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from nlae_jax.config import Config
 from nlae_jax.data.activations import ActivationStore
-from nlae_jax.data.providers import SERVERS
+from nlae_jax.data.model_server import SERVERS
 from nlae_jax.interop.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.interop.released import Released, open_released, pair_sidecar
 from nlae_jax.interop.sidecar import Sidecar, combined, protocol_of

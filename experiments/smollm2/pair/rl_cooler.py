@@ -1,6 +1,6 @@
 """Sixteenth stage: reinforcement learning at the temperature that the pair is used at.
 
-At temperature 1 the encoder no longer repeats words, but at 0.6 it still does: the sharper distribution is another policy.
+At temperature 1 the encoder hardly repeats words, but at 0.6 it still does. The sharper distribution is another policy.
 
 python experiments/smollm2/mix.py runs/pair/texts/train runs/pair/mix
 nlae rl --config experiments/smollm2/pair/rl_cooler.py --workdir runs/pair/rl_cooler
