@@ -23,5 +23,6 @@ def get_config() -> ConfigDict:
     config.rl.temperature = 0.6
     config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 4e-4, 3e-4
     config.rl.kl_coef, config.rl.repeat_penalty = 0.03, 1.0
-    config.rl.num_steps = 60
+    config.rl.num_steps = 50
+    config.checkpoint.every_steps = 10
     return config
