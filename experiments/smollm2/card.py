@@ -43,7 +43,7 @@ EXAMPLES, SHOWN = 20, 90  # explanations of the card, characters of their contex
 FIGURES = (
     ("FVE", "fve"),
     ("FVE, mean-norm", "fve_meannorm"),
-    ("gain over its warm start", "fve_gain"),
+    ("gain over the pair before", "fve_gain"),
     ("explanations permuted over documents", "fve_shuffled"),
     *((f"{name.removesuffix('_vector')} vector injected", f"fve_{name}") for name in UNINFORMED),
     ("first sentence alone", "fve_leading_1"),
@@ -94,7 +94,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", help="directory of DOMAIN.jsonl files with rows of id and text")
     parser.add_argument("--pair", default="smollm2-135m")
-    parser.add_argument("--before", default="", help="the pair before reinforcement learning")
+    parser.add_argument("--before", default="", help="the pair that the gain is measured from")
     parser.add_argument("--out", required=True)
     parser.add_argument("--activations", type=int, default=64, help="of each group of domains")
     parser.add_argument("--seeds", type=int, default=3)

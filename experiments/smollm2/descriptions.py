@@ -10,8 +10,6 @@
         runs/pair/samples.jsonl
     python experiments/smollm2/descriptions.py samples runs/pair/after_rl_settled runs/pair/rl_recent \\
         runs/pair/last_samples.jsonl --count 2400
-    python experiments/smollm2/descriptions.py samples runs/pair/after_rl_cooler runs/pair/rl_cooler \\
-        runs/pair/cooler_samples.jsonl --count 1200
 
 `drafts` says what the template says about the activations of a run, in the form of the written notes: expected tokens,
 kind of text and topic words, last words. The kind is the domain, the name of the file that the text is from.

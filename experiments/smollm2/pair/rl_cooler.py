@@ -1,10 +1,10 @@
-"""Sixteenth stage: reinforcement learning at the temperature that the pair is used at.
+"""Last stage: reinforcement learning at the temperature that the pair is used at.
 
 At temperature 1 the encoder hardly repeats words, but at 0.6 it still does. The sharper distribution is another policy.
 
 python experiments/smollm2/mix.py runs/pair/texts/train runs/pair/mix
 nlae rl --config experiments/smollm2/pair/rl_cooler.py --workdir runs/pair/rl_cooler
-nlae export --workdir runs/pair/rl_cooler --out runs/pair/after_rl_cooler --adapters --dtype float32
+nlae export --workdir runs/pair/rl_cooler --out runs/pair/carried --adapters --dtype bfloat16
 """
 
 from ml_collections import ConfigDict
