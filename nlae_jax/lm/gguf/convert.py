@@ -190,6 +190,8 @@ def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
     embeddings = tensors.get(TENSOR_NAMES["embed"])
     if embeddings is None:
         raise UserError(f"{path}: the GGUF lacks the tensor {TENSOR_NAMES['embed']}")
+    if len(embeddings.shape) != 2:
+        raise UserError(f"{path}: the tensor {embeddings.name} should be a matrix; it has shape {_shape(embeddings)}")
     family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")))
     named = [name for name in family.rope_tensors if name in tensors] if family else []
     factors = {name: _dequantise(path, tensors[name]).reshape(-1) for name in named}
