@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import ml_collections
 
-from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.runtime.files import AnyPath, read_json
 from nlae_jax.runtime.outside import fits_float32, quoted
 
@@ -317,7 +317,7 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's code and may raise anything
-        raise UserError(f"--config {path}: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(f"--config {path}: {type(error).__name__}: {first_line(error)}") from error
     kind_of = {leaf.name: leaf.kind for leaf in leaves()}
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -394,11 +394,6 @@ def microbatches() -> dict[str, str]:
     """Returns field of a batch size -> field of the number of microbatches that it is split into."""
     divisors = (leaf for leaf in leaves() if leaf.option.divides)
     return {f"{leaf.name.rpartition('.')[0]}.{leaf.option.divides}": leaf.name for leaf in divisors}
-
-
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _parse(text: str) -> Any:

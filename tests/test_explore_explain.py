@@ -393,6 +393,7 @@ def test_the_class(tiny_run):
         (lambda nla: nla.reconstruct(["the", None]), "text 1: should be a text; it is None"),
         (lambda nla: nla.score("t", [[1.0] * nla.d_model]), "texts: should be a list of explanations"),
         (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens="8"), "max_new_tokens: '8'"),
+        (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens=10**9), "max_new_tokens: 1000000000"),
         (lambda nla: nla.explain([[1.0] * nla.d_model], seed=-1), "seed: -1"),
         (lambda nla: nla.explain([[1e30] * nla.d_model]), "vectors: row 0: NaN or infinity, or numbers whose"),
         (lambda nla: nlae_jax.NLA.audit(nla, {"a": "the of", "b": "of the"}, every=0), "every: 0"),

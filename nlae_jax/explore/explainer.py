@@ -33,6 +33,7 @@ from nlae_jax.runtime.progress import progress
 _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 rows than for 8
 _BATCH_TOKENS = 1024  # the subject reads at most this many tokens at once
 _TEXTS, _TEXT_TOKENS = 64, 64  # texts, and tokens of each, that a pair's statistics are made from if it has none
+_MOST_NEW_TOKENS = 1 << 16  # of an explanation: its keys and values are stored from the start
 MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with the square
 
 
@@ -244,7 +245,7 @@ class Explainer:
 
     def _checked_limit(self, max_new_tokens: int) -> int:
         """Raises UserError where the closing tag does not fit into the limit."""
-        check_count("max_new_tokens", max_new_tokens, 1)
+        check_count("max_new_tokens", max_new_tokens, 1, _MOST_NEW_TOKENS)
         if max_new_tokens <= (least := len(self.protocol.closing)):
             raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         return max_new_tokens
