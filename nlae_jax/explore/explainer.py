@@ -105,9 +105,9 @@ class Explainer:
         for NaN or infinity in them.
         """
         vectors = self._checked(vectors)
-        self._checked_limit(max_new_tokens)
         check_temperature(temperature)
         check_count("seed", seed, 0)
+        self._checked_limit(max_new_tokens)
         with progress(len(vectors), "explain", unit="activation") as bar:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
