@@ -20,7 +20,7 @@ from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import check_rows, rows_of
-from nlae_jax.evaluate.suite import check_additions, run_suite
+from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.trained_controls import default_steps, trained_controls
 from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
@@ -190,6 +190,7 @@ class NLA(Explainer):
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
+        sections = sections_of(",".join(sections))
         check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")

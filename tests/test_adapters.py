@@ -121,6 +121,10 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
         ("lora_alpha", -1),
         ("base_model_name_or_path", ""),
         ("use_dora", True),
+        ("layer_replication", [[0, 1], [0, 2]]),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("lora_alpha", 1e60),
     ],
 )
 def test_what_is_not_supported_is_named(written: tuple[Path, dict], field: str, value: object) -> None:
@@ -151,7 +155,9 @@ def test_what_adapters_hold_besides_is_not_left_out(written: tuple[Path, dict], 
         open_adapters(directory).read(read_arch(resolve_model("random:tiny")))
 
 
-@pytest.mark.parametrize("alphas", [{"down_proj": 12.0}, {"q_proj": "6"}, [6.0]])
+@pytest.mark.parametrize(
+    "alphas", [{"down_proj": 12.0}, {"q_proj": "6"}, [6.0], {"layers.1.self_attn.q_proj": 12.0}, {".*_proj": 6.0}]
+)
 def test_scales_of_single_modules_are_those_of_all(written: tuple[Path, dict], alphas: object) -> None:
     directory, adapters = written
     content = json.loads((directory / CONFIG).read_text())

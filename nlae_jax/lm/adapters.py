@@ -25,11 +25,19 @@ from nlae_jax.lm.reading import read_tensors
 from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_bytes, write_json
-from nlae_jax.runtime.outside import parse_json, quoted
+from nlae_jax.runtime.outside import fits_float32, parse_json, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+
+# Fields of PEFT's config with which the result is another one than that of plain LoRA.
+_OTHER_MATHS = (
+    *("use_rslora", "use_dora", "fan_in_fan_out", "layer_replication", "lora_bias", "use_qalora", "use_bdlora"),
+    *("alora_invocation_tokens", "arrow_config"),
+)
+# Initialisations that also change the base model's weights: the beginnings of their names.
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,11 @@ class AdapterFile:
         """
         tree = adapter_weights(arch, self.rank)
         modules = _modules(arch, tree)
+        if others := sorted(self.alphas.keys() - {module.short for module in modules}):
+            raise UserError(
+                f"{self.directory / CONFIG}: alpha_pattern: {quoted(others[0])} is not supported; only names of "
+                "modules such as q_proj are"
+            )
         shapes = {}
         for module in modules:
             inputs = tree[module.members[0]]["a"].shape[2]
@@ -100,15 +113,20 @@ def open_adapters(directory: Path) -> AdapterFile:
         raise UserError(f"{path}: peft_type {content.get('peft_type')!r} should be LORA")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= 65_536:
         raise UserError(f"{path}: r {rank!r} should be a whole number above 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0 or not fits_float32(alpha):
         raise UserError(f"{path}: lora_alpha {alpha!r} should be a number above 0")
     if not isinstance(base_model, str) or not base_model:
         raise UserError(
             f"{path}: base_model_name_or_path {base_model!r} should name the model that the adapters sit on"
         )
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+    for name in _OTHER_MATHS:
         if content.get(name):
-            raise UserError(f"{path}: {name} is not supported; it should be false")
+            raise UserError(f"{path}: {name} is not supported; it should be false or null")
+    if str(content.get("init_lora_weights")).startswith(_OTHER_BASES):
+        raise UserError(
+            f"{path}: init_lora_weights {quoted(content['init_lora_weights'])} changes the base model, which these "
+            "adapters then do not fit; save them converted to plain LoRA"
+        )
     alphas = content.get("alpha_pattern") or {}
     if not isinstance(alphas, dict):
         raise UserError(f"{path}: alpha_pattern {quoted(alphas)} should be an object")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import quoted
+from nlae_jax.runtime.outside import fits_float32, quoted
 
 # Fields of any config.json that do not touch the maths of a forward pass in evaluation.
 _NO_MATHS = frozenset(
@@ -212,7 +211,7 @@ class Fields:
         return whole(key, self.need(key, absent), least)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """Returns a required number. Raises ValueError if it is negative or not finite."""
+        """Returns a required number. Raises ValueError if the function `number` refuses it."""
         return number(key, self.need(key, absent))
 
     def flag(self, key: str) -> bool:
@@ -272,11 +271,24 @@ def whole(key: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+# Numbers that something is divided by, or that are raised to a negative power: 0 would give infinity and NaN.
+_LEAST = dict.fromkeys(("rope_theta", "rope_local_base_freq"), 1.0) | dict.fromkeys(
+    (
+        *("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("query_pre_attn_scalar", "logits_scaling", "swiglu_alpha", "swiglu_limit"),
+    ),
+    1e-6,
+)
+
+
 def number(key: str, value: Any) -> float:
-    """Checks that a value is a finite number of at least 0. Raises ValueError if it is not."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ValueError(f"{key} = {quoted(value)} should be a number that is not negative")
+    """Checks that float32 can hold a number, and that it is at least the field's lower bound, which is 0 for most.
+
+    Raises ValueError if it is not.
+    """
+    number, least = isinstance(value, int | float) and not isinstance(value, bool), _LEAST.get(key, 0)
+    if not number or not value >= least or not fits_float32(value):
+        raise ValueError(f"{key} = {quoted(value)} should be a number from {least:g} on that float32 can hold")
     return float(value)
 
 

@@ -238,7 +238,7 @@ def descriptions_of(run: Run) -> dict[int, str]:
     if not path.exists():
         raise UserError(f"{run.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
     remedy = "delete activations/ to import again" if run.config.dataset.rl else "delete it to describe again"
-    table = read_parquet(path, remedy, ("row", "description"))
+    table = read_parquet(path, remedy, {"row": "whole numbers", "description": "texts"})
     return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
 
