@@ -245,6 +245,18 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
     return {name: weight for name, weight in weights.items() if weight.shape[0]}
 
 
+def expert_layers(arch: Arch) -> dict[str, Weight]:
+    """Declares the experts' matrices [L, experts, in, out], which devices split by experts; {} in a dense model."""
+    if arch.experts is None:
+        return {}
+    weights = {}
+    for name, shape, axes in _mlp(arch):
+        inside = ["none" if axis == "mlp" else axis for axis in axes]
+        stacked = (arch.num_layers, arch.experts.count, *shape)
+        weights[name] = Weight(stacked, ("layers", "experts", *inside), fan_in=shape[0])
+    return weights
+
+
 def _attention_blocks(arch: Arch) -> str:
     """Returns the name of the leading axis of attention's weights."""
     return "attention_layers" if arch.mixers else "layers"
@@ -299,7 +311,7 @@ def _mlp(arch: Arch) -> list[tuple[str, tuple[int, int], tuple[str, str]]]:
 
 
 def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
-    """Declares the experts' matrices [L, experts, in, out], which devices split by experts, router and norms."""
+    """Declares the experts' matrices, the router and norms."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
     if experts.apart:
@@ -308,10 +320,7 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
             weights[name] = Weight((layers, arch.d_model), ("layers", "norm"))
     elif experts.shared:
         weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
-    for name, shape, axes in _mlp(arch):
-        inside = ["none" if axis == "mlp" else axis for axis in axes]
-        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
-    return weights
+    return weights | expert_layers(arch)
 
 
 def block_weights(arch: Arch) -> dict[str, Weight]:
