@@ -162,7 +162,7 @@ class ProtocolConfig:
 class LoraConfig:
     rank: int = option(16, at_least=0)  # 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    experts: bool = False  # adapters also on every expert that a router chooses, each with its own
+    experts: bool = False  # every expert of a mixture has adapters of its own, too
 
 
 @dataclasses.dataclass(frozen=True)

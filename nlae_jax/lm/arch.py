@@ -220,7 +220,7 @@ MIXERS = {"attention_layers": "attention", "delta_layers": "delta", "global_laye
 
 
 def linear_layers(arch: Arch) -> dict[str, Weight]:
-    """Declares the matrices [blocks, in, out] that every token uses, which may have adapters: no experts, no router."""
+    """Declares the matrices [blocks, in, out] that every token uses: no experts, no router."""
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     matrices = {
         "q": (arch.d_model, heads, "embed", "heads"),

@@ -1,6 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use, optionally on every expert.
-
-A router has none.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use, and optionally on experts.
 
 Adapters are a separate tree beside the frozen base, stacked over blocks as the base is. So one base in memory serves
 every role, whatever the role's depth and adapters are.
