@@ -164,6 +164,7 @@ class ProtocolConfig:
 class LoraConfig:
     rank: int = option(16, at_least=0)  # 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    experts: bool = False  # every expert of a mixture has adapters of its own, too
 
 
 @dataclasses.dataclass(frozen=True)

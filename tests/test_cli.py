@@ -73,6 +73,7 @@ def untouched(workdir):
         ("rl.kl_coef=-1", "config.rl.kl_coef"),
         ("rl.reward=cos", "config.rl.reward"),
         ("subject.layer=2", "config.subject.layer: 2 should be from 0 to 1"),
+        ("lora.experts=True", "config.lora.experts: the model (llama) has no experts"),
         ("subject.layer=-1", "config.subject.layer"),
         ("subject.model=/no/such/place", "/no/such/place"),
         ("mesh.data=3", "mesh"),

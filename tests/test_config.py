@@ -176,6 +176,7 @@ def test_a_parent_that_is_missing_or_wrong_is_named(experiment, tmp_path):
         ("eval.num_activations", Binds.DESCRIPTIONS),
         ("protocol.injection_scale", Binds.PROTOCOL),
         ("lora.rank", Binds.ENCODER_SFT),
+        ("lora.experts", Binds.ENCODER_SFT),
         ("sft.buckets", Binds.ENCODER_SFT),
         ("sft.decoder_learning_rate", Binds.DECODER_SFT),
         ("views.leading", Binds.DECODER_SFT),

@@ -621,9 +621,10 @@ def test_what_is_written_is_what_was_read(tmp_path, case):
         assert torch.equal(written[name], value), name
 
 
-def test_experts_in_one_tensor_are_those_in_many(tmp_path):
+@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "qwen3_5_moe_text"])
+def test_experts_in_one_tensor_are_those_in_many(tmp_path, case):
     """As Qwen3.5's are published, and as transformers saves them."""
-    model = random_model("qwen3_5_moe_text")
+    model = random_model(case)
     model.save_pretrained(tmp_path / "many")
     model.config.save_pretrained(tmp_path / "one")
     packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
