@@ -64,7 +64,10 @@ def _qwen(fields: Fields, **differences: Any) -> Arch:
     first = fields.size("max_window_layers", 28, least=0)
     upper = [number >= first for number in range(common["num_layers"])]
     windows = windows_of(fields, sliding_blocks(fields, upper))
-    return Arch(**common, **differences, windows=windows if fields.flag("use_sliding_window") else ())
+    if not fields.flag("use_sliding_window"):
+        windows = ()
+        fields.only("layer_types", ["full_attention"] * common["num_layers"])
+    return Arch(**common, **differences, windows=windows)
 
 
 def smollm3(fields: Fields) -> Arch:
