@@ -66,6 +66,8 @@ def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, A
             "config.json: rope_parameters should have full_attention and sliding_attention for model_type "
             f"{fields.family}"
         )
+    if "type" in parameters and "rope_type" not in parameters:  # transformers would take it for no scaling
+        raise UserError(f"config.json: rope_scaling should have rope_type, not type, for model_type {fields.family}")
     sets = parameters if by_kind else {"full_attention": parameters}  # the old name has one set
     # transformers looks for `truncate` beside the sets.
     return table(f"{name}.{kind}", sets.get(kind) or {}) | {"truncate": sets.get("truncate", True)}

@@ -146,7 +146,7 @@ def gpt_oss(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     fields.pass_over("experts_per_token")  # the older name of num_experts_per_tok
     fields.pass_over("quantization_config")  # `weights.py` reads MXFP4 and refuses other packed tensors
-    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+    if fields.get("rope_parameters") is None and not fields.get("rope_scaling"):
         fields.config["rope_parameters"] = {
             "rope_type": "yarn",
             "factor": 32.0,

@@ -187,7 +187,7 @@ def ministral(fields: Fields) -> Arch:
 
 def ministral3(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+    if fields.get("rope_parameters") is None and not fields.get("rope_scaling"):
         fields.config["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": 1_000_000.0,
