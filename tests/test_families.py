@@ -572,9 +572,10 @@ def test_null_is_what_transformers_makes_of_it(family):
     config = config_of(case_of(family))
     for key in {"rope_parameters", "layer_types"} & config.keys():
         null = {name: value for name, value in config.items() if name != "per_layer_config"} | {key: None}
-        for old in (None,) if family.startswith("gemma4") else (None, {}):  # without a meaning there
-            theirs = transformers.AutoConfig.for_model(**null | {"rope_scaling": old})
-            assert arch_from_hf(null | {"rope_scaling": old}) == arch_from_hf(json.loads(theirs.to_json_string())), key
+        # In Gemma 4, transformers lets the old name replace the new one even where it is empty, and fails.
+        for read in (null,) if family.startswith("gemma4") else (null, null | {"rope_scaling": {}}):
+            theirs = transformers.AutoConfig.for_model(**read)
+            assert arch_from_hf(read) == arch_from_hf(json.loads(theirs.to_json_string())), key
 
 
 @pytest.mark.parametrize("case", ["gemma3", "olmo3"])
