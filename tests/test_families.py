@@ -872,6 +872,18 @@ def test_rope_is_transformers(parameters):
     np.testing.assert_allclose(sin, factor * np.sin(angles), atol=1e-5)
 
 
+@pytest.mark.parametrize("parameters", [LINEAR, YARN])
+def test_rope_far_away_is_transformers(parameters):
+    """At position p, the last bit of a frequency counts p times."""
+    fields = WIDE | {"head_dim": 64, "rope_parameters": dict(parameters)}
+    config = transformers.AutoConfig.for_model("llama", **fields)
+    init = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    frequencies, factor = init(config, "cpu")
+    position = np.full(1, 8000)
+    _, sin = jax.jit(lambda: rope_table(arch_from_hf({"model_type": "llama"} | fields), position))()
+    np.testing.assert_allclose(sin[0], factor * np.sin(np.float32(8000) * frequencies.numpy()), atol=2e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_says(tmp_path, tied):
     """transformers writes the text's own default inside, whatever holds."""
