@@ -247,7 +247,10 @@ HUGE = 10**12
         ({"rope_theta": 10**299 * 10**299}, "a size or constant is not a sensible number"),
         ({"rope_scaling": [1]}, "rope_scaling = [1] should be an object"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear' should be an object"),
-        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention = 3 should be an object"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"full_attention": 3}},
+            "rope_parameters.full_attention = 3 should be an object",
+        ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear'] is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": {}}}, "factor = {}"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' should be true or false"),

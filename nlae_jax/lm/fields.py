@@ -81,10 +81,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 256,
         "sliding_window": 512,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
         "tie_word_embeddings": True,
     },
     "smollm3": {
@@ -184,6 +180,17 @@ NAMES: dict[str, dict[str, str]] = {
     "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
 }
 
+# Other names that transformers knows fields by. Where a file has both, it takes the value of this one.
+_ALIASES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    "granitemoehybrid": {"layers_block_type": "layer_types"},
+}
+
 
 class Fields:
     """A config.json that is read field by field. `finish` refuses unread fields that may change the maths."""
@@ -191,7 +198,10 @@ class Fields:
     def __init__(self, config: dict[str, Any]) -> None:
         self.family = str(config.get("model_type"))
         self.names = NAMES.get(self.family, {})
-        self.config = DEFAULTS.get(self.family, {}) | config
+        aliases = _ALIASES.get(self.family, {})
+        renamed = {name: config[alias] for alias, name in aliases.items() if alias in config}
+        given = {key: value for key, value in config.items() if key not in aliases}
+        self.config = DEFAULTS.get(self.family, {}) | given | renamed
         self._read = {*_COMMON, *self.names.values(), *DEFAULTS.get(self.family, {})}
 
     def get(self, key: str, absent: Any = None) -> Any:
