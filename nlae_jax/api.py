@@ -20,7 +20,7 @@ from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
 from nlae_jax.evaluate.rows import Rows as EvaluatedRows
 from nlae_jax.evaluate.rows import check_rows, rows_of
-from nlae_jax.evaluate.suite import check_additions, run_suite
+from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.trained_controls import default_steps, trained_controls
 from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
@@ -190,6 +190,7 @@ class NLA(Explainer):
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
+        sections = sections_of(",".join(sections))
         check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
@@ -368,14 +369,15 @@ def _with_adapters(
 ) -> NLA:
     """Makes a pair of adapters on one frozen base, which is also the subject and is in memory once."""
     adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
-    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha) for a in adapters}) > 1:
+    if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha, a.experts) for a in adapters}) > 1:
         raise UserError(
-            f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank and scale, of "
-            f"those in {encoder.sidecar.path.parent}"
+            f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank, scale and "
+            f"places, of those in {encoder.sidecar.path.parent}"
         )
     av_file, ar_file = adapters
     arch, layer, scale = encoder.arch, decoder.decoder_layer, av_file.alpha / av_file.rank
-    roles = Roles(Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale), rank=av_file.rank)
+    encoder_lm, decoder_lm = Encoder(arch, protocol, scale), Decoder(arch, layer, protocol, scale)
+    roles = Roles(encoder_lm, decoder_lm, rank=av_file.rank, experts=av_file.experts)
     base = encoder.weights(dtype, mesh)
     trained = {
         "adapters": ar_file.read(arch.truncated(layer + 1)),

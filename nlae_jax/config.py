@@ -15,11 +15,13 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import ml_collections
 
-from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.runtime.files import AnyPath, read_json
+from nlae_jax.runtime.outside import fits_float32, quoted
 
 
 class Binds(enum.Enum):
@@ -142,7 +144,7 @@ class DescribeConfig:
     # address of an OpenAI-compatible server; empty: the provider's own
     base_url: str = option("", binds=Binds.DESCRIPTIONS)
     max_new_tokens: int = option(160, at_least=1, binds=Binds.DESCRIPTIONS)
-    concurrency: int = option(8, at_least=1, binds=Binds.NEVER)
+    concurrency: int = option(8, at_least=1, at_most=1024, binds=Binds.NEVER)
     timeout_seconds: float = option(60.0, above=0, binds=Binds.NEVER)
     max_retries: int = option(5, at_least=0, binds=Binds.NEVER)
 
@@ -162,6 +164,7 @@ class ProtocolConfig:
 class LoraConfig:
     rank: int = option(16, at_least=0)  # 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    experts: bool = False  # every expert of a mixture has adapters of its own, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +179,7 @@ class SftConfig:
     warmup_fraction: float = option(0.05, at_least=0, at_most=1)
     max_response_tokens: int = option(150, at_least=1)  # longer descriptions are dropped and counted
     # number of widths that batches are padded to, rows of similar length together; 1: all to the longest
-    buckets: int = option(1, at_least=1)
+    buckets: int = option(1, at_least=1, at_most=256)
 
     @property
     def learns(self) -> bool:
@@ -246,7 +249,7 @@ class EvalConfig:
     num_activations: int = option(256, at_least=2, binds=Binds.DESCRIPTIONS)
     batch_size: int = option(32, at_least=1)
     temperature: float = option(1.0, at_least=0)  # 0: greedy
-    bootstrap_samples: int = option(2000, at_least=1)
+    bootstrap_samples: int = option(2000, at_least=1, at_most=1_000_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,12 +314,12 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Config:
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file; it should be a Python file with get_config()")
     try:
-        config = inherit(path)
+        values = flatten(inherit(path).to_dict())
     except UserError:
         raise
-    except Exception as error:  # the file is the user's code and may raise anything
-        raise UserError(f"--config {path}: {type(error).__name__}: {_first_line(error)}") from error
-    values, kind_of = flatten(config.to_dict()), {leaf.name: leaf.kind for leaf in leaves()}
+    except (Exception, SystemExit) as error:  # the file is the user's code and may raise anything
+        raise UserError(f"--config {path}: {type(error).__name__}: {first_line(error)}") from error
+    kind_of = {leaf.name: leaf.kind for leaf in leaves()}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator:
@@ -363,7 +366,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -394,33 +397,36 @@ def microbatches() -> dict[str, str]:
     return {f"{leaf.name.rpartition('.')[0]}.{leaf.option.divides}": leaf.name for leaf in divisors}
 
 
-def _first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _parse(text: str) -> Any:
     """Parses an override's value: a Python literal where the text is one (5, 1e-3, True), else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
+_MOST_INT = 2**31 - 1  # the largest int32
+
+
 def _typed(leaf: Leaf, value: Any) -> Any:
-    """Returns the value in the field's type. Raises UserError where it has another type or is not finite."""
+    """Returns the value in the field's type.
+
+    Raises UserError where it has another type, or is a number that int32 or float32 cannot hold.
+    """
     name, kinds = leaf.name, get_args(leaf.kind) or (leaf.kind,)
     if leaf.option.zero_is_none and type(value) in (int, float) and value == 0:
         value = None
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if kind is float and type(value) is int:
+        value = float(value) if fits_float32(value) else math.inf
     if type(value) is not kind:
-        raise UserError(f"config.{name}: {value!r} should be of type {' or '.join(k.__name__ for k in kinds)}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"config.{name}: {value} should be a finite number")
+        raise UserError(f"config.{name}: {quoted(value)} should be of type {' or '.join(k.__name__ for k in kinds)}")
+    if kind is int and abs(value) > _MOST_INT:
+        raise UserError(f"config.{name}: {quoted(value)} should be at most {_MOST_INT}")
+    if kind is float and not fits_float32(value):  # it would become 0 or infinite there
+        raise UserError(f"config.{name}: {value} should be a finite number that float32 can hold")
     return value
 
 
@@ -435,6 +441,7 @@ def _validate(config: Config) -> None:
     for leaf in leaves():
         if values[leaf.name] is not None:
             _check(leaf, values[leaf.name])
+    _check_url(config.describe.base_url)
     if config.describe.provider == "file" and not config.describe.path:
         raise UserError("config.describe.path: empty; the provider file should be told which JSONL file to read")
     shares = dataclasses.asdict(config.split)
@@ -456,6 +463,21 @@ def _validate(config: Config) -> None:
             )
     if config.lora.rank and config.lora.alpha <= 0:
         raise UserError(f"config.lora.alpha: {config.lora.alpha} should be positive")
+
+
+def _check_url(base_url: str) -> None:
+    """Raises UserError where a server's address is invalid, or holds a user name or key: the config is not secret."""
+    try:
+        url = urlsplit(base_url)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        valid &= not (url.username or url.password or url.query or url.fragment)
+    except ValueError:  # half an IPv6 address, or a port beyond 65535
+        valid = False
+    if base_url and not valid:
+        raise UserError(
+            "config.describe.base_url: must look like https://HOST:PORT/v1, without a user name or query; a key "
+            "belongs in the provider's environment variable"
+        )
 
 
 def _check(leaf: Leaf, value: Any) -> None:

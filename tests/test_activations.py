@@ -306,7 +306,7 @@ def test_vectors_that_are_not_finite_stop_extraction(tmp_path, value):
         vectors[0, 2] = value
         return vectors, following
 
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         extract(tmp_path, chosen, settings, broken)
 
 
@@ -320,7 +320,7 @@ def test_rows_after_those_that_are_not_finite_do_not_count(tmp_path, written_at_
             vectors[0, 0] = np.nan
         return vectors, following
 
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         extract(tmp_path, chosen, settings, broken)
     good = list(read_batches(chosen, settings.extract))[:2]
     assert read_json(tmp_path / "progress.json") == {"rows": sum(batch.count for batch in good)}

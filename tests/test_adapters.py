@@ -14,6 +14,7 @@ import nlae_jax
 from nlae_jax import assets
 from nlae_jax.cli import main
 from nlae_jax.lm.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
+from nlae_jax.lm.arch import expert_layers
 from nlae_jax.lm.families import arch_from_hf, read_arch
 from nlae_jax.lm.layout import flat_weights, hf_name
 from nlae_jax.lm.lora import init_adapters, merge
@@ -109,6 +110,46 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
         np.testing.assert_allclose(alpha / rank * b @ a, weight, atol=1e-5)
 
 
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "head_dim": 8},
+    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 7},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 7, "head_dim": 8},
+    "gemma4_text": CHECKPOINTS["gemma4_text+experts"] | {"intermediate_size": 9},
+    "qwen3_5_moe_text": CHECKPOINTS["qwen3_5_text"]
+    | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 5},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_adapters_of_experts_are_those_of_the_peft_librarys_parameters(tmp_path: Path, family: str) -> None:
+    """PEFT adds einsum("ore,eri->eoi", B, A) to a parameter of all experts; gpt-oss's are [experts, in, out]."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    arch = arch_from_hf({"model_type": family, "vocab_size": 32, **sizes, **MIXTURES[family]})
+    adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(jax.random.PRNGKey(0), arch, 3, experts=True))
+    write_adapters(tmp_path, arch, adapters, 6.0, "some/model", "float32")
+    file = open_adapters(tmp_path)
+    assert file.experts
+    jax.tree.map(np.testing.assert_array_equal, adapters, file.read(arch))
+
+    content, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    assert content["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert content["rank_pattern"]["gate_up_proj"] == 6 and content["alpha_pattern"]["gate_up_proj"] == 12.0
+    module = f"base_model.model.model.layers.1.{'' if family == 'gemma4_text' else 'mlp.'}experts"
+    for name, inside in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        a, b = (tensors[f"{module}{inside}.lora_{part}.weight"] for part in "AB")
+        change = 2.0 * np.einsum("ore,eri->eio", b.reshape(len(b), -1, 3), a.reshape(3, -1, a.shape[1]))
+        members = ("down",) if name == "down_proj" else ("gate", "up")
+        zeros = {member: np.zeros(expert_layers(arch)[member].shape[1:], np.float32) for member in members}
+        parts = [merge(zeros[m], jax.tree.map(lambda x: x[1], adapters[m]), 2.0) for m in members]
+        in_turn = np.stack(parts, -1).reshape(3, *change.shape[1:])  # gate and up alternate in gpt-oss
+        expected = in_turn if family == "gpt_oss" else np.concatenate(parts, -1)
+        np.testing.assert_allclose(change, expected, atol=1e-5)
+
+    (tmp_path / CONFIG).write_text(json.dumps({k: v for k, v in content.items() if k != "target_parameters"}))
+    with pytest.raises(UserError, match=r"unexpected tensor .*experts"):
+        open_adapters(tmp_path).read(arch)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -121,6 +162,10 @@ def test_adapters_of_tensors_that_hold_several_are_one_of_their_ranks_together(t
         ("lora_alpha", -1),
         ("base_model_name_or_path", ""),
         ("use_dora", True),
+        ("layer_replication", [[0, 1], [0, 2]]),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("lora_alpha", 1e60),
     ],
 )
 def test_what_is_not_supported_is_named(written: tuple[Path, dict], field: str, value: object) -> None:
@@ -151,7 +196,9 @@ def test_what_adapters_hold_besides_is_not_left_out(written: tuple[Path, dict], 
         open_adapters(directory).read(read_arch(resolve_model("random:tiny")))
 
 
-@pytest.mark.parametrize("alphas", [{"down_proj": 12.0}, {"q_proj": "6"}, [6.0]])
+@pytest.mark.parametrize(
+    "alphas", [{"down_proj": 12.0}, {"q_proj": "6"}, [6.0], {"layers.1.self_attn.q_proj": 12.0}, {".*_proj": 6.0}]
+)
 def test_scales_of_single_modules_are_those_of_all(written: tuple[Path, dict], alphas: object) -> None:
     directory, adapters = written
     content = json.loads((directory / CONFIG).read_text())

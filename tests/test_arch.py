@@ -247,7 +247,10 @@ HUGE = 10**12
         ({"rope_theta": 10**299 * 10**299}, "a size or constant is not a sensible number"),
         ({"rope_scaling": [1]}, "rope_scaling = [1] should be an object"),
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear' should be an object"),
-        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention = 3 should be an object"),
+        (
+            {"model_type": "olmo3", "rope_parameters": {"full_attention": 3}},
+            "rope_parameters.full_attention = 3 should be an object",
+        ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type ['linear'] is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": {}}}, "factor = {}"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' should be true or false"),
@@ -693,3 +696,23 @@ def test_per_block_fields_name_every_block():
     config = PUBLISHED["gemma-2-9b-it"][0]
     with pytest.raises(UserError, match="each of the 42 blocks"):
         arch_from_hf({**config, "layer_types": ["sliding_attention"] * 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": 1e-300}, "rope_theta"),
+        ({"rope_theta": 1e300}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({"rope_scaling": LLAMA3_SCALING | {"factor": 0}}, "factor"),
+        ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0, "original_max_position_embeddings": 64}}, "factor"),
+    ],
+)
+def test_constants_that_would_give_nan_are_named(tmp_path, fields, named):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | fields))
+    with pytest.raises(UserError, match=rf"config\.json: .*{named} = "):
+        read_arch(tmp_path)

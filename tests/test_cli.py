@@ -1,6 +1,7 @@
 """The command line: whatever a user gets wrong ends in one line that names it and code 2, with nothing half-written."""
 
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import http.server
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from nlae_jax import cli
 from nlae_jax.cli import main, texts
+from nlae_jax.cli.command import start_jax
 from nlae_jax.data.activations import open_vectors
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.run import stages
@@ -70,6 +73,7 @@ def untouched(workdir):
         ("rl.kl_coef=-1", "config.rl.kl_coef"),
         ("rl.reward=cos", "config.rl.reward"),
         ("subject.layer=2", "config.subject.layer: 2 should be from 0 to 1"),
+        ("lora.experts=True", "config.lora.experts: the model (llama) has no experts"),
         ("subject.layer=-1", "config.subject.layer"),
         ("subject.model=/no/such/place", "/no/such/place"),
         ("mesh.data=3", "mesh"),
@@ -1281,3 +1285,44 @@ def test_the_command_starts_itself_once_more_with_large_pages(monkeypatch):
     cli._with_huge_pages()
     assert started == [(sys.executable, [sys.executable, "-m", "nlae_jax", "bench"])]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+
+
+def test_float32_stays_float32_whatever_the_environment_says():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        start_jax()
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Unable to initialize backend 'foo': it is not in the list of known backends: ['cpu']"),
+        ValueError('Invalid value "nonsense" for JAX flag jax_default_matmul_precision'),
+    ],
+)
+def test_settings_of_jax_that_cannot_be_are_one_line(capsys, monkeypatch, error):
+    def run(*_):
+        raise error
+
+    report = next(command for command in cli.COMMANDS if command.name == "report")
+    monkeypatch.setattr(cli, "COMMANDS", (dataclasses.replace(report, run=run),))
+    assert main(["report", "--workdir", "w"]) == 2
+    assert capsys.readouterr().err == f"nlae: JAX's settings in the environment: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--file", "a.html", "--html", "a.html"], "--html a.html: is the file of --file too"),
+        (["--chat", "a.json", "--html", "./a.json"], "--html a.json: is the file of --chat too"),
+        (["--input", "a.jsonl", "--out", "a.jsonl"], "--out a.jsonl: is the file of --input too"),
+    ],
+)
+def test_a_result_never_replaces_the_input(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text("[]")
+    assert main(["explain", "--model", "smollm2-135m", *arguments]) == 2
+    assert named in capsys.readouterr().err and Path("a.json").read_text() == "[]"

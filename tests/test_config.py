@@ -85,8 +85,8 @@ def test_overrides_take_the_type_of_their_field(experiment, override, value):
 
 @given(st.sampled_from(TEXTS), st.text(min_size=1))
 def test_a_text_override_is_taken_as_it_stands(name, text):
-    if LEAVES[name].option.choices:
-        return  # one of a few words
+    if LEAVES[name].option.choices or name == "describe.base_url":
+        return  # one of a few words; an address
     path = Path(__file__).parent.parent / "experiments/tiny.py"
     assert flatten(dataclasses.asdict(load_experiment(str(path), [f"{name}={text}"])))[name] == text
 
@@ -176,6 +176,7 @@ def test_a_parent_that_is_missing_or_wrong_is_named(experiment, tmp_path):
         ("eval.num_activations", Binds.DESCRIPTIONS),
         ("protocol.injection_scale", Binds.PROTOCOL),
         ("lora.rank", Binds.ENCODER_SFT),
+        ("lora.experts", Binds.ENCODER_SFT),
         ("sft.buckets", Binds.ENCODER_SFT),
         ("sft.decoder_learning_rate", Binds.DECODER_SFT),
         ("views.leading", Binds.DECODER_SFT),
@@ -289,7 +290,15 @@ def test_split_shares_add_up(shares):
     assert complaint(lambda: resolve(values)).startswith("config.split")
 
 
-@given(st.fixed_dictionaries({"seed": st.integers(0, 99), "rl.kl_coef": st.floats(0, 9), "corpus.path": st.text()}))
+@given(
+    st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 99),
+            "rl.kl_coef": st.floats(0, 9, width=32, allow_subnormal=False),
+            "corpus.path": st.text(),
+        }
+    )
+)
 def test_written_config_is_read_back(values):
     config = resolve(values)
     with TemporaryDirectory() as directory:
@@ -343,3 +352,59 @@ def test_experiments_say_what_they_are(name):
 
 def test_every_experiment_is_known():
     assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*LAYERS, "bench", "quickstart", "scratch", "tiny"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rl.kl_coef=1" + "0" * 400,  # beyond float64
+        "rl.kl_coef=1e60",  # beyond float32, which would make it infinite
+        "rl.temperature=1e-60",  # float32 would make it 0, and 0 is greedy
+        "protocol.injection_scale=1e-60",  # 0 there is another scale altogether
+        "lora.alpha=-1e60",
+        "rl.num_steps=1" + "0" * 30,
+        "sft.batch_size=3000000000",
+        "sft.buckets=2147483647",  # as many quantiles were computed
+        "describe.concurrency=2147483647",
+        "eval.bootstrap_samples=2147483647",
+        "seed=0x" + "f" * 5000,  # a number that Python does not print
+        "rl.num_steps={[]: 1}",
+        "rl.num_steps=" + "-" * 9000 + "1",
+        "rl.num_steps=" + "(" * 9000,
+    ],
+)
+def test_numbers_and_literals_that_no_field_can_hold(experiment, override):
+    name = override.partition("=")[0]
+    assert f"config.{name}: " in complaint(lambda: load_experiment(experiment(), [override]))
+
+
+def test_the_extremes_of_float32_and_int32_are_numbers():
+    values = {"rl.kl_coef": 3.4e38, "rl.temperature": 1.2e-38, "rl.num_steps": 2**31 - 1, "rl.length_penalty": 0}
+    config = resolve(values)
+    assert [config.rl.kl_coef, config.rl.temperature, config.rl.num_steps] == [3.4e38, 1.2e-38, 2**31 - 1]
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        ("import ml_collections\nconfig.seed = ml_collections.config_dict.required_placeholder(int)", "Required"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_an_experiment_that_cannot_be_finished_is_named(experiment, body, problem):
+    path = experiment(body)
+    message = complaint(lambda: load_experiment(path))
+    assert path in message and problem in message
+
+
+def test_a_field_that_is_named_by_a_number(experiment):
+    assert "config.1: no such field" in complaint(lambda: load_experiment(experiment(returned="type(config)({1: 2})")))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost:8000", "http://[::1", "http://h:99999/v1", "http://h:0", "https://me:key@h/v1", "http://h/v1?key=k"],
+)
+def test_a_server_address_is_checked_when_the_config_is_read(address):
+    message = complaint(lambda: resolve({"describe.base_url": address}))
+    assert message.startswith("config.describe.base_url: must look like") and "key@" not in message

@@ -529,3 +529,21 @@ def test_the_default_corpus_is_large_and_clean():
     assert len({document.doc_id for document in documents}) == len(documents)
     assert all(len(document.text) >= 350 and not document.text.startswith(">>> ") for document in documents)
     assert documents == sorted(documents, key=lambda document: document.doc_id)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "hub"])
+def test_ids_and_passages_of_every_source(tmp_path, monkeypatch, source):
+    """Without its passage, a text of a passage that was trained on may be held out."""
+    rows = [
+        {"text": text, "id": number, "passage": passage}
+        for number, (text, passage) in enumerate(zip(texts_of(3), (5, 5, 6), strict=True))
+    ]
+    if source == "jsonl":
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+    else:
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({name: [row[name] for row in rows] for name in rows[0]}), path)
+    fake_datasets(monkeypatch, lambda name, configuration, **options: FakeRows(rows))
+    settings = CorpusConfig(hub="owner/name", min_characters=10) if source == "hub" else config(path, min_characters=10)
+    documents = sorted(read_documents(settings), key=lambda document: document.name)
+    assert [(document.name, document.passage) for document in documents] == [("0", "5"), ("1", "5"), ("2", "6")]

@@ -74,6 +74,8 @@ def test_what_fits_nowhere_is_counted_by_reason(tmp_path: Path, tokenizer: PreTr
         {"text": "x"},
         {"text": "x", "description": 5},
         {"text": ["x"], "description": "y"},
+        {"id": ["d"], "position": 3, "description": "y"},
+        {"id": True, "position": 3, "description": "y"},
         {"id": "d", "position": -1, "description": "y"},
         {"id": "d", "position": True, "description": "y"},
         {"id": "d", "offset": 2.5, "description": "y"},
@@ -136,3 +138,14 @@ def test_the_carried_notes_are_read_at_the_ends_of_their_texts() -> None:
 def test_a_file_must_be_named_by_the_provider_that_reads_it() -> None:
     with pytest.raises(UserError, match=r"describe\.path"):
         resolve({"describe.provider": "file"})
+
+
+def test_an_id_may_be_a_number_and_must_be_one_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two files of a corpus may count their documents alike: the description would go to either."""
+    documents = [named("7", TEXT), named("8", "Another river. " + TEXT), named("8", "A third river. " + TEXT)]
+    path = lines(tmp_path / "d.jsonl", [{"id": 7, "position": 4, "description": "of the first"}])
+    found = match(read_descriptions(path), documents, tokenizer, 64)
+    assert found.positions == {documents[0].doc_id: {4: "of the first"}}
+    path = lines(tmp_path / "d.jsonl", [{"id": "8", "position": 4, "description": "of which?"}])
+    with pytest.raises(UserError, match="'8' is the id of several documents"):
+        match(read_descriptions(path), documents, tokenizer, 64)

@@ -9,7 +9,15 @@ import pytest
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.explore import audit as audits
-from nlae_jax.explore.audit import audit, explained_passages, kept_passages, permuted, read_terms, term_pattern
+from nlae_jax.explore.audit import (
+    audit,
+    explained_passages,
+    kept_passages,
+    permuted,
+    read_terms,
+    term_pattern,
+    unused_name,
+)
 from nlae_jax.explore.compare import BASES_DIFFER, LAYERS_DIFFER, compare
 from nlae_jax.explore.passage import read_text
 from nlae_jax.report.audit_page import audit_lead, audit_page, audit_tables, comparison_tables, places_table
@@ -99,6 +107,7 @@ def test_the_report_leads_with_the_difference(report):
 
 def test_lists_of_terms():
     assert list(read_terms("# a comment\nlist\n\n array \nlist\n", "t")) == ["list", "array"]
+    assert list(read_terms("a\u2028b\r\nc\x0cd\re", "t")) == ["a\u2028b", "c\x0cd", "e"]
     with pytest.raises(UserError, match="t: no terms"):
         read_terms("# none\n", "t")
 
@@ -166,3 +175,10 @@ def test_the_commands(tiny_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--workdir", str(tiny_run.workdir), "--text=the"])
     assert "two pairs" in capsys.readouterr().err
+
+
+def test_two_placebos_never_share_a_name():
+    """One would take the other's place in the table, without a word."""
+    assert unused_name("pair", {"permuted"}) == "pair"
+    assert unused_name("permuted", {"permuted"}) == "permuted (2)"
+    assert unused_name("pair", {"pair", "pair (2)"}) == "pair (3)"

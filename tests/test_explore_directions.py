@@ -335,3 +335,49 @@ def test_a_file_of_neurons_goes_on_with_the_same_texts_and_pair(tiny_run, plante
     monkeypatch.setattr("nlae_jax.api.NLA.from_workdir", lambda _: trained)
     assert main([*many, "--corpus", str(texts)]) == 2
     assert "other options" in capsys.readouterr().err
+
+
+HEADERS = {
+    "unclosed": "(" * 9000,
+    "deep": "-" * 9000 + "1",
+    "switch": "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 8)}",
+    "list as a key": "{'descr': '<f4', []: False, 'shape': (1, 8)}",
+    "endless": "{'descr': '<f4', 'fortran_order': False, 'shape': (1" + "0" * 4000 + ", 8)}",
+}
+
+
+def npy(header):
+    encoded = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(encoded).to_bytes(2, "little") + encoded + b"\0" * 64
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_headers_that_make_no_sense_are_one_line(tmp_path, header):
+    (tmp_path / "a.npy").write_bytes(npy(header))
+    with pytest.raises(UserError, match=r"a\.npy: should be an array that numpy saved"):
+        read_vectors(tmp_path / "a.npy", 8)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", npy(header))
+    with pytest.raises(UserError, match=r"a\.npz: cannot be read"):
+        read_direction(f"{tmp_path}/a.npz:a", 8)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(8, 1), (10, 99)], ids=["encrypted", "packed in another way"])
+def test_archives_that_cannot_be_unpacked_are_one_line(tmp_path, offset, value):
+    np.savez(tmp_path / "a.npz", a=np.ones(8))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[data.find(b"PK\x01\x02") + offset] = value
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.npz: cannot be read"):
+        read_direction(f"{tmp_path}/a.npz:a", 8)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-20, 1e-40])
+def test_vectors_whose_squares_leave_float32_are_refused(tmp_path, size):
+    """They would be injected as zeros, and scored as orthogonal to everything."""
+    np.save(tmp_path / "a.npy", np.stack([np.ones(8), np.full(8, size), np.zeros(8)]))
+    with pytest.raises(UserError, match=r"a\.npy: row 1: NaN or infinity, or numbers whose squares"):
+        read_vectors(tmp_path / "a.npy", 8)
+    pq.write_table(pa.table({"activation_vector": [[1.0] * 8, [size] * 8]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: activation_vector has NaN"):
+        read_vectors(tmp_path / "a.parquet", 8)

@@ -27,7 +27,7 @@ from nlae_jax.explore.explain import (
     explain_vectors,
     repeats,
 )
-from nlae_jax.explore.items import Results, read_items
+from nlae_jax.explore.items import Results, read_items, read_rows
 from nlae_jax.explore.passage import read_text
 from nlae_jax.explore.select import picks_of
 from nlae_jax.explore.statistics import load_statistics, statistics_of
@@ -140,6 +140,8 @@ def test_items_of_files(tmp_path):
     assert (first.id, first.text, second.id, second.messages[0]["content"]) == ("a", "the", "1", "of")
     (tmp_path / "t.csv").write_text('id,text\nx,"the, of\nto"\ny,in\n')
     assert [(item.id, item.text) for item in read_items(tmp_path / "t.csv")] == [("x", "the, of\nto"), ("y", "in")]
+    (tmp_path / "e.csv").write_text("text,edit,original,word\nthe,of,,\n")  # nothing is not an empty original
+    assert [row for _, row in read_rows(tmp_path / "e.csv")] == [{"text": "the", "edit": "of"}]
 
 
 @pytest.mark.parametrize(
@@ -383,3 +385,26 @@ def test_the_class(tiny_run):
     assert len(rows) == 3 and all(row["role"] == "user" for row in rows)
     assert "of the run's activations" in nla.description()["statistics_of"]
     assert [row["position"] for row in nla.explain_text("the of to", match="of")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda nla: nla.reconstruct([None]), "text 0: should be a text; it is None"),
+        (lambda nla: nla.score("t", [[1.0] * nla.d_model]), "texts: should be a list of explanations"),
+        (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens="8"), "max_new_tokens: '8'"),
+        (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens=10**9), "max_new_tokens: 1000000000"),
+        (lambda nla: nla.explain([[1.0] * nla.d_model], seed=-1), "seed: -1"),
+        (lambda nla: nla.explain([[1e30] * nla.d_model]), "vectors: row 0: NaN or infinity, or numbers whose"),
+        (lambda nla: nlae_jax.NLA.audit(nla, {"a": "the of", "b": "of the"}, every=0), "every: 0"),
+        (lambda nla: nlae_jax.NLA.neuron(nla, 5), "neuron: 5 should be BLOCK:NEURON"),
+        (
+            lambda nla: nlae_jax.NLA.evaluate(nla, "out", texts=["the of"], sections=["words"]),
+            "'words' should be one of",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_one_line(planted, tmp_path, monkeypatch, call, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=named):
+        call(planted)

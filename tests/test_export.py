@@ -1,7 +1,9 @@
 """A run's pair and activations in the reference's layout: out, into transformers and PyTorch, and in again."""
 
+import fcntl
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -18,7 +20,7 @@ from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
-from nlae_jax.run.export import _copy_tokenizer
+from nlae_jax.run.export import _copy_tokenizer, export
 from nlae_jax.runtime.errors import UserError
 from tests.tiny_run import TinyRun
 
@@ -475,3 +477,14 @@ def test_explaining_with_a_released_pair(exported, tiny_run: TinyRun, capsys):
     for wrong in (["--av", "x"], ["--workdir", "x", "--subject", "y"], ["--workdir", "x", "--dtype", "bfloat16"]):
         with pytest.raises(SystemExit):
             main(["explain", *wrong, "--text", "the"])
+
+
+def test_a_second_export_leaves_the_first_ones_files_alone(tmp_path):
+    """It deleted what the first one was writing."""
+    run = types.SimpleNamespace(config=types.SimpleNamespace(lora=types.SimpleNamespace(rank=1)))
+    (tmp_path / ".export.tmp/av").mkdir(parents=True)
+    with (tmp_path / ".export.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=f"--out {tmp_path}: another nlae process is exporting there"):
+            export(run, None, tmp_path, adapters=True)
+    assert (tmp_path / ".export.tmp/av").exists()

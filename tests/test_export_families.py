@@ -16,6 +16,7 @@ import nlae_jax
 from nlae_jax.config import MeshConfig, resolve
 from nlae_jax.interop.datasets import INJECT
 from nlae_jax.interop.sidecar import tokens_and_templates, write_sidecar
+from nlae_jax.lm.adapters import open_adapters
 from nlae_jax.lm.families import FAMILIES, read_arch
 from nlae_jax.lm.pretrained import TOKENIZER_FILES
 from nlae_jax.mesh import make_mesh
@@ -65,6 +66,7 @@ FIELDS["gemma4_text+experts"] = CASES["gemma4_text-experts"][1] | {
     "layer_types": ["sliding_attention", "full_attention"] * 3
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
+MIXTURES = [family for family in FIELDS if "moe" in family or family in ("gpt_oss", "gemma4_text+experts")]
 
 
 def model_directory(path, family, tokenizer, tiny_dir):
@@ -90,7 +92,7 @@ def nested(path):
 @pytest.fixture
 def run(request, tmp_path, tiny_dir, tokenizer):
     """A run that has activations of the model's width, from a file, and nothing trained."""
-    family = request.param
+    family = request.param.removesuffix("+adapted")  # whose experts have adapters
     directory = tmp_path / "model"
     model_directory(directory, family.removesuffix("+vision"), tokenizer, tiny_dir)
     if family.endswith("+vision"):
@@ -111,15 +113,20 @@ def run(request, tmp_path, tiny_dir, tokenizer):
     write_sidecar(path, meta | tokens_and_templates(protocol))
     none = {"sft.encoder_steps": 0, "sft.decoder_steps": 0, "rl.num_steps": 0}
     given = {"subject.model": str(directory), "subject.layer": LAYER, "dataset.rl": str(path), "lora.rank": 2}
+    given["lora.experts"] = request.param.endswith("+adapted")
     made = open_run(resolve({**TINY, **none, **given}), tmp_path / "W")
     extract(made)
     return prepare(made)
 
 
-@pytest.mark.parametrize("run", [*FIELDS, "gemma3_text+vision"], indirect=True)
+@pytest.mark.parametrize(
+    "run", [*FIELDS, "gemma3_text+vision", *(f"{family}+adapted" for family in MIXTURES)], indirect=True
+)
 def test_out_and_in_again(request, run, tmp_path):
     case = request.node.callspec.params["run"]
     pair = trained_pair(run)
+    if run.arch.experts is not None:
+        assert (pair.encoder["adapters"].get("down", {"a": np.empty(0)})["a"].ndim == 4) == case.endswith("+adapted")
     pair = pair._replace(encoder=perturbed(pair.encoder, 1, 0.1), decoder=perturbed(pair.decoder, 2, 0.1))
     out = tmp_path / "out"
     export(run, pair, out, "float32")
@@ -146,6 +153,13 @@ def test_out_and_in_again(request, run, tmp_path):
     assert_close(released.reconstruct(TEXTS), rebuilt, "import", case)
     encoder = nlae_jax.LanguageModel.from_pretrained(str(out / "av"))
     assert_close(encoder.logits(ids), logits, "import", case)
+
+    if case.endswith("+adapted"):
+        export(run, pair, tmp_path / "adapters", "float32", adapters=True)
+        alone = nlae_jax.NLA.from_pretrained(tmp_path / "adapters")
+        assert_close(alone.reconstruct(TEXTS), rebuilt, "import", case)
+        back = open_adapters(tmp_path / "adapters/av").read(run.arch)
+        jax.tree.map(np.testing.assert_array_equal, back, pair.encoder["adapters"])
 
 
 @pytest.mark.parametrize("run", ["gemma4_text"], indirect=True)

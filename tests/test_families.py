@@ -80,6 +80,12 @@ CASES = {
     ),
     "smollm3": ("smollm3", SMALL | {"num_hidden_layers": 5}),
     "smollm3-own-layers": ("smollm3", WIDE | {"no_rope_layers": [0, 1, 1, 0], "tie_word_embeddings": False}),
+    "smollm3-windows-by-layer": (
+        "smollm3",
+        WIDE
+        | {"sliding_window": 5, "use_sliding_window": False}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},
+    ),
     "olmo2": ("olmo2", SMALL),
     "olmo2-tied": ("olmo2", WIDE | {"tie_word_embeddings": True}),
 }
@@ -479,6 +485,111 @@ def test_unknown_fields_are_refused_by_name(tmp_path, case):
         read_arch(tmp_path)
 
 
+def config_of(case):
+    """The config.json of a case's model."""
+    family, fields = CASES[case]
+    return json.loads(transformers.AutoConfig.for_model(family, **fields).to_json_string())
+
+
+def case_of(family):
+    """The family's first case."""
+    return next(case for case in CASES if CASES[case][0] == family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_whose_tokens_see_later_ones_is_refused(family):
+    """transformers masks them in every family, unless the file says so."""
+    config = config_of(case_of(family))
+    assert arch_from_hf(config | {"is_causal": True}) == arch_from_hf(config)
+    with pytest.raises(UserError, match="is_causal = False"):
+        arch_from_hf(config | {"is_causal": False})
+
+
+# Fields that any file may have, with values that matter where the family has the field.
+ANYWHERE = [
+    *({"sliding_window": 4}, {"sliding_window": 4, "use_sliding_window": True}, {"use_sliding_window": False}),
+    *({"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 4}, {"max_window_layers": 1}),
+    *({"rope_theta": 22.0}, {"rotary_emb_base": 22.0}, {"partial_rotary_factor": 0.5}, {"rotary_pct": 0.5}),
+    *({"rope_parameters": None, "rope_scaling": LINEAR}, {"rope_local_base_freq": 5.0}, {"no_rope_layers": [0, 1] * 2}),
+    *({"rms_norm_eps": 0.3}, {"layer_norm_eps": 0.3}, {"num_attention_heads": 2}, {"num_key_value_heads": 3}),
+    *({"attn_logit_softcapping": 0.5}, {"final_logit_softcapping": 0.5}, {"query_pre_attn_scalar": 3}),
+    *({"embedding_multiplier": 3.0}, {"attention_multiplier": 0.0}, {"logits_scaling": 3.0}, {"clip_qkv": 0.3}),
+    *({"norm_topk_prob": True}, {"norm_topk_prob": False}, {"num_experts_per_tok": 1}, {"experts_per_token": 1}),
+    *({"use_parallel_residual": False}, {"hidden_act": "relu"}, {"activation_function": "silu"}, {"is_decoder": True}),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_field_is_silently_ignored(family):
+    """What changes transformers' numbers is refused, or changes the architecture."""
+    model, config = random_model(case_of(family)), config_of(case_of(family))
+    config.pop("time_step_limit", None)  # transformers does not read what it wrote
+    arch, ids = arch_from_hf(config), torch.tensor(batch_of()[0])
+    with torch.no_grad():
+        expected = model(ids).logits
+    for changes in ANYWHERE:
+        try:
+            if arch_from_hf(config | changes) != arch:
+                continue
+        except UserError:
+            continue
+        theirs = transformers.AutoConfig.for_model(**config | changes)
+        theirs._experts_implementation = "eager"
+        other = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").float().eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(
+                other(ids).logits, expected, msg=lambda told, changes=changes: f"{changes} {told}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("case", "alias", "value", "field"),
+    [
+        ("gpt2", "num_attention_heads", 2, "num_heads"),
+        ("gpt2", "num_hidden_layers", 3, "num_layers"),
+        ("gpt2", "hidden_size", 12, "d_model"),
+        ("gpt2", "max_position_embeddings", 9, "positions"),
+    ],
+)
+def test_a_fields_other_name_counts(case, alias, value, field):
+    """As in transformers, even where the file has the family's own name too."""
+    config = config_of(case) | {alias: value}
+    assert getattr(transformers.AutoConfig.for_model(**config), alias) == value
+    assert getattr(arch_from_hf(config), field) == value
+
+
+def test_layer_types_by_their_other_name():
+    config = config_of("granitemoehybrid")
+    assert arch_from_hf(config | {"layers_block_type": config.pop("layer_types")}) == arch_from_hf(
+        config_of("granitemoehybrid")
+    )
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt2", "granitemoehybrid"}))
+def test_null_is_what_transformers_makes_of_it(family):
+    """For RoPE and kinds of blocks: the family's default, as if the field were missing."""
+    config = config_of(case_of(family))
+    for key in {"rope_parameters", "layer_types"} & config.keys():
+        null = {name: value for name, value in config.items() if name != "per_layer_config"} | {key: None}
+        # In Gemma 4, transformers lets the old name replace the new one even where it is empty, and fails.
+        for read in (null,) if family.startswith("gemma4") else (null, null | {"rope_scaling": {}}):
+            theirs = transformers.AutoConfig.for_model(**read)
+            assert arch_from_hf(read) == arch_from_hf(json.loads(theirs.to_json_string())), key
+
+
+@pytest.mark.parametrize("case", ["gemma3", "olmo3"])
+def test_yarn_of_some_blocks_by_the_old_name(case):
+    """transformers looks for `truncate` where it puts no field of the old name."""
+    _, fields = CASES[case]
+    config = config_of(case) | {"rope_parameters": None, "rope_scaling": YARN | {"truncate": False}, "rope_theta": 9.0}
+    theirs = transformers.AutoConfig.for_model(**fields | config)
+    init = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS["yarn"]
+    frequencies, factor = init(theirs, "cpu", layer_type="full_attention")
+    _, sin = rope_table(arch_from_hf(config), np.ones(1))
+    np.testing.assert_allclose(sin[0], factor * np.sin(frequencies.numpy()), atol=1e-6)
+
+
 def loaded(tmp_path, case):
     random_model(case).save_pretrained(tmp_path)
     arch = read_arch(tmp_path)
@@ -621,9 +732,10 @@ def test_what_is_written_is_what_was_read(tmp_path, case):
         assert torch.equal(written[name], value), name
 
 
-def test_experts_in_one_tensor_are_those_in_many(tmp_path):
+@pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "qwen3_5_moe_text"])
+def test_experts_in_one_tensor_are_those_in_many(tmp_path, case):
     """As Qwen3.5's are published, and as transformers saves them."""
-    model = random_model("qwen3_5_moe_text")
+    model = random_model(case)
     model.save_pretrained(tmp_path / "many")
     model.config.save_pretrained(tmp_path / "one")
     packed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -761,6 +873,18 @@ def test_rope_is_transformers(parameters):
     np.testing.assert_allclose(sin, factor * np.sin(angles), atol=1e-5)
 
 
+@pytest.mark.parametrize("parameters", [LINEAR, YARN])
+def test_rope_far_away_is_transformers(parameters):
+    """At position p, the last bit of a frequency counts p times."""
+    fields = WIDE | {"head_dim": 64, "rope_parameters": dict(parameters)}
+    config = transformers.AutoConfig.for_model("llama", **fields)
+    init = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+    frequencies, factor = init(config, "cpu")
+    position = np.full(1, 8000)
+    _, sin = jax.jit(lambda: rope_table(arch_from_hf({"model_type": "llama"} | fields), position))()
+    np.testing.assert_allclose(sin[0], factor * np.sin(np.float32(8000) * frequencies.numpy()), atol=2e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_says(tmp_path, tied):
     """transformers writes the text's own default inside, whatever holds."""
@@ -817,11 +941,19 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
         ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function = 'layernorm'"),
         ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters should have full_attention and sliding_attention"),
         ("ministral", {"rope_scaling": LINEAR}, "rope_parameters and rope_scaling differ"),
+        ("mistral-window", {"layer_types": ["sliding_attention", *["full_attention"] * 3]}, "layer_types ="),
+        ("ministral3-window", {"layer_types": ["full_attention"] * 4}, "layer_types ="),
+        ("qwen3", {"mlp_bias": True}, "'mlp_bias' is not known"),
+        ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0 should be above 0"),
+        ("gemma3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type, not type"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types ="),
+        ("olmo3", {"rope_parameters": None, "rope_scaling": OLMO3_ROPES}, "rope_scaling by kind of block"),
+        ("llama-yarn", {"rope_parameters": OLMO3_ROPES}, "rope_parameters by kind of block is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),
     ],
 )
 def test_variants_that_are_not_run_are_one_line(family, changes, says):
-    config = json.loads(transformers.AutoConfig.for_model(*CASES[family][:1], **CASES[family][1]).to_json_string())
+    config = config_of(family)
     if family != "ministral" and changes.keys() & {"rope_scaling", "rotary_pct"}:
         del config["rope_parameters"]
     with pytest.raises(UserError, match=says) as caught:

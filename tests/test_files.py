@@ -352,7 +352,19 @@ def test_json_that_cannot_be_read_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "content", [[], None, 3, "a", {}, {"a": 1}, {"a": "1", "b": 1}, {"a": True, "b": 1}, {"a": 1, "b": None}]
+    "content",
+    [
+        [],
+        None,
+        3,
+        "a",
+        {},
+        {"a": 1},
+        {"a": "1", "b": 1},
+        {"a": True, "b": 1},
+        {"a": 1, "b": None},
+        {"a": 1, "b": 10**400},
+    ],
 )
 def test_fields_that_are_missing_or_of_another_type(tmp_path, content):
     files.write_json(tmp_path / "a.json", content)
@@ -372,7 +384,9 @@ def test_a_flipped_bit_of_a_table_is_noticed(workdir):
         data[position] ^= 1
         (workdir / "a.parquet").write_bytes(bytes(data))
         try:
-            assert files.read_parquet(workdir / "a.parquet", "again", ("text", "row")).equals(table)
+            assert files.read_parquet(workdir / "a.parquet", "again", {"text": "texts", "row": "whole numbers"}).equals(
+                table
+            )
         except UserError as error:
             noticed += 1
             assert "again" in str(error) and "\n" not in str(error)
@@ -390,7 +404,7 @@ def test_tables_without_checksums_and_in_any_directory_are_read(tmp_path):
 def test_a_table_that_lacks_what_is_needed(workdir):
     files.write_parquet(workdir / "a.parquet", pa.table({"row": [1]}))
     with pytest.raises(UserError, match=r"a\.parquet: damaged \(no column 'text'\); again"):
-        files.read_parquet(workdir / "a.parquet", "again", ("row", "text"))
+        files.read_parquet(workdir / "a.parquet", "again", {"row": "whole numbers", "text": "texts"})
     with pytest.raises(UserError, match=r"b\.parquet: missing; again"):
         files.read_parquet(workdir / "b.parquet", "again")
 
@@ -409,3 +423,17 @@ def test_a_line_of_json_is_one_line_to_every_reader(value):
     line = json_line({"\x85": "\u2028\u2029\x0b\x0c\x1c\x1d\x1e\r\n", **value})
     assert line.splitlines() == [line] and json.loads(line).items() >= value.items()
     assert json_line({"a": float("nan"), "b": "é"}, (",", ":")) == '{"a":null,"b":"é"}'
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_number_that_is_none_is_no_field(tmp_path, number):
+    (tmp_path / "a.json").write_text(f'{{"b": {number}}}')
+    with pytest.raises(UserError, match=r"a\.json: b should be a float"):
+        files.read_fields(tmp_path / "a.json", {"b": float})
+
+
+@pytest.mark.parametrize("column", [["1"], [1.0], [None], [True]])
+def test_a_column_of_another_type_is_damage(workdir, column):
+    files.write_parquet(workdir / "a.parquet", pa.table({"row": column}))
+    with pytest.raises(UserError, match=r"the column 'row' should hold whole numbers, without nulls\); again"):
+        files.read_parquet(workdir / "a.parquet", "again", {"row": "whole numbers"})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nlae_jax.lm.arch import Arch, Llama3Rope
 from nlae_jax.lm.families import read_arch, read_hf_config
 from nlae_jax.lm.gguf.convert import convert_gguf, split_rotary_pairs
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.lm.tensors import TensorToWrite, write_safetensors
 from nlae_jax.lm.weights import load_params
 from nlae_jax.runtime.errors import UserError
 
@@ -431,3 +433,15 @@ def test_a_senseless_number_of_blocks_is_one_line(tmp_path, layers):
     write_tiny_gguf(tmp_path / "m.gguf", dataclasses.replace(ARCH, num_layers=layers), weights=tiny_weights())
     with pytest.raises(UserError, match=r"block_count|num_hidden_layers"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+
+
+def test_a_process_of_the_same_number_keeps_its_files(tmp_path):
+    """In two containers with one cache, both may be number 1."""
+    others = tmp_path / f".hf.{os.getpid()}.tmp/half", tmp_path / f".a.safetensors.{os.getpid()}.tmp"
+    others[0].mkdir(parents=True)
+    others[1].write_bytes(b"half")
+    write_tiny_gguf(tmp_path / "m.gguf")
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    write_safetensors(tmp_path / "a.safetensors", [TensorToWrite("a", (2,), lambda: np.ones(2))])
+    assert (tmp_path / "hf/config.json").is_file() and (tmp_path / "a.safetensors").is_file()
+    assert others[0].is_dir() and others[1].read_bytes() == b"half"

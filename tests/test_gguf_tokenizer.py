@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.gguf.convert import convert_gguf
+from nlae_jax.lm.gguf.tokenizer import write_tokenizer
 from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.runtime.errors import UserError
 from tests.test_gguf import write_tiny_gguf
@@ -312,3 +314,37 @@ def test_gemma4_is_the_class_of_transformers(tmp_path):
         expected = reference.encode(text, add_special_tokens=False)
         assert tokenizer.encode(text) == [GEMMA_IDS["bos"], *expected], text
         assert tokenizer.decode(expected) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokenizer.ggml.model", ["gpt2"]),
+        ("tokenizer.ggml.pre", ["gpt-2"]),
+        ("tokenizer.ggml.tokens", 5),
+        ("tokenizer.ggml.tokens", [1, 2, 3, 4]),
+        ("tokenizer.ggml.token_type", "abcd"),
+        ("tokenizer.ggml.merges", [1]),
+        ("tokenizer.ggml.scores", [float("nan")] * 4),
+        ("tokenizer.ggml.scores", ["a"] * 4),
+        ("tokenizer.ggml.eos_token_id", "3"),
+        ("tokenizer.ggml.eos_token_id", True),
+        ("tokenizer.ggml.eos_token_id", 2.5),
+        ("tokenizer.ggml.add_bos_token", "false"),
+        ("tokenizer.ggml.add_space_prefix", 0),
+        ("tokenizer.chat_template", 5),
+    ],
+)
+def test_a_key_of_another_type_is_named(tmp_path, key, value):
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<e>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 3,
+    }
+    assert write_tokenizer(Path("m.gguf"), metadata, tmp_path)["eos_token_id"] == 3
+    with pytest.raises(UserError, match=rf"m\.gguf: {key} should be "):
+        write_tokenizer(Path("m.gguf"), metadata | {key: value}, tmp_path)

@@ -116,3 +116,9 @@ def test_the_command(monkeypatch, capsys):
         assert main(arguments) == 2
         shown, error = capsys.readouterr()
         assert shown == "" and error.startswith(f"nlae: {says}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("field", ["subject__model", "init__pair", "init__av", "init__ar"])
+def test_every_model_of_the_hub_needs_its_token(field):
+    with pytest.raises(UserError, match=f"HF_TOKEN is not set, and {field.replace('__', '.')} is owner/name"):
+        needed({}, **{field: "owner/name"})

@@ -263,3 +263,37 @@ def test_what_is_added_to_generated_tokens_is_what_reading_them_with_it_gives(ti
         added = np.concatenate([zeros, np.tile(later, (count, 1))])
         (following,) = tiny_lm.steer([prompt + written[:count]], [added], layer, 1, temperature=0.0)
         assert following == [written[count]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (([[5]], 2, float("nan")), "temperature: nan"),
+        (([[5]], 2, -1.0), "temperature: -1.0"),
+        (([[5]], 2, "0"), "temperature: 0"),
+        (([[5]], 0), "max_new_tokens: 0"),
+        (([[5]], 2.5), "max_new_tokens: 2.5"),
+        (([[5]], True), "max_new_tokens: True"),
+        (([[5]], 2, 1.0, -1), "seed: -1"),
+        (([[5]], 2, 1.0, 2**70), "seed: "),
+        (([[5], []], 2), "prompt 1: empty"),
+        (([[5.5]], 2), "prompt 0: token ids should be whole numbers"),
+        (([[True]], 2), "prompt 0: token ids should be whole numbers"),
+    ],
+)
+def test_what_no_continuation_can_be_drawn_with(tiny_lm, arguments, named):
+    with pytest.raises(UserError, match=named):
+        tiny_lm.generate(*arguments)
+    assert tiny_lm.generate([], 2) == []
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 0)])
+def test_nothing_to_read_is_named(tiny_lm, shape):
+    with pytest.raises(UserError, match="should be whole numbers"):
+        tiny_lm.logits(np.zeros(shape, int))
+
+
+@pytest.mark.parametrize("layer", [True, 1.0, "1", None])
+def test_a_layer_is_a_whole_number(tiny_lm, layer):
+    with pytest.raises(UserError, match="layer: "):
+        tiny_lm.residual([[5]], layer)

@@ -16,7 +16,7 @@ from nlae_jax.lm.lora import adapter_weights, init_adapters, merge
 from nlae_jax.lm.mixed import of_layer
 from nlae_jax.lm.transformer import Segment, Transformer, for_decoding
 from nlae_jax.lm.weights import load_params
-from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
+from nlae_jax.mesh import make_mesh, place, put_batch, tree_shardings
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, make_roles
 from nlae_jax.roles.rollout import rollout
@@ -105,10 +105,16 @@ def logits_of(arch, params, adapters=None):
     return jax.jit(lambda v: Transformer(arch, 0.7).apply(v, ids, mask))(variables)
 
 
-@pytest.mark.parametrize("arch", [ARCH, GLOBAL, APART], ids=["delta", "global", "global experts"])
-def test_merged_is_applied(arch):
+@pytest.mark.parametrize(
+    ("arch", "experts"),
+    [(ARCH, False), (GLOBAL, False), (APART, False), (APART, True)],
+    ids=["delta", "global", "global experts", "adapters of experts"],
+)
+def test_merged_is_applied(arch, experts):
     params = drawn_params(model_weights(arch), 0)
-    adapters = perturbed(init_adapters(jax.random.PRNGKey(0), arch, 2), 1, 0.2)
+    fresh = init_adapters(jax.random.PRNGKey(0), arch, 2, experts)
+    assert ("up" in fresh) == (arch.experts is None or experts)
+    adapters = perturbed(fresh, 1, 0.2)
     blocks = {name: merge(weight, adapters.get(name), 0.7) for name, weight in params["blocks"].items()}
     mask = batch_of()[1]
     applied, merged, base = (
@@ -117,6 +123,8 @@ def test_merged_is_applied(arch):
     )
     np.testing.assert_allclose(applied, merged, atol=1e-4 * np.abs(merged).max())
     assert np.abs(applied - base).max() > 0.1 * np.abs(base).max()
+    if experts:
+        np.testing.assert_array_equal(np.asarray(logits_of(arch, params, fresh))[mask], base)
 
 
 @pytest.mark.parametrize(
@@ -285,9 +293,9 @@ def test_texts_of_several_chunks_are_transformers_too(tmp_path):
     ids=["delta", "experts", "global", "global experts"],
 )
 def test_eight_devices_are_one(arch):
-    """Values, and the gradient of adapters; with a shared expert beside routed ones, too."""
+    """Values, and the gradient of all adapters; with a shared expert beside routed ones, too."""
     params = drawn_params(model_weights(arch), 0)
-    adapters = perturbed(init_adapters(jax.random.PRNGKey(1), arch, 2), 1, 0.1)
+    adapters = perturbed(init_adapters(jax.random.PRNGKey(1), arch, 2, experts=True), 1, 0.1)
     ids, mask = batch_of()
 
     def loss(adapters, params, ids, mask):
@@ -297,9 +305,10 @@ def test_eight_devices_are_one(arch):
     expected = jax.jit(jax.value_and_grad(loss))(adapters, params, ids, mask)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     split = place(params, tree_shardings(mesh, model_weights(arch)))
+    split_adapters = place(adapters, tree_shardings(mesh, adapter_weights(arch, 2, experts=True)))
     with jax.set_mesh(mesh):
         rows = put_batch({"ids": ids, "mask": mask}, mesh)
-        found = jax.jit(jax.value_and_grad(loss))(place(adapters, replicated(mesh)), split, **rows)
+        found = jax.jit(jax.value_and_grad(loss))(split_adapters, split, **rows)
     jax.tree.map(assert_near, found, expected)
 
 

@@ -13,7 +13,7 @@ from nlae_jax.lm.arch import Arch, Experts
 from nlae_jax.lm.families import hf_config
 from nlae_jax.mesh import platform_of, replicated
 from nlae_jax.plan import chips, report
-from nlae_jax.plan.abstract import make_planned, programs
+from nlae_jax.plan.abstract import make_planned, programs, resident_bytes, sft_width
 from nlae_jax.plan.measure import measure, needed_memory
 from nlae_jax.plan.schedule import buffer_bytes
 from nlae_jax.roles.protocol import assumed_protocol
@@ -124,6 +124,30 @@ def test_what_is_computed_again_is_said_of_experts_too():
     assert report.recomputed("dots", mixed).endswith("and the products of experts")
     for remat in ("none", "linear"):
         assert report.recomputed(remat, mixed) == report.recomputed(remat, dense)
+
+
+def test_adapters_of_experts_are_counted(config, tmp_path):
+    """Their bytes with both moments, and their FLOPs in both directions, which the compiler's kernels count themselves.
+
+    The upper bound is loose: the count was six times the forward pass, where the products alone are three to four.
+    """
+    sizes = {"vocab_size": 512, "d_model": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    arch = Arch(**sizes, d_ff=64, family="qwen3_moe", qk_norm="head", experts=Experts(count=4, per_token=2))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(arch)))
+    subject, topology = dataclasses.replace(config.subject, model=str(tmp_path)), chips.open_topology("v5e:2x2")
+    held, flops = [], []
+    for experts in (False, True):
+        lora = dataclasses.replace(config.lora, experts=experts)
+        planned = make_planned(dataclasses.replace(config, subject=subject, lora=lora), topology.devices)
+        (program,) = programs(planned, "decoder_sft")
+        held.append(resident_bytes(program.arguments))
+        with report._nothing_kept():
+            flops.append(measure("decoder_sft", [program], topology, planned)["flops_per_chip"])
+    a_and_b = 3 * config.lora.rank * (128 / 4 + 64)  # of three matrices; the model's width is split over four chips
+    blocks, rows = config.subject.layer + 1, 8 * (planned.shapes.wrap + sft_width(config)) * 2 / 4
+    assert held[1] - held[0] == 3 * 4 * blocks * 4 * a_and_b
+    forward = 2 * blocks * rows * 3 * config.lora.rank * (128 + 64)
+    assert 2.9 * forward < flops[1] - flops[0] < 8 * forward
 
 
 def test_the_fused_kernel_is_compiled_only_where_it_is_asked_for(config, result, monkeypatch, tmp_path):

@@ -444,3 +444,11 @@ def test_a_model_in_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     assert resolve_model("~/mine") == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("name", ["NLAE_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_whose_name_is_no_text_is_named(monkeypatch, name):
+    monkeypatch.delenv("NLAE_CACHE", raising=False)
+    monkeypatch.setenv(name, os.fsdecode(b"/tmp/\xff"))
+    with pytest.raises(UserError, match=f"{name} .*: should be valid UTF-8"):
+        cache_directory()

@@ -54,7 +54,22 @@ def test_settings():
     assert processes.settings("[::1]:80,1,0") == ("[::1]:80", 1, 0)
 
 
-@pytest.mark.parametrize("spec", ["", "a:1", "a:1,2", "a:1,2,2", "a:1,2,-1", "a,2,0", ":1,2,0", "a:0,2,0", "a:1,x,0"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "a:1",
+        "a:1,2",
+        "a:1,2,2",
+        "a:1,2,-1",
+        "a,2,0",
+        ":1,2,0",
+        "a:0,2,0",
+        "a:1,x,0",
+        "a:1,2," + "9" * 5000,
+        "a:\u0663,2,1",
+    ],
+)
 def test_settings_that_make_no_sense(spec):
     with pytest.raises(UserError, match="--distributed"):
         processes.settings(spec)

@@ -576,3 +576,28 @@ def test_texts_are_taken_up_as_answers_are_taken(serve):
         assert texts.taken <= done + 4 * 4 + 2 * 4 + 1
     results.close()
     assert len(script.requests) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("HTTPS_PROXY", "http://me:pa#ssword@proxy:80"),
+        ("HTTPS_PROXY", "http://me:password@[::1"),
+        ("HTTPS_PROXY", "socks9://me:password@h"),
+        ("NO_PROXY", "[::1"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named_and_not_quoted(monkeypatch, name, address):
+    """Its address may hold a password."""
+    monkeypatch.setenv(name, address)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = DescribeConfig(provider="openai", model="m", base_url="https://example.invalid/v1", max_retries=0)
+    with pytest.raises(UserError, match=r"HTTPS_PROXY, HTTP_PROXY, ALL_PROXY or NO_PROXY: [\w ;]+ http://HOST:PORT$"):
+        list(Server(OPENAI, config).ask(["x"]))
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_is_none(monkeypatch, port):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UserError, match=r"describe\.base_url must look like"):
+        Server(OPENAI, DescribeConfig(provider="openai", model="m", base_url=f"http://127.0.0.2:{port}/v1"))

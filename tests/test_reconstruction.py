@@ -367,3 +367,14 @@ def test_token_classes(context, token, following, expected):
 def test_tenths_of_positions():
     assert deciles(np.arange(20)).tolist() == [i // 2 for i in range(20)]
     assert deciles(np.zeros(5)).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-8, 1e-4, 1.0, 1e4, 1e13])
+def test_a_score_does_not_depend_on_lengths(scale):
+    """Directions are compared: a small number beside the mean square must not count, nor a square overflow."""
+    h, other = (np.random.default_rng(seed).standard_normal((8, 32)).astype(np.float32) for seed in (0, 1))
+    expected, scaled = direction_mse(other, h), h * np.float32(scale)
+    np.testing.assert_allclose(direction_mse(other, scaled), expected, rtol=1e-6)
+    np.testing.assert_allclose(direction_mse(scaled, other), expected, rtol=1e-6)
+    np.testing.assert_allclose(variances(scaled), variances(h), rtol=1e-5)
+    assert direction_mse(np.zeros((1, 4)), np.ones((1, 4))) == 1

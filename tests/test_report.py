@@ -547,3 +547,8 @@ def test_without_the_suite_nothing_is_said_of_it(tmp_path):
 def test_a_damaged_section_is_no_error(tmp_path, damaged):
     (tmp_path / "eval.json").write_text(json.dumps(EVALUATION | {name: damaged for name in SUITE}))
     Page(write_report(tmp_path).read_text())
+
+
+def test_a_config_whose_fields_are_sections_is_shown(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": {"a": 1}, "rl": 3}')
+    assert "<h4>seed</h4>" in write_report(tmp_path).read_text()

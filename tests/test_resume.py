@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends with the numbers of a run that was never killed, bit for bit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -20,6 +21,10 @@ from nlae_jax.data.answers import AnswerCache
 from nlae_jax.data.describer import Context, DescribeResources
 from nlae_jax.data.pipeline import batches
 from nlae_jax.data.providers import subject_provider
+from nlae_jax.lm.arch import Experts
+from nlae_jax.lm.families import hf_config, read_arch
+from nlae_jax.lm.transformer import random_params
+from nlae_jax.lm.weights import save_params
 from nlae_jax.mesh import make_mesh
 from nlae_jax.run import training
 from nlae_jax.run.resources import open_run
@@ -233,9 +238,12 @@ def test_a_run_without_a_kl_term_resumes_too(tiny_run, tmp_path):
     assert main(["report", "--workdir", str(workdir)]) == 0
 
 
-def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path):
-    """The other tests fine-tune fully; people mostly do not."""
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path, experts):
+    """The other tests fine-tune fully; people mostly do not. Experts may have adapters, too."""
     settings = {"lora__rank": 4, "sft__encoder_steps": 12}
+    if experts:
+        settings |= {"lora__experts": True, "subject__model": mixture_like(tiny_run.model, tmp_path / "mixture")}
     whole, workdir = tmp_path / "whole", tmp_path / "W"
     assert main(tiny_run.arguments(whole, **settings)) == 0
     shutil.copytree(whole, workdir)
@@ -245,6 +253,16 @@ def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path):
     assert main(tiny_run.arguments(workdir, **settings)) == 0
     assert tiny_run.metrics(workdir) == tiny_run.metrics(whole)
     assert (workdir / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+
+
+def mixture_like(model, directory):
+    """Writes a random mixture of experts of the sizes and with the tokenizer of another model."""
+    shutil.copytree(model, directory)
+    mixture = {"family": "qwen3_moe", "qk_norm": "head", "experts": Experts(count=4, per_token=2, normalised=True)}
+    arch = dataclasses.replace(read_arch(model), **mixture)
+    save_params(directory, random_params(jax.random.PRNGKey(0), arch), arch)
+    (directory / "config.json").write_text(json.dumps(hf_config(arch)))
+    return directory
 
 
 def test_batches_of_several_widths_resume_too(tiny_run, tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nlae_jax.explore import passage as passage_module
 from nlae_jax.explore.passage import (
     check_messages,
     extended,
@@ -200,3 +202,22 @@ def test_nothing_to_read(read, tokenizer):
     with pytest.raises(UserError, match="empty"):
         read("")
     assert passage_of_ids(tokenizer, [], "").tokens == ()
+
+
+def test_a_chat_of_too_many_messages_is_refused_before_each_beginning_is_rendered(chat, monkeypatch):
+    monkeypatch.setattr(passage_module, "_spans", None)
+    with pytest.raises(UserError, match=r"2000 messages of [0-9]+ characters are too long"):
+        chat([{"role": "user", "content": "words"}] * 2000)
+
+
+@pytest.mark.parametrize("position", [True, 1.0, "1", None])
+def test_a_position_is_a_whole_number(read, position):
+    with pytest.raises(UserError, match="positions: "):
+        picks_of(read("the list of"), positions=[position])
+    assert picks_of(read("the list of"), positions=np.array([1]))[0].positions == (1,)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"the", ["the"]])
+def test_a_text_is_a_text(read, text):
+    with pytest.raises(UserError, match="text: should be a text; it is "):
+        read(text)

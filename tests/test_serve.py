@@ -27,6 +27,7 @@ from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
+from nlae_jax.serve.command import serve
 from nlae_jax.serve.engine import description_of
 from nlae_jax.serve.programs import encoder_program
 from nlae_jax.serve.reading import Reader, error_rates
@@ -779,3 +780,10 @@ def test_a_neuron_is_held_against_controls(http, nla):
     assert (refused.status_code, "block 99" in refused.json()["detail"]) == (400, True)
     assert http.post("/api/page/direction", json={"vector": [0.0] * 64}).status_code == 400
     assert http.post("/api/page/direction", json={"vector": [1.0] * 64}).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["a\nb", "a\x7f", "é", " a"])
+def test_a_token_that_no_header_can_bring_is_refused(token):
+    """Nobody could use the server."""
+    with pytest.raises(UserError, match="--token: should be printable ASCII"):
+        serve(lambda: None, "127.0.0.1", 0, token, 1)

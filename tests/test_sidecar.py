@@ -97,7 +97,8 @@ def test_the_layer_has_four_spellings(tmp_path, content, section, field):
 
 
 @pytest.mark.parametrize(
-    ("scale", "expected"), [(150, 150.0), ("75.5", 75.5), (None, 0.0), ("raw", 0.0), ("sqrt_d_model", math.sqrt(64))]
+    ("scale", "expected"),
+    [(150, 150.0), ("75.5", 75.5), ("1e3", 1000.0), (None, 0.0), ("raw", 0.0), ("sqrt_d_model", math.sqrt(64))],
 )
 def test_scales(tmp_path, content, scale, expected):
     content["extraction"]["injection_scale"] = scale
@@ -135,7 +136,12 @@ def test_beside_a_dataset(tmp_path, content):
         ({"extraction": {"injection_scale": "much"}}, "injection_scale 'much'"),
         ({"extraction": {"injection_scale": -1}}, "injection_scale -1"),
         ({"extraction": {"injection_scale": True}}, "injection_scale True"),
+        ({"extraction": {"injection_scale": "1_0"}}, "injection_scale '1_0'"),
+        ({"extraction": {"injection_scale": "\u0663"}}, "injection_scale '\u0663'"),
+        ({"extraction": {"injection_scale": 1e60}}, "injection_scale 1e+60"),
+        ({"extraction": {"injection_scale": 1e-60}}, "injection_scale 1e-60"),
         ({"extraction": {"layer_index": "one"}}, "extraction.layer_index"),
+        ({"extraction": {"layer_index": -1}}, "extraction.layer_index should be the number of a block"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, content, change, named):
@@ -247,3 +253,9 @@ def test_braces_of_a_template_survive(tmp_path_factory, tokenizer, before, after
     directory = tmp_path_factory.mktemp("sidecar")
     if (before + after).count("{injection_char}") == 0:
         assert read(directory, content).encoder_template == changed.encoder_template
+
+
+def test_a_suffix_of_switches_is_none(tmp_path, content):
+    content["tokens"]["critic_suffix_ids"] = [True, 3]
+    with pytest.raises(UserError, match="critic_suffix_ids should be a list of numbers"):
+        read(tmp_path, content)

@@ -267,14 +267,14 @@ def test_a_block_exchanges_two_sums_while_decoding(mixers, protocol, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [8, 5])
-def test_experts_on_eight_devices_write_what_they_write_on_one(batch, protocol, monkeypatch):
+@pytest.mark.parametrize(("batch", "adapted"), [(8, False), (5, True)])
+def test_experts_on_eight_devices_write_what_they_write_on_one(batch, adapted, protocol, monkeypatch):
     """Prompts, which are a segment without rows and one with, and the decode loop; rows that no axis divides, too."""
     monkeypatch.setattr(transformer, "platform_of", lambda x: "tpu")
     sizes = {"vocab_size": 128, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     biases = ("router", "gate", "up", "down")
     arch = Arch(**sizes, d_ff=16, experts=Experts(count=8, per_token=2, normalised=True), biases=biases)
-    roles = make_roles(tiny_config(), arch, dataclasses.replace(protocol, closing=()))
+    roles = make_roles(tiny_config(lora__experts=adapted), arch, dataclasses.replace(protocol, closing=()))
     params = drawn_params(model_weights(arch), 0)
     trained = perturbed(init_encoder(roles, params, jax.random.PRNGKey(1)), 1, 0.1)
     h, key = vectors(batch, arch.d_model), jax.random.PRNGKey(3)

@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Sequence
 
 from nlae_jax.cli import adapt, audit, directions, evaluate, explain, measures, serve, stages, steer
-from nlae_jax.cli.command import LISTS, PATHS, Command
+from nlae_jax.cli.command import LISTS, PATHS, WRITTEN, Command
 from nlae_jax.runtime import signals, supervision, world
-from nlae_jax.runtime.errors import UserError, one_line
+from nlae_jax.runtime.errors import UserError, first_line, one_line
 
 # The commands of `nlae`, in the order of its help. Their modules import JAX and other slow packages only when a command
 # runs, so that `nlae --help` need not wait for them.
@@ -45,6 +45,10 @@ _SYSTEM_ERRORS = (
     ((errno.EIO,), ("Input/output error",), "the disk gives input/output errors"),
     ((errno.ESTALE,), ("Stale file handle",), "the network file system is gone (stale file handle)"),
 )
+
+
+# In errors of JAX about what its environment variables (JAX_PLATFORMS and others) say.
+_JAX_SETTINGS = ("Unable to initialize backend", " for JAX flag ")
 
 
 def entry() -> int:
@@ -115,6 +119,8 @@ def _explained(error: Exception, options: argparse.Namespace) -> str | None:
             return f"{place}: {message}"
     if "RESOURCE_EXHAUSTED" in str(error):  # checked after the disk, whose errors contain the same word
         return "out of device memory; more devices need less of each, and so do smaller batches or bfloat16"
+    if any(text in str(error) for text in _JAX_SETTINGS):
+        return f"JAX's settings in the environment: {first_line(error)}"
     if isinstance(error, MemoryError):
         return "out of memory; smaller batches or bfloat16 need less"
     if isinstance(error, OSError) and error.filename is not None:  # permission denied, not a directory, ...
@@ -139,6 +145,18 @@ def _resolve_paths(options: argparse.Namespace) -> None:
             setattr(options, name, paths if several else paths[0])
     if getattr(options, "html", None) is not None:
         check_file(options.html, "--html")
+    _refuse_overwriting(options)
+
+
+def _refuse_overwriting(options: argparse.Namespace) -> None:
+    """Raises UserError where a file that is to be written is another option's file too."""
+    names: dict[str, str] = {}
+    for name in (*(name for name in PATHS if name not in WRITTEN), *WRITTEN):
+        value = getattr(options, name, None)
+        for path in value if isinstance(value, list) else [value] if value is not None else []:
+            other = names.setdefault(str(path.resolve()), name)
+            if name in WRITTEN and other != name:
+                raise UserError(f"--{name} {path}: is the file of --{other} too, and would be written over")
 
 
 def _with_huge_pages() -> None:

@@ -46,7 +46,7 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
     if options.out is not None and options.out.suffix != ".jsonl":
         raise UserError(f"--out {options.out}: should be a .jsonl file")
     start_jax()
-    from nlae_jax.explore.audit import audit, check_several, permuted, read_terms
+    from nlae_jax.explore.audit import audit, check_several, permuted, read_terms, unused_name
     from nlae_jax.explore.items import read_items
     from nlae_jax.explore.steer import compile_pattern
 
@@ -70,7 +70,7 @@ def _run_audit(options: argparse.Namespace, _: list[str]) -> int:
         # A file beside --out for each placebo pair; its content names the pair.
         path = options.out and options.out.with_name(f"{options.out.stem}.placebo{number}{options.out.suffix}")
         other_explanations = _explained(other, reread, options.every, path)
-        placebos[other.name] = [row.explanation for row in other_explanations.rows]
+        placebos[unused_name(other.name, placebos)] = [row.explanation for row in other_explanations.rows]
     report = audit(explanations, terms, placebos)
     _show_audit(nla, report, options)
     return 0

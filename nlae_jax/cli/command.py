@@ -14,6 +14,9 @@ from nlae_jax.runtime import processes, world
 # Options whose values are paths on this machine.
 PATHS = ("config", "out", "file", "html", "chat", "input", "vectors", "corpus", "terms")
 
+# Those of them that are written.
+WRITTEN = ("out", "html")
+
 # Options whose values are lists of numbers or ranges, which may begin with a minus sign.
 LISTS = ("--positions", "--span", "--at", "--steps", "--alphas")
 
@@ -71,6 +74,7 @@ def start_jax(distributed: str | None = None) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
         clean_log("nlae_jax")
+    jax.config.update("jax_enable_x64", False)  # with JAX_ENABLE_X64, numbers without a dtype would not be float32
     if jax.config.values["jax_compilation_cache_dir"] is None:  # not chosen by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

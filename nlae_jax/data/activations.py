@@ -26,6 +26,7 @@ import tensorstore as ts
 
 from nlae_jax.config import ExtractConfig
 from nlae_jax.data.index import Index, read_index
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, kvstore, read_fields, read_parquet, write_json
@@ -95,6 +96,8 @@ def _width(length: int, max_tokens: int) -> int:
     """Returns the number of tokens that a document of `length` tokens is padded to."""
     return min(next((width for width in _WIDTHS if length <= width), max_tokens), max_tokens)
 
+
+_CONTEXTS = {"row": "whole numbers", "text": "texts"}
 
 # The fields of meta.json that the store reads.
 _META = {"num_next_tokens": int, "d_model": int, "norm_p75": float}
@@ -205,13 +208,13 @@ class _Writer:
     def put(self, batch: ReadBatch, read: tuple[Any, Any]) -> None:
         """Fetches a batch's results. Where they fill a shard, waits for the write before and begins the next one.
 
-        Raises UserError where an activation is not finite.
+        Raises UserError where an activation cannot be computed with.
         """
         activations = list(_local_rows(read[0], batch.count))
-        if not all(np.isfinite(values).all() for _, values in activations):
+        if any(unusable_rows(values).size for _, values in activations):
             raise UserError(
-                f"subject.model: activations of rows {batch.start} and after are not finite; check the model's files, "
-                "or set subject.dtype=float32"
+                f"subject.model: activations of rows {batch.start} and after have {UNUSABLE}; check the model's "
+                "files, or set subject.dtype=float32"
             )
         parts = [(self._vectors, activations)]
         if self._next_tokens is not None:
@@ -365,7 +368,7 @@ class ActivationStore:
         path = self._directory / "contexts.parquet"
         if not path.exists():
             return {}
-        table = read_parquet(path, f"restore it, or delete {path.parent} to import again", ("row", "text"))
+        table = read_parquet(path, f"restore it, or delete {path.parent} to import again", _CONTEXTS)
         return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 

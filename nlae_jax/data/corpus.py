@@ -204,9 +204,16 @@ def domain_of(value: Any) -> str:
     return one_line(_clean(value), _LONGEST_DOMAIN).strip() if isinstance(value, str) else ""
 
 
-def _row_domain(row: Mapping[str, Any], text_field: str) -> str:
-    """Returns the kind of text in a row's field `domain`, or "" if that field holds the text itself."""
-    return "" if text_field == DOMAIN else domain_of(row.get(DOMAIN))
+def _row_text(row: Mapping[str, Any], where: str, text_field: str) -> Text:
+    """Makes the text of a source's row, with its `id`, `passage` and `domain`, which are "" where a row has none."""
+    domain = "" if text_field == DOMAIN else domain_of(row.get(DOMAIN))
+    return Text(_text_of(row, where, text_field), name_of(row.get("id")), name_of(row.get("passage")), domain=domain)
+
+
+def name_of(value: Any) -> str:
+    """Returns a name from outside as text. Whole numbers are names too; any other value gives ""."""
+    is_name = isinstance(value, str | int) and not isinstance(value, bool)
+    return _clean(str(value)) if is_name else ""
 
 
 def _matching_files(pattern: str) -> list[Path]:
@@ -285,8 +292,7 @@ def _read_txt(path: Path, text_field: str) -> Iterator[Text]:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Text]:
     for where, row in read_json_lines(path):
-        name, passage = (value if isinstance(value := row.get(key), str) else "" for key in ("id", "passage"))
-        yield Text(_text_of(row, where, text_field), name, passage, domain=_row_domain(row, text_field))
+        yield _row_text(row, where, text_field)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -327,7 +333,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
+def _text_of(row: Mapping[str, Any], where: str, text_field: str) -> str:
     if text_field not in row:
         present = ", ".join(map(repr, list(row)[:10])) or "none"
         raise UserError(f"{where}: no field {text_field!r}; corpus.text_field must be one of: {present}")
@@ -339,7 +345,10 @@ def _text_of(row: dict[str, Any], where: str, text_field: str) -> str:
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
-    from nlae_jax.data.parquet import check_batch, is_text, opened  # here because most runs read no parquet
+    # Here because most runs read no parquet.
+    import pyarrow as pa
+
+    from nlae_jax.data.parquet import check_batch, is_text, opened
 
     with opened(path) as file:
         names = file.schema_arrow.names
@@ -352,15 +361,13 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty")
         start = 0
-        has_domain = text_field != DOMAIN and DOMAIN in names and is_text(file.schema_arrow.field(DOMAIN).type)
-        columns = [text_field, DOMAIN] if has_domain else [text_field]
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+        others = {DOMAIN, "id", "passage"} - {text_field}
+        kinds = {name: file.schema_arrow.field(name).type for name in names if name in others}
+        used = [name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)]
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field, *used]):
             check_batch(path, start, batch)
-            domains = batch.column(DOMAIN).to_pylist() if has_domain else [""] * len(batch)
-            for row, (text, domain) in enumerate(
-                zip(batch.column(text_field).to_pylist(), domains, strict=True), start
-            ):
-                yield Text(_text_of({text_field: text}, f"{path}: row {row}", text_field), domain=domain_of(domain))
+            for number, row in enumerate(batch.to_pylist(), start):
+                yield _row_text(row, f"{path}: row {number}", text_field)
             start += len(batch)
 
 
@@ -387,8 +394,7 @@ def _hub_texts(config: CorpusConfig) -> Iterator[Text]:
         if config.max_documents:
             rows = rows.shuffle(seed=0, buffer_size=_HUB_SHUFFLE_BUFFER)
         for number, row in enumerate(rows):
-            where = f"corpus.hub {config.hub!r}: row {number}"
-            yield Text(_text_of(row, where, config.text_field), domain=_row_domain(row, config.text_field))
+            yield _row_text(row, f"corpus.hub {config.hub!r}: row {number}", config.text_field)
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds: not found, no access, no network, bad data

@@ -15,7 +15,6 @@ at the positions of its descriptions. Other documents of the corpus are read at 
 from __future__ import annotations
 
 import bisect
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from typing import Any
 
 from nlae_jax.assets import WARMSTART, WARMSTART_NOTES
 from nlae_jax.data.answers import begins_with_thinking
-from nlae_jax.data.corpus import Document, document_of, read_json_lines
+from nlae_jax.data.corpus import Document, document_of, name_of, read_json_lines
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
-from nlae_jax.runtime.outside import encodable
+from nlae_jax.runtime.outside import encodable, quoted
 
 _MAX_CHARACTERS = 20_000  # of one description
 
@@ -76,7 +75,8 @@ def read_descriptions(path: Path) -> Iterator[Description]:
         if row.get("text") is not None:
             yield Description("", ("text", _string(row, where, "text")), passage, text)
             continue
-        document = _string(row, where, "id" if "id" in row else "doc_id")
+        if not (document := name_of(row.get(key := "id" if "id" in row else "doc_id"))):
+            raise UserError(f"{where}: {key} should be a text or a whole number; it is {quoted(row.get(key))}")
         for name in ("offset", "position"):
             if row.get(name) is not None:
                 yield Description(document, (name, _whole_number(row, where, name)), passage, text)
@@ -90,11 +90,17 @@ def match(
 ) -> Described:
     """Finds every description's document and token among the first `max_tokens` of each document.
 
-    An offset belongs to the token that ends there. A description without a token is left out and counted.
+    An offset belongs to the token that ends there. A description without a token is left out and counted. Raises
+    UserError where several documents have a description's id.
     """
     texts = sorted(documents, key=lambda document: document.text)
     keys = [document.text for document in texts]
-    named = {name: document for document in documents for name in (document.doc_id, document.name) if name}
+    named: dict[str, Document] = {}
+    shared_names = set()
+    for document in documents:
+        for name in {document.doc_id, document.name} - {""}:
+            shared_names |= {name} & named.keys()
+            named[name] = document
     added: dict[str, Document] = {}
     positions: dict[str, dict[int, str]] = defaultdict(dict)
     dropped: Counter[str] = Counter()
@@ -104,6 +110,11 @@ def match(
         if kind == "text":
             new = document_of(value, passage=description.passage or _passage_of(value, texts, keys))
             document = added.setdefault(new.doc_id, new)
+        elif description.document in shared_names:
+            raise UserError(
+                f"config.describe.path: {quoted(description.document)} is the id of several documents of the corpus; "
+                "each should have its own"
+            )
         elif description.document in named:
             document = named[description.document]
         else:
@@ -144,12 +155,12 @@ def _token_ends(text: str, tokenizer: Any, max_tokens: int) -> dict[int, int]:
 def _string(row: dict[str, Any], where: str, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {name} should be a text; it is {json.dumps(value)[:60]}")
+        raise UserError(f"{where}: {name} should be a text; it is {quoted(value)}")
     return encodable(value)
 
 
 def _whole_number(row: dict[str, Any], where: str, name: str) -> int:
     value = row[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UserError(f"{where}: {name} should be a whole number from 0; it is {json.dumps(value)[:60]}")
+        raise UserError(f"{where}: {name} should be a whole number from 0; it is {quoted(value)}")
     return value

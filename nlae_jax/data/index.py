@@ -130,14 +130,18 @@ def write_index(directory: AnyPath, index: Index) -> None:
         write_parquet(directory / f"{name}.parquet", table)
 
 
+_DOCUMENTS = {"doc_id": "texts", "split": "texts", "ids": "lists of whole numbers"}
+_ROWS = {"document": "whole numbers", "position": "whole numbers"}
+
+
 def read_index(directory: AnyPath) -> Index:
     """Reads the index that `write_index` wrote.
 
     Raises UserError where a file is missing or damaged, or where the two files do not belong together.
     """
     remedy = f"restore it, or delete {directory} to extract again"
-    documents = read_parquet(directory / "documents.parquet", remedy, ("doc_id", "split", "ids"))
-    rows = read_parquet(directory / "rows.parquet", remedy, ("document", "position"))
+    documents = read_parquet(directory / "documents.parquet", remedy, _DOCUMENTS)
+    rows = read_parquet(directory / "rows.parquet", remedy, _ROWS)
     try:
         index = Index(
             doc_ids=documents["doc_id"].to_pylist(),

@@ -188,8 +188,13 @@ class Server:
                 limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
                 trust_env=not self._local,  # a proxy from the environment cannot reach this machine's own servers
             )
-        except (ImportError, ValueError) as error:  # a proxy that httpx cannot use, or an invalid URL
+        except ImportError as error:
             raise self._error(f"the proxy set here: {error}") from None
+        except (ValueError, httpx.InvalidURL):  # their messages quote the address, which may hold a password
+            raise self._error(
+                "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY or NO_PROXY: holds an address that cannot be used; a proxy should "
+                "look like http://HOST:PORT"
+            ) from None
 
     async def _ask_with_retries(self, client: httpx.AsyncClient, prompt: str, stop: asyncio.Event) -> Answer:
         problem = ""
@@ -303,6 +308,8 @@ def _checked_url(base_url: str, api: Api) -> httpx.URL:
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.port is not None and not 0 < url.port < 65536:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
         raise UserError(

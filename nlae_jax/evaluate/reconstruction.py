@@ -24,8 +24,20 @@ def direction_mse(reconstruction: np.ndarray, target: np.ndarray, readable: np.n
 
     See `roles.direction.direction_mse`. Where `readable` [N] is False, the mse is 2, as of orthogonal vectors.
     """
-    mse = np.asarray(direction.direction_mse(jnp.asarray(reconstruction), jnp.asarray(target)), np.float64)
+    mse = np.asarray(direction.direction_mse(_scaled(reconstruction), _scaled(target)), np.float64)
     return mse if readable is None else np.where(readable, mse, objectives.FAILED_MSE)
+
+
+def _scaled(rows_NxD: np.ndarray) -> np.ndarray:
+    """Scales rows by powers of two, which changes no digit, to about 1000.
+
+    Their directions then do not depend on their lengths: the small number that `unit_direction` adds to a mean square
+    would count beside that of a very short row.
+    """
+    rows_NxD = np.asarray(rows_NxD, np.float32)
+    exponent_N = np.frexp(np.abs(rows_NxD).max(-1, keepdims=True, initial=0))[1]
+    scaled_NxD: np.ndarray = np.ldexp(rows_NxD, 10 - exponent_N)
+    return scaled_NxD
 
 
 def variances(h_NxD: np.ndarray) -> np.ndarray:
@@ -33,7 +45,7 @@ def variances(h_NxD: np.ndarray) -> np.ndarray:
 
     u(h) is the activation scaled to norm √d. The mean is not renormalised.
     """
-    directions = np.asarray(direction.unit_direction(jnp.asarray(h_NxD)), np.float64)
+    directions = np.asarray(direction.unit_direction(_scaled(h_NxD)), np.float64)
     variance_N: np.ndarray = np.square(directions - directions.mean(0)).mean(-1)
     return variance_N
 

@@ -17,6 +17,7 @@ from nlae_jax.data.parquet import check_batch, is_text, opened
 from nlae_jax.interop.datasets import LAYER, RESPONSE, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import encodable
@@ -68,8 +69,8 @@ def check_rows(rows: Rows, d_model: int) -> None:
     count = len(rows.document)
     if rows.h.shape != (count, d_model) or not count:
         raise UserError(f"rows.h: shape {rows.h.shape} should be ({max(count, 1)}, {d_model}), one activation a row")
-    if (bad := np.flatnonzero(~np.isfinite(rows.h).all(-1))).size:
-        raise UserError(f"rows.h: row {bad[0]} should hold finite numbers")
+    if (bad := unusable_rows(rows.h)).size:
+        raise UserError(f"rows.h: row {bad[0]} should hold finite numbers; it has {UNUSABLE}")
 
 
 def rows_of(

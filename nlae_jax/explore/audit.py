@@ -7,9 +7,10 @@ the real explanations do not have more (or less) often than a placebo's does not
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nlae_jax.explore.items import Results
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.select import Pick
 from nlae_jax.explore.steer import wilson
+from nlae_jax.lm.sampling import check_count
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.progress import progress
 
@@ -115,7 +117,7 @@ def term_pattern(term: str) -> re.Pattern[str]:
 
 def read_terms(text: str, name: str) -> dict[str, re.Pattern[str]]:
     """Reads one term per line. Skips empty lines and those that begin with #. Raises UserError without any term."""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text)]  # a term may hold Unicode's other line breaks
     terms = dict.fromkeys(line for line in lines if line and not line.startswith("#"))
     if not terms:
         raise UserError(f"{name}: no terms in it; there should be one a line")
@@ -136,6 +138,12 @@ class Explanations:
         return [content_words(row.explanation) for row in self.rows]
 
 
+def unused_name(name: str, taken: Container[str]) -> str:
+    """Returns a placebo's name, with a number where it is taken: two pairs may have one name."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
+
+
 def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int = 1) -> Explanations:
     """Explains every Nth token of the passages, but never the first one, which is an attention sink."""
     return gathered(passages, explain_every(nla, passages, every))
@@ -143,6 +151,7 @@ def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int =
 
 def explain_every(nla: Explainer, passages: Sequence[Passage], every: int) -> list[list[Explained]]:
     """Does what `explained_passages` does, and returns one list of explained tokens per passage."""
+    check_count("every", every, 1)
     lengths = [len(passage.tokens) for passage in passages]
     picks = [[Pick((at,)) for at in range(min(every, length - 1), length, every)] for length in lengths]
     return explain_passages(nla, list(zip(passages, picks, strict=True)), Options())

@@ -143,7 +143,8 @@ class DirectionReport:
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Scales vectors [..., d] to length 1 along the last axis, float64; zero stays zero."""
     vectors = np.asarray(vectors, np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30)
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1.0)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage, Token
 from nlae_jax.explore.select import Pick
+from nlae_jax.lm.sampling import check_count
 from nlae_jax.runtime.errors import UserError
 
 
@@ -159,8 +160,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"samples: {self.samples} should be at least 1")
+        check_count("samples", self.samples, 1)
         if self.samples > 1 and self.temperature == 0:
             raise UserError("temperature: 0 writes the same explanation every time; several samples need more than 0")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,18 +18,22 @@ from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.explore.passage import Passage, read_text
 from nlae_jax.explore.statistics import Statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
+from nlae_jax.lm.sampling import check_count, check_temperature
 from nlae_jax.lm.tokens import check_ids, pad, padded_width
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
+from nlae_jax.runtime.outside import quoted
 from nlae_jax.runtime.progress import progress
 
 _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 rows than for 8
 _BATCH_TOKENS = 1024  # the subject reads at most this many tokens at once
 _TEXTS, _TEXT_TOKENS = 64, 64  # texts, and tokens of each, that a pair's statistics are made from if it has none
+_MOST_NEW_TOKENS = 1 << 16  # of an explanation: its keys and values are stored from the start
 MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with the square
 
 
@@ -102,8 +105,9 @@ class Explainer:
         for NaN or infinity in them.
         """
         vectors = self._checked(vectors)
-        self._checked_limit(max_new_tokens)
         check_temperature(temperature)
+        check_count("seed", seed, 0)
+        self._checked_limit(max_new_tokens)
         with progress(len(vectors), "explain", unit="activation") as bar:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
@@ -117,6 +121,8 @@ class Explainer:
         if not len(texts):
             return np.zeros((0, self.d_model), np.float32)
         for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"text {number}: should be a text; it is {quoted(text)}")
             ids = decoder_ids(self._pair_tokenizer, self._roles.decoder.protocol, text)
             check_ids(ids, self._roles.decoder.arch.vocab_size, self._pair_tokenizer, f"text {number}")
         return self._trip.reconstruct_texts(self._pair, texts)
@@ -134,6 +140,8 @@ class Explainer:
         An empty text has mse 2. Raises UserError as `reconstruct` does, and where the numbers of texts and vectors
         differ.
         """
+        if isinstance(texts, str):
+            raise UserError("texts: should be a list of explanations; it is one text")
         if not len(texts):
             return np.zeros(0), np.zeros(0)
         vectors = self._checked(vectors)
@@ -152,6 +160,7 @@ class Explainer:
         vectors = self._checked(vectors)
         limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
         check_temperature(temperature)
+        check_count("seed", seed, 0)
         with progress(len(vectors), "explain", unit="activation") as bar:
             sampled = self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit)
         return [_written(response) for response in sampled.responses]
@@ -236,6 +245,7 @@ class Explainer:
 
     def _checked_limit(self, max_new_tokens: int) -> int:
         """Raises UserError where the closing tag does not fit into the limit."""
+        check_count("max_new_tokens", max_new_tokens, 1, _MOST_NEW_TOKENS)
         if max_new_tokens <= (least := len(self.protocol.closing)):
             raise UserError(f"max_new_tokens: {max_new_tokens} should be more than the {least} of the closing tag")
         return max_new_tokens
@@ -247,15 +257,9 @@ class Explainer:
             raise UserError(f"vectors: shape {vectors.shape} should be [number, {self.d_model}]")
         if not len(vectors):
             raise UserError("vectors: none given; there should be at least one")
-        if not np.isfinite(vectors).all():
-            raise UserError("vectors: NaN or infinity among them")
+        if (rows := unusable_rows(vectors)).size:
+            raise UserError(f"vectors: row {rows[0]}: {UNUSABLE}")
         return vectors
-
-
-def check_temperature(value: float) -> None:
-    """Raises UserError for a temperature that is negative or not finite."""
-    if not 0 <= value < math.inf:
-        raise UserError(f"temperature: {value} should be 0 or more")
 
 
 def check_length(passage: Passage, more: int = 0) -> None:

@@ -87,7 +87,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}:{reader.line_num}"
             if None in row:  # DictReader puts cells beyond the columns there
                 raise UserError(f"{where}: more cells than columns; a text with commas should be in quotation marks")
-            yield where, row
+            yield where, {name: cell for name, cell in row.items() if cell}  # an empty cell is a field that is missing
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
 

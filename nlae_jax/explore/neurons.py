@@ -30,7 +30,7 @@ def check_layer(arch: Arch, layer: int) -> int:
 
 def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
     """Parses `L:I`, block and neuron counted from 0. Raises UserError where that neuron does not exist."""
-    match = _SPEC.fullmatch(spec.strip())
+    match = _SPEC.fullmatch(spec.strip()) if isinstance(spec, str) else None
     if match is None:
         raise UserError(f"neuron: {quoted(spec)} should be BLOCK:NEURON, as 20:7")
     layer, index = check_layer(arch, int(match[1])), int(match[2])

@@ -22,6 +22,10 @@ HEADER, CONTENT, FOOTER, SCAFFOLD = "header", "content", "footer", "scaffold"
 _INCOMPLETE = "\ufffd"  # decoding a token that holds only a part of a character gives this
 _MOST_PIECES = 4  # tokens per character, because a character has at most 4 bytes in UTF-8
 
+# The bound of a rendered chat's characters times its messages: each message's tokens are found by rendering the chat up
+# to it. It is 512 messages of 65,536 characters together, the server's limits.
+_MOST_RENDERED = 1 << 25
+
 _MESSAGE_FIELDS = ("role", "content", "channel")
 
 
@@ -104,8 +108,10 @@ def passage_of_ids(
 def read_text(tokenizer: Any, vocab_size: int, text: str, name: str = "text") -> Passage:
     """Tokenises a text as the subject reads it. The tokens that the tokenizer puts before a text are there once.
 
-    Raises UserError that names `name` where the text is empty, or the model has no embedding for one of its tokens.
+    Raises UserError that names `name` where it is no text, is empty, or has a token without an embedding.
     """
+    if not isinstance(text, str):
+        raise UserError(f"{name}: should be a text; it is {quoted(text)}")
     text = encodable(text)
     ids = text_ids(tokenizer, text)
     if not ids:
@@ -163,12 +169,14 @@ def read_chat(
 
     With `add_generation_prompt` the passage ends where an answer begins. With `continue_final_message` it ends inside
     the last message. `options` go to the template, such as `enable_thinking`. Raises UserError where the template
-    refuses the messages, or both ends are asked for.
+    refuses the messages, the chat is too long, or both ends are asked for.
     """
     messages = check_messages(messages, name)
     if add_generation_prompt and continue_final_message:
         raise UserError(f"{name}: add_generation_prompt and continue_final_message exclude each other")
     (text,) = render_chats(tokenizer, [messages], add_generation_prompt, **options)
+    if len(text) * len(messages) > _MOST_RENDERED:
+        raise UserError(f"{name}: {len(messages)} messages of {len(text)} characters are too long a chat to read")
     if continue_final_message:
         text = _without_footer(text, messages[-1]["content"], name)
     ids = _encoded(tokenizer, text)

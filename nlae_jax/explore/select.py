@@ -6,6 +6,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from nlae_jax.explore.passage import Passage
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
@@ -35,9 +37,11 @@ class Pick:
 
 def resolve_position(position: int, length: int, field: str = "positions") -> int:
     """Resolves a position as Python counts: -1 is the last one. Raises UserError where it does not exist."""
+    if not isinstance(position, int | np.integer) or isinstance(position, bool):
+        raise UserError(f"{field}: {quoted(position)} should be a whole number")
     if not -length <= position < length:
         raise UserError(f"{field}: position {position} out of range (0..{length - 1})")
-    return position % length
+    return int(position) % length
 
 
 def parse_positions(text: str, length: int, field: str = "--positions") -> list[int]:

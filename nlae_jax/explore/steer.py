@@ -17,10 +17,11 @@ import numpy as np
 from nlae_jax.evaluate.estimate import estimate, share_of
 from nlae_jax.evaluate.wording import words
 from nlae_jax.explore.directions import unit
-from nlae_jax.explore.explainer import Explainer, check_temperature
+from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.surprisal import mean_nll_after
+from nlae_jax.lm.sampling import check_temperature
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 from nlae_jax.runtime.progress import progress

@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from nlae_jax.data.parquet import check_batch, opened
 from nlae_jax.interop import datasets
 from nlae_jax.interop.datasets import LAYER, VECTOR, check_layers
-from nlae_jax.runtime.errors import UserError
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
+from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.runtime.files import local_path, open_regular
 from nlae_jax.runtime.outside import quoted
 
-# Errors of reading a damaged array, or one whose header asks for more memory than the machine has.
-_BROKEN = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, OverflowError)
-
 # Common names of a dictionary's decoder rows [features, d]: those of SAELens and Gemma Scope first.
 _DECODERS = ("W_dec", "decoder.weight", "w_dec", "dictionary")
-_SPEC = re.compile(r"(?P<path>.+?)(?:(?<!^[A-Za-z]):(?P<key>[^:\[\]/\\]+))?(?:\[(?P<row>-?\d+)\])?")
+_SPEC = re.compile(r"(?P<path>.+?)(?:(?<!^[A-Za-z]):(?P<key>[^:\[\]/\\]+))?(?:\[(?P<row>-?\d{1,15})\])?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +94,7 @@ def read_direction(spec: str, width: int) -> Direction:
     elif row is not None:
         raise UserError(f"{label}: one direction; there is no row {row} of it")
     vector = _checked(array[None] if array.ndim == 1 else array, width, label)[0]
-    if not np.linalg.norm(vector) > 0:
+    if not vector.any():
         raise UserError(f"{label}: zero in every component; a direction is not")
     return Direction(label, vector)
 
@@ -116,8 +113,10 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
             key = key if key is not None else _default_key(shapes, width, path)
             _check_key(key, shapes, path)
             return key, file.get_tensor(key)
-    except (*_BROKEN, SafetensorError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes numpy, zipfile and safetensors raise errors of every kind
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
@@ -153,15 +152,17 @@ def _npy(path: Path) -> np.ndarray:
             array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except _BROKEN as error:
-        raise UserError(f"{path}: should be an array that numpy saved ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise errors of every kind
+        raise UserError(f"{path}: should be an array that numpy saved ({first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: several arrays; name one, as FILE.npz:KEY")
     return array
 
 
 def _checked(array: np.ndarray, width: int, name: str) -> np.ndarray:
-    """Returns an array [N, width] as float32. Raises UserError for other shapes and types, NaN and infinity."""
+    """Returns an array [N, width] as float32. Raises UserError for other shapes and types, and for unusable rows."""
     if array.dtype.kind not in "fiu" and array.dtype != ml_dtypes.bfloat16:
         raise UserError(f"{name}: should hold numbers; it holds {array.dtype}")
     if array.ndim != 2 or array.shape[1] != width or not len(array):
@@ -170,6 +171,6 @@ def _checked(array: np.ndarray, width: int, name: str) -> np.ndarray:
         )
     with np.errstate(over="ignore"):
         vectors = array.astype(np.float32)
-    if not np.isfinite(vectors).all():
-        raise UserError(f"{name}: NaN or infinity among its numbers")
+    if (rows := unusable_rows(vectors)).size:
+        raise UserError(f"{name}: row {rows[0]}: {UNUSABLE}")
     return vectors

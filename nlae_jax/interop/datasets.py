@@ -22,6 +22,7 @@ from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.index import SPLITS, Index
 from nlae_jax.data.parquet import check_batch, is_text, opened
 from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_json
@@ -320,7 +321,7 @@ def import_vectors(
 def read_vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.ndarray:
     """Reads a column of lists as [rows, d] float32.
 
-    Raises UserError that names the first row that does not hold d finite numbers.
+    Raises UserError that names the first row that does not hold d numbers that can be computed with.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -342,8 +343,8 @@ def read_vectors(path: Path, start: int, column: pa.Array, d_model: int) -> np.n
         )
     with np.errstate(over="ignore"):  # numbers too large for float32 become infinite, which is checked below
         values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, d_model)
-    if (bad_rows := np.flatnonzero(~np.isfinite(values).all(1))).size:
-        raise UserError(f"{path}: row {start + int(bad_rows[0])}: {VECTOR} has NaN or infinity in it")
+    if (bad_rows := unusable_rows(values)).size:
+        raise UserError(f"{path}: row {start + int(bad_rows[0])}: {VECTOR} has {UNUSABLE}")
     return values
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from nlae_jax.config import ProtocolConfig
 from nlae_jax.roles.protocol import Protocol, make_protocol
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_atomically
-from nlae_jax.runtime.outside import quoted, read_yaml
+from nlae_jax.runtime.outside import fits_float32, quoted, read_yaml
 
 NAME = "nla_meta.yaml"
 MOST_NEW_TOKENS = 4096  # of an explanation; a sidecar that names more means this many
 
 _ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 _SLOTS = {"av": "{injection_char}", "ar": "{explanation}"}
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _SPELLINGS = {"av": ("av", "actor"), "ar": ("ar", "critic")}
 
 
@@ -81,7 +83,7 @@ def read_sidecar(target: Path) -> Sidecar:
     if templates["av"] is None:
         raise UserError(f"{path}: prompt_templates.av (or actor) is missing")
     suffix = _get(path, content, "tokens.critic_suffix_ids", list, optional=True)
-    if any(not isinstance(token, int) for token in suffix or []):
+    if any(type(token) is not int for token in suffix or []):
         raise UserError(f"{path}: tokens.critic_suffix_ids should be a list of numbers")
     limit = _get(path, content, "max_new_tokens", int, optional=True)
     if limit is not None and limit < 1:
@@ -235,6 +237,8 @@ def _layer(path: Path, content: dict[str, Any]) -> int | None:
     fields = [f"{role}.{name}" for name in ("extraction_layer_index", "num_hidden_layers") for role in _SPELLINGS["ar"]]
     for field in (*fields, "extraction.layer_index", "extraction_layer_index"):
         if (layer := _get(path, content, field, int, optional=True)) is not None:
+            if layer < 0:
+                raise UserError(f"{path}: {field} should be the number of a block, from 0; it is {layer}")
             return layer
     return None
 
@@ -249,11 +253,10 @@ def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
         return 0.0
     if scale == "sqrt_d_model":
         return math.sqrt(d_model)
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = 0.0
-    if isinstance(scale, bool) or not 0 < value < math.inf:
+    # YAML reads 1e3 as a text. Python's float() would accept more than numbers of YAML, such as 1_0.
+    is_number = type(scale) in (int, float) or (isinstance(scale, str) and _NUMBER.fullmatch(scale))
+    value = float(scale) if is_number else 0.0
+    if value <= 0 or not fits_float32(value):
         raise UserError(
             f"{path}: extraction.injection_scale {quoted(scale)} should be a positive number, null or sqrt_d_model"
         )

@@ -220,7 +220,7 @@ MIXERS = {"attention_layers": "attention", "delta_layers": "delta", "global_laye
 
 
 def linear_layers(arch: Arch) -> dict[str, Weight]:
-    """Declares the matrices [blocks, in, out] that every token uses, which may have adapters: no experts, no router."""
+    """Declares the matrices [blocks, in, out] that every token uses: no experts, no router."""
     heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     matrices = {
         "q": (arch.d_model, heads, "embed", "heads"),
@@ -243,6 +243,18 @@ def linear_layers(arch: Arch) -> dict[str, Weight]:
         shared = _mlp(dataclasses.replace(arch, d_ff=arch.experts.shared))
         weights |= {f"shared_{name}": _matrix(arch, "layers", *shape, *axes) for name, shape, axes in shared}
     return {name: weight for name, weight in weights.items() if weight.shape[0]}
+
+
+def expert_layers(arch: Arch) -> dict[str, Weight]:
+    """Declares the experts' matrices [L, experts, in, out], which devices split by experts; {} in a dense model."""
+    if arch.experts is None:
+        return {}
+    weights = {}
+    for name, shape, axes in _mlp(arch):
+        inside = ["none" if axis == "mlp" else axis for axis in axes]
+        stacked = (arch.num_layers, arch.experts.count, *shape)
+        weights[name] = Weight(stacked, ("layers", "experts", *inside), fan_in=shape[0])
+    return weights
 
 
 def _attention_blocks(arch: Arch) -> str:
@@ -299,7 +311,7 @@ def _mlp(arch: Arch) -> list[tuple[str, tuple[int, int], tuple[str, str]]]:
 
 
 def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
-    """Declares the experts' matrices [L, experts, in, out], which devices split by experts, router and norms."""
+    """Declares the experts' matrices, the router and norms."""
     layers = arch.num_layers
     weights = {"router": Weight((layers, arch.d_model, experts.count), ("layers", "embed", "none"), arch.d_model)}
     if experts.apart:
@@ -308,10 +320,7 @@ def _expert_weights(arch: Arch, experts: Experts) -> dict[str, Weight]:
             weights[name] = Weight((layers, arch.d_model), ("layers", "norm"))
     elif experts.shared:
         weights["shared_share"] = Weight((layers, arch.d_model, 1), ("layers", "embed", "none"), arch.d_model)
-    for name, shape, axes in _mlp(arch):
-        inside = ["none" if axis == "mlp" else axis for axis in axes]
-        weights[name] = Weight((layers, experts.count, *shape), ("layers", "experts", *inside), shape[0])
-    return weights
+    return weights | expert_layers(arch)
 
 
 def block_weights(arch: Arch) -> dict[str, Weight]:

@@ -226,9 +226,10 @@ class Block:
             return self._linear(self.neurons(x, weights, adapters, decoding), weights, adapters, "down", decoding)
         normed = self._norm(x, weights, "mlp_norm")
         if not experts.apart:
-            mixed = mixture(self.arch, experts, weights, normed, decoding)
+            mixed = mixture(self.arch, experts, weights, adapters, self.lora_scale, normed, decoding)
             return mixed + self._shared(normed, weights, adapters, decoding) if experts.shared else mixed
-        mixed = residual(mixture(self.arch, experts, weights, x, decoding), decoding)
+        mixed = mixture(self.arch, experts, weights, adapters, self.lora_scale, x, decoding)
+        mixed = residual(mixed, decoding)
         shared = residual(self._shared(normed, weights, adapters, decoding), decoding)
         return self._norm(mixed, weights, "experts_post_norm") + self._norm(shared, weights, "shared_post_norm")
 

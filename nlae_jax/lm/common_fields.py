@@ -56,16 +56,21 @@ def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, A
         raise UserError("config.json: rope_parameters and rope_scaling differ; it should have one of them")
     name = "rope_parameters" if new else "rope_scaling"
     parameters = fields.table(name)
-    if "full_attention" not in parameters and "sliding_attention" not in parameters:
-        if new and fields.family in _ROPE_BY_KIND:
-            raise UserError(
-                "config.json: rope_parameters should have full_attention and sliding_attention for model_type "
-                f"{fields.family}"
-            )
-        return parameters if kind == "full_attention" else {}
+    by_kind = "full_attention" in parameters or "sliding_attention" in parameters
+    if by_kind and not (new and fields.family in _ROPE_BY_KIND):
+        raise UserError(f"config.json: {name} by kind of block is not supported for model_type {fields.family}")
+    if fields.family not in _ROPE_BY_KIND:
+        return parameters
+    if new and not by_kind:
+        raise UserError(
+            "config.json: rope_parameters should have full_attention and sliding_attention for model_type "
+            f"{fields.family}"
+        )
+    if "type" in parameters and "rope_type" not in parameters:  # transformers would take it for no scaling
+        raise UserError(f"config.json: rope_scaling should have rope_type, not type, for model_type {fields.family}")
+    sets = parameters if by_kind else {"full_attention": parameters}  # the old name has one set
     # transformers looks for `truncate` beside the sets.
-    truncate = {"truncate": parameters.get("truncate", True)}
-    return table(f"{name}.{kind}", parameters.get(kind) or {}) | truncate
+    return table(f"{name}.{kind}", sets.get(kind) or {}) | {"truncate": sets.get("truncate", True)}
 
 
 def local_theta(fields: Fields, otherwise: float) -> float:
@@ -76,10 +81,14 @@ def local_theta(fields: Fields, otherwise: float) -> float:
     return theta
 
 
+def attention_biases(fields: Fields) -> tuple[str, ...]:
+    """Returns the names of attention's linear layers with a bias, by the flag `attention_bias`."""
+    return ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
+
+
 def biases_of(fields: Fields) -> tuple[str, ...]:
     """Returns the names of linear layers with a bias, by the flags `attention_bias` and `mlp_bias`."""
-    attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
-    return attention + (("gate", "up", "down") if fields.flag("mlp_bias") else ())
+    return attention_biases(fields) + (("gate", "up", "down") if fields.flag("mlp_bias") else ())
 
 
 def sliding_blocks(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
@@ -89,6 +98,17 @@ def sliding_blocks(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
         if kind not in ("full_attention", "sliding_attention"):
             raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
     return [kind == "sliding_attention" for kind in kinds] or list(otherwise)
+
+
+def one_window(fields: Fields) -> tuple[int, ...]:
+    """Returns the window of each block where blocks are alike: transformers does not read `layer_types` there.
+
+    Raises UserError if that field says something else.
+    """
+    count = fields.size("num_hidden_layers")
+    windows = windows_of(fields, [True] * count)
+    fields.only("layer_types", ["sliding_attention" if windows else "full_attention"] * count)
+    return windows
 
 
 def windows_of(fields: Fields, sliding: Sequence[bool]) -> tuple[int, ...]:

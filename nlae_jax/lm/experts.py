@@ -7,6 +7,7 @@ tokens have experts, whatever their shares. Nothing is dropped, and no expert ha
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,32 +44,47 @@ def router_logits(arch: Arch, weights: dict[str, jax.Array], x_NxD: jax.Array) -
 
 
 def mixture(
-    arch: Arch, experts: Experts, weights: dict[str, jax.Array], x: jax.Array, decoding: bool = False
+    arch: Arch,
+    experts: Experts,
+    weights: dict[str, jax.Array],
+    adapters: dict[str, Any],
+    scale: float,
+    x: jax.Array,
+    decoding: bool = False,
 ) -> jax.Array:
     """Returns the sum of the chosen experts' outputs, weighted by the router: [*batch, T, d] -> [*batch, T, d].
 
-    x is the MLP's input, or the residual stream if router and experts have norms of their own.
+    x is the MLP's input, or the residual stream if router and experts have norms of their own. Those of the block's
+    `adapters` that the experts have are applied, times `scale`.
 
     On a mesh each device computes its rows with its experts, and the results are summed. Left to itself, XLA sorts and
     multiplies all rows on every device.
     """
     by_expert = [name for name, weight in block_weights(arch).items() if "experts" in weight.axes]
     mixture_weights = {name: weights[name] for name in (*by_expert, *_EVERYWHERE) if name in weights}
+    expert_adapters = {name: adapters[name] for name in by_expert if name in adapters}
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.size == 1:
-        return _of_device(arch, experts, None, mixture_weights, x)
+        return _of_device(arch, experts, scale, None, mixture_weights, expert_adapters, x)
     rules, rows = (DECODE_RULES, "rows") if decoding else (RULES, "batch")
     among = split(mesh, "experts", experts.count, rules)
     stacked = {name: PartitionSpec(among if name in by_expert else None) for name in mixture_weights}
     by_rows = PartitionSpec(split(mesh, rows, x.shape[0], rules) if x.ndim > 2 else None)
-    local = functools.partial(_of_device, arch, experts, among)
-    split_up = jax.shard_map(local, mesh=mesh, in_specs=(stacked, by_rows), out_specs=by_rows, check_vma=False)
-    mixed: jax.Array = split_up(mixture_weights, x)
+    local = functools.partial(_of_device, arch, experts, scale, among)
+    in_specs = stacked, PartitionSpec(among), by_rows
+    split_up = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=by_rows, check_vma=False)
+    mixed: jax.Array = split_up(mixture_weights, expert_adapters, x)
     return mixed
 
 
 def _of_device(
-    arch: Arch, experts: Experts, among: str | tuple[str, ...] | None, weights: dict[str, jax.Array], x: jax.Array
+    arch: Arch,
+    experts: Experts,
+    scale: float,
+    among: str | tuple[str, ...] | None,
+    weights: dict[str, jax.Array],
+    adapters: dict[str, dict[str, jax.Array]],
+    x: jax.Array,
 ) -> jax.Array:
     """Computes `mixture` on one device. The mesh axes `among` split the experts into equal shares."""
     flat_NxD = x.reshape(-1, x.shape[-1])
@@ -87,9 +103,15 @@ def _of_device(
     is_local = (expert < device_experts)[:, None]
     only_local = lambda rows: jnp.where(is_local, rows, 0) if among else rows  # noqa: E731
 
+    def ragged(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
+
     def product(rows: jax.Array, name: str, share: jax.Array | float = 1.0) -> jax.Array:
-        matrices = weights[name]
-        out = jax.lax.ragged_dot(rows, matrices, sizes, precision=precision_of(rows, matrices))
+        out = ragged(rows, weights[name])
+        if name in adapters:
+            a, b = (adapters[name][part].astype(rows.dtype) for part in ("a", "b"))
+            inner = only_local(ragged(rows, a.swapaxes(1, 2)))
+            out = out + ragged(inner, b) * jnp.asarray(scale, rows.dtype)
         if name in arch.biases:
             out = out + weights[f"{name}_bias"][jnp.minimum(expert, device_experts - 1)] * share
         return checkpoint_name(only_local(out), name)  # for the gradient of each bias, too

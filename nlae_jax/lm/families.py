@@ -86,6 +86,7 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
         raise UserError(f"config.json: model_type {quoted(family)} is not supported; supported: {', '.join(FAMILIES)}")
     try:
         fields = Fields(config)
+        fields.only("is_causal", True)  # without it, transformers lets tokens of any family see later ones
         arch = FAMILIES[family](fields)
         fields.finish()
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import quoted
+from nlae_jax.runtime.outside import fits_float32, quoted
 
 # Fields of any config.json that do not touch the maths of a forward pass in evaluation.
 _NO_MATHS = frozenset(
@@ -82,10 +81,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 256,
         "sliding_window": 512,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
         "tie_word_embeddings": True,
     },
     "smollm3": {
@@ -185,6 +180,17 @@ NAMES: dict[str, dict[str, str]] = {
     "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
 }
 
+# Other names that transformers knows fields by. Where a file has both, it takes the value of this one.
+_ALIASES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
+    "granitemoehybrid": {"layers_block_type": "layer_types"},
+}
+
 
 class Fields:
     """A config.json that is read field by field. `finish` refuses unread fields that may change the maths."""
@@ -192,7 +198,10 @@ class Fields:
     def __init__(self, config: dict[str, Any]) -> None:
         self.family = str(config.get("model_type"))
         self.names = NAMES.get(self.family, {})
-        self.config = DEFAULTS.get(self.family, {}) | config
+        aliases = _ALIASES.get(self.family, {})
+        renamed = {name: config[alias] for alias, name in aliases.items() if alias in config}
+        given = {key: value for key, value in config.items() if key not in aliases}
+        self.config = DEFAULTS.get(self.family, {}) | given | renamed
         self._read = {*_COMMON, *self.names.values(), *DEFAULTS.get(self.family, {})}
 
     def get(self, key: str, absent: Any = None) -> Any:
@@ -212,7 +221,7 @@ class Fields:
         return whole(key, self.need(key, absent), least)
 
     def number(self, key: str, absent: float | None = None) -> float:
-        """Returns a required number. Raises ValueError if it is negative or not finite."""
+        """Returns a required number. Raises ValueError if the function `number` refuses it."""
         return number(key, self.need(key, absent))
 
     def flag(self, key: str) -> bool:
@@ -272,11 +281,24 @@ def whole(key: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+# Numbers that something is divided by, or that are raised to a negative power: 0 would give infinity and NaN.
+_LEAST = dict.fromkeys(("rope_theta", "rope_local_base_freq"), 1.0) | dict.fromkeys(
+    (
+        *("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("query_pre_attn_scalar", "logits_scaling", "swiglu_alpha", "swiglu_limit"),
+    ),
+    1e-6,
+)
+
+
 def number(key: str, value: Any) -> float:
-    """Checks that a value is a finite number of at least 0. Raises ValueError if it is not."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ValueError(f"{key} = {quoted(value)} should be a number that is not negative")
+    """Checks that float32 can hold a number, and that it is at least the field's lower bound, which is 0 for most.
+
+    Raises ValueError if it is not.
+    """
+    number, least = isinstance(value, int | float) and not isinstance(value, bool), _LEAST.get(key, 0)
+    if not number or not value >= least or not fits_float32(value):
+        raise ValueError(f"{key} = {quoted(value)} should be a number from {least:g} on that float32 can hold")
     return float(value)
 
 

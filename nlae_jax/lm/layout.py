@@ -215,13 +215,14 @@ _SHARED_EXPERT = {
 }
 _OF_EXPERTS = ("router", "gate", "up", "down")
 _QWEN3_5_MOE = _QWEN3_5 | _SHARED_EXPERT | {name: _QWEN3_MOE[name] for name in _OF_EXPERTS}
-# Families that are also published with all experts of a block in one tensor.
+_ONE_TENSOR = {
+    **_shared("model.layers.{}.mlp.experts.gate_up_proj", "gate up", True),
+    "down": Stored("model.layers.{}.mlp.experts.down_proj", True),
+}
+# Families that have a tensor for every expert or, as transformers' modules, one tensor with all experts of a block.
 _PACKED = {
-    "qwen3_5_moe_text": _QWEN3_5_MOE
-    | {
-        **_shared("model.layers.{}.mlp.experts.gate_up_proj", "gate up", True),
-        "down": Stored("model.layers.{}.mlp.experts.down_proj", True),
-    }
+    **dict.fromkeys(("qwen3_moe", "olmoe"), _QWEN3_MOE | _ONE_TENSOR),
+    "qwen3_5_moe_text": _QWEN3_5_MOE | _ONE_TENSOR,
 }
 _OTHERS: dict[str, dict[str, Stored]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3"), _POST_NORMS),
@@ -248,10 +249,15 @@ _BUFFERS = {
 
 
 def layout(arch: Arch, packed: bool = False) -> dict[str, Stored]:
-    """Returns where each parameter of the family is stored. `packed`: one tensor has all experts of a block."""
+    """Returns where each parameter of the family is stored. `packed`: one tensor has all experts of a block.
+
+    In families that have only one layout, `packed` changes nothing.
+    """
     if arch.experts is not None and arch.family in _WITH_EXPERTS:
         return _WITH_EXPERTS[arch.family]
-    return _PACKED[arch.family] if packed else _OTHERS.get(arch.family, _LLAMA)
+    if packed and arch.family in _PACKED:
+        return _PACKED[arch.family]
+    return _OTHERS.get(arch.family, _LLAMA)
 
 
 def is_packed(arch: Arch, names: Iterable[str]) -> bool:

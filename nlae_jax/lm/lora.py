@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use: not on experts or routers.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on every linear layer that all tokens use, and optionally on experts.
 
 Adapters are a separate tree beside the frozen base, stacked over blocks as the base is. So one base in memory serves
 every role, whatever the role's depth and adapters are.
@@ -11,27 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlae_jax.lm.arch import Arch, linear_layers
+from nlae_jax.lm.arch import Arch, expert_layers, linear_layers
 from nlae_jax.lm.products import einsum
 from nlae_jax.mesh import Weight
 
 
-def adapter_weights(arch: Arch, rank: int) -> dict[str, dict[str, Weight]]:
-    """Declares the adapters of every linear layer: `a` [L, rank, in] and `b` [L, rank, out]."""
+def adapter_weights(arch: Arch, rank: int, experts: bool = False) -> dict[str, dict[str, Weight]]:
+    """Declares the adapters of every linear layer: `a` [L, rank, in] and `b` [L, rank, out].
+
+    With `experts` also those of every expert: `a` [L, experts, rank, in] and `b` [L, experts, rank, out].
+    """
+
+    def side(weight: Weight, number: int, fan_in: int = 0) -> Weight:
+        shape, axes = weight.shape, weight.axes
+        return Weight((*shape[:-2], rank, shape[number]), (*axes[:-2], "rank", axes[number]), fan_in)
+
+    layers = linear_layers(arch) | (expert_layers(arch) if experts else {})
     return {
-        name: {
-            "a": Weight(
-                (weight.shape[0], rank, weight.shape[1]), (weight.axes[0], "rank", weight.axes[1]), weight.shape[1]
-            ),
-            "b": Weight((weight.shape[0], rank, weight.shape[2]), (weight.axes[0], "rank", weight.axes[2])),
-        }
-        for name, weight in linear_layers(arch).items()
+        name: {"a": side(weight, -2, fan_in=weight.shape[-2]), "b": side(weight, -1)} for name, weight in layers.items()
     }
 
 
-def init_adapters(key: jax.Array, arch: Arch, rank: int) -> dict[str, Any]:
+def init_adapters(key: jax.Array, arch: Arch, rank: int, experts: bool = False) -> dict[str, Any]:
     """Draws new adapters, float32: `a` is random and `b` zero, so the adapted model equals the base."""
-    weights = adapter_weights(arch, rank)
+    weights = adapter_weights(arch, rank, experts)
     keys = jax.random.split(key, len(weights))
     return {
         name: {

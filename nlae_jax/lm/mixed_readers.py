@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
-from nlae_jax.lm.common_fields import common_fields, rope_parameters, sliding_blocks, windows_of
+from nlae_jax.lm.common_fields import attention_biases, common_fields, rope_parameters, sliding_blocks, windows_of
 from nlae_jax.lm.fields import Fields, table, whole
 from nlae_jax.lm.rope_fields import proportional_rope, rope_of
 from nlae_jax.runtime.errors import UserError
@@ -26,6 +26,11 @@ def gemma4(fields: Fields) -> Arch:
         fields.pass_over(key)
     if fields.size("hidden_size_per_layer_input", 0, least=0):
         raise UserError("config.json: hidden_size_per_layer_input, as Gemma 4 E2B and E4B have it, is not supported")
+    if fields.get("rope_parameters") is None:
+        fields.config["rope_parameters"] = {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        }
     count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
     sliding = sliding_blocks(fields, [(block + 1) % 6 != 0 for block in range(count)])
     sliding[-1] = False  # as in transformers, whatever the file says
@@ -119,7 +124,7 @@ def qwen3_moe(fields: Fields) -> Arch:
     windows = windows_of(fields, [True] * common["num_layers"])
     return Arch(
         **common,
-        biases=("q", "k", "v", "o") if fields.flag("attention_bias") else (),
+        biases=attention_biases(fields),
         qk_norm="head",
         windows=windows if fields.flag("use_sliding_window") else (),
         experts=_experts(fields, fields.flag("norm_topk_prob")),
@@ -130,7 +135,7 @@ def olmoe(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     return Arch(
         **common_fields(fields),
-        biases=("q", "k", "v", "o") if fields.flag("attention_bias") else (),
+        biases=attention_biases(fields),
         qk_norm="all",
         clip_qkv=fields.number("clip_qkv", 0.0),
         experts=_experts(fields, fields.flag("norm_topk_prob")),
@@ -141,7 +146,7 @@ def gpt_oss(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     fields.pass_over("experts_per_token")  # the older name of num_experts_per_tok
     fields.pass_over("quantization_config")  # `weights.py` reads MXFP4 and refuses other packed tensors
-    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+    if fields.get("rope_parameters") is None and not fields.get("rope_scaling"):
         fields.config["rope_parameters"] = {
             "rope_type": "yarn",
             "factor": 32.0,
@@ -150,10 +155,9 @@ def gpt_oss(fields: Fields) -> Arch:
         }
     common = common_fields(fields, default_theta=150_000.0)
     sliding = sliding_blocks(fields, [number % 2 == 0 for number in range(common["num_layers"])])
-    attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
     return Arch(
         **common,
-        biases=(*attention, "router", "gate", "up", "down"),
+        biases=(*attention_biases(fields), "router", "gate", "up", "down"),
         windows=windows_of(fields, sliding),
         sinks=True,
         experts=_experts(fields, normalised=True),  # its softmax is over the chosen experts only

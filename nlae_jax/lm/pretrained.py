@@ -24,7 +24,7 @@ from nlae_jax.lm.tokens import text_ids
 from nlae_jax.lm.weights import weight_files
 from nlae_jax.runtime.errors import UserError, one_line
 from nlae_jax.runtime.files import local_path
-from nlae_jax.runtime.outside import clean_log, quoted, read_json
+from nlae_jax.runtime.outside import clean_log, encodable, quoted, read_json
 
 # Part of the name of every converted directory. Raise it when conversion changes, so that files are converted again.
 _CONVERTER_VERSION = 2
@@ -65,10 +65,11 @@ def cache_directory() -> Path:
 
     Raises UserError if none of them can be found.
     """
-    if chosen := os.environ.get("NLAE_CACHE"):
-        return local_path(chosen, "NLAE_CACHE")
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return local_path(base, "XDG_CACHE_HOME") / "nlae_jax"
+    for name, below in (("NLAE_CACHE", "."), ("XDG_CACHE_HOME", "nlae_jax")):
+        if chosen := os.environ.get(name):
+            if chosen != encodable(chosen):
+                raise UserError(f"{name} {chosen!r}: should be valid UTF-8")
+            return local_path(chosen, name) / below
     try:
         return Path.home() / ".cache" / "nlae_jax"
     except RuntimeError:  # no HOME, and no entry for this user, as in many containers

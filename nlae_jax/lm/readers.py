@@ -5,11 +5,19 @@ This file has the families whose blocks are attention and one MLP; `mixed_reader
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from nlae_jax.lm.arch import Arch, QueryGrowth, YarnRope
-from nlae_jax.lm.common_fields import biases_of, common_fields, local_theta, rope_parameters, sliding_blocks, windows_of
+from nlae_jax.lm.arch import Arch, QueryGrowth
+from nlae_jax.lm.common_fields import (
+    attention_biases,
+    biases_of,
+    common_fields,
+    local_theta,
+    one_window,
+    rope_parameters,
+    sliding_blocks,
+    windows_of,
+)
 from nlae_jax.lm.fields import Fields, number, whole
 from nlae_jax.lm.rope_fields import long_rope
 from nlae_jax.runtime.errors import UserError
@@ -37,8 +45,7 @@ def llama(fields: Fields) -> Arch:
 
 def mistral(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    common = common_fields(fields)
-    return Arch(**common, windows=windows_of(fields, sliding_blocks(fields, [True] * common["num_layers"])))
+    return Arch(**common_fields(fields), windows=one_window(fields))
 
 
 def qwen2(fields: Fields) -> Arch:
@@ -48,7 +55,7 @@ def qwen2(fields: Fields) -> Arch:
 
 
 def qwen3(fields: Fields) -> Arch:
-    return _qwen(fields, biases=biases_of(fields), qk_norm="head")
+    return _qwen(fields, biases=attention_biases(fields), qk_norm="head")
 
 
 def _qwen(fields: Fields, **differences: Any) -> Arch:
@@ -57,7 +64,10 @@ def _qwen(fields: Fields, **differences: Any) -> Arch:
     first = fields.size("max_window_layers", 28, least=0)
     upper = [number >= first for number in range(common["num_layers"])]
     windows = windows_of(fields, sliding_blocks(fields, upper))
-    return Arch(**common, **differences, windows=windows if fields.flag("use_sliding_window") else ())
+    if not fields.flag("use_sliding_window"):
+        windows = ()
+        fields.only("layer_types", ["full_attention"] * common["num_layers"])
+    return Arch(**common, **differences, windows=windows)
 
 
 def smollm3(fields: Fields) -> Arch:
@@ -68,17 +78,20 @@ def smollm3(fields: Fields) -> Arch:
     by_interval = [(number + 1) % interval != 0 for number in range(common["num_layers"])]
     with_rope = [bool(flag) for flag in fields.items("no_rope_layers") or by_interval][: common["num_layers"]]
     windows = windows_of(fields, sliding_blocks(fields, [not flag for flag in with_rope]))
+    # As transformers masks: the switch decides only where layer_types does not.
+    has_windows = fields.flag("use_sliding_window") or bool(fields.items("layer_types"))
     return Arch(
         **common,
         biases=biases_of(fields),
         ropes=tuple("global" if flag else "none" for flag in with_rope),
-        windows=windows if fields.flag("use_sliding_window") else (),
+        windows=windows if has_windows else (),
     )
 
 
 def olmo2(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    return Arch(**common_fields(fields), biases=biases_of(fields), qk_norm="all", pre_norms=False, post_norms=True)
+    biases = attention_biases(fields)
+    return Arch(**common_fields(fields), biases=biases, qk_norm="all", pre_norms=False, post_norms=True)
 
 
 def gemma2(fields: Fields) -> Arch:
@@ -136,10 +149,10 @@ def gpt2(fields: Fields) -> Arch:
 
 
 def gpt_neox(fields: Fields) -> Arch:
-    attention = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
+    biases = (*attention_biases(fields), "up", "down")
     parallel = fields.flag("use_parallel_residual")
     common = common_fields(fields, partial=True)
-    return Arch(**common, **_classic(fields), biases=(*attention, "up", "down"), parallel=parallel)
+    return Arch(**common, **_classic(fields), biases=biases, parallel=parallel)
 
 
 def _classic(fields: Fields) -> dict[str, Any]:
@@ -152,14 +165,11 @@ def olmo3(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     common = common_fields(fields, default_theta=500_000.0)
     sliding = sliding_blocks(fields, [(number + 1) % 4 != 0 for number in range(common["num_layers"])])
-    if isinstance(common["rope_scaling"], YarnRope):
-        # transformers looks for `truncate` in another place, and uses its default.
-        common["rope_scaling"] = dataclasses.replace(common["rope_scaling"], truncate=True)
     local = local_theta(fields, 500_000.0)
     alike = common["rope_scaling"] is None and common["rope_theta"] == local
     return Arch(
         **common,
-        biases=biases_of(fields),
+        biases=attention_biases(fields),
         qk_norm="all",
         pre_norms=False,
         post_norms=True,
@@ -170,13 +180,14 @@ def olmo3(fields: Fields) -> Arch:
 
 
 def ministral(fields: Fields) -> Arch:
-    return mistral(fields)
+    fields.only("hidden_act", "silu")
+    common = common_fields(fields)
+    return Arch(**common, windows=windows_of(fields, sliding_blocks(fields, [True] * common["num_layers"])))
 
 
 def ministral3(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
-    fields.only("layer_types", ["full_attention"] * fields.size("num_hidden_layers"))
-    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+    if fields.get("rope_parameters") is None and not fields.get("rope_scaling"):
         fields.config["rope_parameters"] = {
             "rope_type": "yarn",
             "rope_theta": 1_000_000.0,
@@ -191,7 +202,7 @@ def ministral3(fields: Fields) -> Arch:
     beta = parameters.get("llama_4_scaling_beta")
     return Arch(
         **common,
-        windows=windows_of(fields, [True] * common["num_layers"]),
+        windows=one_window(fields),
         query_growth=QueryGrowth(
             number("llama_4_scaling_beta", beta), whole("original_max_position_embeddings", original)
         )
@@ -225,10 +236,13 @@ def granite(fields: Fields) -> Arch:
 
 
 def _multipliers(fields: Fields) -> dict[str, Any]:
+    scale = fields.number("attention_multiplier", 1.0)
+    if scale == 0:
+        raise ValueError("attention_multiplier = 0 should be above 0")  # in `Arch`, 0 is the usual scale
     return {
         "embed_scale": fields.number("embedding_multiplier", 1.0),
         "residual_scale": fields.number("residual_multiplier", 1.0),
-        "attention_scale": fields.number("attention_multiplier", 1.0),
+        "attention_scale": scale,
         "logit_divisor": fields.number("logits_scaling", 1.0),
     }
 
@@ -249,6 +263,5 @@ def granitemoehybrid(fields: Fields) -> Arch:
             fields.pass_over(key)
     common, kind = common_fields(fields), fields.get("position_embedding_type")
     fields.only("position_embedding_type", "rope", "nope")
-    biases = ("q", "k", "v", "o") if fields.flag("attention_bias") else ()
     turning = {} if kind == "rope" else {"rope_theta": Arch.rope_theta, "rope_scaling": None, "rotary_dim": 0}
-    return Arch(**common | turning, **_multipliers(fields), biases=biases)
+    return Arch(**common | turning, **_multipliers(fields), biases=attention_biases(fields))

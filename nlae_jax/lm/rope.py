@@ -18,19 +18,17 @@ def rope_table(arch: Arch, positions: jax.Array, kind: str = "global") -> tuple[
     "none" all angles are 0.
     """
     turned = arch.head_dim if arch.rotary_dim is None else arch.rotary_dim
-    exponents = jnp.arange(0, turned, 2, dtype=jnp.float32) / max(turned, 1)
-    frequencies = (arch.local_rope_theta if kind == "local" else arch.rope_theta) ** -exponents
+    wavelengths = _powers(arch.local_rope_theta if kind == "local" else arch.rope_theta, turned)
     scaling, factor = arch.rope_scaling if kind == "global" else None, 1.0
-    if kind == "none":
-        frequencies = jnp.zeros_like(frequencies)
-    elif isinstance(scaling, LinearRope):
+    frequencies = np.zeros_like(wavelengths) if kind == "none" else 1 / wavelengths
+    if isinstance(scaling, LinearRope):
         frequencies = frequencies / scaling.factor
     elif isinstance(scaling, YarnRope):
-        kept = 1 - jnp.asarray(_yarn_ramp(scaling, turned, arch.rope_theta))
-        frequencies = frequencies / scaling.factor * (1 - kept) + frequencies * kept
+        kept = 1 - _yarn_ramp(scaling, turned, arch.rope_theta)
+        frequencies = 1 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept
         factor = scaling.attention_factor
     elif isinstance(scaling, LongRope):
-        frequencies = frequencies / jnp.asarray(scaling.short_factors, jnp.float32)
+        frequencies = 1 / (np.asarray(scaling.short_factors, np.float32) * wavelengths)
         factor = scaling.attention_factor
     elif isinstance(scaling, Llama3Rope):
         frequencies = _llama3(scaling, frequencies)
@@ -44,14 +42,22 @@ def global_rope_table(attention: GlobalAttention, positions: jax.Array) -> tuple
 
     The pairs after the first `turned_pairs` have angle 0.
     """
-    pairs = jnp.arange(attention.head_dim // 2, dtype=jnp.float32)
-    frequencies = attention.rope_theta ** (-2 * pairs / attention.head_dim) / attention.rope_factor
-    frequencies = jnp.where(pairs < attention.turned_pairs, frequencies, 0.0)
+    frequencies = 1 / _powers(attention.rope_theta, attention.head_dim) / attention.rope_factor
+    frequencies[attention.turned_pairs :] = 0.0
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _llama3(scaling: Llama3Rope, frequencies: jax.Array) -> jax.Array:
+def _powers(theta: float, turned: int) -> np.ndarray:
+    """Returns theta ** (i / turned) for i = 0, 2, … below `turned`: [pairs] float32.
+
+    Frequencies are computed by numpy, which rounds as transformers does. XLA multiplies by reciprocals instead of
+    dividing, and at position p a frequency's last bit counts p times.
+    """
+    return np.float32(theta) ** (np.arange(0, turned, 2, dtype=np.float32) / np.float32(max(turned, 1)))
+
+
+def _llama3(scaling: Llama3Rope, frequencies: np.ndarray) -> np.ndarray:
     """Scales frequencies [pairs] as Llama 3 does: low ones by the factor, high ones not, in between interpolated."""
     wavelengths = 2 * math.pi / frequencies
     low = scaling.original_max_positions / scaling.low_freq_factor
@@ -60,9 +66,7 @@ def _llama3(scaling: Llama3Rope, frequencies: jax.Array) -> jax.Array:
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    return jnp.where(
-        wavelengths > low, frequencies / scaling.factor, jnp.where(wavelengths < high, frequencies, between)
-    )
+    return np.where(wavelengths > low, frequencies / scaling.factor, np.where(wavelengths < high, frequencies, between))
 
 
 def _yarn_ramp(scaling: YarnRope, turned: int, theta: float) -> np.ndarray:

@@ -6,13 +6,17 @@ that have ended out of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nlae_jax.mesh import DECODE_RULES, constrained
+from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
 
 
 class Samples(NamedTuple):
@@ -44,6 +48,20 @@ class Loop(NamedTuple):
 
 # (token [*batch], step, caches) -> (logits [*batch, V], caches): feeds the response's token number `step`.
 DecodeStep = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def check_temperature(value: float) -> None:
+    """Raises UserError for a temperature that is negative or not finite."""
+    if not isinstance(value, int | float | np.number) or not 0 <= value < math.inf:
+        raise UserError(f"temperature: {value} should be 0 or more")
+
+
+def check_count(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raises UserError where an argument is no whole number from `least` to `most`."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        kind = "" if is_whole else "a whole number "
+        raise UserError(f"{name}: {quoted(value)} should be {kind}from {least} to {most}")
 
 
 _CELL = 256  # tokens in a cell: the first search is among the cells' sums, the second inside a cell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+import secrets
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -168,7 +168,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str =
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)

@@ -48,6 +48,8 @@ def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:
     from the end for a negative one.
     """
     ids = np.asarray(ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise UserError(f"{where}: token ids should be whole numbers; they are {ids.dtype}")
     if not (wrong := ids[(ids < 0) | (ids >= vocab_size)]).size:
         return
     token = int(wrong.flat[0])

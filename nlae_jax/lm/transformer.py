@@ -337,8 +337,9 @@ def for_decoding(role: nn.Module, variables: Any, contexts: Sequence[KeyValues],
     lm = constrained_tree(variables["params"]["lm"], model_weights(role.arch), DECODE_RULES)
     variables = {**variables, "params": {**variables["params"], "lm": lm}}
     if adapters := variables.get("lora", {}).get("lm", {}).get("blocks"):
-        rank = next(iter(adapters.values()))["a"].shape[1]
-        adapters = constrained_tree(adapters, adapter_weights(role.arch, rank), DECODE_RULES)
+        rank = next(iter(adapters.values()))["a"].shape[-2]
+        declared = adapter_weights(role.arch, rank, experts=True)
+        adapters = constrained_tree(adapters, {name: declared[name] for name in adapters}, DECODE_RULES)
         variables["lora"] = {"lm": {"blocks": adapters}}
     if platform_of(jax.tree.leaves(lm)[0]) != "cpu":
         return Decoding(variables, None, contexts, growing)

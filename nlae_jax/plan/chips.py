@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nlae_jax.plan.cost import Cost, Total
-from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.errors import UserError, first_line
 
 GIB = 1 << 30
 
@@ -99,7 +99,7 @@ def open_topology(name: str) -> Topology:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
         devices: list[Any] = list(topology.devices)
     except Exception as error:  # the compiler raises errors of its own kinds
-        raise UserError(f"--topology {name}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--topology {name}: {first_line(error)}") from None
     chips = {tuple(device.coords) for device in devices}
     return Topology(name, CHIPS[generation], devices, len(devices) // len(chips))
 

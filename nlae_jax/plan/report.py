@@ -113,8 +113,9 @@ def recomputed(remat: str, arch: Arch) -> str:
 
 
 _TELLING = (
-    *("subject.layer", "subject.dtype", "lora.rank", "remat", "attention", "optimizer.moment_dtype", "rl.fused"),
-    *("rl.microbatches", "sft.microbatches", "extract.batch_tokens", "extract.max_tokens"),
+    *("subject.layer", "subject.dtype", "lora.rank", "lora.experts", "remat", "attention"),
+    *("optimizer.moment_dtype", "rl.fused", "rl.microbatches", "sft.microbatches"),
+    *("extract.batch_tokens", "extract.max_tokens"),
 )
 
 

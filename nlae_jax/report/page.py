@@ -258,7 +258,9 @@ def _config(config: Mapping[str, Any] | None) -> str:
     defaults = dataclasses.asdict(Config())
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
     groups = ([("general", top, defaults)] if top else []) + [
-        (key, value, defaults.get(key, {})) for key, value in config.items() if isinstance(value, dict)
+        (key, value, base if isinstance(base := defaults.get(key), dict) else {})
+        for key, value in config.items()
+        if isinstance(value, dict)
     ]
     boxes = "".join(f"<div><h4>{html_text(name)}</h4>{html_values(table, base)}</div>" for name, table, base in groups)
     return f'<p class="note">Bold: not the default.</p><div class="config">{boxes}</div>'

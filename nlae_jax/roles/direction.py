@@ -31,6 +31,21 @@ def direction_mse(reconstruction: Real, target: Real) -> jax.Array:
     return jnp.mean(jnp.square(unit_direction(reconstruction) - unit_direction(target)), -1)
 
 
+# Squares are summed in float32. A smaller sum would lose digits, or be 0 although the vector is not.
+_LEAST_SQUARES = 1e-30
+
+# What `unusable_rows` finds, for messages.
+UNUSABLE = "NaN or infinity, or numbers whose squares float32 cannot hold"
+
+
+def unusable_rows(h_NxD: np.ndarray) -> np.ndarray:
+    """Returns the numbers of the rows whose length float32 cannot compute: see `UNUSABLE`. Rows of zeros are usable."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        square_N = np.square(h_NxD, dtype=np.float32).sum(-1)
+    usable = np.isfinite(square_N) & ((square_N >= _LEAST_SQUARES) | ~np.any(h_NxD, axis=-1))
+    return np.flatnonzero(~usable)
+
+
 class Baselines(NamedTuple):
     """The errors of predicting the data's mean direction: the denominators of the two FVE definitions, float32 [].
 

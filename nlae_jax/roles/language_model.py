@@ -15,7 +15,7 @@ from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
-from nlae_jax.lm.sampling import Samples, sample
+from nlae_jax.lm.sampling import Samples, check_count, check_temperature, sample
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
 from nlae_jax.lm.transformer import Push, for_decoding
@@ -242,7 +242,8 @@ class LanguageModel:
         A `temperature` of 0 takes the likeliest token at each step. Returns the new token ids of each prompt.
         Raises UserError for a token that the model has no embedding for.
         """
-        return self._continued(prompts, seed, lambda inputs, _: self._generate(*inputs, max_new_tokens, temperature))
+        generate_batch = lambda inputs, _: self._generate(*inputs, max_new_tokens, temperature)  # noqa: E731
+        return self._continued(prompts, seed, generate_batch, max_new_tokens, temperature)
 
     def steer(
         self,
@@ -279,17 +280,30 @@ class LanguageModel:
             pushes = self._put((padded_BxTxD, later_NxD[list(rows)]))
             return self._steer(*inputs, *pushes, layer, max_new_tokens, temperature)
 
-        return self._continued(prompts, seed, steer_batch)
+        return self._continued(prompts, seed, steer_batch, max_new_tokens, temperature)
 
     def _continued(
-        self, prompts: Sequence[Sequence[int]], seed: int, sample_batch: Callable[[Any, Sequence[int]], Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        sample_batch: Callable[[Any, Sequence[int]], Any],
+        max_new_tokens: int,
+        temperature: float,
     ) -> list[list[int]]:
         """Continues the prompts in batches of one shape.
 
-        `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows.
+        `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows. Raises
+        UserError for an empty prompt, and for a limit or temperature that cannot be.
         """
-        for prompt in prompts:
-            check_ids(prompt, self.arch.vocab_size, self.tokenizer, "prompt")
+        if not prompts:
+            return []
+        check_temperature(temperature)
+        check_count("max_new_tokens", max_new_tokens, 1)
+        check_count("seed", seed, 0)
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {number}: empty; a continuation needs a token to follow")
+            check_ids(prompt, self.arch.vocab_size, self.tokenizer, f"prompt {number}")
         width = padded_width(max(map(len, prompts)))
         outputs: list[list[int]] = []
         for start in range(0, len(prompts), _GENERATE_BATCH):
@@ -311,15 +325,14 @@ class LanguageModel:
         return [self.tokenizer.decode(reply) for reply in self.generate(ids, max_new_tokens, temperature, seed)]
 
     def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.arch.num_layers:
-            raise UserError(f"layer: {layer} should be from 0 to {self.arch.num_layers - 1}")
+        check_count("layer", layer, 0, self.arch.num_layers - 1)
 
     def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
         try:
             ids = np.asarray(ids)
         except ValueError:  # rows of different lengths
             raise UserError("ids: rows should be padded to one length, with a mask that says so") from None
-        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
             raise UserError(f"ids: {ids.dtype} of shape {ids.shape} should be whole numbers [batch, time]")
         mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
         if mask.shape != ids.shape:

@@ -16,6 +16,7 @@ from nlae_jax.mesh import Weight
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.protocol import Protocol
+from nlae_jax.runtime.errors import UserError
 
 Params = dict[str, Any]
 
@@ -27,13 +28,14 @@ class Roles:
     With LoRA (`rank` > 0) a role trains its adapters, and the decoder its head. The adapters sit on the frozen `base`,
     which both roles share unless they start from a released pair. Without LoRA (`rank` 0) a role trains a full copy of
     the base's weights, and `base` is not read. That copy computes in `dtype` (None: in its own dtype), and its gradient
-    is float32.
+    is float32. `experts` says whether the experts have adapters too.
     """
 
     encoder: Encoder
     decoder: Decoder
     rank: int
     dtype: str | None = None
+    experts: bool = False
 
     def encoder_variables(self, base: Params, trained: Params) -> Params:
         """Builds the encoder module's variables."""
@@ -70,7 +72,9 @@ class Roles:
     def encoder_weights(self) -> Params:
         """Declares the encoder's trained parameters: their shapes and logical axes."""
         arch = self.encoder.arch
-        return {"lm": model_weights(arch)} if self.rank == 0 else {"adapters": adapter_weights(arch, self.rank)}
+        if self.rank == 0:
+            return {"lm": model_weights(arch)}
+        return {"adapters": adapter_weights(arch, self.rank, self.experts)}
 
     def decoder_weights(self) -> Params:
         """Declares the decoder's trained parameters: their shapes and logical axes."""
@@ -78,7 +82,7 @@ class Roles:
         head = Weight((arch.d_model, arch.d_model), ("norm", "embed"))
         if self.rank == 0:
             return {"lm": decoder_model_weights(arch), "value_head": head}
-        return {"adapters": adapter_weights(arch, self.rank), "value_head": head}
+        return {"adapters": adapter_weights(arch, self.rank, self.experts), "value_head": head}
 
 
 class Pair(NamedTuple):
@@ -127,7 +131,10 @@ def make_roles(
     """Builds both modules for a run.
 
     `arch` is the subject's. `encoder_arch` and `decoder_arch` replace it for a role that starts from another model.
+    Raises UserError where `lora.experts` asks for adapters on experts that a model does not have.
     """
+    for model in (encoder_arch or arch, decoder_arch or arch):
+        check_experts(config, model)
     scale = config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
     layer = config.subject.layer
     if decoder_arch is None:
@@ -139,4 +146,11 @@ def make_roles(
         decoder=Decoder(decoder_arch, layer, protocol, scale, config.remat, config.attention),
         rank=config.lora.rank,
         dtype=config.subject.dtype,
+        experts=bool(config.lora.rank and config.lora.experts),
     )
+
+
+def check_experts(config: Config, arch: Arch) -> None:
+    """Raises UserError where `lora.experts` asks for adapters on experts that the model does not have."""
+    if config.lora.experts and arch.experts is None:
+        raise UserError(f"config.lora.experts: the model ({arch.family}) has no experts; it should be False")

@@ -30,6 +30,7 @@ from nlae_jax.run.resources import PreparedRun, descriptions_of
 from nlae_jax.runtime import outside
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
+from nlae_jax.runtime.locks import hold
 from nlae_jax.runtime.progress import progress, warn
 
 
@@ -40,8 +41,9 @@ def export(
 
     With `adapters` the directories hold only the adapters, as `lm.adapters` describes. With `datasets` the run's
     activations are written too, see `export_datasets`. Everything is written into a temporary directory in `out` and
-    moved into place at the end. Raises UserError where a part of the export exists already, where `adapters` or
-    `datasets` ask for something that the run does not have, and where transformers could not load the decoder.
+    moved into place at the end. Raises UserError where a part of the export exists already, where another process is
+    exporting there, where `adapters` or `datasets` ask for something that the run does not have, and where transformers
+    could not load the decoder.
     """
     if datasets and run.config.dataset.rl:
         raise UserError(f"--datasets: the activations of {run.workdir} come from such files: {run.config.dataset.rl}")
@@ -53,10 +55,12 @@ def export(
     for name in [*names, *(f"{name}.parquet" for name in SPLIT_OF if datasets)]:
         if (out / name).exists():
             raise UserError(f"--out {out}: {name} is there already; name a new directory")
-    temporary = out / ".export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary, lock = out / ".export.tmp", out / ".export.lock"
+    hold(lock, f"--out {out}", "another nlae process is exporting there", "start no second export there")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}
         with progress(2, "export", unit="model") as bar:
             for role, trained in (("av", pair.encoder), ("ar", pair.decoder)):
@@ -72,6 +76,7 @@ def export(
             path.rename(out / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        lock.unlink(missing_ok=True)
 
 
 def _write_model(run: PreparedRun, role: str, base: Params, trained: Params, directory: Path, dtype: str) -> None:

@@ -44,7 +44,7 @@ def keys_of(config: Config) -> Iterator[Key]:
         local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server on this machine may need no key
         reason = f"describe.provider is {describe.provider}"
         yield Key(_PROVIDERS[describe.provider], reason, "nothing" if local else "value")
-    models = {"subject.model": config.subject.model, "init.av": config.init.av, "init.ar": config.init.ar}
+    models = {"subject.model": config.subject.model, **{f"init.{key}": name for key, name in vars(config.init).items()}}
     hub = [f"{field} is {name}" for field, name in models.items() if _on_hub(name)]
     if config.corpus.hub and not config.dataset.rl:
         hub.append(f"corpus.hub is {config.corpus.hub}")

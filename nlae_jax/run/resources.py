@@ -31,7 +31,7 @@ from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.pretrained import check_same_tokenizer, fingerprint, load_tokenizer, resolve_model
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import check_batches, make_mesh, place, replicated, tree_shardings
-from nlae_jax.roles.pair import Params, Roles, make_roles
+from nlae_jax.roles.pair import Params, Roles, check_experts, make_roles
 from nlae_jax.roles.protocol import Protocol, check_prompts, kept_protocol, make_protocol
 from nlae_jax.run.workdir import ANY_CHECKPOINT, check_record, located, recorded, require, take
 from nlae_jax.runtime import processes, world
@@ -181,6 +181,7 @@ def open_run(config: Config, workdir: AnyPath, read_only: bool = False) -> Run:
             f"config.subject.layer: {config.subject.layer} should be from 0 to {arch.num_layers - 1} "
             f"for {config.subject.model}"
         )
+    check_experts(config, arch)
     require(workdir, "activations/subject.json")
     record = recorded(workdir)
     released = _open_released(config, directory, arch)
@@ -238,7 +239,7 @@ def descriptions_of(run: Run) -> dict[int, str]:
     if not path.exists():
         raise UserError(f"{run.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
     remedy = "delete activations/ to import again" if run.config.dataset.rl else "delete it to describe again"
-    table = read_parquet(path, remedy, ("row", "description"))
+    table = read_parquet(path, remedy, {"row": "whole numbers", "description": "texts"})
     return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
 
 
@@ -273,12 +274,13 @@ def _open_released(config: Config, directory: Path, arch: Arch) -> dict[str, Rel
 def _check_adapters(config: Config, directory: Path, role: str, released: Released) -> None:
     """Raises UserError where released adapters cannot be trained further with this config.
 
-    They need the same base model, rank and scale.
+    They need the same base model, rank, scale and places.
     """
     if (adapters := released.adapters) is None:
         return
     lora = config.lora
-    for name, configured, trained in (("rank", lora.rank, adapters.rank), ("alpha", lora.alpha, adapters.alpha)):
+    for name in ("rank", "alpha", "experts"):
+        configured, trained = getattr(lora, name), getattr(adapters, name)
         if configured != trained:
             raise UserError(f"config.lora.{name}: {configured} should be {trained}, that of {adapters.directory}")
     if fingerprint(released.directory) != fingerprint(directory):

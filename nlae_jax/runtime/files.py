@@ -15,7 +15,8 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
 
 # The path of a workdir's file, local or in a bucket. Both types have the methods that this project uses.
 AnyPath: TypeAlias = "pathlib.Path | epath.Path"
@@ -303,10 +305,11 @@ def read_fields(path: AnyPath, kinds: Mapping[str, type]) -> dict[str, Any]:
         raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
     for name, kind in kinds.items():
         allowed = (int, float) if kind is float else kind
-        if not isinstance(value.get(name), allowed) or isinstance(value[name], bool):
-            raise UserError(
-                f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {value.get(name)!r}"
-            )
+        found = value.get(name)
+        # Also True for NaN, and for a whole number of 400 digits, of which no float can be made.
+        is_endless = isinstance(found, int | float) and not abs(found) < 2.0**1000
+        if not isinstance(found, allowed) or isinstance(found, bool) or is_endless:
+            raise UserError(f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {quoted(found)}")
     return value
 
 
@@ -315,10 +318,26 @@ def write_parquet(path: AnyPath, table: pa.Table) -> None:
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
-def read_parquet(path: AnyPath, remedy: str, columns: Sequence[str] = ()) -> pa.Table:
-    """Reads a table that this project wrote, with at least `columns`.
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
-    Raises UserError with the `remedy` where the file is missing or damaged.
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+
+# The kinds of columns in tables that this project writes.
+_COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
+    "whole numbers": pa.types.is_integer,
+    "texts": _is_text,
+    "lists of whole numbers": _is_list,
+}
+
+
+def read_parquet(path: AnyPath, remedy: str, columns: Mapping[str, str] = MappingProxyType({})) -> pa.Table:
+    """Reads a table that this project wrote, with at least `columns`: name -> kind, one of `_COLUMNS`.
+
+    Raises UserError with the `remedy` where the file is missing or damaged, or a column has nulls or another type.
     """
     try:
         if not is_remote(path):
@@ -337,4 +356,7 @@ def read_parquet(path: AnyPath, remedy: str, columns: Sequence[str] = ()) -> pa.
         raise UserError(f"{path}: damaged; {remedy}") from None
     if missing := sorted(set(columns) - set(table.column_names)):
         raise UserError(f"{path}: damaged (no column {missing[0]!r}); {remedy}")
+    for name, kind in columns.items():
+        if table[name].null_count or not _COLUMNS[kind](table[name].type):
+            raise UserError(f"{path}: damaged (the column {name!r} should hold {kind}, without nulls); {remedy}")
     return table

@@ -20,6 +20,7 @@ _LONGEST_FILE = 64 << 20  # bytes: the tensor index of a large model has a few M
 _LONGEST_YAML = 256 << 10  # PyYAML takes seconds for more
 _YAML_NODES = 100_000  # of a document with every alias expanded
 _DIGITS = 300  # of a whole number, so that every one fits a float64
+_LEAST_FLOAT32, _MOST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUOTED = 120  # characters of a value that a message quotes
 _KINDS: dict[type, str] = {dict: "an object", list: "a list"}
@@ -124,6 +125,11 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 def encodable(text: str) -> str:
     """Replaces unpaired surrogates, which no tokenizer and no file accepts, by U+FFFD."""
     return _SURROGATES.sub("\ufffd", text)
+
+
+def fits_float32(value: float) -> bool:
+    """Returns whether a number is 0, or one that float32 holds as a normal number. NaN and infinity are not."""
+    return value == 0 or _LEAST_FLOAT32 <= abs(value) <= _MOST_FLOAT32
 
 
 def clean_log(name: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,8 @@ CONNECT_SECONDS = 120.0  # all processes must have found each other within this 
 
 
 # --- starting
+
+_WHOLE = re.compile(r"[0-9]{1,9}")
 
 
 def settings(spec: str) -> tuple[str | None, int | None, int | None]:
@@ -48,9 +51,9 @@ def settings(spec: str) -> tuple[str | None, int | None, int | None]:
         if len(texts) != 2:
             raise UserError(f"{source}: should be auto or HOST:PORT,COUNT,INDEX")
     host, _, port = (address or "").rpartition(":")
-    if address is not None and not (host and port.isdecimal() and 0 < int(port) < 65536):
+    if address is not None and not (host and _WHOLE.fullmatch(port) and 0 < int(port) < 65536):
         raise UserError(f"{source}: {address!r} should be HOST:PORT")
-    if any(text is not None and not text.isdecimal() for text in texts):
+    if any(text is not None and not _WHOLE.fullmatch(text) for text in texts):
         raise UserError(f"{source}: COUNT and INDEX should be whole numbers")
     number, index = (None if text is None else int(text) for text in texts)
     if number is not None and index is not None and index >= number:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nlae_jax.explore.passage import Passage
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.engine import Engine
 from nlae_jax.serve.frames import (
@@ -284,8 +285,8 @@ def _add_vectors(app: FastAPI, service: Service, describes: Gate, scores: Gate) 
             difference = a - b
             if not difference.any():
                 raise HTTPException(400, "activation_a and activation_b are equal: there is no difference to describe")
-            if not np.isfinite(difference).all():
-                raise HTTPException(400, "activation_a - activation_b: a number is beyond float32")
+            if unusable_rows(difference[None]).size:
+                raise HTTPException(400, f"activation_a - activation_b: {UNUSABLE}")
             keys = [None if body.temperature else difference.tobytes()]
             arguments = [difference], keys, body.max_new_tokens, body.temperature, body.seed
             (scored,) = await unless_gone(request, service.all_explained(*arguments))

@@ -33,8 +33,8 @@ def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains
             f"--host {host}: others could use the server; give --token (or the environment variable {SECRET}), or stay "
             "on 127.0.0.1"
         )
-    if not token.isascii() or token != token.strip():
-        raise UserError("--token: should be ASCII without spaces around it: it travels in a header")
+    if not (token.isascii() and token.isprintable()) or token != token.strip():
+        raise UserError("--token: should be printable ASCII without spaces around it: it travels in a header")
     listener = _bound(host, port)
     port = listener.getsockname()[1]
     hosts = () if token else ("127.0.0.1", "localhost", "::1", host.lower())

@@ -16,6 +16,7 @@ from fastapi import HTTPException
 
 from nlae_jax.explore.explainer import MAX_TOKENS
 from nlae_jax.explore.passage import Passage, Token, extended, read_chat, read_text
+from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.engine import Completion, Engine, Explained
 from nlae_jax.serve.reading import Reader
@@ -144,8 +145,8 @@ class Service:
             raise HTTPException(400, f"{field} length {len(values)} != d_model {d_model}")
         with np.errstate(over="ignore"):
             vector = np.asarray(values, np.float64).astype(np.float32)
-        if not np.isfinite(vector).all():
-            raise HTTPException(400, f"{name}: a number is beyond float32")
+        if unusable_rows(vector[None]).size:
+            raise HTTPException(400, f"{name}: {UNUSABLE}")
         return vector
 
     async def explained(

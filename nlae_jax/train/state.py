@@ -41,7 +41,7 @@ def init_encoder(roles: Roles, base: Params, key: jax.Array, adapters: Params | 
     """Returns trained parameters with which the encoder equals `base`, or `base` with `adapters` if they are given."""
     if roles.rank == 0:
         return {"lm": jax.tree.map(_master_copy, base)}
-    return {"adapters": adapters or init_adapters(key, roles.encoder.arch, roles.rank)}
+    return {"adapters": adapters or init_adapters(key, roles.encoder.arch, roles.rank, roles.experts)}
 
 
 def init_decoder(
@@ -57,7 +57,8 @@ def init_decoder(
         lm = {name: _master_copy(weight) for name, weight in base.items() if name not in ("blocks", "head")}
         blocks = first_blocks(arch, base["blocks"], depth)
         return {"lm": {**lm, "blocks": jax.tree.map(_master_copy, blocks)}, "value_head": head}
-    return {"adapters": adapters or init_adapters(key, arch.truncated(depth), roles.rank), "value_head": head}
+    adapters = adapters or init_adapters(key, arch.truncated(depth), roles.rank, roles.experts)
+    return {"adapters": adapters, "value_head": head}
 
 
 def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

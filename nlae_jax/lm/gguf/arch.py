@@ -107,6 +107,7 @@ def read_gguf_arch(
     family, keys = GGUF_FAMILIES[name], _Metadata(path, metadata, name)
     factors = rope_tensors or {}
     config = _common_fields(keys, family) | _own_fields(keys, family)
+    keys.size("context_length", 0)  # not part of the maths, but the converted model's files have it
     if family.model_type in _MORE:
         config |= _MORE[family.model_type](keys, config, tensors, factors)
     config |= {"vocab_size": vocab_size, "tie_word_embeddings": "output.weight" not in tensors}

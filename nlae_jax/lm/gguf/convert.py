@@ -16,8 +16,8 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -134,8 +134,8 @@ def convert_gguf(gguf_path: Path, directory: Path) -> None:
     slots = _slots(arch, family, tensors)
     _check_tensors(gguf_path, arch, slots, family, tensors)
     logging.getLogger(__name__).info("converting %s to %s", gguf_path, directory)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Not named by the process's number, which processes in other containers with the same cache may share.
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(parents=True)
         special = write_tokenizer(gguf_path, metadata, temporary)
@@ -190,6 +190,8 @@ def _arch(path: Path, metadata: Metadata, tensors: Tensors) -> Arch:
     embeddings = tensors.get(TENSOR_NAMES["embed"])
     if embeddings is None:
         raise UserError(f"{path}: the GGUF lacks the tensor {TENSOR_NAMES['embed']}")
+    if len(embeddings.shape) != 2:
+        raise UserError(f"{path}: the tensor {embeddings.name} should be a matrix; it has shape {_shape(embeddings)}")
     family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")))
     named = [name for name in family.rope_tensors if name in tensors] if family else []
     factors = {name: _dequantise(path, tensors[name]).reshape(-1) for name in named}

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
 
 # Token types of the GGUF specification.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -74,6 +77,33 @@ _PRE: dict[str, _Rules] = {
     "tekken": _Rules(_CAPITALS, whole_words=True, adds_bos=True),
 }
 
+
+def _is_list_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+# Key -> the type of its value, in words and as a test.
+_Kind = tuple[str, Callable[[Any], bool]]
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_SWITCH: _Kind = ("true or false", lambda value: isinstance(value, bool))
+_ID: _Kind = ("a whole number", lambda value: type(value) is int)
+_TEXTS: _Kind = ("a list of texts", _is_list_of(str))
+_KINDS: dict[str, _Kind] = {
+    "tokenizer.ggml.model": _TEXT,
+    "tokenizer.ggml.pre": _TEXT,
+    "tokenizer.ggml.tokens": _TEXTS,
+    "tokenizer.ggml.merges": _TEXTS,
+    "tokenizer.ggml.token_type": ("a list of whole numbers", _is_list_of(int)),
+    "tokenizer.ggml.scores": (
+        "a list of finite numbers",
+        lambda value: _is_list_of(int, float)(value) and all(map(math.isfinite, value)),
+    ),
+    "tokenizer.ggml.add_bos_token": _SWITCH,
+    "tokenizer.ggml.add_space_prefix": _SWITCH,
+    "tokenizer.chat_template": _TEXT,
+    **{f"tokenizer.ggml.{role}_token_id": _ID for role in ("bos", "eos", "padding", "unknown")},
+}
+
 # Ids that llama.cpp takes where a file does not name them, by tokenizer.ggml.model.
 _DEFAULT_IDS: dict[str, dict[str, int]] = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "gemma4": {}}
 _SENTENCEPIECE = ("llama", "gemma4")  # text in place of bytes, and spaces written as SentencePiece does
@@ -86,6 +116,7 @@ def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> di
     template asks for it: readers take a named one for one that is added. Raises UserError, naming the GGUF
     metadata key, for a tokenizer that cannot be rebuilt.
     """
+    _check_kinds(path, metadata)
     model = metadata.get("tokenizer.ggml.model")
     if model not in _DEFAULT_IDS:
         raise UserError(
@@ -122,6 +153,13 @@ def write_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> di
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
     special = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": pad}
     return {key: value for key, value in special.items() if value is not None}
+
+
+def _check_kinds(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises UserError that names the first key of the tokenizer whose value has another type than the format says."""
+    for key, (kind, fits) in _KINDS.items():
+        if (value := metadata.get(key)) is not None and not fits(value):
+            raise UserError(f"{path}: {key} should be {kind}; it is {quoted(value)}")
 
 
 def _vocabulary(path: Path, metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
