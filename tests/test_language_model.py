@@ -287,6 +287,11 @@ def test_what_no_continuation_can_be_drawn_with(tiny_lm, arguments, named):
     assert tiny_lm.generate([], 2) == []
 
 
+def test_prompts_of_one_length_may_be_an_array(tiny_lm):
+    prompts = np.array([[3, 4, 5], [6, 7, 8]])
+    assert tiny_lm.generate(prompts, 2, temperature=0.0) == tiny_lm.generate(prompts.tolist(), 2, temperature=0.0)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (1, 0)])
 def test_nothing_to_read_is_named(tiny_lm, shape):
     with pytest.raises(UserError, match="should be whole numbers"):

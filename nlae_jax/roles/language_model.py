@@ -295,7 +295,7 @@ class LanguageModel:
         `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows. Raises
         UserError for an empty prompt, and for a limit or temperature that cannot be.
         """
-        if not prompts:
+        if not len(prompts):  # prompts of one length may be an array, which has no truth value
             return []
         check_temperature(temperature)
         check_count("max_new_tokens", max_new_tokens, 1)
