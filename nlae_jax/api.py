@@ -371,8 +371,8 @@ def _with_adapters(
     adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
     if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha, a.experts) for a in adapters}) > 1:
         raise UserError(
-            f"{decoder.sidecar.path.parent}: should hold adapters on the base model, and of the rank, scale and "
-            f"places, of those in {encoder.sidecar.path.parent}"
+            f"{decoder.sidecar.path.parent}: should hold adapters of the same base model, rank and scale, and on the "
+            f"same layers, as those in {encoder.sidecar.path.parent}"
         )
     av_file, ar_file = adapters
     arch, layer, scale = encoder.arch, decoder.decoder_layer, av_file.alpha / av_file.rank

@@ -20,6 +20,7 @@ from nlae_jax.lm.pretrained import load_tokenizer
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.roles.protocol import decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.run import export as export_module
 from nlae_jax.run.export import _copy_tokenizer, export
 from nlae_jax.runtime.errors import UserError
 from tests.tiny_run import TinyRun
@@ -488,3 +489,11 @@ def test_a_second_export_leaves_the_first_ones_files_alone(tmp_path):
         with pytest.raises(UserError, match=f"--out {tmp_path}: another nlae process is exporting there"):
             export(run, None, tmp_path, adapters=True)
     assert (tmp_path / ".export.tmp/av").exists()
+
+
+def test_a_pair_that_another_process_exported_meanwhile_is_seen(tmp_path, monkeypatch):
+    """A second export may get the lock just when the first one has ended."""
+    run = types.SimpleNamespace(config=types.SimpleNamespace(lora=types.SimpleNamespace(rank=1)))
+    monkeypatch.setattr(export_module, "hold", lambda *_: (tmp_path / "av").mkdir())
+    with pytest.raises(UserError, match=f"--out {tmp_path}: av is there already"):
+        export(run, None, tmp_path, adapters=True)

@@ -95,6 +95,14 @@ def test_a_document_with_a_token_that_the_subject_lacks_is_named():
         make_index(texts, Letters(), config(), vocab_size=ord("z"))
 
 
+@pytest.mark.parametrize("passages", [1, 3])
+def test_too_few_passages_are_said(passages):
+    """All documents of a passage are in one split."""
+    texts = [dataclasses.replace(text, passage=str(i % passages)) for i, text in enumerate(documents(40))]
+    with pytest.raises(UserError, match=rf"documents are of {passages} passages; at least 4 are needed"):
+        make_index(texts, Letters(), config())
+
+
 def test_too_few_documents_are_said():
     with pytest.raises(UserError, match=r"extract\.min_position"):
         make_index(documents(40, longest=60), Letters(), config(min_position=58))

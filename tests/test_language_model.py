@@ -275,7 +275,7 @@ def test_what_is_added_to_generated_tokens_is_what_reading_them_with_it_gives(ti
         (([[5]], 2.5), "max_new_tokens: 2.5"),
         (([[5]], True), "max_new_tokens: True"),
         (([[5]], 2, 1.0, -1), "seed: -1"),
-        (([[5]], 2, 1.0, 2**70), "seed: "),
+        (([[5]], 2, 1.0, 2**32), "seed: 4294967296 should be from 0 to 4294967295"),
         (([[5], []], 2), "prompt 1: empty"),
         (([[5.5]], 2), "prompt 0: token ids should be whole numbers"),
         (([[True]], 2), "prompt 0: token ids should be whole numbers"),
@@ -285,6 +285,16 @@ def test_what_no_continuation_can_be_drawn_with(tiny_lm, arguments, named):
     with pytest.raises(UserError, match=named):
         tiny_lm.generate(*arguments)
     assert tiny_lm.generate([], 2) == []
+
+
+def test_a_seed_has_32_bits_as_in_http(tiny_lm):
+    replies = [tiny_lm.generate([[3, 4]] * 4, 6, seed=seed) for seed in (2**32 - 1, 2**31, 2**31 - 1)]
+    assert replies[0] != replies[1] != replies[2] != replies[0]
+
+
+def test_prompts_of_one_length_may_be_an_array(tiny_lm):
+    prompts = np.array([[3, 4, 5], [6, 7, 8]])
+    assert tiny_lm.generate(prompts, 2, temperature=0.0) == tiny_lm.generate(prompts.tolist(), 2, temperature=0.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 0)])

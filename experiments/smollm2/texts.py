@@ -564,6 +564,7 @@ def write_splits(pools: dict[tuple[str, str], list[dict[str, str]]], out: Path) 
 
 
 def write(records: list[dict[str, str]], path: Path) -> None:
+    """Writes records as lines of JSON. Makes the directory if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")

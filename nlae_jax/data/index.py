@@ -109,9 +109,14 @@ def _rng(seed: int, doc_id: str) -> np.random.Generator:
 def _split(groups: list[str], config: Config) -> np.ndarray:
     """Returns each document's split. Groups are ordered by a keyed hash and cut at the shares.
 
-    Every split gets at least one group.
+    Every split gets at least one group. Raises UserError where there are too few groups for that.
     """
     names = sorted(set(groups), key=lambda group: hashlib.sha256(f"{config.seed}:{group}".encode()).digest())
+    if len(names) < len(SPLITS):
+        raise UserError(
+            f"corpus: {len(groups)} documents are of {len(names)} passages; at least {len(SPLITS)} are needed, one "
+            "per split (the field or column passage says which documents stay in one split)"
+        )
     shares = np.array([getattr(config.split, name) for name in SPLITS])
     counts = np.maximum(1, np.floor(shares * len(names)).astype(int))
     counts[np.argmax(counts)] += len(names) - counts.sum()

@@ -18,7 +18,7 @@ from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.explore.passage import Passage, read_text
 from nlae_jax.explore.statistics import Statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
-from nlae_jax.lm.sampling import check_count, check_temperature
+from nlae_jax.lm.sampling import check_count, check_seed, check_temperature
 from nlae_jax.lm.tokens import check_ids, pad, padded_width
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
@@ -106,7 +106,7 @@ class Explainer:
         """
         vectors = self._checked(vectors)
         check_temperature(temperature)
-        check_count("seed", seed, 0)
+        check_seed(seed)
         self._checked_limit(max_new_tokens)
         with progress(len(vectors), "explain", unit="activation") as bar:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
@@ -160,7 +160,7 @@ class Explainer:
         vectors = self._checked(vectors)
         limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
         check_temperature(temperature)
-        check_count("seed", seed, 0)
+        check_seed(seed)
         with progress(len(vectors), "explain", unit="activation") as bar:
             sampled = self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, limit)
         return [_written(response) for response in sampled.responses]

@@ -64,6 +64,11 @@ def check_count(name: str, value: int, least: int, most: int = 2**31 - 1) -> Non
         raise UserError(f"{name}: {quoted(value)} should be {kind}from {least} to {most}")
 
 
+def check_seed(value: int) -> None:
+    """Raises UserError for a seed that is no whole number of 32 bits: JAX would cut a longer one."""
+    check_count("seed", value, 0, 2**32 - 1)
+
+
 _CELL = 256  # tokens in a cell: the first search is among the cells' sums, the second inside a cell
 
 

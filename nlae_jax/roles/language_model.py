@@ -15,7 +15,7 @@ from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
-from nlae_jax.lm.sampling import Samples, check_count, check_temperature, sample
+from nlae_jax.lm.sampling import Samples, check_count, check_seed, check_temperature, sample
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
 from nlae_jax.lm.transformer import Push, for_decoding
@@ -295,11 +295,11 @@ class LanguageModel:
         `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows. Raises
         UserError for an empty prompt, and for a limit or temperature that cannot be.
         """
-        if not prompts:
+        if not len(prompts):  # prompts of one length may be an array, which has no truth value
             return []
         check_temperature(temperature)
         check_count("max_new_tokens", max_new_tokens, 1)
-        check_count("seed", seed, 0)
+        check_seed(seed)
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {number}: empty; a continuation needs a token to follow")

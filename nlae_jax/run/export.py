@@ -51,14 +51,13 @@ def export(
         raise UserError(f"--adapters: {run.workdir} has none; its lora.rank is 0")
     if not adapters:
         _check_last_block(run)
-    names = ["av", "ar"]
-    for name in [*names, *(f"{name}.parquet" for name in SPLIT_OF if datasets)]:
-        if (out / name).exists():
-            raise UserError(f"--out {out}: {name} is there already; name a new directory")
     out.mkdir(parents=True, exist_ok=True)
     temporary, lock = out / ".export.tmp", out / ".export.lock"
     hold(lock, f"--out {out}", "another nlae process is exporting there", "start no second export there")
     try:
+        for name in ("av", "ar", *(f"{name}.parquet" for name in SPLIT_OF if datasets)):
+            if (out / name).exists():
+                raise UserError(f"--out {out}: {name} is there already; name a new directory")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         bases = {"av": pair.base, "ar": pair.base if pair.decoder_base is None else pair.decoder_base}

@@ -274,7 +274,7 @@ def _open_released(config: Config, directory: Path, arch: Arch) -> dict[str, Rel
 def _check_adapters(config: Config, directory: Path, role: str, released: Released) -> None:
     """Raises UserError where released adapters cannot be trained further with this config.
 
-    They need the same base model, rank, scale and places.
+    They need the same base model, rank and scale, and must be on the same layers.
     """
     if (adapters := released.adapters) is None:
         return

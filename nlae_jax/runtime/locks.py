@@ -21,16 +21,30 @@ def hold(path: Path, name: str, busy: str, advice: str) -> None:
     warning ends with `advice`, which tells the user what not to do.
     """
     path = path.resolve()
-    locked = _LOCKED.get(path)
-    # If the file was deleted meanwhile, the path is another file, which another process may have locked.
-    if locked is not None and path.exists() and os.path.samestat(os.fstat(locked.fileno()), path.stat()):
+    if path in _LOCKED and _is_at(_LOCKED[path], path):
         return
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{name}: {busy}") from None
+        except OSError as error:  # file systems without locks raise errors of many kinds
+            warn(f"{name}: cannot be locked ({error.strerror}); {advice}")
+            break
+        if _is_at(file, path):
+            break
         file.close()
-        raise UserError(f"{name}: {busy}") from None
-    except OSError as error:  # file systems without locks raise errors of many kinds
-        warn(f"{name}: cannot be locked ({error.strerror}); {advice}")
     _LOCKED[path] = file
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Returns whether an open file is still the one at its path.
+
+    After it was deleted, the path may be another file, which another process may have locked.
+    """
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,4 +1,4 @@
-"""Fifteenth stage: the decoder learns from 2,400 explanations of the finished encoder (descriptions.py samples).
+"""Fifteenth stage: the decoder learns from 2,400 explanations of the encoder as it then is (descriptions.py samples).
 
 nlae sft --config experiments/smollm2/pair/decoder_last.py --workdir runs/pair/decoder_last
 nlae export --workdir runs/pair/decoder_last --out runs/pair/after_decoder_last --adapters --dtype bfloat16

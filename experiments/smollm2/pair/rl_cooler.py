@@ -1,4 +1,4 @@
-"""Last stage: reinforcement learning at the temperature that the pair is used at.
+"""Sixteenth and last stage: reinforcement learning at the temperature that the pair is used at.
 
 At temperature 1 the encoder hardly repeats words, but at 0.6 it still does. The sharper distribution is another policy.
 
