@@ -15,13 +15,12 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
-from urllib.parse import urlsplit
 
 import ml_collections
 
 from nlae_jax.runtime.errors import UserError, first_line
 from nlae_jax.runtime.files import AnyPath, read_json
-from nlae_jax.runtime.outside import fits_float32, quoted
+from nlae_jax.runtime.outside import fits_float32, quoted, server_address
 
 
 class Binds(enum.Enum):
@@ -441,7 +440,11 @@ def _validate(config: Config) -> None:
     for leaf in leaves():
         if values[leaf.name] is not None:
             _check(leaf, values[leaf.name])
-    _check_url(config.describe.base_url)
+    if config.describe.base_url and server_address(config.describe.base_url) is None:
+        raise UserError(
+            "config.describe.base_url: must look like https://HOST:PORT/v1, without a user name or query; a key "
+            "belongs in the provider's environment variable"  # the config is not secret
+        )
     if config.describe.provider == "file" and not config.describe.path:
         raise UserError("config.describe.path: empty; the provider file should be told which JSONL file to read")
     shares = dataclasses.asdict(config.split)
@@ -463,21 +466,6 @@ def _validate(config: Config) -> None:
             )
     if config.lora.rank and config.lora.alpha <= 0:
         raise UserError(f"config.lora.alpha: {config.lora.alpha} should be positive")
-
-
-def _check_url(base_url: str) -> None:
-    """Raises UserError where a server's address is invalid, or holds a user name or key: the config is not secret."""
-    try:
-        url = urlsplit(base_url)
-        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        valid &= not (url.username or url.password or url.query or url.fragment)
-    except ValueError:  # half an IPv6 address, or a port beyond 65535
-        valid = False
-    if base_url and not valid:
-        raise UserError(
-            "config.describe.base_url: must look like https://HOST:PORT/v1, without a user name or query; a key "
-            "belongs in the provider's environment variable"
-        )
 
 
 def _check(leaf: Leaf, value: Any) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import SplitResult
 
 import httpx
 
@@ -35,6 +36,7 @@ from nlae_jax.data.replies import (
     status_of,
 )
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import server_address
 from nlae_jax.runtime.progress import say
 
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -94,7 +96,7 @@ class Server:
             raise UserError("describe: concurrency and timeout_seconds must be above 0, and max_retries 0 or more")
         base = (config.base_url or api.url).rstrip("/")
         url = _checked_url(base, api)
-        self._local = url.host in _LOCAL_HOSTS
+        self._local = url.hostname in _LOCAL_HOSTS
         self._api, self._config, self._pause = api, config, pause
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
@@ -300,23 +302,20 @@ async def _cancel_after_drain(tasks: Sequence[asyncio.Task[None]], stop: asyncio
         task.cancel()
 
 
-def _checked_url(base_url: str, api: Api) -> httpx.URL:
+def _checked_url(base_url: str, api: Api) -> SplitResult:
     """Parses a base URL. Raises UserError if it is invalid or holds credentials.
 
     Credentials in it would be shown and stored with the configuration.
     """
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.port is not None and not 0 < url.port < 65536:
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
-        raise UserError(
-            f"describe.base_url must look like {api.url!r}, without a user name or query; "
-            f"the key belongs in the environment variable {api.key_variable}"
-        )
-    return url
+    url = server_address(base_url)
+    with contextlib.suppress(httpx.InvalidURL):
+        httpx.URL(base_url)  # stricter about host names
+        if url is not None:
+            return url
+    raise UserError(
+        f"describe.base_url must look like {api.url!r}, without a user name or query; "
+        f"the key belongs in the environment variable {api.key_variable}"
+    )
 
 
 def _certificates() -> ssl.SSLContext:

@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
@@ -130,6 +131,16 @@ def encodable(text: str) -> str:
 def fits_float32(value: float) -> bool:
     """Returns whether a number is 0, or one that float32 holds as a normal number. NaN and infinity are not."""
     return value == 0 or _LEAST_FLOAT32 <= abs(value) <= _MOST_FLOAT32
+
+
+def server_address(text: str) -> SplitResult | None:
+    """Parses the address of an HTTP server. None if it is invalid, or has a user name, password, query or fragment."""
+    try:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # half an IPv6 address, or a port beyond 65535
+        return None
+    return url if valid and not (url.username or url.password or url.query or url.fragment) else None
 
 
 def clean_log(name: str) -> None:
