@@ -22,13 +22,14 @@ def get_config() -> ConfigDict:
     config.split.encoder_sft, config.split.decoder_sft = 0.01, 0.01  # no warm start: the pair has had one
     config.split.rl, config.split.held_out = 0.68, 0.3
     config.sft.encoder_steps = config.sft.decoder_steps = 0
-    config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 14, 8, 4
+    config.rl.num_steps, config.rl.activations_per_step, config.rl.samples_per_activation = 10, 8, 4
     config.rl.max_new_tokens = 64
+    config.rl.temperature = 0.6  # the pair's last training was at this temperature, and it is evaluated at it
     config.rl.kl_coef = 0.0  # so few steps cannot lead far away
     config.rl.repeat_penalty = 0.5
-    # The pair's decoder has settled at low rates; a high one would first undo that.
-    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 2e-4, 3e-4
-    config.checkpoint.every_steps = 14
+    # The pair has settled at low rates; high ones would first undo that.
+    config.rl.encoder_learning_rate, config.rl.decoder_learning_rate = 1e-4, 3e-4
+    config.checkpoint.every_steps = 10
     config.eval.num_activations, config.eval.batch_size = 64, 32
     config.eval.temperature = 0.6
     return config
