@@ -36,10 +36,8 @@ from nlae_jax.data.replies import (
     status_of,
 )
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import server_address
+from nlae_jax.runtime.outside import LOCAL_HOSTS, server_address
 from nlae_jax.runtime.progress import say
-
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 _TICK_SECONDS = 0.2  # the caller gets control back this often while it waits for an answer
 _DRAIN_SECONDS = 5.0  # a stopped run waits so long for answers under way, because they are being paid for
@@ -96,7 +94,7 @@ class Server:
             raise UserError("describe: concurrency and timeout_seconds must be above 0, and max_retries 0 or more")
         base = (config.base_url or api.url).rstrip("/")
         url = _checked_url(base, api)
-        self._local = url.hostname in _LOCAL_HOSTS
+        self._local = url.hostname in LOCAL_HOSTS
         self._api, self._config, self._pause = api, config, pause
         self._url = base + api.path
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
@@ -308,14 +306,16 @@ def _checked_url(base_url: str, api: Api) -> SplitResult:
     Credentials in it would be shown and stored with the configuration.
     """
     url = server_address(base_url)
-    with contextlib.suppress(httpx.InvalidURL):
+    try:
         httpx.URL(base_url)  # stricter about host names
-        if url is not None:
-            return url
-    raise UserError(
-        f"describe.base_url must look like {api.url!r}, without a user name or query; "
-        f"the key belongs in the environment variable {api.key_variable}"
-    )
+    except httpx.InvalidURL:
+        url = None
+    if url is None:
+        raise UserError(
+            f"describe.base_url must look like {api.url!r}, without a user name or query; "
+            f"the key belongs in the environment variable {api.key_variable}"
+        )
+    return url
 
 
 def _certificates() -> ssl.SSLContext:

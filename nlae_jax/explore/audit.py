@@ -25,8 +25,8 @@ from nlae_jax.explore.items import Results
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.select import Pick
 from nlae_jax.explore.steer import wilson
-from nlae_jax.lm.sampling import check_count
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import check_count
 from nlae_jax.runtime.progress import progress
 
 _MOST_WORDS = 30  # the length of the list of recurring words

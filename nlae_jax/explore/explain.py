@@ -14,8 +14,8 @@ from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage, Token
 from nlae_jax.explore.select import Pick
-from nlae_jax.lm.sampling import check_count
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import check_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nlae_jax.evaluate.reconstruction import direction_mse
 from nlae_jax.explore.passage import Passage, read_text
 from nlae_jax.explore.statistics import Statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
-from nlae_jax.lm.sampling import check_count, check_seed, check_temperature
+from nlae_jax.lm.sampling import check_seed, check_temperature
 from nlae_jax.lm.tokens import check_ids, pad, padded_width
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
@@ -27,7 +27,7 @@ from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, d
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
-from nlae_jax.runtime.outside import quoted
+from nlae_jax.runtime.outside import check_count, quoted
 from nlae_jax.runtime.progress import progress
 
 _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64 rows than for 8

@@ -29,9 +29,14 @@ def whole_heads_turn(parameters: dict[str, Any]) -> None:
         raise UserError("config.json: a partial_rotary_factor other than 1 is not supported for this model_type")
 
 
+def _theta(parameters: dict[str, Any], otherwise: float) -> float:
+    theta = parameters.get("rope_theta")
+    return number("rope_theta", otherwise if theta is None else theta)
+
+
 def rope_of(parameters: dict[str, Any], default_theta: float, context: int | None = None) -> tuple[float, Scaling]:
     """Reads base and scaling from one set of `rope_parameters`. `context` is the model's `max_position_embeddings`."""
-    theta = number("rope_theta", default_theta if (own := parameters.get("rope_theta")) is None else own)
+    theta = _theta(parameters, default_theta)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     constant = lambda key: number(key, required(parameters, key))  # noqa: E731
     if kind == "default":
@@ -55,7 +60,7 @@ def proportional_rope(parameters: dict[str, Any], default_theta: float, head_dim
     kind = parameters.get("rope_type", "default")
     if kind not in ("proportional", "default"):
         raise UserError(f"config.json: rope_type {quoted(kind)} of full_attention is not supported; proportional is")
-    theta = number("rope_theta", default_theta if (own := parameters.get("rope_theta")) is None else own)
+    theta = _theta(parameters, default_theta)
     if kind == "default":
         return theta, head_dim // 2, 1.0
     part, factor = (number(key, parameters.get(key, 1.0)) for key in ("partial_rotary_factor", "factor"))

@@ -16,7 +16,7 @@ import numpy as np
 
 from nlae_jax.mesh import DECODE_RULES, constrained
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import quoted
+from nlae_jax.runtime.outside import check_count
 
 
 class Samples(NamedTuple):
@@ -54,14 +54,6 @@ def check_temperature(value: float) -> None:
     """Raises UserError for a temperature that is negative or not finite."""
     if not isinstance(value, int | float | np.number) or not 0 <= value < math.inf:
         raise UserError(f"temperature: {value} should be 0 or more")
-
-
-def check_count(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
-    """Raises UserError where an argument is no whole number from `least` to `most`."""
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        kind = "" if is_whole else "a whole number "
-        raise UserError(f"{name}: {quoted(value)} should be {kind}from {least} to {most}")
 
 
 def check_seed(value: int) -> None:

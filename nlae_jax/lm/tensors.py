@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import secrets
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import write_atomically
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -168,8 +168,8 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str =
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for tensor in tensors:
@@ -177,6 +177,5 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], dtype: str =
                 if values.shape != tensor.shape:
                     raise ValueError(f"{tensor.name}: shape {values.shape}, announced as {tensor.shape}")
                 file.write(np.ascontiguousarray(values, dtype=target).reshape(-1).view(np.uint8).data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(path, write)

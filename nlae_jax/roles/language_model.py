@@ -15,7 +15,7 @@ from nlae_jax.lm.chat import chats_ids
 from nlae_jax.lm.families import read_arch
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
-from nlae_jax.lm.sampling import Samples, check_count, check_seed, check_temperature, sample
+from nlae_jax.lm.sampling import Samples, check_seed, check_temperature, sample
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
 from nlae_jax.lm.transformer import Push, for_decoding
@@ -23,6 +23,7 @@ from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.subject import Spliced, Subject
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import check_count
 
 _GENERATE_BATCH = 16
 

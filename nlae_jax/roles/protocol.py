@@ -194,7 +194,7 @@ def whole_prompt_ids(tokenizer: Any, protocol: Protocol, prompt: str) -> list[in
 def extract_explanation(response: str) -> str | None:
     """Returns the stripped text between the tags, or None where a tag is missing or nothing is between them."""
     # No regular expression: one with white space at both ends takes the cube of a run of line breaks.
-    text, closing, _ = response.partition("<explanation>")[2].partition(CLOSING)
+    text, closing, _ = response.partition(OPENING.rstrip())[2].partition(CLOSING)
     return text.strip() or None if closing else None
 
 

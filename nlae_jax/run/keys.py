@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 from nlae_jax.config import Config, load_experiment
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import LOCAL_HOSTS
 
 _PROVIDERS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class Key(NamedTuple):
@@ -41,7 +41,7 @@ def keys_of(config: Config) -> Iterator[Key]:
     """Yields every key that a run of this config may read on another machine."""
     describe = config.describe
     if describe.provider in _PROVIDERS and config.sft.learns and not config.dataset.rl:
-        local = urlsplit(describe.base_url).hostname in _LOCAL_HOSTS  # a server on this machine may need no key
+        local = urlsplit(describe.base_url).hostname in LOCAL_HOSTS  # a server on this machine may need no key
         reason = f"describe.provider is {describe.provider}"
         yield Key(_PROVIDERS[describe.provider], reason, "nothing" if local else "value")
     models = {"subject.model": config.subject.model, **{f"init.{key}": name for key, name in vars(config.init).items()}}

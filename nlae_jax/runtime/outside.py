@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import numbers
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _LONGEST_YAML = 256 << 10  # PyYAML takes seconds for more
 _YAML_NODES = 100_000  # of a document with every alias expanded
 _DIGITS = 300  # of a whole number, so that every one fits a float64
 _LEAST_FLOAT32, _MOST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+# Hosts whose servers run on this machine, and may need no key.
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _QUOTED = 120  # characters of a value that a message quotes
 _KINDS: dict[type, str] = {dict: "an object", list: "a list"}
@@ -141,6 +144,14 @@ def server_address(text: str) -> SplitResult | None:
     except ValueError:  # half an IPv6 address, or a port beyond 65535
         return None
     return url if valid and not (url.username or url.password or url.query or url.fragment) else None
+
+
+def check_count(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Raises UserError where an argument is no whole number from `least` to `most`."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        kind = "" if is_whole else "a whole number "
+        raise UserError(f"{name}: {quoted(value)} should be {kind}from {least} to {most}")
 
 
 def clean_log(name: str) -> None:
