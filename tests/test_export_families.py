@@ -66,7 +66,7 @@ FIELDS["gemma4_text+experts"] = CASES["gemma4_text-experts"][1] | {
     "layer_types": ["sliding_attention", "full_attention"] * 3
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
-MIXTURES = [family for family in FIELDS if "moe" in family or family in ("gpt_oss", "gemma4_text+experts")]
+MIXTURES = ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text+experts", "qwen3_5_moe_text"]
 
 
 def model_directory(path, family, tokenizer, tiny_dir):

@@ -136,15 +136,16 @@ def in_chunks(
     q, k, v, log_decay, step = (_chunks(x, chunk) for x in (q, k, v, log_decay, step))  # [chunks, N, H, C, ...]
     summed = jnp.cumsum(log_decay, -1)
     row, column = jnp.arange(chunk)[:, None], jnp.arange(chunk)
-    # Masked before the exponential, which may overflow above the diagonal, where the difference is positive.
-    decay = jnp.exp(jnp.where(row >= column, summed[..., :, None] - summed[..., None, :], -jnp.inf))
+    # G_i - G_j as a sum of its own: in float32, the difference of two long sums loses what near tokens need.
+    between = jnp.cumsum(jnp.where(row > column, log_decay[..., :, None], 0.0), -2)
+    decay = jnp.exp(jnp.where(row >= column, between, -jnp.inf))
     seen = einsum("cnhik,cnhjk->cnhij", q, k) * decay
     system = jnp.where(row > column, einsum("cnhik,cnhjk->cnhij", k, k) * decay * step[..., None], 0.0)
     known = jnp.concatenate([v, k * jnp.exp(summed)[..., None]], -1) * step[..., None]
     solved = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
     values, of_memory = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reading = q * jnp.exp(summed)[..., None]
-    writing = k * jnp.exp(summed[..., -1:] - summed)[..., None]
+    writing = k * decay[..., -1, :, None]
 
     def body(memory: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         values, of_memory, reading, writing, seen, left = inputs
