@@ -128,10 +128,11 @@ def in_chunks(
     The formulas are those of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
     Length". Inside a chunk the corrections u of its tokens solve a triangular system: u_i = β_i (v_i - e^{G_i} S₀ᵀ k_i
     - Σ_{j<i} e^{G_i - G_j} (k_i·k_j) u_j), with S₀ the memory before the chunk and G the summed logarithms of decay.
-    The system is solved for all chunks at once, for the part without S₀ and for the factor of S₀.
+    The system is solved for all chunks at once, for the part without S₀ and for the factor of S₀. `chunk` is a power
+    of two.
     """
     length = v.shape[1]
-    chunk = min(chunk, length)
+    chunk = min(chunk, 1 << (length - 1).bit_length())
     q, k = (_per_value_head(x, v.shape[2]) for x in (q, k))
     q, k, v, log_decay, step = (_chunks(x, chunk) for x in (q, k, v, log_decay, step))  # [chunks, N, H, C, ...]
     summed = jnp.cumsum(log_decay, -1)
@@ -142,7 +143,7 @@ def in_chunks(
     seen = einsum("cnhik,cnhjk->cnhij", q, k) * decay
     system = jnp.where(row > column, einsum("cnhik,cnhjk->cnhij", k, k) * decay * step[..., None], 0.0)
     known = jnp.concatenate([v, k * jnp.exp(summed)[..., None]], -1) * step[..., None]
-    solved = jax.lax.linalg.triangular_solve(system, known, left_side=True, lower=True, unit_diagonal=True)
+    solved = einsum("cnhij,cnhjv->cnhiv", _inverse(system), known)
     values, of_memory = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     reading = q * jnp.exp(summed)[..., None]
     writing = k * decay[..., -1, :, None]
@@ -157,6 +158,25 @@ def in_chunks(
     memory, out = jax.lax.scan(body, memory, (values, of_memory, reading, writing, seen, jnp.exp(summed[..., -1])))
     out = jnp.moveaxis(out, (0, 3), (1, 2))  # [N, chunks, C, H, value_dim]
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], memory
+
+
+def _inverse(system: jax.Array) -> jax.Array:
+    """Inverts unit lower triangular matrices [..., C, C], given by what stands below their diagonal; C a power of two.
+
+    Doubles the inverted blocks on the diagonal: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]].
+    Products suit matrix units better than substitution does, and the gradient of `lax.linalg.triangular_solve` can
+    wait for ever on CPU (jaxlib 0.10: two solutions at once on two threads).
+    """
+    *batch, length, _ = system.shape
+    inverse = jnp.ones((*batch, length, 1, 1), system.dtype)
+    while (size := inverse.shape[-1]) < length:
+        blocks = system.reshape(*batch, length // (2 * size), 2, size, length // (2 * size), 2, size)
+        below = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        corner = -einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", second, below), first)
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
+    return inverse[..., 0, :, :]
 
 
 def _per_value_head(x: jax.Array, count: int) -> jax.Array:
