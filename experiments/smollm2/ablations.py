@@ -1,10 +1,11 @@
 """Short trainings that differ in one setting, measured on the same validation activations: docs/carried-pair.md.
 
-    python experiments/smollm2/ablations.py runs/pair --out runs/ablations
-    python experiments/smollm2/ablations.py runs/pair --out runs/ablations --only rl
+    python experiments/smollm2/texts.py runs/pair/texts
+    python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations
+    python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations --only rl
 
-`runs/pair` holds what the stages of the carried pair need and make: `texts/` and `after_last_word/`. Each training
-has a workdir under `--out`, so the same command goes on after an interruption. Every setting is trained with each seed.
+RL starts from the carried pair, and the warm start from SmolLM2. Each training has a workdir under `--out`, so the
+same command goes on after an interruption. Every setting is trained with each seed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mix
 from card import GROUPS, drawn, read
 
 from nlae_jax import NLA
@@ -48,7 +50,12 @@ RL: dict[str, dict[str, Any]] = {
     "length penalty 0.001": {"rl.length_penalty": 0.001},
     "no charge on repeats": {"rl.repeat_penalty": 0.0},
 }
-RL_STEPS = {"rl.num_steps": 16, "rl.activations_per_step": 8, "corpus.max_documents": 200}
+RL_STEPS = {
+    "rl.num_steps": 16,
+    "rl.activations_per_step": 8,
+    "corpus.max_documents": 200,
+    "extract.positions_per_document": 5,
+}
 COLUMNS = ("fve", "fve_shuffled", "candidates_hold_top1", "ending_in_context", "repeated_rate", "distinct_2")
 
 
@@ -65,7 +72,7 @@ def trainings(kind: str, seed: int) -> Iterator[tuple[str, list[Training]]]:
     """Yields each setting of the warm start or of RL with its trainings, in order."""
     if kind == "rl":
         for setting, changes in RL.items():
-            yield setting, [Training(directory(setting, seed), "pair/rl_again.py", RL_STEPS | changes)]
+            yield setting, [Training(directory(setting, seed), "pair/rl_cooler.py", RL_STEPS | changes)]
         return
     for setting, stages in WARM_START.items():
         share = {name: count // len(stages) for name, count in WARM_START_STEPS.items()}
@@ -87,19 +94,19 @@ def directory(setting: str, seed: int) -> str:
     return setting.replace(", ", "_").replace(" ", "_") + f"_{seed}"
 
 
-def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
+def trained(texts: Path, out: Path, training: Training, seed: int) -> Path:
     """Trains and exports a pair, unless that is done already, and returns the directory of the pair."""
     pair = out / "pairs" / training.name
     if (pair / "ar").exists():
         return pair
     changes = training.changes | {"seed": seed, "eval.num_activations": 8}
     if "notes" in training.experiment:
-        changes |= {"corpus.path": str(notes_of_training(material, out)), "corpus.max_documents": None}
+        changes |= {"corpus.path": str(notes_of_training(texts, out)), "corpus.max_documents": None}
         changes["describe.path"] = changes["corpus.path"]
+    elif "rl" in training.experiment:
+        changes |= {"corpus.path": f"{mixed(texts, out)}/*.jsonl", "init.pair": "smollm2-135m"}
     else:
-        changes["corpus.path"] = f"{material}/texts/train/*.jsonl"
-    if "rl" in training.experiment:
-        changes["init.pair"] = str(material / "after_last_word")
+        changes["corpus.path"] = f"{texts}/train/*.jsonl"
     if training.after:
         changes["init.pair"] = str(out / "pairs" / training.after)
     overrides = [f"--config.{name}={value}" for name, value in changes.items()]
@@ -110,13 +117,20 @@ def trained(material: Path, out: Path, training: Training, seed: int) -> Path:
     return pair
 
 
-def notes_of_training(material: Path, out: Path) -> Path:
+def notes_of_training(texts: Path, out: Path) -> Path:
     """Writes the notes whose passages are training texts to a JSONL file, and returns its path."""
     file = out / "notes.jsonl"
-    passages = {row["id"] for _, row in read_json_lines(material / "texts/train/passages.jsonl")}
+    passages = {row["id"] for _, row in read_json_lines(texts / "train/passages.jsonl")}
     rows = [row for _, row in read_json_lines(WARMSTART_NOTES) if row["passage"] in passages]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def mixed(texts: Path, out: Path) -> Path:
+    """Draws the documents of mix.py, unless that is done already, and returns their directory."""
+    if not (out / "mix").exists():
+        mix.main(texts / "train", out / "mix")
+    return out / "mix"
 
 
 def run(*command: str) -> None:
@@ -140,7 +154,7 @@ def measured(pair: Path, texts: Path, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("material", type=Path, help="directory with texts/ and the pair after_last_word/")
+    parser.add_argument("texts", type=Path, help="directory with train/ and validation/, which texts.py makes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("warm_start", "rl"), help="only these settings")
     options = parser.parse_args()
@@ -152,8 +166,8 @@ def main() -> None:
             for setting, stages in trainings(kind, seed):
                 if len(results.get(setting, [])) > seed:
                     continue
-                pair = [trained(options.material, options.out, stage, seed) for stage in stages][-1]
-                found = measured(pair, options.material / "texts" / "validation", seed)
+                pair = [trained(options.texts, options.out, stage, seed) for stage in stages][-1]
+                found = measured(pair, options.texts / "validation", seed)
                 results.setdefault(setting, []).append(found)
                 file.write_text(json.dumps(results, indent=1))
     print("| setting | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|")
