@@ -190,7 +190,7 @@ class NLA(Explainer):
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
-        sections = sections_of(",".join(sections))
+        sections = sections_of(sections, "sections")
         check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")

@@ -400,7 +400,7 @@ def test_the_class(tiny_run):
         (lambda nla: nlae_jax.NLA.neuron(nla, 5), "neuron: 5 should be BLOCK:NEURON"),
         (
             lambda nla: nlae_jax.NLA.evaluate(nla, "out", texts=["the of"], sections=["words"]),
-            "'words' should be one of",
+            "sections: 'words' should be one of",
         ),
     ],
 )

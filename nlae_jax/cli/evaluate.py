@@ -78,7 +78,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             "--distributed: the suite runs in one process, so leave it out; the stage (--config and --workdir without "
             "--suite) runs in several"
         )
-    sections, as_json = sections_of(options.suite or ""), options.json
+    named = [name.strip() for name in (options.suite or "").split(",")]
+    sections, as_json = sections_of([name for name in named if name]), options.json
     check_additions(sections, options.control_steps or 0, options.reword, options.judge, options.sampled)
     if _is_stage(options):
         options.json = as_json and not options.suite

@@ -27,7 +27,7 @@ from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
 from nlae_jax.data.kinds import kinds_of_files
 from nlae_jax.runtime.errors import UserError, one_line
-from nlae_jax.runtime.files import local_path, open_regular, read_bytes
+from nlae_jax.runtime.files import is_text, local_path, open_regular, read_bytes
 from nlae_jax.runtime.outside import parse_json
 
 logger = logging.getLogger(__name__)
@@ -348,7 +348,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
     # Here because most runs read no parquet.
     import pyarrow as pa
 
-    from nlae_jax.data.parquet import check_batch, is_text, opened
+    from nlae_jax.data.parquet import check_batch, opened
 
     with opened(path) as file:
         names = file.schema_arrow.names

@@ -26,15 +26,14 @@ _MODULES: dict[str, ModuleType] = {
 _SAMPLED = ("reconstruction", "truth")
 
 
-def sections_of(names: str) -> tuple[str, ...]:
-    """Returns the sections that a comma-separated list names, in the suite's order; all sections for an empty list.
+def sections_of(names: Sequence[str], option: str = "--suite") -> tuple[str, ...]:
+    """Returns the sections that are named, each once and in the suite's order; all sections for an empty sequence.
 
-    Raises UserError for an unknown name.
+    Raises UserError for an unknown name. `option` is what the message calls the list.
     """
-    named = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
-    if unknown := [name for name in named if name not in SECTIONS]:
-        raise UserError(f"--suite: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
-    return tuple(name for name in SECTIONS if name in named)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise UserError(f"{option}: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
+    return tuple(name for name in SECTIONS if name in names or not names)
 
 
 def check_additions(

@@ -20,12 +20,12 @@ from nlae_jax.config import Config, DatasetConfig
 from nlae_jax.data.activations import counted, open_vectors
 from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.index import SPLITS, Index
-from nlae_jax.data.parquet import check_batch, is_text, opened
+from nlae_jax.data.parquet import check_batch, opened
 from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_json
+from nlae_jax.runtime.files import AnyPath, is_text, local_path, write_atomically, write_json
 
 # The reference's name of a file -> the split that its rows belong to.
 SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_out": "held_out"}

@@ -318,8 +318,11 @@ def write_parquet(path: AnyPath, table: pa.Table) -> None:
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def is_text(kind: pa.DataType) -> bool:
+    """Returns whether a column holds strings, in any of arrow's layouts."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -329,7 +332,7 @@ def _is_list(kind: pa.DataType) -> bool:
 # The kinds of columns in tables that this project writes.
 _COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     "whole numbers": pa.types.is_integer,
-    "texts": _is_text,
+    "texts": is_text,
     "lists of whole numbers": _is_list,
 }
 
