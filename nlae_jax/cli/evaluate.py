@@ -89,8 +89,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         check_workdir(options)
         start_jax()
-    from nlae_jax.api import open_run
     from nlae_jax.config import Config, load_experiment
+    from nlae_jax.explore.sources import open_run
     from nlae_jax.report.page import write_report
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures

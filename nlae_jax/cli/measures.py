@@ -21,7 +21,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     start_jax()
-    from nlae_jax.api import open_run
+    from nlae_jax.explore.sources import open_run
     from nlae_jax.run.export import export
     from nlae_jax.run.training import trained_pair
     from nlae_jax.runtime.output import afterwards, show
