@@ -18,7 +18,8 @@ from nlae_jax.explore.explainer import MAX_TOKENS
 from nlae_jax.explore.passage import Passage, Token, extended, read_chat, read_text
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.serve.engine import Completion, Engine, Explained
+from nlae_jax.serve.engine import Engine
+from nlae_jax.serve.jobs import Completion, Explained
 from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.wire import LIMITS, Input, Message, Scored, characters
 
