@@ -135,7 +135,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
 COMMANDS = (
     Command(
         "eval",
-        "measure the round trip on held-out documents; of any pair, what its words carry and whether they are true",
+        "measure reconstruction on held-out documents; of any pair, what explanations carry and whether they are true",
         _add_eval,
         _run_eval,
         takes_overrides=True,

@@ -183,4 +183,4 @@ def _interval(shares: tuple[float, float] | None) -> str:
     return "" if shares is None else f" (share {shares[0]:.2f} to {shares[1]:.2f})"
 
 
-COMMANDS = (Command("steer", "push activations by an edited explanation, beside controls", _add, _run, check=_check),)
+COMMANDS = (Command("steer", "steer the subject by an edited explanation, beside controls", _add, _run, check=_check),)

@@ -305,11 +305,11 @@ def read_fields(path: AnyPath, kinds: Mapping[str, type]) -> dict[str, Any]:
         raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
     for name, kind in kinds.items():
         allowed = (int, float) if kind is float else kind
-        found = value.get(name)
+        item = value.get(name)
         # Also True for NaN, and for a whole number of 400 digits, of which no float can be made.
-        is_endless = isinstance(found, int | float) and not abs(found) < 2.0**1000
-        if not isinstance(found, allowed) or isinstance(found, bool) or is_endless:
-            raise UserError(f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {quoted(found)}")
+        is_endless = isinstance(item, int | float) and not abs(item) < 2.0**1000
+        if not isinstance(item, allowed) or isinstance(item, bool) or is_endless:
+            raise UserError(f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {quoted(item)}")
     return value
 
 
