@@ -12,7 +12,7 @@ from nlae_jax.serve.tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Explained:
+class State:
     """The state of an explanation. `text` is everything that the encoder has written, with the opening tag.
 
     `description` is set once the explanation has ended, `mse` and `cos` once it is scored; `cos` is NaN for a vector of
@@ -32,7 +32,7 @@ class Explained:
 
 
 @dataclasses.dataclass(eq=False)
-class Work:
+class Job:
     """An explanation to be written, and the watchers of its state. Requests for the same vector share one."""
 
     vector: np.ndarray
@@ -40,10 +40,10 @@ class Work:
     temperature: float
     seed: int
     key: bytes | None
-    watchers: list[Callable[[Explained], None]]
-    state: Explained = Explained()
+    watchers: list[Callable[[State], None]]
+    state: State = State()
 
-    def tell(self, state: Explained) -> None:
+    def tell(self, state: State) -> None:
         """Sets the state and calls all watchers with it."""
         self.state = state
         for watcher in list(self.watchers):
