@@ -127,7 +127,7 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--match", help="only the tokens of this part of the text")
     compare.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
     compare.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
-    compare.add_argument("--html", help="file that gets a page")
+    compare.add_argument("--html", help="file for a page")
     compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

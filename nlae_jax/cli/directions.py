@@ -25,7 +25,7 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     command.add_argument("--corpus", help=".txt, .jsonl or .parquet to search for examples (default: the run's corpus)")
     command.add_argument("--texts", type=int, default=128, help="texts of the corpus that are searched (default 128)")
     command.add_argument("--seed", type=seed, default=0, help="seed of the controls and the drawn contexts")
-    command.add_argument("--html", help="file that gets a page")
+    command.add_argument("--html", help="file for a page")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

@@ -46,7 +46,7 @@ def _add(steer: argparse.ArgumentParser) -> None:
     steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
     steer.add_argument("--temperature", type=float, default=1.0, help="of continuations (default 1)")
     steer.add_argument("--seed", type=seed, default=0, help="of continuations and random directions")
-    steer.add_argument("--html", help="file that gets a page")
+    steer.add_argument("--html", help="file for a page")
     steer.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
