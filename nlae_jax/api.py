@@ -193,8 +193,9 @@ class NLA(Explainer):
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
-        sections = sections_of(sections, "sections")
-        check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
+        spelled = lambda name: "sections" if name == "suite" else name  # noqa: E731
+        sections = sections_of(sections, spelled)
+        check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled, spelled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
