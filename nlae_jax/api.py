@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nlae_jax.assets import pair_directory
-from nlae_jax.config import CorpusConfig, DescribeConfig, MeshConfig, ProtocolConfig, load_config
+from nlae_jax.config import CorpusConfig, DescribeConfig, ProtocolConfig
 from nlae_jax.data.providers import rewriter
 from nlae_jax.evaluate.cost import Asked, Extras, cost_text
 from nlae_jax.evaluate.figures import SECTIONS
@@ -32,26 +30,31 @@ from nlae_jax.explore.explainer import LARGEST_BATCH, Explainer, package_statist
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_passage, read_text
 from nlae_jax.explore.select import parse_at, picks_of
-from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
+from nlae_jax.explore.sources import (
+    has_activations,
+    known_statistics,
+    mapped_subject,
+    open_run,
+    released_subject,
+    run_statistics,
+    run_texts,
+)
+from nlae_jax.explore.statistics import Statistics
 from nlae_jax.explore.vector_files import Direction, read_direction
-from nlae_jax.interop.adapt import WARNING, Adapter, is_adapter, read_adapter
+from nlae_jax.interop.adapt import WARNING, is_adapter, read_adapter
 from nlae_jax.interop.released import Released, open_released, pair_sidecar, pair_tokenizer
-from nlae_jax.interop.sidecar import Sidecar, protocol_of
-from nlae_jax.lm.pretrained import check_same_tokenizer, load_tokenizer, resolve_model, stop_ids
-from nlae_jax.mesh import make_mesh
+from nlae_jax.interop.sidecar import protocol_of
+from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.roles.decoder import Decoder
 from nlae_jax.roles.encoder import Encoder
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles
 from nlae_jax.roles.protocol import Protocol
-from nlae_jax.run import resources
 from nlae_jax.run.resources import PreparedRun
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path, workdir_path
 from nlae_jax.runtime.progress import say, warn
-
-_STATISTICS_ROWS = 4096  # activations of a run that its statistics are computed from
 
 
 class NLA(Explainer):
@@ -79,9 +82,9 @@ class NLA(Explainer):
             subject,
             run.config.rl.max_new_tokens,
             run.mesh,
-            lambda pair: _run_statistics(run) if _has_activations(run) else package_statistics(pair),
+            lambda pair: run_statistics(run) if has_activations(run) else package_statistics(pair),
             name,
-            lambda count: _run_texts(run, count) if _has_activations(run) else (),
+            lambda count: run_texts(run, count) if has_activations(run) else (),
             run.config.subject.model,
         )
 
@@ -104,7 +107,7 @@ class NLA(Explainer):
         encoder, decoder = open_released(str(av), "av"), open_released(str(ar or av), "ar")
         sidecar, tokenizer = pair_sidecar(encoder, decoder), pair_tokenizer(encoder, decoder)
         protocol = protocol_of(sidecar, tokenizer, ProtocolConfig(), encoder.injection_scale)
-        statistics = _known_statistics(str(av))
+        statistics = known_statistics(str(av))
         if adapters := encoder.adapters or decoder.adapters:
             if subject and resolve_model(subject).resolve() != encoder.directory.resolve():
                 raise UserError(
@@ -115,7 +118,7 @@ class NLA(Explainer):
         roles = Roles(Encoder(encoder.arch, protocol), Decoder(decoder.arch, layer, protocol), rank=0)
         trained = {"lm": decoder.weights(dtype, mesh), "value_head": decoder.value_head(mesh)}
         pair = Pair({}, {"lm": encoder.weights(dtype, mesh)}, trained)
-        load_subject = lambda: _subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
+        load_subject = lambda: released_subject(subject, sidecar, layer, tokenizer, dtype, mesh)  # noqa: E731
         return NLA(
             roles,
             pair,
@@ -190,8 +193,9 @@ class NLA(Explainer):
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
             raise UserError(f"eval: the suite runs in one process, and this is one of {processes}")
-        sections = sections_of(",".join(sections))
-        check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled)
+        spelled = lambda name: "sections" if name == "suite" else name  # noqa: E731
+        sections = sections_of(sections, spelled)
+        check_additions(sections, control_steps or 0, reword is not None, judge is not None, sampled, spelled)
         out = workdir_path(out)
         rewrite = None if reword is None else rewriter(reword, out / "evaluation" / "reworded")
         ask = None if judge is None else rewriter(judge, out / "evaluation" / "judged")
@@ -321,42 +325,6 @@ class NLA(Explainer):
         return audit(explanations, {term: term_pattern(term) for term in terms}, placebos)
 
 
-def _known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
-    """Returns a loader of the statistics beside the encoder and decoder of a pair's directory, or None without any."""
-    path = (pair_directory(name) or local_path(name, "model")) / FILE
-    return (lambda pair: load_statistics(path, pair.d_model)) if path.is_file() else None
-
-
-def _has_activations(run: PreparedRun) -> bool:
-    """Returns whether the run's activations exist. They may have been deleted, and a pair works without them."""
-    return (run.workdir / "activations/meta.json").exists()
-
-
-def _run_texts(run: PreparedRun, count: int) -> list[list[int]]:
-    """Returns the token ids of the run's texts; none for a run on datasets, which have no tokens."""
-    return [ids.tolist() for ids in run.store.index.ids[:count] if len(ids)]
-
-
-def _run_statistics(run: PreparedRun) -> Statistics:
-    """Computes the statistics of a run's activations, from a sample spread over all of them if there are many."""
-    count = len(run.store.index.position)
-    rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
-    return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
-
-
-def open_run(workdir: str | Path) -> PreparedRun:
-    """Opens a workdir's run read-only, on its own mesh where this machine has the devices, else on one device."""
-    workdir = workdir_path(workdir)
-    if not (workdir / "config.json").exists():
-        raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
-    config = load_config(workdir / "config.json")
-    try:
-        make_mesh(config.mesh)
-    except UserError:
-        config = dataclasses.replace(config, mesh=MeshConfig())
-    return resources.prepare(resources.open_run(config, workdir, read_only=True))
-
-
 def _with_adapters(
     encoder: Released,
     decoder: Released,
@@ -412,7 +380,7 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
         pair._roles,
         pair._pair,
         pair.tokenizer,
-        lambda: _mapped_subject(directory, adapter, dtype, mesh),
+        lambda: mapped_subject(directory, adapter, dtype, mesh),
         pair.max_new_tokens,
         mesh,
         statistics=pair._make_statistics,
@@ -422,29 +390,3 @@ def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NL
         base_name=pair._base_name,
         reader=load_tokenizer(resolve_model(adapter.model)),
     )
-
-
-def _mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | None) -> LanguageModel:
-    """Loads the model that a map was fitted on. Raises UserError where its shape no longer fits the map."""
-    model = LanguageModel.from_pretrained(adapter.model, dtype, mesh)
-    arch, width = model.arch, adapter.matrix.shape[0]
-    if arch.d_model != width or arch.num_layers <= adapter.layer:
-        raise UserError(
-            f"{directory}: {adapter.model} has {arch.num_layers} blocks of width {arch.d_model}; the map reads block "
-            f"{adapter.layer} of width {width}"
-        )
-    return model
-
-
-def _subject(name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None) -> LanguageModel:
-    """Loads the model whose activations a released pair was made for. Raises UserError where it does not fit."""
-    if not (name := name or sidecar.base_model or ""):
-        raise UserError(f"{sidecar.path}: names no base_model; name the model as --subject")
-    model = LanguageModel.from_pretrained(name, dtype, mesh)
-    if model.arch.d_model != sidecar.d_model or model.arch.num_layers <= layer:
-        raise UserError(
-            f"subject {name}: {model.arch.num_layers} blocks of width {model.arch.d_model}; the "
-            f"pair reads block {layer} of width {sidecar.d_model}"
-        )
-    check_same_tokenizer(tokenizer, model.tokenizer, f"subject {name}")
-    return model

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import DatasetConfig
+from nlae_jax.explore.sources import open_run
 from nlae_jax.interop import datasets
 from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_index, import_texts, import_vectors
 from nlae_jax.run.export import export_datasets

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nlae_jax.api import NLA, open_run
+from nlae_jax.api import NLA
 from nlae_jax.cli import main
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
+from nlae_jax.explore.sources import open_run
 from nlae_jax.report.page import write_report
 from nlae_jax.run.suite import rows_of_run, write_figures
 from nlae_jax.runtime.errors import UserError

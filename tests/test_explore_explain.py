@@ -400,7 +400,15 @@ def test_the_class(tiny_run):
         (lambda nla: nlae_jax.NLA.neuron(nla, 5), "neuron: 5 should be BLOCK:NEURON"),
         (
             lambda nla: nlae_jax.NLA.evaluate(nla, "out", texts=["the of"], sections=["words"]),
-            "'words' should be one of",
+            "sections: 'words' should be one of",
+        ),
+        (
+            lambda nla: nlae_jax.NLA.evaluate(nla, "out", texts=["the of"], sections=["health"], control_steps=9),
+            "control_steps: its figures belong to the section text, which sections should name",
+        ),
+        (
+            lambda nla: nlae_jax.NLA.evaluate(nla, "out", texts=["the of"], sections=["health"], sampled=4),
+            "sampled: its figures belong to the sections reconstruction and truth; sections should name one of them",
         ),
     ],
 )

@@ -162,7 +162,7 @@ def test_the_decoder_ends_with_the_block_that_is_read(exported):
 
 def test_trained_weights_are_written_as_they_are(tiny_run, tmp_path):
     """Without adapters in float32 nothing is computed: to the last bit."""
-    from nlae_jax.api import open_run
+    from nlae_jax.explore.sources import open_run
     from nlae_jax.lm.weights import load_params
     from nlae_jax.run.training import trained_pair
 

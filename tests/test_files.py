@@ -437,3 +437,18 @@ def test_a_column_of_another_type_is_damage(workdir, column):
     files.write_parquet(workdir / "a.parquet", pa.table({"row": column}))
     with pytest.raises(UserError, match=r"the column 'row' should hold whole numbers, without nulls\); again"):
         files.read_parquet(workdir / "a.parquet", "again", {"row": "whole numbers"})
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_texts_are_texts_in_every_layout(workdir, kind):
+    """A table that another program has rewritten may have its texts in another layout."""
+    files.write_parquet(workdir / "a.parquet", pa.table({"text": pa.array(["a", "b", "a"], kind)}))
+    table = files.read_parquet(workdir / "a.parquet", "again", {"text": "texts"})
+    assert table["text"].to_pylist() == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.binary(), pa.dictionary(pa.int32(), pa.int64())], ids=str)
+def test_what_is_no_text_in_any_layout(kind):
+    assert not files.is_text(kind)

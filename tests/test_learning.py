@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax.api import open_run
 from nlae_jax.cli import main
+from nlae_jax.explore.sources import open_run
 from nlae_jax.run.training import trained_pair, warm_started_pair
 
 pytest_plugins = ["tests.tiny_run"]

@@ -16,7 +16,8 @@ from nlae_jax.train.checkpoint import Checkpoints, is_sealed
 from nlae_jax.train.loop import Stage, _check_learned, compiled, last_checkpoint, run_stage
 from nlae_jax.train.metrics import MetricsLog, read
 from nlae_jax.train.state import RlState, RoleState
-from nlae_jax.train.steps import OBSERVED, apply_update
+from nlae_jax.train.steps import OBSERVED
+from nlae_jax.train.updates import apply_update
 
 STEPS, SIZE = 23, 4
 LENGTH = np.random.default_rng(0).integers(1, 40, 90)

@@ -28,7 +28,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.serve.app import Settings
 from nlae_jax.serve.command import serve
-from nlae_jax.serve.engine import description_of
+from nlae_jax.serve.jobs import description_of
 from nlae_jax.serve.programs import encoder_program
 from nlae_jax.serve.reading import Reader, error_rates
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for

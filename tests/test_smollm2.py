@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from nlae_jax.api import open_run
 from nlae_jax.assets import describer_directory
 from nlae_jax.cli import main
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.data.trained_describer import TextDescriber
+from nlae_jax.explore.sources import open_run
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.protocol import make_protocol

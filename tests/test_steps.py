@@ -38,12 +38,11 @@ from nlae_jax.train.state import (
 from nlae_jax.train.steps import (
     OBSERVED,
     SplitStep,
-    apply_update,
     decoder_sft_step,
     encoder_sft_step,
-    in_microbatches,
     rl_step,
 )
+from nlae_jax.train.updates import apply_update, in_microbatches
 from tests.conftest import drawn_params, perturbed, tiny_config, vectors
 
 ONE, MESHES = (1, 1, 1), [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]

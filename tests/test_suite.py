@@ -610,14 +610,14 @@ def test_a_damaged_part_is_made_again(tiny_lm, rows, tmp_path, capsys):
     assert "damaged; made again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("names", "expected"), [("", SECTIONS), ("truth, text", ("text", "truth"))])
+@pytest.mark.parametrize(("names", "expected"), [((), SECTIONS), (("truth", "text", "truth"), ("text", "truth"))])
 def test_sections_are_chosen_by_name(names, expected):
     assert sections_of(names) == expected
 
 
 def test_a_section_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--suite: 'sentences' should be one of reconstruction"):
-        sections_of("text,sentences")
+        sections_of(["text", "sentences"])
 
 
 @pytest.mark.parametrize(

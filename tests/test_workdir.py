@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from nlae_jax.api import open_run
 from nlae_jax.cli import main
 from nlae_jax.config import Config, load_config, resolve
+from nlae_jax.explore.sources import open_run
 from nlae_jax.run.workdir import located, recorded
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json

@@ -10,9 +10,9 @@ from nlae_jax.runtime.errors import UserError
 
 def _add_adapt(adapt: argparse.ArgumentParser) -> None:
     adapt.add_argument("--model", required=True, help="the model: a directory, GGUF file, hub id or pypi:WHEEL")
-    adapt.add_argument("--layer", required=True, type=int, help="its block whose output is read, from 0")
+    adapt.add_argument("--layer", required=True, type=int, help="the block whose output is read, counted from 0")
     adapt.add_argument("--to", required=True, help="the pair: shipped (smollm2-135m), or a directory with av/ and ar/")
-    adapt.add_argument("--out", required=True, help="directory that gets the map; `explain --model` takes it")
+    adapt.add_argument("--out", required=True, help="directory for the map; give it to `nlae explain --model`")
     adapt.add_argument("--texts", default="", help="glob of texts, or warmstart (default: installed documentation)")
     adapt.add_argument("--documents", type=int, default=400, help="texts that both models read (default 400)")
     adapt.add_argument("--places", type=int, default=8, help="places of each text that are read (default 8)")
@@ -43,7 +43,7 @@ def _run_adapt(options: argparse.Namespace, _: list[str]) -> int:
 COMMANDS = (
     Command(
         "adapt",
-        "fit a linear map from another model's activations to those a pair reads: it then explains that model",
+        "fit a linear map from another model's activations to a pair's, so that the pair explains that model",
         _add_adapt,
         _run_adapt,
     ),

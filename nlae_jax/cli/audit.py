@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 def _add_audit(audit: argparse.ArgumentParser) -> None:
     add_pair(audit)
-    audit.add_argument("--input", required=True, help="transcripts: .jsonl or .csv with text or messages, perhaps id")
+    audit.add_argument("--input", required=True, help=".jsonl or .csv of transcripts: text or messages, and perhaps id")
     terms = audit.add_mutually_exclusive_group()
-    terms.add_argument("--terms", help="a file with one term a line: where do explanations say them?")
-    terms.add_argument("--pattern", help="the same as one regular expression")
-    audit.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth token (default 1: all)")
-    audit.add_argument("--search", help="show the explanations that have this")
-    audit.add_argument("--placebo", action="store_true", help="hold all of it against explanations of other texts")
-    audit.add_argument("--placebo-model", help="and against another pair's: a name or directory as of --model")
-    audit.add_argument("--placebo-workdir", help="the same of another run")
-    audit.add_argument("--seed", type=seed, default=0, help="of the permutation")
-    audit.add_argument("--out", help=".jsonl file that keeps the explanations, text by text; run again, it goes on")
-    audit.add_argument("--html", help="file that gets a page, with a timeline of every term")
+    terms.add_argument("--terms", help="file with one term a line; they are counted in explanations and texts")
+    terms.add_argument("--pattern", help="instead: a regular expression that is counted")
+    audit.add_argument("--every", type=int, default=1, metavar="N", help="explain every Nth token (default 1: all)")
+    audit.add_argument("--search", help="show the explanations that contain this text")
+    audit.add_argument("--placebo", action="store_true", help="compare with the explanations of other texts")
+    audit.add_argument("--placebo-model", help="compare with another pair: a name or directory, as for --model")
+    audit.add_argument("--placebo-workdir", help="compare with the pair of another run")
+    audit.add_argument("--seed", type=seed, default=0, help="seed of the permutation of texts")
+    audit.add_argument("--out", help=".jsonl file for the explanations, text by text; the same command continues it")
+    audit.add_argument("--html", help="file for a page with a timeline of every term")
     audit.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -127,7 +127,7 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--match", help="only the tokens of this part of the text")
     compare.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
     compare.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
-    compare.add_argument("--html", help="file that gets a page")
+    compare.add_argument("--html", help="file for a page")
     compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -169,10 +169,10 @@ def _run_compare(options: argparse.Namespace, _: list[str]) -> int:
 COMMANDS = (
     Command(
         "audit",
-        "what explanations of transcripts say that the texts do not, held against placebos",
+        "find what explanations say that their transcripts do not, beside placebos",
         _add_audit,
         _run_audit,
         check=check_pair,
     ),
-    Command("compare", "two pairs on the same tokens, side by side", _add_compare, _run_compare, check=_check_compare),
+    Command("compare", "compare two pairs on the same tokens", _add_compare, _run_compare, check=_check_compare),
 )

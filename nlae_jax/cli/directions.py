@@ -22,10 +22,10 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--controls", type=int, default=3, help="random directions, and as many shuffles (default 3)")
     command.add_argument("--contexts", type=int, default=8, help="top activating contexts (default 8)")
-    command.add_argument("--corpus", help="texts to look in: .txt, .jsonl or .parquet (default: the run's corpus)")
-    command.add_argument("--texts", type=int, default=128, help="of the corpus (default 128)")
-    command.add_argument("--seed", type=seed, default=0, help="of controls and drawn contexts")
-    command.add_argument("--html", help="file that gets a page")
+    command.add_argument("--corpus", help=".txt, .jsonl or .parquet to search for examples (default: the run's corpus)")
+    command.add_argument("--texts", type=int, default=128, help="texts of the corpus that are searched (default 128)")
+    command.add_argument("--seed", type=seed, default=0, help="seed of the controls and the drawn contexts")
+    command.add_argument("--html", help="file for a page")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -177,10 +177,10 @@ def _show(nla: NLA, report: DirectionReport, options: argparse.Namespace) -> Non
 
 
 COMMANDS = (
-    Command("neuron", "say what an MLP neuron writes, beside controls", _add_neuron, _run_neuron, check=_check_neuron),
+    Command("neuron", "explain an MLP neuron, beside controls", _add_neuron, _run_neuron, check=_check_neuron),
     Command(
         "direction",
-        "say what a direction (probe, difference of means, dictionary row) holds, beside controls",
+        "explain a direction (probe, difference of means, row of a dictionary), beside controls",
         _add_direction,
         _run_direction,
         check=check_pair,

@@ -78,7 +78,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
             "--distributed: the suite runs in one process, so leave it out; the stage (--config and --workdir without "
             "--suite) runs in several"
         )
-    sections, as_json = sections_of(options.suite or ""), options.json
+    named = [name.strip() for name in (options.suite or "").split(",")]
+    sections, as_json = sections_of([name for name in named if name]), options.json
     check_additions(sections, options.control_steps or 0, options.reword, options.judge, options.sampled)
     if _is_stage(options):
         options.json = as_json and not options.suite
@@ -88,8 +89,8 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         check_workdir(options)
         start_jax()
-    from nlae_jax.api import open_run
     from nlae_jax.config import Config, load_experiment
+    from nlae_jax.explore.sources import open_run
     from nlae_jax.report.page import write_report
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures
@@ -134,7 +135,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
 COMMANDS = (
     Command(
         "eval",
-        "measure the round trip on held-out documents; of any pair, what its words carry and whether they are true",
+        "measure reconstruction on held-out documents; of any pair, what explanations carry and whether they are true",
         _add_eval,
         _run_eval,
         takes_overrides=True,

@@ -43,7 +43,9 @@ def add_source(command: argparse.ArgumentParser, many: bool = False, prompts: bo
 def _add(explain: argparse.ArgumentParser) -> None:
     add_pair(explain)
     add_source(explain, many=True)
-    explain.add_argument("--generate", type=int, default=0, metavar="N", help="let the model go on for up to N tokens")
+    explain.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="let the subject write up to N more tokens first"
+    )
     explain.add_argument("--positions", help="only these tokens: -1, or 3,5,-2, or 10:20")
     explain.add_argument("--match", help="only the tokens of this part of the text, wherever it occurs")
     explain.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
@@ -51,9 +53,9 @@ def _add(explain: argparse.ArgumentParser) -> None:
     explain.add_argument(
         "--temperature", type=float, help="0: the likeliest explanation (default; 1 with several samples)"
     )
-    explain.add_argument("--seed", type=seed, default=0, help="of the sampled explanations")
-    explain.add_argument("--html", help="file that gets a page: tokens coloured by score, words on hover")
-    explain.add_argument("--out", help="file for what --input gives: .jsonl or .csv; run again, it goes on")
+    explain.add_argument("--seed", type=seed, default=0, help="seed of the sampled explanations")
+    explain.add_argument("--html", help="file for a page: tokens coloured by score, explanations on hover")
+    explain.add_argument("--out", help="file for the results of --input: .jsonl or .csv; the same command continues it")
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -223,4 +225,4 @@ def _show(nla: NLA, explained: Sequence[Sequence[Explained]], options: argparse.
             show_rich(explanation_table(tokens))
 
 
-COMMANDS = (Command("explain", "say what the activations of a text, chat or file hold", _add, _run, check=_check),)
+COMMANDS = (Command("explain", "explain and score the activations of a text, chat or file", _add, _run, check=_check),)

@@ -21,7 +21,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     start_jax()
-    from nlae_jax.api import open_run
+    from nlae_jax.explore.sources import open_run
     from nlae_jax.run.export import export
     from nlae_jax.run.training import trained_pair
     from nlae_jax.runtime.output import afterwards, show
@@ -104,14 +104,14 @@ COMMANDS = (
     ),
     Command(
         "bench",
-        "time the phases of the real steps and what of the machine's peak they use",
+        "time the phases of the training steps, beside this machine's measured peaks",
         _add_bench,
         _run_bench,
         takes_overrides=True,
     ),
     Command(
         "plan",
-        "compile the real steps for a TPU topology, here: memory and time per chip, fits or what to change",
+        "compile the training steps for a TPU slice on this machine: memory, FLOPs and time, and whether they fit",
         _add_plan,
         _run_plan,
         takes_overrides=True,

@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
 COMMANDS = (
     Command(
         "serve",
-        "offer a pair over HTTP as Neuronpedia's NLA server does, with a page to look at explanations",
+        "serve a pair over HTTP like Neuronpedia's NLA server, with a page to look at explanations",
         _add_arguments,
         _run,
         check=check_pair,

@@ -13,11 +13,11 @@ if TYPE_CHECKING:  # the import takes half a second, for which `nlae --help` sho
     from nlae_jax.runtime.files import AnyPath
 
 _STAGES = {
-    "train": "every stage that is not finished: extract, describe, sft, rl, eval, report",
-    "extract": "read the subject's activations from the text",
-    "describe": "describe the contexts that the warm start learns from",
-    "sft": "warm-start encoder and decoder on the descriptions",
-    "rl": "train both on how well the round trip works",
+    "train": "run every unfinished stage: extract, describe, sft, rl, eval, report",
+    "extract": "read the subject's activations from the texts",
+    "describe": "write the descriptions that the warm start learns from",
+    "sft": "warm start: train encoder and decoder on the descriptions",
+    "rl": "train encoder and decoder by reinforcement learning",
 }
 
 
@@ -105,5 +105,5 @@ COMMANDS = (
         Command(name, help_text, _add_stage, run_stage_command, takes_overrides=True)
         for name, help_text in _STAGES.items()
     ),
-    Command("report", "write report.html from what is there so far", _add_workdir, _run_report),
+    Command("report", "write report.html from the results so far", _add_workdir, _run_report),
 )

@@ -46,7 +46,7 @@ def _add(steer: argparse.ArgumentParser) -> None:
     steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
     steer.add_argument("--temperature", type=float, default=1.0, help="of continuations (default 1)")
     steer.add_argument("--seed", type=seed, default=0, help="of continuations and random directions")
-    steer.add_argument("--html", help="file that gets a page")
+    steer.add_argument("--html", help="file for a page")
     steer.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -183,4 +183,4 @@ def _interval(shares: tuple[float, float] | None) -> str:
     return "" if shares is None else f" (share {shares[0]:.2f} to {shares[1]:.2f})"
 
 
-COMMANDS = (Command("steer", "push activations by an edited explanation, beside controls", _add, _run, check=_check),)
+COMMANDS = (Command("steer", "steer the subject by an edited explanation, beside controls", _add, _run, check=_check),)

@@ -7,11 +7,9 @@ by the sha256 of their text. So the first n are a fair sample of all, and a text
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import logging
-import os
 import re
 import unicodedata
 import zlib
@@ -27,7 +25,8 @@ from nlae_jax.config import CorpusConfig
 from nlae_jax.data.documentation import documentation_texts
 from nlae_jax.data.kinds import kinds_of_files
 from nlae_jax.runtime.errors import UserError, one_line
-from nlae_jax.runtime.files import local_path, open_regular, read_bytes
+from nlae_jax.runtime.files import is_text, local_path, open_regular, read_bytes
+from nlae_jax.runtime.globs import matching_paths
 from nlae_jax.runtime.outside import parse_json
 
 logger = logging.getLogger(__name__)
@@ -222,40 +221,12 @@ def _matching_files(pattern: str) -> list[Path]:
         raise UserError(f"corpus.path {pattern!r} is a directory: write a glob such as {str(expanded / '*.jsonl')!r}")
     if expanded.is_file():  # also a name that holds the glob's own characters
         return [expanded]
-    paths = sorted({path for path in map(Path, _glob(str(expanded))) if not path.is_dir()})
+    paths = sorted({path for path in map(Path, matching_paths(str(expanded))) if not path.is_dir()})
     if not paths:
         raise UserError(f"corpus.path {pattern!r} matches no file")
     for path in paths:
         _reader(path)  # an unknown ending is reported before anything is read
     return paths
-
-
-def _glob(pattern: str) -> Iterator[str]:
-    """Does what `glob.glob(pattern, recursive=True)` does, but enters no directory twice: links may form circles."""
-    if "**" not in pattern.split("/"):  # within a name, ** means no more than *
-        yield from glob.glob(pattern)
-        return
-    parts = pattern.split("/")
-    first = parts.index("**")
-    rest = [part for part in parts[first + 1 :] if part] or ["*"]
-    while rest[0] == "**" and len(rest) > 1:
-        rest.pop(0)
-    for start in glob.glob("/".join(parts[:first]) + "/") if first else ["."]:
-        for directory in _directories(start):
-            yield from _glob("/".join([glob.escape(directory.rstrip("/")), *rest]))
-
-
-def _directories(start: str) -> Iterator[str]:
-    """Yields `start` and every directory below it once, through links too, but no hidden directories."""
-    visited: set[tuple[int, int]] = set()
-    for directory, names, _ in os.walk(start, followlinks=True):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in visited:
-            names.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield directory
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Text]]:
@@ -348,7 +319,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
     # Here because most runs read no parquet.
     import pyarrow as pa
 
-    from nlae_jax.data.parquet import check_batch, is_text, opened
+    from nlae_jax.data.parquet import check_batch, opened
 
     with opened(path) as file:
         names = file.schema_arrow.names

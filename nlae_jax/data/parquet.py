@@ -29,13 +29,6 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{path}: cannot be read: {' '.join(reason.split())[:200]}") from None
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Returns whether a column holds strings, in any of arrow's layouts."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def check_batch(path: Path, start: int, batch: pa.RecordBatch) -> None:
     """Raises UserError that names the first row with values that do not fit their type, such as text that is not UTF-8.
 

@@ -56,8 +56,8 @@ def ending(text: str) -> str | None:
 
     Quotations in the first sentence are not used, because they name expected next tokens.
     """
-    found = re.findall(QUOTED, "".join(sentences(text)[1:]))
-    return found[-1][1:-1] if found else None
+    quotations = re.findall(QUOTED, "".join(sentences(text)[1:]))
+    return quotations[-1][1:-1] if quotations else None
 
 
 def holds(expected: Sequence[str], token: str) -> bool:

@@ -78,10 +78,10 @@ def supported(answer: str | None) -> tuple[float, float]:
 
     Both are NaN if the answer has no such numbers, has several, or has impossible ones.
     """
-    found = _SUPPORTED.findall(answer or "")
-    if len(found) != 1 or not 0 <= int(found[0][0]) <= int(found[0][1]) <= _MOST_CLAIMS:
+    fractions = _SUPPORTED.findall(answer or "")
+    if len(fractions) != 1 or not 0 <= int(fractions[0][0]) <= int(fractions[0][1]) <= _MOST_CLAIMS:
         return float("nan"), float("nan")
-    return float(found[0][0]), float(found[0][1])
+    return float(fractions[0][0]), float(fractions[0][1])
 
 
 def _chosen(ask: Instruct, matched: Sequence[str], wrong: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
@@ -100,5 +100,5 @@ def _chosen(ask: Instruct, matched: Sequence[str], wrong: Sequence[str], context
 
 def chosen(answer: str | None) -> str | None:
     """Returns the letter A or B that an answer to `CHOICE` names. Returns None if it names neither or both."""
-    found = {letter.upper() for letter in _CHOSEN.findall(answer or "")}
-    return found.pop() if len(found) == 1 else None
+    letters = {letter.upper() for letter in _CHOSEN.findall(answer or "")}
+    return letters.pop() if len(letters) == 1 else None

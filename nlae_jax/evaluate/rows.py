@@ -13,13 +13,14 @@ import numpy as np
 from nlae_jax.config import CorpusConfig
 from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.corpus import DOMAIN, Document, document_of, domain_of, read_documents, read_named_documents
-from nlae_jax.data.parquet import check_batch, is_text, opened
+from nlae_jax.data.parquet import check_batch, opened
 from nlae_jax.interop.datasets import LAYER, RESPONSE, TEXT, VECTOR, check_layers, read_doc_ids, read_vectors
 from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import is_text
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 

@@ -94,9 +94,9 @@ def effects(
             "true_loss": np.where(known, loss[:, 0], np.nan),
         }
 
-    found = run(len(context_ids), compute)
-    original_order = np.argsort(found["row"])
-    return Effects(*(found[name][original_order] for name in Effects._fields))
+    measured = run(len(context_ids), compute)
+    original_order = np.argsort(measured["row"])
+    return Effects(*(measured[name][original_order] for name in Effects._fields))
 
 
 def _filled(rows: np.ndarray, size: int) -> np.ndarray:

@@ -26,35 +26,47 @@ _MODULES: dict[str, ModuleType] = {
 _SAMPLED = ("reconstruction", "truth")
 
 
-def sections_of(names: str) -> tuple[str, ...]:
-    """Returns the sections that a comma-separated list names, in the suite's order; all sections for an empty list.
+def flag(name: str) -> str:
+    """Returns the command's option with this name."""
+    return f"--{name.replace('_', '-')}"
 
-    Raises UserError for an unknown name.
+
+def sections_of(names: Sequence[str], spelled: Callable[[str], str] = flag) -> tuple[str, ...]:
+    """Returns the sections that are named, each once and in the suite's order; all sections for an empty sequence.
+
+    Raises UserError for an unknown name. `spelled` says how messages write the name of an option.
     """
-    named = [name.strip() for name in names.split(",") if name.strip()] or list(SECTIONS)
-    if unknown := [name for name in named if name not in SECTIONS]:
-        raise UserError(f"--suite: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
-    return tuple(name for name in SECTIONS if name in named)
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise UserError(f"{spelled('suite')}: {unknown[0]!r} should be one of {', '.join(SECTIONS)}")
+    return tuple(name for name in SECTIONS if name in names or not names)
 
 
 def check_additions(
-    sections: Sequence[str], control_steps: int, reword: bool, judge: bool, sampled: int | None = None
+    sections: Sequence[str],
+    control_steps: int,
+    reword: bool,
+    judge: bool,
+    sampled: int | None = None,
+    spelled: Callable[[str], str] = flag,
 ) -> None:
     """Checks the options for additional figures against the chosen sections.
 
     Raises UserError if an option's figures belong to a section that is left out, or if `sampled`, the number of
-    activations with several explanations, is below 2. `sampled` is None if the option was not given.
+    activations with several explanations, is below 2. `sampled` is None if the option was not given. `spelled` is as
+    in `sections_of`.
     """
-    additions = (("--control-steps", control_steps, "text"), ("--reword", reword, "text"), ("--judge", judge, "truth"))
+    additions = (("control_steps", control_steps, "text"), ("reword", reword, "text"), ("judge", judge, "truth"))
+    suite = spelled("suite")
     for option, is_given, section in additions:
         if is_given and section not in sections:
-            raise UserError(f"{option}: its figures belong to the section {section}, which --suite should name")
+            raise UserError(
+                f"{spelled(option)}: its figures belong to the section {section}, which {suite} should name"
+            )
     if sampled is not None and sampled < 2:
-        raise UserError(f"--sampled: {sampled} should be at least 2")
+        raise UserError(f"{spelled('sampled')}: {sampled} should be at least 2")
     if sampled is not None and not set(_SAMPLED) & set(sections):
-        raise UserError(
-            f"--sampled: its figures belong to the sections {' and '.join(_SAMPLED)}; --suite should name one of them"
-        )
+        where = f"the sections {' and '.join(_SAMPLED)}; {suite} should name one of them"
+        raise UserError(f"{spelled('sampled')}: its figures belong to {where}")
 
 
 def run_suite(

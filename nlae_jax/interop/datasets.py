@@ -1,7 +1,7 @@
-"""Imports parquet files in the schema of the PyTorch reference into a workdir, and exports a workdir's rows to them.
+"""Imports parquet files in the schema of the PyTorch reference into a workdir. `dataset_writer` writes such files.
 
-Files are read and written in pieces, so they may be larger than memory. Prompts are used as they are stored: the
-encoder's must be the same in every row, and the decoder's are used whole.
+Files are read in pieces, so they may be larger than memory. Prompts are used as they are stored: the encoder's must be
+the same in every row, and the decoder's are used whole.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nlae_jax.config import Config, DatasetConfig
 from nlae_jax.data.activations import counted, open_vectors
 from nlae_jax.data.answers import explanation_of
 from nlae_jax.data.index import SPLITS, Index
-from nlae_jax.data.parquet import check_batch, is_text, opened
-from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar, tokens_and_templates, write_sidecar
+from nlae_jax.data.parquet import check_batch, opened
+from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
-from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import AnyPath, local_path, write_atomically, write_json
+from nlae_jax.runtime.files import AnyPath, is_text, local_path, write_json
 
 # The reference's name of a file -> the split that its rows belong to.
 SPLIT_OF = {"av_sft": "encoder_sft", "ar_sft": "decoder_sft", "rl": "rl", "held_out": "held_out"}
@@ -34,11 +32,9 @@ VECTOR, INJECT = "activation_vector", "<INJECT>"
 TEXT = "detokenized_text_truncated"
 RESPONSE = "response"
 LAYER = "activation_layer"
-_ROWS = 1024  # rows that are read or written at a time
+_ROWS = 1024  # rows that are read at a time
 _MOST_TOKENS = 2**31 - 1  # positions are stored as int32
 _CONTEXT_CHARACTERS = 2000  # of a held-out row's text, stored for the report
-
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def dataset_files(config: DatasetConfig) -> dict[str, Path]:
@@ -369,69 +365,3 @@ def _batches(path: Path, columns: list[str], optional: Sequence[str] = ()) -> It
 def _num_rows(path: Path) -> int:
     with opened(path) as file:
         return file.metadata.num_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """The rows of a workdir to export, in order, and functions that read their columns."""
-
-    rows: np.ndarray
-    vectors: Callable[[np.ndarray], np.ndarray]  # rows -> [n, d]
-    doc_id: Callable[[int], str]
-    position: Callable[[int], int]
-    text: Callable[[int], str]
-    description: Callable[[int], str]
-
-
-def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, extraction: dict[str, Any]) -> None:
-    """Writes the rows as a file `name` of `SPLIT_OF` in the reference's schema, with its sidecar.
-
-    `extraction` holds the fields of the sidecar's section `extraction`. The file appears complete or not at all.
-    """
-    prompt = [{"role": "user", "content": protocol.encoder_template.replace("{injection_char}", INJECT)}]
-    columns: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
-        "prompt": (_MESSAGES, lambda row: prompt),
-        RESPONSE: (pa.string(), lambda row: f"{OPENING}{source.description(row)}\n{CLOSING}"),
-    }
-    if name == "ar_sft":
-        filled = lambda row: protocol.decoder_template.replace("{explanation}", source.description(row))  # noqa: E731
-        columns = {"prompt": (pa.string(), filled)}
-    elif name != "av_sft":
-        del columns[RESPONSE]
-    vector = pa.list_(pa.float32(), extraction["d_model"])
-    provenance: dict[str, tuple[pa.DataType, Callable[[int], Any]]] = {
-        "n_raw_tokens": (pa.int64(), lambda row: source.position(row) + 1),
-        LAYER: (pa.int64(), lambda row: extraction["layer_index"]),
-        "doc_id": (pa.string(), source.doc_id),
-        TEXT: (pa.string(), source.text),
-    }
-    schema = pa.schema(
-        [(key, kind) for key, (kind, _) in columns.items()]
-        + [(VECTOR, vector)]
-        + [(key, kind) for key, (kind, _) in provenance.items()]
-    )
-
-    def write(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
-            for start in range(0, len(source.rows), _ROWS):
-                rows = source.rows[start : start + _ROWS]
-                values = pa.array(np.ascontiguousarray(source.vectors(rows)).reshape(-1), pa.float32())
-                arrays = {
-                    key: pa.array([make(row) for row in rows.tolist()], kind)
-                    for key, (kind, make) in (columns | provenance).items()
-                }
-                arrays[VECTOR] = pa.FixedSizeListArray.from_arrays(values, type=vector)
-                writer.write_table(pa.table({field.name: arrays[field.name] for field in schema}, schema=schema))
-
-    write_atomically(path, write)
-    stage = "rl" if name == "held_out" else name
-    sidecar = {
-        "kind": "nla_dataset",
-        "schema_version": 1,
-        "dataset_id": path.stem,
-        "stage": stage,
-        "row_count": len(source.rows),
-        "extraction": extraction,
-        **tokens_and_templates(protocol),
-    }
-    write_sidecar(path, sidecar)

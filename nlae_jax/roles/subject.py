@@ -110,9 +110,9 @@ class Subject(nn.Module):
         runs = 1 + h_BxCxD.shape[1]
         x = jnp.broadcast_to(hidden_BxSxD[:, None], (hidden_BxSxD.shape[0], runs, *hidden_BxSxD.shape[1:]))
         true_Bx1xD = hidden_BxSxD[:, :1]
-        apart = jnp.linalg.norm((h_BxCxD - true_Bx1xD).astype(jnp.float32), axis=-1, keepdims=True)
+        distance = jnp.linalg.norm((h_BxCxD - true_Bx1xD).astype(jnp.float32), axis=-1, keepdims=True)
         size = jnp.linalg.norm(true_Bx1xD.astype(jnp.float32), axis=-1, keepdims=True)
-        h_BxCxD = jnp.where(apart <= _rounding(x.dtype) * size, true_Bx1xD, h_BxCxD.astype(x.dtype))
+        h_BxCxD = jnp.where(distance <= _rounding(x.dtype) * size, true_Bx1xD, h_BxCxD.astype(x.dtype))
         x = x.at[:, 1:, 0].set(h_BxCxD)  # the first run keeps the true activation
         spread = lambda array: jnp.broadcast_to(array[:, None], (array.shape[0], runs, *array.shape[1:]))  # noqa: E731
         spliced = Segment(x, spread(positions), spread(read.valid))

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from tokenizers import processors
 
-from nlae_jax.interop.datasets import SPLIT_OF, Exported, export_dataset
+from nlae_jax.interop.dataset_writer import Exported, export_dataset
+from nlae_jax.interop.datasets import SPLIT_OF
 from nlae_jax.interop.released import VALUE_HEAD
 from nlae_jax.interop.sidecar import model_sidecar, write_sidecar
 from nlae_jax.lm.adapters import write_adapters

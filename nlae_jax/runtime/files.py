@@ -305,11 +305,11 @@ def read_fields(path: AnyPath, kinds: Mapping[str, type]) -> dict[str, Any]:
         raise UserError(f"{path}: should hold a JSON object, as the run wrote it")
     for name, kind in kinds.items():
         allowed = (int, float) if kind is float else kind
-        found = value.get(name)
+        item = value.get(name)
         # Also True for NaN, and for a whole number of 400 digits, of which no float can be made.
-        is_endless = isinstance(found, int | float) and not abs(found) < 2.0**1000
-        if not isinstance(found, allowed) or isinstance(found, bool) or is_endless:
-            raise UserError(f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {quoted(found)}")
+        is_endless = isinstance(item, int | float) and not abs(item) < 2.0**1000
+        if not isinstance(item, allowed) or isinstance(item, bool) or is_endless:
+            raise UserError(f"{path}: {name} should be a {kind.__name__}, as the run wrote it; it is {quoted(item)}")
     return value
 
 
@@ -318,8 +318,11 @@ def write_parquet(path: AnyPath, table: pa.Table) -> None:
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def is_text(kind: pa.DataType) -> bool:
+    """Returns whether a column holds strings, in any of arrow's layouts."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -329,7 +332,7 @@ def _is_list(kind: pa.DataType) -> bool:
 # The kinds of columns in tables that this project writes.
 _COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     "whole numbers": pa.types.is_integer,
-    "texts": _is_text,
+    "texts": is_text,
     "lists of whole numbers": _is_list,
 }
 

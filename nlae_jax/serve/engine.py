@@ -21,6 +21,7 @@ import numpy as np
 
 from nlae_jax.roles.protocol import CLOSING, OPENING
 from nlae_jax.runtime.errors import UserError, first_line
+from nlae_jax.serve.jobs import Completion, Job, State, description_of
 from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.tables import CAPACITIES, Entry, Table, room_for
 
@@ -32,63 +33,6 @@ _SCORED_AT_ONCE = 16
 _CACHED = 20_000  # explanations in the cache
 
 log = logging.getLogger("nlae_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Explained:
-    """The state of an explanation. `text` is everything that the encoder has written, with the opening tag.
-
-    `description` is set once the explanation has ended, `mse` and `cos` once it is scored; `cos` is NaN for a vector of
-    zeros. `error` says why the explanation was given up.
-    """
-
-    text: str = OPENING
-    description: str | None = None
-    mse: float | None = None
-    cos: float | None = None
-    error: str | None = None
-
-    @property
-    def final(self) -> bool:
-        """Whether the state will not change any more."""
-        return self.mse is not None or self.error is not None
-
-
-@dataclasses.dataclass(eq=False)
-class Work:
-    """An explanation to be written, and the watchers of its state. Requests for the same vector share one."""
-
-    vector: np.ndarray
-    limit: int
-    temperature: float
-    seed: int
-    key: bytes | None
-    watchers: list[Callable[[Explained], None]]
-    state: Explained = Explained()
-
-    def tell(self, state: Explained) -> None:
-        """Sets the state and calls all watchers with it."""
-        self.state = state
-        for watcher in list(self.watchers):
-            watcher(state)
-
-
-@dataclasses.dataclass(eq=False)
-class Completion:
-    """A text that the subject continues. `watcher` gets all new ids so far, whether it has ended, and an error text."""
-
-    ids: Sequence[int]
-    limit: int
-    temperature: float
-    seed: int
-    watcher: Callable[[list[int], bool, str | None], None]
-    cancelled: bool = False
-    table: Table | None = None
-
-
-def description_of(text: str) -> str:
-    """Returns the stripped text between the tags, or everything after the opening tag where it was not closed."""
-    return text.removeprefix(OPENING).partition(CLOSING)[0].strip()
 
 
 class Engine:
@@ -105,13 +49,13 @@ class Engine:
         self._load, self._warm = load, warm
         self._wake = threading.Condition()
         self._calls: collections.deque[tuple[Callable[[], Any], Future[Any]]] = collections.deque()
-        self._queues: collections.deque[collections.deque[Work]] = collections.deque()
+        self._queues: collections.deque[collections.deque[Job]] = collections.deque()
         self._completions: list[Completion] = []
-        self._unscored: collections.deque[Work] = collections.deque()
+        self._unscored: collections.deque[Job] = collections.deque()
         self._tables: dict[int, Table] = {}
         self._pace: dict[Any, float] = {}
-        self._known: collections.OrderedDict[bytes, Explained] = collections.OrderedDict()
-        self._flying: dict[bytes, Work] = {}
+        self._known: collections.OrderedDict[bytes, State] = collections.OrderedDict()
+        self._flying: dict[bytes, Job] = {}
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -142,16 +86,16 @@ class Engine:
         limit: int,
         temperature: float,
         seeds: Sequence[int],
-        watch: Callable[[int, Explained], None],
+        watch: Callable[[int, State], None],
     ) -> Callable[[], None]:
         """Begins to explain a request's vectors. Returns a function that cancels those that no other request watches.
 
         `watch(number, state)` is called from the device's thread, or at once for explanations in the cache.
         Explanations with the same `key` (not None), limit and temperature are equal: they are written once and cached.
         """
-        queue: collections.deque[Work] = collections.deque()
-        joined: list[tuple[Work, Callable[[Explained], None]]] = []
-        cached: list[tuple[int, Explained]] = []
+        queue: collections.deque[Job] = collections.deque()
+        joined: list[tuple[Job, Callable[[State], None]]] = []
+        cached: list[tuple[int, State]] = []
         with self._wake:
             for number, (vector, key, seed) in enumerate(zip(vectors, keys, seeds, strict=True)):
                 cache_key = None if key is None else hashlib.sha256(b"%d %r " % (limit, temperature) + key).digest()
@@ -160,14 +104,14 @@ class Engine:
                     cached.append((number, cached_state))
                     continue
                 watcher = lambda state, number=number: watch(number, state)  # noqa: E731
-                work = self._flying.get(cache_key) if cache_key is not None else None
-                if work is None:
-                    work = Work(np.asarray(vector, np.float32), limit, temperature, seed, cache_key, [])
-                    queue.append(work)
+                job = self._flying.get(cache_key) if cache_key is not None else None
+                if job is None:
+                    job = Job(np.asarray(vector, np.float32), limit, temperature, seed, cache_key, [])
+                    queue.append(job)
                     if cache_key is not None:
-                        self._flying[cache_key] = work
-                work.watchers.append(watcher)
-                joined.append((work, watcher))
+                        self._flying[cache_key] = job
+                job.watchers.append(watcher)
+                joined.append((job, watcher))
             if queue:
                 self._queues.append(queue)
                 self._wake.notify_all()
@@ -176,9 +120,9 @@ class Engine:
 
         def cancel() -> None:
             with self._wake:
-                for work, watcher in joined:
-                    if watcher in work.watchers:
-                        work.watchers.remove(watcher)
+                for job, watcher in joined:
+                    if watcher in job.watchers:
+                        job.watchers.remove(watcher)
 
         return cancel
 
@@ -270,19 +214,19 @@ class Engine:
         unwatched = self._without_watchers(table.holders)
         table.remove(unwatched.__contains__)
         began, size = time.perf_counter(), table.size
-        ended: list[Work] = []
+        ended: list[Job] = []
         rows = table.advance(self._count(size))
-        for work, tokens, done in rows:
+        for job, tokens, done in rows:
             text = OPENING + self._ready.decoded(tokens)
             done = done or CLOSING in text
             if done:
                 text = text.partition(CLOSING)[0] + (CLOSING if CLOSING in text else "")
-                ended.append(work)
-                self._unscored.append(work)
+                ended.append(job)
+                self._unscored.append(job)
             else:
                 text = text.rstrip("\ufffd")  # the last character may be incomplete
-            if text != work.state.text or done:
-                work.tell(Explained(text, description_of(text) if done else None))
+            if text != job.state.text or done:
+                job.tell(State(text, description_of(text) if done else None))
         if rows:
             self._learn_pace(size, time.perf_counter() - began, table.drawn)
         table.remove(set(ended).__contains__)
@@ -299,7 +243,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Moves waiting rows into tables as far as there is room. The requests' queues take turns."""
-        admitted: dict[int, list[Work]] = collections.defaultdict(list)
+        admitted: dict[int, list[Job]] = collections.defaultdict(list)
         with self._wake:
             waiting = len(self._queues)
             while self._queues and waiting:
@@ -318,57 +262,59 @@ class Engine:
                     waiting -= 1
                 if queue:
                     self._queues.append(queue)
-        for longest, works in admitted.items():
-            if works:
+        for longest, jobs in admitted.items():
+            if jobs:
                 table = self._tables.setdefault(longest, Table(self._ready.encoder, longest))
-                entries = [Entry(work.vector, work.limit, work.temperature, work.seed) for work in works]
+                entries = [Entry(job.vector, job.limit, job.temperature, job.seed) for job in jobs]
                 try:
-                    table.add(entries, works)
+                    table.add(entries, jobs)
                 except Exception as error:
-                    self._give_up_table(longest, error, works)
+                    self._give_up_table(longest, error, jobs)
 
-    def _without_watchers(self, works: Iterable[Work]) -> set[Work]:
-        """Returns the works without watchers, and forgets them, so that no later request can join them."""
+    def _without_watchers(self, jobs: Iterable[Job]) -> set[Job]:
+        """Returns the jobs without watchers, and forgets them, so that no later request can join them."""
         with self._wake:
-            unwatched = {work for work in works if not work.watchers}
-            for work in unwatched:
-                self._forget(work)
+            unwatched = {job for job in jobs if not job.watchers}
+            for job in unwatched:
+                self._forget(job)
         return unwatched
 
-    def _forget(self, work: Work) -> None:
-        """Removes a work from those that later requests may join. The lock must be held."""
-        if work.key is not None and self._flying.get(work.key) is work:
-            del self._flying[work.key]
+    def _forget(self, job: Job) -> None:
+        """Removes a job from those that later requests may join. The lock must be held."""
+        if job.key is not None and self._flying.get(job.key) is job:
+            del self._flying[job.key]
 
     def _score(self) -> None:
         """Scores some of the explanations that have ended."""
-        works = [self._unscored.popleft() for _ in range(min(_SCORED_AT_ONCE, len(self._unscored)))]
-        unwatched = self._without_watchers(works)
-        works = [work for work in works if work not in unwatched]
-        if works:
-            self._score_together(works)
+        jobs = [self._unscored.popleft() for _ in range(min(_SCORED_AT_ONCE, len(self._unscored)))]
+        unwatched = self._without_watchers(jobs)
+        jobs = [job for job in jobs if job not in unwatched]
+        if jobs:
+            self._score_together(jobs)
 
-    def _score_together(self, works: Sequence[Work]) -> None:
+    def _score_together(self, jobs: Sequence[Job]) -> None:
         """Scores explanations in one batch. If it fails, each is scored by itself, so that only the bad one fails."""
         try:
-            scores = self._ready.score([w.state.description or "" for w in works], np.stack([w.vector for w in works]))
+            scores = self._ready.score(
+                [job.state.description or "" for job in jobs], np.stack([job.vector for job in jobs])
+            )
         except Exception as error:
-            if len(works) == 1:
+            if len(jobs) == 1:
                 log.exception("an explanation cannot be scored")
-                self._fail(works, error)
+                self._fail(jobs, error)
                 return
-            for work in works:
-                self._score_together([work])
+            for job in jobs:
+                self._score_together([job])
             return
-        for work, mse, cos in zip(works, *scores, strict=True):
-            state = dataclasses.replace(work.state, mse=float(mse), cos=float(cos))
+        for job, mse, cos in zip(jobs, *scores, strict=True):
+            state = dataclasses.replace(job.state, mse=float(mse), cos=float(cos))
             with self._wake:
-                self._forget(work)
-                if work.key is not None:
-                    self._known[work.key] = state
+                self._forget(job)
+                if job.key is not None:
+                    self._known[job.key] = state
                     while len(self._known) > _CACHED:
                         self._known.popitem(last=False)
-            work.tell(state)
+            job.tell(state)
 
     def _continue_completions(self) -> None:
         """Runs a round of every completion."""
@@ -402,25 +348,25 @@ class Engine:
         completion.watcher(tokens.tolist(), done, None)
         return not done
 
-    def _give_up_table(self, longest: int, error: Exception, more: Sequence[Work] = ()) -> None:
+    def _give_up_table(self, longest: int, error: Exception, more: Sequence[Job] = ()) -> None:
         """Gives up the explanations in one table, and `more`, and tells their watchers. The other tables go on."""
         log.error("the device's work failed", exc_info=error)
-        works = {*self._tables.pop(longest).holders, *more} - {*self._unscored}
-        self._fail(list(works), error)
+        jobs = {*self._tables.pop(longest).holders, *more} - {*self._unscored}
+        self._fail(list(jobs), error)
 
     def _give_up_all(self, error: Exception) -> None:
         """Gives up all explanations under way and tells their watchers. Later requests begin with new tables."""
-        works = [work for table in self._tables.values() for work in table.holders] + list(self._unscored)
+        jobs = [job for table in self._tables.values() for job in table.holders] + list(self._unscored)
         self._tables, self._unscored = {}, collections.deque()
-        self._fail(works, error)
+        self._fail(jobs, error)
 
-    def _fail(self, works: Sequence[Work], error: Exception) -> None:
-        """Tells the watchers of works that these have failed."""
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Tells the watchers of jobs that these have failed."""
         with self._wake:
-            for work in works:
-                self._forget(work)
-        for work in works:
-            work.tell(dataclasses.replace(work.state, error=_error_text(error)))
+            for job in jobs:
+                self._forget(job)
+        for job in jobs:
+            job.tell(dataclasses.replace(job.state, error=_error_text(error)))
 
 
 def _error_text(error: Exception) -> str:

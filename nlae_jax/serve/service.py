@@ -18,7 +18,8 @@ from nlae_jax.explore.explainer import MAX_TOKENS
 from nlae_jax.explore.passage import Passage, Token, extended, read_chat, read_text
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.serve.engine import Completion, Engine, Explained
+from nlae_jax.serve.engine import Engine
+from nlae_jax.serve.jobs import Completion, State
 from nlae_jax.serve.reading import Reader
 from nlae_jax.serve.wire import LIMITS, Input, Message, Scored, characters
 
@@ -156,12 +157,12 @@ class Service:
         limit: int,
         temperature: float,
         seed: int | None,
-    ) -> AsyncGenerator[tuple[int, Explained], None]:
+    ) -> AsyncGenerator[tuple[int, State], None]:
         """Yields (number, state) of each vector as words come; the last state of each is final.
 
         Closing the generator cancels the remaining explanations. Raises DeviceFailed where the device failed.
         """
-        states: asyncio.Queue[tuple[int, Explained]] = asyncio.Queue()
+        states: asyncio.Queue[tuple[int, State]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         first = random.getrandbits(32) if seed is None else seed
         seeds = [(first + number) % 2**32 for number in range(len(vectors))]
@@ -262,7 +263,7 @@ def _threadsafe(loop: asyncio.AbstractEventLoop, function: Callable[..., None]) 
     return call
 
 
-def scored(state: Explained) -> Scored:
+def scored(state: State) -> Scored:
     """Returns the description and scores of a final state."""
     return Scored(state.description or "", state.mse, state.cos)
 
