@@ -34,7 +34,7 @@ from nlae_jax.explore.sources import (
     has_activations,
     known_statistics,
     mapped_subject,
-    open_run,
+    open_trained,
     released_subject,
     run_statistics,
     run_texts,
@@ -68,7 +68,7 @@ class NLA(Explainer):
         this machine has the devices for it, on one device otherwise. Raises UserError where `workdir` is not the
         workdir of a run whose warm start is finished.
         """
-        return NLA.from_run(open_run(workdir), str(workdir))
+        return NLA.from_run(open_trained(workdir), str(workdir))
 
     @staticmethod
     def from_run(run: PreparedRun, name: str) -> NLA:

@@ -11,7 +11,7 @@ import yaml
 
 from nlae_jax.cli import main
 from nlae_jax.config import DatasetConfig
-from nlae_jax.explore.sources import open_run
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.interop import datasets
 from nlae_jax.interop.datasets import dataset_files, dataset_sidecar, import_index, import_texts, import_vectors
 from nlae_jax.run.export import export_datasets
@@ -27,7 +27,7 @@ D = 64
 
 @pytest.fixture(scope="module")
 def run(tiny_run):
-    return open_run(tiny_run.workdir)
+    return open_trained(tiny_run.workdir)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_run_on_datasets(tiny_run, run, files, tmp_path):
     """Every stage, from files alone; the activations are the other run's, and the held-out numbers make sense."""
     workdir = tmp_path / "W"
     assert main(tiny_run.arguments(workdir, **given(files))) == 0
-    imported = open_run(workdir)
+    imported = open_trained(workdir)
     for split in ("encoder_sft", "decoder_sft", "rl", "held_out"):
         both = [np.sort(one.store.vectors(one.store.index.rows_of(split)), axis=0) for one in (imported, run)]
         np.testing.assert_array_equal(*both)
@@ -226,8 +226,8 @@ def test_a_finished_import_needs_its_files_no_more(tiny_run, files, tmp_path):
     assert main(tiny_run.arguments(tmp_path / "W", "rl", **given(files), **steps)) == 0
     for path in files.values():
         path.unlink()
-    assert open_run(tmp_path / "W").protocol.marker
-    assert len(open_run(tmp_path / "W").store.contexts)
+    assert open_trained(tmp_path / "W").protocol.marker
+    assert len(open_trained(tmp_path / "W").store.contexts)
 
 
 def test_only_documents_must_be_named(files):

@@ -16,7 +16,7 @@ from nlae_jax.cli import main
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.rows import documents_of, rows_of_documents
-from nlae_jax.explore.sources import open_run
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.report.page import write_report
 from nlae_jax.run.suite import rows_of_run, write_figures
 from nlae_jax.runtime.errors import UserError
@@ -64,7 +64,7 @@ def test_the_report_shows_it(on_workdir):
 
 def test_as_many_held_out_rows_are_measured_as_are_asked_for(tiny_run):
     """Also more than the run's own evaluation looked at, which are the first of them."""
-    run = open_run(tiny_run.workdir)
+    run = open_trained(tiny_run.workdir)
     own, held_out = run.held_out_rows(), run.store.index.rows_of("held_out")
     assert len(own) < len(held_out)
     every = run.held_out_rows(10**6)
@@ -73,7 +73,7 @@ def test_as_many_held_out_rows_are_measured_as_are_asked_for(tiny_run):
 
 
 def test_kinds_of_text_of_a_run_are_those_of_its_corpus(tiny_run):
-    run = open_run(tiny_run.workdir)
+    run = open_trained(tiny_run.workdir)
     documents = read_documents(run.config.corpus)
     assert {document.domain for document in documents} == {"texts"}  # the name of its one file
     rows = rows_of_run(run, 12)
@@ -256,7 +256,7 @@ def test_an_edited_file_is_added_to(tmp_path, work, changed):
 
 
 def test_rows_that_cannot_be_measured_and_several_processes_are_refused(tiny_run, tmp_path, monkeypatch):
-    nla, rows = NLA.from_workdir(tiny_run.workdir), rows_of_run(open_run(tiny_run.workdir), 4)
+    nla, rows = NLA.from_workdir(tiny_run.workdir), rows_of_run(open_trained(tiny_run.workdir), 4)
     h = rows.h.copy()
     h[2, 5] = np.nan
     with pytest.raises(UserError, match="row 2 should hold finite numbers"):

@@ -162,12 +162,12 @@ def test_the_decoder_ends_with_the_block_that_is_read(exported):
 
 def test_trained_weights_are_written_as_they_are(tiny_run, tmp_path):
     """Without adapters in float32 nothing is computed: to the last bit."""
-    from nlae_jax.explore.sources import open_run
+    from nlae_jax.explore.sources import open_trained
     from nlae_jax.lm.weights import load_params
     from nlae_jax.run.training import trained_pair
 
     assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path), "--dtype", "float32"]) == 0
-    pair = trained_pair(open_run(tiny_run.workdir))
+    pair = trained_pair(open_trained(tiny_run.workdir))
     read = load_params(tmp_path / "av", read_arch(tmp_path / "av"))
     jax.tree.map(np.testing.assert_array_equal, read, jax.device_get(pair.encoder["lm"]))
     head = load_file(tmp_path / "ar/value_head.safetensors")["weight"]

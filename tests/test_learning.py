@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.explore.sources import open_run
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.run.training import trained_pair, warm_started_pair
 
 pytest_plugins = ["tests.tiny_run"]
@@ -43,7 +43,7 @@ def test_the_reward_rises(tiny_run, learned):
 
 
 def test_the_decoder_stayed_and_the_encoder_did_not(learned):
-    run = open_run(learned)
+    run = open_trained(learned)
     before, after = warm_started_pair(run), trained_pair(run)
     same = lambda a, b: jax.tree.map(lambda x, y: bool((x == y).all()), a, b)  # noqa: E731
     assert all(jax.tree.leaves(same(before.decoder, after.decoder)))

@@ -14,7 +14,7 @@ from nlae_jax.assets import describer_directory
 from nlae_jax.cli import main
 from nlae_jax.config import ProtocolConfig
 from nlae_jax.data.trained_describer import TextDescriber
-from nlae_jax.explore.sources import open_run
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.lm.pretrained import load_tokenizer, resolve_model
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.protocol import make_protocol
@@ -129,7 +129,7 @@ def test_three_steps_of_rl(trained):
         assert -4 <= row["reward_mean"] <= 0 and row["skipped_updates"] == 0
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the encoder is still its reference
     assert all(abs(row["logp_gap"]) < 0.05 for row in rows)
-    pair = trained_pair(open_run(workdir))
+    pair = trained_pair(open_trained(workdir))
     for role in (pair.encoder, pair.decoder):
         leaves = jax.tree.leaves(role)
         assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in leaves)
@@ -141,7 +141,7 @@ def test_a_resumed_run_has_the_same_numbers(trained, tmp_path):
     shutil.rmtree(resumed / f"checkpoints/rl/{STEPS}")
     assert main(command(resumed, STEPS)) == 0
     assert rows_of(resumed) == rows_of(workdir)
-    before, after = (trained_pair(open_run(where)) for where in (workdir, resumed))
+    before, after = (trained_pair(open_trained(where)) for where in (workdir, resumed))
     for role in ("encoder", "decoder"):
         same = jax.tree.map(lambda x, y: bool((x == y).all()), getattr(before, role), getattr(after, role))
         assert all(jax.tree.leaves(same))

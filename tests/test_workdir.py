@@ -12,7 +12,7 @@ import yaml
 
 from nlae_jax.cli import main
 from nlae_jax.config import Config, load_config, resolve
-from nlae_jax.explore.sources import open_run
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.run.workdir import located, recorded
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json
@@ -174,7 +174,7 @@ def test_prompts_that_were_changed_are_not_those_trained_with(tiny_run, workdir,
 
 
 def test_every_checkpoint_says_what_it_was_made_with(tiny_run):
-    run = open_run(tiny_run.workdir)
+    run = open_trained(tiny_run.workdir)
     for path in tiny_run.workdir.glob("checkpoints/*/[0-9]*"):
         record = read_data(path)["made_with"]
         assert record == json.loads(json.dumps(run.made_with()))
@@ -326,7 +326,7 @@ def datasets(tiny_run, tmp_path_factory):
     from nlae_jax.run.export import export_datasets
 
     out = tmp_path_factory.mktemp("datasets")
-    export_datasets(open_run(tiny_run.workdir), out)
+    export_datasets(open_trained(tiny_run.workdir), out)
     return out
 
 
@@ -342,7 +342,7 @@ def scale_of(tiny_run, workdir, directory, **settings):
     files = {f"dataset__{name}": directory / f"{name}.parquet" for name in ("av_sft", "ar_sft", "rl", "held_out")}
     arguments = tiny_run.arguments(workdir, "extract", **files, corpus__path="", **settings)
     assert main(arguments) == 0
-    return open_run(workdir).protocol.injection_scale
+    return open_trained(workdir).protocol.injection_scale
 
 
 @pytest.mark.parametrize("names", [["rl"], ["av_sft"], ["held_out"], ["av_sft", "ar_sft", "rl", "held_out"]])

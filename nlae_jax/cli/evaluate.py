@@ -90,7 +90,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
         check_workdir(options)
         start_jax()
     from nlae_jax.config import Config, load_experiment
-    from nlae_jax.explore.sources import open_run
+    from nlae_jax.explore.sources import open_trained
     from nlae_jax.report.page import write_report
     from nlae_jax.report.suite import suite_table
     from nlae_jax.run.suite import rows_of_run, write_figures
@@ -101,7 +101,7 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.out:
         check_directory(options.out, "--out")
     config, rows = load_experiment(str(options.config), overrides) if options.config else Config(), None
-    run = open_run(options.workdir) if options.workdir else None
+    run = open_trained(options.workdir) if options.workdir else None
     out, nla, describe = options.out or options.workdir, load_pair(options, run), config.describe
     if run is not None:
         config = run.config

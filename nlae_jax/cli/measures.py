@@ -21,12 +21,12 @@ def _add_export(export: argparse.ArgumentParser) -> None:
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
     start_jax()
-    from nlae_jax.explore.sources import open_run
+    from nlae_jax.explore.sources import open_trained
     from nlae_jax.run.export import export
     from nlae_jax.run.training import trained_pair
     from nlae_jax.runtime.output import afterwards, show
 
-    run = open_run(options.workdir)
+    run = open_trained(options.workdir)
     export(run, trained_pair(run), options.out, options.dtype, options.datasets, options.adapters)
     afterwards("stdout", lambda: show("\n".join(str(path) for path in sorted(options.out.iterdir()))))
     return 0

@@ -30,7 +30,7 @@ from nlae_jax.runtime.files import local_path, workdir_path
 _STATISTICS_ROWS = 4096  # activations of a run that its statistics are computed from
 
 
-def open_run(workdir: str | Path) -> PreparedRun:
+def open_trained(workdir: str | Path) -> PreparedRun:
     """Opens a workdir's run read-only, on its own mesh where this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
