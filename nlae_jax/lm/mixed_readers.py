@@ -6,11 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 
 from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
-from nlae_jax.lm.common_fields import attention_biases, common_fields, rope_parameters, sliding_blocks, windows_of
+from nlae_jax.lm.common_fields import (
+    attention_biases,
+    block_kinds,
+    common_fields,
+    rope_parameters,
+    sliding_blocks,
+    windows_of,
+)
 from nlae_jax.lm.fields import Fields, table, whole
 from nlae_jax.lm.rope_fields import proportional_rope, rope_of
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import quoted
 
 _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
@@ -175,12 +181,9 @@ def qwen3_5(fields: Fields) -> Arch:
     # Fields of blocks that draft tokens, which are not used.
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
         fields.pass_over(key)
-    common, kinds = common_fields(fields, partial=True), fields.items("layer_types")
+    common, kinds = common_fields(fields, partial=True), block_kinds(fields, *_MIXERS)
     interval = fields.size("full_attention_interval", 4)
     by_interval = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(common["num_layers"])]
-    for kind in kinds:
-        if kind not in _MIXERS:
-            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
     delta = DeltaNet(
         key_heads=fields.size("linear_num_key_heads"),
         value_heads=fields.size("linear_num_value_heads"),
