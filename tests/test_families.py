@@ -894,15 +894,17 @@ def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_says(tmp_path, tied
     assert read_arch(tmp_path).tied_head is tied
 
 
-@pytest.mark.parametrize("outer", ["gemma3", "gemma4_unified"])
-def test_a_multimodal_model_caps_its_logits_where_its_class_does(outer):
-    """In transformers, Gemma 3's class with a vision tower leaves out what that without one does."""
-    family, fields = CASES[f"{outer}_text" if outer != "gemma3" else outer]
+@pytest.mark.parametrize(
+    ("outer", "case"), [("gemma3", "gemma3"), ("gemma4_unified", "gemma4_unified_text"), ("mistral3", "gemma2")]
+)
+def test_a_multimodal_model_caps_its_logits_where_its_class_does(outer, case):
+    """Some classes in transformers with a vision tower leave out what the language model's own class does."""
+    family, fields = CASES[case]
     text = {"model_type": family} | fields | {"num_hidden_layers": 1, "final_logit_softcapping": 0.5}
     text |= {"layer_types": ["full_attention"]}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.AutoConfig.for_model(outer, text_config=text, vision_config=vision)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(100)
         largest = model(torch.arange(3, 20)[None]).logits.abs().max()
