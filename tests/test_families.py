@@ -954,7 +954,17 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
             {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
             "rope_type 'yarn' of full_attention",
         ),
-        ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+        *(
+            (case, {"rope_parameters": {"full_attention": None, "sliding_attention": LINEAR}}, "'linear' of sliding")
+            for case in ("gemma3", "olmo3", "gemma4_text")
+        ),
+        (
+            "qwen3_5_text",
+            {"output_gate_type": "sigmoid"},
+            "= 'sigmoid' .* should be 'swish' or 'silu'",
+        ),
+        ("llama-tied", {"hidden_act": "gelu"}, "hidden_act = 'gelu' .* should be 'silu'"),
+        ("llama-tied", {"sliding_window": 5}, "sliding_window = 5 .* should be null"),
         ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2"),
         ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function = 'layernorm'"),
         ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters should have full_attention and sliding_attention"),

@@ -75,9 +75,11 @@ def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, A
 
 def local_theta(fields: Fields, otherwise: float) -> float:
     """Reads the RoPE base of blocks with a window, by default `otherwise`. Raises UserError if their RoPE is scaled."""
-    theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), otherwise)
+    parameters = rope_parameters(fields, "sliding_attention")
+    theta, scaling = rope_of(parameters, otherwise)
     if scaling is not None:
-        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
+        kind = parameters.get("rope_type") or parameters.get("type")
+        raise UserError(f"config.json: rope_type {quoted(kind)} of sliding_attention is not supported; default is")
     return theta
 
 

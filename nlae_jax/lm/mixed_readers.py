@@ -10,12 +10,13 @@ from nlae_jax.lm.common_fields import (
     attention_biases,
     block_kinds,
     common_fields,
+    local_theta,
     rope_parameters,
     sliding_blocks,
     windows_of,
 )
 from nlae_jax.lm.fields import Fields, table, whole
-from nlae_jax.lm.rope_fields import proportional_rope, rope_of
+from nlae_jax.lm.rope_fields import proportional_rope
 from nlae_jax.runtime.errors import UserError
 
 _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
@@ -40,9 +41,6 @@ def gemma4(fields: Fields) -> Arch:
     count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
     sliding = sliding_blocks(fields, [(block + 1) % 6 != 0 for block in range(count)])
     sliding[-1] = False  # as in transformers, whatever the file says
-    theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), 10_000.0)
-    if scaling is not None:
-        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
     experts = _experts_beside(fields)
     return Arch(
         vocab_size=fields.size("vocab_size"),
@@ -53,7 +51,7 @@ def gemma4(fields: Fields) -> Arch:
         head_dim=fields.size("head_dim"),
         d_ff=fields.size("moe_intermediate_size" if experts else "intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=theta,
+        rope_theta=local_theta(fields, 10_000.0),
         tied_head=fields.flag("tie_word_embeddings"),
         family=fields.family,
         activation="gelu_tanh",
