@@ -894,6 +894,24 @@ def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_says(tmp_path, tied
     assert read_arch(tmp_path).tied_head is tied
 
 
+@pytest.mark.parametrize(
+    ("outer", "case"), [("gemma3", "gemma3"), ("gemma4_unified", "gemma4_unified_text"), ("mistral3", "gemma2")]
+)
+def test_a_multimodal_model_caps_its_logits_where_its_class_does(outer, case):
+    """Some classes in transformers with a vision tower leave out what the language model's own class does."""
+    family, fields = CASES[case]
+    text = {"model_type": family} | fields | {"num_hidden_layers": 1, "final_logit_softcapping": 0.5}
+    text |= {"layer_types": ["full_attention"]}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.AutoConfig.for_model(outer, text_config=text, vision_config=vision)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)
+        largest = model(torch.arange(3, 20)[None]).logits.abs().max()
+    cap = arch_from_hf(json.loads(config.to_json_string())).logit_softcap
+    assert (0.25 < largest <= 0.5) if cap == 0.5 else (cap == 0 and largest > 1)
+
+
 GLOBAL = {"per_layer_config": None}  # as published files have it
 
 
@@ -936,7 +954,17 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
             {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
             "rope_type 'yarn' of full_attention",
         ),
-        ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+        *(
+            (case, {"rope_parameters": {"full_attention": None, "sliding_attention": LINEAR}}, "'linear' of sliding")
+            for case in ("gemma3", "olmo3", "gemma4_text")
+        ),
+        (
+            "qwen3_5_text",
+            {"output_gate_type": "sigmoid"},
+            "= 'sigmoid' .* should be 'swish' or 'silu'",
+        ),
+        ("llama-tied", {"hidden_act": "gelu"}, "hidden_act = 'gelu' .* should be 'silu'"),
+        ("llama-tied", {"sliding_window": 5}, "sliding_window = 5 .* should be null"),
         ("phi3", {"full_attn_mod": 2}, "full_attn_mod = 2"),
         ("granitemoehybrid", {"normalization_function": "layernorm"}, "normalization_function = 'layernorm'"),
         ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters should have full_attention and sliding_attention"),
@@ -946,7 +974,11 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
         ("qwen3", {"mlp_bias": True}, "'mlp_bias' is not known"),
         ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0 should be above 0"),
         ("gemma3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type, not type"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types ="),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window should be true"),
+        ("ministral", {"layer_types": ["full_attention"] * 3}, "layer_types should name each of the 4 blocks"),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 3}, "layer_types should name each of the 4 blocks"),
+        ("granitemoehybrid", {"layer_types": None}, "layer_types should be attention"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "no_rope_layers should have a number for each of the 5 blocks"),
         ("olmo3", {"rope_parameters": None, "rope_scaling": OLMO3_ROPES}, "rope_scaling by kind of block"),
         ("llama-yarn", {"rope_parameters": OLMO3_ROPES}, "rope_parameters by kind of block is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 should be a multiple"),

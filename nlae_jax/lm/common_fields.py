@@ -75,9 +75,11 @@ def rope_parameters(fields: Fields, kind: str = "full_attention") -> dict[str, A
 
 def local_theta(fields: Fields, otherwise: float) -> float:
     """Reads the RoPE base of blocks with a window, by default `otherwise`. Raises UserError if their RoPE is scaled."""
-    theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), otherwise)
+    parameters = rope_parameters(fields, "sliding_attention")
+    theta, scaling = rope_of(parameters, otherwise)
     if scaling is not None:
-        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
+        kind = parameters.get("rope_type") or parameters.get("type")
+        raise UserError(f"config.json: rope_type {quoted(kind)} of sliding_attention is not supported; default is")
     return theta
 
 
@@ -91,12 +93,23 @@ def biases_of(fields: Fields) -> tuple[str, ...]:
     return attention_biases(fields) + (("gate", "up", "down") if fields.flag("mlp_bias") else ())
 
 
+def block_kinds(fields: Fields, *allowed: str) -> list[str]:
+    """Returns the kind of each block by `layer_types`, or nothing if that field is missing.
+
+    Raises UserError for a kind that is not allowed, or if there is not one kind for each block.
+    """
+    kinds, count = fields.items("layer_types"), fields.size("num_hidden_layers")
+    for kind in kinds:
+        if kind not in allowed:
+            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
+    if kinds and len(kinds) != count:
+        raise UserError(f"config.json: layer_types should name each of the {count} blocks, and no more")
+    return kinds
+
+
 def sliding_blocks(fields: Fields, otherwise: Sequence[bool]) -> list[bool]:
     """Returns for each block whether it has a window, by `layer_types`, or `otherwise` if that field is missing."""
-    kinds = fields.items("layer_types")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
+    kinds = block_kinds(fields, "full_attention", "sliding_attention")
     return [kind == "sliding_attention" for kind in kinds] or list(otherwise)
 
 

@@ -55,6 +55,8 @@ _WITH_VISION = {
 }
 # Models with a vision tower whose head is tied unless the file says otherwise.
 _TIED = ("gemma3", "gemma4", "gemma4_unified")
+# Models whose class in transformers takes logits as the head gives them, whatever the language model's own class does.
+_BARE_HEADS = ("gemma3", "mistral3")
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def language_config(config: dict[str, Any]) -> dict[str, Any]:
     tied = config.get("tie_word_embeddings")
     tied = text.get("tie_word_embeddings", whole in _TIED) if tied is None else tied
     read = {"model_type": family, "architectures": [WRITTEN[family].transformers_class], "tie_word_embeddings": tied}
-    return text | read
+    return text | read | (dict.fromkeys(("final_logit_softcapping", "logits_scaling")) if whole in _BARE_HEADS else {})
 
 
 def arch_from_hf(config: dict[str, Any]) -> Arch:
@@ -96,8 +98,6 @@ def arch_from_hf(config: dict[str, Any]) -> Arch:
             f"config.json: num_attention_heads = {arch.num_heads} should be a multiple of "
             f"num_key_value_heads = {arch.num_kv_heads}"
         )
-    if {len(arch.ropes), len(arch.windows), len(arch.mixers)} - {0, arch.num_layers}:
-        raise UserError(f"config.json: layer_types should name each of the {arch.num_layers} blocks, and no more")
     return arch
 
 

@@ -245,7 +245,11 @@ class Fields:
     def only(self, key: str, *allowed: Any) -> None:
         """Raises UserError if the field has a value that is not allowed. It may be null or missing."""
         if (value := self.get(key)) is not None and value not in allowed:
-            raise UserError(f"config.json: {key} = {quoted(value)} is not supported for model_type {self.family}")
+            right = " or ".join(map(quoted, allowed)) or "null"
+            raise UserError(
+                f"config.json: {key} = {quoted(value)} is not supported for model_type {self.family}; "
+                f"it should be {right}"
+            )
 
     def pass_over(self, key: str) -> None:
         """Marks a field as known. The family does not use it."""

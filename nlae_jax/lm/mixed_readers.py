@@ -6,11 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 
 from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
-from nlae_jax.lm.common_fields import attention_biases, common_fields, rope_parameters, sliding_blocks, windows_of
+from nlae_jax.lm.common_fields import (
+    attention_biases,
+    block_kinds,
+    common_fields,
+    local_theta,
+    rope_parameters,
+    sliding_blocks,
+    windows_of,
+)
 from nlae_jax.lm.fields import Fields, table, whole
-from nlae_jax.lm.rope_fields import proportional_rope, rope_of
+from nlae_jax.lm.rope_fields import proportional_rope
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.outside import quoted
 
 _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
@@ -34,9 +41,6 @@ def gemma4(fields: Fields) -> Arch:
     count, d_model = fields.size("num_hidden_layers"), fields.size("hidden_size")
     sliding = sliding_blocks(fields, [(block + 1) % 6 != 0 for block in range(count)])
     sliding[-1] = False  # as in transformers, whatever the file says
-    theta, scaling = rope_of(rope_parameters(fields, "sliding_attention"), 10_000.0)
-    if scaling is not None:
-        raise UserError("config.json: a scaled rope of sliding_attention is not supported")
     experts = _experts_beside(fields)
     return Arch(
         vocab_size=fields.size("vocab_size"),
@@ -47,7 +51,7 @@ def gemma4(fields: Fields) -> Arch:
         head_dim=fields.size("head_dim"),
         d_ff=fields.size("moe_intermediate_size" if experts else "intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=theta,
+        rope_theta=local_theta(fields, 10_000.0),
         tied_head=fields.flag("tie_word_embeddings"),
         family=fields.family,
         activation="gelu_tanh",
@@ -175,12 +179,9 @@ def qwen3_5(fields: Fields) -> Arch:
     # Fields of blocks that draft tokens, which are not used.
     for key in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"):
         fields.pass_over(key)
-    common, kinds = common_fields(fields, partial=True), fields.items("layer_types")
+    common, kinds = common_fields(fields, partial=True), block_kinds(fields, *_MIXERS)
     interval = fields.size("full_attention_interval", 4)
     by_interval = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(common["num_layers"])]
-    for kind in kinds:
-        if kind not in _MIXERS:
-            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
     delta = DeltaNet(
         key_heads=fields.size("linear_num_key_heads"),
         value_heads=fields.size("linear_num_value_heads"),

@@ -11,6 +11,7 @@ from nlae_jax.lm.arch import Arch, QueryGrowth
 from nlae_jax.lm.common_fields import (
     attention_biases,
     biases_of,
+    block_kinds,
     common_fields,
     local_theta,
     one_window,
@@ -63,11 +64,11 @@ def _qwen(fields: Fields, **differences: Any) -> Arch:
     common = common_fields(fields)
     first = fields.size("max_window_layers", 28, least=0)
     upper = [number >= first for number in range(common["num_layers"])]
-    windows = windows_of(fields, sliding_blocks(fields, upper))
-    if not fields.flag("use_sliding_window"):
-        windows = ()
-        fields.only("layer_types", ["full_attention"] * common["num_layers"])
-    return Arch(**common, **differences, windows=windows)
+    on = fields.flag("use_sliding_window")
+    sliding = sliding_blocks(fields, upper if on else [False] * common["num_layers"])
+    if any(sliding) and not on:  # transformers fails there
+        raise UserError("config.json: use_sliding_window should be true where layer_types has sliding_attention")
+    return Arch(**common, **differences, windows=windows_of(fields, sliding))
 
 
 def smollm3(fields: Fields) -> Arch:
@@ -77,6 +78,8 @@ def smollm3(fields: Fields) -> Arch:
     interval = fields.size("no_rope_layer_interval", 4)
     by_interval = [(number + 1) % interval != 0 for number in range(common["num_layers"])]
     with_rope = [bool(flag) for flag in fields.items("no_rope_layers") or by_interval][: common["num_layers"]]
+    if len(with_rope) < common["num_layers"]:
+        raise UserError(f"config.json: no_rope_layers should have a number for each of the {len(by_interval)} blocks")
     windows = windows_of(fields, sliding_blocks(fields, [not flag for flag in with_rope]))
     # As transformers masks: the switch decides only where layer_types does not.
     has_windows = fields.flag("use_sliding_window") or bool(fields.items("layer_types"))
@@ -251,9 +254,8 @@ def granitemoehybrid(fields: Fields) -> Arch:
     """Reads Granite 4.0's dense models. Those with experts or state-space blocks are refused."""
     fields.only("hidden_act", "silu")
     fields.only("normalization_function", "rmsnorm")
-    for kind in fields.items("layer_types") or ["mamba"]:
-        if kind not in ("attention", "full_attention"):
-            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported; attention is")
+    if not block_kinds(fields, "attention", "full_attention"):
+        raise UserError("config.json: layer_types should be attention for each block: 'mamba' is not supported")
     if fields.size("num_local_experts", 8, least=0):
         raise UserError("config.json: num_local_experts above 0 is not supported for model_type granitemoehybrid")
     for key in ("num_experts_per_tok", "time_step_limit", "intermediate_size"):
