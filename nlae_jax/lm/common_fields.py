@@ -101,7 +101,8 @@ def block_kinds(fields: Fields, *allowed: str) -> list[str]:
     kinds, count = fields.items("layer_types"), fields.size("num_hidden_layers")
     for kind in kinds:
         if kind not in allowed:
-            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported")
+            right = " or ".join(map(quoted, allowed))
+            raise UserError(f"config.json: layer_types {quoted(kind)} is not supported; each kind should be {right}")
     if kinds and len(kinds) != count:
         raise UserError(f"config.json: layer_types should name each of the {count} blocks, and no more")
     return kinds

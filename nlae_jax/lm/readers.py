@@ -255,7 +255,7 @@ def granitemoehybrid(fields: Fields) -> Arch:
     fields.only("hidden_act", "silu")
     fields.only("normalization_function", "rmsnorm")
     if not block_kinds(fields, "attention", "full_attention"):
-        raise UserError("config.json: layer_types should be attention for each block: 'mamba' is not supported")
+        raise UserError("config.json: the field 'layer_types' is missing; it should be attention for each block")
     if fields.size("num_local_experts", 8, least=0):
         raise UserError("config.json: num_local_experts above 0 is not supported for model_type granitemoehybrid")
     for key in ("num_experts_per_tok", "time_step_limit", "intermediate_size"):
