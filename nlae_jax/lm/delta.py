@@ -171,7 +171,9 @@ def _inverse(system: jax.Array) -> jax.Array:
     inverse = jnp.ones((*batch, length, 1, 1), system.dtype)
     while (size := inverse.shape[-1]) < length:
         blocks = system.reshape(*batch, length // (2 * size), 2, size, length // (2 * size), 2, size)
-        below = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        # The blocks below the diagonal ones, by a sum: jnp.diagonal is a gather, and its gradient a scatter.
+        same = jnp.eye(length // (2 * size), dtype=system.dtype)[:, None, :, None]
+        below = (blocks[..., 1, :, :, 0, :] * same).sum(-2)
         first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
         corner = -einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", second, below), first)
         upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
