@@ -1,4 +1,4 @@
-"""Short trainings that differ in one setting, measured on the same validation activations: docs/carried-pair.md.
+"""Compares short trainings that differ in one setting, on the same validation activations.
 
     python experiments/smollm2/texts.py runs/pair/texts
     python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations
