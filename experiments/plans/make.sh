@@ -36,10 +36,6 @@ plan qwen3.6-27b_v5p-2x4x4 qwen3_6_27b Qwen3.6-27B v5p:2x4x4 64 --quick --config
     --config.mesh.fsdp=16 --config.mesh.tensor=2 --config.rl.microbatches=4 --config.sft.microbatches=4
 plan gpt-oss-20b-lora_v5p-2x2x1 gpt_oss_20b gpt-oss-20b v5p:2x2x1 64 --quick \
     --config.rl.microbatches=4 --config.sft.microbatches=4
-plan gemma-4-26b-lora_v6e-4x4 gemma4_26b_a4b gemma-4-26B-A4B-it v6e:4x4 64 --quick
-plan qwen3.6-27b-lora_v6e-4x4 qwen3_6_27b Qwen3.6-27B v6e:4x4 64 --quick
-plan gpt-oss-20b-lora_v6e-2x4 gpt_oss_20b gpt-oss-20b v6e:2x4 64 --quick \
-    --config.rl.microbatches=4 --config.sft.microbatches=4
 
 # Weak scaling: 8 activations a chip, parameters split over 8 chips and copied over the rest.
 for slice in 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8; do
