@@ -6,7 +6,7 @@ OTHER_PYTHON ?= python3.12
 # What the other line of jax could change: products, samples, updates, checkpoints, whole stages and their resuming.
 CORE_TESTS = $(addprefix tests/test_,$(addsuffix .py,objectives views transformer sampling state checkpoint stages))
 
-.PHONY: quickstart train test test-other lint types docs clean
+.PHONY: quickstart train test test-other wheel lint types docs clean
 
 # Three texts explained by the shipped pair, which is then trained on for a few minutes.
 quickstart: .venv/installed
@@ -29,6 +29,15 @@ test-other: setup.cfg
 	.venv-other/bin/python -m pip --version >/dev/null 2>&1 || $(OTHER_PYTHON) -m venv .venv-other
 	.venv-other/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	.venv-other/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
+
+# The wheel in a new environment, and the tiny experiment run with it from outside the repository's packages.
+wheel: .venv/installed
+	rm -rf build/wheel
+	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	.venv/bin/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/nlae_jax-*.whl
+	cp experiments/tiny.py build/wheel
+	cd build/wheel && venv/bin/nlae --help >/dev/null && venv/bin/nlae train --config tiny.py --workdir tiny
 
 lint: .venv/tested
 	.venv/bin/ruff check .
