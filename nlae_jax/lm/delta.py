@@ -128,11 +128,10 @@ def in_chunks(
     The formulas are those of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
     Length". Inside a chunk the corrections u of its tokens solve a triangular system: u_i = β_i (v_i - e^{G_i} S₀ᵀ k_i
     - Σ_{j<i} e^{G_i - G_j} (k_i·k_j) u_j), with S₀ the memory before the chunk and G the summed logarithms of decay.
-    The system is solved for all chunks at once, for the part without S₀ and for the factor of S₀. `chunk` is a power
-    of two.
+    The system is solved for all chunks at once, for the part without S₀ and for the factor of S₀.
     """
     length = v.shape[1]
-    chunk = min(chunk, 1 << (length - 1).bit_length())
+    chunk = min(chunk, length)
     q, k = (_per_value_head(x, v.shape[2]) for x in (q, k))
     q, k, v, log_decay, step = (_chunks(x, chunk) for x in (q, k, v, log_decay, step))  # [chunks, N, H, C, ...]
     summed = jnp.cumsum(log_decay, -1)
@@ -161,24 +160,23 @@ def in_chunks(
 
 
 def _inverse(system: jax.Array) -> jax.Array:
-    """Inverts unit lower triangular matrices [..., C, C], given by what stands below their diagonal; C a power of two.
+    """Inverts unit lower triangular matrices [..., C, C], which are given by what stands below their diagonal.
 
-    Doubles the inverted blocks on the diagonal: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]].
-    Products suit matrix units better than substitution does, and the gradient of `lax.linalg.triangular_solve` can
-    wait for ever on CPU (jaxlib 0.10: two solutions at once on two threads).
+    Doubles the inverted blocks on the diagonal: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]], and
+    all blocks Q of one size stand in one masked matrix. Products suit matrix units better than substitution does, and
+    the gradient of `lax.linalg.triangular_solve` can wait for ever on CPU (jaxlib 0.10: two solutions at once on two
+    threads).
     """
-    *batch, length, _ = system.shape
-    inverse = jnp.ones((*batch, length, 1, 1), system.dtype)
-    while (size := inverse.shape[-1]) < length:
-        blocks = system.reshape(*batch, length // (2 * size), 2, size, length // (2 * size), 2, size)
-        # The blocks below the diagonal ones, by a sum: jnp.diagonal is a gather, and its gradient a scatter.
-        same = jnp.eye(length // (2 * size), dtype=system.dtype)[:, None, :, None]
-        below = (blocks[..., 1, :, :, 0, :] * same).sum(-2)
-        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        corner = -einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", second, below), first)
-        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
-        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
-    return inverse[..., 0, :, :]
+    length = system.shape[-1]
+    row, column = jnp.arange(length)[:, None], jnp.arange(length)
+    inverse, size = jnp.broadcast_to(jnp.eye(length, dtype=system.dtype), system.shape), 1
+    while size < length:
+        below = (row // size % 2 == 1) & (column // size == row // size - 1)
+        corners = jnp.where(below, system, 0.0)
+        if size > 1:  # blocks of size 1 are their own inverses
+            corners = einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", inverse, corners), inverse)
+        inverse, size = inverse - corners, 2 * size
+    return inverse
 
 
 def _per_value_head(x: jax.Array, count: int) -> jax.Array:
