@@ -30,12 +30,12 @@ test-other: setup.cfg
 	.venv-other/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	.venv-other/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
 
-# The wheel in a new environment, and the tiny experiment run with it from outside the repository's packages.
+# Installs WHEEL, or else a wheel made here, in a new environment, and runs the tiny experiment with it.
 wheel: .venv/installed
 	rm -rf build/wheel
-	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(if $(WHEEL),,.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .)
 	.venv/bin/python -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/nlae_jax-*.whl
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(or $(WHEEL),build/wheel/nlae_jax-*.whl)
 	cp experiments/tiny.py build/wheel
 	cd build/wheel && venv/bin/nlae --help >/dev/null && venv/bin/nlae train --config tiny.py --workdir tiny
 

@@ -128,9 +128,12 @@ def notes_of_training(texts: Path, out: Path) -> Path:
 
 def mixed(texts: Path, out: Path) -> Path:
     """Draws the documents of mix.py, unless that is done already, and returns their directory."""
-    if not all((out / "mix" / f"{domain}.jsonl").exists() for domain in mix.DOCUMENTS):  # it may have been interrupted
-        mix.main(texts / "train", out / "mix")
-    return out / "mix"
+    directory = out / "mix"
+    if not directory.exists():
+        unfinished = out / "mix.unfinished"
+        mix.main(texts / "train", unfinished)
+        unfinished.rename(directory)
+    return directory
 
 
 def run(*command: str) -> None:

@@ -164,8 +164,7 @@ def _inverse(system: jax.Array) -> jax.Array:
 
     Doubles the inverted blocks on the diagonal: the inverse of [[P, 0], [Q, R]] is [[P⁻¹, 0], [-R⁻¹ Q P⁻¹, R⁻¹]], and
     all blocks Q of one size stand in one masked matrix. Products suit matrix units better than substitution does, and
-    the gradient of `lax.linalg.triangular_solve` can wait for ever on CPU (jaxlib 0.10: two solutions at once on two
-    threads).
+    the gradient of `lax.linalg.triangular_solve` never ended on a CPU of two cores (jaxlib 0.10, 4 rows of 512 tokens).
     """
     length = system.shape[-1]
     row, column = jnp.arange(length)[:, None], jnp.arange(length)
