@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from nlae_jax.cli import main
 from nlae_jax.lm.arch import Arch, Experts
@@ -158,6 +159,29 @@ def test_the_fused_kernel_is_compiled_only_where_it_is_asked_for(config, result,
     step = report.plan(asked, "v5e:2x2", ["decoder_sft"])["steps"]["decoder_sft"]
     assert 0 < step["kernel_flops_per_chip"] < step["flops_per_chip"]
     assert step["fits"]
+
+
+def test_nothing_of_a_plan_is_kept_by_jax(tmp_path):
+    """Not in a process that has compiled and kept another program before either."""
+    kept = lambda: len([*tmp_path.glob("*-cache")])  # noqa: E731
+    changes = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in changes}
+    try:
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x + 1).lower(1.0).compile()
+        count = kept()
+        assert count > 0
+        with report._nothing_kept():
+            jax.jit(lambda x: x + 2).lower(1.0).compile()
+        assert kept() == count
+        jax.jit(lambda x: x + 3).lower(1.0).compile()
+        assert kept() > count
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_float32_products_take_six_times_as_long(config, result):

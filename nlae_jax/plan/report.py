@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.table import Table
 
 from nlae_jax.config import Config, flatten
@@ -72,11 +73,17 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick
 def _nothing_kept() -> Iterator[None]:
     """Switches jax's cache off: programs for devices that this machine does not have cannot be read back from it."""
     before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+    _switch_cache(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        _switch_cache(before)
+
+
+def _switch_cache(on: bool) -> None:
+    """Jax looks at the switch once a process, at the first program, and again after a reset. Files stay."""
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()
 
 
 def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, Any]:
