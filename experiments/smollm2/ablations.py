@@ -53,8 +53,8 @@ RL: dict[str, dict[str, Any]] = {
 RL_STEPS = {
     "rl.num_steps": 16,
     "rl.activations_per_step": 8,
-    "corpus.max_documents": 200,
-    "extract.positions_per_document": 5,
+    "corpus.max_documents": 100,
+    "extract.positions_per_document": 4,
 }
 COLUMNS = ("fve", "fve_shuffled", "candidates_hold_top1", "ending_in_context", "repeated_rate", "distinct_2")
 
