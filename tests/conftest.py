@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 # Before anything imports jax. Processes that tests start inherit all of it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here compile for seconds and run for milliseconds: they are not optimised.
-_XLA_FLAGS = {"xla_force_host_platform_device_count": "8", "xla_backend_optimization_level": "0"}
+# Without fusion emitters, and with one part per program, compiling takes half the time.
+_XLA_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(f"--{name}={value}" for name, value in _XLA_FLAGS.items() if name not in _given)]
@@ -45,6 +51,14 @@ gc.set_threshold(50_000, 20, 50)
 # No deadline: an example that compiles takes a second. Derandomised: the suite does the same work every time.
 hypothesis.settings.register_profile("nlae_jax", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("nlae_jax")
+
+
+def slow_but(kept: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Returns the cases for `parametrize`; those not in `kept` are slow. A tuple is a case of several arguments."""
+    kept = list(kept)
+    arguments = lambda case: case if isinstance(case, tuple) else (case,)  # noqa: E731
+    return [case if case in kept else pytest.param(*arguments(case), marks=pytest.mark.slow) for case in cases]
+
 
 # What differs from the defaults in every tiny run: sizes, and learning rates that move a random model.
 TINY: dict[str, Any] = {

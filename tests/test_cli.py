@@ -531,6 +531,7 @@ def test_no_space_left(tiny_run, tmp_path, capsys):
             assert (disk / "W/activations" / name).read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_no_space_for_checkpoints(tiny_run, tmp_path, capfd):
     """Stopped by a full disk in one stage after another, each time with one line, and it ends as if never stopped."""
     disk = tmp_path / "disk"
@@ -909,7 +910,7 @@ def other_fields(workdir):
 @pytest.mark.parametrize(
     "lose", [lost_samples, lost_directory, empty_evaluation, no_object, no_json, other_fields], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("command", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_results_that_are_lost_are_made_again(tiny_run, tmp_path, capsys, lose, command):
     workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
     lose(workdir)
@@ -1002,6 +1003,7 @@ for blocks in sys.argv[1:split]:
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tiny_run, tmp_path):
     """`ulimit -f` for every stage, raised from one start to the next in one process; without it the command goes on."""
     arguments = tiny_run.arguments(tmp_path / "W", sft__encoder_steps=2, rl__num_steps=2)

@@ -26,7 +26,7 @@ from nlae_jax.run.preparation import extract
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
 from nlae_jax.runtime.errors import UserError
-from tests.conftest import TINY, perturbed, tiny_config, vectors
+from tests.conftest import TINY, perturbed, slow_but, tiny_config, vectors
 from tests.test_families import CASES, GPT2, NEOX, SMALL, WIDE, assert_close, model_of, torch, transformers
 
 LAYER = 1
@@ -66,6 +66,7 @@ FIELDS["gemma4_text+experts"] = CASES["gemma4_text-experts"][1] | {
     "layer_types": ["sliding_attention", "full_attention"] * 3
 }
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
+FAST = ("llama", "gemma3_text", "gpt2", "phi3", "granite", "qwen3_moe+adapted", "qwen3_5_text")
 MIXTURES = ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text+experts", "qwen3_5_moe_text"]
 
 
@@ -120,7 +121,9 @@ def run(request, tmp_path, tiny_dir, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "run", [*FIELDS, "gemma3_text+vision", *(f"{family}+adapted" for family in MIXTURES)], indirect=True
+    "run",
+    slow_but(FAST, [*FIELDS, "gemma3_text+vision", *(f"{family}+adapted" for family in MIXTURES)]),
+    indirect=True,
 )
 def test_out_and_in_again(request, run, tmp_path):
     case = request.node.callspec.params["run"]

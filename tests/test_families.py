@@ -22,6 +22,7 @@ from nlae_jax.lm.weights import load_params, save_params
 from nlae_jax.mesh import make_mesh, place, put_batch, replicated, tree_shardings
 from nlae_jax.roles.subject import Subject
 from nlae_jax.runtime.errors import UserError
+from tests.conftest import slow_but
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -401,7 +402,16 @@ def assert_close(mine, expected, what, case):
     assert error < 1e-4, error
 
 
-@pytest.mark.parametrize("case", CASES)
+def case_of(family):
+    """The family's first case."""
+    return next(case for case in CASES if CASES[case][0] == family)
+
+
+# Every case takes seconds to compile. Of most families the fast suite has the first.
+FIRST = slow_but(map(case_of, FAMILIES), CASES)
+
+
+@pytest.mark.parametrize("case", FIRST)
 def test_equal_to_transformers(tmp_path, case):
     model = random_model(case)
     model.save_pretrained(tmp_path)
@@ -443,6 +453,7 @@ def test_every_family_is_there():
     assert {family for family, _ in CASES.values()} == set(FAMILIES)
 
 
+@pytest.mark.slow
 def test_what_sets_families_apart_matters_here(tmp_path):
     """Else the comparison could not fail: each field of the architecture changes the numbers."""
     ids, mask = batch_of()
@@ -491,11 +502,6 @@ def config_of(case):
     return json.loads(transformers.AutoConfig.for_model(family, **fields).to_json_string())
 
 
-def case_of(family):
-    """The family's first case."""
-    return next(case for case in CASES if CASES[case][0] == family)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_whose_tokens_see_later_ones_is_refused(family):
     """transformers masks them in every family, unless the file says so."""
@@ -519,7 +525,7 @@ ANYWHERE = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama", "qwen2", "gemma2", "olmo2", "gpt2", "phi3", "granite"], FAMILIES))
 def test_no_field_is_silently_ignored(family):
     """What changes transformers' numbers is refused, or changes the architecture."""
     model, config = random_model(case_of(family)), config_of(case_of(family))
@@ -604,7 +610,7 @@ def first_caches(arch, kv, depth):
     return kv._replace(k=kv.k[:attention], v=kv.v[:attention], state=state, global_kv=global_kv)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST)
 def test_cached_decoding_is_the_plain_forward(tmp_path, case):
     """Logits, and every block's residual stream, of tokens fed one by one after prompts padded on either side."""
     prompt_time, steps = 13, 3
@@ -746,9 +752,7 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path, case):
     jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen3_moe", "olmoe", "gpt_oss", pytest.param("gemma4_text-experts", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("case", slow_but(["qwen3_moe"], ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text-experts"]))
 def test_experts_on_eight_devices_are_those_on_one(tmp_path, case):
     """Values and the gradient of the adapters; where the experts are as many, each device has its own."""
     arch, params = loaded(tmp_path, case)

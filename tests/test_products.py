@@ -22,7 +22,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.train.state import init_decoder, init_encoder
-from tests.conftest import tiny_config
+from tests.conftest import slow_but, tiny_config
 
 HIGHEST = jax.lax.Precision.HIGHEST
 PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}  # as jax lowers for them, and as devices call theirs
@@ -69,11 +69,16 @@ def every_program(sizes: tuple[int, int, int], **settings: Any) -> Iterator[tupl
 @pytest.mark.parametrize(
     ("platform", "sizes", "settings"),
     [
-        ("cuda", (1, 1, 1), {"lora__rank": 4}),
-        ("cuda", (2, 2, 2), {"lora__rank": 0, "rl__fused": False, "rl__contrastive": 0.5}),
         ("cuda", (1, 8, 1), {"lora__rank": 0, "subject__dtype": "bfloat16", "rl__kl_coef": 0.0}),
-        ("cuda", (1, 1, 1), {"lora__rank": 4, "subject__dtype": "bfloat16", "remat": "dots"}),
         ("tpu", (2, 2, 2), {"lora__rank": 4}),
+        *slow_but(
+            [],
+            [
+                ("cuda", (1, 1, 1), {"lora__rank": 4}),
+                ("cuda", (1, 1, 1), {"lora__rank": 4, "subject__dtype": "bfloat16", "remat": "dots"}),
+                ("cuda", (2, 2, 2), {"lora__rank": 0, "rl__fused": False, "rl__contrastive": 0.5}),
+            ],
+        ),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import pytest
 
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
+from tests.conftest import slow_but
 
 LAYER, WIDTH = 0, 32
 
@@ -158,7 +159,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case", slow_but(["gemma3-ropes", "gpt2", "qwen3_5_text"], FAMILIES))
 def test_every_family_splices(tmp_path, tokenizer, case):
     """The true activation changes nothing, and sharing the context's keys changes nothing either."""
     pytest.importorskip("torch")

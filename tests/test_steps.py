@@ -43,7 +43,7 @@ from nlae_jax.train.steps import (
     rl_step,
 )
 from nlae_jax.train.updates import apply_update, in_microbatches
-from tests.conftest import drawn_params, perturbed, tiny_config, vectors
+from tests.conftest import drawn_params, perturbed, slow_but, tiny_config, vectors
 
 ONE, MESHES = (1, 1, 1), [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]
 BATCH, GROUP, RESPONSE = 8, 2, 8
@@ -202,8 +202,9 @@ def test_the_first_step_is_on_policy_and_at_the_reference(rank, alone):
     assert -4 < first["reward_mean"] < 0 < first["reward_std"]
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(
+    ("rank", "sizes"), slow_but([(4, (2, 2, 2)), (0, (1, 8, 1))], itertools.product((4, 0), MESHES))
+)
 def test_eight_devices_are_one_device(rank, sizes, trained, alone):
     assert_metrics_close(trained(rank, sizes).metrics, alone(rank).metrics, 1e-4)
 
@@ -236,7 +237,7 @@ def most_exchanged(arch, protocol, sizes) -> int:
 
 
 @pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2)], ids=["dense", "experts"])
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_no_weight_is_moved_inside_the_decode_loop(sizes, platform, experts, protocol, monkeypatch):
     """Every part of a matrix that would have to be gathered is larger than anything that rows exchange.
@@ -353,8 +354,7 @@ def of_no_weight(settings):
     return functools.cache(lambda rank: train(with_kl(settings[rank], 1e-30), ONE))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(("rank", "fused"), slow_but([(4, True)], itertools.product((4, 0), (True, False))))
 def test_without_a_kl_term_there_is_no_reference(rank, fused, settings, of_no_weight):
     """None is held; either step computes what one with a term of no weight does, without `kl` among the metrics."""
     ours, theirs = train(with_kl(settings[rank], 0.0), ONE, fused), of_no_weight(rank)

@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def encoded(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[jnp.ndarray, jnp.ndarray, Marks]:
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    padded, length = pad(ids, max(map(len, ids)) + 3)
+    padded, length = pad(ids, -(-max(map(len, ids)) // 32) * 32 + 3)  # few widths: each is compiled
     return jnp.asarray(padded), jnp.asarray(length), marks(tokenizer, len(tokenizer) + 5)
 
 
