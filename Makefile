@@ -6,7 +6,7 @@ OTHER_PYTHON ?= python3.12
 # What the other line of jax could change: products, samples, updates, checkpoints, whole stages and their resuming.
 CORE_TESTS = $(addprefix tests/test_,$(addsuffix .py,objectives views transformer sampling state checkpoint stages))
 
-.PHONY: quickstart train test test-other wheel lint types docs clean
+.PHONY: quickstart train test test-slow test-other wheel lint types docs clean
 
 # Three texts explained by the shipped pair, which is then trained on for a few minutes.
 quickstart: .venv/installed
@@ -23,6 +23,9 @@ train: .venv/installed
 
 test: .venv/tested
 	.venv/bin/python -m pytest -q -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+
+test-slow: .venv/tested
+	.venv/bin/python -m pytest -q -m slow -n $(TEST_PROCESSES) --dist loadfile
 
 # The core's tests on the line of jax that Python 3.12 and later get.
 test-other: setup.cfg

@@ -141,7 +141,7 @@ def test_devices_hold_their_own_rows_only():
 
 
 @pytest.mark.parametrize("remat", ["none", "linear"])
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [None, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_an_encoder_that_uses_it(lora_roles, params, sizes, remat):
     """Log-probs of responses and their gradients by the adapters, on one device and on eight."""
     adapters = perturbed(init_encoder(lora_roles, params, jax.random.PRNGKey(0)), 0)

@@ -113,6 +113,7 @@ def test_sharing_needs_fewer_flops(arch):
     assert shapes.unshared() == one
 
 
+@pytest.mark.slow
 def test_the_command(tiny_dir, corpus_file, capsys):
     settings = {"subject.model": tiny_dir, "corpus.path": corpus_file, "corpus.min_characters": 20}
     settings |= {"rl.max_new_tokens": 16, "rl.samples_per_activation": 2, "lora.rank": 2}

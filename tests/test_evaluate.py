@@ -170,6 +170,7 @@ def test_a_run_is_judged_by_the_server_of_another_config(tiny_run, tmp_path):
     assert (workdir / "config.json").read_bytes() == (tiny_run.workdir / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_sections_of_the_same_activations_stay_and_others_go(exported, tmp_path, capsys):
     """What it costs is said before anything is read, and how many activations there are if there are too few."""
     texts = [text.text for _, text in documents(4, 40)]

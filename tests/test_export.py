@@ -385,7 +385,7 @@ def test_a_date_that_cannot_be_fixed_is_said(source, tmp_path, capsys):
     assert "prints the current date" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_training_goes_on_from_a_released_pair(tiny_run, exported, tmp_path, rank):
     """What a run starts from is what the other ended with, and RL moves it from there."""
     workdir, out = exported

@@ -11,6 +11,7 @@ from nlae_jax.explore.sources import open_trained
 from nlae_jax.run.training import trained_pair, warm_started_pair
 
 pytest_plugins = ["tests.tiny_run"]
+pytestmark = pytest.mark.slow
 
 STEPS, WINDOW = 30, 6
 

@@ -100,7 +100,7 @@ class CopyingRoles(Roles):
         return super().encoder_variables(jax.tree.map(lambda w: w * 1.0001, base), trained)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_training_adapters_copies_no_base(protocol, microbatches):
     step = Compiled(protocol, lora__rank=2, rl__microbatches=microbatches)
     base = num_bytes(step.frozen["base"])
@@ -111,6 +111,7 @@ def test_training_adapters_copies_no_base(protocol, microbatches):
         assert memory.temp_size_in_bytes < 0.5 * base
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_base_would_be_noticed(protocol):
     step = Compiled(protocol, CopyingRoles, lora__rank=2)
     assert min(memory.temp_size_in_bytes for memory in step.trained()) > 0.8 * num_bytes(step.frozen["base"])

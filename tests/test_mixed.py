@@ -25,7 +25,7 @@ from nlae_jax.roles.turns import Turns
 from nlae_jax.serve.programs import subject_program
 from nlae_jax.serve.tables import Entry, Table
 from nlae_jax.train.state import init_encoder
-from tests.conftest import drawn_params, perturbed, tiny_config, vectors
+from tests.conftest import drawn_params, perturbed, slow_but, tiny_config, vectors
 from tests.test_families import CASES, assert_close, batch_of, model_of, ours, theirs
 
 ARCH = Arch(
@@ -129,7 +129,7 @@ def test_merged_is_applied(arch, experts):
 
 @pytest.mark.parametrize(
     "arch",
-    [ARCH, PERIODIC, GLOBAL, pytest.param(APART, marks=pytest.mark.slow)],
+    [ARCH, *slow_but([], [PERIODIC, GLOBAL, APART])],
     ids=["left over", "whole patterns", "global", "global experts"],
 )
 def test_gradients_are_those_of_the_blocks_one_by_one(arch):
@@ -219,7 +219,7 @@ def test_a_rollout_draws_from_its_teacher_forced_distribution(tokenizer, protoco
     np.testing.assert_allclose(np.asarray(log_probs)[real], np.asarray(samples.log_probs)[real], atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", [ARCH, GLOBAL], ids=["delta", "global"])
+@pytest.mark.parametrize("arch", slow_but([GLOBAL], [ARCH, GLOBAL]), ids=["delta", "global"])
 def test_rows_that_are_left_in_a_batch_draw_what_they_would_have(monkeypatch, caplog, tokenizer, protocol, arch):
     """After the first turn the batch shrinks to four rows, of which three are in use."""
     arch = dataclasses.replace(arch, vocab_size=-(-len(tokenizer) // 8) * 8)
@@ -286,10 +286,7 @@ def test_texts_of_several_chunks_are_transformers_too(tmp_path):
 
 @pytest.mark.parametrize(
     "arch",
-    [
-        *(TWO_HEADS, dataclasses.replace(TWO_HEADS, experts=SHARED), GLOBAL),
-        pytest.param(APART, marks=pytest.mark.slow),
-    ],
+    [TWO_HEADS, *slow_but([], [dataclasses.replace(TWO_HEADS, experts=SHARED), GLOBAL, APART])],
     ids=["delta", "experts", "global", "global experts"],
 )
 def test_eight_devices_are_one(arch):
@@ -314,10 +311,8 @@ def test_eight_devices_are_one(arch):
 
 @pytest.mark.parametrize(
     ("arch", "looped"),
-    [
-        *((ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True)),
-        pytest.param(APART, True, marks=pytest.mark.slow, id="global experts"),
-    ],
+    slow_but([(ARCH, True)], [(ARCH, False), (ARCH, True), (GLOBAL, False), (GLOBAL, True), (APART, True)]),
+    ids=["delta", "delta looped", "global", "global looped", "global experts looped"],
 )
 def test_rows_that_come_and_go_write_what_each_writes_alone(monkeypatch, tokenizer, arch, looped):
     """A place that another row has left holds its state no more; tables grow and shrink on the way."""

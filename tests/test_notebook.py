@@ -18,6 +18,7 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_tiny_pair(notebook, tiny_run, tmp_path, monkeypatch):
     assert main(["export", "--workdir", str(tiny_run.workdir), "--out", str(tmp_path / "pair")]) == 0
     monkeypatch.setenv("NLAE_PAIR", str(tmp_path / "pair"))

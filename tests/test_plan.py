@@ -127,6 +127,7 @@ def test_what_is_computed_again_is_said_of_experts_too():
         assert report.recomputed(remat, mixed) == report.recomputed(remat, dense)
 
 
+@pytest.mark.slow
 def test_adapters_of_experts_are_counted(config, tmp_path):
     """Their bytes with both moments, and their FLOPs in both directions, which the compiler's kernels count themselves.
 

@@ -221,6 +221,7 @@ def test_split_step_gives_the_same_numbers_after_resuming(tiny_run, tmp_path):
             assert value == (theirs[name] if name == "stage" else pytest.approx(theirs[name], rel=1e-3, abs=1e-4))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_kl_term_resumes_too(tiny_run, tmp_path):
     """In one program and in three: rows have no `kl`, and no other number is missing."""
     settings, workdir = {"rl__kl_coef": 0.0}, tmp_path / "W"
@@ -238,7 +239,8 @@ def test_a_run_without_a_kl_term_resumes_too(tiny_run, tmp_path):
     assert main(["report", "--workdir", str(workdir)]) == 0
 
 
-@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
 def test_adapters_on_a_shared_base_resume_too(tiny_run, tmp_path, experts):
     """The other tests fine-tune fully; people mostly do not. Experts may have adapters, too."""
     settings = {"lora__rank": 4, "sft__encoder_steps": 12}
@@ -265,6 +267,7 @@ def mixture_like(model, directory):
     return directory
 
 
+@pytest.mark.slow
 def test_batches_of_several_widths_resume_too(tiny_run, tmp_path, monkeypatch):
     original, met = training.bucketed_batches, []
     watched = lambda length, widths, *rest: met.append(len(widths)) or original(length, widths, *rest)  # noqa: E731

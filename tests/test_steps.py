@@ -415,7 +415,7 @@ def test_a_failed_extraction_earns_minus_two_and_is_trained_on(split, settings):
     assert sign * gained[1].sum() < -1e-4  # and the worse one less so, readable or not
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_step_at_a_temperature_is_on_policy_there(settings, alone, temperature):
     config = settings[4].config
     config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, temperature=temperature))
@@ -604,7 +604,7 @@ def gradients_of(setting: Setting, begun: Start, samples: Any, scores: Any = Non
     return (decoder.opt_state, encoder.opt_state), own, jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", [4, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_rl_step_in_microbatches_is_the_whole(rank, settings):
     """The second half of the activations has shorter responses: what is divided by must be the whole batch's."""
     setting = settings[rank]

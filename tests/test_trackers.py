@@ -36,6 +36,7 @@ def test_nothing_is_tracked_by_default(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_numbers_of_the_metrics(tmp_path, tiny_run):
     workdir = tmp_path / "W"
     assert main(tiny_run.arguments(workdir, track="tensorboard")) == 0
