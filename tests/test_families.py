@@ -407,7 +407,7 @@ def case_of(family):
     return next(case for case in CASES if CASES[case][0] == family)
 
 
-# Every case takes seconds to compile. Of most families the fast suite has the first.
+# Every case takes seconds to compile. The fast suite has the first case of each family.
 FIRST = slow_but(map(case_of, FAMILIES), CASES)
 
 
