@@ -18,7 +18,8 @@ _XLA_FLAGS = {
     "xla_backend_optimization_level": "0",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
-# With both of these flags compiling takes half the time. Later lines of jaxlib end the process at this one's name.
+# With one part a program, and without fusion emitters, compiling takes half the time. Later lines of jaxlib end the
+# process at the name of this flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _XLA_FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")

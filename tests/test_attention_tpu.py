@@ -10,7 +10,7 @@ from nlae_jax.lm import attention_kernel
 from nlae_jax.lm.attention import attend
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.mesh import AXES, batch_sharding, replicated
-from nlae_jax.plan.chips import open_topology
+from nlae_jax.plan.chips import nothing_kept, open_topology
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
@@ -28,10 +28,8 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _not_kept():
     """Programs of devices that are not here cannot be read back from the cache."""
-    kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", kept)
+    with nothing_kept():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_flops_are_those_of_the_compiled_forward_pass(arch, params):
 
 
 def test_flops_of_blocks_that_differ_are_those_of_both():
-    """Wide matrices and few tokens: DeltaNet's chunks compute more than the rule needs, as their length squared."""
+    """Wide matrices and few tokens: the longer DeltaNet's chunks are, the more they compute beyond the rule."""
     delta = DeltaNet(key_heads=2, value_heads=4, key_dim=8, value_dim=8)
     sizes = {"vocab_size": 64, "d_model": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
     arch = Arch(**sizes, d_ff=256, mixers=("delta", "attention"), delta=delta, attention_gate=True)

@@ -92,8 +92,7 @@ def test_a_quick_plan_says_what_does_not_fit(config):
     many = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_tokens=2**28))
     topology = chips.open_topology("v5e:2x2")
     planned = make_planned(many, topology.devices)
-    with report._nothing_kept():
-        step = measure("extract", programs(planned, "extract"), topology, planned, quick=True)
+    step = measure("extract", programs(planned, "extract"), topology, planned, quick=True)
     assert not step["fits"]
     assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
 
@@ -143,8 +142,7 @@ def test_adapters_of_experts_are_counted(config, tmp_path):
         planned = make_planned(dataclasses.replace(config, subject=subject, lora=lora), topology.devices)
         (program,) = programs(planned, "decoder_sft")
         held.append(resident_bytes(program.arguments))
-        with report._nothing_kept():
-            flops.append(measure("decoder_sft", [program], topology, planned)["flops_per_chip"])
+        flops.append(measure("decoder_sft", [program], topology, planned)["flops_per_chip"])
     a_and_b = 3 * config.lora.rank * (128 / 4 + 64)  # of three matrices; the model's width is split over four chips
     blocks, rows = config.subject.layer + 1, 8 * (planned.shapes.wrap + sft_width(config)) * 2 / 4
     assert held[1] - held[0] == 3 * 4 * blocks * 4 * a_and_b
@@ -174,7 +172,7 @@ def test_nothing_of_a_plan_is_kept_by_jax(tmp_path):
         jax.jit(lambda x: x + 1).lower(1.0).compile()
         count = kept()
         assert count > 0
-        with report._nothing_kept():
+        with chips.nothing_kept():
             jax.jit(lambda x: x + 2).lower(1.0).compile()
         assert kept() == count
         jax.jit(lambda x: x + 3).lower(1.0).compile()
@@ -189,8 +187,7 @@ def test_float32_products_take_six_times_as_long(config, result):
     """They are taken whole, in six passes of bfloat16 ones, and the plan counts them as the compiler writes them."""
     topology, narrow = chips.open_topology("v5e:2x2"), dataclasses.replace(config.subject, dtype="bfloat16")
     planned = make_planned(dataclasses.replace(config, subject=narrow), topology.devices)
-    with report._nothing_kept():
-        step = measure("extract", programs(planned, "extract"), topology, planned)
+    step = measure("extract", programs(planned, "extract"), topology, planned)
     exact = result["steps"]["extract"]
     assert step["flops_per_chip"] == pytest.approx(exact["flops_per_chip"], rel=0.05)
     assert exact["seconds_alone"]["compute"] == pytest.approx(6 * step["seconds_alone"]["compute"], rel=0.05)
@@ -230,8 +227,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(config):
     many = dataclasses.replace(config, extract=dataclasses.replace(config.extract, batch_tokens=2**28))
     topology = chips.open_topology("v5e:2x2")
     planned = make_planned(many, topology.devices)
-    with report._nothing_kept():
-        step = measure("extract", programs(planned, "extract"), topology, planned)
+    step = measure("extract", programs(planned, "extract"), topology, planned)
     assert not step["fits"]
     assert step["peak_bytes_per_chip"] > topology.chip.memory_bytes
     verdict = report._verdict(many, planned, topology, {"extract": step})

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.config import ViewsConfig, resolve
 from nlae_jax.lm.tiny import tiny_tokenizer
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import pad, padded_width
 from nlae_jax.roles.views import (
     Marks,
     keep,
@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def encoded(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[jnp.ndarray, jnp.ndarray, Marks]:
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    padded, length = pad(ids, -(-max(map(len, ids)) // 32) * 32 + 3)  # few widths: each is compiled
+    padded, length = pad(ids, padded_width(max(map(len, ids)) + 3))
     return jnp.asarray(padded), jnp.asarray(length), marks(tokenizer, len(tokenizer) + 5)
 
 

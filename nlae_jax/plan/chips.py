@@ -9,6 +9,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from nlae_jax.plan.cost import Cost, Total
 from nlae_jax.runtime.errors import UserError, first_line
 
@@ -131,3 +134,20 @@ def alone_seconds(cost: Cost | Total, device: Chip) -> dict[str, float]:
     links = cost.sent / device.ring_bandwidth
     by_unit = (cost.flops + cost.repeated_flops) / device.flops, cost.bytes / device.memory_bandwidth, links
     return dict(zip(UNITS, by_unit, strict=True))
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Switches jax's cache off: programs for devices that this machine does not have cannot be read back from it."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    _switch_cache(False)
+    try:
+        yield
+    finally:
+        _switch_cache(before)
+
+
+def _switch_cache(on: bool) -> None:
+    """Jax looks at the switch once a process, at the first program, and again after a reset. Files stay."""
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()

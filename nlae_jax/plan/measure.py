@@ -13,7 +13,7 @@ from typing import Any
 from nlae_jax.bench.flops import block_flops, needed_flops
 from nlae_jax.mesh import batch_parts
 from nlae_jax.plan.abstract import Planned, Program, read_shape, resident_bytes, sft_width
-from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, seconds
+from nlae_jax.plan.chips import UNITS, Topology, alone_seconds, nothing_kept, seconds
 from nlae_jax.plan.cost import Cost, cost_of
 from nlae_jax.plan.hlo import parse
 from nlae_jax.plan.schedule import scheduled
@@ -57,9 +57,10 @@ def measure(
     With `quick`, programs are compiled by `plan.schedule`, without machine code.
     """
     parts = []
-    for index, program in enumerate(programs):
-        compiled = partial(_scheduled, planned, topology, name, index) if quick else partial(_whole, program)
-        parts.append(_program(name, program, topology, planned, compiled))
+    with nothing_kept():
+        for index, program in enumerate(programs):
+            compiled = partial(_scheduled, planned, topology, name, index) if quick else partial(_whole, program)
+            parts.append(_program(name, program, topology, planned, compiled))
     numbers = parts[0] if len(parts) == 1 else _joined(parts, [program.name for program in programs])
     flops, work = needed(planned)[name] / topology.chips, numbers.get("flops_per_chip")
     numbers["needed_flops_per_chip"] = flops

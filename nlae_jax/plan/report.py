@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from rich.table import Table
 
 from nlae_jax.config import Config, flatten
@@ -58,32 +56,12 @@ def plan(config: Config, topology_name: str, names: Sequence[str] = STEPS, quick
         )
     if planned.assumed:
         say(f"plan: {planned.assumed}")
-    with _nothing_kept():
-        steps = {
-            name: measure(name, programs(planned, name), topology, planned, quick) for name in STEPS if name in names
-        }
+    steps = {name: measure(name, programs(planned, name), topology, planned, quick) for name in STEPS if name in names}
     header = {**_header(config, planned, topology), "compiled": "as far as the schedule" if quick else "whole"}
     header["assumed"] += [QUICK_MEMORY] * quick
     result = {**header, **_verdict(config, planned, topology, steps)}
     write_json(path, result)
     return result
-
-
-@contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Switches jax's cache off: programs for devices that this machine does not have cannot be read back from it."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    _switch_cache(False)
-    try:
-        yield
-    finally:
-        _switch_cache(before)
-
-
-def _switch_cache(on: bool) -> None:
-    """Jax looks at the switch once a process, at the first program, and again after a reset. Files stay."""
-    jax.config.update("jax_enable_compilation_cache", on)
-    compilation_cache.reset_cache()
 
 
 def _header(config: Config, planned: Planned, topology: Topology) -> dict[str, Any]:

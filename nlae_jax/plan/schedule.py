@@ -19,11 +19,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from nlae_jax.config import Config, load_config
 from nlae_jax.plan.abstract import make_planned, programs
-from nlae_jax.plan.chips import open_topology
+from nlae_jax.plan.chips import nothing_kept, open_topology
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import write_json
 
@@ -95,11 +93,11 @@ def buffer_bytes(assignment: str) -> tuple[int, int]:
 
 def main(directory: str, topology_name: str, step: str, index: str) -> None:
     """Compiles one program. It is the work of the separate process."""
-    jax.config.update("jax_enable_compilation_cache", False)
     planned = make_planned(load_config(Path(directory) / "config.json"), open_topology(topology_name).devices)
     program = programs(planned, step)[int(index)]
     options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-    program.function.lower(*program.arguments).compile(compiler_options=options)
+    with nothing_kept():
+        program.function.lower(*program.arguments).compile(compiler_options=options)
 
 
 if __name__ == "__main__":
