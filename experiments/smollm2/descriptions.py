@@ -28,7 +28,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nlae_jax import NLA, LanguageModel
-from nlae_jax.assets import WARMSTART_NOTES
+from nlae_jax.assets import WARMSTART_NOTES, WARMSTART_PASSAGES
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.english import FUNCTION_WORDS
 from nlae_jax.data.template import enumerated, expected
@@ -59,7 +59,32 @@ KINDS = {
     "code": ("Source code", "Program code", "Python code"),
     "documentation": ("Documentation of a library", "API reference", "Technical documentation"),
     "passages": ("Short text", "Passage"),
+    "chats": ("Chat with an assistant", "Dialogue with an assistant"),
+    "verse": ("Verse", "Lines of a poem"),
+    "mathematics": ("Worked problem", "Mathematics"),
+    "tables": ("List", "Table or list"),
+    "scripts": ("Script", "Transcript", "Dialogue"),
+    "speech": ("Speech", "Public speech"),
+    "letters": ("Letter", "Personal letter"),
 }
+# Words of a carried passage's kind -> the kinds that drafts name. The first match counts.
+PASSAGE_KINDS = {
+    r"(python|(type|java)script|react/tsx|c#?|rustc?|go|java|sql|bash|html|css|json|yaml|toml|ruby?|git|log):": "code",
+    r"dockerfile|makefile|haskell|swift|lua|assembly|verilog|terraform|prolog|glsl|latex|diff|psql|traceback": "code",
+    r"chat:|assistant|agent": "chats",
+    r"fiction|novel|story|tale|mystery|detective|thriller|fantasy|romance|western|adventure|horror|fable": "fiction",
+    r"script|play|screenplay|dialogue|monologue|transcript|interview": "scripts",
+    r"verse|poem|sonnet|lyrics?|rhyme|song|elegy|haiku|ballad|limerick|couplets?|hymn": "verse",
+    r"maths|mathematics|algebra|geometry|calculus|proof|combinatorics|probability|physics|statistics": "mathematics",
+    r"(children's )?encyclopa?edia|textbook|glossary|dictionary|gazetteer|history|popular science|guide": "reference",
+    r"reports?|news|newspaper|obituary|dispatch|bulletin|agency": "news",
+    r"manual|runbook|reference|readme|release notes|datasheet|help|instructions|how to|recipe": "manuals",
+    r"essay|column|review|criticism|op-ed|memoir|diary": "essays",
+    r"letters?|postcard": "letters",
+    r"speech|toast|eulogy|sermon|debate": "speech",
+    r"list|table|index|timetable|schedule|menu|catalogue|register|csv": "tables",
+}
+PASSAGE_LANGUAGE = re.compile(r"(French|Spanish|German|Italian|Portuguese|Dutch)\b.*:")
 LINKS = (" about {}", ", touching on {}", ", with {}", "; it mentions {}", " on {}")
 ENDS = (
     'It stops at "{}".',
@@ -68,6 +93,7 @@ ENDS = (
     'It has reached "{}".',
     'The last words are "{}".',
 )
+LANGUAGE_KIND = re.compile(r"[A-Z][a-z]+ text(?=[ ,;.])|Text in [A-Z][a-z]+")
 # What `nlae_jax/data/template.py` writes.
 TEMPLATE = re.compile(
     r"(?:Next comes (?P<next>.*?)\. )?(?:The text is about (?P<topic>.*?)\. )?"
@@ -83,11 +109,22 @@ WORD = re.compile(r"[^\W\d_]{3,18}")
 WORDS_BACK, MENTIONED = 10, 3  # over how many words a word's weight halves, how many words a draft mentions
 
 
-def draft(description: str, domain: str, rng: random.Random) -> str | None:
+def kinds_of(row: Mapping[str, str], passages: Mapping[str, str]) -> tuple[str, ...]:
+    """How drafts name the kind of a text of texts.py; `passages` holds the kinds of the carried passages by id."""
+    if row["domain"] != "passages":
+        return KINDS[row["domain"]]
+    kind = passages[row["id"]]
+    if language := PASSAGE_LANGUAGE.match(kind):
+        return (f"{language[1]} text", f"Text in {language[1]}")
+    found = (name for words, name in PASSAGE_KINDS.items() if re.search(rf"(?<![\w-])({words})(?!\w)", kind))
+    return KINDS[next(found, "passages")]
+
+
+def draft(description: str, kinds: Sequence[str], rng: random.Random) -> str | None:
     """A template description in the form of the notes; None where the text has not begun."""
     if (found := TEMPLATE.fullmatch(description)) is None:
         return None
-    kind, link = rng.choice(KINDS[domain]), rng.choice(LINKS)
+    kind, link = rng.choice(kinds), rng.choice(LINKS)
     last = found["last"].replace('"', "'")
     parts = (
         f"{capital(found['next'])}." if found["next"] else "",
@@ -103,16 +140,19 @@ def capital(text: str) -> str:
 
 def drafts(run: Path, texts: Path) -> Iterator[dict[str, Any]]:
     """Of the activations that the run in the workdir `run` has described."""
-    domains = {
-        json.loads(line)["text"].strip()[:60]: path.stem for path in texts.glob("*.jsonl") for line in path.open()
+    passages = {row["id"]: row["kind"] for row in map(json.loads, WARMSTART_PASSAGES.open())}
+    kinds = {
+        row["text"].strip()[:60]: kinds_of(row, passages)
+        for path in texts.glob("*.jsonl")
+        for row in map(json.loads, path.open())
     }
     tables = {name: pq.read_table(run / f"activations/{name}.parquet").to_pylist() for name in ("documents", "rows")}
     tokenizer, rng = load_tokenizer(resolve_model(MODEL)), random.Random(0)
     for row in pq.read_table(run / "activations/descriptions.parquet").to_pylist():
         place = tables["rows"][row["row"]]
         document = tables["documents"][place["document"]]
-        domain = domains[tokenizer.decode(document["ids"]).strip()[:60]]
-        if text := draft(row["description"], domain, rng):
+        beginning = tokenizer.decode(document["ids"]).strip()[:60]
+        if text := draft(row["description"], kinds[beginning], rng):
             name = document["doc_id"]
             yield {"id": name, "position": place["position"], "passage": name, "description": text}
 
@@ -129,7 +169,8 @@ def shortened(description: str, words: int) -> str:
 
 def mentioning(description: str, words: Sequence[str], rng: random.Random) -> str:
     """The draft with `words` in place of its topic words."""
-    kind = max((kind for kinds in KINDS.values() for kind in kinds if kind in description), key=len)
+    names = (kind for kinds in KINDS.values() for kind in kinds)
+    kind = max((kind for kind in [*names, *LANGUAGE_KIND.findall(description)] if kind in description), key=len)
     before, after = description.split(kind, 1)
     link = rng.choice(LINKS).format(enumerated(words, "and")) if words else ""
     return f"{before}{kind}{link}{after[after.index('. ') :]}"

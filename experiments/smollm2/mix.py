@@ -1,22 +1,22 @@
-"""Draws a mix of training documents in which no domain dominates, for the last reinforcement learning of the pair.
+"""Draws a mix of training documents in which no domain dominates, for the last stages of the pair.
 
     python experiments/smollm2/mix.py runs/pair/texts/train runs/pair/mix
+    python experiments/smollm2/mix.py runs/pair/texts/train runs/pair/broad_mix --times 4 --seed 6
 
 texts.py holds 12,568 texts of documentation and 879 passages. A plain draw would hardly ever meet a passage.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 from texts import write
 
 from nlae_jax.data.corpus import read_json_lines
 
-SEED = 5
 DOCUMENTS = {
     "documentation": 126,
     "passages": 216,
@@ -34,15 +34,25 @@ DOCUMENTS = {
 }
 
 
-def main(texts: Path, out: Path) -> None:
-    """Writes `DOCUMENTS` documents of each domain in `texts` to `out`."""
-    rng = random.Random(SEED)
+def draw(texts: Path, out: Path, times: int, seed: int) -> None:
+    """Writes `times` `DOCUMENTS` documents of each domain in `texts` to `out`, or all that there are."""
+    rng = random.Random(seed)
     for domain, count in DOCUMENTS.items():
         rows = [row for _, row in read_json_lines(texts / f"{domain}.jsonl")]
-        drawn = rng.sample(rows, min(count, len(rows)))
+        drawn = rng.sample(rows, min(times * count, len(rows)))
         write(drawn, out / f"{domain}.jsonl")
         print(json.dumps({"domain": domain, "documents": len(drawn)}))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A mix of training documents in which no domain dominates.")
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--times", type=int, default=1, help="how many times as many documents as the table says")
+    parser.add_argument("--seed", type=int, default=5)
+    options = parser.parse_args()
+    draw(options.texts, options.out, options.times, options.seed)
+
+
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main()
