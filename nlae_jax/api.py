@@ -16,16 +16,15 @@ from nlae_jax.evaluate.cost import Asked, Extras, cost_text
 from nlae_jax.evaluate.figures import SECTIONS
 from nlae_jax.evaluate.judge import judged
 from nlae_jax.evaluate.rewordings import rewordings
-from nlae_jax.evaluate.rows import Rows as EvaluatedRows
-from nlae_jax.evaluate.rows import check_rows, rows_of
+from nlae_jax.evaluate.rows import EvaluatedRows, check_rows, rows_of
 from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.trained_controls import default_steps, trained_controls
 from nlae_jax.evaluate.work import Sizes, Work, pairing_of
 from nlae_jax.explore import steer as steering
 from nlae_jax.explore.audit import AuditReport, audit, check_several, explained_passages, permuted, term_pattern
 from nlae_jax.explore.corpus import Corpus, read_corpus
-from nlae_jax.explore.directions import DirectionReport, Settings, explain_direction
-from nlae_jax.explore.explain import Options, Rows, explain_passages
+from nlae_jax.explore.directions import DirectionReport, DirectionSettings, explain_direction
+from nlae_jax.explore.explain import ExplainedRows, Options, explain_passages
 from nlae_jax.explore.explainer import LARGEST_BATCH, Explainer, package_statistics
 from nlae_jax.explore.neurons import explain_neuron, parse_neuron
 from nlae_jax.explore.passage import read_chat, read_passage, read_text
@@ -140,7 +139,7 @@ class NLA(Explainer):
         match: str | None = None,
         span: str | None = None,
         **options: Any,
-    ) -> Rows:
+    ) -> ExplainedRows:
         """Explains every token of a text, or the selected ones: dicts of position, token, explanation, cos, mse, ….
 
         `explore.explain.Explained` describes the fields, `explore.select` the selection by `positions`, `match` or
@@ -151,16 +150,16 @@ class NLA(Explainer):
         passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
         picks = picks_of(passage, positions, match, span)
         (explained,) = explain_passages(self, [(passage, picks)], Options(temperature=temperature, **options))
-        return Rows(explained, self.name, self.layer)
+        return ExplainedRows(explained, self.name, self.layer)
 
-    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[Rows]:
+    def explain_texts(self, texts: Sequence[str], temperature: float | None = None) -> list[ExplainedRows]:
         """Does what `explain_text` does for several texts, whose tokens are explained in common batches."""
         names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(len(texts))]
         vocab_size = self.subject.arch.vocab_size
         passages = [read_text(self.tokenizer, vocab_size, *named) for named in zip(texts, names, strict=True)]
         selected = [(passage, picks_of(passage)) for passage in passages]
         by_text = explain_passages(self, selected, Options(temperature=temperature))
-        return [Rows(explained, self.name, self.layer) for explained in by_text]
+        return [ExplainedRows(explained, self.name, self.layer) for explained in by_text]
 
     def evaluate(
         self,
@@ -241,7 +240,7 @@ class NLA(Explainer):
         span: str | None = None,
         add_generation_prompt: bool = False,
         **options: Any,
-    ) -> Rows:
+    ) -> ExplainedRows:
         """Explains the tokens of a chat, a list of messages with `role` and `content`, in the model's chat template.
 
         Parameters and errors are those of `explain_text`. Rows also have the token's `role`, `section` (header,
@@ -251,14 +250,14 @@ class NLA(Explainer):
         passage = read_chat(self.tokenizer, vocab_size, messages, add_generation_prompt=add_generation_prompt)
         picks = picks_of(passage, positions, match, span)
         (explained,) = explain_passages(self, [(passage, picks)], Options(**options))
-        return Rows(explained, self.name, self.layer)
+        return ExplainedRows(explained, self.name, self.layer)
 
     def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
         """Reads `texts` contexts to search for examples: of a file, else of the run's corpus, else of the package."""
         return read_corpus(self, None if path is None else Path(path), texts)
 
     def neuron(
-        self, spec: str, corpus: Corpus | None = None, settings: Settings | None = None, side: str = "write"
+        self, spec: str, corpus: Corpus | None = None, settings: DirectionSettings | None = None, side: str = "write"
     ) -> DirectionReport:
         """Explains MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads.
 
@@ -269,7 +268,7 @@ class NLA(Explainer):
         return explain_neuron(self, layer, index, corpus or self.corpus(), settings, side=side)
 
     def direction(
-        self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: Settings | None = None
+        self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: DirectionSettings | None = None
     ) -> DirectionReport:
         """Explains a direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls.
 
@@ -290,7 +289,7 @@ class NLA(Explainer):
         original: str | Sequence[str] | None = None,
         word: str | None = None,
         pattern: str | None = None,
-        settings: steering.Settings | None = None,
+        settings: steering.SteerSettings | None = None,
     ) -> steering.SteerReport:
         """Steers the subject's continuations of a text or chat by an edited explanation, with controls.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nlae_jax.data.corpus import Document
 from nlae_jax.evaluate.reconstruction import direction_mse
-from nlae_jax.evaluate.rows import Rows, rows_of_documents
+from nlae_jax.evaluate.rows import EvaluatedRows, rows_of_documents
 from nlae_jax.evaluate.work import Pairing, Sizes
 from nlae_jax.lm.tokens import pad
 from nlae_jax.roles.language_model import LanguageModel
@@ -31,7 +31,7 @@ def documents(count: int = 20, length: int = 90, kinds: int = 2) -> list[tuple[s
     return [(f"kind {i % kinds}", Document(f"{i:016}", text)) for i, text in enumerate(texts)]
 
 
-def planted_rows(lm: LanguageModel, count: int = 40) -> Rows:
+def planted_rows(lm: LanguageModel, count: int = 40) -> EvaluatedRows:
     return rows_of_documents(lm, 0, documents(), count, 0)
 
 
@@ -39,7 +39,7 @@ Write = Callable[[int, int], str]  # row, sample number -> explanation
 Read = Callable[[str], np.ndarray]  # explanation -> vector [d]
 
 
-def planted(lm: LanguageModel, rows: Rows, write: Write, read: Read, name: str) -> Pairing:
+def planted(lm: LanguageModel, rows: EvaluatedRows, write: Write, read: Read, name: str) -> Pairing:
     """`write` is asked by the row whose activation is nearest to the vector: it may use that or not."""
     calls = {"number": 0}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 import uvicorn
 
-from nlae_jax.serve.app import Settings, make_app
+from nlae_jax.serve.app import ServerSettings, make_app
 from nlae_jax.serve.engine import Engine
 from nlae_jax.serve.reading import Reader
 
@@ -16,7 +16,7 @@ from nlae_jax.serve.reading import Reader
 class Served:
     """A server in a thread, on a port of its own."""
 
-    def __init__(self, load: Callable[[], Reader], settings: Settings) -> None:
+    def __init__(self, load: Callable[[], Reader], settings: ServerSettings) -> None:
         self.engine = Engine(load, warm=False)
         self.server = uvicorn.Server(
             uvicorn.Config(make_app(self.engine, settings), port=0, log_level="warning", timeout_graceful_shutdown=1)

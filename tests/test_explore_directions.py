@@ -18,7 +18,14 @@ from safetensors.numpy import save_file
 import nlae_jax
 from nlae_jax.cli import main
 from nlae_jax.explore.corpus import read_corpus
-from nlae_jax.explore.directions import Settings, change, control_directions, cosine, explain_direction, token_effects
+from nlae_jax.explore.directions import (
+    DirectionSettings,
+    change,
+    control_directions,
+    cosine,
+    explain_direction,
+    token_effects,
+)
 from nlae_jax.explore.neurons import check_layer, neuron_directions, parse_neuron
 from nlae_jax.explore.surprisal import auc, mean_nll
 from nlae_jax.explore.vector_files import read_direction, read_vectors
@@ -52,7 +59,9 @@ def test_directions_that_say_nothing_do_not_look_explained(planted, corpus):
     rng = np.random.default_rng(5)
     fakes = [rng.standard_normal(planted.d_model) for _ in range(12)]
     fakes += [rng.permutation(planted.direction("list")) for _ in range(4)]
-    reports = [explain_direction(planted, "fake", fake, corpus, Settings(contexts=4, seed=7)) for fake in fakes]
+    reports = [
+        explain_direction(planted, "fake", fake, corpus, DirectionSettings(contexts=4, seed=7)) for fake in fakes
+    ]
     assert not any(report.explained for report in reports)
 
 

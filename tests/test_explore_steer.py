@@ -13,13 +13,13 @@ from nlae_jax.cli import main
 from nlae_jax.cli.steer import _lines
 from nlae_jax.explore.passage import read_text
 from nlae_jax.explore.select import parse_at
-from nlae_jax.explore.steer import Outcome, Settings, compile_pattern, distinct_2, steer, summary, wilson
+from nlae_jax.explore.steer import Outcome, SteerSettings, compile_pattern, distinct_2, steer, summary, wilson
 from nlae_jax.report.audit_page import audit_page, steer_tables, steer_verdict
 from nlae_jax.runtime.errors import UserError
 
 pytest_plugins = ["tests.tiny_run", "tests.planted"]
 
-FEW = Settings(alphas=(0.5, 1.0), samples=3, max_new_tokens=8)
+FEW = SteerSettings(alphas=(0.5, 1.0), samples=3, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_what_only_one_original_says_is_not_pushed_away(planted, passage, monkey
         return plain(self, prompts, added, *more)
 
     monkeypatch.setattr(type(planted.subject), "steer", watched)
-    few = Settings(alphas=(1.0,), samples=1, max_new_tokens=2)
+    few = SteerSettings(alphas=(1.0,), samples=1, max_new_tokens=2)
     originals = ["it is about array", "it is about string", "it is about file", "it is about list"]
     cos = []
     for original in ("it is about array", originals):
@@ -156,7 +156,7 @@ def test_an_edit_that_changes_nothing(planted, passage):
 @pytest.mark.parametrize("wrong", [{"controls": 2}, {"samples": 0}, {"alphas": ()}, {"alphas": (0.0,)}])
 def test_settings_that_say_nothing(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Settings(**wrong)
+        SteerSettings(**wrong)
 
 
 def test_patterns():

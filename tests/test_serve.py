@@ -22,11 +22,11 @@ from nlae_jax.config import MeshConfig
 from nlae_jax.explore.directions import STEPS, change, cosine, pushed_along, unit
 from nlae_jax.explore.neurons import neuron_directions
 from nlae_jax.lm.arch import LongRope
-from nlae_jax.lm.rows import Rows, advance
+from nlae_jax.lm.rows import RowTable, advance
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.serve.app import Settings
+from nlae_jax.serve.app import ServerSettings
 from nlae_jax.serve.command import serve
 from nlae_jax.serve.jobs import description_of
 from nlae_jax.serve.programs import encoder_program
@@ -61,7 +61,7 @@ def vectors(reader):
 
 @pytest.fixture(scope="module")
 def served(reader):
-    with Served(lambda: reader, Settings(hosts=("127.0.0.1",), explains=3)) as made:
+    with Served(lambda: reader, ServerSettings(hosts=("127.0.0.1",), explains=3)) as made:
         yield made.wait_ready()
 
 
@@ -217,7 +217,9 @@ def test_a_limit_ends_a_row(reader, vectors):
 
 def test_nobody_is_advanced_where_all_are_done():
     one = np.zeros(1, np.int32)
-    rows = Rows(np.zeros((1, 4), np.float32), np.zeros((1, 3), np.int32), one, one, one, one, np.ones(1, bool), (), ())
+    rows = RowTable(
+        np.zeros((1, 4), np.float32), np.zeros((1, 3), np.int32), one, one, one, one, np.ones(1, bool), (), ()
+    )
     decode = lambda *_: pytest.fail("decoded")  # noqa: E731
     with pytest.raises(BaseException, match="decoded"):  # it is traced, so that this would show
         advance(decode, rows, 1, (), ())
@@ -451,7 +453,7 @@ def test_nobody_joins_an_explanation_that_was_given_up(served, http):
 
 
 def test_beyond_its_places_the_server_refuses_at_once(reader):
-    with Served(lambda: reader, Settings(explains=1)) as one, ThreadPoolExecutor(2) as pool:
+    with Served(lambda: reader, ServerSettings(explains=1)) as one, ThreadPoolExecutor(2) as pool:
         http, go = one.wait_ready().client, threading.Event()
         one.engine.call(lambda: go.wait(60))  # whoever has the place keeps it meanwhile
         asked = [pool.submit(http.post, "/explain", json={"text": TEXT, **GREEDY}) for _ in range(2)]
@@ -473,7 +475,7 @@ def test_beyond_its_places_the_server_refuses_at_once(reader):
     ],
 )
 def test_all_that_explains_vectors_shares_its_places(reader, path, body):
-    with Served(lambda: reader, Settings(describes=1)) as one, ThreadPoolExecutor(2) as pool:
+    with Served(lambda: reader, ServerSettings(describes=1)) as one, ThreadPoolExecutor(2) as pool:
         http, go = one.wait_ready().client, threading.Event()
         one.engine.call(lambda: go.wait(60))  # whoever has the place keeps it meanwhile
         asked = [pool.submit(http.post, path, json=body) for _ in range(2)]
@@ -490,7 +492,7 @@ def test_while_it_loads_it_says_so(reader):
         go.wait(60)
         return reader
 
-    with Served(load, Settings()) as loading:
+    with Served(load, ServerSettings()) as loading:
         assert loading.client.get("/").status_code == 503
         response = loading.client.post("/explain", json={"text": TEXT})
         assert (response.status_code, "loading" in response.json()["detail"]) == (503, True)
@@ -500,7 +502,7 @@ def test_while_it_loads_it_says_so(reader):
 
 
 def test_a_device_that_fails_is_an_error_frame_and_no_silence(reader, monkeypatch):
-    with Served(lambda: reader, Settings()) as broken:
+    with Served(lambda: reader, ServerSettings()) as broken:
         http = broken.wait_ready().client
         body = {"text": TEXT, "positions": [3], "temperature": 1, "max_new_tokens": TOKENS}
         with monkeypatch.context() as patch:
@@ -516,7 +518,7 @@ def test_a_device_that_fails_is_an_error_frame_and_no_silence(reader, monkeypatc
 def test_a_table_that_fails_takes_no_other_with_it(reader, monkeypatch):
     whole = Table.advance
     monkeypatch.setattr(Table, "advance", lambda table, n: whole(table, n) if table._longest < 1024 else 1 / 0)
-    with Served(lambda: reader, Settings()) as half, ThreadPoolExecutor(2) as pool:
+    with Served(lambda: reader, ServerSettings()) as half, ThreadPoolExecutor(2) as pool:
         http, go = half.wait_ready().client, threading.Event()
         half.engine.call(lambda: go.wait(60))
         body = {"text": TEXT, "positions": [3], "temperature": 1}
@@ -537,7 +539,7 @@ def test_a_description_that_cannot_be_scored_fails_alone(reader, monkeypatch):
 
     vectors = np.eye(2, 64, dtype=np.float32)
     worst = vectors[-1]
-    with Served(lambda: reader, Settings()) as served:
+    with Served(lambda: reader, ServerSettings()) as served:
         http = served.wait_ready().client
         monkeypatch.setattr(Reader, "score", picky)
         frames = events(http, "/describe", {"activations": vectors.tolist(), "temperature": 1, "max_new_tokens": 12})
@@ -561,7 +563,7 @@ def short(nla):
 def test_nobody_asks_for_more_tokens_than_the_model_can_be_run_on(short, http):
     short.warm()
     most, length = short.subject.arch.most_tokens, len(short.tokenizer.encode(TEXT))
-    with Served(lambda: short, Settings()) as served:
+    with Served(lambda: short, ServerSettings()) as served:
         bounded = served.wait_ready().client
         assert bounded.get("/").json()["limits"]["max_new_tokens"] == 40
         ones = [1.0] * 64
@@ -590,7 +592,7 @@ def test_nobody_asks_for_more_tokens_than_the_model_can_be_run_on(short, http):
 
 
 def test_a_secret_is_asked_for(reader):
-    with Served(lambda: reader, Settings(secret="sesame")) as closed:
+    with Served(lambda: reader, ServerSettings(secret="sesame")) as closed:
         http, key = closed.client, {"X-SECRET-KEY": "sesame"}
         while http.get("/", headers=key).status_code == 503:
             pass

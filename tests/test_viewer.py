@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import nlae_jax
-from nlae_jax.serve.app import Settings
+from nlae_jax.serve.app import ServerSettings
 from nlae_jax.serve.reading import Reader
 from tests.serving import Served
 
@@ -30,7 +30,7 @@ def reader(tiny_run):
 
 @pytest.fixture(scope="module")
 def address(reader):
-    with Served(lambda: reader, Settings()) as served:
+    with Served(lambda: reader, ServerSettings()) as served:
         served.wait_ready()
         yield str(served.client.base_url)
 
@@ -375,7 +375,7 @@ def test_it_waits_for_a_server_that_loads(open_page, reader):
         go.wait(60)
         return reader
 
-    with Served(load, Settings()) as slow:
+    with Served(load, ServerSettings()) as slow:
         page = open_page(at=str(slow.client.base_url))
         page.wait_for_function("/loading/.test(document.getElementById('status').textContent)")
         go.set()
@@ -403,7 +403,7 @@ def hot(body):
 
 
 def test_it_asks_for_the_token_that_a_server_wants(open_page, reader):
-    with Served(lambda: reader, Settings(secret="sesame")) as closed:
+    with Served(lambda: reader, ServerSettings(secret="sesame")) as closed:
         page = open_page(at=str(closed.client.base_url))
         page.wait_for_selector("#secret:visible")
         page.fill("#secret", "sesame")

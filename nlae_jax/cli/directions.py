@@ -12,7 +12,7 @@ from nlae_jax.runtime.errors import UserError
 if TYPE_CHECKING:
     from nlae_jax.api import NLA
     from nlae_jax.explore.corpus import Corpus
-    from nlae_jax.explore.directions import DirectionReport, Settings
+    from nlae_jax.explore.directions import DirectionReport, DirectionSettings
 
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
@@ -59,8 +59,8 @@ def _check_neuron(options: argparse.Namespace) -> str:
     return check_pair(options)
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    from nlae_jax.explore.directions import Settings
+def _settings(options: argparse.Namespace) -> DirectionSettings:
+    from nlae_jax.explore.directions import DirectionSettings
 
     try:
         steps = tuple(float(step) for step in options.steps.split(","))
@@ -71,10 +71,10 @@ def _settings(options: argparse.Namespace) -> Settings:
     for name in ("controls", "contexts", "texts"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: {getattr(options, name)} should be at least 1")
-    return Settings(steps, options.controls, options.contexts, options.seed)
+    return DirectionSettings(steps, options.controls, options.contexts, options.seed)
 
 
-def _opened(options: argparse.Namespace) -> tuple[NLA, Settings]:
+def _opened(options: argparse.Namespace) -> tuple[NLA, DirectionSettings]:
     """Loads the pair and reads the settings. Raises UserError for an adapted pair."""
     check_workdir(options)
     start_jax()
@@ -120,7 +120,7 @@ def _run_neuron(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _run_all(nla: NLA, options: argparse.Namespace, settings: Settings) -> int:
+def _run_all(nla: NLA, options: argparse.Namespace, settings: DirectionSettings) -> int:
     """Explains several neurons of a block into a file, and writes a page of all of them.
 
     An incomplete file of the same settings is continued.

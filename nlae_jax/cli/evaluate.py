@@ -89,6 +89,12 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         check_workdir(options)
         start_jax()
+    _run_suite(options, overrides, sections, as_json)
+    return 0
+
+
+def _run_suite(options: argparse.Namespace, overrides: list[str], sections: tuple[str, ...], as_json: bool) -> None:
+    """Runs `sections` of the suite on the activations that `options` name, and shows and writes the figures."""
     from nlae_jax.config import Config, load_experiment
     from nlae_jax.explore.sources import open_trained
     from nlae_jax.report.page import write_report
@@ -129,7 +135,6 @@ def _run_eval(options: argparse.Namespace, overrides: list[str]) -> int:
     afterwards("no report", lambda: say(f"report: {write_report(out)}"))
     show = lambda: show_json(read_json(path)) if as_json else show_rich(suite_table(figures))  # noqa: E731
     afterwards("no results shown", show)
-    return 0
 
 
 COMMANDS = (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nlae_jax.api import NLA
     from nlae_jax.explore.passage import Passage
-    from nlae_jax.explore.steer import Settings, SteerReport
+    from nlae_jax.explore.steer import SteerReport, SteerSettings
 
 
 _ALPHAS = (
@@ -82,14 +82,14 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    from nlae_jax.explore.steer import Settings
+def _settings(options: argparse.Namespace) -> SteerSettings:
+    from nlae_jax.explore.steer import SteerSettings
 
     try:
         alphas = tuple(float(alpha) for alpha in options.alphas.split(","))
     except ValueError:
         raise UserError(f"--alphas {options.alphas}: should be numbers, as 0.15,0.25") from None
-    return Settings(
+    return SteerSettings(
         alphas,
         options.controls,
         options.samples,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nlae_jax.evaluate import judge, rewordings, splice, text, trained_controls
 from nlae_jax.evaluate.reconstruction import UNINFORMED
-from nlae_jax.evaluate.rows import SUFFIX, Rows
+from nlae_jax.evaluate.rows import SUFFIX, EvaluatedRows
 from nlae_jax.evaluate.sections.truth import BEFORE, CANDIDATES, recurrence_rows
 from nlae_jax.evaluate.work import Sizes
 from nlae_jax.lm.arch import Arch, model_weights
@@ -59,7 +59,7 @@ class Asked(NamedTuple):
     tokens that the subject reads for the activations, 0 if they are there.
     """
 
-    rows: Rows
+    rows: EvaluatedRows
     sizes: Sizes
     seed: int
     sections: Sequence[str]

@@ -35,7 +35,7 @@ _WIDTH = 64  # texts are padded to multiples of this length
 _PREDICTING_WIDTH = 128  # the same where all blocks compute, because their programs take longer to compile
 
 
-class Rows(NamedTuple):
+class EvaluatedRows(NamedTuple):
     """N activations with their texts.
 
     `h` [N, d] float32 are the activations. `document` [N] int numbers their documents. `position` [N] int are their
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
         return digest.hexdigest()
 
 
-def check_rows(rows: Rows, d_model: int) -> None:
+def check_rows(rows: EvaluatedRows, d_model: int) -> None:
     """Checks rows that a caller has made. Raises UserError if the activations are not finite or of another width."""
     count = len(rows.document)
     if rows.h.shape != (count, d_model) or not count:
@@ -85,7 +85,7 @@ def rows_of(
     count: int,
     seed: int,
     begin: Begin = lambda rows, tokens: None,
-) -> Rows:
+) -> EvaluatedRows:
     """Reads at most `count` activations of block `layer`, from texts or from one parquet file of activations.
 
     Texts come from `texts`, from `files` and from the `corpus`. The seed draws the documents and positions. `subject()`
@@ -164,7 +164,7 @@ def _excerpts(
 
 
 # Gets the rows without their activations, and the number of tokens that are read for these.
-Begin = Callable[["Rows", int], None]
+Begin = Callable[["EvaluatedRows", int], None]
 
 
 def rows_of_documents(
@@ -174,7 +174,7 @@ def rows_of_documents(
     count: int,
     seed: int,
     begin: Begin = lambda rows, tokens: None,
-) -> Rows:
+) -> EvaluatedRows:
     """Reads at most `count` activations of block `layer` from documents, which the seed draws.
 
     `documents` are pairs (kind of text, document). Each document gives at most four activations, or more if there are
@@ -188,7 +188,7 @@ def rows_of_documents(
     places = [(number, excerpt.ids, at) for number, excerpt in enumerate(excerpts) for at in excerpt.positions]
     context_ids = [ids[: at + 1] for _, ids, at in places]
     nothing = np.zeros((0, lm.arch.d_model), np.float32)
-    rows = Rows(
+    rows = EvaluatedRows(
         h=nothing,
         document=document,
         position=np.concatenate([excerpt.positions for excerpt in excerpts]),
@@ -238,7 +238,7 @@ def has_vectors(path: str | Path) -> bool:
 
 def rows_of_parquet(
     path: Path, layer: int, tokenizer: Any, d_model: int, vocab_size: int, count: int, seed: int
-) -> Rows:
+) -> EvaluatedRows:
     """Reads at most `count` rows of a parquet file in the PyTorch reference's layout. The seed draws the rows.
 
     Activations are returned as they are stored. The text up to the activation is read if the file has it, and so is the
@@ -291,14 +291,14 @@ def rows_of_parquet(
 
 def without_following(
     h: np.ndarray, docs: Sequence[str], context_ids: list[list[int]], contexts: list[str], domain: list[str]
-) -> Rows:
+) -> EvaluatedRows:
     """Makes rows without the tokens after the activation and without descriptions. The activations are the reference.
 
     `docs` name each row's document. `context_ids` and `contexts` are empty for rows whose text is not known.
     """
     numbers = {doc: number for number, doc in enumerate(dict.fromkeys(docs))}
     document = np.array([numbers[doc] for doc in docs])
-    return Rows(
+    return EvaluatedRows(
         h=h,
         document=document,
         position=np.array([max(len(ids) - 1, 0) for ids in context_ids]),

@@ -17,7 +17,7 @@ import optax
 
 from nlae_jax.evaluate import controls
 from nlae_jax.evaluate.estimate import fve_of, share_of
-from nlae_jax.evaluate.rows import Rows
+from nlae_jax.evaluate.rows import EvaluatedRows
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 from nlae_jax.roles import direction
@@ -36,7 +36,7 @@ TEST_SHARE = 4  # one document in so many is held out
 _NARROWEST = 32  # a batch's prompts are padded to this length, or to twice, four times, ... of it
 
 
-def default_steps(sections: Sequence[str], rows: Rows) -> int:
+def default_steps(sections: Sequence[str], rows: EvaluatedRows) -> int:
     """Returns the steps of each decoder if the user has named none.
 
     They are 0 without the section text, for few rows, and for rows that no decoder can be trained on. The rows may be
@@ -45,7 +45,7 @@ def default_steps(sections: Sequence[str], rows: Rows) -> int:
     return STEPS if "text" in sections and len(rows.document) >= _FEWEST and _has_what_training_needs(rows) else 0
 
 
-def _has_what_training_needs(rows: Rows) -> bool:
+def _has_what_training_needs(rows: EvaluatedRows) -> bool:
     """Returns whether the text of every activation is known, and whether some documents can be held out."""
     return len(np.unique(rows.document)) >= TEST_SHARE and all(len(ids) > 1 for ids in rows.context_ids)
 

@@ -14,7 +14,7 @@ from nlae_jax.data.mismatch import mismatched, of_others
 from nlae_jax.evaluate.kept import Kept
 from nlae_jax.evaluate.ledger import Ledger
 from nlae_jax.evaluate.reconstruction import direction_mse, variances
-from nlae_jax.evaluate.rows import PLACES, TEXTS_AT_A_TIME, Rows, likeliest, shared_reads, spread
+from nlae_jax.evaluate.rows import PLACES, TEXTS_AT_A_TIME, EvaluatedRows, likeliest, shared_reads, spread
 from nlae_jax.roles import direction
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
@@ -98,7 +98,7 @@ class Work:
     def __init__(
         self,
         pair: Pairing,
-        rows: Rows,
+        rows: EvaluatedRows,
         directory: AnyPath,
         seed: int = 0,
         bootstrap_samples: int = 2000,

@@ -31,7 +31,7 @@ _LEAST_CHANGE = 1e-5  # smaller changes of a unit vector may come from float32 r
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class DirectionSettings:
     """How thoroughly a direction is examined.
 
     `steps` are the r of the sweep. `controls` is the number of random directions, and also of shuffles of the
@@ -194,7 +194,7 @@ def explain_direction(
     name: str,
     u_D: np.ndarray,
     corpus: Corpus,
-    settings: Settings | None = None,
+    settings: DirectionSettings | None = None,
     values_N: np.ndarray | None = None,
     notes: Sequence[str] = (),
 ) -> DirectionReport:
@@ -204,7 +204,7 @@ def explain_direction(
     an adapted pair.
     """
     nla.check_own_subject("direction")
-    settings = settings or Settings()
+    settings = settings or DirectionSettings()
     u_D = unit(u_D)
     if values_N is None:
         values_N = (corpus.h_NxD - nla.statistics.mean) @ u_D
@@ -285,7 +285,7 @@ def pushed_along(nla: Explainer, directions: Sequence[np.ndarray], steps: Sequen
 
 
 def _surprisal(
-    nla: Explainer, corpus: Corpus, values_N: np.ndarray, top: Sequence[int], settings: Settings
+    nla: Explainer, corpus: Corpus, values_N: np.ndarray, top: Sequence[int], settings: DirectionSettings
 ) -> Surprisal:
     """Makes the surprisal of the top contexts against contexts drawn from the less active half of the corpus."""
     low = np.flatnonzero(values_N <= np.median(values_N))

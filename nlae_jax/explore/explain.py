@@ -73,7 +73,7 @@ class Explained:
         return {name: value for name, value in row.items() if name not in left_out}
 
 
-class Rows(list[dict[str, Any]]):
+class ExplainedRows(list[dict[str, Any]]):
     """The rows of one explained passage: a list of dicts that a notebook shows as a page."""
 
     def __init__(self, explained: Sequence[Explained], name: str, layer: int) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from nlae_jax.explore.corpus import Corpus, neuron_values
-from nlae_jax.explore.directions import DirectionReport, Settings, cosine, explain_direction
+from nlae_jax.explore.directions import DirectionReport, DirectionSettings, cosine, explain_direction
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.lm.arch import Arch
 from nlae_jax.runtime.errors import UserError
@@ -67,7 +67,7 @@ def explain_neuron(
     layer: int,
     index: int,
     corpus: Corpus,
-    settings: Settings | None = None,
+    settings: DirectionSettings | None = None,
     values_N: np.ndarray | None = None,
     side: str = "write",
 ) -> DirectionReport:

@@ -32,7 +32,7 @@ _ROWS = 16  # rows that the subject continues together
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SteerSettings:
     """How steering is done and measured.
 
     `alphas` are the lengths of the added vector, in units of ‖h‖. `controls` is the number of random directions, at
@@ -164,7 +164,7 @@ def steer(
     edited: str,
     original: str | Sequence[str] | None = None,
     pattern: re.Pattern[str] | None = None,
-    settings: Settings | None = None,
+    settings: SteerSettings | None = None,
 ) -> SteerReport:
     """Adds α‖h‖·Δ/‖Δ‖ at `positions`, Δ = u(edited) − u(original), and lets the subject continue.
 
@@ -176,7 +176,7 @@ def steer(
     for an adapted pair.
     """
     nla.check_own_subject("steer")
-    settings = settings or Settings()
+    settings = settings or SteerSettings()
     (h_TxD,) = nla.read([passage])
     at = sorted(set(positions))
     if original is None:
@@ -324,7 +324,7 @@ def _outcomes(
     passage: Passage,
     conditions: Sequence[_Condition],
     pattern: re.Pattern[str] | None,
-    settings: Settings,
+    settings: SteerSettings,
 ) -> list[Outcome]:
     """Lets the subject continue the passage under every condition, `settings.samples` times each."""
     subject, count = nla.subject, settings.samples

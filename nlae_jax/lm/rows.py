@@ -23,7 +23,7 @@ from nlae_jax.mesh import split
 RowStep = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
-class Rows(NamedTuple):
+class RowTable(NamedTuple):
     """A table of R rows with room for C tokens each.
 
     `logits` [R, V] float32 are those of each row's next token. `tokens` [R, C] int32 are the tokens drawn so far, and
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     growing: Any
 
 
-def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
+def put(rows: RowTable, new: RowTable, places: jax.Array) -> RowTable:
     """Puts the rows of `new` into the table at `places` [B] int32. A row whose place is R or more is dropped.
 
     The rows of `new` have drawn no token yet. Contexts with a batch axis are replaced; a constant context stays. Only
@@ -71,7 +71,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
     positions = lambda old, fresh: old._replace(positions=at(old.positions, fresh.positions))  # noqa: E731
-    return Rows(
+    return RowTable(
         logits=at(rows.logits, new.logits),
         tokens=rows.tokens,
         steps=at(rows.steps, new.steps),
@@ -84,7 +84,7 @@ def put(rows: Rows, new: Rows, places: jax.Array) -> Rows:
     )
 
 
-def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
+def resized(rows: RowTable, kept: jax.Array, capacity: int) -> RowTable:
     """Returns a table of the rows at `kept` [R'] int32, with room for `capacity` tokens. -1 makes a free place."""
     index = jnp.maximum(kept, 0)
 
@@ -101,7 +101,7 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
         return KeyValues(k, v, positions, jnp.ones(positions.shape, bool), kv.state, wide)
 
     is_keys = lambda x: isinstance(x, KeyValues)  # noqa: E731
-    return Rows(
+    return RowTable(
         logits=rows.logits[index],
         tokens=room(rows.tokens[index], 1),
         steps=rows.steps[index],
@@ -114,7 +114,7 @@ def resized(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
     )
 
 
-def spread(rows: Rows, mesh: Mesh) -> Rows:
+def spread(rows: RowTable, mesh: Mesh) -> RowTable:
     """Splits the rows of a table over devices, and keys, values and states over heads too, inside a jitted function.
 
     Functions that return tables end with this. Left to itself, XLA returns new tables whole and advanced ones split, so
@@ -143,7 +143,9 @@ def spread(rows: Rows, mesh: Mesh) -> Rows:
     )
 
 
-def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int], stops: Sequence[int]) -> Rows:
+def advance(
+    decode: RowStep, rows: RowTable, count: jax.Array, closing: Sequence[int], stops: Sequence[int]
+) -> RowTable:
     """Draws up to `count` more tokens in each row that is not done.
 
     A row is done after the `closing` tokens (if any), after one of `stops`, or at its limit. At temperature 0, and at
@@ -152,7 +154,7 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
     closing_ids, stop_ids = jnp.asarray(closing, jnp.int32), jnp.asarray(stops, jnp.int32)
     number = jnp.arange(rows.steps.shape[0])
 
-    def draw(rows: Rows) -> jax.Array:
+    def draw(rows: RowTable) -> jax.Array:
         greedy = rows.temperature < jnp.finfo(jnp.float32).tiny
         heat = jnp.where(greedy, 1.0, rows.temperature)[:, None]
         # The largest logit is subtracted, so that a quotient can only overflow to -inf.
@@ -161,7 +163,7 @@ def advance(decode: RowStep, rows: Rows, count: jax.Array, closing: Sequence[int
         uniform = jax.vmap(jax.random.uniform)(keys)
         return jnp.where(greedy, jnp.argmax(rows.logits, -1), categorical(uniform, heated)).astype(jnp.int32)
 
-    def body(state: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
+    def body(state: tuple[jax.Array, RowTable]) -> tuple[jax.Array, RowTable]:
         turn, rows = state
         going = ~rows.done
         token = draw(rows)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.evaluate.figures import SECTIONS
-from nlae_jax.evaluate.rows import SUFFIX, Rows, without_following
+from nlae_jax.evaluate.rows import SUFFIX, EvaluatedRows, without_following
 from nlae_jax.lm.tokens import text_ids
 from nlae_jax.run.resources import Run, descriptions_of
 from nlae_jax.runtime.errors import UserError
@@ -31,7 +31,7 @@ _SUMMARY = (*_CONTRACT, *_CONTROLS, "fve_ci95", "num_activations", "num_document
 _BY_SECTION = ("seconds", "explanations", "num_sampled")
 
 
-def rows_of_run(run: Run, count: int) -> Rows:
+def rows_of_run(run: Run, count: int) -> EvaluatedRows:
     """Returns at most `count` of the held-out rows, with the tokens that follow them and with their descriptions.
 
     The first of them are those that the run's own evaluation uses: they alone have been described.
@@ -48,7 +48,7 @@ def rows_of_run(run: Run, count: int) -> Rows:
     context_ids = [run.store.context_ids(row).tolist() for row in rows.tolist()]
     following_ids = [index.ids[index.document[row]][index.position[row] + 1 :][:SUFFIX].tolist() for row in rows]
     descriptions = _descriptions(run)
-    return Rows(
+    return EvaluatedRows(
         h=h,
         document=index.document[rows].astype(int),
         position=index.position[rows].astype(int),

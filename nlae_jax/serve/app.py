@@ -49,7 +49,7 @@ _BODY_BYTES = 128 << 20  # the bound of a request's body: 512 activations of wid
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Access and limits of the server.
 
     `secret` must come with every request, unless it is empty. `hosts` are the only host names that requests may use;
@@ -66,7 +66,7 @@ class Settings:
     sources: int = 4
 
 
-def make_app(engine: Engine, settings: Settings) -> FastAPI:
+def make_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     """Makes the server around an engine, which starts and stops with the server."""
     service = Service(engine)
 
@@ -148,7 +148,7 @@ class _KnownHosts:
         await self._app(scope, receive, send)
 
 
-def _add_health(app: FastAPI, service: Service, settings: Settings) -> None:
+def _add_health(app: FastAPI, service: Service, settings: ServerSettings) -> None:
     @app.get("/")
     async def health(request: Request) -> Response:
         if wants_page(request):

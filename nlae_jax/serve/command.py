@@ -11,7 +11,7 @@ import uvicorn
 
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.progress import say
-from nlae_jax.serve.app import Settings, make_app
+from nlae_jax.serve.app import ServerSettings, make_app
 from nlae_jax.serve.engine import Engine
 from nlae_jax.serve.page import PATH
 from nlae_jax.serve.reading import Reader
@@ -39,7 +39,7 @@ def serve(load: Callable[[], Reader], host: str, port: int, token: str, explains
     port = listener.getsockname()[1]
     hosts = () if token else ("127.0.0.1", "localhost", "::1", host.lower())
     engine = Engine(load)
-    app = make_app(engine, Settings(secret=token, hosts=tuple(dict.fromkeys(hosts)), explains=explains))
+    app = make_app(engine, ServerSettings(secret=token, hosts=tuple(dict.fromkeys(hosts)), explains=explains))
     config = uvicorn.Config(
         app,
         log_level="warning",

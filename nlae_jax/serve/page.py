@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from nlae_jax.assets import VIEWER
 from nlae_jax.explore.directions import cosine
 from nlae_jax.explore.explain import agreement, consensus
-from nlae_jax.explore.steer import Outcome, Settings, steer
+from nlae_jax.explore.steer import Outcome, SteerSettings, steer
 from nlae_jax.serve.frames import l2_norm
 from nlae_jax.serve.looking import look_at
 from nlae_jax.serve.service import Service
@@ -165,7 +165,7 @@ def add_page(app: FastAPI, service: Service, describes: Gate) -> None:
         passage = await service.passage(body)
         service.check_length(passage, _STEERED_TOKENS)
         positions, reader = service.positions(passage, body.positions), service.reader
-        settings = Settings(
+        settings = SteerSettings(
             (body.alpha,), 3, samples=1, max_new_tokens=_STEERED_TOKENS, temperature=0.0, generated=True
         )
         with one_at_a_time.enter():

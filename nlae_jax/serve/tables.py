@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.arch import Arch
-from nlae_jax.lm.rows import Rows, advance, put, resized, spread
+from nlae_jax.lm.rows import RowTable, advance, put, resized, spread
 from nlae_jax.lm.segments import bytes_of_row
 from nlae_jax.lm.transformer import for_decoding
 from nlae_jax.mesh import platform_of
@@ -100,16 +100,16 @@ class Compiled:
         many = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1
         mesh = sharding.mesh if many else None
 
-        def laid_out(rows: Rows) -> Rows:
+        def laid_out(rows: RowTable) -> RowTable:
             return rows if mesh is None else spread(rows, mesh)
 
-        def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> Rows:
+        def begun(variables: Any, entries: Any, used: jax.Array, capacity: int) -> RowTable:
             source, limit, temperature, seed = entries
             logits, contexts = program.prefill(variables, source)
             caches = program.caches(source, capacity, contexts[0].k.dtype)
             decoding = for_decoding(role, variables, contexts, caches)
             count = logits.shape[0]
-            new = Rows(
+            new = RowTable(
                 logits=logits,
                 tokens=jnp.zeros((count, capacity), jnp.int32),
                 steps=jnp.zeros(count, jnp.int32),
@@ -122,14 +122,14 @@ class Compiled:
             )
             return laid_out(new)
 
-        def joined(variables: Any, rows: Rows, entries: Any, used: jax.Array, places: jax.Array) -> Rows:
+        def joined(variables: Any, rows: RowTable, entries: Any, used: jax.Array, places: jax.Array) -> RowTable:
             return laid_out(put(rows, begun(variables, entries, used, rows.tokens.shape[1]), places))
 
-        def advanced(variables: Any, weights: Any, rows: Rows, count: jax.Array) -> Rows:
+        def advanced(variables: Any, weights: Any, rows: RowTable, count: jax.Array) -> RowTable:
             decode = partial(program.decode, variables, weights)
             return laid_out(advance(decode, rows, count, program.closing, program.stops))
 
-        def moved(rows: Rows, kept: jax.Array, capacity: int) -> Rows:
+        def moved(rows: RowTable, kept: jax.Array, capacity: int) -> RowTable:
             return laid_out(resized(rows, kept, capacity))
 
         self.begun = jax.jit(begun, static_argnums=3)
@@ -149,7 +149,7 @@ class Table:
 
     def __init__(self, compiled: Compiled, longest: int) -> None:
         self._compiled, self._longest, self._most = compiled, longest, compiled.most_rows(longest)
-        self._rows: Rows | None = None
+        self._rows: RowTable | None = None
         self._holders: list[Any] = []  # the holder of each place, None for a free one
         self._steps = np.zeros(0, np.int32)
         self.drawn = 0  # tokens that the last round drew in its longest row

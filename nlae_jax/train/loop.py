@@ -99,7 +99,7 @@ def _run(
     processes.barrier()
     compiled_before, expected, warned = stage.step._cache_size(), max(1, len(announced_shapes)), False
     with progress(stage.steps, stage.name, unit="step", start=start) as bar:
-        rows = _Rows(stage, log, track, bar)
+        rows = _MetricRows(stage, log, track, bar)
         for number in range(start + 1, stage.steps + 1):
             batch = put_batch(next(stage.iterator), mesh)
             if announced_shapes and _shapes(batch) not in announced_shapes:
@@ -157,7 +157,7 @@ def _compile_examples(stage: Stage, state: Any, frozen: Any, mesh: Mesh) -> set[
     return shapes
 
 
-class _Rows:
+class _MetricRows:
     """Logs each step's metrics one step late: `hold` keeps them on the device, and `write` fetches and logs them."""
 
     def __init__(self, stage: Stage, log: MetricsLog | None, track: Log, bar: Progress) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from nlae_jax.data.mismatch import of_others
 from nlae_jax.evaluate import reconstruction, truth
 from nlae_jax.evaluate.estimate import first, share_of
-from nlae_jax.evaluate.rows import SUFFIX, Rows, read_activations, spread
+from nlae_jax.evaluate.rows import SUFFIX, EvaluatedRows, read_activations, spread
 from nlae_jax.evaluate.work import Work
 from nlae_jax.lm.tokens import pad
 
@@ -115,7 +115,7 @@ def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray)
     return np.asarray(work.kept.run(name, len(prompts), _SUFFIX_BATCH, compute, of=asked)["scores"])
 
 
-def recurrence_rows(rows: Rows, sampled: int, seed: int) -> np.ndarray:
+def recurrence_rows(rows: EvaluatedRows, sampled: int, seed: int) -> np.ndarray:
     """Returns at most `sampled` rows for `recurrence`. They have `BEFORE` tokens between the first token and their own.
 
     The rows may be without activations.
