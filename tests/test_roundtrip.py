@@ -139,6 +139,12 @@ def test_reconstructions_do_not_depend_on_the_batch(trip, pair, written):
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 
+def test_texts_are_read_without_tokenising_the_vocabulary(run, pair, monkeypatch):
+    """Only reading token ids needs the endings; with 49,152 tokens they take a second or two."""
+    monkeypatch.setattr("nlae_jax.roles.protocol.endings", lambda *_: pytest.fail("endings"))
+    assert RoundTrip(run.roles, run.tokenizer, BATCH, LIMIT).reconstruct_texts(pair, ["the land"]).shape[0] == 1
+
+
 def test_texts_of_other_lengths_change_nothing(run, pair, caplog):
     """A long text among short ones is computed by itself, and the results are in the order of the texts."""
     words = ["the of", "to in is", "that it for the", "of", "in is that it"]

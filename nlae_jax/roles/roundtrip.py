@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -85,7 +86,6 @@ class RoundTrip:
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._smallest_batch = smallest_batch or batch_size
         self._parts = 1 if mesh is None else batch_parts(mesh)
-        self._endings = self._put(protocol.endings(tokenizer, self.protocol, roles.encoder.arch.vocab_size))
         blank = protocol.blank_tokens(tokenizer, roles.encoder.arch.vocab_size)
 
         def explain(pair: Pair, h: jax.Array, key: jax.Array, temperature: float, limit: int) -> tuple[jax.Array, ...]:
@@ -121,6 +121,11 @@ class RoundTrip:
         self._groups = 1 if self._turns is None else _GROUPS
         self._reconstruct = jax.jit(reconstruct, out_shardings=everywhere)
         self._reconstruct_prompts = jax.jit(reconstruct_prompts, out_shardings=everywhere)
+
+    @functools.cached_property
+    def _endings(self) -> Any:
+        """What the decoder's prompt holds instead of an explanation's last token; reading texts does not need it."""
+        return self._put(protocol.endings(self.tokenizer, self.protocol, self._vocab_size))
 
     def _put(self, tree: Any, sharding: Callable[[Mesh], NamedSharding] = replicated) -> Any:
         """Puts arrays onto the mesh if there is one, and onto the default device otherwise."""
