@@ -191,12 +191,13 @@ train_once() {
 
 # Trains on every worker of a TPU VM; ends with the first code that is not 0.
 train_on() {
-    local name=$1 config=$2 workdir=$3 read_keys=''
+    local name=$1 config=$2 workdir=$3 read_keys='' left_behind='^[^ ]*python[^ ]* [^ ]*bin/nlae train'
     shift 3
     send_keys "$name" || return
     [ ${#keys[@]} -eq 0 ] || read_keys='. ./nlae-keys && rm nlae-keys && '
-    # What a lost connection has left behind there would hold the chips: it is told to save and waited for.
-    tpus tpu-vm ssh "$name" --worker=all "--command=pkill -f 'bin/[n]lae train'; \
-while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; ${read_keys}cd nlae && exec .venv/bin/nlae train \
+    # What a lost connection has left behind there would hold the chips: it is told to save and waited for. Only commands
+    # that begin with a Python are meant: the shell that reads this line has the same words in its own.
+    tpus tpu-vm ssh "$name" --worker=all "--command=pkill -f '$left_behind'; \
+while pgrep -f '$left_behind' >/dev/null; do sleep 1; done; ${read_keys}cd nlae && exec .venv/bin/nlae train \
 $(quoted --config "$config" --workdir "$workdir" --distributed auto "$@")"
 }

@@ -1,6 +1,7 @@
 """The launch scripts: what a dry run prints, and what they do when a fake `gcloud` (…) records how it is called."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,7 +247,8 @@ INSTALL = (
     "~/.local/bin/uv venv --quiet --allow-existing --python 3.12; ~/.local/bin/uv pip install --quiet '.[gcs,hub,tpu]'"
 )
 TRAIN = (
-    "--command=pkill -f 'bin/[n]lae train'; while pgrep -f 'bin/[n]lae train' >/dev/null; do sleep 1; done; cd nlae && "
+    "--command=pkill -f '^[^ ]*python[^ ]* [^ ]*bin/nlae train'; "
+    "while pgrep -f '^[^ ]*python[^ ]* [^ ]*bin/nlae train' >/dev/null; do sleep 1; done; cd nlae && "
     "exec .venv/bin/nlae train --config experiments/tiny.py --workdir gs://b/run --distributed auto"
 )
 
@@ -307,6 +309,20 @@ def test_tpu_vm_goes_on_until_it_is_done(launch):
         *["launch/tpu_vm.sh: preempted; starting again"] * 2,
         "launch/tpu_vm.sh: attempt 1 ended with code 1; starting again",
     ]
+
+
+def test_what_is_told_to_end_there_is_not_the_shell_that_says_so(launch):
+    """The remote shell's command line holds the pattern, and the command that it starts in the end."""
+    launch.write(answers=["READY"], codes=[0])
+    assert launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, **PLACE)[0] == 0
+    (call,) = (call for call in launch.log if "pkill" in call)
+    command = call.partition("--command=")[2].removesuffix(" --project=p --zone=z")
+    (pattern,) = set(re.findall(r"-f '([^']*)'", command))
+    for shell in ("bash -c", "/bin/bash -c", "/bin/sh -c", "-bash -c"):
+        assert not re.search(pattern, f"{shell} {command}")
+    running = command.partition("exec ")[2]
+    assert re.search(pattern, f"/home/me/nlae/.venv/bin/python {running}")  # as it is listed while it runs
+    assert re.search(pattern, f"/home/me/nlae/.venv/bin/python3.12 /home/me/nlae/{running}")
 
 
 @pytest.mark.parametrize(("code", "times"), [(2, 1), (130, 1), (1, 3)])
