@@ -149,3 +149,24 @@ def test_an_id_may_be_a_number_and_must_be_one_documents(tmp_path: Path, tokeniz
     path = lines(tmp_path / "d.jsonl", [{"id": "8", "position": 4, "description": "of which?"}])
     with pytest.raises(UserError, match="'8' is the id of several documents"):
         match(read_descriptions(path), documents, tokenizer, 64)
+
+
+@pytest.mark.parametrize("before", ["", "\n\n  ", "\ufeff", "\ufeff \r\n"])
+def test_an_offset_counts_in_the_text_as_its_file_has_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, before: str
+) -> None:
+    """White space at a text's beginning is not read, but whoever described the text has counted it."""
+    stop = tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"][4][1]
+    corpus = lines(tmp_path / "c.jsonl", [{"id": "d7", "text": f"{before}{TEXT}\n"}])
+    documents = read_documents(resolve({"corpus.path": str(corpus), "corpus.min_characters": 1}).corpus)
+    counted = len(before.removeprefix("\ufeff")) + stop  # a byte-order mark is no part of the text
+    path = lines(tmp_path / "d.jsonl", [{"id": "d7", "offset": counted, "description": "here"}])
+    assert list(match(read_descriptions(path), documents, tokenizer, 64).positions.values()) == [{4: "here"}]
+
+
+def test_the_beginning_of_a_document_is_in_its_split_whatever_stands_before_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    document = named("d7", TEXT)
+    path = lines(tmp_path / "d.jsonl", [{"text": f"\n {TEXT[:40]}", "description": "the beginning"}])
+    assert match(read_descriptions(path), [document], tokenizer, 64).documents[-1].group == document.group

@@ -52,6 +52,7 @@ class Text:
     passage: str = ""
     at_end: bool = False
     domain: str = ""
+    lead: int = 0  # characters of white space that stood before `text` in the source
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Document:
     passage: str = ""
     at_end: bool = False
     domain: str = field(default="", compare=False)
+    lead: int = field(default=0, compare=False)
 
     @property
     def group(self) -> str:
@@ -148,7 +150,9 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
     digests: set[bytes] = set()
     selected: list[tuple[bytes, Text]] = []
     for source_text in texts:
-        text = _clean(source_text.text).lstrip()
+        whole = _clean(source_text.text)
+        text = whole.lstrip()
+        lead = len(whole) - len(text)
         text = text if source_text.at_end else text.rstrip()
         if not text.strip() or (len(text) < config.min_characters and not source_text.at_end):
             dropped["too short"] += 1
@@ -158,7 +162,7 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
             dropped["duplicates"] += 1
             continue
         digests.add(digest)
-        selected.append((digest, replace(source_text, text=text)))
+        selected.append((digest, replace(source_text, text=text, lead=lead)))
         if limit and config.hub and len(selected) == limit:
             break
         if limit and len(selected) >= 2 * limit + 1_000:  # bounded memory however large the corpus is

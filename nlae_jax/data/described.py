@@ -15,9 +15,9 @@ at the positions of its descriptions. Other documents of the corpus are read at 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from nlae_jax.runtime.outside import encodable, quoted
 _MAX_CHARACTERS = 20_000  # of one description
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Description:
     """One line of the file: the document, the place in it, and the description `text`.
 
@@ -45,7 +45,7 @@ class Description:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Described:
     """The corpus with the file's texts added, and doc_id -> token position -> description."""
 
@@ -108,7 +108,8 @@ def match(
     for description in descriptions:
         kind, value = description.place
         if kind == "text":
-            new = document_of(value, passage=description.passage or _passage_of(value, texts, keys))
+            new = document_of(value)
+            new = dataclasses.replace(new, passage=description.passage or _passage_of(new.text, texts, keys))
             document = added.setdefault(new.doc_id, new)
         elif description.document in shared_names:
             raise UserError(
@@ -123,7 +124,8 @@ def match(
         if document.doc_id not in ends:
             ends[document.doc_id] = _token_ends(document.text, tokenizer, max_tokens)
         tokens = ends[document.doc_id]
-        position = value if kind == "position" else tokens.get(len(document.text) if kind == "text" else value)
+        read = len(document.text) if kind == "text" else value - document.lead  # an offset counts in the source's text
+        position = value if kind == "position" else tokens.get(read)
         if position is None or position not in tokens.values():
             dropped[f"beyond extract.max_tokens = {max_tokens}, or where no token ends"] += 1
         elif position == 0:
