@@ -181,6 +181,17 @@ def test_answers_that_were_cut_off_say_so():
         ({"error": {"code": True}}, 500),
         ({"choices": [{"error": {"code": 502}, "message": {"content": ""}}]}, 502),
         ({"choices": {"error": 1}}, 200),
+        ({"code": 429, "message": "m"}, 429),
+        ({"status": 503, "msg": "m"}, 503),
+        ({"message": "m"}, 500),
+        ({"detail": "Rate limit reached"}, 429),
+        ({"detail": [{"loc": ["body"], "msg": "m"}]}, 500),
+        ({"success": False, "errors": [{"code": 429, "message": "m"}]}, 429),
+        ({"errors": "unauthorized: bad api key"}, 401),
+        ({"message": {"role": "assistant", "content": "t"}, "done": True}, 200),
+        ({"id": "x", "status": "completed"}, 200),
+        ({**completion("t"), "detail": "", "message": "m", "code": 429}, 200),
+        ({"content": [{"type": "text", "text": "t"}], "status": 500}, 200),
     ],
 )
 def test_errors_sent_with_status_200(reply, status):

@@ -142,7 +142,18 @@ def _error_in(reply: Any) -> Any:
         return reply.get("error") or reply
     choices = reply.get("choices")
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    return reply.get("error") or first.get("error")
+    error = reply.get("error") or first.get("error")
+    return error if error or "choices" in reply or "content" in reply else _bare_error(reply)
+
+
+def _bare_error(reply: dict[str, Any]) -> Any:
+    """Returns the error in a reply without an answer, as gateways and web frameworks write it; None for others."""
+    if errors := reply.get("errors"):
+        return errors[0] if isinstance(errors, list) else errors
+    if detail := reply.get("detail"):
+        return detail
+    message, code = reply.get("message") or reply.get("msg"), reply.get("code") or reply.get("status")
+    return reply if isinstance(message, str) or isinstance(code, int) else None
 
 
 # Words of errors that have no number -> the HTTP status that fits.
