@@ -226,6 +226,7 @@ def test_a_shared_place_that_cannot_be_used_is_done_without(tmp_path, capsys):
     assert capsys.readouterr().err.count("other workdirs will not find this answer") == 1
     assert found(tmp_path / "a") == expected()
     assert found(tmp_path / "b", shared=tmp_path / "unreadable") == {}
+    assert found(tmp_path / "c", shared=tmp_path / "shared") == {}
 
 
 # --- in a bucket

@@ -9,6 +9,7 @@ answers when it is moved from one to the other.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -140,21 +141,31 @@ def _read(
 ) -> dict[str, T]:
     """Returns key -> `read(answer)` for the newest answer of each wanted key.
 
-    With `lenient`, parts that cannot be read are skipped. Otherwise they raise UserError.
+    With `lenient`, a directory or a part that cannot be read is skipped. Otherwise it raises UserError.
     """
     results: dict[str, T] = {}
-    for _, path in sorted(_parts(directory), key=lambda part: (part[0], part[1].name)):
-        try:
+    parts: list[tuple[int, AnyPath]] = []
+    with _readable(directory, lenient):
+        parts = sorted(_parts(directory), key=lambda part: (part[0], part[1].name))
+    for _, path in parts:
+        with _readable(path, lenient):
             for key, answer in _answers(path, quiet=lenient):
                 if key in wanted:
                     results.pop(key, None)
                     if answer is not None:
                         results[key] = read(answer)
-        except OSError as error:
-            if not lenient:
-                problem = error.strerror or error
-                raise UserError(f"{path}: answers cannot be read ({problem}); make the file readable") from None
     return results
+
+
+@contextlib.contextmanager
+def _readable(path: AnyPath, lenient: bool) -> Iterator[None]:
+    """In the `with` block, errors of reading `path` become UserErrors, or are ignored with `lenient`."""
+    try:
+        yield
+    except OSError as error:
+        if not lenient:
+            problem = error.strerror or error
+            raise UserError(f"{path}: answers cannot be read ({problem}); make it readable") from None
 
 
 def _parts(directory: AnyPath) -> Iterator[tuple[int, AnyPath]]:
