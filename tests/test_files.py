@@ -282,9 +282,10 @@ def test_a_file_is_as_readable_as_any(tmp_path):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
-def test_the_longest_name_can_be_written(tmp_path):
-    files.write_text(tmp_path / ("n" * 255), "x")
-    assert (tmp_path / ("n" * 255)).read_text() == "x"
+@pytest.mark.parametrize("name", ["n" * 255, "文" * 85, "😀" * 63])
+def test_the_longest_name_can_be_written(tmp_path, name):
+    files.write_text(tmp_path / name, "x")
+    assert (tmp_path / name).read_text() == "x"
 
 
 # --- what JSON cannot say

@@ -202,7 +202,8 @@ def write_atomically(path: AnyPath, write: Callable[[pathlib.Path], object]) -> 
 def _temporary_sibling(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Makes a hidden file beside `path`. It is locked while in use, and deleted afterwards unless it was moved."""
     while True:
-        temporary = path.with_name(f".{path.name[:128]}.{secrets.token_hex(6)}{_TEMPORARY}")
+        # A name has at most 255 bytes, and a character up to four.
+        temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(6)}{_TEMPORARY}")
         with temporary.open("xb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
