@@ -337,6 +337,8 @@ def load_config(path: AnyPath) -> Config:
         return resolve(flatten(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except RecursionError:  # JSON may be parsed deeper than Python code can follow
+        raise UserError(f"{path}: nested too deeply; it should be as the run wrote it") from None
 
 
 def resolve(values: dict[str, Any]) -> Config:

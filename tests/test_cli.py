@@ -1029,6 +1029,9 @@ def test_a_limit_on_the_size_of_files(tiny_run, tmp_path):
         (ValueError("RESOURCE_EXHAUSTED: Failed to open: [OS error 24: Too many open files]"), "too many open files"),
         (OSError(5, "Input/output error"), "input/output errors"),
         (OSError(116, "Stale file handle"), "stale file handle"),
+        (OSError(107, "Transport endpoint is not connected"), "transport endpoint is not connected"),
+        (ValueError("FAILED_PRECONDITION: Error: [OS error 30: EROFS Read-only file system]"), "read-only file system"),
+        (ValueError("PERMISSION_DENIED: Error opening: [OS error 13: EACCES Permission denied]"), "permission denied"),
         (OSError(28, "No space left on device"), "no space left"),
         (OSError(28, "No space left on device", "/cache/model"), "/cache/model: no space left"),
         (MemoryError(), "out of memory"),
@@ -1328,3 +1331,13 @@ def test_a_result_never_replaces_the_input(tmp_path, monkeypatch, capsys, argume
     Path("a.json").write_text("[]")
     assert main(["explain", "--model", "smollm2-135m", *arguments]) == 2
     assert named in capsys.readouterr().err and Path("a.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("option", ["--file", "--chat", "--input", "--vectors"])
+def test_a_link_to_itself_is_one_line(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    Path("circle.jsonl").symlink_to("circle.jsonl")
+    more = ["--out", "out.jsonl"] if option == "--input" else []
+    assert main(["explain", "--model", "smollm2-135m", option, "circle.jsonl", *more]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("nlae: ") and "circle.jsonl" in lines[-1]

@@ -314,6 +314,17 @@ def test_damaged_config_json_names_the_file(tmp_path, text):
     assert complaint(lambda: load_config(path)).startswith(f"{path}: ")
 
 
+def test_config_json_that_is_nested_deeper_than_python_can_follow_names_the_file(tmp_path, monkeypatch):
+    """Python 3.12 parses JSON deeper than its own functions may call each other."""
+    deep: dict[str, object] = {}
+    for _ in range(5_000):
+        deep = {"a": deep}
+    monkeypatch.setattr("nlae_jax.config.read_json", lambda path: deep)
+    assert complaint(lambda: load_config(tmp_path / "config.json")) == (
+        f"{tmp_path / 'config.json'}: nested too deeply; it should be as the run wrote it"
+    )
+
+
 def test_default_config_refuses_unknown_fields():
     config = default_config()
     with pytest.raises(AttributeError):

@@ -44,6 +44,13 @@ _SYSTEM_ERRORS = (
     ((errno.EMFILE, errno.ENFILE), ("Too many open files",), "too many open files (ulimit -n); raise that limit"),
     ((errno.EIO,), ("Input/output error",), "the disk gives input/output errors"),
     ((errno.ESTALE,), ("Stale file handle",), "the network file system is gone (stale file handle)"),
+    (
+        (errno.ENOTCONN,),
+        ("Transport endpoint is not connected",),
+        "the network file system is gone (transport endpoint is not connected)",
+    ),
+    ((errno.EROFS,), ("Read-only file system",), "a read-only file system; nothing can be written there"),
+    ((), ("PERMISSION_DENIED",), "permission denied; this user may not write or read there"),
 )
 
 
@@ -154,7 +161,8 @@ def _refuse_overwriting(options: argparse.Namespace) -> None:
     for name in (*(name for name in PATHS if name not in WRITTEN), *WRITTEN):
         value = getattr(options, name, None)
         for path in value if isinstance(value, list) else [value] if value is not None else []:
-            other = names.setdefault(str(path.resolve()), name)
+            # Unlike Path.resolve, this raises nothing for links that form a circle.
+            other = names.setdefault(os.path.realpath(path), name)
             if name in WRITTEN and other != name:
                 raise UserError(f"--{name} {path}: is the file of --{other} too, and would be written over")
 

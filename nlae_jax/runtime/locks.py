@@ -20,7 +20,7 @@ def hold(path: Path, name: str, busy: str, advice: str) -> None:
     Raises UserError `name: busy` where another process has locked it. Network file systems may have no locks: then a
     warning ends with `advice`, which tells the user what not to do.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path in _LOCKED and _is_at(_LOCKED[path], path):
         return
     while True:
