@@ -118,11 +118,14 @@ ask_tpus() {
     if [ -n "$dry_run" ]; then quoted "${command[@]}" >&2; else "${command[@]}" 2>/dev/null || true; fi
 }
 
-# Copies this checkout to every worker of a TPU VM and installs it there.
+# Copies this checkout to every worker of a TPU VM and installs it there. Each step must succeed: a worker may have the
+# archive of an earlier time. Git also lists files that are deleted here.
 install_on() {
     local archive=${TMPDIR:-/tmp}/nlae-$1.tar.gz
-    run bash -c 'git ls-files -z -co --exclude-standard | tar --null -T - -czf "$0"' "$archive"
-    tpus tpu-vm scp "$archive" "$1:nlae.tar.gz" --worker=all
+    # shellcheck disable=SC2016 # for the shell that is started
+    local present='while IFS= read -rd "" f; do [ ! -e "$f" ] || printf "%s\0" "$f"; done'
+    run bash -c "git ls-files -z -co --exclude-standard | $present | tar --null -T - -czf \"\$0\"" "$archive" || return
+    tpus tpu-vm scp "$archive" "$1:nlae.tar.gz" --worker=all || return
     # The machines' own Python is 3.10.
     tpus tpu-vm ssh "$1" --worker=all "--command=set -e; mkdir -p nlae; tar xzf nlae.tar.gz -C nlae; cd nlae; \
 python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12; \

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ next() { [ -s "$HERE/$1" ] && head -n 1 "$HERE/$1" && sed -i 1d "$HERE/$1"; }
 all=$*
 case "$all" in
     *" describe "*) next answers ;;
+    *" scp "*.tar.gz*) code=$(next copies) ;;
     train*--distributed\\ 127*) code=$(next "codes.${all##*,}") ;;
     *train\\ --config*) code=$(next codes) ;;
 esac
@@ -278,7 +280,10 @@ def trains(more=""):
 def dry(launch, made, more):
     """A dry run from a machine that is made to the training."""
     archive = f"{launch.directory}/nlae-n.tar.gz"
-    pack = f"bash -c 'git ls-files -z -co --exclude-standard | tar --null -T - -czf \"$0\"' {archive}"
+    pack = (
+        'bash -c \'git ls-files -z -co --exclude-standard | while IFS= read -rd "" f; do [ ! -e "$f" ] || '
+        f'printf "%s\\0" "$f"; done | tar --null -T - -czf "$0"\' {archive}'
+    )
     copy, _ = installs(launch)
     install, train = (gcloud(f"tpu-vm ssh n --worker=all {quoted(text)}") for text in (INSTALL, TRAIN + more))
     return [gcloud(made), pack, copy, install, train]
@@ -309,6 +314,31 @@ def test_tpu_vm_goes_on_until_it_is_done(launch):
         *["launch/tpu_vm.sh: preempted; starting again"] * 2,
         "launch/tpu_vm.sh: attempt 1 ended with code 1; starting again",
     ]
+
+
+def test_what_could_not_be_copied_is_not_installed(launch):
+    """The machine may have the archive of an earlier time."""
+    launch.write(answers=["READY"] * 4, codes=[0], copies=[1, 0])
+    assert launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, **PLACE)[0] == 0
+    state, (copy, install) = described("tpu-vm", "state"), installs(launch)
+    assert launch.log == [state, copy, state, copy, install, trains()]
+
+
+def test_files_that_are_deleted_here_are_not_packed(tmp_path):
+    checkout = tmp_path / "a checkout"
+    checkout.mkdir()
+    for name in ("kept", "two words", "deleted"):
+        (checkout / name).write_text(name)
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=checkout, check=True)
+    (checkout / "deleted").unlink()
+    (checkout / "new").write_text("new")
+    script = f". '{ROOT}/launch/common.sh'; tpus() {{ :; }}; install_on n"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", "-uc", script], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    with tarfile.open(tmp_path / "nlae-n.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["kept", "new", "two words"]
 
 
 def test_what_is_told_to_end_there_is_not_the_shell_that_says_so(launch):
