@@ -153,7 +153,9 @@ def test_an_edit_that_changes_nothing(planted, passage):
         steer(planted, passage, [1], "it is about array too", "it is about array", None, FEW)
 
 
-@pytest.mark.parametrize("wrong", [{"controls": 2}, {"samples": 0}, {"alphas": ()}, {"alphas": (0.0,)}])
+@pytest.mark.parametrize(
+    "wrong", [{"controls": 2}, {"samples": 0}, {"alphas": ()}, {"alphas": (0.0,)}, {"alphas": (1e39,)}]
+)
 def test_settings_that_say_nothing(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SteerSettings(**wrong)
@@ -163,8 +165,9 @@ def test_patterns():
     assert compile_pattern("list", None).search("a List.") and not compile_pattern("list", None).search("listing")
     assert compile_pattern("c++", None).search("in C++ is")
     assert compile_pattern(None, "lists?$").search("lists")
-    with pytest.raises(UserError, match="not a regular expression"):
-        compile_pattern(None, "(")
+    for pattern in ("(", "a{99999999999}"):
+        with pytest.raises(UserError, match="not a regular expression"):
+            compile_pattern(None, pattern)
     with pytest.raises(UserError, match="--word: empty"):
         compile_pattern(" ", None)
 

@@ -27,6 +27,7 @@ from nlae_jax.runtime.outside import quoted
 from nlae_jax.runtime.progress import progress
 
 _LEAST_CONTROLS = 3
+_MOST_ALPHA = 1e6  # float32 could not hold the push of much larger ones
 _LONGEST_PATTERN = 200
 _ROWS = 16  # rows that the subject continues together
 
@@ -55,8 +56,8 @@ class SteerSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} should be at least 1")
         check_temperature(self.temperature)
-        if not self.alphas or not all(math.isfinite(alpha) and alpha for alpha in self.alphas):
-            raise UserError("alphas: should be finite numbers other than 0")
+        if not self.alphas or not all(0 < abs(alpha) < _MOST_ALPHA for alpha in self.alphas):
+            raise UserError(f"alphas: should be numbers other than 0 of less than {_MOST_ALPHA:,.0f}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | 
         raise UserError(f"--pattern: {len(pattern)} characters; at most {_LONGEST_PATTERN}")
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"--pattern {quoted(pattern)}: not a regular expression ({error})") from None
 
 
