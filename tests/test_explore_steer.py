@@ -161,6 +161,13 @@ def test_settings_that_say_nothing(wrong):
         SteerSettings(**wrong)
 
 
+@pytest.mark.parametrize("texts", [{"edited": "of " * 5_000}, {"edited": "x", "original": ["y", "of " * 5_000]}])
+def test_an_explanation_without_end_is_not_read(planted, passage, texts):
+    """Attention takes memory with the square of its length."""
+    with pytest.raises(UserError, match=f"{list(texts)[-1][:4]}.*: an explanation of 15000 characters; at most 8192"):
+        steer(planted, passage, [1], settings=FEW, **texts)
+
+
 def test_patterns():
     assert compile_pattern("list", None).search("a List.") and not compile_pattern("list", None).search("listing")
     assert compile_pattern("c++", None).search("in C++ is")

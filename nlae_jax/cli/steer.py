@@ -133,17 +133,19 @@ def _prepared(
     """Returns the arguments of `explore.steer.steer` for one prompt. Raises UserError that names its line."""
     from nlae_jax.explore.explainer import check_length
     from nlae_jax.explore.select import parse_at
-    from nlae_jax.explore.steer import compile_pattern
+    from nlae_jax.explore.steer import check_explanations, compile_pattern
 
     try:
         passage = read_source(nla, line["name"], line["source"], chat_goes_on=True)
         check_length(passage)
         pattern = compile_pattern(line["word"], line["pattern"])
         at = parse_at(passage, line["at"])
+        edit = argument_text(line["edit"])
+        original = None if line["original"] is None else [argument_text(text) for text in line["original"]]
+        check_explanations(edit, original)
     except UserError as error:
         raise error if line["name"] == "text" else UserError(f"{line['name']}: {error}") from None
-    original = None if line["original"] is None else [argument_text(text) for text in line["original"]]
-    return passage, at, argument_text(line["edit"]), original, pattern
+    return passage, at, edit, original, pattern
 
 
 def _show(nla: NLA, reports: list[SteerReport], options: argparse.Namespace) -> None:

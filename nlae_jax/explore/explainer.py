@@ -34,6 +34,7 @@ _SMALLEST_BATCH, LARGEST_BATCH = 8, 64  # rows: a token costs little more for 64
 _BATCH_TOKENS = 1024  # the subject reads at most this many tokens at once
 _TEXTS, _TEXT_TOKENS = 64, 64  # texts, and tokens of each, that a pair's statistics are made from if it has none
 _MOST_NEW_TOKENS = 1 << 16  # of an explanation: its keys and values are stored from the start
+MOST_CHARACTERS = 8192  # of an explanation: the decoder reads it in one piece
 MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and attention grows with the square
 
 
@@ -114,15 +115,14 @@ class Explainer:
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
         """Rebuilds activations [B, d] float32 from explanations. They are the raw output of the decoder's head.
 
-        Raises UserError for a text with a token that the decoder has no embedding for.
+        Raises UserError for a text that is too long, or with a token that the decoder has no embedding for.
         """
         if isinstance(texts, str):
             raise UserError("texts: should be a list of explanations; it is one text")
         if not len(texts):
             return np.zeros((0, self.d_model), np.float32)
         for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"text {number}: should be a text; it is {quoted(text)}")
+            check_explanation(text, f"text {number}")
             ids = decoder_ids(self._pair_tokenizer, self._roles.decoder.protocol, text)
             check_ids(ids, self._roles.decoder.arch.vocab_size, self._pair_tokenizer, f"text {number}")
         return self._trip.reconstruct_texts(self._pair, texts)
@@ -270,6 +270,17 @@ def check_length(passage: Passage, more: int = 0) -> None:
             f"{passage.name}: {len(passage.tokens)} tokens{following}; at most {MAX_TOKENS} are explained at once: cut "
             "it into parts"
         )
+
+
+def check_explanation(text: Any, name: str) -> None:
+    """Raises UserError where an explanation from outside is no text, or too long for the decoder to read in one piece.
+
+    `name` names it in the message.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{name}: should be a text; it is {quoted(text)}")
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{name}: an explanation of {len(text)} characters; at most {MOST_CHARACTERS} are read")
 
 
 def _as_float32(vectors: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from nlae_jax.evaluate.estimate import estimate, share_of
 from nlae_jax.evaluate.wording import words
 from nlae_jax.explore.directions import unit
-from nlae_jax.explore.explainer import Explainer
+from nlae_jax.explore.explainer import Explainer, check_explanation
 from nlae_jax.explore.frames import frame
 from nlae_jax.explore.passage import Passage
 from nlae_jax.explore.surprisal import mean_nll_after
@@ -158,6 +158,13 @@ def distinct_2(texts: Sequence[str]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
+def check_explanations(edited: str, original: str | Sequence[str] | None) -> None:
+    """Raises UserError where the edit or an original is too long for the decoder, or no text."""
+    check_explanation(edited, "edit")
+    for text in (original,) if isinstance(original, str) else original or ():
+        check_explanation(text, "original")
+
+
 def steer(
     nla: Explainer,
     passage: Passage,
@@ -180,6 +187,7 @@ def steer(
     settings = settings or SteerSettings()
     (h_TxD,) = nla.read([passage])
     at = sorted(set(positions))
+    check_explanations(edited, original)
     if original is None:
         ((original, _),) = nla.write(h_TxD[at].mean(0, keepdims=True))
     originals = (original,) if isinstance(original, str) else tuple(original)
