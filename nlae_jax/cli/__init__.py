@@ -44,11 +44,8 @@ _SYSTEM_ERRORS = (
     ((errno.EMFILE, errno.ENFILE), ("Too many open files",), "too many open files (ulimit -n); raise that limit"),
     ((errno.EIO,), ("Input/output error",), "the disk gives input/output errors"),
     ((errno.ESTALE,), ("Stale file handle",), "the network file system is gone (stale file handle)"),
-    (
-        (errno.ENOTCONN,),
-        ("Transport endpoint is not connected",),
-        "the network file system is gone (transport endpoint is not connected)",
-    ),
+    # Only as tensorstore reports it: a broken connection between processes has the same number.
+    ((), ("ENOTCONN",), "the network file system is gone (transport endpoint is not connected)"),
     ((errno.EROFS,), ("Read-only file system",), "a read-only file system; nothing can be written there"),
     ((), ("PERMISSION_DENIED",), "permission denied; this user may not write or read there"),
 )
