@@ -1029,7 +1029,7 @@ def test_a_limit_on_the_size_of_files(tiny_run, tmp_path):
         (ValueError("RESOURCE_EXHAUSTED: Failed to open: [OS error 24: Too many open files]"), "too many open files"),
         (OSError(5, "Input/output error"), "input/output errors"),
         (OSError(116, "Stale file handle"), "stale file handle"),
-        (ValueError("UNKNOWN: Error [OS error 107: ENOTCONN Transport endpoint is not connected]"), "file system is gone"),
+        (ValueError("UNKNOWN: [OS error 107: ENOTCONN Transport endpoint is not connected]"), "file system is gone"),
         (ValueError("FAILED_PRECONDITION: Error: [OS error 30: EROFS Read-only file system]"), "read-only file system"),
         (ValueError("PERMISSION_DENIED: Error opening: [OS error 13: EACCES Permission denied]"), "permission denied"),
         (OSError(28, "No space left on device"), "no space left"),

@@ -82,6 +82,18 @@ def test_a_name_that_is_no_path(name):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["gs://bucket/x.jsonl", "gs:/bucket/x", "s3://bucket/x", pathlib.Path("gs://bucket/x")]
+)
+def test_only_a_workdir_may_be_in_a_bucket(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--file (gs|s3):/.*: in a bucket; should be a path here"):
+        local_path(name, "--file")
+    if str(name).startswith("gs:/b"):  # written so, a run would go into a directory called gs:
+        with pytest.raises(UserError, match=r"^--workdir gs:/bucket/x: .*gs://BUCKET/NAME"):
+            workdir_path(name)
+
+
 def test_a_bucket_keeps_its_name(gcs):
     path = workdir_path("gs://bucket/runs/mine/")
     assert isinstance(path, epath.Path) and is_remote(path) and is_remote(path / "a")

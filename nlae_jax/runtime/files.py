@@ -30,6 +30,8 @@ from nlae_jax.runtime.outside import quoted
 AnyPath: TypeAlias = "pathlib.Path | epath.Path"
 
 _GS = "gs://"
+# How addresses in buckets begin, also after a library's paths have dropped one of the two slashes.
+_BUCKETS = ("gs:/", "s3:/")
 
 # JSON does not escape these characters, but many readers end lines at them. In JSON they occur within strings only.
 _LINE_BREAKS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -42,11 +44,13 @@ _MOST_BYTES = 1 << 30  # the bound of a small file: this project writes none tha
 def local_path(name: str | os.PathLike[str], field: str) -> pathlib.Path:
     """Returns the local path that a user has written; `~` is the user's home. `field` names it in errors.
 
-    Raises UserError where the name is empty or cannot be a path.
+    Raises UserError where the name is empty, cannot be a path, or is in a bucket: only a workdir may be there.
     """
     text = os.fsdecode(name)
     if not text.strip():
         raise UserError(f"{field}: empty; should be a path")
+    if text.startswith(_BUCKETS):
+        raise UserError(f"{field} {text}: in a bucket; should be a path here (only a workdir may be gs://BUCKET/NAME)")
     try:
         path = pathlib.Path(text).expanduser()
     except RuntimeError:  # pathlib's, without an entry for this user and without HOME
