@@ -391,7 +391,7 @@ def test_the_class(tiny_run):
     ("call", "named"),
     [
         (lambda nla: nla.reconstruct([None]), "text 0: should be a text; it is None"),
-        (lambda nla: nla.reconstruct(["x", "x" * 8193]), "text 1: an explanation of 8193 characters; at most 8192"),
+        (lambda nla: nla.reconstruct(["x" * 8193]), "text 0: an explanation of 8193 characters; at most 8192"),
         (lambda nla: nla.score("t", [[1.0] * nla.d_model]), "texts: should be a list of explanations"),
         (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens="8"), "max_new_tokens: '8'"),
         (lambda nla: nla.explain([[1.0] * nla.d_model], max_new_tokens=10**9), "max_new_tokens: 1000000000"),
