@@ -105,7 +105,7 @@ class InitConfig:
     Prompts and slot are then the sidecars', and so is the injection scale unless `protocol.injection_scale` is set.
     """
 
-    # both at once: the name of a shipped pair, or a directory with `av` and `ar`
+    # both roles at once: the name of a shipped pair, or a directory with `av` and `ar`
     pair: str = option("", names="model")
     av: str = option("", names="model")  # encoder
     ar: str = option("", names="model")  # decoder
@@ -151,18 +151,19 @@ class DescribeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolConfig:
+    # the encoder's prompt; the activation is injected at {injection_char}
     encoder_prompt: str = (
         "A vector was read from a language model in the middle of a text. Say between <explanation> tags "
         "what it holds: what comes next, what the text is about, where it stands.\nVector: {injection_char}"
     )
-    decoder_prompt: str = "Notes on a text:\n{explanation}"
+    decoder_prompt: str = "Notes on a text:\n{explanation}"  # the decoder's prompt around the explanation
     # norm of the injected vector; None: the 75th percentile of the activations' norms, measured
     injection_scale: float | None = option(None, above=0, zero_is_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = option(16, at_least=0)  # 0: full fine-tuning
+    rank: int = option(16, at_least=0)  # rank of the LoRA adapters; 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     experts: bool = False  # every expert of a mixture has adapters of its own, too
 
@@ -254,7 +255,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = option(0, at_least=0, at_most=2**31 - 1)
+    seed: int = option(0, at_least=0, at_most=2**31 - 1)  # seed of every random number of the run
     # results of a block that are stored for the backward pass: none (recompute all), linear or dots (most)
     remat: str = option("linear", choices=("none", "linear", "dots"), binds=Binds.NEVER)
     # xla, pallas (a fused kernel for TPUs, which has not run on a TPU yet) or auto, which is xla
