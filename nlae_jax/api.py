@@ -61,11 +61,11 @@ class NLA(Explainer):
 
     @staticmethod
     def from_workdir(workdir: str | Path) -> NLA:
-        """Loads the pair that a run has trained so far: RL's newest checkpoint, or the warm start without one.
+        """Loads the pair that a run has trained so far: RL's newest checkpoint, or the warm start if there is none.
 
-        It changes nothing in the workdir, and may be used while the run goes on. It computes on the run's mesh where
-        this machine has the devices for it, on one device otherwise. Raises UserError where `workdir` is not the
-        workdir of a run whose warm start is finished.
+        The workdir is only read, so the run may still be in progress. The pair computes on the run's mesh if this
+        machine has the devices of the mesh, else on one device. Raises UserError if `workdir` is not the workdir of a
+        run whose warm start is finished.
         """
         return NLA.from_run(open_trained(workdir), str(workdir))
 
@@ -93,13 +93,14 @@ class NLA(Explainer):
     ) -> NLA:
         """Loads a pair in the reference's layout: directories or hub ids of an encoder and its decoder.
 
-        Without `ar`, `av` names both: a shipped pair ("smollm2-135m") or a directory with `av` and `ar`. Either may
-        hold adapters, which need the base model that they name (`lm.adapters`). `av` may also be the directory that
-        `nlae adapt` wrote for a model that no pair was trained for.
+        Without `ar`, `av` names the whole pair: a shipped pair ("smollm2-135m"), or a directory with `av` and `ar`. The
+        directories may hold adapters; the base model that the adapters name is then loaded too (`lm.adapters`). `av`
+        may also be a directory that `nlae adapt` wrote.
 
         Prompts, slot and scale come from the sidecars, which are checked against the tokenizer. `subject` is the model
-        that `explain_text` reads; without it, the sidecar names that model. Weights are stored in `dtype`, on the
-        default device or split over `mesh`. Raises UserError that names file and field where something does not fit.
+        whose activations are explained; by default the sidecar names the model. Weights are stored in `dtype`
+        ("float32" or "bfloat16"), on the default device or split over `mesh`. Raises UserError that names the file and
+        field if a part of the pair is missing or does not fit.
         """
         if not ar and is_adapter(directory := local_path(av, "model")):
             return _adapted(directory, subject, dtype, mesh)
@@ -140,12 +141,13 @@ class NLA(Explainer):
         span: str | None = None,
         **options: Any,
     ) -> ExplainedRows:
-        """Explains every token of a text, or the selected ones: dicts of position, token, explanation, cos, mse, ….
+        """Explains every token of a text, or the selected tokens. Returns one dict for each explained token or span.
 
-        `explore.explain.Explained` describes the fields, `explore.select` the selection by `positions`, `match` or
-        `span`, and `explore.explain.Options` the `options`. The explanation at position 0 means little, because that
-        position is an attention sink whose activation does not depend on the text. Raises UserError for an empty text,
-        a selection without tokens, or a text that is too long.
+        The dicts have the fields of `explore.explain.Explained`, such as `token`, `explanation`, `cos` and `mse`.
+        `positions` ("-1", "3,5,-2", "10:20"), `match` (a phrase) and `span` (a range or phrase whose mean activation is
+        explained) select tokens. `options` are further fields of `explore.explain.Options`. The explanation at position
+        0 means little, because the activation of this attention sink does not depend on the text. Raises UserError for
+        an empty text, a selection without tokens, or a text that is too long.
         """
         passage = read_text(self.tokenizer, self.subject.arch.vocab_size, text)
         picks = picks_of(passage, positions, match, span)
@@ -180,14 +182,17 @@ class NLA(Explainer):
     ) -> dict[str, Any]:
         """Runs the suite (docs/evaluation.md) on activations and returns every figure by section and name.
 
-        The activations are those of `texts`, of `files`, of a `corpus`, or `rows`. Files are texts (.txt, .jsonl,
-        .parquet), or one parquet of activations in the reference's layout. Finished parts are stored in
-        `out`/evaluation, and the same call goes on from there. Decoders are trained on other words, each for
-        `control_steps` steps; 0 trains none. The default is 60 if there are at least 128 activations, of 4 documents,
-        with their texts. `reword` names a server that rewords explanations, `judge` one that says whether they are
-        true. Figures that take several explanations of an activation are of `sampled` activations (by default 64).
-        Raises UserError for an adapted pair, where one of these four belongs to a section that is left out, where
-        `sampled` is below 2, and in one of several processes: they would write the same files.
+        The activations are read from `texts`, `files` or a `corpus`, or are given as `rows`. Files hold texts (.txt,
+        .jsonl, .parquet), or one parquet file holds activations in the reference's layout. Finished parts are stored in
+        `out`/evaluation, and the same call continues from them.
+
+        `control_steps` is the number of training steps of each control decoder; 0 trains none. The default is 60 if
+        there are at least 128 activations of 4 documents with known texts, else 0. `reword` names a server that rewords
+        explanations, `judge` a server that judges whether they are true. `sampled` is the number of activations that
+        are explained several times (default 64).
+
+        Raises UserError for an adapted pair, if one of these four arguments belongs to a section that is left out, if
+        `sampled` is below 2, and in one of several processes, because all would write the same files.
         """
         self.check_own_subject("eval")
         if (processes := jax.process_count()) > 1:
@@ -253,15 +258,21 @@ class NLA(Explainer):
         return ExplainedRows(explained, self.name, self.layer)
 
     def corpus(self, path: str | Path | None = None, texts: int = 128) -> Corpus:
-        """Reads `texts` contexts to search for examples: of a file, else of the run's corpus, else of the package."""
+        """Reads at most `texts` texts as contexts for `neuron` and `direction`.
+
+        The texts come from the file `path`. Without `path` they come from the run's corpus, or, if there is no run,
+        from the package. Raises UserError if no text has two tokens.
+        """
         return read_corpus(self, None if path is None else Path(path), texts)
 
     def neuron(
         self, spec: str, corpus: Corpus | None = None, settings: DirectionSettings | None = None, side: str = "write"
     ) -> DirectionReport:
-        """Explains MLP neuron `L:I` by the direction that it writes, or that its `side` "gate" or "up" reads.
+        """Explains MLP neuron I of block L, given as `spec` "L:I", beside controls.
 
-        The report includes controls. Raises UserError for a neuron that does not exist, and for an adapted pair.
+        With `side` "write", the explained direction is the neuron's output weights; with "gate" or "up", the weights of
+        this input. `corpus` (default: `self.corpus()`) has the contexts that are searched. Raises UserError for a
+        neuron that does not exist, and for an adapted pair.
         """
         self.check_own_subject("neuron")
         layer, index = parse_neuron(spec, self.subject.arch)
@@ -270,9 +281,10 @@ class NLA(Explainer):
     def direction(
         self, direction: str | np.ndarray, corpus: Corpus | None = None, settings: DirectionSettings | None = None
     ) -> DirectionReport:
-        """Explains a direction [d], or one of a file (`FILE.safetensors:KEY[ROW]`), with controls.
+        """Explains a direction [d] of any length, given as an array or as `FILE.safetensors:KEY[ROW]`, beside controls.
 
-        Raises UserError for a direction of another width, and for an adapted pair.
+        `corpus` (default: `self.corpus()`) has the contexts that are searched. Raises UserError for a direction of
+        another width, and for an adapted pair.
         """
         self.check_own_subject("direction")
         if isinstance(direction, str):
@@ -293,8 +305,9 @@ class NLA(Explainer):
     ) -> steering.SteerReport:
         """Steers the subject's continuations of a text or chat by an edited explanation, with controls.
 
-        `edit` replaces the explanation `original` (default: the encoder's), or the mean of several, at the tokens
-        `at`, which `explore.select.parse_at` reads. Continuations with `word` or the regular expression `pattern` are
+        `edit` is the edited explanation. `original` is the explanation before the edit, or several explanations whose
+        mean is taken (default: the encoder's explanation). `at` selects the tokens that are pushed, as positions or a
+        phrase (default: the last 8). Continuations that contain `word` or match the regular expression `pattern` are
         counted. Raises UserError for an adapted pair.
         """
         self.check_own_subject("steer")
@@ -310,10 +323,11 @@ class NLA(Explainer):
         every: int = 1,
         seed: int = 0,
     ) -> AuditReport:
-        """Audits the explanations of texts or chats, given by name: what they say that the texts do not.
+        """Finds words and terms in the explanations of texts or chats that the texts themselves do not contain.
 
-        `terms` are counted in explanations and texts. `placebo` compares with the explanations permuted across texts,
-        which needs at least two texts. Only every `every`-th token is explained.
+        `texts` maps a name to a text or to the messages of a chat. `terms` are counted in explanations and texts. With
+        `placebo`, the report compares with the explanations exchanged between texts, for which at least two texts are
+        needed. Every `every`-th token is explained.
         """
         if placebo:
             check_several(texts)
@@ -334,7 +348,7 @@ def _with_adapters(
     statistics: Callable[[Explainer], Statistics] | None,
     name: str,
 ) -> NLA:
-    """Makes a pair of adapters on one frozen base, which is also the subject and is in memory once."""
+    """Makes a pair whose adapters share one frozen base with the subject, so that the base is in memory once."""
     adapters = [role.adapters for role in (encoder, decoder) if role.adapters is not None]
     if len(adapters) < 2 or len({(a.base_model, a.rank, a.alpha, a.experts) for a in adapters}) > 1:
         raise UserError(
@@ -367,7 +381,7 @@ def _with_adapters(
 
 
 def _adapted(directory: Path, subject: str, dtype: str, mesh: Mesh | None) -> NLA:
-    """Makes a pair behind a map from another model's activations."""
+    """Makes a pair that reads another model's activations through the map in `directory`."""
     adapter = read_adapter(directory)
     if subject:
         raise UserError(f"subject: {directory} maps activations of {adapter.model}; it takes no other subject")

@@ -1,8 +1,8 @@
 """The configuration: typed frozen dataclasses, made from a ConfigDict and validated here.
 
-Experiments and the command line use `ml_collections.ConfigDict`; all other code takes these dataclasses. A field exists
-once, in the class below that owns it, with its default, its meaning, its allowed values, and the point from which on it
-binds a workdir (`option`).
+Experiments and the command line use `ml_collections.ConfigDict`; all other code takes these dataclasses. Each field is
+defined once, in the class of its section, with its default, its meaning, its allowed values, and the file from which on
+it may no longer change (`option`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from nlae_jax.runtime.outside import fits_float32, quoted, server_address
 class Binds(enum.Enum):
     """The files that a run makes, in order, as glob patterns in the workdir.
 
-    A field decides the content of one of these first. It may change until that file, or a later one, exists.
+    A field binds the first of these files whose content depends on it. The field may change until this file, or a later
+    one, exists.
     """
 
     CONFIG = "config.json"
@@ -36,16 +37,16 @@ class Binds(enum.Enum):
     DECODER_SFT = "checkpoints/decoder_sft/*/manifest.json"
     RL = "checkpoints/rl/*/manifest.json"
     EVAL = "eval.json"
-    NEVER = ""  # it changes how a run is computed but not what it computes
+    NEVER = ""  # the field changes the speed, memory or logging of a run, but no result
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
     """The allowed values of a field, beside its type.
 
-    `divides` names a field of the same section that the value should divide. `binds` of None is that of the section.
-    `names` says what a path or hub id in the field leads to. `zero_is_none` reads 0 as None, its meaning in older
-    configs.
+    `divides` names a field of the same section that the value should divide. If `binds` is None, the section's `binds`
+    applies. `names` says whether a path or hub id in the field names a model, a file or a dataset. `zero_is_none` reads
+    0 as None, because 0 meant None in older configs.
     """
 
     at_least: float | None = None
@@ -77,10 +78,10 @@ class CorpusConfig:
     # glob of .txt, .jsonl[.gz] or .parquet, or "warmstart"; empty: the installed documentation
     path: str = option("", names="file")
     hub: str = ""  # a hub dataset to stream instead (needs the extra [hub])
-    hub_split: str = "train"
+    hub_split: str = "train"  # split of the hub dataset
     text_field: str = "text"  # field or column that holds the text
     max_documents: int | None = option(None, at_least=1, zero_is_none=True)  # None: all
-    min_characters: int = option(350, at_least=1)
+    min_characters: int = option(350, at_least=1)  # shorter documents are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DatasetConfig:
 
     av_sft: str = option("", names="dataset")  # for the encoder's warm start
     ar_sft: str = option("", names="dataset")  # for the decoder's warm start
-    rl: str = option("", names="dataset")
+    rl: str = option("", names="dataset")  # for RL
     # for evaluation; empty: the share split.held_out of the documents that are only in rl
     held_out: str = option("", names="dataset")
 
@@ -104,19 +105,19 @@ class InitConfig:
     Prompts and slot are then the sidecars', and so is the injection scale unless `protocol.injection_scale` is set.
     """
 
-    # both at once: the name of a shipped pair, or a directory with `av` and `ar`
+    # both roles at once: the name of a shipped pair, or a directory with `av` and `ar`
     pair: str = option("", names="model")
     av: str = option("", names="model")  # encoder
     ar: str = option("", names="model")  # decoder
 
     def names(self) -> dict[str, str]:
-        """Returns role "av" or "ar" -> the model that it starts from, without roles that start from the subject."""
+        """Maps "av" and "ar" to the models that these roles start from, without roles that start from the subject."""
         return {role: name for role, name in (("av", self.av or self.pair), ("ar", self.ar or self.pair)) if name}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    positions_per_document: int = option(8, at_least=1)
+    positions_per_document: int = option(8, at_least=1)  # activations of each document, at most
     # first position that may be read; position 0 is an attention sink
     min_position: int = option(50, at_least=1)
     max_tokens: int = option(512, at_least=2)  # the subject reads this much of a document's beginning
@@ -142,26 +143,27 @@ class DescribeConfig:
     model: str = option("", binds=Binds.DESCRIPTIONS)  # the provider's model, where it has several
     # address of an OpenAI-compatible server; empty: the provider's own
     base_url: str = option("", binds=Binds.DESCRIPTIONS)
-    max_new_tokens: int = option(160, at_least=1, binds=Binds.DESCRIPTIONS)
-    concurrency: int = option(8, at_least=1, at_most=1024, binds=Binds.NEVER)
-    timeout_seconds: float = option(60.0, above=0, binds=Binds.NEVER)
-    max_retries: int = option(5, at_least=0, binds=Binds.NEVER)
+    max_new_tokens: int = option(160, at_least=1, binds=Binds.DESCRIPTIONS)  # token limit of an answer
+    concurrency: int = option(8, at_least=1, at_most=1024, binds=Binds.NEVER)  # simultaneous requests to the server
+    timeout_seconds: float = option(60.0, above=0, binds=Binds.NEVER)  # time limit of a whole request
+    max_retries: int = option(5, at_least=0, binds=Binds.NEVER)  # further attempts after a failed request
 
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolConfig:
+    # the encoder's prompt; the activation is injected at {injection_char}
     encoder_prompt: str = (
         "A vector was read from a language model in the middle of a text. Say between <explanation> tags "
         "what it holds: what comes next, what the text is about, where it stands.\nVector: {injection_char}"
     )
-    decoder_prompt: str = "Notes on a text:\n{explanation}"
+    decoder_prompt: str = "Notes on a text:\n{explanation}"  # the decoder's prompt around the explanation
     # norm of the injected vector; None: the 75th percentile of the activations' norms, measured
     injection_scale: float | None = option(None, above=0, zero_is_none=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = option(16, at_least=0)  # 0: full fine-tuning
+    rank: int = option(16, at_least=0)  # rank of the LoRA adapters; 0: full fine-tuning
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     experts: bool = False  # every expert of a mixture has adapters of its own, too
 
@@ -175,9 +177,9 @@ class SftConfig:
     microbatches: int = option(1, at_least=1, divides="batch_size", binds=Binds.NEVER)
     encoder_learning_rate: float = option(1e-5, at_least=0)
     decoder_learning_rate: float = option(2e-5, at_least=0, binds=Binds.DECODER_SFT)
-    warmup_fraction: float = option(0.05, at_least=0, at_most=1)
+    warmup_fraction: float = option(0.05, at_least=0, at_most=1)  # share of the steps in which the learning rate rises
     max_response_tokens: int = option(150, at_least=1)  # longer descriptions are dropped and counted
-    # number of widths that batches are padded to, rows of similar length together; 1: all to the longest
+    # number of widths that batches are padded to; rows of similar length share a batch. 1: the longest row's width
     buckets: int = option(1, at_least=1, at_most=256)
 
     @property
@@ -188,7 +190,7 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ViewsConfig:
-    """Shares of every batch, in the decoder's warm start and in RL, that the decoder sees in part (`roles.views`)."""
+    """Shares of every batch that the decoder reads only in part, in its warm start and in RL (`roles.views`)."""
 
     leading: float = option(0.0, at_least=0, at_most=1)  # only some of the leading sentences
     unquoted: float = option(0.0, at_least=0, at_most=1)  # without the text in quotation marks
@@ -207,12 +209,12 @@ class RlConfig:
     encoder_learning_rate: float = option(1e-5, at_least=0)
     decoder_learning_rate: float = option(5e-5, at_least=0)
     reward: str = option("neg_mse", choices=("neg_mse", "neg_log_mse"))  # neg_mse or neg_log_mse
-    # weight of the KL to the warm-started encoder; 0: no copy of it is stored or computed
+    # weight of the KL to the reference, the warm-started encoder; 0: no reference is stored or computed
     kl_coef: float = option(0.01, at_least=0)
     length_penalty: float = option(0.0, at_least=0)  # reward lost per token
     # reward lost per quoted string and per word that a list repeats, and for a quotation that does not end
     repeat_penalty: float = option(0.0, at_least=0)
-    # share of the contrastive reward, which tells the batch's activations apart (`objectives.contrast`)
+    # share of the reward that is the contrastive score (`objectives.contrast`)
     contrastive: float = option(0.0, at_least=0, at_most=1)
     # one jitted step, or three (rollout, score, update) with equal results
     fused: bool = option(True, binds=Binds.NEVER)
@@ -230,16 +232,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # -1 (one axis at most): all remaining devices
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 1  # copies of the parameters; -1 (one axis at most): all remaining devices
+    fsdp: int = 1  # devices that a copy of the parameters and its activations are split over
+    tensor: int = 1  # devices that heads, MLPs, experts and vocabulary are split over
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = option(50, at_least=1)
-    keep: int = option(2, at_least=2)
-    # time after SIGTERM to end a step and save it; clouds and Slurm kill after 30
+    every_steps: int = option(50, at_least=1)  # steps between two checkpoints
+    keep: int = option(2, at_least=2)  # number of checkpoints of a stage that are kept
+    # seconds after SIGTERM to finish a step and save it; clouds and Slurm kill a process after 30
     grace_seconds: float = option(25.0, at_least=0)
 
 
@@ -248,17 +250,17 @@ class EvalConfig:
     num_activations: int = option(256, at_least=2, binds=Binds.DESCRIPTIONS)
     batch_size: int = option(32, at_least=1)
     temperature: float = option(1.0, at_least=0)  # 0: greedy
-    bootstrap_samples: int = option(2000, at_least=1, at_most=1_000_000)
+    bootstrap_samples: int = option(2000, at_least=1, at_most=1_000_000)  # resamplings for intervals
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = option(0, at_least=0, at_most=2**31 - 1)
+    seed: int = option(0, at_least=0, at_most=2**31 - 1)  # seed of every random number of the run
     # results of a block that are stored for the backward pass: none (recompute all), linear or dots (most)
     remat: str = option("linear", choices=("none", "linear", "dots"), binds=Binds.NEVER)
-    # xla, pallas (one fused kernel, for TPUs, which no chip has run yet), or auto: xla
+    # xla, pallas (a fused kernel for TPUs, which has not run on a TPU yet) or auto, which is xla
     attention: str = option("auto", choices=("auto", "xla", "pallas"), binds=Binds.NEVER)
-    # tracker that gets a copy of the rows of metrics.jsonl: none, tensorboard or wandb
+    # tracker that gets a copy of the rows of metrics.jsonl: tensorboard, wandb or empty for none
     track: str = option("", choices=("", "tensorboard", "wandb"), binds=Binds.NEVER)
     subject: SubjectConfig = SubjectConfig()
     corpus: CorpusConfig = CorpusConfig()
@@ -372,7 +374,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Leaf(NamedTuple):
-    """A field: its name as `a.b`, its type, its allowed values, and the point from which on it binds a workdir."""
+    """A field: its name as `a.b`, its type, its allowed values, and the file from which on it may no longer change."""
 
     name: str
     kind: Any
@@ -393,7 +395,7 @@ def leaves(cls: Any = Config, prefix: str = "", binds: Binds = Binds.CONFIG) -> 
 
 
 def microbatches() -> dict[str, str]:
-    """Returns field of a batch size -> field of the number of microbatches that it is split into."""
+    """Maps each field with a batch size to the field with the number of its microbatches."""
     divisors = (leaf for leaf in leaves() if leaf.option.divides)
     return {f"{leaf.name.rpartition('.')[0]}.{leaf.option.divides}": leaf.name for leaf in divisors}
 

@@ -2,12 +2,14 @@
 
 import ast
 import configparser
+import dataclasses
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 
+from nlae_jax import config
 from nlae_jax.cli import main
 from nlae_jax.config import leaves
 from nlae_jax.evaluate.figures import FIGURES as FIGURES_OF_SUITE
@@ -115,6 +117,15 @@ def test_python_in_it_is_python(page):
 def test_exit_codes_are_those_of_the_code():
     codes = re.findall(r"^\| (\d+) \|", (ROOT / "docs/resume.md").read_text(), re.MULTILINE)
     assert codes == ["0", "2", str(supervision.PREEMPTED), str(supervision.LOST), "130"]
+
+
+def test_the_page_of_the_configuration_has_the_fields_and_nothing_else():
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(str(ROOT / "docs/tools/field_comments.py"))
+    module = griffe.load("nlae_jax.config", search_paths=[ROOT], extensions=extensions)
+    for section in ("SftConfig", "InitConfig", "RlConfig"):
+        shown = re.findall(r"^\| `(\w+)` \|", module[section].docstring.value, re.MULTILINE)
+        assert shown == [field.name for field in dataclasses.fields(getattr(config, section))]
 
 
 def test_figures_are_as_they_are_drawn():

@@ -23,7 +23,7 @@ class FieldComments(griffe.Extension):
         rows = [
             f"| `{name}` | {_kind(field)} | {_default(field)} | {_meaning(comments, field)} |"
             for name, field in cls.attributes.items()
-            if not str(field.annotation).endswith("Config")
+            if not str(field.annotation).endswith("Config") and "property" not in field.labels
         ]
         said = f"{cls.docstring.value}\n\n" if cls.docstring else ""
         table = "\n".join(("| field | type | default | meaning |", "|---|---|---|---|", *rows))

@@ -9,14 +9,23 @@ from nlae_jax.runtime.errors import UserError
 
 
 def _add_adapt(adapt: argparse.ArgumentParser) -> None:
-    adapt.add_argument("--model", required=True, help="the model: a directory, GGUF file, hub id or pypi:WHEEL")
-    adapt.add_argument("--layer", required=True, type=int, help="the block whose output is read, counted from 0")
+    adapt.add_argument(
+        "--model", required=True, help="the model to explain: a directory, GGUF file, hub id or pypi:WHEEL"
+    )
+    adapt.add_argument(
+        "--layer", required=True, type=int, help="block of the model whose output is read, counted from 0"
+    )
     adapt.add_argument("--to", required=True, help="the pair: shipped (smollm2-135m), or a directory with av/ and ar/")
     adapt.add_argument("--out", required=True, help="directory for the map; give it to `nlae explain --model`")
     adapt.add_argument("--texts", default="", help="glob of texts, or warmstart (default: installed documentation)")
     adapt.add_argument("--documents", type=int, default=400, help="texts that both models read (default 400)")
-    adapt.add_argument("--places", type=int, default=8, help="places of each text that are read (default 8)")
-    adapt.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both models' weights")
+    adapt.add_argument("--places", type=int, default=8, help="positions that are read in each text (default 8)")
+    adapt.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of both models' weights (default float32)",
+    )
     adapt.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 
 def _add_audit(audit: argparse.ArgumentParser) -> None:
     add_pair(audit)
-    audit.add_argument("--input", required=True, help=".jsonl or .csv of transcripts: text or messages, and perhaps id")
+    audit.add_argument(
+        "--input", required=True, help=".jsonl or .csv file of transcripts with text or messages, and optionally id"
+    )
     terms = audit.add_mutually_exclusive_group()
-    terms.add_argument("--terms", help="file with one term a line; they are counted in explanations and texts")
-    terms.add_argument("--pattern", help="instead: a regular expression that is counted")
-    audit.add_argument("--every", type=int, default=1, metavar="N", help="explain every Nth token (default 1: all)")
+    terms.add_argument("--terms", help="file with one term a line, to count in explanations and texts")
+    terms.add_argument("--pattern", help="regular expression to count in explanations and texts")
+    audit.add_argument("--every", type=int, default=1, metavar="N", help="explain every Nth token (default 1)")
     audit.add_argument("--search", help="show the explanations that contain this text")
-    audit.add_argument("--placebo", action="store_true", help="compare with the explanations of other texts")
+    audit.add_argument("--placebo", action="store_true", help="compare with the explanations of other transcripts")
     audit.add_argument("--placebo-model", help="compare with another pair: a name or directory, as for --model")
     audit.add_argument("--placebo-workdir", help="compare with the pair of another run")
-    audit.add_argument("--seed", type=seed, default=0, help="seed of the permutation of texts")
-    audit.add_argument("--out", help=".jsonl file for the explanations, text by text; the same command continues it")
+    audit.add_argument(
+        "--seed", type=seed, default=0, help="seed of the exchange of explanations for --placebo (default 0)"
+    )
+    audit.add_argument("--out", help=".jsonl file for the explanations; the same command continues an unfinished file")
     audit.add_argument("--html", help="file for a page with a timeline of every term")
     audit.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
@@ -121,13 +125,17 @@ def _show_audit(nla: NLA, report: Any, options: argparse.Namespace) -> None:
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
     add_source(compare)
-    compare.add_argument("--workdir", action="append", default=[], help="of a trained run; give two pairs in all")
+    compare.add_argument(
+        "--workdir", action="append", default=[], help="the pair of the run in this workdir; give two pairs in all"
+    )
     compare.add_argument("--model", action="append", default=[], help="a shipped pair, or a directory with av/ and ar/")
-    compare.add_argument("--positions", help="only these tokens: -1, or 3,5,-2, or 10:20")
-    compare.add_argument("--match", help="only the tokens of this part of the text")
-    compare.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
-    compare.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest explanation (default)")
-    compare.add_argument("--html", help="file for a page")
+    compare.add_argument("--positions", help="explain only the tokens at these positions: -1, or 3,5,-2, or 10:20")
+    compare.add_argument("--match", help="explain only the tokens of every occurrence of this phrase")
+    compare.add_argument("--span", help="explain the mean activation of these tokens: 10:20, or a phrase of the text")
+    compare.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 takes the likeliest token (default 0)"
+    )
+    compare.add_argument("--html", help="file for a page of the results")
     compare.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -169,7 +177,7 @@ def _run_compare(options: argparse.Namespace, _: list[str]) -> int:
 COMMANDS = (
     Command(
         "audit",
-        "find what explanations say that their transcripts do not, beside placebos",
+        "find words and terms in explanations that the transcripts do not contain, beside placebos",
         _add_audit,
         _run_audit,
         check=check_pair,

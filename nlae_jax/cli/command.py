@@ -50,8 +50,8 @@ def add_distributed(command: argparse.ArgumentParser) -> None:
         nargs="?",
         const="auto",
         metavar="auto|HOST:PORT,COUNT,INDEX",
-        help="be one of several processes on one mesh: found from the TPU pod, Slurm, Open MPI, Kubernetes or "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID (auto), or as given",
+        help="run as one of several processes on one mesh; auto (default) finds the other processes on a TPU pod, "
+        "Slurm, Open MPI or Kubernetes, or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
     )
 
 

@@ -18,14 +18,21 @@ if TYPE_CHECKING:
 def _add_shared(command: argparse.ArgumentParser) -> None:
     add_pair(command)
     command.add_argument(
-        "--steps", default="0.25,0.5,1,2", help="r of the sweep: how far the mean activation is pushed"
+        "--steps",
+        default="0.25,0.5,1,2",
+        help="lengths of the push, relative to the median norm of activations (default 0.25,0.5,1,2)",
     )
-    command.add_argument("--controls", type=int, default=3, help="random directions, and as many shuffles (default 3)")
-    command.add_argument("--contexts", type=int, default=8, help="top activating contexts (default 8)")
-    command.add_argument("--corpus", help=".txt, .jsonl or .parquet to search for examples (default: the run's corpus)")
-    command.add_argument("--texts", type=int, default=128, help="texts of the corpus that are searched (default 128)")
-    command.add_argument("--seed", type=seed, default=0, help="seed of the controls and the drawn contexts")
-    command.add_argument("--html", help="file for a page")
+    command.add_argument(
+        "--controls", type=int, default=3, help="number of random directions, and of shuffled directions (default 3)"
+    )
+    command.add_argument("--contexts", type=int, default=8, help="number of top activating contexts (default 8)")
+    command.add_argument(
+        "--corpus",
+        help=".txt, .jsonl or .parquet file of contexts (default: the run's corpus, or texts of the package)",
+    )
+    command.add_argument("--texts", type=int, default=128, help="number of texts of the corpus to search (default 128)")
+    command.add_argument("--seed", type=seed, default=0, help="seed of the controls and the drawn contexts (default 0)")
+    command.add_argument("--html", help="file for a page of the results")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -36,15 +43,20 @@ def _add_direction(command: argparse.ArgumentParser) -> None:
 
 def _add_neuron(command: argparse.ArgumentParser) -> None:
     command.add_argument("neuron", nargs="?", help="BLOCK:NEURON, as 20:7, both counted from 0")
-    command.add_argument("--all", type=int, metavar="BLOCK", help="instead: several neurons of a block, into --out")
-    command.add_argument("--top", type=int, default=16, metavar="N", help="of --all: how many neurons (default 16)")
     command.add_argument(
-        "--choose", choices=("peak", "random"), default="peak", help="of --all: whose peak stands out most, or any"
+        "--all", type=int, metavar="BLOCK", help="explain several neurons of this block, and write them to --out"
+    )
+    command.add_argument("--top", type=int, default=16, metavar="N", help="with --all: number of neurons (default 16)")
+    command.add_argument(
+        "--choose",
+        choices=("peak", "random"),
+        default="peak",
+        help="with --all: the neurons whose largest value stands out most, or random neurons (default peak)",
     )
     command.add_argument(
-        "--out", help="of --all: .jsonl file, one neuron a line, and .html beside it; goes on when rerun"
+        "--out", help="with --all: .jsonl file with one neuron a line, beside a page; the same command continues it"
     )
-    help_text = "its output's direction (default), or that of its gate or up input"
+    help_text = "which weights to explain: the neuron's output (write, default) or its gate or up input"
     command.add_argument("--side", choices=("write", "gate", "up"), default="write", help=help_text)
     _add_shared(command)
 

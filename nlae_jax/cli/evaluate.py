@@ -15,22 +15,28 @@ _LEAST = {"num_activations": 2, "temperature": 0, "sampled": 2, "control_steps":
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
-    help_text = "experiment file with get_config(): with --workdir the stage of that run; else its corpus is read, "
-    help_text += "unless --text or --input is given"
+    help_text = "experiment file with get_config(); with --workdir, runs the stage eval of the run; without, reads "
+    help_text += "the corpus of the config unless --text or --input is given"
     command.add_argument("--config", help=help_text)
     add_pair(command)
-    command.add_argument("--suite", metavar="A,B", help="sections: reconstruction, text, meaning, truth, health")
-    command.add_argument("--text", action="append", default=[], help="a text to read; may be given several times")
-    help_text = "file of texts (.txt, .jsonl, .parquet) or of activations (.parquet); may be given several times"
+    command.add_argument(
+        "--suite", metavar="A,B", help="measure only these sections, of reconstruction, text, meaning, truth, health"
+    )
+    command.add_argument("--text", action="append", default=[], help="a text to read; you can repeat the option")
+    help_text = "file of texts (.txt, .jsonl, .parquet) or of activations (.parquet); you can repeat the option"
     command.add_argument("--input", action="append", default=[], metavar="FILE", help=help_text)
-    command.add_argument("--out", help="directory that gets eval.json and what is done (default: the workdir)")
-    command.add_argument("--num-activations", type=int, help="how many (default: the config's, or 256)")
-    command.add_argument("--temperature", type=float, help="of explanations (default: the config's, or 1)")
-    help_text = "number of activations that get several explanations each (default 64)"
+    command.add_argument("--out", help="directory for eval.json, report.html and finished work (default: the workdir)")
+    command.add_argument("--num-activations", type=int, help="number of activations (default: the config's, or 256)")
+    command.add_argument(
+        "--temperature", type=float, help="temperature of the explanations (default: the config's, or 1)"
+    )
+    help_text = "number of activations that are explained several times (default 64)"
     command.add_argument("--sampled", type=int, help=help_text)
-    help_text = "steps of the decoders that are trained as controls (default: 60 from 128 activations on; 0: none)"
+    help_text = (
+        "training steps of each control decoder; 0 trains none (default: 60 if there are at least 128 activations)"
+    )
     command.add_argument("--control-steps", type=int, help=help_text)
-    help_text = "also have explanations said in other words, by the server that the config's describe names"
+    help_text = "also measure explanations that the server of the config's describe.provider paraphrased and translated"
     command.add_argument("--reword", action="store_true", help=help_text)
     help_text = "also ask that server whether the texts support the explanations"
     command.add_argument("--judge", action="store_true", help=help_text)
@@ -140,7 +146,7 @@ def _run_suite(options: argparse.Namespace, overrides: list[str], sections: tupl
 COMMANDS = (
     Command(
         "eval",
-        "measure reconstruction on held-out documents; of any pair, what explanations carry and whether they are true",
+        "evaluate a run on held-out documents, or any pair: how much explanations carry, and whether they are true",
         _add_eval,
         _run_eval,
         takes_overrides=True,

@@ -29,33 +29,52 @@ def add_source(command: argparse.ArgumentParser, many: bool = False, prompts: bo
     """Adds the options that name the source: one text or chat, `many` of them, or `prompts` with an edit for each."""
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--text", action="append", help="the text itself" + ("; may be given several times" if many else "")
+        "--text", action="append", help="a text to read" + ("; you can repeat the option" if many else "")
     )
     source.add_argument("--file", help="a UTF-8 text file")
-    source.add_argument("--chat", help="a JSON file with a list of messages (role, content), read in the chat template")
+    source.add_argument(
+        "--chat", help="a JSON file with a list of messages (role, content), formatted with the model's chat template"
+    )
     if prompts:
-        source.add_argument("--input", help="many prompts: .jsonl with text or messages, edit, and perhaps at and word")
+        source.add_argument(
+            "--input", help="many prompts: a .jsonl file with text or messages, edit, and optionally at and word"
+        )
     if many:
-        source.add_argument("--input", help="many texts or chats: .jsonl or .csv with text or messages, and perhaps id")
-        source.add_argument("--vectors", help="raw activations: .npy [N, d], or .parquet with activation_vector")
+        source.add_argument(
+            "--input", help="many texts or chats: a .jsonl or .csv file with text or messages, and optionally id"
+        )
+        source.add_argument(
+            "--vectors",
+            help="raw activations: a .npy file [N, d], or a .parquet file with the column activation_vector",
+        )
 
 
 def _add(explain: argparse.ArgumentParser) -> None:
     add_pair(explain)
     add_source(explain, many=True)
     explain.add_argument(
-        "--generate", type=int, default=0, metavar="N", help="let the subject write up to N more tokens first"
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let the subject continue the text by up to N tokens, which are explained too",
     )
-    explain.add_argument("--positions", help="only these tokens: -1, or 3,5,-2, or 10:20")
-    explain.add_argument("--match", help="only the tokens of this part of the text, wherever it occurs")
-    explain.add_argument("--span", help="the mean of these tokens as one vector: 10:20, or a part of the text")
-    explain.add_argument("--samples", type=int, default=1, help="explanations of each activation (default 1)")
+    explain.add_argument("--positions", help="explain only the tokens at these positions: -1, or 3,5,-2, or 10:20")
+    explain.add_argument("--match", help="explain only the tokens of every occurrence of this phrase")
+    explain.add_argument("--span", help="explain the mean activation of these tokens: 10:20, or a phrase of the text")
+    explain.add_argument("--samples", type=int, default=1, help="number of explanations of each activation (default 1)")
     explain.add_argument(
-        "--temperature", type=float, help="0: the likeliest explanation (default; 1 with several samples)"
+        "--temperature",
+        type=float,
+        help="sampling temperature; 0 takes the likeliest token (default 0, or 1 with several samples)",
     )
-    explain.add_argument("--seed", type=seed, default=0, help="seed of the sampled explanations")
-    explain.add_argument("--html", help="file for a page: tokens coloured by score, explanations on hover")
-    explain.add_argument("--out", help="file for the results of --input: .jsonl or .csv; the same command continues it")
+    explain.add_argument("--seed", type=seed, default=0, help="seed of the sampled explanations (default 0)")
+    explain.add_argument(
+        "--html", help="file for a page that colours the tokens by score and shows explanations on hover"
+    )
+    explain.add_argument(
+        "--out", help=".jsonl or .csv file for the results of --input; the same command continues an unfinished file"
+    )
     explain.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

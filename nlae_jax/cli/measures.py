@@ -10,13 +10,16 @@ from nlae_jax.runtime.errors import UserError
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
-    export.add_argument("--workdir", required=True, help="of a trained run")
+    export.add_argument("--workdir", required=True, help="workdir of a trained run")
     export.add_argument("--out", required=True, help="directory that gets av/ and ar/")
     export.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"), help="of the weights"
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32", "float16"),
+        help="dtype of the exported weights (default bfloat16)",
     )
-    export.add_argument("--adapters", action="store_true", help="the adapters alone, which need the base model")
-    export.add_argument("--datasets", action="store_true", help="also av_sft, ar_sft, rl and held_out as parquet files")
+    export.add_argument("--adapters", action="store_true", help="write only the LoRA adapters, in PEFT's layout")
+    export.add_argument("--datasets", action="store_true", help="also write the activations as parquet files")
 
 
 def _run_export(options: argparse.Namespace, _: list[str]) -> int:
@@ -35,11 +38,14 @@ def _run_export(options: argparse.Namespace, _: list[str]) -> int:
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--config", required=True, help="experiment file with get_config()")
     bench.add_argument(
-        "--repeats", type=int, default=3, help="timed calls of each phase; the median counts (default 3)"
+        "--repeats",
+        type=int,
+        default=3,
+        help="calls of each phase that are timed; bench reports the median (default 3)",
     )
     bench.add_argument(
         "--phases",
-        help="only these, as rollout,score,reference,policy,encoder_sft,rl_step,unshared,extraction (default: all)",
+        help="time only these phases, of rollout,score,reference,policy,encoder_sft,rl_step,unshared,extraction",
     )
     bench.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_distributed(bench)
@@ -67,12 +73,14 @@ def _run_bench(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--config", required=True, help="experiment file with get_config()")
-    plan.add_argument("--topology", required=True, help="GENERATION:SHAPE, as v5e:2x4 or v5p:4x4x8")
-    plan.add_argument("--steps", help="only these, as extract,encoder_sft,decoder_sft,rl (default: all)")
+    plan.add_argument("--topology", required=True, help="the slice as GENERATION:SHAPE, such as v5e:2x4 or v5p:4x4x8")
+    plan.add_argument("--steps", help="compile only these steps: extract,encoder_sft,decoder_sft,rl (default: all)")
     plan.add_argument(
-        "--quick", action="store_true", help="compile as far as memory and schedule are known, in less time"
+        "--quick",
+        action="store_true",
+        help="stop before machine code is made: faster, but memory is only a lower bound",
     )
-    plan.add_argument("--out", help="file that gets the plan as JSON too")
+    plan.add_argument("--out", help="also write the plan to this file, as JSON")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

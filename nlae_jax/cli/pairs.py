@@ -17,14 +17,16 @@ _PAIRS = ((True, False, False, False), (False, True, False, False), (False, Fals
 
 def add_pair(command: argparse.ArgumentParser) -> None:
     """Adds the options that name a pair."""
-    command.add_argument("--workdir", help="of a trained run")
-    command.add_argument("--model", help="instead: a shipped pair (smollm2-135m), or a directory with av/ and ar/")
-    command.add_argument("--av", help="instead: a released encoder's directory or hub id, with --ar")
-    command.add_argument("--ar", help="its decoder")
-    command.add_argument("--subject", default="", help="of a released pair: the model that reads the text")
-    help_text = "of a released pair's weights and the subject's (default float32)"
+    command.add_argument("--workdir", help="the pair of the run in this workdir")
+    command.add_argument("--model", help="a shipped pair (smollm2-135m), or a directory with av/ and ar/")
+    command.add_argument("--av", help="the encoder of a released pair: a directory or hub id; needs --ar")
+    command.add_argument("--ar", help="the decoder of a released pair; needs --av")
+    command.add_argument("--subject", default="", help="model that reads the text (default: the pair names it)")
+    help_text = "dtype of the weights of pair and subject, not with --workdir (default float32)"
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help_text)
-    command.add_argument("--max-new-tokens", type=int, help="length of an explanation (default: the pair's, or 200)")
+    command.add_argument(
+        "--max-new-tokens", type=int, help="token limit of an explanation (default: the pair's, or 200)"
+    )
 
 
 def check_pair(options: argparse.Namespace) -> str:

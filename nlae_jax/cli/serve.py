@@ -16,10 +16,12 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)"
     )
-    command.add_argument("--port", type=int, default=5009, help="port to serve on; 0: any that is free (default 5009)")
-    help_text = "secret that requests must bring as X-SECRET-KEY (default: the environment variable SECRET)"
+    command.add_argument(
+        "--port", type=int, default=5009, help="port to serve on; 0 chooses a free port (default 5009)"
+    )
+    help_text = "token that requests must send as X-SECRET-KEY (default: the environment variable SECRET)"
     command.add_argument("--token", default="", help=help_text)
-    help_text = "explain requests worked on at once; what is beyond is refused with 429 (default 16)"
+    help_text = "number of simultaneous explain requests; further requests get status 429 (default 16)"
     command.add_argument("--max-concurrent", type=int, default=16, help=help_text)
 
 

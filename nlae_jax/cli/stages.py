@@ -23,7 +23,9 @@ _STAGES = {
 
 def _add_workdir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workdir", required=True, help="directory or gs://BUCKET/NAME that keeps everything; run again to resume"
+        "--workdir",
+        required=True,
+        help="directory or gs://BUCKET/NAME for all files of the run; run the command again to resume",
     )
 
 

@@ -21,32 +21,36 @@ if TYPE_CHECKING:
 
 
 _ALPHAS = (
-    "lengths of the push, in units of the activation's; of several, the verdict takes the one with most hits of the "
-    "edit, which favours the edit; one alone is a fair comparison"
+    "lengths of the push, relative to the activation's norm (default 0.15,0.25,0.35); with several, the verdict uses "
+    "the length with most hits of the edit, which favours the edit; a single length gives a fair comparison"
 )
 
 
 def _add(steer: argparse.ArgumentParser) -> None:
     add_pair(steer)
     add_source(steer, prompts=True)
-    steer.add_argument("--at", help="tokens to push: -1, 3,5, 10:20, or a part of the text (default: the last 8)")
-    steer.add_argument("--edit", help="the explanation as it should be")
+    steer.add_argument("--at", help="tokens to push: -1, 3,5, 10:20, or a phrase of the text (default: the last 8)")
+    steer.add_argument("--edit", help="the edited explanation")
     steer.add_argument(
         "--original",
         action="append",
-        help="the explanation that was edited (default: the encoder's own); several: their mean is taken",
+        help="explanation before the edit (default: the encoder's); repeat the option to subtract the mean of several",
     )
     counted = steer.add_mutually_exclusive_group()
-    counted.add_argument("--word", help="a word that continuations should have: hits are counted")
-    counted.add_argument("--pattern", help="the same as a regular expression")
+    counted.add_argument("--word", help="count the continuations that contain this word")
+    counted.add_argument("--pattern", help="count the continuations that match this regular expression")
     steer.add_argument("--alphas", default="0.15,0.25,0.35", help=_ALPHAS)
-    steer.add_argument("--generated", action="store_true", help="push the generated tokens, too")
-    steer.add_argument("--controls", type=int, default=3, help="random directions of the same length (at least 3)")
-    steer.add_argument("--samples", type=int, default=8, help="continuations of each kind (default 8)")
-    steer.add_argument("--tokens", type=int, default=32, help="of a continuation (default 32)")
-    steer.add_argument("--temperature", type=float, default=1.0, help="of continuations (default 1)")
-    steer.add_argument("--seed", type=seed, default=0, help="of continuations and random directions")
-    steer.add_argument("--html", help="file for a page")
+    steer.add_argument("--generated", action="store_true", help="push the generated tokens as well")
+    steer.add_argument(
+        "--controls", type=int, default=3, help="random directions of the same length (at least 3, default 3)"
+    )
+    steer.add_argument("--samples", type=int, default=8, help="continuations of each condition (default 8)")
+    steer.add_argument("--tokens", type=int, default=32, help="tokens of a continuation (default 32)")
+    steer.add_argument("--temperature", type=float, default=1.0, help="temperature of the continuations (default 1)")
+    steer.add_argument(
+        "--seed", type=seed, default=0, help="seed of the continuations and the random directions (default 0)"
+    )
+    steer.add_argument("--html", help="file for a page of the results")
     steer.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

@@ -1,7 +1,8 @@
-"""Audits many explanations: where terms occur, and what explanations say that their text does not, beside placebos.
+"""Audits many explanations: where terms occur, and which of their words the text does not contain, beside placebos.
 
-A placebo is the same table of explanations that belong to other texts (permuted) or come from another pair. A word that
-the real explanations do not have more (or less) often than a placebo's does not come from the activations.
+A placebo gives every token an explanation that cannot come from its activation: the explanation of another text
+(permuted), or of another pair. If a word is as frequent in a placebo as in the real explanations, it does not come from
+the activations.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Place:
 class Term:
     """Counts of one term in explanations and in the placebos' explanations.
 
-    `hits` of `count` explanations contain the term. For `unsaid` of these hits the text up to the token does not
-    contain it. `placebos` maps a placebo's name to the share of its explanations with the term, and `placebos_unsaid`
-    to the share of its unsaid hits. `difference` is `share` minus the largest share of a placebo, None without one.
-    `places` holds the hits in the order of texts and positions. `first_said` maps a text to the first position by which
-    the text itself contains the term.
+    `hits` of `count` explanations contain the term, which is the `share`. `unsaid` is the number of hits at which the
+    text up to the token does not contain the term. `placebos` maps a placebo's name to the share of its explanations
+    with the term, and `placebos_unsaid` to the share of its unsaid hits. `difference` is `share` minus the largest
+    share of a placebo, None without a placebo. `places` holds the hits in the order of texts and positions.
+    `first_said` maps a text to the first position at which the text itself contains the term.
     """
 
     term: str
@@ -71,10 +72,10 @@ class Term:
 class AuditReport:
     """The result of an audit.
 
-    `unsaid_share` is the mean over explanations of the share of their content words that the text up to the token does
-    not contain. `unsaid_placebos` is the same of each placebo: real explanations should have fewer such words.
-    `recurring` lists words that explanations contain and their texts do not, with the number of explanations that do,
-    and that number in each placebo, which has as many explanations.
+    `unsaid_share` is the share of an explanation's content words that the text up to the token does not contain,
+    averaged over explanations. `unsaid_placebos` has this mean for each placebo; real explanations should have a lower
+    one. `recurring` lists words that explanations contain and their texts do not, with the number of such explanations,
+    and the same number for each placebo. A placebo has as many explanations as there are real ones.
     """
 
     num_texts: int
@@ -96,7 +97,7 @@ class AuditReport:
         return {"differences": lead, **dataclasses.asdict(self)}
 
     def search(self, phrase: str) -> list[Place]:
-        """Returns the explained tokens whose explanation contains a phrase, in any case."""
+        """Returns the explained tokens whose explanation contains a phrase, ignoring case."""
         folded = phrase.casefold()
         return [place for place in self.explanations if folded in place.explanation.casefold()]
 
@@ -111,7 +112,7 @@ class AuditReport:
 
 
 def term_pattern(term: str) -> re.Pattern[str]:
-    """Compiles a pattern that finds a term as a whole word, in any case."""
+    """Compiles a pattern that finds a term as a whole word, ignoring case."""
     return re.compile(rf"(?<!\w){re.escape(term)}(?!\w)", re.IGNORECASE)
 
 
@@ -139,13 +140,13 @@ class Explanations:
 
 
 def unused_name(name: str, taken: Container[str]) -> str:
-    """Returns a placebo's name, with a number where it is taken: two pairs may have one name."""
+    """Returns a placebo's name, with a number added if the name is taken. Two pairs may have the same name."""
     numbered = (f"{name} ({number})" for number in itertools.count(2))
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def explained_passages(nla: Explainer, passages: Sequence[Passage], every: int = 1) -> Explanations:
-    """Explains every Nth token of the passages, but never the first one, which is an attention sink."""
+    """Explains every `every`-th token of the passages. The first token, an attention sink, is never explained."""
     return gathered(passages, explain_every(nla, passages, every))
 
 
@@ -160,8 +161,8 @@ def explain_every(nla: Explainer, passages: Sequence[Passage], every: int) -> li
 def kept_passages(nla: Explainer, passages: Sequence[Passage], every: int, path: Path) -> Explanations:
     """Does what `explained_passages` does, and stores the results passage by passage in a file.
 
-    Called again, it goes on after the last stored passage. Raises UserError where the file belongs to another pair or
-    to other passages.
+    A second call continues after the last stored passage. Raises UserError if the file belongs to another pair or to
+    other passages.
     """
     names_and_ids = [[passage.name, passage.ids] for passage in passages]
     results = Results(path, {"audit": [nla.identity, nla.max_new_tokens, every, names_and_ids]})
@@ -189,16 +190,16 @@ def gathered(passages: Sequence[Passage], explained: Sequence[Sequence[Explained
 
 
 def check_several(names: Iterable[str]) -> None:
-    """Raises UserError where all explanations are of one text: a placebo needs those of another."""
+    """Raises UserError if there is only one text: a placebo needs the explanations of another text."""
     if len(set(names)) < 2:
         raise UserError("--placebo: takes explanations of other texts; there is only one text: give at least two")
 
 
 def permuted(explanations: Explanations, seed: int) -> list[str]:
-    """Returns, for every explanation, one of another text.
+    """Returns, for every explanation, an explanation of another text.
 
-    Explanations are exchanged between texts, or drawn at random where one text has more than half of them. Raises
-    UserError where there is only one text.
+    Explanations are exchanged between texts. If one text has more than half of the explanations, they are drawn at
+    random instead. Raises UserError if there is only one text.
     """
     check_several(explanations.names)
     names, rng = np.array(explanations.names), np.random.default_rng(seed)

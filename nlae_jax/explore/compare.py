@@ -1,4 +1,4 @@
-"""Compares two pairs, or two checkpoints of one, on the same tokens."""
+"""Compares two pairs, or two checkpoints of one pair, on the same tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ SUBJECTS_DIFFER = "the pairs read different models, so each pair is scored on ac
 class Compared:
     """One selected token as both pairs explain it.
 
-    `overlap` is the number of shared content words divided by that of the words of either. `reconstruction_cos` is the
-    cosine of the two decoders' reconstructions, or None where they do not rebuild the same block of the same model.
+    `overlap` is the number of content words that both explanations contain / the number that at least one contains.
+    `reconstruction_cos` is the cosine of the two decoders' reconstructions, or None if the decoders do not rebuild the
+    same block of the same model.
     """
 
     a: Explained
@@ -83,7 +84,7 @@ def compare(
 ) -> Comparison:
     """Explains a text, or a chat's messages, with both pairs.
 
-    Raises UserError where their tokenizers give different tokens.
+    Raises UserError if the pairs' tokenizers give different tokens.
     """
     pairs = (first, second)
     passages = [read_passage(nla.tokenizer, nla.subject.arch.vocab_size, source) for nla in pairs]

@@ -26,7 +26,7 @@ _AROUND = 16  # a context is shown with this many tokens before its token, and a
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """Passages as the subject reads them, and the activations `h_NxD` of all their tokens but each one's first.
+    """Passages as the subject reads them, and activations `h_NxD` of their tokens without each passage's first token.
 
     `passage` and `position` [N] identify the token of a row. `source` names the origin of the passages.
     """
@@ -54,7 +54,7 @@ class Corpus:
         return ids[max(0, position - _AROUND) : position + 1]
 
     def spaced_rows(self, order: Iterable[int], count: int, per_passage: int = 2) -> list[int]:
-        """Returns the first `count` rows in this order, at most `per_passage` a passage and none close together."""
+        """Returns the first `count` rows of `order`: at most `per_passage` of a passage, and no two close together."""
         chosen: list[int] = []
         for row in order:
             same = [other for other in chosen if self.passage[other] == self.passage[row]]
@@ -66,9 +66,10 @@ class Corpus:
 
 
 def read_corpus(nla: Explainer, path: Path | None = None, texts: int = 128, tokens: int = 64) -> Corpus:
-    """Reads the first `tokens` tokens of `texts` texts: of a file, else of the run's corpus, else of the package.
+    """Reads the first `tokens` tokens of at most `texts` texts, with their activations.
 
-    Raises UserError where no text has two tokens.
+    The texts come from the file `path`. Without `path` they come from the run's corpus, or, if there is no run, from
+    the package. Raises UserError if no text has two tokens.
     """
     vocab_size = nla.subject.arch.vocab_size
     if path is not None:
@@ -94,9 +95,9 @@ def read_corpus(nla: Explainer, path: Path | None = None, texts: int = 128, toke
 
 
 def neuron_values(nla: Explainer, corpus: Corpus, layer: int, keep: Callable[[np.ndarray], Any]) -> list[Any]:
-    """Returns, for each passage, `keep` of the activations [tokens, d_ff] of block `layer`'s neurons.
+    """Returns `keep(values)` for each passage. `values` [tokens, d_ff] are the activations of block `layer`'s neurons.
 
-    The passage's first token is left out.
+    `values` leaves out the passage's first token.
     """
     read = lambda ids, mask: nla.subject.neurons(ids, layer, mask=mask)  # noqa: E731
     results: list[Any] = []

@@ -1,8 +1,8 @@
 """Explains a direction of the residual stream, beside control directions that should mean nothing.
 
-A direction by itself lies far from any activation. So the encoder is given μ + r·‖h‖·u for several r: the mean
-activation, pushed along the unit direction u. The push is *heard* as far as the decoder rebuilds it from the resulting
-explanation.
+A direction by itself lies far from any activation. The encoder therefore reads μ + r·‖h‖·u for several r: the mean
+activation μ, pushed along the unit direction u by r times the median norm ‖h‖. `heard` measures how well the decoder
+rebuilds the push from the explanation.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _LEAST_CHANGE = 1e-5  # smaller changes of a unit vector may come from float32 r
 class DirectionSettings:
     """How thoroughly a direction is examined.
 
-    `steps` are the r of the sweep. `controls` is the number of random directions, and also of shuffles of the
-    direction's components. `contexts` is the number of top activating contexts; as many inactive ones are drawn for the
-    surprisal. `max_new_tokens` limits explanations (default: the pair's limit).
+    `steps` are the values of r in a sweep. `controls` is the number of random directions, and also the number of
+    shuffles of the direction's components. `contexts` is the number of top activating contexts. The same number of
+    inactive contexts is drawn for the surprisal. `max_new_tokens` is the token limit of an explanation (default: the
+    pair's).
     """
 
     steps: tuple[float, ...] = STEPS
@@ -48,12 +49,12 @@ class DirectionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One r of a sweep, and the encoder's explanation there.
+    """One value of r in a sweep, and the encoder's explanation of the activation pushed by r.
 
-    `heard` is the cosine of two changes against r = 0: that of the activation's direction by r·u, and that of the
-    reconstruction's direction by the explanation. It is 0 where the explanation is that of the mean. Both changes are
-    taken orthogonal to the direction that they start from, because any change leads away from that one. `cut` says that
-    the encoder did not end the explanation within the limit.
+    `heard` is the cosine between two changes from r = 0 to r: the change of the pushed activation's direction, and the
+    change of the reconstruction's direction. It is 0 if the explanation is the same as at r = 0. Each change is first
+    made orthogonal to its direction at r = 0, because every change leads away from that direction. `cut` says that the
+    encoder did not end the explanation within the limit.
     """
 
     r: float
@@ -66,9 +67,10 @@ class Point:
 class Sweep:
     """All points of one direction. `kind` is "direction", "random" or "shuffled".
 
-    `agreement` is the cosine of two changes of the reconstruction against the mean's explanation: by the direction's
-    explanation, and by the explanations of the top contexts. `auc` says how well the explanation tells activating from
-    other contexts by surprisal; 0.5 is chance.
+    `agreement` is the cosine between two changes of the reconstruction, both from the reconstruction of the mean
+    activation's explanation: the change to the direction's explanation, and the change to the explanations of the top
+    contexts. `auc` says how well the explanation separates activating contexts from other contexts by surprisal; 0.5
+    is chance.
     """
 
     kind: str
@@ -97,10 +99,10 @@ class Context:
 class DirectionReport:
     """The explanation of a direction, and the measures that say whether to believe it.
 
-    `explained` is True only where the direction beats every control, and chance, in all three measures: `heard`,
+    `explained` is True only if the direction beats every control, and chance, in all three measures: `heard`,
     `agreement` and `auc`. Chance is 3/√d for a cosine, which two random directions seldom reach, and 0.5 for the AUC.
-    `beats` says which measures are beaten. `heard_at` lists the r at which the direction is heard better than every
-    control at the same r. `promoted` and `suppressed` are the tokens of `token_effects`.
+    `beats` says in which measures the direction beats them. `heard_at` lists the values of r at which `heard` is higher
+    than that of every control at the same r. `promoted` and `suppressed` are the tokens of `token_effects`.
     """
 
     name: str
@@ -162,7 +164,7 @@ def change(directions: np.ndarray, origin_D: np.ndarray) -> np.ndarray:
 
 
 def heard_of(rebuilt: np.ndarray, pushed: np.ndarray) -> np.ndarray:
-    """Returns `Point.heard` of all rows but the first, which is the mean's: [N, d] and [N, d] -> [N - 1] float64."""
+    """Returns `Point.heard` for all rows after the first, which is r = 0: [N, d] and [N, d] -> [N - 1] float64."""
     return cosine(change(rebuilt[1:], rebuilt[0]), change(pushed[1:], pushed[0]))
 
 
@@ -176,7 +178,7 @@ def control_directions(u_D: np.ndarray, count: int, seed: int) -> list[tuple[str
 def token_effects(nla: Explainer, u_D: np.ndarray, count: int = 10) -> tuple[Any, Any]:
     """Returns the tokens that u promotes and suppresses most, with the effect on their logits in standard deviations.
 
-    u passes the final norm's weights and the unembedding, as a small part of the residual stream would.
+    u is scaled by the final norm's weights and multiplied by the unembedding, like a small part of the residual stream.
     """
     subject = nla.subject
     head = np.asarray(subject.params.get("head", subject.params["embed"]), np.float32)
@@ -200,7 +202,7 @@ def explain_direction(
 ) -> DirectionReport:
     """Explains a direction of the pair's layer, of any length, beside controls.
 
-    `values_N` are its activations on the corpus; without them the projections (h − μ)·u are used. Raises UserError for
+    `values_N` are the direction's activations on the corpus (default: the projections (h − μ)·u). Raises UserError for
     an adapted pair.
     """
     nla.check_own_subject("direction")

@@ -32,19 +32,19 @@ class Sample:
 class Explained:
     """One explained activation.
 
-    - `position`, `token`: the token's position and text; of a span, the last position and the span's text; None and ""
-      for a bare vector;
-    - `explanation`: the explanation, incomplete where it is `cut`; of several `samples`, the one that shares most words
-      with the others;
+    - `position`, `token`: the token's position and text; for a span, its last position and its text; for a vector
+      without a text, None and "";
+    - `explanation`: the explanation, incomplete if `cut` is True; with several `samples`, the sample that shares most
+      words with the other samples;
     - `cos`, `mse`: how well the decoder rebuilds the activation's direction from the explanation; mse = 2 (1 − cos);
     - `relative_mse`: mse / variance of the pair's data (`Statistics.variance`): 0 perfect, 1 no better than the mean;
-    - `norm`: ‖h‖; `outside`: "position 0" or "norm" where the pair was not trained on such activations, else "";
+    - `norm`: ‖h‖; `outside`: "position 0" or "norm" if the pair was not trained on such activations, else "";
     - `cut`: the encoder did not end the explanation within the limit; `repeated`: it repeats an item in a list or a
       sentence;
-    - `agreement`: of several samples, the mean over pairs of the share of content words that both have, 0 to 1;
-      `consensus`: the content words that more than half of the samples have;
+    - `agreement`: with several samples, the mean over pairs of samples of shared content words / all content words of
+      the pair, 0 to 1; `consensus`: the content words that more than half of the samples have;
     - `span`: the positions that were averaged, `(first, last)`; None for a single token;
-    - `role`, `section`, `message_index`: of a chat's token (see `Token`); `generated`: the model wrote the token.
+    - `role`, `section`, `message_index`: a chat token's place (see `Token`); `generated`: whether the model wrote it.
     """
 
     position: int | None
@@ -123,7 +123,7 @@ def agreement(texts: Sequence[str]) -> float | None:
 
 
 def overlap(a: set[str], b: set[str]) -> float:
-    """Returns the number of common words divided by that of all words (Jaccard index); 1 for two empty sets."""
+    """Returns the number of common words / the number of all words (Jaccard index); 1 for two empty sets."""
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
@@ -150,8 +150,9 @@ def _medoid(texts: Sequence[str]) -> int:
 class Options:
     """How explanations are written.
 
-    `temperature` is by default 0 for one sample and 1 for several. With several `samples` it must not be 0, because all
-    would be equal. `max_new_tokens` is by default the pair's limit. Raises UserError for invalid values.
+    `samples` is the number of explanations of each activation. `temperature` is by default 0 for one sample and 1 for
+    several. With several samples it must not be 0, because all samples would be equal. `max_new_tokens` is by default
+    the pair's limit. Raises UserError for invalid values.
     """
 
     temperature: float | None = None
@@ -173,7 +174,7 @@ class Options:
 def explain_vectors(
     nla: Explainer, vectors_NxD: np.ndarray, options: Options, tokens: Sequence[Token | None] = ()
 ) -> list[Explained]:
-    """Explains raw activations [N, d]. `tokens` are the tokens that they come from, if there are any."""
+    """Explains raw activations [N, d]. `tokens` are the tokens of the activations, if the activations have tokens."""
     repeated = np.repeat(vectors_NxD, options.samples, axis=0)
     written = nla.write(repeated, options.heat, options.max_new_tokens, options.seed)
     mse, cos = nla.score_written([text for text, _ in written], repeated)
@@ -218,7 +219,7 @@ def explain_passages(
 ) -> list[list[Explained]]:
     """Explains the selected tokens of several passages in common batches: one list per passage, in its picks' order.
 
-    A span's activation is the mean of its tokens' raw activations. It is `outside` where one of them is.
+    A span's activation is the mean of its tokens' raw activations. The span is `outside` if one of its tokens is.
     """
     selected = list(selected)
     activations = nla.read([passage for passage, _ in selected])

@@ -39,7 +39,7 @@ MAX_TOKENS = 2048  # of one passage: the subject reads it in one piece, and atte
 
 
 class Written(NamedTuple):
-    """An explanation. Where it is not `closed`, the encoder did not end it and it is incomplete."""
+    """An explanation. If `closed` is False, the encoder did not end the explanation, and the text is incomplete."""
 
     text: str
     closed: bool
@@ -99,11 +99,11 @@ class Explainer:
         )
 
     def explain(self, vectors: Any, temperature: float = 0.0, max_new_tokens: int = 150, seed: int = 0) -> list[str]:
-        """Writes one explanation of each raw activation [B, d]; '' where the encoder did not close its tag.
+        """Writes one explanation of each raw activation [B, d]; '' if the encoder did not close the explanation.
 
         `vectors` is an array of numpy, JAX or PyTorch, of any dtype and on any device, or a list of such rows. A
         `temperature` of 0 takes the likeliest token at each step. Raises UserError for vectors of another width, and
-        for NaN or infinity in them.
+        for vectors with NaN or infinity.
         """
         vectors = self._checked(vectors)
         check_temperature(temperature)
@@ -113,7 +113,7 @@ class Explainer:
             return self._trip.explain(self._pair, vectors, seed, temperature, bar.advance, max_new_tokens).texts
 
     def reconstruct(self, texts: Sequence[str]) -> np.ndarray:
-        """Rebuilds activations [B, d] float32 from explanations. They are the raw output of the decoder's head.
+        """Rebuilds activations [B, d] float32 from explanations: the raw output of the decoder's head.
 
         Raises UserError for a text that is too long, or with a token that the decoder has no embedding for.
         """
@@ -128,17 +128,17 @@ class Explainer:
         return self._trip.reconstruct_texts(self._pair, texts)
 
     def rebuild(self, texts: Sequence[str]) -> np.ndarray:
-        """Does what `reconstruct` does for texts of the encoder: tokens without an embedding are left out.
+        """Does what `reconstruct` does, but leaves out tokens without an embedding. Use it for texts of the encoder.
 
-        A text that was sampled piece by piece may spell such a token.
+        A sampled text may spell such a token, because it was sampled piece by piece.
         """
         return self._trip.reconstruct_texts(self._pair, texts)
 
     def score(self, texts: Sequence[str], vectors: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns (mse, cos), each [B]: how well each text rebuilds its vector's direction; mse = 2 (1 - cos).
 
-        An empty text has mse 2. Raises UserError as `reconstruct` does, and where the numbers of texts and vectors
-        differ.
+        An empty text has mse 2. Raises UserError for a text with a token that the decoder has no embedding for, and if
+        the numbers of texts and vectors differ.
         """
         if isinstance(texts, str):
             raise UserError("texts: should be a list of explanations; it is one text")
@@ -156,7 +156,7 @@ class Explainer:
     def write(
         self, vectors: Any, temperature: float = 0.0, max_new_tokens: int | None = None, seed: int = 0
     ) -> list[Written]:
-        """Writes one explanation of each raw activation [B, d], also where the encoder did not end it."""
+        """Writes one explanation of each raw activation [B, d], also if the encoder did not end the explanation."""
         vectors = self._checked(vectors)
         limit = self._checked_limit(self.max_new_tokens if max_new_tokens is None else max_new_tokens)
         check_temperature(temperature)
@@ -178,7 +178,7 @@ class Explainer:
 
     @property
     def width_read(self) -> int:
-        """The width of the subject's activations: `d_model`, except for a pair behind a map from another model."""
+        """The width of the subject's activations. It differs from `d_model` only for an adapted pair."""
         return self.d_model if self.adapter is None else len(self.adapter.matrix)
 
     def mapped(self, h_NxD: np.ndarray) -> np.ndarray:
@@ -186,7 +186,7 @@ class Explainer:
         return h_NxD if self.adapter is None else self.adapter(h_NxD)
 
     def check_own_subject(self, command: str) -> None:
-        """Raises UserError where the pair is adapted, that is, trained for another model than its subject."""
+        """Raises UserError if the pair is adapted: it was trained for another model than its subject."""
         if self.adapter is not None:
             raise UserError(f"{command}: {self.name} is a map to another model's pair, which explains activations only")
 
@@ -211,13 +211,13 @@ class Explainer:
 
     @property
     def rebuilds(self) -> tuple[str, int]:
-        """The model and the block whose activations the decoder rebuilds. Behind a map they are not the subject's."""
+        """The model and block whose activations the decoder rebuilds. An adapted pair's subject is another model."""
         path = local_path(self._base_name, "model")
         return (str(path.resolve()) if path.exists() else self._base_name), self._roles.decoder.layer
 
     @cached_property
     def identity(self) -> str:
-        """A text that identifies the pair, its subject and its map by their parameters, wherever the files are."""
+        """A text that identifies the pair, its subject and its map by their parameters, not by their paths."""
         adapter = self.adapter
         arrays = None if adapter is None else (adapter.matrix, adapter.mean, adapter.target_mean)
         sums = parameter_sums((self._pair, self.subject.params, arrays))
@@ -284,7 +284,7 @@ def check_explanation(text: Any, name: str) -> None:
 
 
 def _as_float32(vectors: Any) -> np.ndarray:
-    """Converts any library's array, or a list of arrays, to float32. Raises UserError where it holds other values."""
+    """Converts an array of any library, or a list of arrays, to float32. Raises UserError for other values."""
     if isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
         vectors = [_as_float32(row) for row in vectors]
     try:

@@ -27,7 +27,7 @@ csv.field_size_limit(1 << 24)
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One text, or one chat's `messages`. `id` is the file's, or the item's number where the file has none."""
+    """One text, or one chat's `messages`. `id` comes from the file, or is the item's number if the file has no ids."""
 
     id: str
     text: str | None = None
@@ -37,7 +37,7 @@ class Item:
 def read_items(path: Path) -> list[Item]:
     """Reads texts and chats from a .jsonl[.gz] or .csv file with `text` or `messages`, and perhaps `id`.
 
-    Raises UserError that names the first line without either, or with an id that occurred before.
+    Raises UserError that names the first line without text and messages, or with an id that occurred before.
     """
     items, names = [], set()
     for number, (where, row) in enumerate(read_rows(path)):
@@ -59,8 +59,8 @@ def read_items(path: Path) -> list[Item]:
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`path:line`, fields) of each line of a .jsonl[.gz] or .csv file of texts.
 
-    Callers keep all lines in memory, so their size is bounded. Raises UserError that names the first invalid line, or
-    the line at which they become too many.
+    Callers keep all lines in memory, so the total size of the lines is bounded. Raises UserError that names the first
+    invalid line, or the line that exceeds the bound.
     """
     size = 0
     for where, row in _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path):
@@ -93,17 +93,17 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Results:
-    """A file of results (.jsonl or .csv) that grows item by item. A later run goes on after the last complete item.
+    """A file of results (.jsonl or .csv) that grows item by item. A later run continues after the last complete item.
 
-    A progress file beside it holds the number of complete items and bytes, and a hash of the input and options, so that
-    other ones are refused. Only one process at a time writes it.
+    A progress file beside it holds the number of complete items and bytes, and a hash of the input and options. A run
+    with another input or other options is refused. Only one process at a time writes the file.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any], columns: Sequence[str] = ()) -> None:
         """Opens the file, new or to be continued, and locks it.
 
-        `columns` are those of a .csv file, which has one line per row; other fields of a row are left out. Raises
-        UserError, and leaves the file unchanged, where it cannot be continued.
+        `columns` are the columns of a .csv file, which has one line per row. Other fields of a row are left out. Raises
+        UserError, and leaves the file unchanged, if the file cannot be continued.
         """
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: should be a file; it is a directory, a pipe or a device")

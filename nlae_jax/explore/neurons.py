@@ -42,9 +42,9 @@ def parse_neuron(spec: str, arch: Arch) -> tuple[int, int]:
 def neuron_directions(nla: Explainer, layer: int, index: int) -> dict[str, np.ndarray]:
     """Returns a neuron's vectors in the residual stream, [d] float32 each.
 
-    `write` is added for each unit of its activation, scaled by the norm after the MLP where there is one. `gate` and
-    `up` are the directions that its two inputs read, scaled by the norm before the MLP. Raises UserError for an adapted
-    pair.
+    `write` is the vector that the neuron adds per unit of its activation, scaled by the norm after the MLP if there is
+    one. `gate` and `up` are the directions that the neuron's two inputs read, scaled by the norm before the MLP. Raises
+    UserError for an adapted pair.
     """
     nla.check_own_subject("neuron")
     subject = nla.subject
@@ -71,9 +71,10 @@ def explain_neuron(
     values_N: np.ndarray | None = None,
     side: str = "write",
 ) -> DirectionReport:
-    """Explains a neuron by the direction that it writes, or that its `gate` or `up` input reads (`side`).
+    """Explains one of a neuron's directions: the output ("write"), or the direction that the input `side` reads.
 
-    `values_N` are its activations on the corpus; without them they are computed. Raises UserError for another `side`.
+    `side` is "write", "gate" or "up". `values_N` are the neuron's activations on the corpus, which are computed if they
+    are not given. Raises UserError for another `side`.
     """
     vectors = neuron_directions(nla, layer, index)
     if side not in vectors:
@@ -88,7 +89,7 @@ def explain_neuron(
 
 
 def choose_neurons(nla: Explainer, corpus: Corpus, layer: int, count: int, drawn: bool, seed: int) -> list[int]:
-    """Chooses `count` neurons of a block: at random (`drawn`), or by the largest ratio maximum / root mean square."""
+    """Chooses `count` neurons of a block: at random (`drawn`), or with the largest maximum / root mean square."""
     d_ff = nla.subject.arch.d_ff
     if count < 1:
         raise UserError(f"--top: {count} should be at least 1")

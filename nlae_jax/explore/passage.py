@@ -1,6 +1,6 @@
 """Reads a text or chat as the subject does: its token ids, and each token's text and place in the chat.
 
-All code that explains tokens (command line, notebooks, HTTP) reads text here, so that a text has only one tokenisation.
+Command line, notebooks and HTTP all read text here, so that a text has the same tokens everywhere.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Passage:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int, int]]:
-    """Returns each token's text, its number among the tokens of one character, and the number of these tokens."""
+    """Returns for each token its text, its `fragment_index` and its `fragment_count` (see `Token`)."""
     pieces: list[tuple[str, int, int]] = []
     while len(pieces) < len(ids):
         start = len(pieces)
@@ -106,9 +106,9 @@ def passage_of_ids(
 
 
 def read_text(tokenizer: Any, vocab_size: int, text: str, name: str = "text") -> Passage:
-    """Tokenises a text as the subject reads it. The tokens that the tokenizer puts before a text are there once.
+    """Tokenises a text as the subject reads it. Tokens that the tokenizer puts before a text, such as BOS, appear once.
 
-    Raises UserError that names `name` where it is no text, is empty, or has a token without an embedding.
+    Raises UserError that names `name` if `text` is no string, is empty, or has a token without an embedding.
     """
     if not isinstance(text, str):
         raise UserError(f"{name}: should be a text; it is {quoted(text)}")
@@ -123,7 +123,7 @@ def read_text(tokenizer: Any, vocab_size: int, text: str, name: str = "text") ->
 def check_messages(messages: Any, name: str) -> list[dict[str, str]]:
     """Cleans the messages of a chat from outside. Raises UserError that names the first invalid message.
 
-    A message has a `role`, a `content`, which is '' where it is missing, and perhaps a `channel` for the template.
+    A message has a `role`, a `content` (default '') and optionally a `channel` for the template.
     """
     if isinstance(messages, Mapping):  # {"messages": [...]}, as data sets of chats have it
         messages = messages.get("messages")
@@ -145,9 +145,9 @@ def check_messages(messages: Any, name: str) -> list[dict[str, str]]:
 
 
 def read_chat_file(path: Path) -> list[dict[str, str]]:
-    """Reads a JSON file with a list of messages, or an object whose `messages` is one. Drops a byte-order mark.
+    """Reads a JSON file with a list of messages, or with an object whose `messages` is a list. Drops a byte-order mark.
 
-    Raises UserError that names the file where it is missing or holds something else.
+    Raises UserError that names the file if it is missing or has other content.
     """
     try:
         content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
@@ -165,11 +165,11 @@ def read_chat(
     continue_final_message: bool = False,
     **options: Any,
 ) -> Passage:
-    """Tokenises a chat in the model's chat template, each token with its role, section and message.
+    """Tokenises a chat with the model's chat template. Each token gets its role, section and message.
 
     With `add_generation_prompt` the passage ends where an answer begins. With `continue_final_message` it ends inside
-    the last message. `options` go to the template, such as `enable_thinking`. Raises UserError where the template
-    refuses the messages, the chat is too long, or both ends are asked for.
+    the last message. `options` go to the template, such as `enable_thinking`. Raises UserError if the template refuses
+    the messages, if the chat is too long, or if both of these arguments are True.
     """
     messages = check_messages(messages, name)
     if add_generation_prompt and continue_final_message:
@@ -199,7 +199,7 @@ def read_passage(
 
 
 def extended(tokenizer: Any, passage: Passage, ids: Sequence[int], stops: Sequence[int] = ()) -> Passage:
-    """Returns the passage with generated tokens after it. In a chat they are the assistant's; `stops` end its turn."""
+    """Appends generated tokens to the passage. In a chat they are the assistant's, and `stops` end its turn."""
     is_chat = passage.tokens[-1].section is not None if passage.tokens else False
     spans = [dataclasses.asdict(token) for token in passage.tokens]
     old = [{key: span[key] for key in ("role", "section", "channel", "message_index", "generated")} for span in spans]

@@ -20,7 +20,7 @@ _LAST = 8  # by default this many last tokens are pushed: a single one is rarely
 
 @dataclasses.dataclass(frozen=True)
 class Pick:
-    """The positions whose activations are explained as one vector: a single one, or a span that is averaged."""
+    """The positions whose activations are explained as one vector: a single position, or a span that is averaged."""
 
     positions: tuple[int, ...]
 
@@ -36,7 +36,7 @@ class Pick:
 
 
 def resolve_position(position: int, length: int, field: str = "positions") -> int:
-    """Resolves a position as Python counts: -1 is the last one. Raises UserError where it does not exist."""
+    """Resolves a position; negative positions count from the end. Raises UserError if the position does not exist."""
     if not isinstance(position, int | np.integer) or isinstance(position, bool):
         raise UserError(f"{field}: {quoted(position)} should be a whole number")
     if not -length <= position < length:
@@ -47,9 +47,9 @@ def resolve_position(position: int, length: int, field: str = "positions") -> in
 def parse_positions(text: str, length: int, field: str = "--positions") -> list[int]:
     """Parses `-1`, `3,5,-2`, `10:20` (without 20) and mixtures, for a passage of `length` tokens.
 
-    Positions keep the order in which they are written, with repeats. Ranges are cut at the passage's ends, as Python's
-    slices are. Raises UserError where a part is none of these, a single position does not exist, or nothing is
-    selected.
+    Positions keep the order in which they are written, with repeats. Ranges are cut at the passage's ends, like
+    Python's slices. Raises UserError if a part has another form, if a single position does not exist, or if no position
+    is selected.
     """
     positions: list[int] = []
     for part in text.split(","):
@@ -69,8 +69,8 @@ def parse_positions(text: str, length: int, field: str = "--positions") -> list[
 def match_spans(passage: Passage, phrase: str, field: str = "--match") -> list[range]:
     """Returns the range of tokens that each occurrence of `phrase` touches, in order.
 
-    Where the phrase does not occur literally, it is searched without white space, which some tokenizers' tokens lose.
-    Raises UserError where it does not occur.
+    If the phrase does not occur literally, it is searched without white space, because the tokens of some tokenizers
+    lose white space. Raises UserError if the phrase does not occur.
     """
     if not phrase:
         raise UserError(f"{field}: empty; should be a part of the text")
@@ -89,7 +89,7 @@ def match_spans(passage: Passage, phrase: str, field: str = "--match") -> list[r
 
 
 def parse_span(passage: Passage, text: str, field: str = "--span") -> range:
-    """Parses `10:20`, or a phrase whose first occurrence counts. Raises UserError where it selects no token."""
+    """Parses `10:20`, or a phrase, of which the first occurrence is taken. Raises UserError if no token is selected."""
     match = _PART.fullmatch(text)
     if match is None or match[1] is not None:
         return match_spans(passage, text, field)[0]
@@ -112,10 +112,10 @@ def picks_of(
     match: str | None = None,
     span: str | None = None,
 ) -> list[Pick]:
-    """Returns the selection of a passage: every token, unless `positions`, `match` or `span` are given.
+    """Returns the selection of a passage: every token, unless `positions`, `match` or `span` is given.
 
-    `positions` and `match` select single tokens, `span` one average. Their selections are joined in this order. Raises
-    UserError where one of them selects no token.
+    `positions` and `match` select single tokens. `span` selects tokens whose activations are averaged. The selections
+    are joined in this order. Raises UserError if one of the three selects no token.
     """
     length = len(passage.tokens)
     picks: list[Pick] = []

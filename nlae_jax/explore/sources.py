@@ -1,7 +1,4 @@
-"""Opens the run of a workdir, and loads what a pair comes with beside its weights.
-
-These are its subject, and the texts and statistics of its activations.
-"""
+"""Opens the run of a workdir. Loads the subject of a pair, and the texts and statistics of the pair's activations."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _STATISTICS_ROWS = 4096  # activations of a run that its statistics are computed
 
 
 def open_trained(workdir: str | Path) -> PreparedRun:
-    """Opens a workdir's run read-only, on its own mesh where this machine has the devices, else on one device."""
+    """Opens a workdir's run read-only: on the run's mesh if this machine has the devices, else on one device."""
     workdir = workdir_path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir {workdir}: no config.json there; it should be the workdir of a run")
@@ -44,24 +41,24 @@ def open_trained(workdir: str | Path) -> PreparedRun:
 
 
 def has_activations(run: PreparedRun) -> bool:
-    """Returns whether the run's activations exist. They may have been deleted, and a pair works without them."""
+    """Returns whether the run's activations exist. A pair also works after they have been deleted."""
     return (run.workdir / "activations/meta.json").exists()
 
 
 def run_texts(run: PreparedRun, count: int) -> list[list[int]]:
-    """Returns the token ids of the run's texts; none for a run on datasets, which have no tokens."""
+    """Returns the token ids of at most `count` texts of the run. A run on datasets has no texts."""
     return [ids.tolist() for ids in run.store.index.ids[:count] if len(ids)]
 
 
 def run_statistics(run: PreparedRun) -> Statistics:
-    """Computes the statistics of a run's activations, from a sample spread over all of them if there are many."""
+    """Computes the statistics of a run's activations; of many activations, from a sample spread over all of them."""
     count = len(run.store.index.position)
     rows = np.unique(np.linspace(0, count - 1, _STATISTICS_ROWS).astype(int))
     return statistics_of(run.store.vectors(rows), f"{len(rows):,} of the run's activations")
 
 
 def known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
-    """Returns a loader of the statistics beside the encoder and decoder of a pair's directory, or None without any."""
+    """Returns a loader of the statistics file in a pair's directory, or None if the directory has no such file."""
     path = (pair_directory(name) or local_path(name, "model")) / FILE
     return (lambda pair: load_statistics(path, pair.d_model)) if path.is_file() else None
 
@@ -69,7 +66,7 @@ def known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
 def released_subject(
     name: str, sidecar: Sidecar, layer: int, tokenizer: Any, dtype: str, mesh: Mesh | None
 ) -> LanguageModel:
-    """Loads the model whose activations a released pair was made for. Raises UserError where it does not fit."""
+    """Loads the model whose activations a released pair explains. Raises UserError if the model does not fit."""
     if not (name := name or sidecar.base_model or ""):
         raise UserError(f"{sidecar.path}: names no base_model; name the model as --subject")
     model = LanguageModel.from_pretrained(name, dtype, mesh)
@@ -83,7 +80,7 @@ def released_subject(
 
 
 def mapped_subject(directory: Path, adapter: Adapter, dtype: str, mesh: Mesh | None) -> LanguageModel:
-    """Loads the model that a map was fitted on. Raises UserError where its shape no longer fits the map."""
+    """Loads the model that a map was fitted on. Raises UserError if the model's shape no longer fits the map."""
     model = LanguageModel.from_pretrained(adapter.model, dtype, mesh)
     arch, width = model.arch, adapter.matrix.shape[0]
     if arch.d_model != width or arch.num_layers <= adapter.layer:

@@ -1,4 +1,4 @@
-"""Statistics of a pair's activations. An mse, a norm or a direction is judged by comparison with them."""
+"""Statistics of a pair's activations, with which an mse, a norm or a direction is compared."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LOW, _HIGH = 0.001, 0.999
 class Statistics:
     """Statistics of `count` activations at positions from 1 on; `source` names them.
 
-    `mean` [d] float32 is their raw mean. `variance` is the mean over them of ‖ĥ − mean(ĥ)‖²/d, ĥ scaled to norm √d: the
-    mse of predicting the mean, which FVE and relative mse divide by. Norms outside `norm_low` to `norm_high`, the
-    0.1 % and 99.9 % quantiles, are outliers.
+    `mean` [d] float32 is the raw mean of the activations. `variance` is the mean of ‖u(h) − mean(u(h))‖²/d, where u(h)
+    is the activation scaled to norm √d. It is the mse of predicting the mean, and FVE and relative mse divide by it.
+    Norms outside of `norm_low` to `norm_high`, the 0.1 % and 99.9 % quantiles, are outliers.
     """
 
     mean: np.ndarray
@@ -36,13 +36,13 @@ class Statistics:
     source: str
 
     def outside(self, norm: float, position: int | None) -> str:
-        """Returns why an activation is unlike those that the pair was trained on: "position 0", "norm", or ""."""
+        """Returns why the pair was not trained on such activations: "position 0" or "norm"; "" if it was."""
         if position == 0:
             return "position 0"
         return "" if self.norm_low <= norm <= self.norm_high else "norm"
 
     def relative(self, mse: float) -> float:
-        """Returns mse / variance: 0 for a perfect reconstruction, 1 for one that is no better than the mean."""
+        """Returns mse / variance: 0 for a perfect reconstruction, 1 for a reconstruction no better than the mean."""
         return mse / self.variance if self.variance > 0 else float("inf")
 
     def save(self, path: Path) -> None:
@@ -64,7 +64,7 @@ def statistics_of(h_NxD: np.ndarray, source: str) -> Statistics:
 
 
 def load_statistics(path: Path, width: int | None = None) -> Statistics:
-    """Reads a file of `Statistics.save`, of activations of `width`. Raises UserError for any other file."""
+    """Reads a file that `Statistics.save` wrote for activations of `width`. Raises UserError for any other file."""
     try:
         tensors = load_file(path)
         with safe_open(path, "np") as file:

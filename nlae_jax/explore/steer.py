@@ -1,4 +1,4 @@
-"""Steers the subject by an edited explanation: the reconstruction's change by the edit is added to the residual stream.
+"""Steers the subject by an edited explanation: adds the edit's change of the reconstruction to the residual stream.
 
 Random directions of the same length serve as controls, because any push changes a model's continuations.
 """
@@ -37,8 +37,8 @@ class SteerSettings:
     """How steering is done and measured.
 
     `alphas` are the lengths of the added vector, in units of ‖h‖. `controls` is the number of random directions, at
-    least 3. For each condition `samples` continuations of up to `max_new_tokens` tokens are drawn. With `generated` the
-    vector is added to the generated tokens, too. Raises UserError for invalid values.
+    least 3. For each condition, `samples` continuations of up to `max_new_tokens` tokens are drawn. With `generated`,
+    the vector is also added at the generated tokens. Raises UserError for invalid values.
     """
 
     alphas: tuple[float, ...] = (0.15, 0.25, 0.35)
@@ -64,10 +64,10 @@ class SteerSettings:
 class Outcome:
     """The subject's continuations under one condition.
 
-    `kind` is "none" (nothing added), "edit" or "random". `hits` of `len(continuations)` match the pattern;
-    `hit_rate_ci95` is Wilson's interval of `hit_rate`. `nll` is the mean −log p per token of the continuations under
-    the unsteered subject, in nats: it is high for strange ones. `distinct_2` is the number of different pairs of words
-    divided by that of all pairs, within a continuation: it is low where a continuation repeats itself.
+    `kind` is "none" (nothing added), "edit" or "random". `hits` is the number of continuations that match the pattern.
+    `hit_rate_ci95` is Wilson's 95 % interval of `hit_rate`. `nll` is the mean −log p per token of the continuations
+    under the unsteered subject, in nats; it is high for unusual text. `distinct_2` is the number of different pairs of
+    words / the number of all pairs, within a continuation; it is low for text that repeats itself.
     """
 
     kind: str
@@ -85,9 +85,9 @@ class SteerReport:
     """The continuations without and with the edit, and with random directions.
 
     `originals` are the explanations before the edit. `best_alpha` is the α at which the edit has most hits.
-    `beats_controls` says whether it has more hits there than every random direction at the same α. Both are None
-    without a pattern. With several α the edit has an advantage: its own hits choose the α, and so choose its luck, too.
-    With a single α nothing is chosen.
+    `beats_controls` says whether the edit has more hits at this α than every random direction. Both are None without a
+    pattern. With several α, choosing the best one favours the edit, because some of its hits are luck. A single α gives
+    a fair comparison.
     """
 
     text: str
@@ -117,7 +117,7 @@ class SteerReport:
 
 
 def wilson(hits: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of the share hits / count (Wilson 1927). It is never empty, also for few."""
+    """Returns the 95 % interval of the share hits / count (Wilson 1927). It has a width above 0 for any count."""
     z = 1.959964
     share, spread = hits / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
@@ -127,9 +127,9 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
 
 
 def compile_pattern(word: str | None, pattern: str | None) -> re.Pattern[str] | None:
-    """Compiles a pattern for a whole word, in any case, or a regular expression; None without either.
+    """Compiles a pattern for a whole word, ignoring case, or for a regular expression. Returns None if both are None.
 
-    Raises UserError where the word is empty or the expression is invalid.
+    Raises UserError if the word is empty or the expression is invalid.
     """
     if word is not None:
         if not word.strip():
@@ -176,12 +176,12 @@ def steer(
 ) -> SteerReport:
     """Adds α‖h‖·Δ/‖Δ‖ at `positions`, Δ = u(edited) − u(original), and lets the subject continue.
 
-    u(x) is the decoder's reconstruction from x, scaled to length 1, as the decoder's loss does. If there are several
-    originals, the mean of their u is taken: then Δ has less of what only one of them says. Without `original`, it is
-    the encoder's explanation of the mean activation of these positions. A position whose activation has an unusual
-    length (position 0) gets the data's median length as ‖h‖. A span works better than a single token, because the
-    activations of other tokens outweigh one. Raises UserError where the edit does not change the reconstruction, and
-    for an adapted pair.
+    u(x) is the decoder's reconstruction from x, scaled to length 1, because the decoder's loss ignores lengths. With
+    several originals, the mean of their u is subtracted, so that Δ contains less of the words of a single original. The
+    default `original` is the encoder's explanation of the mean activation of these positions. If an activation has an
+    unusual norm (position 0), ‖h‖ is the median norm of the pair's data. A span works better than a single token,
+    because the other tokens still carry the original meaning. Raises UserError if the edit does not change the
+    reconstruction, and for an adapted pair.
     """
     nla.check_own_subject("steer")
     settings = settings or SteerSettings()
@@ -234,7 +234,7 @@ def steer(
 
 
 class _Condition(NamedTuple):
-    """What is added: `push` [T, d] to the passage's tokens, `later` [d] to each generated one."""
+    """The added vectors: `push` [T, d] at the passage's tokens, `later` [d] at each generated token."""
 
     kind: str
     alpha: float
@@ -248,13 +248,13 @@ def _hits(outcome: Outcome) -> int:
 
 
 def summary(reports: Sequence[SteerReport]) -> dict[str, Any]:
-    """Summarises many prompts: on how many the edit beats the best random direction, with Wilson's interval.
+    """Counts the prompts on which the edit beats the best random direction, and pools the hits of all prompts.
 
-    `hit_rate` and `control_hit_rate` are means over prompts at each prompt's best α, the latter of the best control.
-    `conditions` has, for each kind of outcome, the hits among all continuations at each prompt's best α, with a 95 %
-    interval of their share over prompts, and the means of NLL and distinct-2 over these outcomes. `alpha_chosen` says
-    whether a prompt had several α. Then the edit's own hits chose among them, so its share of hits is higher than it
-    would be in new samples. The random directions have no such advantage.
+    The share of such prompts has Wilson's interval. `hit_rate` (of the edit) and `control_hit_rate` (of the best random
+    direction) are means over prompts at each prompt's best α. `conditions` has, for each kind of outcome, the hits
+    among all continuations at each prompt's best α, with a 95 % interval of their share over prompts, and the means of
+    NLL and distinct-2. `alpha_chosen` says whether a prompt had several α. The edit's share of hits is then higher than
+    it would be in new samples, because its own hits chose the α. The random directions have no such advantage.
     """
     judged = [report for report in reports if report.beats_controls is not None]
     rates: list[tuple[float, float, float]] = []
@@ -313,10 +313,10 @@ def _pooled(reports: Sequence[SteerReport], kind: str) -> dict[str, Any]:
 def _interval_over_prompts(counts_Px2: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of the share of hits over resampled prompts.
 
-    `counts_Px2` are each prompt's hits and continuations. Continuations of one prompt are alike, so they do not count
-    as independent. Where all prompts have the same share, resampling shows no spread, and the interval is Wilson's for
-    as many cases as there are prompts. For a single prompt it is Wilson's over its continuations: it is about that
-    prompt, of which they are independent samples.
+    `counts_Px2` are each prompt's hits and continuations. Whole prompts are resampled, because continuations of one
+    prompt are alike. If all prompts have the same share, resampling shows no spread, and the interval is Wilson's with
+    each prompt as one case. For a single prompt, the interval is Wilson's over its continuations and is valid for this
+    prompt only.
     """
     prompts = len(counts_Px2)
     if prompts == 1:

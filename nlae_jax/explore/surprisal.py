@@ -21,7 +21,7 @@ def mean_nll(subject: LanguageModel, pairs: Sequence[tuple[str, Sequence[int]]])
 
 
 def mean_nll_after(subject: LanguageModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> np.ndarray:
-    """Does what `mean_nll` does, for prefaces given as ids of at least one token. NaN for a text without tokens."""
+    """Does what `mean_nll` does, for prefaces given as token ids, at least one each. NaN for a text without tokens."""
 
     def read(ids: Any, mask: Any) -> np.ndarray:
         log_probs = np.asarray(subject.log_probs(ids, mask))
@@ -43,7 +43,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 
 class Surprisal:
-    """Scores explanations on fixed texts, of which some are active and the others inactive.
+    """Scores explanations on fixed active texts and fixed inactive texts.
 
     The score of a text x is NLL(x | unrelated sentence) − NLL(x | explanation), averaged over the unrelated sentences.
     It says how much better the explanation prepares the subject for x than an unrelated sentence does.
@@ -61,7 +61,7 @@ class Surprisal:
         self._without = mean_nll(subject, pairs).reshape(len(self._texts), len(unrelated)).mean(1)
 
     def auc(self, explanations: Sequence[str]) -> list[float]:
-        """Returns, for each explanation, how well its scores tell the active texts from the inactive ones."""
+        """Returns the AUC by which the scores of each explanation separate active from inactive texts."""
         pairs = [(explanation, ids) for explanation in explanations for ids in self._texts]
         scores = self._without - mean_nll(self._subject, pairs).reshape(len(explanations), -1)
         return [auc(row[: self._split], row[self._split :]) for row in scores]

@@ -26,7 +26,7 @@ _SPEC = re.compile(r"(?P<path>.+?)(?:(?<!^[A-Za-z]):(?P<key>[^:\[\]/\\]+))?(?:\[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction of a file: its `name`, and its `vector` [d] float32 as the file has it."""
+    """A direction from a file: its `name`, and its `vector` [d] float32, not scaled."""
 
     name: str
     vector: np.ndarray
@@ -35,7 +35,7 @@ class Direction:
 def read_vectors(path: Path, width: int, layer: int | None = None) -> np.ndarray:
     """Reads activations [N, width] float32 from a .npy file, or from the column activation_vector of a .parquet file.
 
-    Raises UserError for another width, for NaN or infinity, and where the file names another block than `layer`.
+    Raises UserError for another width, for NaN or infinity, and if the file names another block than `layer`.
     """
     array = _parquet(path, width, layer) if path.suffix.lower() == ".parquet" else _npy(path)
     return _checked(array if array.ndim > 1 else array[None], width, str(path))
@@ -60,9 +60,9 @@ def _parquet(path: Path, width: int, layer: int | None) -> np.ndarray:
 def read_direction(spec: str, width: int) -> Direction:
     """Reads a direction of `width` numbers from `FILE.npy`, `FILE.npz:KEY` or `FILE.safetensors:KEY`, perhaps `[ROW]`.
 
-    Without a KEY it is the only array of that width, or a dictionary's decoder under its usual names (W_dec in SAELens
-    and Gemma Scope). A matrix needs a ROW. Its features are columns where only its first axis has length `width`.
-    Raises UserError that names the file and what would be right.
+    Without a KEY, the array is a dictionary's decoder under a usual name (W_dec in SAELens and Gemma Scope), or the
+    only array of that width. A matrix needs a ROW. If only the first axis of the matrix has length `width`, ROW counts
+    its columns. Raises UserError that names the file and says what would be right.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:

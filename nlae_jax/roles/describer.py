@@ -1,6 +1,6 @@
 """The describer: a language model with adapters that reads a text and writes a note on it for the warm start.
 
-It reads words and never sees an activation, so one describer serves every subject.
+The describer reads text and no activation, so one describer serves every subject.
 """
 
 from __future__ import annotations

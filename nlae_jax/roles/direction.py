@@ -39,7 +39,7 @@ UNUSABLE = "NaN or infinity, or numbers whose squares float32 cannot hold"
 
 
 def unusable_rows(h_NxD: np.ndarray) -> np.ndarray:
-    """Returns the numbers of the rows whose length float32 cannot compute: see `UNUSABLE`. Rows of zeros are usable."""
+    """Returns the indices of rows whose length float32 cannot compute (see `UNUSABLE`). Rows of zeros are usable."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         square_N = np.square(h_NxD, dtype=np.float32).sum(-1)
     usable = np.isfinite(square_N) & ((square_N >= _LEAST_SQUARES) | ~np.any(h_NxD, axis=-1))

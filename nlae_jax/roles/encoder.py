@@ -1,4 +1,4 @@
-"""The encoder: a copy of the subject that sees an activation as one input embedding and writes what it says."""
+"""The encoder: a copy of the subject that reads an activation as one input embedding and writes its explanation."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ class Encoder(nn.Module):
         response_caches: Any,
         weights: list[BlockWeights] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds response token number `step` and returns the logits [B, G, V] of the next one and the grown caches.
+        """Reads response token number `step`. Returns the logits [B, G, V] of the next token, and the extended caches.
 
-        `step` is a scalar, or [B] with G = 1 where activations are at different tokens.
+        `step` is a scalar, or [B] with G = 1 if the activations' responses are at different tokens.
         `contexts`, `response_caches` and `weights` come from `transformer.for_decoding`.
         """
         positions = jnp.full((*token_BxG.shape, 1), self.prompt_length, jnp.int32) + jnp.reshape(step, (-1, 1, 1))

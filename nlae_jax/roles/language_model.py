@@ -238,7 +238,7 @@ class LanguageModel:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
-        """Continues each prompt with at most `max_new_tokens` tokens, until one of `stop_ids`, which is left out.
+        """Continues each prompt by at most `max_new_tokens` tokens, up to one of `stop_ids`, which is left out.
 
         A `temperature` of 0 takes the likeliest token at each step. Returns the new token ids of each prompt.
         Raises UserError for a token that the model has no embedding for.
@@ -258,7 +258,7 @@ class LanguageModel:
     ) -> list[list[int]]:
         """Runs `generate` with `added[i]` [T_i, d] added to the output of block `layer` while prompt i is read.
 
-        `later[i]` [d] is added there to every token that is generated; nothing without it.
+        `later[i]` [d] is added to the output of this block at every generated token (default: nothing).
         Raises UserError for a block that does not exist, and for arrays of another shape.
         """
         self._check_layer(layer)
@@ -294,7 +294,7 @@ class LanguageModel:
         """Continues the prompts in batches of one shape.
 
         `sample_batch` gets (parameters, ids, mask, key) and the numbers of the prompts in the batch's rows. Raises
-        UserError for an empty prompt, and for a limit or temperature that cannot be.
+        UserError for an empty prompt, and for an invalid limit, temperature or seed.
         """
         if not len(prompts):  # prompts of one length may be an array, which has no truth value
             return []

@@ -25,10 +25,10 @@ Params = dict[str, Any]
 class Roles:
     """The two modules, and how their variables are put together from frozen and trained parameters.
 
-    With LoRA (`rank` > 0) a role trains its adapters, and the decoder its head. The adapters sit on the frozen `base`,
-    which both roles share unless they start from a released pair. Without LoRA (`rank` 0) a role trains a full copy of
-    the base's weights, and `base` is not read. That copy computes in `dtype` (None: in its own dtype), and its gradient
-    is float32. `experts` says whether the experts have adapters too.
+    With LoRA (`rank` > 0), a role trains its adapters, and the decoder also its head. The adapters sit on the frozen
+    `base`, which both roles share unless they start from a released pair. Without LoRA (`rank` 0), a role trains a full
+    copy of the base's weights, and `base` is not read. The copy computes in `dtype` (None: in its own dtype), and its
+    gradient is float32. `experts` says whether the experts have adapters too.
     """
 
     encoder: Encoder
@@ -60,12 +60,12 @@ class Roles:
         return {"lm": jax.tree.map(lambda w: jnp.array(w, self.dtype, copy=True), trained["lm"])}
 
     def with_whole_prompts(self) -> Roles:
-        """Returns the roles with a decoder that adds no prompt: its inputs already have the prompt around them."""
+        """Returns the roles with a decoder that adds no prompt, for inputs that are whole prompts."""
         bare = dataclasses.replace(self.decoder.protocol, decoder_prefix=(), decoder_suffix=())
         return dataclasses.replace(self, decoder=self.decoder.clone(protocol=bare))
 
     def at_temperature(self, temperature: float) -> Roles:
-        """Returns the roles with an encoder whose distribution is that of sampling at `temperature`."""
+        """Returns the roles with an encoder that divides its logits by `temperature`."""
         arch = self.encoder.arch.tempered(temperature)
         return dataclasses.replace(self, encoder=self.encoder.clone(arch=arch))
 
@@ -106,7 +106,7 @@ class Pair(NamedTuple):
 def parameter_sums(params: Any) -> list[float]:
     """Returns the sum of each array's absolute values, computed in float32.
 
-    The sums identify parameters by their values, whatever files they are stored in.
+    The sums identify parameters by their values, not by their files.
     """
     return [float(jnp.sum(jnp.abs(leaf), dtype=jnp.float32)) for leaf in jax.tree.leaves(params)]
 

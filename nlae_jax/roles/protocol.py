@@ -1,6 +1,6 @@
 """The protocol of encoder and decoder: prompts as token ids, the slot, the tags, the injection scale.
 
-The encoder's prompt is the same for all activations but for one position, the slot. It is stored as `prefix` (the
+Encoder prompts differ between activations only at one position, the slot. It is stored as `prefix` (the
 tokens before the slot) and `tail` (the tokens after it). The tail ends in the opening tag, which is part of the prompt
 and not sampled. The decoder's prompt is `prefix`, explanation, `suffix`.
 """
@@ -100,7 +100,7 @@ def find_marker(tokenizer: Any, template: str) -> str:
 
 
 def make_protocol(tokenizer: Any, config: ProtocolConfig, injection_scale: float, marker: str = "") -> Protocol:
-    """Tokenises the prompts and checks them. Without a `marker`, `find_marker` finds one.
+    """Tokenises the prompts and checks them. The default `marker` is the result of `find_marker`.
 
     Raises UserError that names the template or the marker that does not work.
     """
@@ -168,7 +168,7 @@ def response_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[i
 
 
 def decoder_ids(tokenizer: Any, protocol: Protocol, explanation: str) -> list[int]:
-    """Returns the decoder's whole prompt, tokenised as one string, as someone who has only the text would do it."""
+    """Returns the decoder's whole prompt, tokenised as one string, as a reader of the text would tokenise it."""
     return whole_prompt_ids(
         tokenizer, protocol, protocol.decoder_template.replace("{explanation}", explanation.strip())
     )
@@ -192,17 +192,14 @@ def whole_prompt_ids(tokenizer: Any, protocol: Protocol, prompt: str) -> list[in
 
 
 def extract_explanation(response: str) -> str | None:
-    """Returns the stripped text between the tags, or None where a tag is missing or nothing is between them."""
+    """Returns the stripped text between the tags, or None if a tag is missing or the text is blank."""
     # No regular expression: one with white space at both ends takes the cube of a run of line breaks.
     text, closing, _ = response.partition(OPENING.rstrip())[2].partition(CLOSING)
     return text.strip() or None if closing else None
 
 
 def blank_tokens(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """Marks the tokens that are nothing but white space: [V] bool.
-
-    Stripping removes them from an explanation's ends.
-    """
+    """Marks the tokens that consist of white space, which stripping an explanation removes at its ends: [V] bool."""
     blank = np.zeros(vocab_size, bool)
     for token_id in range(min(len(tokenizer), vocab_size)):
         text = tokenizer.decode([token_id])
@@ -226,7 +223,7 @@ ASSUMED = Lengths(125, 95, 4, 4, 12)  # about those of experiments/bench.py with
 def assumed_protocol(config: ProtocolConfig, closing: int = ASSUMED.closing) -> Protocol:
     """Makes a protocol for a model without a tokenizer, with prompts of the usual lengths.
 
-    It serves to compile and to time steps: neither depends on which tokens the prompts hold.
+    Use it to compile and to time steps, which do not depend on the ids of the prompts' tokens.
     """
     suffix = ASSUMED.frame // 3 if config.decoder_prompt.partition("{explanation}")[2] else 0
     return Protocol(
@@ -248,8 +245,8 @@ def assumed_protocol(config: ProtocolConfig, closing: int = ASSUMED.closing) -> 
 class Endings(NamedTuple):
     """For each token that may end an explanation, the tokens that stand for it and the suffix in the decoder's prompt.
 
-    They differ from the token followed by the suffix where the tokenizer merges across the explanation's end ("." and
-    "</" into ".</"), and where the token ends in white space, which is stripped.
+    They are usually the token and the suffix. They are other tokens if the tokenizer merges across the explanation's
+    end ("." and "</" into ".</"), or if the token ends in white space, which is stripped.
     """
 
     ids: np.ndarray  # [V, W] int32, padded on the right
@@ -257,7 +254,7 @@ class Endings(NamedTuple):
 
 
 def endings(tokenizer: Any, protocol: Protocol, vocab_size: int) -> Endings | None:
-    """Computes the endings of all tokens of a vocabulary, or None where every token is followed by the plain suffix."""
+    """Computes the endings of all tokens of a vocabulary. Returns None if all are the token and the suffix."""
     suffix = protocol.decoder_template.partition("{explanation}")[2]
     width, num_tokens = len(protocol.decoder_suffix) + 1, min(len(tokenizer), vocab_size)
     ids = np.tile(np.array([0, *protocol.decoder_suffix], np.int32), (vocab_size, 1))

@@ -31,9 +31,9 @@ _GROUP_TOKENS = 512  # a further group takes about as long as this many tokens: 
 class Explanations(NamedTuple):
     """N sampled explanations.
 
-    `texts` are stripped, and '' where the closing tag is missing. `responses` are the whole sampled texts. `ids` [N, T]
-    int32 and `length` [N] int32 hold the explanation's tokens as sampled. `truncated` [N] bool says where the token
-    limit cut the response before its closing tag.
+    `texts` are the stripped explanations, '' if the closing tag is missing. `responses` are the whole sampled texts.
+    `ids` [N, T] int32 and `length` [N] int32 hold the explanations' tokens as sampled. `truncated` [N] bool says
+    whether the token limit cut the response before its closing tag.
     """
 
     texts: list[str]
@@ -48,7 +48,7 @@ def read_samples(
 ) -> tuple[list[str], list[str]]:
     """Decodes sampled tokens into whole responses and the explanations in them.
 
-    A response includes the opening tag. An explanation is '' where the response holds none.
+    A response includes the opening tag. An explanation is '' if the response has no explanation.
     """
     responses = [
         OPENING + tokenizer.decode([token for token in row[:length].tolist() if token != protocol.eos_id])
@@ -124,7 +124,7 @@ class RoundTrip:
 
     @functools.cached_property
     def _endings(self) -> Any:
-        """What the decoder's prompt holds instead of an explanation's last token; reading texts does not need it."""
+        """The endings (`protocol.Endings`) for explanations as token ids. Explanations as text do not need them."""
         return self._put(protocol.endings(self.tokenizer, self.protocol, self._vocab_size))
 
     def _put(self, tree: Any, sharding: Callable[[Mesh], NamedSharding] = replicated) -> Any:
@@ -173,9 +173,9 @@ class RoundTrip:
     def reconstruct_texts(self, pair: Pair, texts: Sequence[str]) -> np.ndarray:
         """Rebuilds activations [N, d] float32 from explanations as text.
 
-        The decoder's whole prompt is tokenised as one string. Tokens that the model has no embedding for are left out:
-        a sampled text may spell one. On one CPU, texts are computed in a few groups of like length; elsewhere all are
-        padded to the longest, because there a shape takes longer to compile than padding takes to compute.
+        The decoder's whole prompt is tokenised as one string. Tokens that the model has no embedding for are left out,
+        because a sampled text may spell such a token. On one CPU, texts are computed in a few groups of like length.
+        Elsewhere all texts are padded to the longest, because compiling a shape takes longer than computing padding.
         """
         tokenization = self.tokenizer, self.protocol
         prompts = [protocol.known_decoder_ids(*tokenization, text, self._vocab_size) for text in texts]
@@ -191,7 +191,7 @@ class RoundTrip:
         return in_order
 
     def _call(self, function: Any, pair: Pair, rows: jax.Array, *rest: Any) -> Any:
-        """Calls a compiled function. All processes first compile together for a shape that is new."""
+        """Calls a compiled function. For a new shape, all processes first compile the function together."""
         static = tuple(argument for argument in rest if isinstance(argument, int | float))
         if (function, rows.shape, static) not in self._compiled_shapes:
             self._compiled_shapes.add((function, rows.shape, static))

@@ -20,8 +20,8 @@ from nlae_jax.mesh import batch_sharding
 def _rounding(dtype: jnp.dtype) -> float:
     """Returns the share of an activation's norm by which two computations of it may differ.
 
-    In float32 differences were measured, and they are far below a thousandth. For dtypes with fewer digits the bound is
-    assumed: two and a half steps between neighbouring numbers.
+    In float32, the bound is a thousandth, and measured differences are far below it. For dtypes with fewer digits, the
+    bound is assumed: two and a half steps between neighbouring numbers.
     """
     return max(1e-3, 2.5 * float(jnp.finfo(dtype).eps))
 
@@ -197,7 +197,7 @@ class Subject(nn.Module):
         weights: list[BlockWeights] | None = None,
         push: Push | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Feeds generated token number `step` and returns the next token's logits [B, V] and the grown caches.
+        """Reads generated token number `step`. Returns the logits [B, V] of the next token, and the extended caches.
 
         `start_B` holds the number of tokens in each row's prompt. `step` is a scalar, or [B] where rows are at
         different tokens. `push`, with `added` [B, 1, d], is added to the output of its block.

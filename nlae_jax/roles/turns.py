@@ -107,7 +107,7 @@ class Turns:
 
 
 def _keep(samples: Samples, loop: Loop, number_N: np.ndarray) -> None:
-    """Writes what the loop's rows have drawn into `samples`, where these rows have the numbers `number_N`."""
+    """Writes the tokens that the loop's rows have drawn into `samples`, at the row numbers `number_N`."""
     for array, part in zip(samples, loop.samples, strict=True):
         array[number_N] = np.asarray(part)[:, 0]
 
@@ -115,7 +115,8 @@ def _keep(samples: Samples, loop: Loop, number_N: np.ndarray) -> None:
 def smaller_batch(count: int, size: int, smallest: int) -> int:
     """Returns the size of the batch that the last `count` rows of a batch of `size` move into.
 
-    It is `smallest` times a power of `_STEP_DOWN` and at most half of `size`. If there is none with room, it is `size`.
+    It is `smallest` times a power of `_STEP_DOWN`, and at most half of `size`. If no such size is at least `count`, it
+    is `size`.
     """
     fitting = smallest
     while fitting < count:

@@ -1,13 +1,13 @@
 """The sentences and quoted strings of an explanation, found on its tokens.
 
-They decide which part of an explanation the decoder is shown, and how often an explanation repeats itself.
+They are used to choose the part of an explanation that the decoder reads, and to count repetitions.
 
-An encoder that is only ever scored on whole explanations learns to quote the last words of the context and to say
-nothing else: those words alone rebuild much of the activation. A share of every batch is therefore shown in part, in
-the decoder's warm start and in RL, so that every sentence earns its place.
+If only whole explanations are scored, the encoder learns to quote the last words of the context and nothing else,
+because these words alone rebuild much of the activation. In the decoder's warm start and in RL, the decoder therefore
+reads only a part of some explanations of every batch.
 
-A string that a sentence quotes twice (`"of", "of" or "the"`) says nothing the second time, and neither does a word that
-a list names twice (`about cats and cats`). RL may charge for both, and for a quotation that does not end.
+A string that a sentence quotes twice (`"of", "of" or "the"`) adds nothing the second time. Neither does a word that a
+list names twice (`about cats and cats`). RL may charge for both, and for a quotation that does not end.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def open_quotations(ids: jax.Array, length: jax.Array, tables: Marks) -> jax.Arr
 
 
 def keep(ids_NxT: jax.Array, length_N: jax.Array, kept_NxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves the tokens marked in `kept` [N, T] bool together on the left, with zeros after them.
+    """Moves the tokens that `kept` [N, T] bool marks to the left of their row, and puts zeros after them.
 
-    Returns the moved ids [N, T] and how many each row keeps [N].
+    Returns the moved ids [N, T] and the number of kept tokens of each row [N].
     """
     selected = kept_NxT & (jnp.arange(ids_NxT.shape[1]) < length_N[:, None])
     order = jnp.argsort(~selected, axis=1, stable=True)
@@ -188,10 +188,11 @@ def shown(
 
     Without `tables` or with the default `config`, the decoder sees everything and the third result is None.
 
-    The first `leading` of the batch's activations lose sentences at the end: at least one is left, at least one goes
-    where there are several, and how many is spread evenly over the activations. Half of them and others, `unquoted` in
-    all, lose what is quoted. A group shares its view, so its rewards can be compared; batches are drawn at random, so
-    it does not matter that the first are chosen.
+    The decoder sees only the first sentences of the explanations of the first activations in the batch, which are the
+    share `leading`. At least one sentence stays. If there are several, at least one is removed. The number of remaining
+    sentences is spread evenly over these activations. For half of these activations and for others, together the share
+    `unquoted`, the quotations are removed. All samples of an activation share a view, so their rewards can be compared.
+    Batches are drawn at random, so it does not matter which activations are chosen.
     """
     if tables is None or config == ViewsConfig():
         return ids_BxGxT, length_BxG, None
