@@ -307,6 +307,11 @@ CASES |= {
         | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8}
         | {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
     ),
+    "gpt_oss-one-expert": ("gpt_oss", SMALL | {"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": 99}),
+    "gemma4_text-one-expert": (
+        "gemma4_text",
+        SMALL | GEMMA4 | GEMMA4_EXPERTS | {"num_experts": 1, "top_k_experts": 1, "num_hidden_layers": 2},
+    ),
     "gemma4_text-all-alike": (
         "gemma4_text",
         WIDE | GEMMA4 | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "global_head_dim": 8},
@@ -722,7 +727,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
     [
         *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
         "qwen3_5_moe_text",
-        *("gemma4_text", "gemma4_text-ropes", "gemma4_text-experts"),
+        *("gemma4_text", "gemma4_text-ropes", "gemma4_text-experts", "gemma4_text-one-expert", "gpt_oss-one-expert"),
     ],
 )
 def test_what_is_written_is_what_was_read(tmp_path, case):

@@ -148,7 +148,7 @@ def hf_values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.
         array = values(share.name, share.index[0] if share.index else None)
         return np.asarray(array[share.index[1]] if share.index[1:] else array)
 
-    if len(tensor.shares) == 1 and tensor.shares[0].spread is None:
+    if len(tensor.shares) == 1 and tensor.shares[0].spread is None and tensor.shares[0].expert is None:
         array = parameter(tensor.shares[0])
         return array.T if tensor.transposed else array
     joined = np.empty(tensor.shape, np.float32)  # holds the values of any supported dtype
