@@ -52,7 +52,7 @@ SHARD_BYTES = 5 * 2**30  # the most that is written into one file
 _BESIDE = (
     *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
     *("model.visual.", "visual.", "mtp.", "model.mtp."),
-    *("model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    *("model.audio_tower.", "model.embed_vision.", "model.embed_audio.", "model.vision_embedder."),
 )
 
 # The two tensors of an MXFP4 tensor: their names are the tensor's with these endings.
