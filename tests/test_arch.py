@@ -597,6 +597,26 @@ PUBLISHED = {
         },
         {"d_ff": 768, "head_dim": 128, "rope_theta": 1e7, "tied_head": False, "windows": (), "biases": ()},
     ),
+    "polyglot-ko-1.3b": (
+        {
+            "hidden_act": "gelu",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "model_type": "gpt_neox",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "num_steps": "global_step213000",
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.5,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "use_parallel_residual": True,
+            "vocab_size": 30080,
+        },
+        {"head_dim": 128, "rotary_dim": 64, "parallel": True, "tied_head": False},
+    ),
     "gpt2-xl": (
         {
             "activation_function": "gelu_new",
