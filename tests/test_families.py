@@ -307,6 +307,11 @@ CASES |= {
         | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8}
         | {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
     ),
+    "gpt_oss-one-expert": ("gpt_oss", SMALL | {"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": 99}),
+    "gemma4_text-one-expert": (
+        "gemma4_text",
+        SMALL | GEMMA4 | GEMMA4_EXPERTS | {"num_experts": 1, "top_k_experts": 1, "num_hidden_layers": 2},
+    ),
     "gemma4_text-all-alike": (
         "gemma4_text",
         WIDE | GEMMA4 | {"num_hidden_layers": 1, "layer_types": ["full_attention"], "global_head_dim": 8},
@@ -722,7 +727,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path, parts):
     [
         *("phi3-part", "gpt_neox-in-turn", "gpt2-untied", "gpt_oss", "qwen3_moe", "qwen3_5_text-attention-first"),
         "qwen3_5_moe_text",
-        *("gemma4_text", "gemma4_text-ropes", "gemma4_text-experts"),
+        *("gemma4_text", "gemma4_text-ropes", "gemma4_text-experts", "gemma4_text-one-expert", "gpt_oss-one-expert"),
     ],
 )
 def test_what_is_written_is_what_was_read(tmp_path, case):
@@ -809,6 +814,72 @@ def test_the_language_model_beside_a_vision_tower(tmp_path, spelling, outer):
     assert arch == read_arch(tmp_path / "text")
     mine, expected = load_params(tmp_path / "both", arch), load_params(tmp_path / "text", arch)
     jax.tree.map(np.testing.assert_array_equal, mine, expected)
+
+
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SIGLIP |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+PIXTRAL = SIGLIP | {"model_type": "pixtral", "head_dim": 8}
+GEMMA4_TOWERS = {
+    "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64},
+    "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    | {"subsampling_conv_channels": [4, 4]},
+}
+UNIFIED_TOWERS = {"vision_config": {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 32}, "audio_config": {}}
+QWEN_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+# Class in transformers, the case of its language model, the fields beside `text_config`.
+MULTIMODAL = {
+    "gemma3": ("Gemma3", "gemma3", {"vision_config": SIGLIP, "image_token_index": 1}),
+    "mistral3": ("Mistral3", "mistral-window", {"vision_config": PIXTRAL, "image_token_index": 1}),
+    "gemma4": ("Gemma4", "gemma4_text", GEMMA4_TOWERS),
+    "gemma4_unified": ("Gemma4Unified", "gemma4_unified_text", UNIFIED_TOWERS),
+    "qwen3_5": ("Qwen3_5", "qwen3_5_text", {"vision_config": QWEN_TOWER}),
+    "qwen3_5_moe": ("Qwen3_5Moe", "qwen3_5_moe_text", {"vision_config": QWEN_TOWER}),
+}
+
+
+@pytest.mark.parametrize("outer", slow_but(["gemma4_unified"], MULTIMODAL))
+def test_a_multimodal_model_as_transformers_saves_it(tmp_path, outer):
+    """With towers of its own making, whose tensors have the names of published files."""
+    name, case, beside = MULTIMODAL[outer]
+    family, fields = CASES[case]
+    config = transformers.AutoConfig.for_model(outer, text_config={"model_type": family} | fields, **beside)
+    config._experts_implementation = config.text_config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")._from_config(config, attn_implementation="eager")
+    model = model.float().eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "language_model" in key or "lm_head" in key:
+                weight.copy_(0.3 * torch.randn_like(weight) + float("norm" in key))
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    arch, (ids, mask) = read_arch(tmp_path), batch_of()
+    logits = our_logits(arch, load_params(tmp_path, arch), ids[:2], mask[:2])
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(ids[:2])).logits.numpy()
+    assert_close(logits, expected, "multimodal", outer)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", "ministral", "gpt_oss"])
+def test_transformers_runs_blocks_that_have_no_window(family):
+    """As a decoder of the first block may have none. Its mask of a window needs the window's size all the same."""
+    config = config_of(case_of(family))
+    kinds = ["full_attention", *["sliding_attention"] * (config["num_hidden_layers"] - 1)]
+    arch = arch_from_hf(config | {"layer_types": kinds})
+    assert arch.windows and not arch.truncated(1).windows
+    written = hf_config(arch.truncated(1)) | {"pad_token_id": 0}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written))
+    with torch.no_grad():
+        assert model(torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def test_yarn_of_half_a_pair_is_refused():
+    """transformers stretches all pairs alike there, or fails."""
+    rope = {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}}
+    fields = {"model_type": "gpt_neox", "num_attention_heads": 2}
+    with pytest.raises(UserError, match="rope_type yarn of 3 dimensions of a head"):
+        arch_from_hf(NEOX | fields | rope)
 
 
 def test_a_sequence_beyond_what_the_model_has_positions_for_is_one_line(tmp_path):

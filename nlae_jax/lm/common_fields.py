@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nlae_jax.lm.arch import YarnRope
 from nlae_jax.lm.fields import Fields, table
 from nlae_jax.lm.rope_fields import rope_of, turned_of, whole_heads_turn
 from nlae_jax.runtime.errors import UserError
@@ -28,6 +29,10 @@ def common_fields(fields: Fields, default_theta: float = 10_000.0, partial: bool
     else:
         fields.only("partial_rotary_factor", 1.0)
         whole_heads_turn(parameters)
+    if isinstance(scaling, YarnRope) and turned % 2:  # transformers has a ramp for whole pairs alone
+        raise UserError(
+            f"config.json: rope_type yarn of {turned} dimensions of a head is not supported; of an even number it is"
+        )
     return {
         "vocab_size": fields.size("vocab_size"),
         "d_model": d_model,

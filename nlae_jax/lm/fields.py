@@ -30,7 +30,7 @@ _NO_MATHS = frozenset(
             "task_specific_params",
         ),
         *("_num_labels", "custom_pipelines", "gradient_checkpointing", "init_method", "n_special", "num_labels"),
-        *("output_past", "predict_special_tokens", "torchscript"),
+        *("model_name", "num_steps", "output_past", "predict_special_tokens", "torchscript"),
     ]
 )
 

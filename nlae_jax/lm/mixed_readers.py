@@ -124,6 +124,7 @@ def qwen3_moe(fields: Fields) -> Arch:
     fields.only("mlp_only_layers", [])
     fields.pass_over("max_window_layers")
     fields.pass_over("intermediate_size_mlp")
+    fields.only("use_qk_norm", True)  # in files of Qwen3-Coder
     common = common_fields(fields)
     windows = windows_of(fields, [True] * common["num_layers"])
     return Arch(

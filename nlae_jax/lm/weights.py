@@ -52,7 +52,7 @@ SHARD_BYTES = 5 * 2**30  # the most that is written into one file
 _BESIDE = (
     *("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.", "multi_modal_projector."),
     *("model.visual.", "visual.", "mtp.", "model.mtp."),
-    *("model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    *("model.audio_tower.", "model.embed_vision.", "model.embed_audio.", "model.vision_embedder."),
 )
 
 # The two tensors of an MXFP4 tensor: their names are the tensor's with these endings.
@@ -148,7 +148,7 @@ def hf_values(values: Callable[[str, int | None], Any], tensor: HfTensor) -> np.
         array = values(share.name, share.index[0] if share.index else None)
         return np.asarray(array[share.index[1]] if share.index[1:] else array)
 
-    if len(tensor.shares) == 1 and tensor.shares[0].spread is None:
+    if len(tensor.shares) == 1 and tensor.shares[0].spread is None and tensor.shares[0].expert is None:
         array = parameter(tensor.shares[0])
         return array.T if tensor.transposed else array
     joined = np.empty(tensor.shape, np.float32)  # holds the values of any supported dtype

@@ -24,7 +24,9 @@ class Written:
 
 
 _WINDOW = ("use_sliding_window", "sliding_window", "layer_types")
-_GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window", "layer_types")
+# Families whose class in transformers makes a mask of the window even where no block has one.
+_ALWAYS_WINDOW = ("sliding_window/always", "layer_types")
+_GEMMA = ("hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", *_ALWAYS_WINDOW)
 _GEMMA4 = (
     *("hidden_activation", "final_logit_softcapping", "sliding_window/always", "layer_types/global"),
     *(
@@ -76,10 +78,10 @@ WRITTEN: dict[str, Written] = {
     ),
     "olmo3": Written(
         "Olmo3ForCausalLM",
-        ("hidden_act", "attention_bias", "sliding_window", "layer_types", "rope_parameters/kinds"),
+        ("hidden_act", "attention_bias", *_ALWAYS_WINDOW, "rope_parameters/kinds"),
         ("rope_theta",),
     ),
-    "ministral": Written("MinistralForCausalLM", ("hidden_act", "sliding_window", "layer_types")),
+    "ministral": Written("MinistralForCausalLM", ("hidden_act", *_ALWAYS_WINDOW)),
     "ministral3": Written(
         "Ministral3ForCausalLM", ("hidden_act", "sliding_window", "rope_parameters"), ("rope_theta",)
     ),
@@ -104,7 +106,7 @@ WRITTEN: dict[str, Written] = {
     "gpt_oss": Written(
         "GptOssForCausalLM",
         (
-            *("hidden_act", "attention_bias", "sliding_window", "layer_types", "swiglu_alpha", "swiglu_limit"),
+            *("hidden_act", "attention_bias", *_ALWAYS_WINDOW, "swiglu_alpha", "swiglu_limit"),
             *("num_local_experts", "num_experts_per_tok", "rope_scaling/always"),
         ),
     ),
@@ -136,7 +138,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "mlp_bias": "gate" in arch.biases,
         "use_sliding_window": bool(arch.windows),
         "sliding_window": max(arch.windows, default=0) or None,
-        "sliding_window/always": max(arch.windows, default=512),
+        "sliding_window/always": max(arch.windows, default=None if any(local) else 512),
         "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in local],
         "layer_types/mixers": [_MIXERS.get(mixer) for mixer in arch.mixers],
         "layer_types/global": ["full_attention" if mixer == "global" else "sliding_attention" for mixer in arch.mixers],
