@@ -131,7 +131,7 @@ def mixed(texts: Path, out: Path) -> Path:
     directory = out / "mix"
     if not directory.exists():
         unfinished = out / "mix.unfinished"
-        mix.main(texts / "train", unfinished)
+        mix.draw(texts / "train", unfinished)
         unfinished.rename(directory)
     return directory
 

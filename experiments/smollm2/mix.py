@@ -34,7 +34,7 @@ DOCUMENTS = {
 }
 
 
-def draw(texts: Path, out: Path, times: int, seed: int) -> None:
+def draw(texts: Path, out: Path, times: int = 1, seed: int = 5) -> None:
     """Writes `times` `DOCUMENTS` documents of each domain in `texts` to `out`, or all that there are."""
     rng = random.Random(seed)
     for domain, count in DOCUMENTS.items():
