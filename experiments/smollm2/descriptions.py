@@ -67,6 +67,8 @@ KINDS = {
     "speech": ("Speech", "Public speech"),
     "letters": ("Letter", "Personal letter"),
 }
+LANGUAGES = ("French", "Spanish", "German", "Italian", "Portuguese", "Dutch")
+KINDS |= {language: (f"{language} text", f"Text in {language}") for language in LANGUAGES}
 # Words of a carried passage's kind -> the kinds that drafts name. The first match counts.
 PASSAGE_KINDS = {
     r"(python|(type|java)script|react/tsx|c#?|rustc?|go|java|sql|bash|html|css|json|yaml|toml|ruby?|git|log):": "code",
@@ -84,7 +86,7 @@ PASSAGE_KINDS = {
     r"speech|toast|eulogy|sermon|debate": "speech",
     r"list|table|index|timetable|schedule|menu|catalogue|register|csv": "tables",
 }
-PASSAGE_LANGUAGE = re.compile(r"(French|Spanish|German|Italian|Portuguese|Dutch)\b.*:")
+PASSAGE_LANGUAGE = re.compile(rf"({'|'.join(LANGUAGES)})\b.*:")
 LINKS = (" about {}", ", touching on {}", ", with {}", "; it mentions {}", " on {}")
 ENDS = (
     'It stops at "{}".',
@@ -93,7 +95,6 @@ ENDS = (
     'It has reached "{}".',
     'The last words are "{}".',
 )
-LANGUAGE_KIND = re.compile(r"[A-Z][a-z]+ text(?=[ ,;.])|Text in [A-Z][a-z]+")
 # What `nlae_jax/data/template.py` writes.
 TEMPLATE = re.compile(
     r"(?:Next comes (?P<next>.*?)\. )?(?:The text is about (?P<topic>.*?)\. )?"
@@ -115,7 +116,7 @@ def kinds_of(row: Mapping[str, str], passages: Mapping[str, str]) -> tuple[str, 
         return KINDS[row["domain"]]
     kind = passages[row["id"]]
     if language := PASSAGE_LANGUAGE.match(kind):
-        return (f"{language[1]} text", f"Text in {language[1]}")
+        return KINDS[language[1]]
     found = (name for words, name in PASSAGE_KINDS.items() if re.search(rf"(?<![\w-])({words})(?!\w)", kind))
     return KINDS[next(found, "passages")]
 
@@ -169,8 +170,7 @@ def shortened(description: str, words: int) -> str:
 
 def mentioning(description: str, words: Sequence[str], rng: random.Random) -> str:
     """The draft with `words` in place of its topic words."""
-    names = (kind for kinds in KINDS.values() for kind in kinds)
-    kind = max((kind for kind in [*names, *LANGUAGE_KIND.findall(description)] if kind in description), key=len)
+    kind = max((kind for kinds in KINDS.values() for kind in kinds if kind in description), key=len)
     before, after = description.split(kind, 1)
     link = rng.choice(LINKS).format(enumerated(words, "and")) if words else ""
     return f"{before}{kind}{link}{after[after.index('. ') :]}"
