@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,6 +55,11 @@ gc.set_threshold(50_000, 20, 50)
 # No deadline: an example that compiles takes a second. Derandomised: the suite does the same work every time.
 hypothesis.settings.register_profile("nlae_jax", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("nlae_jax")
+
+
+def environment_with(devices: int) -> dict[str, str]:
+    """Returns the environment of the tests for a process with another number of fake devices."""
+    return os.environ | {"XLA_FLAGS": re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])}
 
 
 def slow_but(kept: Iterable[Any], cases: Iterable[Any]) -> list[Any]:

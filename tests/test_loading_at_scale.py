@@ -1,8 +1,6 @@
 """Loading by processes of their own: what each of several reads, and how much memory a large model takes."""
 
 import json
-import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +17,7 @@ from nlae_jax.lm.arch import Arch
 from nlae_jax.lm.layout import flat_weights, hf_name, hf_tensors
 from nlae_jax.lm.weights import load_params
 from tests.checkpoints import drawn, save_index, save_shards, shardings_on, write_config
+from tests.conftest import environment_with
 from tests.loading import digest, distinct_shards
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +25,8 @@ ROOT = Path(__file__).parent.parent
 
 def start(*arguments: object, devices: int) -> subprocess.Popen:
     """`tests.loading` in a process of its own, with so many fake devices."""
-    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     command = [sys.executable, "-m", "tests.loading", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stdout=-1, stderr=-1, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment_with(devices), stdout=-1, stderr=-1, text=True)
 
 
 def reports_of(*processes: subprocess.Popen) -> list[dict]:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.train.checkpoint import is_sealed
 from nlae_jax.train.metrics import MetricsLog
+from tests.conftest import environment_with
 from tests.test_resume import assert_same, rows_of, run_toy
 from tests.tiny_run import ROOT
 
@@ -291,13 +291,13 @@ class Processes:
     """`count` processes with four devices together; a context manager that leaves none behind."""
 
     def __init__(self, count, arguments):
-        flags = re.sub(r"(device_count)=\d+", rf"\1={4 // count}", os.environ["XLA_FLAGS"])
+        environment = environment_with(4 // count)
         port = free_port()
         self.all = [
             subprocess.Popen(
                 [sys.executable, "-m", "nlae_jax", *arguments, "--distributed", f"localhost:{port},{count},{index}"],
                 cwd=ROOT,
-                env={**os.environ, "XLA_FLAGS": flags},
+                env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
