@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import nlae_jax
 from nlae_jax import assets
 from nlae_jax.cli import main
+from nlae_jax.interop.released import open_released
 from nlae_jax.lm.adapters import CONFIG, WEIGHTS, has_adapters, open_adapters, write_adapters
 from nlae_jax.lm.arch import expert_layers
 from nlae_jax.lm.families import arch_from_hf, read_arch
@@ -248,6 +249,19 @@ def test_a_pair_is_loaded_by_name_and_says_the_same(
     named = nlae_jax.NLA.from_pretrained("tiny")
     assert only(named.explain_text(text)) == expected
     assert only(named.explain_texts([text, "of the"])[0]) == expected
+
+
+def test_a_directory_comes_before_a_pair_of_the_package(
+    lora_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `init.pair`, so that commands and trainings read the same files."""
+    _, out = lora_run
+    name = assets.pair_names()[0]
+    shutil.copytree(out, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert open_released(name, "av").sidecar.path.resolve().is_relative_to(tmp_path)
+    with pytest.raises(UserError, match=f"the package carries the pairs {name}"):
+        open_released(f"{name}x.gguf", "av")
 
 
 def test_a_pair_of_adapters_loads_one_tokenizer(lora_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

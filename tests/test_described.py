@@ -1,7 +1,8 @@
 """Descriptions made elsewhere: which token each belongs to, and what is left out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_the_carried_notes_are_read_at_the_ends_of_their_texts() -> None:
     descriptions = list(read_descriptions(described_path("warmstart")))
     documents = read_documents(resolve({"corpus.path": "warmstart"}).corpus)
     assert len(descriptions) > 3000 and all(document.at_end and document.passage for document in documents)
-    assert {d.place[1].lstrip() for d in descriptions} >= {document.text for document in documents}
+    assert {d.source.lstrip() for d in descriptions} >= {document.text for document in documents}
 
 
 def test_a_file_must_be_named_by_the_provider_that_reads_it() -> None:
@@ -170,3 +171,82 @@ def test_the_beginning_of_a_document_is_in_its_split_whatever_stands_before_it(
     document = named("d7", TEXT)
     path = lines(tmp_path / "d.jsonl", [{"text": f"\n {TEXT[:40]}", "description": "the beginning"}])
     assert match(read_descriptions(path), [document], tokenizer, 64).documents[-1].group == document.group
+
+
+def test_lines_of_a_passage_are_in_one_split_with_its_documents(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """However a line names its document: otherwise the beginning of a held-out document could be trained on."""
+    documents = [named("d7", TEXT), named("d8", f"Another land. {TEXT}"), named("d9", f"A third one. {TEXT}")]
+    rows = [
+        {"text": TEXT[:40], "passage": "p", "description": "the beginning of d7"},
+        {"id": "d8", "position": 3, "passage": "p", "description": "of d8"},
+        {"text": documents[2].text, "passage": "q", "description": "the whole of d9"},
+        {"text": "A stranger to the corpus, by the sea", "passage": "q", "description": "of none"},
+        {"text": "A valley in the north", "description": "a text"},
+        {"text": "A valley in the north of the land", "description": "the same and more"},
+        {"text": "A valley in the north of the land and its hills", "description": "the whole"},
+    ]
+    found = match(read_descriptions(lines(tmp_path / "d.jsonl", rows)), documents, tokenizer, 64).documents
+    groups = [document.group for document in found]
+    assert groups[:2] == [documents[0].group] * 2 and groups[2] == documents[2].group
+    assert groups[3] == groups[0] and groups[4] == groups[2]
+    assert groups[5] == groups[6] == groups[7] and len(set(groups)) == 3
+
+
+def test_a_description_has_no_white_space_around_it(tmp_path: Path) -> None:
+    """The decoder's last token would be a line break in its warm start, and a full stop everywhere else."""
+    path = lines(tmp_path / "d.jsonl", [{"text": "The river", "description": "\n A recipe.\r\n"}])
+    assert next(read_descriptions(path)).text == "A recipe."
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(" ", "\n\n"), str.upper, lambda text: f" {text}"])
+def test_a_text_that_the_corpus_has_in_other_white_space_or_case_is_read_at_the_corpus_documents_end(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, change: Callable[[str], str]
+) -> None:
+    document = named("d7", TEXT)
+    path = lines(tmp_path / "d.jsonl", [{"text": change(TEXT), "description": "the end"}])
+    found = match(read_descriptions(path), [document], tokenizer, 64)
+    assert found.documents == [document]
+    assert found.positions == {document.doc_id: {len(tokenizer(TEXT)["input_ids"]) - 1: "the end"}}
+
+
+@pytest.mark.parametrize("before", ["", "\n\n", "  \r\n"])
+def test_a_position_counts_in_the_text_as_its_file_has_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, before: str
+) -> None:
+    corpus = lines(tmp_path / "c.jsonl", [{"id": "d7", "text": before + TEXT}])
+    documents = read_documents(resolve({"corpus.path": str(corpus), "corpus.min_characters": 1}).corpus)
+    spans = tokenizer(before + TEXT, return_offsets_mapping=True)["offset_mapping"]
+    stop = tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"][4][1]
+    counted = next(token for token, (_, end) in enumerate(spans) if end == len(before) + stop)
+    row = {"position": counted, "description": "here"}
+    for place in ({"id": "d7"}, {"text": before + TEXT}):
+        path = lines(tmp_path / "d.jsonl", [place | row])
+        assert list(match(read_descriptions(path), documents, tokenizer, 64).positions.values()) == [{4: "here"}]
+
+
+def test_a_text_may_have_an_offset(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A file of whole documents, each on several lines with an offset, needs no other corpus."""
+    spans = tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    rows = [{"text": TEXT, "offset": spans[token][1], "description": f"token {token}"} for token in (3, 9)]
+    rows += [{"text": TEXT, "offset": len(TEXT) + 1, "description": "beyond the end"}]
+    found = match(read_descriptions(lines(tmp_path / "d.jsonl", rows)), [], tokenizer, 64)
+    assert list(found.positions.values()) == [{3: "token 3", 9: "token 9"}] and found.dropped.total() == 1
+    path = lines(tmp_path / "d.jsonl", [{"text": TEXT, "offset": 4, "position": 2, "description": "which?"}])
+    with pytest.raises(UserError, match=r"d\.jsonl:1: offset and position are both set"):
+        list(read_descriptions(path))
+
+
+def test_any_token_of_a_character_has_a_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    document = named("d7", "The 🙂 land")
+    spans = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
+    inner = next(token for token, (span, after) in enumerate(pairwise(spans)) if span[1] == after[1])
+    path = lines(tmp_path / "d.jsonl", [{"id": "d7", "position": inner, "description": "a part of a character"}])
+    found = match(read_descriptions(path), [document], tokenizer, 64)
+    assert found.positions == {document.doc_id: {inner: "a part of a character"}}
+
+
+def test_the_carried_texts_have_their_notes_ids() -> None:
+    documents = read_documents(resolve({"corpus.path": "warmstart"}).corpus)
+    assert len({document.name for document in documents}) == len(documents) and all(d.name for d in documents)

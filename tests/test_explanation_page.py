@@ -45,6 +45,14 @@ def test_better_scores_have_more_colour() -> None:
     assert [float(shade) for shade in shades] == [0.5, 0.25, 0.0, 0.0]
 
 
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    """Each of its tokens has the whole character as text."""
+    rows = [token(1, "Hi ", "x", 0.1), *(token(2 + i, "🙂", "x", 0.1) | {"fragment_index": i} for i in range(3))]
+    text = re.sub(r'<span\s+class="card".*?</span>', "", explanation_page([rows], "m", 1), flags=re.DOTALL)
+    assert text.count("🙂") == 1 and text.count("·") == 2
+    assert "“🙂 (part 3)”" in explanation_page([rows], "m", 1)
+
+
 @pytest.mark.parametrize(
     "hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "\x1b[2J\u202eevil"]
 )

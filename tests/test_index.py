@@ -57,6 +57,15 @@ def test_positions_may_be_read(count, seed, positions, min_position):
         assert len(read_here) == min(positions, candidates)
 
 
+def test_texts_read_at_their_ends_are_counted_where_they_are_too_long(capsys):
+    texts = [Document(f"{i}", "abc" * (4 + 40 * (i % 2)), at_end=True) for i in range(10)]
+    chosen = make_index(texts, Letters(), config(max_tokens=40))
+    assert len(chosen.position) == 5
+    assert "5 texts read at their ends have more than extract.max_tokens = 40" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"10 texts read at their ends have more than extract\.max_tokens = 8"):
+        make_index(texts, Letters(), config(max_tokens=8))
+
+
 @given(st.integers(4, 200), st.integers(0, 3), st.lists(st.integers(1, 97), min_size=4, max_size=4))
 def test_every_document_is_in_one_split_and_none_is_empty(count, seed, weights):
     shares = SplitConfig(*(weight / sum(weights) for weight in weights))

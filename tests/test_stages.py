@@ -13,11 +13,13 @@ from nlae_jax.cli import main
 from nlae_jax.config import load_config
 from nlae_jax.data.activations import ActivationStore
 from nlae_jax.data.index import SPLITS
-from nlae_jax.evaluate.health import MEASURES, health
+from nlae_jax.evaluate.health import MEASURES, Watch, health
 from nlae_jax.evaluate.reconstruction import UNINFORMED
 from nlae_jax.roles.language_model import LanguageModel
+from nlae_jax.roles.protocol import Protocol
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.run import stages
+from nlae_jax.run.training import health_of_samples
 from nlae_jax.train import metrics
 
 pytest_plugins = ["tests.tiny_run"]
@@ -123,6 +125,20 @@ def test_rl_says_how_different_explanations_are(tiny_run):
     assert sum(measured <= row.keys() for row in rows) >= len(rows) / 2
     assert all(0 <= row[name] <= 1 for row in rows for name in measured & row.keys())
     assert any(row["distinct_1"] < row["distinct_3"] for row in rows if "distinct_3" in row)
+
+
+def test_rl_warns_of_samples_that_cannot_be_read(tiny_run):
+    """Where none can be read, there is nothing else to measure."""
+    model = LanguageModel.from_pretrained(str(tiny_run.model))
+    protocol = Protocol.from_json((tiny_run.workdir / "protocol.json").read_text(encoding="utf-8"))
+    tokens = np.zeros((2, 2, 5), np.int32)
+    said = []
+    watch = Watch("rl", said.append)
+    for step, lengths in enumerate(([[3, 5], [1, 2]], [[0, 0], [0, 0]]), start=1):
+        samples = {"tokens": tokens, "lengths": np.array(lengths)}
+        watch.add(health_of_samples(model.tokenizer, protocol, samples, 2))
+        watch.review(step)
+    assert [line.split(" (")[0] for line in said if "extraction_rate" in line] == ["rl: extraction_rate 0"]
 
 
 def test_logp_gap_is_small(tiny_run):

@@ -5,7 +5,7 @@
 The texts are those of texts.py, and files documentation.jsonl and passages.jsonl beside them.
 
 It reads one activation of each document. The decoder reads the explanations as text. Every figure is the mean over
-`--seeds` seeds of sampling, with an interval over documents; the seeds' own figures stand beside it. `--before` is the
+`--seeds` seeds of sampling, with an interval over documents; the seeds' own FVE stands beside it. `--before` is the
 pair that the gain is measured from. The held-out texts are for the last measurement of a pair that is chosen, never for
 choosing.
 """
@@ -13,6 +13,7 @@ choosing.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from nlae_jax.assets import WARMSTART_NOTES
 from nlae_jax.data.corpus import read_json_lines
 from nlae_jax.data.mismatch import mismatched
 from nlae_jax.evaluate.claims import claims, ending, parts
-from nlae_jax.evaluate.estimate import estimate, fve_of
+from nlae_jax.evaluate.estimate import estimate, fve_of, jackknifed
 from nlae_jax.evaluate.health import health
 from nlae_jax.evaluate.reconstruction import UNINFORMED, fve, summarise, uninformed, variances
 from nlae_jax.evaluate.rows import likeliest
@@ -59,6 +60,13 @@ FIGURES = (
     ("quoted last words end the context", "ending_is_last"),
     ("an item of a list is repeated", "repeated_rate"),
     ("different explanations", "distinct_explanations"),
+    ("different words / all words", "distinct_1"),
+    ("the same of pairs of words", "distinct_2"),
+    ("the same of triples of words", "distinct_3"),
+    ("words that the explanation before does not have", "changed_words"),
+    ("expected tokens that the explanation before does not have", "changed_candidates"),
+    ("explanations with the marker", "marker_rate"),
+    ("explanations with Chinese, Japanese or Korean signs", "cjk_rate"),
     ("closed explanations", "extraction_rate"),
 )
 
@@ -143,21 +151,49 @@ def measured(after: NLA, before: NLA, places: list[Place], seeds: int, temperatu
     """The figures of `FIGURES` as means over seeds, with intervals over documents and the explanations of one seed."""
     h_NxD, expected = read(after, places)
     documents = np.array([place.document for place in places])
-    runs = [of_seed(after, before, h_NxD, places, documents, expected, temperature, seed) for seed in range(seeds)]
-    mse = {name: np.mean([errors[name] for errors, _, _ in runs], axis=0) for name in runs[0][0]}
+    runs = [of_seed(after, before, h_NxD, places, documents, temperature, seed) for seed in range(seeds)]
+    mse = {name: np.mean([errors[name] for errors, _ in runs], axis=0) for name in runs[0][0]}
     notes = [place.note for place in places]
     mse["gold"] = np.where([bool(note) for note in notes], after.score_written(notes, h_NxD)[0], np.nan)
     variance = variances(h_NxD)
     figures = summarise(h_NxD, documents, mse, 2000, 0)
-    measured_names = set.intersection(*(set(shares) for _, shares, _ in runs))
-    figures |= {name: float(np.mean([shares[name] for _, shares, _ in runs])) for name in measured_names}
-    figures["fve_of_seeds"] = [fve(errors["after"], variance) for errors, _, _ in runs]
-    for name in ("shuffled", "without_last", "without_quotes", "bare"):
+    figures["fve_of_seeds"] = [fve(errors["after"], variance) for errors, _ in runs]
+    for name in mse.keys() - {"after", "before", "text"}:
         figures[f"fve_{name}_ci95"] = estimate(np.stack([mse[name], variance], -1), documents, fve_of)["ci95"]
+    mean_norm = np.full(len(places), mse["after"].mean() / (1 - figures["fve_meannorm"]))
+    figures["fve_meannorm_ci95"] = estimate(np.stack([mse["after"], mean_norm], -1), documents, fve_of)["ci95"]
+    figures |= shares(after, [texts for _, texts in runs], places, documents, expected)
     figures["examples"] = [
         {"context": place.context.text, "likeliest": token, "explanation": text, "cos": float(1 - error / 2)}
-        for place, token, text, error in zip(places, expected, runs[0][2], runs[0][0]["after"], strict=True)
+        for place, token, text, error in zip(places, expected, runs[0][1], runs[0][0]["after"], strict=True)
     ]
+    return figures
+
+
+def shares(
+    nla: NLA, texts_of_seeds: list[list[str]], places: list[Place], documents: np.ndarray, expected: list[str]
+) -> dict[str, Any]:
+    """The shares of `health` and `claims` as means over seeds, with intervals from leaving out documents."""
+    contexts = [place.context.text for place in places]
+
+    @functools.cache
+    def of_rows(rows: tuple[int, ...]) -> dict[str, float]:
+        found = []
+        for seed, texts in enumerate(texts_of_seeds):
+            kept, kept_contexts = ([values[row] for row in rows] for values in (texts, contexts))
+            other = mismatched(documents[list(rows)], seed)
+            measured = health(kept, nla.protocol.marker)
+            measured |= claims(kept, kept_contexts, [expected[row] for row in rows], list(other))
+            measured |= {"ending_is_last": share_of_last(kept, kept_contexts)}
+            found.append(measured | {"extraction_rate": float(np.mean([bool(text) for text in kept]))})
+        names = set.intersection(*map(set, found))
+        return {name: float(np.mean([measured[name] for measured in found])) for name in names}
+
+    figures: dict[str, Any] = {}
+    for name, value in of_rows(tuple(range(len(places)))).items():
+        figures[name] = value
+        statistic = lambda rows, name=name: of_rows(tuple(rows.tolist())).get(name)  # noqa: E731
+        figures[f"{name}_ci95"] = jackknifed(statistic, documents, limits=(0.0, 1.0))["ci95"]
     return figures
 
 
@@ -167,11 +203,10 @@ def of_seed(
     h_NxD: np.ndarray,
     places: list[Place],
     documents: np.ndarray,
-    expected: list[str],
     temperature: float,
     seed: int,
-) -> tuple[dict[str, np.ndarray], dict[str, float], list[str]]:
-    """(mse [N] by name, shares by name, explanations) of one seed of sampling."""
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(mse [N] by name, explanations) of one seed of sampling."""
     contexts = [place.context.text for place in places]
 
     def explained(nla: NLA, vectors_NxD: np.ndarray) -> list[str]:
@@ -187,17 +222,14 @@ def of_seed(
             by_part[name].append(part)
     other = mismatched(documents, seed)
     after_N = errors(after, texts)
-    mse = {
+    return {
         "after": after_N,
         "text": after_N,
         "before": after_N if before is after else errors(before, explained(before, h_NxD)),
         "shuffled": errors(after, [texts[index] for index in other]),
         **{name: errors(after, explained(after, vectors)) for name, vectors in uninformed(h_NxD, seed).items()},
         **{name: errors(after, found) for name, found in by_part.items()},
-    }
-    shares = health(texts, after.protocol.marker) | claims(texts, contexts, expected, list(other))
-    shares["ending_is_last"] = share_of_last(texts, contexts)
-    return mse, shares | {"extraction_rate": float(np.mean([bool(text) for text in texts]))}, texts
+    }, texts
 
 
 def table(card: dict[str, Any]) -> list[str]:

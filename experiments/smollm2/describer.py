@@ -50,7 +50,7 @@ def is_held_out(passage: str) -> bool:
 
 def arrays(tokenizer: object, descriptions: list[Description]) -> Batch:
     """Prompts padded on the left and notes on the right: what `describer_sft_step` reads, of all rows."""
-    prompts = [prompt_ids(tokenizer, description.place[1]) for description in descriptions]
+    prompts = [prompt_ids(tokenizer, description.source) for description in descriptions]
     notes = [note_ids(tokenizer, description.text) for description in descriptions]
     prompt, mask = pad_left(prompts, max(map(len, prompts)))
     note, length = pad(notes, max(map(len, notes)))
@@ -117,10 +117,10 @@ def main() -> None:
     adapters = options.workdir / "adapters"
     adapters.mkdir(exist_ok=True)
     write_adapters(adapters, arch, state.trained["adapters"], float(RANK), MODEL)
-    written = TextDescriber.from_directory(adapters).describe([note.place[1] for note in unseen[:64]])
+    written = TextDescriber.from_directory(adapters).describe([note.source for note in unseen[:64]])
     with (options.workdir / "held_out.jsonl").open("w", encoding="utf-8") as file:
         for note, text in zip(unseen, written, strict=False):
-            row = {"text": note.place[1], "written": note.text, "describer": text}
+            row = {"text": note.source, "written": note.text, "describer": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(json.dumps({"held_out_loss": loss, "held_out_notes": len(unseen)}))
 

@@ -52,7 +52,7 @@ class Text:
     passage: str = ""
     at_end: bool = False
     domain: str = ""
-    lead: int = 0  # characters of white space that stood before `text` in the source
+    lead: str = ""  # the white space that stood before `text` in the source
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Document:
     passage: str = ""
     at_end: bool = False
     domain: str = field(default="", compare=False)
-    lead: int = field(default=0, compare=False)
+    lead: str = field(default="", compare=False)
 
     @property
     def group(self) -> str:
@@ -78,8 +78,10 @@ class Document:
 
 def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
     """Makes the document of a text that does not come from a corpus."""
-    clean = _clean(text).lstrip()
-    return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end)
+    whole = _clean(text)
+    clean = whole.lstrip()
+    lead = whole[: len(whole) - len(clean)]
+    return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end, lead=lead)
 
 
 def read_documents(config: CorpusConfig) -> list[Document]:
@@ -141,7 +143,7 @@ def _warm_start_texts() -> Iterator[Text]:
     """Yields the texts of the notes that the package carries. Each is read at its end."""
     for where, row in read_json_lines(WARMSTART_NOTES):
         kind = row["kind"].partition(":")[0]  # of "encyclopaedia: river delta", say
-        yield Text(_text_of(row, where, "text"), passage=row["passage"], at_end=True, domain=kind)
+        yield Text(_text_of(row, where, "text"), row["id"], row["passage"], at_end=True, domain=kind)
 
 
 def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) -> list[Document]:
@@ -152,7 +154,7 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
     for source_text in texts:
         whole = _clean(source_text.text)
         text = whole.lstrip()
-        lead = len(whole) - len(text)
+        lead = whole[: len(whole) - len(text)]
         text = text if source_text.at_end else text.rstrip()
         if not text.strip() or (len(text) < config.min_characters and not source_text.at_end):
             dropped["too short"] += 1

@@ -21,6 +21,7 @@ from nlae_jax.data.corpus import Document
 from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_parquet, write_parquet
+from nlae_jax.runtime.progress import say
 
 SPLITS = tuple(field.name for field in dataclasses.fields(SplitConfig))
 
@@ -68,6 +69,7 @@ def make_index(
     extract, begin = config.extract, begin_ids(tokenizer)
     special = np.array(sorted(tokenizer.all_special_ids), np.int32)
     chosen: list[tuple[Document, np.ndarray, np.ndarray]] = []
+    too_long = 0
     for document in documents:
         all_ids = text_ids(tokenizer, document.text, begin)
         ids = np.array(all_ids[: extract.max_tokens], np.int32)
@@ -83,11 +85,17 @@ def make_index(
             positions = _rng(config.seed, document.doc_id).choice(candidates, count, replace=False)
         if len(positions):
             chosen.append((document, ids, np.sort(positions).astype(np.int32)))
+        elif document.at_end and len(all_ids) > len(ids):
+            too_long += 1
+    cut = f"{too_long} texts read at their ends have more than extract.max_tokens = {extract.max_tokens} tokens"
     if len(chosen) < len(SPLITS):
         raise UserError(
             f"corpus: {len(chosen)} of {len(documents)} documents are longer than extract.min_position = "
             f"{extract.min_position} tokens; at least {len(SPLITS)} are needed, one per split"
+            + (f"; {cut}" if too_long else "")
         )
+    if too_long:
+        say(f"corpus: {cut}; they are left out")
     chosen.sort(key=lambda entry: (len(entry[1]), entry[0].doc_id))
     counts = [len(positions) for _, _, positions in chosen]
     return Index(

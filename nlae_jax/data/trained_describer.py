@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,17 @@ class TextDescriber:
         params = _merged(load_params(base, arch), adapters, adapters.read(arch))
         return TextDescriber(LanguageModel(arch, params, load_tokenizer(base)))
 
-    def describe(
-        self, texts: Sequence[str], seed: int = 0, advance: Callable[[int], None] = lambda texts: None
-    ) -> list[str | None]:
+    def describe(self, texts: Sequence[str], seed: int = 0) -> list[str | None]:
         """Writes a note on each text: one line without angle brackets, or None where the note was cut off or empty.
 
-        The same texts with the same `seed` get the same notes. `advance` is called with the number of texts done.
+        The same texts with the same `seed` get the same notes.
         """
+        notes = dict(self.written(texts, seed))
+        return [notes[index] for index in range(len(texts))]
+
+    def written(self, texts: Sequence[str], seed: int = 0) -> Iterator[tuple[int, str | None]]:
+        """Yields the number of each text and the note on it, as `describe` writes it, batch by batch."""
         tokenizer = self._model.tokenizer
-        notes: list[str | None] = [None] * len(texts)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         order = sorted(range(len(texts)), key=lambda index: len(prompts[index]))
         for number, start in enumerate(range(0, len(order), _BATCH)):
@@ -63,9 +65,7 @@ class TextDescriber:
             )
             for index, reply in zip(batch, replies, strict=True):
                 is_finished = len(reply) < _MAX_NEW_TOKENS
-                notes[index] = _clean(tokenizer.decode(reply, skip_special_tokens=True)) if is_finished else None
-            advance(len(batch))
-        return notes
+                yield index, _clean(tokenizer.decode(reply, skip_special_tokens=True)) if is_finished else None
 
 
 def describer_provider(
@@ -79,11 +79,10 @@ def describer_provider(
 
     def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:
         for start in range(0, len(texts), _TOGETHER):
-            notes = describer.describe(texts[start : start + _TOGETHER])
-            for index, note in enumerate(notes, start=start):
+            for index, note in describer.written(texts[start : start + _TOGETHER]):
                 answer = Answer(f"<explanation>{note or ''}</explanation>")
-                keep(index, answer.text or "")
-                yield index, answer
+                keep(start + index, answer.text or "")
+                yield start + index, answer
 
     cache = AnswerCache(resources.cache_directory, config.provider, open_adapters(directory).identity)
     return cached_describer(config, cache, ask, progress, _TOGETHER)

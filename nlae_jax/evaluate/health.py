@@ -240,10 +240,9 @@ class Watch:
         self._crossed: set[str] = set()
         self._rows: list[Mapping[str, float]] = []
 
-    def add(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """Keeps one step's values for `review`, and returns them."""
+    def add(self, values: Mapping[str, float]) -> None:
+        """Keeps one step's values for `review`."""
         self._rows.append(values)
-        return values
 
     def review(self, step: int) -> None:
         """Checks the means of the values that were added since the last review.

@@ -44,6 +44,7 @@ class Explained:
     - `agreement`: with several samples, the mean over pairs of samples of shared content words / all content words of
       the pair, 0 to 1; `consensus`: the content words that more than half of the samples have;
     - `span`: the positions that were averaged, `(first, last)`; None for a single token;
+    - `fragment_index`: of a character that several tokens make, each has the character as `token`, counted from 0;
     - `role`, `section`, `message_index`: a chat token's place (see `Token`); `generated`: whether the model wrote it.
     """
 
@@ -61,6 +62,7 @@ class Explained:
     agreement: float | None = None
     consensus: str = ""
     span: tuple[int, int] | None = None
+    fragment_index: int = 0
     role: str | None = None
     section: str | None = None
     message_index: int | None = None
@@ -98,6 +100,7 @@ _OPTIONAL = {
     "agreement": None,
     "consensus": "",
     "span": None,
+    "fragment_index": 0,
     "role": None,
     "section": None,
     "message_index": None,
@@ -207,6 +210,7 @@ def _explained(nla: Explainer, h_D: np.ndarray, samples: Sequence[Sample], token
         samples=tuple(samples) if several else (),
         agreement=agreement(texts) if several else None,
         consensus=consensus(texts) if several else "",
+        fragment_index=0 if token is None else token.fragment_index,
         role=None if token is None else token.role,
         section=None if token is None else token.section,
         message_index=None if token is None else token.message_index,
@@ -245,4 +249,5 @@ def _of_span(nla: Explainer, explanation: Explained, passage: Passage, h_TxD: np
     norms = np.linalg.norm(h_TxD, axis=-1)
     outside = next((reason for p in pick.positions if (reason := nla.statistics.outside(float(norms[p]), p))), "")
     first, last = pick.positions[0], pick.last
-    return dataclasses.replace(explanation, token=passage.shown(first, last + 1), outside=outside, span=(first, last))
+    shown = passage.shown(first, last + 1)
+    return dataclasses.replace(explanation, token=shown, fragment_index=0, outside=outside, span=(first, last))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nlae_jax.assets import pair_directory
+from nlae_jax.assets import pair_directory, pair_names
 from nlae_jax.interop.sidecar import Sidecar, combined, read_sidecar
 from nlae_jax.lm.adapters import AdapterFile, has_adapters, open_adapters
 from nlae_jax.lm.arch import Arch, model_weights
@@ -132,8 +132,16 @@ def open_released(name: str, role: str) -> Released:
 
 def _directory(name: str, role: str) -> Path:
     """Returns the directory of a role's files."""
-    pair = pair_directory(name) or local_path(name, "model")
-    return pair / role if (pair / role).is_dir() else resolve_model(name)
+    local = local_path(name, "model")
+    pair = local if local.exists() else pair_directory(name) or local  # a directory of the user's comes first
+    if (pair / role).is_dir():
+        return pair / role
+    try:
+        return resolve_model(name)
+    except UserError as error:
+        if "/" in name:
+            raise
+        raise UserError(f"{error}; the package carries the pairs {', '.join(pair_names())}") from None
 
 
 def pair_sidecar(av: Released, ar: Released) -> Sidecar:

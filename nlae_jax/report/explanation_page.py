@@ -12,9 +12,10 @@ from typing import Any
 import jinja2
 
 from nlae_jax.assets import EXPLANATION_PAGE
-from nlae_jax.report.table import number, printable, remarks, split_at_token
+from nlae_jax.report.table import number, printable, remarks, token_label
 from nlae_jax.runtime.files import write_text
 
+_FRAGMENT = "·"  # a further token of a character, which is shown once
 _WORST = 0.6  # the mse from which a token has no colour
 
 
@@ -33,7 +34,6 @@ def write_explanation_page(path: Path, texts: Sequence[Sequence[Mapping[str, Any
 
 
 def _row(token: Mapping[str, Any]) -> dict[str, Any]:
-    _, label = split_at_token(token["token"], token["token"], 0)
     explanation = " ".join(printable(token["explanation"]).split())
     if token.get("span"):
         place = f"{token['span'][0]}–{token['span'][1]}"
@@ -44,8 +44,8 @@ def _row(token: Mapping[str, Any]) -> dict[str, Any]:
         notes.append(f"agreement {number(token['agreement'], 2)} over samples; {printable(token['consensus'])}")
     return {
         "position": place,
-        "shown": printable(token["token"]) or place,
-        "label": label.strip() or label,
+        "shown": _FRAGMENT if token.get("fragment_index") else printable(token["token"]) or place,
+        "label": token_label(token),
         "explanation": explanation or "(empty)",
         "cos": number(token["cos"]),
         "mse": number(token["mse"]),

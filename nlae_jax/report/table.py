@@ -54,6 +54,18 @@ def split_at_token(context: str, token: str, width: int) -> tuple[str, str]:
     return before, token
 
 
+def token_label(row: Mapping[str, Any]) -> str:
+    """Returns an explained row's token in a visible form, or "" for a vector without a text.
+
+    Where several tokens make a character, all have this character as text, and the label counts them.
+    """
+    if not row["token"]:
+        return ""
+    _, token = split_at_token(row["token"], row["token"], 0)
+    number = row.get("fragment_index", 0)
+    return f"{token.strip()} (part {number + 1})" if number else token.strip()
+
+
 def is_shown(value: Any) -> bool:
     """Returns whether a value is a number that can be shown. Evaluations write null where they have no figure."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
@@ -144,7 +156,6 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("mse", justify="right", no_wrap=True, min_width=5)
     table.add_column("rel.", justify="right", no_wrap=True, min_width=4)
     for row in tokens:
-        _, token = split_at_token(row["token"], row["token"], 0) if row["token"] else ("", "")
         cell = _explanation_cell(row)
         notes = remarks(row)
         if row.get("agreement") is not None:
@@ -153,7 +164,7 @@ def explanation_table(tokens: Sequence[Mapping[str, Any]]) -> Table:
             cell.append(f" ({'; '.join(notes)})", "dim")
         place = f"{row['span'][0]}–{row['span'][1]}" if row.get("span") else row.get("position")
         scores = number(row["cos"]), number(row["mse"]), number(row.get("relative_mse"), 2)
-        table.add_row("–" if place is None else str(place), Text(token.strip(), "bold"), cell, *scores)
+        table.add_row("–" if place is None else str(place), Text(token_label(row), "bold"), cell, *scores)
     table.caption = "rel.: mse / variance of the data; 0 is perfect, 1 is no better than the mean"
     table.caption_justify = "left"
     return table

@@ -19,7 +19,7 @@ from nlae_jax.lm.tokens import pad
 from nlae_jax.mesh import share
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
-from nlae_jax.roles.protocol import blank_tokens, endings, response_ids, whole_prompt_ids
+from nlae_jax.roles.protocol import Protocol, blank_tokens, endings, response_ids, whole_prompt_ids
 from nlae_jax.roles.roundtrip import read_samples
 from nlae_jax.roles.views import marks, reads_marks
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
@@ -241,9 +241,9 @@ def rl(run: PreparedRun) -> None:
     watch = Watch("rl")
 
     def observe(samples: dict[str, np.ndarray]) -> Mapping[str, float]:
-        tokens, lengths = samples["tokens"], samples["lengths"].reshape(-1)
-        _, texts = read_samples(run.tokenizer, run.protocol, tokens.reshape(len(lengths), -1), lengths)
-        return watch.add(health(texts, run.protocol.marker, config.samples_per_activation))
+        measured = health_of_samples(run.tokenizer, run.protocol, samples, config.samples_per_activation)
+        watch.add(measured)
+        return {name: value for name, value in measured.items() if name != "extraction_rate"}  # the row has it already
 
     stage = Stage(
         "rl",
@@ -255,6 +255,19 @@ def rl(run: PreparedRun) -> None:
         made_with=run.made_with(),
     )
     run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
+
+
+def health_of_samples(
+    tokenizer: Any, protocol: Protocol, samples: Mapping[str, np.ndarray], group: int
+) -> dict[str, float]:
+    """Returns the measures of `health`, and `extraction_rate`, of the samples of one RL step.
+
+    `samples` has `tokens` [..., T] and `lengths` [...]; the length of a sample that cannot be read is 0. `group` is the
+    number of samples of each activation.
+    """
+    lengths_N = samples["lengths"].reshape(-1)
+    _, texts = read_samples(tokenizer, protocol, samples["tokens"].reshape(len(lengths_N), -1), lengths_N)
+    return {**health(texts, protocol.marker, group), "extraction_rate": float((lengths_N > 0).mean())}
 
 
 def rl_is_finished(run: Run) -> bool:
