@@ -2,10 +2,11 @@
 
     python experiments/smollm2/texts.py runs/pair/texts
     python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations
-    python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations --only rl
+    python experiments/smollm2/ablations.py runs/pair/texts --out runs/ablations --only rl --pair runs/pair/after_broad
 
-RL starts from the carried pair, and the warm start from SmolLM2. Each training has a workdir under `--out`, so the
-same command goes on after an interruption. Every setting is trained with each seed.
+RL starts from `--pair`, and the warm start from SmolLM2. A pair without RL, as after pair/broad.py, shows more of
+what a setting does than the carried pair. Each training has a workdir under `--out`, so the same command goes on after
+an interruption. Every setting is trained with each seed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ RL: dict[str, dict[str, Any]] = {
     "no charge on repeats": {"rl.repeat_penalty": 0.0},
 }
 RL_STEPS = {
-    "rl.num_steps": 16,
+    "rl.num_steps": 12,
     "rl.activations_per_step": 8,
     "corpus.max_documents": 100,
     "extract.positions_per_document": 4,
@@ -94,8 +95,8 @@ def directory(setting: str, seed: int) -> str:
     return setting.replace(", ", "_").replace(" ", "_") + f"_{seed}"
 
 
-def trained(texts: Path, out: Path, training: Training, seed: int) -> Path:
-    """Trains and exports a pair, unless that is done already, and returns the directory of the pair."""
+def trained(texts: Path, out: Path, training: Training, start: str, seed: int) -> Path:
+    """Trains and exports a pair, unless that is done already, and returns its directory. RL begins with `start`."""
     pair = out / "pairs" / training.name
     if (pair / "ar").exists():
         return pair
@@ -104,7 +105,7 @@ def trained(texts: Path, out: Path, training: Training, seed: int) -> Path:
         changes |= {"corpus.path": str(notes_of_training(texts, out)), "corpus.max_documents": None}
         changes["describe.path"] = changes["corpus.path"]
     elif "rl" in training.experiment:
-        changes |= {"corpus.path": f"{mixed(texts, out)}/*.jsonl", "init.pair": "smollm2-135m"}
+        changes |= {"corpus.path": f"{mixed(texts, out)}/*.jsonl", "init.pair": start}
     else:
         changes["corpus.path"] = f"{texts}/train/*.jsonl"
     if training.after:
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, help="directory with train/ and validation/, which texts.py makes")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pair", default="smollm2-135m", help="the pair that RL starts from")
     parser.add_argument("--only", choices=("warm_start", "rl"), help="only these settings")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -169,7 +171,7 @@ def main() -> None:
             for setting, stages in trainings(kind, seed):
                 if len(results.get(setting, [])) > seed:
                     continue
-                pair = [trained(options.texts, options.out, stage, seed) for stage in stages][-1]
+                pair = [trained(options.texts, options.out, stage, options.pair, seed) for stage in stages][-1]
                 found = measured(pair, options.texts / "validation", seed)
                 results.setdefault(setting, []).append(found)
                 file.write_text(json.dumps(results, indent=1))
