@@ -475,7 +475,7 @@ def test_no_datasets():
 
 @pytest.mark.parametrize("scale", [50.0, 0.0])
 def test_a_dataset_says_the_scale_of_the_run(run, tmp_path, scale):
-    """Else a run on it would take another one: the reference sqrt(d_model), and this project that of the norms."""
+    """Else a run on it would take that of the norms. It stands where the reference passes over it."""
     protocol = dataclasses.replace(run.protocol, injection_scale=scale)
     export_datasets(dataclasses.replace(run, protocol=protocol), tmp_path)
     files = {name: tmp_path / f"{name}.parquet" for name in NAMES}

@@ -264,7 +264,7 @@ def test_only_the_array_that_is_asked_for_is_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
         archive.writestr("huge.npy", header.getvalue())
     np.testing.assert_array_equal(read_direction(f"{tmp_path}/a.npz[1]", 8).vector, np.ones(8))
-    with pytest.raises(UserError, match=r"a\.npz: 'huge' has 4,503,599,627,370,496 bytes; at most 8,589,934,592"):
+    with pytest.raises(UserError, match=r"a\.npz: 'huge' is larger than 8,589,934,592 bytes"):
         read_direction(f"{tmp_path}/a.npz:huge[0]", 1 << 10)
 
 
@@ -377,7 +377,7 @@ def test_headers_that_make_no_sense_are_one_line(tmp_path, header):
         read_vectors(tmp_path / "a.npy", 8)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("a.npy", npy(header))
-    with pytest.raises(UserError, match=r"a\.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"a\.npz: (cannot be read|'a' is larger than)"):
         read_direction(f"{tmp_path}/a.npz:a", 8)
 
 

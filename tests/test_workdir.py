@@ -383,16 +383,20 @@ def test_what_killed_runs_left_half_written_is_removed(tiny_run, workdir):
 
 @pytest.fixture(scope="module")
 def datasets(tiny_run, tmp_path_factory):
+    """A run's activations as datasets that say no scale."""
     from nlae_jax.run.export import export_datasets
 
     out = tmp_path_factory.mktemp("datasets")
     export_datasets(open_trained(tiny_run.workdir), out)
+    for name in ("av_sft", "ar_sft", "rl", "held_out"):
+        with_scale(out, name)
     return out
 
 
 def with_scale(directory, name, **scale):
     path = directory / f"{name}.parquet.nla_meta.yaml"
     content = yaml.safe_load(path.read_text())
+    content.pop("injection_scale", None)
     content["extraction"].pop("injection_scale", None)
     content["extraction"] |= scale
     path.write_text(yaml.safe_dump(content))
@@ -416,8 +420,6 @@ def test_a_scale_of_a_dataset_is_what_it_says(tiny_run, datasets, tmp_path, name
 
 
 def test_a_scale_that_no_file_says_is_taken_from_the_activations(tiny_run, datasets, tmp_path):
-    for name in ("av_sft", "ar_sft", "rl", "held_out"):
-        with_scale(datasets, name)
     vectors = np.stack(pq.read_table(datasets / "rl.parquet")["activation_vector"].to_numpy())
     scale = scale_of(tiny_run, tmp_path / "W", datasets)
     assert scale == read_json(tmp_path / "W/activations/meta.json")["norm_p75"] > np.linalg.norm(vectors, axis=1).min()

@@ -111,10 +111,10 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
                 shapes = {name: shape for name, (shape, _) in headers.items()}
                 key = key if key is not None else _default_key(shapes, width, path)
                 _check_key(key, shapes, path)
-                if (size := headers[key][1]) > _MOST_BYTES:
+                if headers[key][1] > _MOST_BYTES:
                     raise UserError(
-                        f"{path}: {quoted(key)} has {size:,} bytes; at most {_MOST_BYTES:,} are unpacked: save it as a "
-                        ".safetensors file"
+                        f"{path}: {quoted(key)} is larger than {_MOST_BYTES:,} bytes, the most that is unpacked; save "
+                        "it as a .safetensors file"
                     )
                 return key, file[key]
         with safe_open(path, "np") as file:

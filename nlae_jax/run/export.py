@@ -289,7 +289,6 @@ def export_datasets(run: PreparedRun, out: Path) -> None:
         "base_model": run.config.subject.model,
         "d_model": run.arch.d_model,
         "layer_index": run.config.subject.layer,
-        "injection_scale": run.protocol.injection_scale or None,  # without it, the reference takes sqrt(d_model)
         "norm": "none",
         "corpus": run.store.meta["corpus"],
         "corpus_slice": {},
