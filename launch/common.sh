@@ -27,16 +27,23 @@ need() {
     done
 }
 
-# Names of the variables with the keys that CONFIG needs, into `keys`. Stops where one is missing.
+# Names of the variables with the keys that CONFIG needs, into `keys`: find_keys CONFIG WORKDIR [--config.field=value ...].
+# Stops where one is missing, unless WORKDIR can be read from here and has what the key is for. Values lose white space
+# around them.
 find_keys() {
-    local python=${PYTHON:-$root/.venv/bin/python} said code=0
+    local python=${PYTHON:-$root/.venv/bin/python} said code=0 name value
     [ -x "$(command -v "$python")" ] || python=python3
-    said=$("$python" -m nlae_jax.run.keys "$@" 2>&1) || code=$?
+    said=$("$python" -m nlae_jax.run.keys "$1" "--workdir=$2" "${@:3}" 2>&1) || code=$?
     case $code in
         0) mapfile -t keys < <(grep -xE '[A-Z_]+' <<<"$said") ;;
         2) echo "${said##*$'\n'}" >&2 && exit 2 ;;
         *) die "$python has no nlae_jax, which knows what keys $1 needs: pip install -e . or export PYTHON=..." ;;
     esac
+    for name in ${keys[@]+"${keys[@]}"}; do
+        value=${!name}
+        value=${value#"${value%%[![:space:]]*}"}
+        export "$name=${value%"${value##*[![:space:]]}"}"
+    done
 }
 
 # A file of this user's alone, removed when the script ends; a dry run makes none.
@@ -148,7 +155,7 @@ on_tpu() {
     version=$(runtime_version "$2")
     installed=
     shift 2
-    find_keys "$1" "${@:3}"
+    find_keys "$@"
     keep_running train_once "$@"
 }
 

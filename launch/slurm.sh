@@ -17,7 +17,7 @@ usage="usage: launch/slurm.sh [--dry-run] CONFIG WORKDIR [--config.field=value .
 config=${1:?$usage}
 workdir=${2:?$usage}
 if [ -z "${SLURM_JOB_ID:-}" ]; then
-    find_keys "$config" "${@:3}"
+    find_keys "$@"
     read -ra more <<<"${SBATCH_OPTIONS:-}"
     [ ${#keys[@]} -eq 0 ] || more=(--export=ALL "${more[@]}") # the job has the keys from here
     run sbatch "--nodes=${NODES:-1}" "--ntasks-per-node=${GPUS:-1}" "--gpus-per-node=${GPUS:-1}" ${more[@]+"${more[@]}"} \

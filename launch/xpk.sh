@@ -22,7 +22,7 @@ workdir=${4:?$usage}
 type=$(accelerator_type "${2:?$usage}")
 shift 4
 need IMAGE
-find_keys "$config" "$@"
+find_keys "$config" "$workdir" "$@"
 environment=()
 if [ ${#keys[@]} -gt 0 ]; then
     echo "$me: ${keys[*]}: xpk puts the values into the JobSet, for all who may read the cluster's pods" >&2

@@ -318,3 +318,15 @@ def test_lines_added_while_an_object_is_written_are_not_lost(remote, gcs, monkey
     assert found(remote) == expected()
     lines = [json.loads(line) for name in gcs.names("W/") for line in gcs.read(name).splitlines()]
     assert len(lines) == 20
+
+
+def test_answers_of_other_identities_count_until_they_are_withdrawn(tmp_path):
+    with AnswerCache(tmp_path, "old") as cache:
+        fill(cache)
+    cache = AnswerCache(tmp_path, "m", others=[("older",), ("old",)])
+    assert cache.lookup(TEXTS, str) == expected() and found(tmp_path) == {}
+    with cache:
+        fill(cache, TEXTS[:1], "newer answer")
+        cache.withdraw(TEXTS[1:2])
+    assert cache.lookup(TEXTS[:2], str) == expected(TEXTS[:1], "newer answer")
+    assert cache.lookup(TEXTS[2:], str) == expected(TEXTS[2:])

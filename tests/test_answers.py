@@ -62,6 +62,9 @@ def test_parse_answer(answer, line):
         ("◁think▷", "◁/think▷"),
         ("<|begin_of_thought|>", "<|end_of_thought|>"),
         ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel>thought\n", "<channel|>"),
+        ("<|inner_prefix|>", "<|inner_suffix|>"),
+        ("<longcat_think>", "</longcat_think>"),
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ],
 )
@@ -102,7 +105,9 @@ def test_prompts_that_begin_to_think():
     assert thinks_at_end("<|user|>x<|assistant|><think>\n")
     assert thinks_at_end("[SYSTEM] first [THINK]like this[/THINK] [INST]x[/INST][THINK]")
     assert not thinks_at_end("<|user|>x<|assistant|><think>\n\n</think>\n\n")
+    assert thinks_at_end("<|turn>model\n<|channel>thought\n")
     assert not thinks_at_end("<|user|>x<|assistant|>")
+    assert not thinks_at_end("<|turn>model\n<|channel>thought\n<channel|>")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Parquet files in the reference's schema: written as it reads them, read as it writes them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -470,3 +471,12 @@ def test_no_datasets():
     assert dataset_files(DatasetConfig()) == {}
     with pytest.raises(UserError, match=r"config\.dataset\.rl"):
         dataset_files(DatasetConfig(rl="/nowhere.parquet"))
+
+
+@pytest.mark.parametrize("scale", [50.0, 0.0])
+def test_a_dataset_says_the_scale_of_the_run(run, tmp_path, scale):
+    """Else a run on it would take that of the norms. It stands where the reference passes over it."""
+    protocol = dataclasses.replace(run.protocol, injection_scale=scale)
+    export_datasets(dataclasses.replace(run, protocol=protocol), tmp_path)
+    files = {name: tmp_path / f"{name}.parquet" for name in NAMES}
+    assert dataset_sidecar(files, D, run.config.subject.layer).injection_scale == scale

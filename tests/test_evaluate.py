@@ -121,7 +121,7 @@ def test_an_exported_pair_on_texts_is_evaluated_and_goes_on(exported, tmp_path, 
     assert sorted(tmp_path.rglob("*.npz")) == parts
 
 
-def test_a_parquet_of_activations(exported, tmp_path):
+def test_a_parquet_of_activations(exported, tmp_path, monkeypatch):
     held_out = exported / "held_out.parquet"
     nla = NLA.from_pretrained(exported / "av", exported / "ar")
     found = nla.evaluate(tmp_path, files=[held_out], sections=("reconstruction",), num_activations=6)
@@ -135,7 +135,8 @@ def test_a_parquet_of_activations(exported, tmp_path):
     table = pq.read_table(held_out)
     kinds = pa.array(["prose" if row % 2 else None for row in range(len(table))], pa.string())
     pq.write_table(table.append_column("domain", kinds), tmp_path / "named.parquet")
-    found = nla.evaluate(tmp_path, files=[tmp_path / "named.parquet"], sections=("reconstruction",), num_activations=6)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = nla.evaluate(tmp_path, files=["~/named.parquet"], sections=("reconstruction",), num_activations=6)
     assert set(found["reconstruction"]["fve_by_domain"]["parts"]) == {"prose", "text"}
 
 

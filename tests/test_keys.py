@@ -1,11 +1,13 @@
 """Which keys a config needs, and what is said of those that are missing."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from nlae_jax.data.model_server import ANTHROPIC, OPENAI
-from nlae_jax.run.keys import keys_of, main, variables
+from nlae_jax.run import keys
+from nlae_jax.run.keys import is_in, keys_of, main, variables
 from nlae_jax.runtime.errors import UserError
 from tests.conftest import tiny_config
 
@@ -91,11 +93,57 @@ def test_the_tracker_s_key_may_be_declared_empty():
         needed({}, track="wandb")
 
 
-@pytest.mark.parametrize("value", ["two words", "line\nbreak", "sk-é", " sk"])
+@pytest.mark.parametrize("value", ["two words", "line\nbreak", "sk-é", "s\tk"])
 def test_what_is_no_key_is_refused_and_not_shown(value):
     with pytest.raises(UserError) as refused:
         needed({"OPENAI_API_KEY": value}, describe__provider="openai")
     assert str(refused.value).startswith("OPENAI_API_KEY holds") and value not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["sk-1\n", " sk-1", "\tsk-1\r\n"])
+def test_white_space_around_a_key_does_not_count(value):
+    """As in the run itself, which takes it off."""
+    assert needed({"OPENAI_API_KEY": value}, describe__provider="openai") == ["OPENAI_API_KEY"]
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        needed({"OPENAI_API_KEY": value.replace("sk-1", "")}, describe__provider="openai")
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable", "made"),
+    [
+        (["--config.describe.provider=openai"], "OPENAI_API_KEY", "descriptions.parquet"),
+        (["--config.describe.provider=anthropic"], "ANTHROPIC_API_KEY", "descriptions.parquet"),
+        (["--config.corpus.hub=a/b"], "HF_TOKEN", "rows.parquet"),
+        (["--config.corpus.hub=a/b", "--config.init.av=c/d"], "HF_TOKEN", None),
+        (["--config.track=wandb"], "WANDB_API_KEY", None),
+    ],
+)
+def test_a_key_is_not_missing_where_the_workdir_has_what_it_is_for(
+    tmp_path, monkeypatch, capsys, settings, variable, made
+):
+    monkeypatch.delenv(variable, raising=False)
+    arguments = [TINY, f"--workdir={tmp_path}", *settings]
+    (tmp_path / "activations").mkdir()
+    assert main(arguments) == 2 and f"{variable} is not set" in capsys.readouterr().err
+    for name in ("rows.parquet", "descriptions.parquet"):
+        (tmp_path / "activations" / name).touch()
+        assert main(arguments) == (0 if name == made or made == "rows.parquet" else 2)
+    monkeypatch.setenv(variable, "x")
+    capsys.readouterr()
+    assert main(arguments) == 0 and capsys.readouterr().out == f"{variable}\n"
+
+
+@pytest.mark.parametrize("workdir", ["s3://no/such", "gs://b", "\0"])
+def test_a_workdir_that_cannot_be_read_holds_nothing(workdir):
+    assert not is_in(workdir, "activations/descriptions.parquet")
+
+
+def test_a_workdir_that_does_not_answer_holds_nothing(monkeypatch):
+    monkeypatch.setattr(keys, "_LOOK_SECONDS", 0.05)
+    answers = threading.Event()
+    monkeypatch.setattr(keys, "workdir_path", lambda name: answers.wait(60))
+    assert not is_in("gs://bucket/run", "activations/descriptions.parquet")
+    answers.set()
 
 
 def test_the_command(monkeypatch, capsys):

@@ -307,3 +307,58 @@ def test_nothing_to_read_is_named(tiny_lm, shape):
 def test_a_layer_is_a_whole_number(tiny_lm, layer):
     with pytest.raises(UserError, match="layer: "):
         tiny_lm.residual([[5]], layer)
+
+
+def test_arrays_of_any_library_and_dtype(tiny_lm):
+    """Of PyTorch too: with a gradient, and of a dtype that numpy lacks. Those on a GPU go the same way."""
+    torch = pytest.importorskip("torch")
+    ids, h = np.array([[3, 4, 5], [6, 7, 8]]), np.ones((2, tiny_lm.arch.d_model), np.float32)
+    vectors = torch.tensor(h).to(torch.bfloat16).requires_grad_()
+    tokens = OnDevice(torch.tensor(ids))
+    mask = OnDevice(torch.ones(2, 3, dtype=torch.bool))
+    np.testing.assert_array_equal(tiny_lm.logits(tokens, mask), tiny_lm.logits(ids))
+    expected = tiny_lm.run_with(ids, h, 1, 0)
+    for given in (vectors, list(vectors), OnDevice(vectors)):
+        np.testing.assert_array_equal(tiny_lm.run_with(tokens, given, OnDevice(torch.tensor([1, 1])), 0), expected)
+    steered = tiny_lm.steer(ids, np.stack([h, h, h], 1), 0, 3, 0.0, later=h)
+    added = torch.stack([vectors] * 3, 1)
+    assert tiny_lm.steer([OnDevice(row) for row in torch.tensor(ids)], added, 0, 3, 0.0, later=vectors) == steered
+
+
+class OnDevice:
+    """Behaves as a tensor on a GPU does: numpy cannot read it before it is copied."""
+
+    def __init__(self, tensor):
+        self._tensor, self.shape = tensor, tensor.shape
+
+    def __len__(self):
+        return len(self._tensor)
+
+    def __array__(self, *arguments, **options):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self._tensor.detach()
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda lm, wrong: lm.logits(wrong), "ids: "),
+        (lambda lm, wrong: lm.logits([[3]], wrong), "mask: "),
+        (lambda lm, wrong: lm.run_with([[3]], wrong, 0, 0), "h: "),
+        (lambda lm, wrong: lm.run_with([[3]], np.ones((1, lm.arch.d_model)), wrong, 0), "position: "),
+        (lambda lm, wrong: lm.generate([wrong], 2), "prompt 0: "),
+        (lambda lm, wrong: lm.generate([3, 4], 2), "prompt 0: "),
+        (lambda lm, wrong: lm.steer([[3]], [wrong], 0, 2), "added: "),
+        (lambda lm, wrong: lm.steer([[3]], np.ones((1, 1, lm.arch.d_model)), 0, 2, later=wrong), "later: "),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_named(tiny_lm, call, named):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(UserError, match=f"^{named}") as caught:
+        call(tiny_lm, torch.zeros(1, 1, device="meta"))
+    assert "\n" not in str(caught.value)

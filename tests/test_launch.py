@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.fake_gcs"]
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh")])
 
@@ -148,17 +150,43 @@ FORWARDING = {
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)], ids=["", "dry"])
 @pytest.mark.parametrize("script", FORWARDING)
-def test_a_missing_key_is_named_before_anything_is_paid_for(launch, script, dry_run):
-    code, shown, errors = launch(script, *dry_run, *FORWARDING[script], *RUN, *ASKING, **PLACE)
+def test_a_missing_key_is_named_before_anything_is_paid_for(launch, gcs, script, dry_run):
+    code, shown, errors = launch(script, *dry_run, *FORWARDING[script], *RUN, *ASKING, **PLACE, **gcs.environment)
     says = "OPENAI_API_KEY is not set, and describe.provider is openai: export OPENAI_API_KEY=..."
     assert (code, shown, errors, launch.log) == (2, [], f"nlae: {says}\n", [])
 
 
 @pytest.mark.parametrize("more", ["--config.describe.provder=openai", "--config.corpus.hub=someone/texts"])
-def test_so_is_what_else_a_config_lacks(launch, more):
-    code, shown, errors = launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, more, **PLACE)
+def test_so_is_what_else_a_config_lacks(launch, gcs, more):
+    code, shown, errors = launch("tpu_vm.sh", "n", "v5e:2x4", *RUN, more, **PLACE, **gcs.environment)
     assert (code, shown, launch.log) == (2, [], [])
     assert errors.startswith("nlae: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", FORWARDING)
+def test_a_key_is_not_missed_where_the_workdir_has_its_descriptions(launch, gcs, script):
+    """Nor is a run that goes on asked for the key of a corpus that it has read."""
+    from tests.fake_gcs import StoredObject  # a plugin: pytest imports it first
+
+    workdir = "gs://bucket/run"
+    for name in ("rows.parquet", "descriptions.parquet"):
+        gcs.objects[f"run/activations/{name}"] = StoredObject(b"", 1)
+    if script == "slurm.sh":
+        workdir = launch.directory / "W"
+        (workdir / "activations").mkdir(parents=True)
+        for name in ("rows.parquet", "descriptions.parquet"):
+            (workdir / "activations" / name).touch()
+    run = (*FORWARDING[script], RUN[0], workdir, *ASKING)
+    code, _, errors = launch(script, "--dry-run", *run, **PLACE, **gcs.environment)
+    assert (code, "not set" in errors) == (0, False)
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "xpk.sh"])
+def test_white_space_around_a_key_is_taken_off(launch, script):
+    secrets = {name: f" {value}\n" for name, value in SECRETS.items()}
+    assert launch(script, *FORWARDING[script], *RUN, *ASKING, BUILD=0, **PLACE, **secrets)[0] == 0
+    sent = (launch.directory / ("env.sbatch" if script == "slurm.sh" else "env.xpk")).read_text().splitlines()
+    assert {f"{name}={value}" for name, value in SECRETS.items()} <= set(sent)
 
 
 def test_without_nlae_here_nothing_is_begun(launch):

@@ -1,6 +1,8 @@
 """The stage that describes, ended in the middle and continued elsewhere: no server is asked anything twice."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,11 +11,13 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.data import model_server
+from nlae_jax.data import describe, model_server
+from nlae_jax.explore.sources import open_trained
 from nlae_jax.run import preparation
 from nlae_jax.runtime import supervision
 from tests.servers import GOOD, chat, serving
@@ -191,3 +195,107 @@ def test_replies_begin_where_the_template_ends(tokenizer, monkeypatch, template,
     run = SimpleNamespace(seed=int, config=SimpleNamespace(describe=describe), tokenizer=tokenizer)
     model = SimpleNamespace(chat=lambda prompts, limit, seed: [f"to {prompt}" for prompt in prompts])
     assert preparation._chat(run, model, ["a", "b"]) == [f"{begins}to a", f"{begins}to b"]
+
+
+# --- what is damaged is made again, and nothing is paid for again
+
+
+def follow(advice, directory):
+    """Deletes what the advice in a complaint names."""
+    if every := re.search(r"delete all of .* but (\S+)/", advice):
+        names = [path.name for path in directory.iterdir() if path.name != every[1]]
+    else:
+        names = re.search(r"delete (\S+) and (\S+) beside it", advice).groups()
+    for name in names:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+ALL_BUT = "delete all of activations/ but answers/"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "advice"), [("vectors", ""), ("a chunk of vectors", ""), ("rows.parquet", ALL_BUT)]
+)
+def test_the_advice_for_damaged_activations_keeps_what_was_paid_for(
+    tiny, workdir, tmp_path, serve, monkeypatch, capsys, damaged, advice
+):
+    url, script = serve(lambda n, body: chat())
+    assert main(command(tiny, workdir, url)) == 0
+    before, asked = descriptions(workdir), len(script.requests)
+    directory = workdir / "activations"
+    if damaged.endswith("vectors"):
+        path = next(path for path in (directory / "vectors").rglob("*") if path.is_file() and path.name != "zarr.json")
+        path = path if "chunk" in damaged else directory / "vectors/zarr.json"
+    else:
+        path = directory / damaged
+    path.write_bytes(path.read_bytes()[:-40])
+    sft = command(tiny, workdir, url)
+    sft[0] = "sft"
+    capsys.readouterr()
+    assert main(sft) == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    follow(advice or complaint, directory)
+    other_machine(monkeypatch, tmp_path)
+    arguments = command(tiny, workdir, url)
+    assert main(["extract", *arguments[1:]]) == 0 and main(arguments) == 0
+    assert descriptions(workdir) == before and len(script.requests) == asked
+    run = open_trained(workdir)
+    assert np.isfinite(run.store.vectors(np.arange(len(run.store.index.position)))).all()
+
+
+# --- what cannot describe is refused before anything is read
+
+
+def without_template(model, directory):
+    """A copy of the model as base models are."""
+    shutil.copytree(model, directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("provider", "says"),
+    [
+        ("file", "notes.jsonl: cannot be read: No such file or directory"),
+        ("file of other things", "notes.jsonl:2: not valid JSON"),
+        ("subject", "describe.provider subject: .* has no chat template"),
+        ("describer", "no such file or directory, and not a hub id"),
+    ],
+)
+def test_a_provider_that_cannot_describe_is_refused_before_extraction(
+    tiny, tmp_path, monkeypatch, capsys, provider, says
+):
+    notes, settings = tmp_path / "notes.jsonl", {"describe__provider": provider.split()[0]}
+    if "other things" in provider:
+        notes.write_text('{"text": "the of", "note": "A list."}\nnone\n')
+    if settings["describe__provider"] == "file":
+        settings["describe__path"] = notes
+    if provider == "subject":
+        settings["subject.model"] = without_template(tiny.model, tmp_path / "base")
+    if provider == "describer":
+        about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": f"{tmp_path}/no/model"}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+        monkeypatch.setattr(describe, "describer_directory", lambda: tmp_path)
+    assert main(tiny.arguments(tmp_path / "W", "train", **settings)) == 2
+    shown = capsys.readouterr().err
+    assert re.search(f"^nlae: .*{says}", shown.splitlines()[-1]), shown
+    assert "reading the corpus" not in shown and not (tmp_path / "W/activations").exists()
+
+
+def test_a_file_that_comes_after_the_positions_are_fixed_is_refused_at_once(tiny, tmp_path, capsys):
+    notes = tmp_path / "notes.jsonl"
+    text = json.loads(tiny.corpus.read_text().splitlines()[0])["text"]
+    notes.write_text(json.dumps({"text": text, "note": "A list of short words."}) + "\n")
+    arguments = tiny.arguments(tmp_path / "W", "extract", describe__provider="file", describe__path=notes)
+    assert main(arguments) == 0
+    for name in ("descriptions.parquet", "meta.json"):
+        (tmp_path / "W/activations" / name).unlink()
+    assert main(arguments) == 2
+    advice = capsys.readouterr().err.splitlines()[-1]
+    follow(advice, tmp_path / "W/activations")
+    assert main(arguments) == 0 and (tmp_path / "W/activations/descriptions.parquet").exists()

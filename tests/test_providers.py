@@ -1,6 +1,8 @@
 """Describers that ask a language model: the subject, and servers that are slow, wrong, broken or hostile."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -12,10 +14,11 @@ import pytest
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import answers, model_server, providers
+from nlae_jax.data.answer_cache import AnswerCache
 from nlae_jax.data.answers import Answer
 from nlae_jax.data.describe import make_describer
 from nlae_jax.data.describer import Context, DescribeResources
-from nlae_jax.data.model_server import ANTHROPIC, OPENAI, Server
+from nlae_jax.data.model_server import ANTHROPIC, APIS, OPENAI, Server
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.supervision import Preempted
 from tests.servers import GOOD, chat, self_signed, serving
@@ -125,6 +128,44 @@ def test_openai_request_and_cache(serve, tmp_path):
     assert len(script.requests) == 6
 
 
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+@pytest.mark.parametrize(("first", "then"), list(itertools.permutations(["", "{own}", "{own}/", "{own}//"], 2)))
+def test_the_same_address_in_another_spelling_is_not_paid_again(tmp_path, monkeypatch, provider, first, then):
+    """The provider's own address may be left out, and a slash at the end means nothing."""
+    api = APIS[provider]
+    monkeypatch.setenv(api.key_variable, KEY)
+    asked = []
+
+    def ask(self, texts, keep):
+        for index, text in enumerate(texts):
+            asked.append(text)
+            keep(index, TAGGED)
+            yield index, Answer(TAGGED)
+
+    monkeypatch.setattr(Server, "ask", ask)
+    for base_url in (first, then):
+        config = DescribeConfig(provider=provider, model="m", base_url=base_url.format(own=api.url))
+        assert make_describer(config, resources(tmp_path))(contexts(2)) == [GOOD] * 2
+    assert len(asked) == 2
+    make_describer(DescribeConfig(provider=provider, model="m", base_url="https://b"), resources(tmp_path))(contexts(2))
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("where", ["W", "shared"])
+@pytest.mark.parametrize("base_url", ["", "https://api.openai.com/v1", "https://api.openai.com/v1/"])
+def test_answers_of_earlier_versions_are_found(tmp_path, monkeypatch, where, base_url):
+    """They were stored under the address as it was written."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(Server, "ask", lambda *_: (answer for answer in ()))
+    config = DescribeConfig(provider="openai", model="m", base_url=base_url)
+    identity = ("openai", "m", answers.INSTRUCTION, 160, base_url)
+    with AnswerCache(tmp_path / where / "answers", *identity) as cache:
+        cache.put(contexts(1)[0].text, TAGGED)
+    for spelled in ("", base_url):
+        config = dataclasses.replace(config, base_url=spelled)
+        assert make_describer(config, resources(tmp_path))(contexts(1)) == [GOOD]
+
+
 def test_anthropic_request(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY + "\n")
     blocks = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": f"<explanation>{GOOD}</explanation>"}]
@@ -165,7 +206,22 @@ def test_hanging_server_times_out(serve, tmp_path):
     assert len(script.requests) == 2
 
 
-@pytest.mark.parametrize("payload", [b"not json", {"choices": []}, [], {"choices": [{"message": {"content": None}}]}])
+@pytest.mark.parametrize("payload", [b"", b"<html>busy</html>", b'{"choices": [{"message"', [{"error": {"code": 429}}]])
+def test_replies_that_are_no_answer_and_no_refusal_are_asked_again(serve, tmp_path, payload):
+    """A gateway's page, or a reply that was cut off: as often as after an error of the server, and no oftener."""
+    url, script = serve(lambda n, body: (200, {}, payload) if n == 1 else chat())
+    config = openai_config(url, concurrency=1)
+    describer = providers.openai_provider(config, resources(tmp_path), pause=Pauses())
+    assert describer(contexts(3)) == [GOOD] * 3 and len(script.requests) == 4
+    url, script = serve(lambda n, body: (200, {}, payload))
+    config = openai_config(url, concurrency=1)
+    describer = providers.openai_provider(config, resources(tmp_path), pause=Pauses())
+    with pytest.raises(UserError, match=r"1 of 1 answers were lost \(1 with (a reply that is no JSON|status 429)\)"):
+        describer(contexts(1))
+    assert len(script.requests) == 3
+
+
+@pytest.mark.parametrize("payload", [{"choices": []}, [], {}, {"choices": [{"message": {"content": None}}]}])
 def test_garbage_is_lost_not_fatal_for_a_few(serve, tmp_path, payload):
     url, script = serve(lambda n, body: (200, {}, payload) if "number 3" in str(body) else chat())
     describer = make_describer(openai_config(url), resources(tmp_path))

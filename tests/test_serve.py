@@ -30,7 +30,7 @@ from nlae_jax.serve.app import ServerSettings
 from nlae_jax.serve.command import serve
 from nlae_jax.serve.jobs import description_of
 from nlae_jax.serve.programs import encoder_program
-from nlae_jax.serve.reading import Reader, error_rates
+from nlae_jax.serve.reading import Reader, error_rates, public_name
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for
 from nlae_jax.serve.transport import BoundedBody
 from tests.serving import Served
@@ -740,6 +740,16 @@ def test_nothing_is_known_of_a_pair_without_an_evaluation(tmp_path):
     assert error_rates(str(tmp_path)) == {}
     (tmp_path / "eval.json").write_text("[]")
     assert error_rates(str(tmp_path)) == {}
+
+
+def test_a_pair_in_the_home_directory_is_found_and_named_by_its_last_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair/eval.json").write_text('{"fve": 0.5}')
+    assert error_rates("~/pair") == error_rates(str(tmp_path / "pair")) != {}
+    assert public_name("~/pair") == public_name(str(tmp_path / "pair")) == "pair"
+    for name in ("owner/pair", "~/none", "gs://bucket/pair"):
+        assert public_name(name) == name and error_rates(name) == {}
 
 
 @pytest.mark.parametrize("value", [None, "0.5", [0.1], True, {}, 1e301])

@@ -19,6 +19,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.protocol import Protocol
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.run import stages
+from nlae_jax.run.suite import sections_in
 from nlae_jax.run.training import health_of_samples
 from nlae_jax.train import metrics
 
@@ -203,6 +204,22 @@ def test_explanations_of_other_vectors_tell_whether_the_encoder_reads_its_own(ti
     said = re.findall(r"^warning: eval: (\w+) \S+ \(12 held-out activations\) should be", capsys.readouterr().err, re.M)
     assert said == [measure.key for measure in MEASURES if measure.is_healthy(result) is False]
     assert {f"identical_to_{name}" for name in UNINFORMED} < set(said)
+
+
+def test_what_the_suite_has_measured_stays_beside_what_the_stage_measures(tiny_run, tmp_path):
+    """Its own sections alone: its numbers under the stage's names are measured anew."""
+    workdir = shutil.copytree(tiny_run.workdir, tmp_path / "W")
+    suite = {"text": {"fve_text": {"value": 0.5}}, "health": {}, "suite": {"work": "x"}}
+    (workdir / "eval.json").write_text(json.dumps({"fve": 9.0, "old": 1, **suite}))
+    assert main(tiny_run.arguments(workdir, "eval")) == 0
+    found = json.loads((workdir / "eval.json").read_text())
+    assert found == json.loads((tiny_run.workdir / "eval.json").read_text()) | suite
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_an_evaluation_that_cannot_be_read_has_no_sections(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content)
+    assert sections_in(tmp_path) == sections_in(tmp_path / "none") == {}
 
 
 def test_samples_are_the_held_out_activations(tiny_run, result):

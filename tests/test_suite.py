@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from hypothesis import strategies as st
 from nlae_jax.evaluate import truth
 from nlae_jax.evaluate.cost import Asked, Extras, answers, cost_text, costs
 from nlae_jax.evaluate.figures import BY_NAME, FIGURES, SECTIONS
+from nlae_jax.evaluate.kept import Kept
 from nlae_jax.evaluate.reconstruction import UNINFORMED, direction_mse, variances
 from nlae_jax.evaluate.rewordings import REWORDINGS
-from nlae_jax.evaluate.rows import kinds, likeliest, shared_reads, spread
-from nlae_jax.evaluate.sections.truth import BEFORE
+from nlae_jax.evaluate.rows import SUFFIX, kinds, likeliest, shared_reads, spread
+from nlae_jax.evaluate.sections.truth import BEFORE, _continued
 from nlae_jax.evaluate.suite import check_additions, run_suite, sections_of
 from nlae_jax.evaluate.work import Work
+from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
 from tests.planted_pairs import SIZES, planted, planted_rows
+from tests.test_tokens import EOS, adding
 
 
 @pytest.fixture(scope="module")
@@ -681,3 +685,19 @@ def test_controls_of_other_documents_leave_out_the_own_one(tiny_lm, rows, tmp_pa
         assert control["n"] <= meeting, (key, name)
         assert control["n"] or control["value"] is None, (key, name)
     assert found["reconstruction"]["fve"]["controls"]["permuted"]["n"] == meeting
+
+
+def test_the_notes_before_a_continuation_do_not_end_and_hold_known_tokens(tiny_lm, tmp_path):
+    """Also with a tokenizer that ends every text, and where a note spells a token without an embedding."""
+
+    def scores(lm, notes):
+        rows = SimpleNamespace(following_ids=[[3, 4, *range(5, 3 + SUFFIX)], [*range(40, 40 + SUFFIX)]])
+        kept = Kept(tmp_path / str(len(notes[0])))
+        work = SimpleNamespace(pair=SimpleNamespace(subject=lambda: lm), rows=rows, kept=kept)
+        return _continued(work, "notes", notes, np.array([[0, 1]]))
+
+    tokenizer = adding(f"$A {EOS[0]}")
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(tiny_lm.arch.vocab_size - len(tokenizer) + 1)])
+    last = tokenizer.convert_ids_to_tokens(tiny_lm.arch.vocab_size)
+    found = scores(LanguageModel(tiny_lm.arch, tiny_lm.params, tokenizer), [f"of{last} the"])
+    np.testing.assert_allclose(found, scores(tiny_lm, ["of the"]), rtol=1e-5)

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.lm.tiny import tiny_tokenizer
-from nlae_jax.lm.tokens import begin_ids, check_ids, text_ids
+from nlae_jax.lm.tokens import begin_ids, check_ids, known_text_ids, text_ids
 from nlae_jax.runtime.errors import UserError
 
 BOS, TURN, EOS = ("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)
@@ -114,3 +114,10 @@ def test_a_token_beyond_the_table_is_named():
         with pytest.raises(UserError, match=f"text: a token has id {wrong};"):
             check_ids(np.array([[3, wrong]]), size, tokenizer, "text")
     check_ids([], size, tokenizer, "text")
+
+
+def test_what_a_model_sampled_is_read_without_tokens_that_it_lacks():
+    tokenizer = adding(RULES["both"][0])
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    assert known_text_ids(tokenizer, "of<extra> the", size) == text_ids(tokenizer, "of the")

@@ -1,8 +1,10 @@
 """What a workdir says of how it was made: missing is never nothing to check, and the same place is the same place."""
 
+import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -11,9 +13,9 @@ import pytest
 import yaml
 
 from nlae_jax.cli import main
-from nlae_jax.config import Config, load_config, resolve
+from nlae_jax.config import Config, flatten, load_config, resolve
 from nlae_jax.explore.sources import open_trained
-from nlae_jax.run.workdir import located, recorded
+from nlae_jax.run.workdir import check_trained_with, located, recorded
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import read_json
 from nlae_jax.train.checkpoint import read_data
@@ -181,6 +183,64 @@ def test_every_checkpoint_says_what_it_was_made_with(tiny_run):
         assert resolve_config(record["config"]) == load_config(tiny_run.workdir / "config.json")
 
 
+def edit_config(workdir, **values):
+    """As a hand does: fields named with `__` for the dot."""
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in values.items():
+        section, _, field = name.rpartition("__")
+        config[section][field] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rl__reward", "neg_log_mse"), ("lora__alpha", 3.0), ("sft__decoder_learning_rate", 0.5)]
+)
+def test_a_config_edited_by_hand_is_not_what_checkpoints_were_trained_with(tiny_run, workdir, refused, name, value):
+    edit_config(workdir, **{name: value})
+    says = rf"{name.replace('__', '.')} .* -> {value!r} \(checkpoints/rl/6 was made with it\)"
+    for arguments in (
+        tiny_run.arguments(workdir, **{name: value}),
+        ["explain", "--workdir", str(workdir), "--text", "a"],
+    ):
+        assert re.search(says, refused(arguments))
+    assert "made with another config" in refused(tiny_run.arguments(workdir, "eval"))  # config.json has another value
+
+
+def test_only_what_a_checkpoint_was_trained_with_binds_it(tiny_run, workdir):
+    """RL's settings may change before RL, how often is saved at any time, and names where the content is the same."""
+    free = {"eval.temperature": 0.5, "checkpoint.every_steps": 7, "rl.num_steps": 9, "corpus.path": "/moved.jsonl"}
+    values = flatten(json.loads((workdir / "config.json").read_text()))
+    check_trained_with(workdir, resolve(values | free))
+    changed = resolve(values | free | {"rl.reward": "neg_log_mse"})
+    with pytest.raises(UserError, match=r"rl\.reward 'neg_mse' -> 'neg_log_mse'"):
+        check_trained_with(workdir, changed)
+    shutil.rmtree(workdir / "checkpoints/rl")
+    check_trained_with(workdir, changed)
+    forget_what_checkpoints_say(workdir)
+    check_trained_with(workdir, resolve(values | {"lora.alpha": 3.0}))
+
+
+def test_descriptions_that_were_replaced_are_not_those_trained_on(tiny_run, workdir, refused):
+    path = workdir / "activations/descriptions.parquet"
+    former = path.read_bytes()
+    table = pq.read_table(path)
+    texts = [f"{text} indeed" for text in table["description"].to_pylist()]
+    pq.write_table(table.set_column(1, "description", [texts]), path)
+    for name in ("eval.json", "checkpoints/rl", "checkpoints/decoder_sft/6"):
+        target = workdir / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    complaint = refused(tiny_run.arguments(workdir, "sft"))
+    assert f"{path}: other descriptions than {workdir / 'checkpoints'} was trained with" in complaint
+    run = open_trained(workdir)
+    of_older_run = {name: value for name, value in run.record.items() if name != "descriptions"}
+    assert dataclasses.replace(run, record=of_older_run).made_with()["descriptions"] != run.record["descriptions"]
+    path.unlink()
+    assert run.made_with() == read_data(workdir / "checkpoints/decoder_sft/4")["made_with"]
+    path.write_bytes(former)
+    assert main(tiny_run.arguments(workdir, "sft")) == 0
+
+
 def resolve_config(tree):
     from nlae_jax.config import flatten
 
@@ -323,16 +383,20 @@ def test_what_killed_runs_left_half_written_is_removed(tiny_run, workdir):
 
 @pytest.fixture(scope="module")
 def datasets(tiny_run, tmp_path_factory):
+    """A run's activations as datasets that say no scale."""
     from nlae_jax.run.export import export_datasets
 
     out = tmp_path_factory.mktemp("datasets")
     export_datasets(open_trained(tiny_run.workdir), out)
+    for name in ("av_sft", "ar_sft", "rl", "held_out"):
+        with_scale(out, name)
     return out
 
 
 def with_scale(directory, name, **scale):
     path = directory / f"{name}.parquet.nla_meta.yaml"
     content = yaml.safe_load(path.read_text())
+    content.pop("injection_scale", None)
     content["extraction"].pop("injection_scale", None)
     content["extraction"] |= scale
     path.write_text(yaml.safe_dump(content))
@@ -356,8 +420,6 @@ def test_a_scale_of_a_dataset_is_what_it_says(tiny_run, datasets, tmp_path, name
 
 
 def test_a_scale_that_no_file_says_is_taken_from_the_activations(tiny_run, datasets, tmp_path):
-    for name in ("av_sft", "ar_sft", "rl", "held_out"):
-        with_scale(datasets, name)
     vectors = np.stack(pq.read_table(datasets / "rl.parquet")["activation_vector"].to_numpy())
     scale = scale_of(tiny_run, tmp_path / "W", datasets)
     assert scale == read_json(tmp_path / "W/activations/meta.json")["norm_p75"] > np.linalg.norm(vectors, axis=1).min()

@@ -99,6 +99,10 @@ def _width(length: int, max_tokens: int) -> int:
 
 _CONTEXTS = {"row": "whole numbers", "text": "texts"}
 
+# Remedies for damaged files. What they do not name is kept: descriptions, and the answers that were paid for.
+_ANEW = "delete meta.json and progress.json beside it to extract again"
+IMPORT_ANEW = "delete rows.parquet and meta.json beside it to import again"
+
 # The fields of meta.json that the store reads.
 _META = {"num_next_tokens": int, "d_model": int, "norm_p75": float}
 
@@ -302,8 +306,7 @@ def _array(path: AnyPath, shape: tuple[int, int], dtype: type, mode: str) -> ts.
     except ValueError as error:
         if mode == "create":
             raise
-        remedy = f"restore it, or delete {path.parent} to extract again"
-        raise UserError(f"{path}: missing or damaged ({_reason(error)}); {remedy}") from None
+        raise UserError(f"{path}: missing or damaged ({_reason(error)}); restore it, or {_ANEW}") from None
 
 
 def _metadata(shape: tuple[int, int], dtype: type) -> dict[str, Any]:
@@ -328,7 +331,7 @@ def _reason(error: Exception) -> str:
 
 def _rows_of(store: ts.TensorStore, rows: np.ndarray | slice, path: AnyPath) -> np.ndarray:
     """Reads rows. Raises UserError where they are damaged."""
-    remedy = f"if it is damaged, restore it, or delete {path.parent} to make it again"
+    remedy = f"if it is damaged, restore it, or {_ANEW}"
     try:
         values = store[rows].read().result()
     except ValueError as error:  # tensorstore raises no other kind
@@ -368,7 +371,7 @@ class ActivationStore:
         path = self._directory / "contexts.parquet"
         if not path.exists():
             return {}
-        table = read_parquet(path, f"restore it, or delete {path.parent} to import again", _CONTEXTS)
+        table = read_parquet(path, f"restore it, or {IMPORT_ANEW}", _CONTEXTS)
         return dict(zip(table["row"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 

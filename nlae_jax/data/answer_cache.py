@@ -19,7 +19,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -47,15 +47,22 @@ class AnswerCache:
     memory until `sync`, because objects cannot be appended to. Threads and processes may share a directory.
     """
 
-    def __init__(self, directory: AnyPath, *identity: object, shared: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: AnyPath,
+        *identity: object,
+        shared: Path | None = None,
+        others: Iterable[tuple[object, ...]] = (),
+    ) -> None:
         """Opens the answers in `directory`.
 
         `identity` is everything besides the text that decides an answer: provider, model, instruction, length.
+        `others` are identities that mean the same: their answers count too. New answers have `identity`.
         `shared` is a second directory, which all workdirs of this machine read and write, so that a question of one
         workdir is not asked again in another. An answer that is found there is copied into `directory`.
         """
         self._directory, self._shared = directory, shared
-        self._identity = json.dumps([str(part) for part in identity])
+        self._identities = [json.dumps([str(part) for part in parts]) for parts in (identity, *others)]
         self._writers: list[_Writer] = [_writer(directory)]
         if shared is not None:
             self._writers.append(_OptionalWriter(_FileWriter(shared)))
@@ -86,25 +93,26 @@ class AnswerCache:
 
         Raises UserError where a part in the workdir cannot be read: its answers would be paid for again.
         """
-        text_of_key = {self._key(text): text for text in texts}
-        results = _read(self._directory, text_of_key, read)
-        missing = {key: text for key, text in text_of_key.items() if key not in results}
+        keys = {text: self._keys(text) for text in texts}
+        results = _of_texts(keys, _read(self._directory, _all_of(keys), read))
+        missing = {text: keys[text] for text in keys if text not in results}
         if self._shared is not None and missing:
-            shared_answers = _read(self._shared, missing, str, lenient=True)
-            for key, answer in shared_answers.items():
-                self._writers[0].append(_line(key, answer))
+            shared_answers = _of_texts(missing, _read(self._shared, _all_of(missing), str, lenient=True))
+            for text, answer in shared_answers.items():
+                self._writers[0].append(_line(keys[text][0], answer))
             self._put_since += len(shared_answers)
-            results |= {key: read(answer) for key, answer in shared_answers.items()}
-        return {text: results[key] for key, text in text_of_key.items() if key in results}
+            results |= {text: read(answer) for text, answer in shared_answers.items()}
+        return {text: results[text] for text in keys if text in results}
 
     def put(self, text: str, answer: str) -> None:
         """Records an answer. Raises UserError where it cannot be written."""
-        self._record(text, answer)
+        self._record(self._keys(text)[0], answer)
 
     def withdraw(self, texts: Iterable[str]) -> None:
         """Forgets the answers to these texts."""
         for text in texts:
-            self._record(text, None)
+            for key in self._keys(text):
+                self._record(key, None)
 
     def sync(self, at_once: bool = False) -> None:
         """Stores the answers so far durably, at most every `SYNC_SECONDS` or `SYNC_ANSWERS` unless `at_once`.
@@ -117,16 +125,28 @@ class AnswerCache:
         for writer in self._writers:
             writer.sync()
 
-    def _record(self, text: str, answer: str | None) -> None:
+    def _record(self, key: str, answer: str | None) -> None:
         if not world.is_first():  # where several processes compute answers, all have the same ones
             return
-        line = _line(self._key(text), answer)
+        line = _line(key, answer)
         for writer in self._writers:
             writer.append(line)
         self._put_since += 1
 
-    def _key(self, text: str) -> str:
-        return hashlib.sha256(f"{self._identity}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
+    def _keys(self, text: str) -> list[str]:
+        """Returns the keys of the question, that of `identity` first."""
+        questions = (f"{identity}\n{text}" for identity in self._identities)
+        return [hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest() for question in questions]
+
+
+def _all_of(keys: Mapping[str, Sequence[str]]) -> set[str]:
+    return {key for keys_of_text in keys.values() for key in keys_of_text}
+
+
+def _of_texts(keys: Mapping[str, Sequence[str]], found: Mapping[str, T]) -> dict[str, T]:
+    """Returns text -> what was found under the first of its keys that has something."""
+    present = {text: [key for key in keys_of_text if key in found] for text, keys_of_text in keys.items()}
+    return {text: found[of_text[0]] for text, of_text in present.items() if of_text}
 
 
 def _line(key: str, answer: str | None) -> bytes:
@@ -136,9 +156,7 @@ def _line(key: str, answer: str | None) -> bytes:
 # --- reading
 
 
-def _read(
-    directory: AnyPath, wanted: Mapping[str, object], read: Callable[[str], T], lenient: bool = False
-) -> dict[str, T]:
+def _read(directory: AnyPath, wanted: Container[str], read: Callable[[str], T], lenient: bool = False) -> dict[str, T]:
     """Returns key -> `read(answer)` for the newest answer of each wanted key.
 
     With `lenient`, a directory or a part that cannot be read is skipped. Otherwise it raises UserError.

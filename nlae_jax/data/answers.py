@@ -39,11 +39,13 @@ _MIN_CHECKED = 16  # the share of lost answers is first checked after this many 
 # --- parsing an answer
 
 # Names and signs that models put around their thinking before they answer.
-_THINKING = "think|thinking|thought|reasoning|reflection|scratchpad|seed:think"
+_THINKING = "think|thinking|thought|reasoning|reflection|scratchpad|seed:think|longcat_think"
 _TAG = re.compile(
     r"(?=[<\[◁])(?:"  # eight times as fast as trying every alternative at every character
-    rf"(?P<open><(?:{_THINKING})\s{{0,9}}>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|start_thinking\|>)"
-    rf"|(?P<close></(?:{_THINKING})\s{{0,9}}>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|end_thinking\|>)"
+    rf"(?P<open><(?:{_THINKING})\s{{0,9}}>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|start_thinking\|>"
+    r"|<\|inner_prefix\|>|<\|channel>\s{0,9}thought)"
+    rf"|(?P<close></(?:{_THINKING})\s{{0,9}}>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|end_thinking\|>"
+    r"|<\|inner_suffix\|>|<channel\|>)"
     r"|(?P<analysis><\|channel\|>\s{0,9}(?:analysis|commentary))|(?P<final><\|channel\|>\s{0,9}final)"
     r"|(?P<begin><explanation\s{0,9}>)|(?P<end></explanation\s{0,9}>))",
     re.IGNORECASE,

@@ -92,7 +92,7 @@ class Server:
             raise UserError(f"describe.model is empty: name the model that describe.provider {config.provider} asks")
         if config.concurrency < 1 or config.timeout_seconds <= 0 or config.max_retries < 0:
             raise UserError("describe: concurrency and timeout_seconds must be above 0, and max_retries 0 or more")
-        base = (config.base_url or api.url).rstrip("/")
+        base = _base(api, config.base_url)
         url = _checked_url(base, api)
         self._local = url.hostname in LOCAL_HOSTS
         self._api, self._config, self._pause = api, config, pause
@@ -100,7 +100,7 @@ class Server:
         self._headers = api.headers(_read_key(api.key_variable, required=not self._local))
         self._certificates = _certificates() if url.scheme == "https" else True
         # OpenAI's newer models refuse max_tokens; most other servers know only that name.
-        self._limits = api.limits[::-1] if config.base_url else api.limits
+        self._limits = api.limits if base == api.url else api.limits[::-1]
         self._limit_taken = ""  # the name of the limit that the server has accepted
         self._tell_next = 0.0
 
@@ -256,7 +256,8 @@ class Server:
             ):
                 status = response.status_code
                 if status == 200:
-                    reply = decoded(await read_body(response))
+                    if (reply := decoded(await read_body(response))) is None:  # empty, cut off, or a gateway's page
+                        raise TryAgain("with a reply that is no JSON", asked_to_wait(response.headers))
                     status = status_of(reply)
         except TimeoutError:
             raise TryAgain("timeouts") from None
@@ -351,8 +352,20 @@ def _backoff(attempt: int) -> float:
     return min(60.0, 2.0**attempt) * random.uniform(0.5, 1.0)
 
 
+APIS = {"openai": OPENAI, "anthropic": ANTHROPIC}
+
 # Making a server checks the settings and the key, and sends no request yet.
-SERVERS: dict[str, Callable[[DescribeConfig], Server]] = {
-    "openai": partial(Server, OPENAI),
-    "anthropic": partial(Server, ANTHROPIC),
-}
+SERVERS: dict[str, Callable[[DescribeConfig], Server]] = {name: partial(Server, api) for name, api in APIS.items()}
+
+
+def spellings(api: Api, base_url: str) -> list[str]:
+    """Returns the values of `describe.base_url` that mean the same address as `base_url`, the usual one first.
+
+    A slash at the end does not count, and "" means the provider's own address.
+    """
+    base = _base(api, base_url)
+    return list(dict.fromkeys([*([""] if base == api.url else []), base, f"{base}/", base_url]))
+
+
+def _base(api: Api, base_url: str) -> str:
+    return (base_url or api.url).rstrip("/")

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from functools import partial
+from pathlib import Path
 
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data.answers import INSTRUCTION, Answer, AnswerCache, Keep, build_prompt, cached_describer
 from nlae_jax.data.describer import Context, Describer, DescribeResources, Instruct, Progress
-from nlae_jax.data.model_server import ANTHROPIC, OPENAI, SERVERS, Api, Pause, Server, pause_unless_stopped
+from nlae_jax.data.model_server import (
+    ANTHROPIC,
+    APIS,
+    OPENAI,
+    SERVERS,
+    Api,
+    Pause,
+    Server,
+    pause_unless_stopped,
+    spellings,
+)
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath
 
@@ -67,17 +78,21 @@ def _server_provider(
     api: Api, config: DescribeConfig, resources: DescribeResources, progress: Progress | None, pause: Pause
 ) -> Describer:
     server = Server(api, config, pause)
-    identity = _identity(config, INSTRUCTION)
-    cache = AnswerCache(resources.cache_directory, *identity, shared=resources.shared_directory)
+    cache = _answers(api, config, INSTRUCTION, resources.cache_directory, resources.shared_directory)
     return cached_describer(config, cache, server.ask, progress)
 
 
-def _identity(config: DescribeConfig, instruction: str) -> tuple[object, ...]:
-    """Returns everything besides the text that decides a server's answers.
+def _answers(
+    api: Api, config: DescribeConfig, instruction: str, directory: AnyPath, shared: Path | None = None
+) -> AnswerCache:
+    """Opens the answers of a server to an instruction.
 
-    The address is part of it, because local servers often give all models the same name.
+    The address is part of what identifies them, because local servers often give all models the same name. Answers
+    under another spelling of the same address count too: it is one server, and was paid for them.
     """
-    return config.provider, config.model, instruction, config.max_new_tokens, config.base_url
+    settings = config.provider, config.model, instruction, config.max_new_tokens
+    usual, *others = [(*settings, address) for address in spellings(api, config.base_url)]
+    return AnswerCache(directory, *usual, shared=shared, others=others)
 
 
 def rewriter(config: DescribeConfig, directory: AnyPath) -> Instruct:
@@ -93,7 +108,7 @@ def rewriter(config: DescribeConfig, directory: AnyPath) -> Instruct:
 
     def rewrite(instruction: str, texts: Sequence[str]) -> list[str | None]:
         ask = partial(server.ask, make_prompt=lambda text: f"{instruction}\n\n{text}")
-        cache = AnswerCache(directory, *_identity(config, instruction))
+        cache = _answers(APIS[config.provider], config, instruction, directory)
         return cached_describer(config, cache, ask, None)([Context("", text, ()) for text in texts])
 
     return rewrite

@@ -135,7 +135,12 @@ def status_of(reply: Any) -> int:
 
 
 def _error_in(reply: Any) -> Any:
-    """Returns the error in a reply, of any type; None or an empty value where there is none."""
+    """Returns the error in a reply, of any type; None or an empty value where there is none.
+
+    Some gateways write it as the only element of a list.
+    """
+    if isinstance(reply, list) and len(reply) == 1:
+        (reply,) = reply
     if not isinstance(reply, dict):
         return None
     if "error" in (reply.get("object"), reply.get("type")):

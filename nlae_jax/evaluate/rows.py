@@ -20,7 +20,7 @@ from nlae_jax.lm.tokens import begin_ids, check_ids, pad, text_ids
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import is_text
+from nlae_jax.runtime.files import is_text, local_path
 from nlae_jax.runtime.outside import encodable
 from nlae_jax.runtime.progress import progress
 
@@ -97,13 +97,14 @@ def rows_of(
     """
     if count < 2:
         raise UserError(f"--num-activations: {count} should be at least 2")
-    if not any(has_vectors(path) for path in files):
-        return rows_of_documents(subject(), layer, documents_of(texts, files, corpus), count, seed, begin)
-    if len(files) > 1 or texts or corpus:
+    paths = [local_path(file, "--input") for file in files]
+    if not any(has_vectors(path) for path in paths):
+        return rows_of_documents(subject(), layer, documents_of(texts, paths, corpus), count, seed, begin)
+    if len(paths) > 1 or texts or corpus:
         raise UserError(
             f"--input {files[0]}: a file of activations should be given alone, without other files, --text or a corpus"
         )
-    rows = rows_of_parquet(Path(files[0]), layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
+    rows = rows_of_parquet(paths[0], layer, tokenizer, arch.d_model, arch.vocab_size, count, seed)
     begin(rows, 0)
     return rows
 
@@ -228,11 +229,11 @@ def read_activations(lm: LanguageModel, layer: int, texts: Sequence[Sequence[int
     return activations
 
 
-def has_vectors(path: str | Path) -> bool:
+def has_vectors(path: Path) -> bool:
     """Returns whether a file is a parquet file with a column of activations."""
-    if not str(path).lower().endswith(".parquet") or not Path(path).is_file():
+    if path.suffix.lower() != ".parquet" or not path.is_file():
         return False
-    with opened(Path(path)) as file:
+    with opened(path) as file:
         return VECTOR in file.schema_arrow.names
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,6 +24,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair, Roles, parameter_sums
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol, check_prompts, decoder_ids
 from nlae_jax.roles.roundtrip import RoundTrip
+from nlae_jax.runtime.arrays import as_float32
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.outside import check_count, quoted
@@ -252,7 +252,7 @@ class Explainer:
 
     def _checked(self, vectors: Any) -> np.ndarray:
         """Returns vectors as [B, d] float32. Raises UserError for another shape, and for NaN or infinity."""
-        vectors = _as_float32(vectors)
+        vectors = as_float32(vectors, "vectors")
         if vectors.ndim != 2 or vectors.shape[1] != self.d_model:
             raise UserError(f"vectors: shape {vectors.shape} should be [number, {self.d_model}]")
         if not len(vectors):
@@ -281,23 +281,6 @@ def check_explanation(text: Any, name: str) -> None:
         raise UserError(f"{name}: should be a text; it is {quoted(text)}")
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"{name}: an explanation of {len(text)} characters; at most {MOST_CHARACTERS} are read")
-
-
-def _as_float32(vectors: Any) -> np.ndarray:
-    """Converts an array of any library, or a list of arrays, to float32. Raises UserError for other values."""
-    if isinstance(vectors, list | tuple) and any(hasattr(row, "detach") for row in vectors):
-        vectors = [_as_float32(row) for row in vectors]
-    try:
-        if hasattr(vectors, "detach"):  # PyTorch's: maybe on another device, part of a graph, of a dtype numpy lacks
-            vectors = vectors.detach().cpu().to_dense()
-            vectors = (vectors.float() if vectors.is_floating_point() else vectors).numpy()
-        host = np.asarray(jax.device_get(vectors))
-        if host.dtype.kind in "cOSUmMb":  # complex numbers would silently lose a part
-            raise TypeError(f"it is {host.dtype}")
-        with np.errstate(over="ignore"):
-            return host.astype(np.float32, copy=False)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"vectors: should be an array of numbers ({error})") from None
 
 
 def _scores(rebuilt_NxD: np.ndarray, h_NxD: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

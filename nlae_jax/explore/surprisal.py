@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 
 from nlae_jax.explore.explainer import read_batches
-from nlae_jax.lm.tokens import text_ids
+from nlae_jax.lm.tokens import known_text_ids
 from nlae_jax.roles.language_model import LanguageModel
 
 _BETWEEN = "\n\n"
 
 
 def mean_nll(subject: LanguageModel, pairs: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
-    """Returns the mean −log p per token, in nats, of each text's ids after its preface: [N] float64."""
-    prefaces = {preface: text_ids(subject.tokenizer, preface + _BETWEEN) for preface, _ in pairs}
+    """Returns the mean −log p per token, in nats, of each text's ids after its preface: [N] float64.
+
+    Tokens of a preface that the subject has no embedding for are left out.
+    """
+    tokenizer, vocab_size = subject.tokenizer, subject.arch.vocab_size
+    prefaces = {preface: known_text_ids(tokenizer, preface + _BETWEEN, vocab_size) for preface, _ in pairs}
     return mean_nll_after(subject, [(prefaces[preface], ids) for preface, ids in pairs])
 
 

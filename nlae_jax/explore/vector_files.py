@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from nlae_jax.runtime.outside import quoted
 
 # Common names of a dictionary's decoder rows [features, d]: those of SAELens and Gemma Scope first.
 _DECODERS = ("W_dec", "decoder.weight", "w_dec", "dictionary")
+# Of an array in a .npz file, unpacked, because a small file may hold terabytes: a million rows of 2,048 numbers.
+_MOST_BYTES = 8 << 30
 _SPEC = re.compile(r"(?P<path>.+?)(?:(?<!^[A-Za-z]):(?P<key>[^:\[\]/\\]+))?(?:\[(?P<row>-?\d{1,15})\])?")
 
 
@@ -104,9 +107,15 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                shapes = {name: _shape(file.zip, name) for name in file.files}
+                headers = {name: _header(file.zip, name) for name in file.files}
+                shapes = {name: shape for name, (shape, _) in headers.items()}
                 key = key if key is not None else _default_key(shapes, width, path)
                 _check_key(key, shapes, path)
+                if headers[key][1] > _MOST_BYTES:
+                    raise UserError(
+                        f"{path}: {quoted(key)} is larger than {_MOST_BYTES:,} bytes, the most that is unpacked; save "
+                        "it as a .safetensors file"
+                    )
                 return key, file[key]
         with safe_open(path, "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -119,13 +128,14 @@ def _keyed(path: Path, key: str | None, width: int) -> tuple[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
-def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    """Reads the shape of an array of a .npz file from its header only: unpacked, it may not fit into memory."""
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], int]:
+    """Reads (shape, bytes) of an array of a .npz file from its header only: unpacked, it may not fit into memory."""
     member = name if name in archive.namelist() else f"{name}.npy"
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(stream)[0]
+        shape, _, dtype = read(stream)
+        return shape, math.prod(shape) * dtype.itemsize
 
 
 def _check_key(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlae_jax.interop.datasets import INJECT, LAYER, RESPONSE, TEXT, VECTOR
-from nlae_jax.interop.sidecar import tokens_and_templates, write_sidecar
+from nlae_jax.interop.sidecar import SCALE, tokens_and_templates, write_sidecar
 from nlae_jax.roles.protocol import CLOSING, OPENING, Protocol
 from nlae_jax.runtime.files import write_atomically
 
@@ -84,6 +84,8 @@ def export_dataset(path: Path, name: str, source: Exported, protocol: Protocol, 
         "stage": stage,
         "row_count": len(source.rows),
         "extraction": extraction,
+        # Not in `extraction`, where the reference refuses a field that it does not know. It passes over this one.
+        SCALE: protocol.injection_scale or None,
         **tokens_and_templates(protocol),
     }
     write_sidecar(path, sidecar)

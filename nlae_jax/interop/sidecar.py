@@ -22,6 +22,7 @@ from nlae_jax.runtime.files import write_atomically
 from nlae_jax.runtime.outside import fits_float32, quoted, read_yaml
 
 NAME = "nla_meta.yaml"
+SCALE = "injection_scale"
 MOST_NEW_TOKENS = 4096  # of an explanation; a sidecar that names more means this many
 
 _ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
@@ -201,7 +202,7 @@ def model_sidecar(
         "extraction": {
             "base_model": base_model,
             "layer_index": layer,
-            "injection_scale": protocol.injection_scale or None,
+            SCALE: protocol.injection_scale or None,
             "mse_scale": math.sqrt(d_model),
             "norm": "none",
             "corpus": corpus,
@@ -244,11 +245,15 @@ def _layer(path: Path, content: dict[str, Any]) -> int | None:
 
 
 def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
-    """Reads extraction.injection_scale: None where it is missing, 0 for null, which means raw vectors."""
+    """Reads extraction.injection_scale: None where it is missing, 0 for null, which means raw vectors.
+
+    In datasets that this project writes, the field stands outside of `extraction`.
+    """
     extraction = _get(path, content, "extraction", dict, optional=True) or {}
-    if "injection_scale" not in extraction:
+    holder = extraction if SCALE in extraction else content
+    if SCALE not in holder:
         return None
-    scale = extraction["injection_scale"]
+    scale = holder[SCALE]
     if scale in (None, "raw", "none"):
         return 0.0
     if scale == "sqrt_d_model":
@@ -257,9 +262,8 @@ def _scale(path: Path, content: dict[str, Any], d_model: int) -> float | None:
     is_number = type(scale) in (int, float) or (isinstance(scale, str) and _NUMBER.fullmatch(scale))
     value = float(scale) if is_number else 0.0
     if value <= 0 or not fits_float32(value):
-        raise UserError(
-            f"{path}: extraction.injection_scale {quoted(scale)} should be a positive number, null or sqrt_d_model"
-        )
+        field = SCALE if holder is content else f"extraction.{SCALE}"
+        raise UserError(f"{path}: {field} {quoted(scale)} should be a positive number, null or sqrt_d_model")
     return value
 
 

@@ -41,6 +41,14 @@ def text_ids(tokenizer: Any, text: str, begin: list[int] | None = None) -> list[
     return [*begin, *ids[first:]]
 
 
+def known_text_ids(tokenizer: Any, text: str, vocab_size: int) -> list[int]:
+    """Returns `text_ids` without tokens that a model of `vocab_size` embeddings lacks.
+
+    Use it for texts that a model sampled. Such a text may spell an added token that the model has no embedding for.
+    """
+    return [token for token in text_ids(tokenizer, text) if token < vocab_size]
+
+
 def check_ids(ids: Any, vocab_size: int, tokenizer: Any, where: str) -> None:
     """Raises UserError that names the first token without an embedding in a model of `vocab_size` embeddings.
 

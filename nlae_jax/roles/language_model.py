@@ -22,6 +22,7 @@ from nlae_jax.lm.transformer import Push, for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.subject import Spliced, Subject
+from nlae_jax.runtime.arrays import as_array, as_float32, on_host
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import check_count
 
@@ -172,10 +173,10 @@ class LanguageModel:
         """
         self._check_layer(layer)
         ids, mask = self._with_mask(ids, mask)
-        h, real_BxT = np.asarray(h, np.float32), np.asarray(mask)
+        h, real_BxT = as_float32(h, "h"), np.asarray(mask)
         if h.shape != (len(real_BxT), self.arch.d_model):
             raise UserError(f"h: shape {h.shape} should be {(len(real_BxT), self.arch.d_model)}, one vector a row")
-        position = np.asarray(position)
+        position = as_array(position, "position")
         if position.dtype.kind not in "iu" or position.shape not in ((), (len(real_BxT),)):
             raise UserError("position: should be a whole number, or one for each row")
         position, lengths = np.broadcast_to(position, len(real_BxT)), real_BxT.sum(-1)
@@ -197,7 +198,7 @@ class LanguageModel:
         (context, context_mask), (read, read_mask) = (
             self._with_mask(*ids_and_mask) for ids_and_mask in ((context, context_mask), (read, read_mask))
         )
-        spliced: Spliced = self._splice(self.params, context, context_mask, read, read_mask, jnp.asarray(h), layer)
+        spliced: Spliced = self._splice(self.params, context, context_mask, read, read_mask, as_float32(h, "h"), layer)
         return spliced
 
     def continuations(self, notes: Any, notes_mask: Any, after: Any, after_mask: Any) -> jax.Array:
@@ -262,14 +263,14 @@ class LanguageModel:
         Raises UserError for a block that does not exist, and for arrays of another shape.
         """
         self._check_layer(layer)
-        added_arrays = [np.asarray(array, np.float32) for array in added]
+        added_arrays = [as_float32(array, "added") for array in added]
         for prompt, array in zip(prompts, added_arrays, strict=True):
             if array.shape != (len(prompt), self.arch.d_model):
                 raise UserError(f"added: shape {array.shape} should be [{len(prompt)}, {self.arch.d_model}]")
 
         later_NxD = np.zeros((len(prompts), self.arch.d_model), np.float32)
         if later is not None:
-            later_NxD = np.asarray(later, np.float32)
+            later_NxD = as_float32(later, "later")
             if later_NxD.shape != (len(prompts), self.arch.d_model):
                 raise UserError(f"later: shape {later_NxD.shape} should be {(len(prompts), self.arch.d_model)}")
 
@@ -301,18 +302,23 @@ class LanguageModel:
         check_temperature(temperature)
         check_count("max_new_tokens", max_new_tokens, 1)
         check_seed(seed)
+        sequences: list[list[int]] = []
         for number, prompt in enumerate(prompts):
-            if not len(prompt):
+            ids = as_array(prompt, f"prompt {number}")
+            if ids.ndim != 1:
+                raise UserError(f"prompt {number}: shape {ids.shape} should be a list of token ids")
+            if not len(ids):
                 raise UserError(f"prompt {number}: empty; a continuation needs a token to follow")
-            check_ids(prompt, self.arch.vocab_size, self.tokenizer, f"prompt {number}")
-        width = padded_width(max(map(len, prompts)))
+            check_ids(ids, self.arch.vocab_size, self.tokenizer, f"prompt {number}")
+            sequences.append(ids.tolist())
+        width = padded_width(max(map(len, sequences)))
         outputs: list[list[int]] = []
-        for start in range(0, len(prompts), _GENERATE_BATCH):
-            count = min(_GENERATE_BATCH, len(prompts) - start)
+        for start in range(0, len(sequences), _GENERATE_BATCH):
+            count = min(_GENERATE_BATCH, len(sequences) - start)
             rows = [start + (row if row < count else 0) for row in range(_GENERATE_BATCH)]
-            ids, mask = pad_left([prompts[row] for row in rows], width)
+            padded = pad_left([sequences[row] for row in rows], width)
             key = jax.random.fold_in(jax.random.PRNGKey(seed), start)
-            drawn = sample_batch((self.params, *self._put((ids, mask, key))), rows)
+            drawn = sample_batch((self.params, *self._put((*padded, key))), rows)
             tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
             for row in range(count):
                 reply = tokens[row, : lengths[row]].tolist()
@@ -330,12 +336,14 @@ class LanguageModel:
 
     def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
         try:
-            ids = np.asarray(ids)
+            ids = on_host(ids)
         except ValueError:  # rows of different lengths
             raise UserError("ids: rows should be padded to one length, with a mask that says so") from None
+        except (TypeError, RuntimeError) as error:
+            raise UserError(f"ids: should be an array of numbers ({error})") from None
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
             raise UserError(f"ids: {ids.dtype} of shape {ids.shape} should be whole numbers [batch, time]")
-        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        mask = np.ones(ids.shape, bool) if mask is None else as_array(mask, "mask").astype(bool)
         if mask.shape != ids.shape:
             raise UserError(f"mask: shape {mask.shape} should be that of the ids, {ids.shape}")
         check_ids(ids[mask], self.arch.vocab_size, self.tokenizer, "ids")

@@ -16,6 +16,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.roundtrip import Explanations, RoundTrip
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
+from nlae_jax.run.suite import sections_in
 from nlae_jax.run.training import trained_pair, warm_started_pair
 from nlae_jax.runtime import processes, world
 from nlae_jax.runtime.errors import UserError
@@ -95,7 +96,7 @@ def evaluate(run: PreparedRun) -> None:
         summary |= claims(written.texts, contexts, likeliest, exchanged_with)
         summary |= {measure.key: measured.get(measure.key) for measure in MEASURES if measure.key not in summary}
         _write_samples(run, rows, written, mse_after, gold)
-        write_json(run.workdir / "eval.json", summary)
+        write_json(run.workdir / "eval.json", summary | sections_in(run.workdir))
         Watch("eval").check(summary, f"{len(h)} held-out activations")
 
     processes.by_first(write)

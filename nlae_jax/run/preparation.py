@@ -165,7 +165,7 @@ def describe(run: Run) -> None:
     if not run.config.sft.learns or processes.by_first(path.exists):
         return
     if run.config.dataset.rl:
-        raise UserError(f"{path}: missing; restore it, or delete {path.parent} to import again")
+        raise UserError(f"{path}: missing; restore it, or {activations.IMPORT_ANEW}")
     if run.config.describe.provider == "subject":  # all processes compute it together
         stops = stop_ids(run.directory, run.tokenizer)
         _describe(run, path, LanguageModel(run.arch, run.base, run.tokenizer, run.mesh, stops))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cache, cached_property, partial
@@ -21,7 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nlae_jax.config import Config
-from nlae_jax.data.activations import ActivationStore
+from nlae_jax.data.activations import IMPORT_ANEW, ActivationStore
+from nlae_jax.data.describe import check_provider
 from nlae_jax.data.model_server import SERVERS
 from nlae_jax.interop.datasets import check_datasets, check_same_prompt, dataset_files, dataset_sidecar
 from nlae_jax.interop.released import Released, open_released, pair_sidecar
@@ -33,7 +35,7 @@ from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import check_batches, make_mesh, place, replicated, tree_shardings
 from nlae_jax.roles.pair import Params, Roles, check_experts, make_roles
 from nlae_jax.roles.protocol import Protocol, check_prompts, kept_protocol, make_protocol
-from nlae_jax.run.workdir import ANY_CHECKPOINT, check_record, located, recorded, require, take
+from nlae_jax.run.workdir import ANY_CHECKPOINT, check_record, check_trained_with, located, recorded, require, take
 from nlae_jax.runtime import processes, world
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath, read_json, read_parquet, write_text
@@ -156,13 +158,16 @@ class PreparedRun(Run):
     def made_with(self) -> dict[str, Any]:
         """Returns the record that this run's checkpoints carry.
 
-        It tells them from those of another run, also when other files of the workdir are lost.
+        It tells them from those of another run, also when other files of the workdir are lost. Raises UserError where
+        the newest checkpoint was trained with other descriptions than are there now.
         """
+        descriptions = _descriptions_digest(self)
         return {
             "config": dataclasses.asdict(self.config),
             "weights": self.identity,
             "rows": self.store.index.digest(),
             "protocol": json.loads(self.protocol.to_json()),
+            **({"descriptions": descriptions} if descriptions else {}),
         }
 
 
@@ -200,7 +205,9 @@ def open_run(config: Config, workdir: AnyPath, read_only: bool = False) -> Run:
         open_store=cache(partial(_open_store, workdir, record)),
     )
     _check_identity(run)
-    if not read_only:
+    if read_only:
+        check_trained_with(workdir, config)
+    else:
         check_batches(config, mesh)
         _check_before_extraction(run)
         processes.by_first(lambda: take(workdir, config, run.record))
@@ -238,9 +245,23 @@ def descriptions_of(run: Run) -> dict[int, str]:
     path = run.workdir / "activations/descriptions.parquet"
     if not path.exists():
         raise UserError(f"{run.workdir}: no descriptions yet; run `nlae describe` (or `nlae train`) first")
-    remedy = "delete activations/ to import again" if run.config.dataset.rl else "delete it to describe again"
+    remedy = f"restore it, or {IMPORT_ANEW}" if run.config.dataset.rl else "delete it to describe again"
     table = read_parquet(path, remedy, {"row": "whole numbers", "description": "texts"})
     return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
+
+
+def _descriptions_digest(run: Run) -> str:
+    """Returns a hash of the descriptions that SFT learns from; "" in a run without them.
+
+    Where the file is gone, it is the hash that the newest checkpoint records. Raises UserError where the checkpoint
+    records another hash.
+    """
+    path, recorded_digest = run.workdir / "activations/descriptions.parquet", run.record.get("descriptions", "")
+    if not run.config.sft.learns or not path.exists():
+        return recorded_digest
+    digest = hashlib.sha256(json.dumps(sorted(descriptions_of(run).items())).encode()).hexdigest()
+    check_record(run.record, "descriptions", digest, str(path), run.workdir)
+    return digest
 
 
 def _open_store(workdir: AnyPath, record: dict[str, Any]) -> ActivationStore:
@@ -316,7 +337,7 @@ def _check_identity(run: Run) -> None:
 def _check_before_extraction(run: Run) -> None:
     """Raises UserError for problems that would otherwise show only after hours.
 
-    It checks the datasets, the tracker, the prompts with this tokenizer, and the key of the provider.
+    It checks the datasets, the tracker, the prompts with this tokenizer, and the provider of the descriptions.
     """
     config = run.config
     check_datasets(config)
@@ -329,9 +350,22 @@ def _check_before_extraction(run: Run) -> None:
             f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
             f"{len(closing)} tokens of the closing tag"
         )
-    described = (run.workdir / "activations/descriptions.parquet").exists() or config.dataset.rl
-    if config.describe.provider in SERVERS and config.sft.learns and not described and world.is_first():
-        SERVERS[config.describe.provider](config.describe)  # making the server checks its settings and key
+    if world.is_first() and not config.dataset.rl:
+        _check_provider(run)
+
+
+def _check_provider(run: Run) -> None:
+    """Raises UserError where the provider cannot give the descriptions that the workdir does not have yet.
+
+    A server's key is also checked after extraction. The corpus is read together with a file of descriptions.
+    """
+    directory, describe, learns = run.workdir / "activations", run.config.describe, run.config.sft.learns
+    if (directory / "descriptions.parquet").exists():
+        return
+    is_indexed, is_extracted = (directory / "rows.parquet").exists(), (directory / "meta.json").exists()
+    is_of_file = describe.provider == "file" and not is_indexed
+    if is_of_file or (learns and (describe.provider in SERVERS or not is_extracted)):
+        check_provider(describe, run.tokenizer, is_indexed)
 
 
 def _protocol(run: Run) -> Protocol:

@@ -100,6 +100,19 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
     return path
 
 
+def sections_in(directory: AnyPath) -> dict[str, Any]:
+    """Returns the suite's sections in `directory/eval.json`, and `suite`, which is about them; {} without any.
+
+    They are of the present training state: the stage `rl` deletes the file when it goes on.
+    """
+    path = directory / "eval.json"
+    with contextlib.suppress(UserError):
+        stored = read_json(path) if path.exists() else {}
+        if isinstance(stored, dict):
+            return {name: stored[name] for name in (*SECTIONS, "suite") if name in stored}
+    return {}
+
+
 def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the suite's numbers under the names by which the stage `eval` writes them."""
     summary: dict[str, Any] = {}

@@ -69,8 +69,11 @@ def take(workdir: AnyPath, config: Config, record: dict[str, Any]) -> None:
     _restore(workdir / "config.json", record, "config", write_json)
     _restore(workdir / "protocol.json", record, "protocol", write_json)
     require(workdir, "config.json")
-    if (workdir / "config.json").exists() and differs(workdir, config):
-        claim(workdir, config)
+    if (workdir / "config.json").exists():
+        is_other = differs(workdir, config)
+        check_trained_with(workdir, config)
+        if is_other:
+            claim(workdir, config)
 
 
 def claim(workdir: AnyPath, config: Config) -> None:
@@ -111,12 +114,41 @@ def _lock(workdir: AnyPath) -> None:
 
 def recorded(workdir: AnyPath) -> dict[str, Any]:
     """Returns the record `made_with` of the newest readable checkpoint, or {} where none has one."""
+    return _newest_record(workdir)[1]
+
+
+def _newest_record(workdir: AnyPath) -> tuple[AnyPath, dict[str, Any]]:
+    """Returns the newest checkpoint that has a record, and the record; (workdir, {}) where none has one."""
     for stage in reversed(ORDER):
         for path in sealed(workdir / "checkpoints" / stage):
             with contextlib.suppress(UserError, OSError):
                 if isinstance(record := read_data(path).get("made_with"), dict):
-                    return record
-    return {}
+                    return path, record
+    return workdir, {}
+
+
+def check_trained_with(workdir: AnyPath, config: Config) -> None:
+    """Raises UserError where the newest checkpoint was trained with other values of fields that bind it.
+
+    Such fields differ where someone has edited config.json. Names of models and files may differ: the record identifies
+    their content by itself. A record with fields that this version does not know is not compared.
+    """
+    path, record = _newest_record(workdir)
+    try:
+        trained_with = located(resolve(flatten(record["config"])))
+    except (UserError, LookupError, AttributeError, TypeError):  # from another version, or without a config
+        return
+    new, old = _values(config), _values(trained_with)
+    free_fields, order = (*_MODELS, *_FILES, *_DATASETS, "rl.num_steps"), list(Binds)
+    bound_by_stage = order[: order.index(Binds[path.parent.name.upper()]) + 1]
+    _refuse(
+        workdir,
+        [
+            _change(leaf, old, new, path.relative_to(workdir))
+            for leaf in leaves()
+            if old[leaf.name] != new[leaf.name] and leaf.binds in bound_by_stage and leaf.name not in free_fields
+        ],
+    )
 
 
 def require(workdir: AnyPath, name: str, others: Sequence[str] = ()) -> None:
@@ -136,18 +168,32 @@ def differs(workdir: AnyPath, config: Config) -> bool:
 
     Raises UserError where an existing file was made with another value of a field that decides its content.
     """
-    new = flatten(dataclasses.asdict(config))
-    old = flatten(dataclasses.asdict(located(load_config(workdir / "config.json"))))
+    new, old = _values(config), _values(located(load_config(workdir / "config.json")))
     changed = [leaf for leaf in leaves() if old[leaf.name] != new[leaf.name]]
     free_fields = _same_content(workdir, config)
     bound = [
-        f"{leaf.name} {old[leaf.name]!r} -> {new[leaf.name]!r} ({path.relative_to(workdir)} was made with it)"
+        _change(leaf, old, new, path.relative_to(workdir))
         for leaf in changed
         if leaf.name not in free_fields and (path := _made_with(workdir, leaf, config)) is not None
     ]
-    if bound:
-        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(bound)}")
+    _refuse(workdir, bound)
     return bool(changed)
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Returns the config's fields by name."""
+    return flatten(dataclasses.asdict(config))
+
+
+def _change(leaf: Leaf, old: dict[str, Any], new: dict[str, Any], made: object) -> str:
+    """Says which field has changed, and which file was made with its old value."""
+    return f"{leaf.name} {old[leaf.name]!r} -> {new[leaf.name]!r} ({made} was made with it)"
+
+
+def _refuse(workdir: AnyPath, changes: Sequence[str]) -> None:
+    """Raises UserError that lists the changes, if there are any."""
+    if changes:
+        raise UserError(f"--workdir {workdir}: made with another config: {', '.join(changes)}")
 
 
 def _same_content(workdir: AnyPath, config: Config) -> tuple[str, ...]:

@@ -15,12 +15,13 @@ from nlae_jax.assets import pair_directory
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.tokens import pad, pad_left
+from nlae_jax.lm.tokens import pad, pad_left, text_ids
 from nlae_jax.report.ruler import interval_of, interval_text
 from nlae_jax.report.table import is_shown, number
 from nlae_jax.roles.pair import Pair
 from nlae_jax.roles.protocol import known_decoder_ids
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.files import local_path
 from nlae_jax.runtime.outside import read_json
 from nlae_jax.serve.programs import encoder_program, subject_program
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Compiled, Entry, Table, bucket, room_for
@@ -31,14 +32,23 @@ _PREPARED = 128  # rows of the largest table that is compiled before a request n
 _READ_BYTES = 256 << 20  # of cached activations
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """Returns a name, or only the last part of a local path, so that clients do not learn where files are."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    path = _path_of(name)
+    return path.resolve().name if path.exists() else name
+
+
+def _path_of(name: str) -> Path:
+    """Returns the path that a pair's or model's name would be; a name that can be none is taken as it stands."""
+    try:
+        return local_path(name, "model")
+    except UserError:
+        return Path(name)
 
 
 def error_rates(name: str) -> dict[str, str]:
     """Reads a pair's error rates from the `eval.json` in its directory, as label -> text. {} without that file."""
-    path = (pair_directory(name) or Path(name)) / "eval.json"
+    path = (pair_directory(name) or _path_of(name)) / "eval.json"
     try:
         results = read_json(path)
     except (FileNotFoundError, UserError):
@@ -78,7 +88,7 @@ class Reader:
 
     def __init__(self, explainer: Explainer) -> None:
         roles, pair = explainer.roles, explainer.pair
-        self.name, self.subject_name = _public_name(explainer.name), _public_name(explainer.subject_name)
+        self.name, self.subject_name = public_name(explainer.name), public_name(explainer.subject_name)
         self.rates, self.loaded_at = error_rates(explainer.name), time.time()
         explainer.check_own_subject("serve")
         self.layer, self.tokenizer, self.d_model = explainer.layer, explainer.tokenizer, explainer.d_model
@@ -127,7 +137,7 @@ class Reader:
 
     def warm(self) -> None:
         """Compiles the functions that a first request needs, so that it need not wait."""
-        vector = self.activations(self.tokenizer.encode("the text"))[-1]
+        vector = self.activations(text_ids(self.tokenizer, "the text"))[-1]
         table = self.table(CAPACITIES[1])
         table.add([Entry(vector, 4, 0.0, 0)], [0])
         table.advance(4)

@@ -13,7 +13,7 @@ from nlae_jax.evaluate import reconstruction, truth
 from nlae_jax.evaluate.estimate import first, share_of
 from nlae_jax.evaluate.rows import SUFFIX, EvaluatedRows, read_activations, spread
 from nlae_jax.evaluate.work import Work
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import known_text_ids, pad
 
 BEFORE = 10  # `recurrence` compares an explanation with those of so many tokens before
 CANDIDATES = 10  # the suffix test has so many continuations, with the true one
@@ -99,7 +99,7 @@ def _suffix(work: Work) -> None:
 def _continued(work: Work, name: str, notes: Sequence[str], choices: np.ndarray) -> np.ndarray:
     """Returns the subject's log p [n, C] of the continuations of the rows `choices` [n, C] after each of n notes."""
     lm = work.pair.subject()
-    prompts = [lm.tokenizer.encode(f"{_NOTES}{note}{_GOES_ON}") for note in notes]
+    prompts = [known_text_ids(lm.tokenizer, f"{_NOTES}{note}{_GOES_ON}", lm.arch.vocab_size) for note in notes]
     width = -(-max(map(len, prompts)) // 64) * 64
     ids, length = pad(prompts, width)
     after = np.array([[work.rows.following_ids[row][:SUFFIX] for row in row_choices] for row_choices in choices])
