@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlae_jax.config import CorpusConfig
-from nlae_jax.data import corpus, documentation
+from nlae_jax.data import corpus, documentation, parquet
 from nlae_jax.data.corpus import Document, read_documents
 from nlae_jax.data.kinds import kinds_of_files
 from nlae_jax.runtime.errors import UserError
@@ -327,6 +327,28 @@ def test_a_line_without_end(tmp_path, short_lines, zipped, line):
     path = tmp_path / ("a.jsonl.gz" if zipped else "a.jsonl")
     path.write_bytes(gzip.compress(content) if zipped else content)
     assert f"{path.name}:2: a line of more than 10,000 bytes" in error_of(config(path))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_cell_without_end(tmp_path, short_lines, kind):
+    texts = pa.array([LONG, "x" * 10_001, LONG]).cast(kind)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    says = "a.parquet: row 1: the field 'text' has 10,001 characters; at most 10,000 are read"
+    assert says in error_of(config(tmp_path / "a.parquet"))
+
+
+def test_few_long_cells_are_read_at_once(tmp_path, monkeypatch):
+    rows = 50
+    pq.write_table(pa.table({"text": [f"{row} {LONG}" for row in range(rows)]}), tmp_path / "a.parquet")
+    sizes = []
+    check = parquet.check_batch
+    monkeypatch.setattr(
+        parquet, "check_batch", lambda path, start, batch: sizes.append(len(batch)) or check(path, start, batch)
+    )
+    assert len(read_documents(config(tmp_path / "a.parquet"))) == rows and max(sizes) == rows
+    sizes.clear()
+    monkeypatch.setattr(corpus, "_MOST_BYTES", 3 * len(LONG))
+    assert len(read_documents(config(tmp_path / "a.parquet"))) == rows and max(sizes) <= 10
 
 
 def test_of_a_line_without_end_only_the_beginning_is_read(tmp_path, short_lines, monkeypatch):

@@ -318,6 +318,10 @@ def _text_of(row: Mapping[str, Any], where: str, text_field: str) -> str:
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
         raise UserError(f"{where}: the field {text_field!r} is {kind}, but it must be a string")
+    if len(text) > _MOST_BYTES:
+        raise UserError(
+            f"{where}: the field {text_field!r} has {len(text):,} characters; at most {_MOST_BYTES:,} are read"
+        )
     return text
 
 
@@ -341,11 +345,17 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Text]:
         others = {DOMAIN, "id", "passage"} - {text_field}
         kinds = {name: file.schema_arrow.field(name).type for name in names if name in others}
         used = [name for name, kind in kinds.items() if is_text(kind) or pa.types.is_integer(kind)]
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field, *used]):
+        for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata), columns=[text_field, *used]):
             check_batch(path, start, batch)
             for number, row in enumerate(batch.to_pylist(), start):
                 yield _row_text(row, f"{path}: row {number}", text_field)
             start += len(batch)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Returns how many rows of a parquet file are read at once: few where rows are long on average."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(_ROWS_PER_BATCH, _MOST_BYTES * metadata.num_rows // max(size, 1)))
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Text]]] = {

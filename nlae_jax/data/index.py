@@ -152,7 +152,8 @@ def read_index(directory: AnyPath) -> Index:
 
     Raises UserError where a file is missing or damaged, or where the two files do not belong together.
     """
-    remedy = f"restore it, or delete {directory} to extract again"
+    # Paid answers are in answers/; all else there can be made again.
+    remedy = f"restore it, or delete all of {directory} but answers/ to extract again"
     documents = read_parquet(directory / "documents.parquet", remedy, _DOCUMENTS)
     rows = read_parquet(directory / "rows.parquet", remedy, _ROWS)
     try:
