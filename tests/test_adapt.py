@@ -32,6 +32,7 @@ from nlae_jax.interop.adapt import (
 from nlae_jax.lm.tiny import tiny_tokenizer, write_tiny_model
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
+from tests.conftest import of_few_tokens
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -182,6 +183,17 @@ def test_activations_of_a_model_and_itself_are_equal(tiny_lm):
     assert number.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     with pytest.raises(UserError, match="no text in which tokens of both models end together"):
         read_pairs(tiny_lm, 1, tiny_lm, 1, [document_of(TEXT[:MIN_POSITION])], positions=5)
+
+
+def test_a_model_of_few_tokens_reads_the_beginning(tiny_lm):
+    """A text is cut to what each model can be run on, and padded no further."""
+    short = LanguageModel(of_few_tokens(tiny_lm.arch, 100), tiny_lm.params, tiny_lm.tokenizer)
+    documents = [document_of(TEXT * count) for count in (2, 9)]
+    ids, ends = tokenise(short, documents[1].text, "short")
+    assert len(ids) == len(ends) == 100 and ids == tokenise(tiny_lm, documents[1].text, "long")[0][:100]
+    h, target, number = read_pairs(short, 1, tiny_lm, 1, documents, positions=200)
+    np.testing.assert_allclose(h, target, rtol=1e-4, atol=1e-5)
+    assert (number == 1).sum() == 100 - MIN_POSITION
 
 
 def test_a_pair_explains_another_model(tiny_run, tmp_path, capsys):

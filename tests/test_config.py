@@ -19,6 +19,7 @@ from nlae_jax.config import (
     load_experiment,
     resolve,
 )
+from nlae_jax.lm.families import read_arch
 from nlae_jax.runtime.errors import UserError
 
 LEAVES = {leaf.name: leaf for leaf in leaves()}
@@ -334,7 +335,8 @@ def test_default_config_refuses_unknown_fields():
 
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-# Blocks that are read: two thirds of the depth, and those of the released pairs.
+# Blocks that are read: two thirds of the depth or, in Gemma 4, a block with full attention near it; and those of the
+# released pairs.
 LAYERS = {
     "smollm2_135m": 20,
     "qwen2_5_0_5b": 16,
@@ -345,7 +347,7 @@ LAYERS = {
     "llama3_3_70b": 53,
     "gpt_oss_20b": 16,
     "qwen3_6_27b": 43,
-    "gemma4_26b_a4b": 19,
+    "gemma4_26b_a4b": 17,
 }
 
 
@@ -359,6 +361,12 @@ def test_experiments_say_what_they_are(name):
     assert f"nlae train --config experiments/{name}.py --workdir runs/{name}" in text
     assert "Hardware: " in text
     assert "Expected" in text
+
+
+def test_the_decoder_of_gemma_4_can_be_exported():
+    """transformers takes every last block for one with full attention; `run.export` refuses others."""
+    arch = read_arch(EXPERIMENTS / "architectures/gemma-4-26B-A4B-it")
+    assert arch.mixers[LAYERS["gemma4_26b_a4b"]] == "global"
 
 
 def test_every_experiment_is_known():

@@ -65,6 +65,9 @@ FIELDS |= {
 FIELDS["gemma4_text+experts"] = CASES["gemma4_text-experts"][1] | {
     "layer_types": ["sliding_attention", "full_attention"] * 3
 }
+FIELDS["gemma4_text+twelve"] = CASES["gemma4_text-twelve"][1] | {
+    "layer_types": ["sliding_attention", "full_attention"] * 6
+}
 BASE_MODELS = ("gpt2", "gpt_neox")  # here without a chat template
 FAST = ("llama", "gemma3_text", "gpt2", "phi3", "granite", "qwen3_moe+adapted", "qwen3_5_text")
 MIXTURES = ["qwen3_moe", "olmoe", "gpt_oss", "gemma4_text+experts", "qwen3_5_moe_text"]

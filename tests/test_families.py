@@ -154,6 +154,7 @@ CASES |= {
         WIDE | {"sliding_window": 5, "rope_parameters": GROWING | {"mscale": 1.0, "mscale_all_dim": 0.5}},
     ),
     "ministral3-published": ("ministral3", WIDE | {"tie_word_embeddings": True}),
+    "ministral3-constant": ("ministral3", SMALL | {"rope_parameters": GROWING | {"llama_4_scaling_beta": 0.0}}),
     "phi3": ("phi3", PHI3),
     "phi3-part": (
         "phi3",
@@ -275,6 +276,19 @@ CASES |= {
     "gemma4_text-global": (
         "gemma4_text",
         SMALL | GEMMA4 | {"global_head_dim": 12, "layer_types": ["full_attention"] * 6},
+    ),
+    # transformers writes numbers of blocks with two digits.
+    "gemma4_text-twelve": (
+        "gemma4_text",
+        WIDE
+        | GEMMA4
+        | {"num_hidden_layers": 12, "global_head_dim": 14}
+        | {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    ),
+    "gemma4_unified_text-twelve": (
+        "gemma4_unified_text",
+        {name: value for name, value in (WIDE | GEMMA4).items() if name != "hidden_size_per_layer_input"}
+        | {"num_hidden_layers": 12, "global_head_dim": 10, "attention_k_eq_v": True},
     ),
 }
 CASES |= {
@@ -442,6 +456,26 @@ def test_a_config_is_written_as_it_is_read(case):
     assert arch_from_hf(json.loads(transformers.AutoConfig.for_model(**written).to_json_string())) == arch
 
 
+@pytest.mark.parametrize("rope", [GROWING, GROWING | {"rope_type": "default", "original_max_position_embeddings": 6}])
+def test_transformers_runs_queries_that_do_not_grow(rope):
+    """It needs both fields of the growth, whatever they say."""
+    arch = arch_from_hf(config_of("ministral3") | {"rope_parameters": rope | {"llama_4_scaling_beta": 0}})
+    assert arch.query_growth is None
+    config = transformers.AutoConfig.for_model(**hf_config(arch) | {"pad_token_id": 0})
+    with torch.no_grad():
+        assert transformers.AutoModelForCausalLM.from_config(config)(torch.arange(3, 40)[None]).logits.isfinite().all()
+
+
+def test_numbers_of_blocks_are_written_as_in_transformers():
+    """With as many digits as the largest; they are read with any."""
+    config = config_of("gemma4_text-twelve")
+    assert list(config["per_layer_config"]) == ["05", "11"]
+    arch = arch_from_hf(config)
+    assert hf_config(arch)["per_layer_config"] == config["per_layer_config"]
+    bare = {str(int(block)): fields for block, fields in config["per_layer_config"].items()}
+    assert arch_from_hf(config | {"per_layer_config": bare}) == arch
+
+
 @pytest.mark.parametrize("case", ["gemma4_text", "gemma4_text-experts"])
 def test_gemma4_as_it_is_published(case):
     """Two fields say what transformers saves block by block; its multimodal config.json has the rest inside."""
@@ -455,7 +489,7 @@ def test_gemma4_as_it_is_published(case):
 
 
 def test_every_family_is_there():
-    assert {family for family, _ in CASES.values()} == set(FAMILIES)
+    assert {family for family, _ in CASES.values()} == {CASES[case][0] for case in SHARED} == set(FAMILIES)
 
 
 @pytest.mark.slow
@@ -589,6 +623,43 @@ def test_null_is_what_transformers_makes_of_it(family):
             assert arch_from_hf(read) == arch_from_hf(json.loads(theirs.to_json_string())), key
 
 
+@pytest.mark.parametrize(
+    ("case", "beside"),
+    [
+        *(("gemma3", beside) for beside in ({}, {"rope_theta": 77.0}, {"rope_local_base_freq": 5.0})),
+        *(("olmo3", beside) for beside in ({}, {"rope_theta": 77.0})),
+    ],
+)
+def test_sets_of_rope_without_a_base(case, beside):
+    """Each kind of block has a default of its own, and a field beside the sets for it, or none."""
+    sets = {kind: {"rope_type": "default"} for kind in ("full_attention", "sliding_attention")}
+    config = config_of(case) | {"rope_parameters": sets} | beside
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+    assert arch_from_hf(config) == arch_from_hf(json.loads(theirs.to_json_string()))
+
+
+def test_a_base_beside_gemma4s_sets_of_rope():
+    """transformers reads it for the blocks with a window, and fails where the others need it."""
+    sets = {kind: dict(fields) for kind, fields in GEMMA4_ROPES.items()}
+    del sets["sliding_attention"]["rope_theta"]
+    config = config_of("gemma4_text") | {"rope_parameters": sets, "rope_theta": 77.0}
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+    found = transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb.sliding_attention_inv_freq.numpy()
+    arch = arch_from_hf(config)
+    assert (arch.rope_theta, arch.global_attention.rope_theta) == (77.0, 50.0)
+    np.testing.assert_allclose(found, 77.0 ** -(np.arange(0, arch.head_dim, 2) / arch.head_dim), rtol=1e-6)
+    bare = {kind: {"rope_type": fields["rope_type"]} for kind, fields in GEMMA4_ROPES.items()}
+    assert arch_from_hf(config | {"rope_parameters": bare}).global_attention.rope_theta == 77.0
+
+
+def test_gemma4_needs_no_rope_of_a_kind_that_no_block_has():
+    config = config_of("gemma4_text-global") | {"rope_parameters": {"full_attention": GEMMA4_ROPES["full_attention"]}}
+    transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**json.loads(json.dumps(config)) | {"pad_token_id": 0})
+    )
+    assert arch_from_hf(config).global_attention.rope_theta == 50.0
+
+
 @pytest.mark.parametrize("case", ["gemma3", "olmo3"])
 def test_yarn_of_some_blocks_by_the_old_name(case):
     """transformers looks for `truncate` where it puts no field of the old name."""
@@ -655,13 +726,18 @@ def test_cached_decoding_is_the_plain_forward(tmp_path, case):
             assert_close(own_logits[row], logits[0, step - steps], "cached", case)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *("gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text", "gemma4_text"),
-        "gemma4_text-experts",
-    ],
+SHARED_SOON = (
+    *("gemma2", "gemma3-ropes", "smollm3-own-layers", "qwen3-biases", "qwen3_5_text", "gemma4_text"),
+    "gemma4_text-experts",
 )
+SHARED = (
+    *(*SHARED_SOON, "gemma4_unified_text", "llama-biases-llama3", "mistral-window", "qwen2-window", "olmo2", "gpt2"),
+    *("gpt_neox", "olmo3-yarn", "ministral", "ministral3", "phi3-part", "granite", "granitemoehybrid"),
+    *("qwen3_moe-window", "olmoe", "gpt_oss", "qwen3_5_moe_text-even"),  # the family's first case magnifies rounding
+)
+
+
+@pytest.mark.parametrize("case", slow_but(SHARED_SOON, SHARED))
 def test_shared_segments_are_the_plain_forward(tmp_path, case):
     arch, params = loaded(tmp_path, case)
     rng, lm = np.random.default_rng(1), Transformer(arch)
@@ -1028,10 +1104,18 @@ GLOBAL = {"per_layer_config": None}  # as published files have it
         ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config of blocks"),
         ("gemma4_text", {"per_layer_config": {"5": {"hidden_size": 4}}}, "per_layer_config should have the same"),
         ("gemma4_text", {"per_layer_config": {"5": {"head_dim": "4"}}}, "head_dim = '4' should be a whole number"),
+        ("gemma4_text", {"per_layer_config": {"5": {}, "05": {}}}, "per_layer_config has block 5 twice"),
         (
             "gemma4_text",
-            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
-            "rope_type 'yarn' of full_attention",
+            {"per_layer_config": {"five": {}}},
+            "the key 'five'; it should be a block's number",
+        ),
+        ("gemma4_text", {"rope_parameters": GEMMA4_ROPES | {"full_attention": YARN}}, "'yarn' of full_attention"),
+        ("gemma4_text", {"rope_parameters": {}}, "rope_parameters.sliding_attention should have rope_theta"),
+        *(
+            ("gemma4_text", {"rope_parameters": GEMMA4_ROPES | {kind: given}}, f"{kind} should have rope_theta")
+            for kind in GEMMA4_ROPES
+            for given in (None, {"rope_type": "default"})
         ),
         *(
             (case, {"rope_parameters": {"full_attention": None, "sliding_attention": LINEAR}}, "'linear' of sliding")

@@ -1,5 +1,6 @@
 """The notebook's language model: logits, residuals, and generation from prompts of different lengths."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,10 +11,13 @@ import pytest
 
 import nlae_jax
 from nlae_jax.config import MeshConfig
+from nlae_jax.explore.explainer import read_batches
 from nlae_jax.lm.pretrained import load_tokenizer
+from nlae_jax.lm.transformer import random_params
 from nlae_jax.mesh import make_mesh, replicated
 from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.runtime.errors import UserError
+from tests.conftest import of_few_tokens, slow_but
 
 
 @pytest.fixture(scope="module")
@@ -362,3 +366,93 @@ def test_what_is_no_array_of_numbers_is_named(tiny_lm, call, named):
     with pytest.raises(UserError, match=f"^{named}") as caught:
         call(tiny_lm, torch.zeros(1, 1, device="meta"))
     assert "\n" not in str(caught.value)
+
+
+# --- models that can be run on few tokens
+
+MOST = 40
+
+
+@pytest.fixture(scope="module")
+def short_and_long(arch, params, tokenizer):
+    """(kind) -> a model that can be run on `MOST` tokens, and one with the same numbers that can be run on more."""
+
+    def models(kind):
+        if kind == "longrope":
+            return tuple(LanguageModel(one, params, tokenizer) for one in (of_few_tokens(arch, MOST), arch))
+        long = dataclasses.replace(arch, positions=4 * MOST, rotary_dim=0)
+        table = jax.random.normal(jax.random.PRNGKey(1), (4 * MOST, arch.d_model))
+        short, drawn = dataclasses.replace(long, positions=MOST), random_params(jax.random.PRNGKey(0), long)
+        return (
+            LanguageModel(short, drawn | {"positions": table[:MOST]}, tokenizer),
+            LanguageModel(long, drawn | {"positions": table}, tokenizer),
+        )
+
+    return models
+
+
+def readings(vocab_size, width, most=MOST):
+    """Each way to read, with rows of `most` real tokens: name -> (lm -> results, which of them have a meaning)."""
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(3, vocab_size, length).tolist() for length in (most, 9)]
+    ids, mask = (np.concatenate(parts) for parts in zip(padded(rows), padded(rows, left=False), strict=True))
+    right, right_mask, columns = ids[2:], mask[2:], np.arange(64)[None]
+    before, before_mask = right[:1], columns < most - 10
+    read, read_mask = right[:1, 28:40], columns[:, :12] < 10
+    after, after_mask = np.stack([read, read[:, ::-1]], 1), np.stack([read_mask, columns[:, :12] < 4], 1)
+    h, every = rng.normal(size=(4, width)).astype(np.float32), np.ones((), bool)
+    spliced = (before, before_mask, read, read_mask, h[None, :2], 0)
+    return {
+        "logits": (lambda lm: lm.logits(ids, mask), mask),
+        "residual": (lambda lm: lm.residual(ids, 1, mask), mask),
+        "neurons": (lambda lm: lm.neurons(ids, 1, mask), mask),
+        "run_with": (lambda lm: lm.run_with(ids, h, 5, 0, mask), mask),
+        "likeliest": (lambda lm: lm.likeliest(right[:1], right_mask[:1], [[35]], 3), every),
+        "log_probs": (lambda lm: lm.log_probs(right, right_mask), right_mask[:, 1:]),
+        "splice": (lambda lm: lm.splice(*spliced).log_p[..., :9], every),
+        "continuations": (lambda lm: lm.continuations(before, before_mask, after, after_mask), every),
+    }
+
+
+READINGS = tuple(readings(99, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    slow_but([("longrope", "residual")], [(kind, name) for kind in ("longrope", "learned") for name in READINGS]),
+)
+def test_padding_beyond_what_a_model_can_be_run_on_changes_nothing(short_and_long, arch, kind, name):
+    short, long = short_and_long(kind)
+    read, meant = readings(arch.vocab_size, arch.d_model)[name]
+    found, expected = (np.asarray(read(lm))[meant] for lm in (short, long))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_token_too_many_is_one_line(short_and_long, arch, name):
+    short, _ = short_and_long("longrope")
+    read, _ = readings(arch.vocab_size, arch.d_model, MOST + 1)[name]
+    with pytest.raises(UserError, match=f"^a sequence of {MOST + 1} tokens is too long .* can be run on {MOST}$"):
+        read(short)
+
+
+@pytest.mark.parametrize("kind", slow_but(["longrope"], ["longrope", "learned"]))
+def test_a_prompt_and_its_continuation_fill_the_model(short_and_long, arch, kind):
+    """Prompts are padded to 64 tokens; the longest one leaves room for 7."""
+    short, long = short_and_long(kind)
+    prompts = [np.random.default_rng(n).integers(3, arch.vocab_size, n).tolist() for n in (MOST - 7, 20)]
+    assert short.generate(prompts, 7, temperature=0.0) == long.generate(prompts, 7, temperature=0.0)
+    added = [np.ones((len(prompt), arch.d_model)) for prompt in prompts]
+    assert short.steer(prompts, added, 0, 7, temperature=0.0) == long.steer(prompts, added, 0, 7, temperature=0.0)
+    for asked in (lambda: short.generate(prompts, 8), lambda: short.steer(prompts, added, 0, 8)):
+        with pytest.raises(UserError, match=f"a sequence of {MOST + 1} tokens is too long"):
+            asked()
+
+
+def test_texts_that_fill_the_model_are_read_in_batches(short_and_long, arch):
+    """As passages are, whose batches are padded to 64 tokens."""
+    short, long = short_and_long("longrope")
+    texts = [np.random.default_rng(n).integers(3, arch.vocab_size, n).tolist() for n in (MOST, 3, MOST - 1)]
+    found, expected = (read_batches(texts, lambda ids, mask, lm=lm: lm.residual(ids, 1, mask)) for lm in (short, long))
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
 """Activations to text and back: batches make no difference, and token ids and texts are the same explanation."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from nlae_jax.roles.roundtrip import RoundTrip, like_lengths, read_samples
 from nlae_jax.roles.turns import Turns, smaller_batch
 from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.training import trained_pair
+from nlae_jax.runtime.errors import UserError
+from tests.conftest import of_few_tokens
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -156,6 +160,22 @@ def test_texts_of_other_lengths_change_nothing(run, pair, caplog):
     alone = np.concatenate([single.reconstruct_texts(pair, [text]) for text in texts])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4)
     assert np.abs(together[:, None] - together[None]).max(-1)[~np.eye(len(texts), dtype=bool)].min() > 1e-3
+
+
+def test_a_text_that_fills_the_decoder_is_read(run, pair):
+    """Its prompt is not padded beyond what the model can be run on; a longer one is one line."""
+    texts = ["the of to in is that it for " * 9, "the of"]
+    lengths = [len(decoder_ids(run.tokenizer, run.protocol, text)) for text in texts]
+    assert lengths[0] % 32
+
+    def rebuilt(most):
+        decoder = run.roles.decoder.clone(arch=of_few_tokens(run.roles.decoder.arch, most))
+        roles = dataclasses.replace(run.roles, decoder=decoder)
+        return RoundTrip(roles, run.tokenizer, BATCH, LIMIT).reconstruct_texts(pair, texts)
+
+    np.testing.assert_allclose(rebuilt(lengths[0]), rebuilt(1000), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=f"a sequence of {lengths[0]} tokens is too long"):
+        rebuilt(lengths[0] - 1)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=80), st.integers(1, 40), st.integers(1, 8), st.integers(1, 3))

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 
 import jax
 import numpy as np
@@ -21,7 +22,6 @@ from nlae_jax.cli import main
 from nlae_jax.config import MeshConfig
 from nlae_jax.explore.directions import STEPS, change, cosine, pushed_along, unit
 from nlae_jax.explore.neurons import neuron_directions
-from nlae_jax.lm.arch import LongRope
 from nlae_jax.lm.rows import RowTable, advance
 from nlae_jax.mesh import make_mesh, place, replicated
 from nlae_jax.roles.language_model import LanguageModel
@@ -33,6 +33,7 @@ from nlae_jax.serve.programs import encoder_program
 from nlae_jax.serve.reading import Reader, error_rates, public_name
 from nlae_jax.serve.tables import CAPACITIES, SIZES, Entry, Table, bucket, room_for
 from nlae_jax.serve.transport import BoundedBody
+from tests.conftest import of_few_tokens
 from tests.serving import Served
 
 pytest_plugins = ["tests.tiny_run"]
@@ -551,9 +552,7 @@ def test_a_description_that_cannot_be_scored_fails_alone(reader, monkeypatch):
 @pytest.fixture(scope="module")
 def short(nla):
     """The same pair, of a model that cannot be run on more than 40 tokens after the encoder's prompt."""
-    factors = (1.0,) * (nla.subject.arch.head_dim // 2)
-    rope = LongRope(factors, factors, 1.0, nla.roles.encoder.prompt_length + 40)
-    bounded = lambda arch: dataclasses.replace(arch, rope_scaling=rope)  # noqa: E731
+    bounded = partial(of_few_tokens, most=nla.roles.encoder.prompt_length + 40)
     encoder, decoder = (role.clone(arch=bounded(role.arch)) for role in (nla.roles.encoder, nla.roles.decoder))
     roles = dataclasses.replace(nla.roles, encoder=encoder, decoder=decoder)
     subject = LanguageModel(bounded(nla.subject.arch), nla.subject.params, nla.tokenizer)

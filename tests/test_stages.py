@@ -1,5 +1,6 @@
 """A whole run: the files and fields that users hold on to, and that a second run does nothing anew."""
 
+import dataclasses
 import json
 import math
 import re
@@ -19,9 +20,11 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.roles.protocol import Protocol
 from nlae_jax.roles.roundtrip import RoundTrip
 from nlae_jax.run import stages
+from nlae_jax.run.resources import open_run, prepare
 from nlae_jax.run.suite import sections_in
-from nlae_jax.run.training import health_of_samples
+from nlae_jax.run.training import _described_rows, health_of_samples
 from nlae_jax.train import metrics
+from tests.conftest import of_few_tokens
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -312,3 +315,19 @@ def test_stages_run_in_order_and_only_up_to_the_one_asked_for(monkeypatch):
         ("rl", "run, prepared"),
         ("eval", "run, prepared"),
     ]
+
+
+def test_descriptions_that_fill_the_model_are_not_padded(tiny_run):
+    """Of the encoder, which reads its prompt before them."""
+    run = prepare(open_run(load_config(tiny_run.workdir / "config.json"), tiny_run.workdir))
+    around = run.roles.encoder.prompt_length
+
+    def width(most):
+        arch = of_few_tokens(run.arch, most)
+        bounded = dataclasses.replace(run.roles, encoder=run.roles.encoder.clone(arch=arch))
+        tokenise = lambda text: run.tokenizer.encode(text)[:21]  # noqa: E731
+        rows = _described_rows(dataclasses.replace(run, roles=bounded), "encoder_sft", tokenise, around=around)
+        assert rows[2].max() == 21
+        return rows[1].shape[1]
+
+    assert [width(around + room) for room in (20, 21, 23, 24, 50)] == [21, 21, 23, 24, 24]

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from nlae_jax.lm.tiny import tiny_tokenizer
-from nlae_jax.lm.tokens import begin_ids, check_ids, known_text_ids, text_ids
+from nlae_jax.lm.tokens import begin_ids, check_ids, known_text_ids, text_ids, width_within
 from nlae_jax.runtime.errors import UserError
 
 BOS, TURN, EOS = ("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)
@@ -121,3 +121,15 @@ def test_what_a_model_sampled_is_read_without_tokens_that_it_lacks():
     size = len(tokenizer)
     tokenizer.add_tokens(["<extra>"])
     assert known_text_ids(tokenizer, "of<extra> the", size) == text_ids(tokenizer, "of the")
+
+
+@given(st.integers(1, 300), st.integers(0, 100), st.integers(0, 300), st.integers(0, 50))
+def test_a_width_is_one_that_the_model_has(length, padding, most, others):
+    width = width_within(length + padding, length, most, others)
+    assert length <= width <= length + padding
+    if most == 0 or length + padding + others <= most:
+        assert width == length + padding
+    elif length + others <= most:
+        assert width + others == most
+    else:  # too many tokens, which the model refuses by their number
+        assert width == length

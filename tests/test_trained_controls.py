@@ -72,10 +72,14 @@ def test_decoders_of_the_same_texts_are_the_same_whatever_is_beside_them(work, p
 
 def test_batches_have_few_lengths():
     lengths = range(1, 300)
-    ids, found = zip(*(_padded([[5], [7] * length]) for length in lengths), strict=True)
+    ids, found = zip(*(_padded([[5], [7] * length], 0) for length in lengths), strict=True)
     assert {array.shape[1] for array in ids} == {32, 64, 128, 256, 512}
     assert [length.tolist() for length in found] == [[1, length] for length in lengths]
     assert all(array.shape[1] < 2 * max(length, 32) for array, length in zip(ids, lengths, strict=True))
+
+
+def test_a_prompt_that_fills_the_decoder_is_not_padded():
+    assert [_padded([[7] * length], 100)[0].shape[1] for length in (20, 60, 65, 100)] == [32, 64, 100, 100]
 
 
 def rows_like(count, documents, without_text=0):

@@ -56,7 +56,7 @@ def time_extraction(
             jax.device_put(
                 (batch.ids, np.ones_like(batch.mask), batch.rows, batch.columns), (split, split, everywhere, everywhere)
             )
-            for batch in activations.read_batches(index, config.extract, batch_parts(run.mesh))
+            for batch in activations.read_batches(index, config.extract, batch_parts(run.mesh), run.arch.most_tokens)
         ]
         for batch in {batch[0].shape: batch for batch in unpadded}.values():
             jax.block_until_ready(read(*batch))  # compiles

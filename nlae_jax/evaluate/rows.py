@@ -150,7 +150,7 @@ def _excerpts(
         if missing <= 0:
             return
         domain, document = documents[index]
-        ids = text_ids(tokenizer, document.text, begin)[:_MAX_TOKENS]
+        ids = text_ids(tokenizer, document.text, begin)[: lm.arch.within(_MAX_TOKENS)]
         check_ids(ids, lm.arch.vocab_size, tokenizer, f"text {document.doc_id}")
         possible = np.array([i for i in range(len(begin) + 1, len(ids)) if ids[i] not in special], int)
         good = possible[(possible >= min(_MIN_POSITION, len(ids) // 2)) & (possible < len(ids) - SUFFIX)]

@@ -19,7 +19,7 @@ from nlae_jax.evaluate import controls
 from nlae_jax.evaluate.estimate import fve_of, share_of
 from nlae_jax.evaluate.rows import EvaluatedRows
 from nlae_jax.evaluate.work import Work
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import pad, width_within
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
 from nlae_jax.roles.protocol import known_decoder_ids
@@ -148,7 +148,8 @@ class _Trainer:
         """
         work, roles = self._work, self._roles
         tokenizer, protocol = work.pair.tokenizer, roles.decoder.protocol
-        prompts = [known_decoder_ids(tokenizer, protocol, text, roles.decoder.arch.vocab_size) for text in texts]
+        vocab_size, most = roles.decoder.arch.vocab_size, roles.decoder.arch.most_tokens
+        prompts = [known_decoder_ids(tokenizer, protocol, text, vocab_size) for text in texts]
         train, rng = np.flatnonzero(~test), np.random.default_rng(work.seed)
         frozen: Params = {"base": self._base, "baselines": direction.baselines(jnp.asarray(work.rows.h[train]))}
         trained = init_decoder(roles, self._base, jax.random.PRNGKey(work.seed))
@@ -156,7 +157,7 @@ class _Trainer:
         with progress(self.num_steps, f"eval: a decoder of {name.replace('_', ' ')}") as bar:
             for _ in range(self.num_steps):
                 drawn = rng.choice(train, BATCH)
-                ids, length = _padded([prompts[row] for row in drawn])
+                ids, length = _padded([prompts[row] for row in drawn], most)
                 batch = {"h": work.rows.h[drawn], "ids": ids, "length": length}
                 state, metrics = self._step(state, frozen, jax.tree.map(jnp.asarray, batch))
                 bar.advance(loss=metrics["loss"])
@@ -165,13 +166,16 @@ class _Trainer:
         rebuilt = np.zeros((len(texts), work.rows.h.shape[1]), np.float32)
         for begin in range(0, len(order), BATCH):
             rows = order[np.minimum(np.arange(begin, begin + BATCH), len(order) - 1)]
-            rebuilt[rows] = np.asarray(self._apply(self._base, state.trained, *_padded([prompts[row] for row in rows])))
+            padded = _padded([prompts[row] for row in rows], most)
+            rebuilt[rows] = np.asarray(self._apply(self._base, state.trained, *padded))
         return rebuilt[held_out]
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(prompts: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads prompts on the right to 32, 64, 128, 256, ... tokens. Returns ids [B, T] and lengths [B].
 
-    A program is compiled for each of these lengths, so few lengths matter more than little padding.
+    A program is compiled for each of these lengths, so few lengths matter more than little padding. `most` is the
+    decoder's `Arch.most_tokens`.
     """
-    return pad(prompts, max(_NARROWEST, 1 << (max(map(len, prompts)) - 1).bit_length()))
+    longest = max(map(len, prompts))
+    return pad(prompts, width_within(max(_NARROWEST, 1 << (longest - 1).bit_length()), longest, most))

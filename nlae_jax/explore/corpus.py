@@ -66,12 +66,12 @@ class Corpus:
 
 
 def read_corpus(nla: Explainer, path: Path | None = None, texts: int = 128, tokens: int = 64) -> Corpus:
-    """Reads the first `tokens` tokens of at most `texts` texts, with their activations.
+    """Reads the first `tokens` tokens of at most `texts` texts, or as many as the subject can be run on.
 
     The texts come from the file `path`. Without `path` they come from the run's corpus, or, if there is no run, from
     the package. Raises UserError if no text has two tokens.
     """
-    vocab_size = nla.subject.arch.vocab_size
+    vocab_size, tokens = nla.subject.arch.vocab_size, nla.subject.arch.within(tokens)
     if path is not None:
         config = CorpusConfig(path=str(path), max_documents=texts, min_characters=1)
         documents = read_named_documents(config, "--corpus")

@@ -318,10 +318,9 @@ def read_batches(sequences: Sequence[Sequence[int]], read: Callable[[np.ndarray,
 
 def package_statistics(pair: Explainer) -> Statistics:
     """Computes statistics on texts of the package, for a pair whose training data are unknown."""
-    passages = [
-        read_text(pair.tokenizer, pair.subject.arch.vocab_size, text, "passage") for text in package_texts(_TEXTS)
-    ]
-    cut = [dataclasses.replace(passage, tokens=passage.tokens[:_TEXT_TOKENS]) for passage in passages]
+    arch = pair.subject.arch
+    passages = [read_text(pair.tokenizer, arch.vocab_size, text, "passage") for text in package_texts(_TEXTS)]
+    cut = [dataclasses.replace(passage, tokens=passage.tokens[: arch.within(_TEXT_TOKENS)]) for passage in passages]
     h_NxD = np.concatenate([h[1:] for h in pair.read(cut)])
     return statistics_of(h_NxD, f"{len(h_NxD):,} tokens of texts that come with the package")
 

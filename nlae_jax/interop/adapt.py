@@ -34,7 +34,7 @@ from nlae_jax.runtime.progress import progress
 ABOUT, MAP = "adapt.json", "map.safetensors"
 WARNING = "an adapted pair reads what the two models share; what is the new model's own does not reach the explanations"
 
-MAX_TOKENS = 256  # of a text, for either model
+MAX_TOKENS = 256  # of a text, for either model, unless it can be run on fewer
 MIN_POSITION = 16  # the first position that is read: earlier ones may be attention sinks
 _BATCH = 8
 _PENALTIES = 10.0 ** np.arange(-4, 5)  # per row, for standardised inputs
@@ -68,10 +68,11 @@ def shared_ends(ends: Sequence[int], other: Sequence[int]) -> list[tuple[int, in
 
 
 def tokenise(model: LanguageModel, text: str, name: str) -> tuple[list[int], list[int]]:
-    """Returns a text's token ids and the characters at which they end, at most `MAX_TOKENS` of each.
+    """Returns a text's token ids and the characters at which they end.
 
-    The ids begin with the tokens that the tokenizer puts before a text, which end at 0. Raises UserError where the
-    tokenizer does not report where tokens end.
+    There are at most `MAX_TOKENS` of each, and no more than the model can be run on. The ids begin with the tokens that
+    the tokenizer puts before a text, which end at 0. Raises UserError where the tokenizer does not report where tokens
+    end.
     """
     if not model.tokenizer.is_fast:
         raise UserError(f"{name}: its tokenizer has no tokenizer.json, and does not tell where tokens end")
@@ -81,7 +82,8 @@ def tokenise(model: LanguageModel, text: str, name: str) -> tuple[list[int], lis
     first = next((index for index, token in enumerate(encoded["input_ids"]) if token not in begin), len(ends))
     ids = [*begin, *encoded["input_ids"][first:]]
     check_ids(ids, model.arch.vocab_size, model.tokenizer, name)
-    return ids[:MAX_TOKENS], [*[0] * len(begin), *ends[first:]][:MAX_TOKENS]
+    most = model.arch.within(MAX_TOKENS)
+    return ids[:most], [*[0] * len(begin), *ends[first:]][:most]
 
 
 def fit(h_NxD: np.ndarray, t_NxE: np.ndarray) -> Callable[[float], np.ndarray]:

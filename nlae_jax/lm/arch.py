@@ -183,6 +183,10 @@ class Arch:
         """The largest supported number of tokens of a sequence; 0: any number."""
         return self.rope_scaling.original_max_positions if isinstance(self.rope_scaling, LongRope) else self.positions
 
+    def within(self, count: int) -> int:
+        """Returns `count`, or the largest supported number of tokens of a sequence if that is smaller."""
+        return min(count, self.most_tokens or count)
+
     def tempered(self, temperature: float) -> Arch:
         """Returns the architecture whose logits are those of this one, divided by `temperature` T.
 

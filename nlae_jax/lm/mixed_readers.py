@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from nlae_jax.lm.arch import Arch, ClampedGate, DeltaNet, Experts, GlobalAttention
 from nlae_jax.lm.common_fields import (
@@ -15,9 +16,10 @@ from nlae_jax.lm.common_fields import (
     sliding_blocks,
     windows_of,
 )
-from nlae_jax.lm.fields import Fields, table, whole
+from nlae_jax.lm.fields import Fields, number, table, whole
 from nlae_jax.lm.rope_fields import proportional_rope
 from nlae_jax.runtime.errors import UserError
+from nlae_jax.runtime.outside import quoted
 
 _MIXERS = {"full_attention": "attention", "linear_attention": "delta"}
 
@@ -51,7 +53,7 @@ def gemma4(fields: Fields) -> Arch:
         head_dim=fields.size("head_dim"),
         d_ff=fields.size("moe_intermediate_size" if experts else "intermediate_size"),
         norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=local_theta(fields, 10_000.0),
+        rope_theta=local_theta(fields, _theta(fields, "sliding_attention") if any(sliding) else 10_000.0),
         tied_head=fields.flag("tie_word_embeddings"),
         family=fields.family,
         activation="gelu_tanh",
@@ -89,8 +91,20 @@ def _global_attention(fields: Fields, sliding: Sequence[bool]) -> GlobalAttentio
             f"global_head_dim = {head_dim} should be even, and num_attention_heads a multiple of "
             f"num_global_key_value_heads = {kv_heads}"
         )
-    theta, pairs, factor = proportional_rope(rope_parameters(fields), 1_000_000.0, head_dim)
+    theta, pairs, factor = proportional_rope(rope_parameters(fields), _theta(fields, "full_attention"), head_dim)
     return GlobalAttention(kv_heads, head_dim, theta, pairs, factor, keys_are_values)
+
+
+def _theta(fields: Fields, kind: str) -> float:
+    """Reads the RoPE base of one kind of block, which may be in the kind's set or beside the sets.
+
+    Raises UserError if it is in neither place. transformers has defaults only where `rope_parameters` is missing.
+    """
+    theta = rope_parameters(fields, kind).get("rope_theta")
+    theta = fields.get("rope_theta") if theta is None else theta
+    if theta is None:
+        raise UserError(f"config.json: rope_parameters.{kind} should have rope_theta")
+    return number("rope_theta", theta)
 
 
 def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool) -> tuple[int, int]:
@@ -104,8 +118,8 @@ def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool
     few, wide = fields.size("num_global_key_value_heads", kv_heads), fields.size("global_head_dim", 512)
     if fields.get("per_layer_config") is None:
         return few if keys_are_values else kv_heads, wide
-    per_layer = fields.table("per_layer_config")
-    blocks = [str(block) for block, slides in enumerate(sliding) if not slides]
+    per_layer = _by_block(fields.table("per_layer_config"))
+    blocks = [block for block, slides in enumerate(sliding) if not slides]
     if set(per_layer) - set(blocks):
         raise UserError("config.json: per_layer_config of blocks that are not full_attention is not supported")
     default = {"num_key_value_heads": kv_heads, "head_dim": head_dim}
@@ -116,6 +130,18 @@ def _global_heads(fields: Fields, sliding: Sequence[bool], keys_are_values: bool
             "full_attention blocks, and nothing else"
         )
     return whole("num_key_value_heads", heads[0]["num_key_value_heads"]), whole("head_dim", heads[0]["head_dim"])
+
+
+def _by_block(per_layer: dict[str, Any]) -> dict[int, Any]:
+    """Returns the values of `per_layer_config` by the numbers of their blocks, which transformers pads with zeros."""
+    found: dict[int, Any] = {}
+    for key, values in per_layer.items():
+        if not (key.isascii() and key.isdigit()):
+            raise UserError(f"config.json: per_layer_config has the key {quoted(key)}; it should be a block's number")
+        if (block := int(key)) in found:
+            raise UserError(f"config.json: per_layer_config has block {block} twice; it should be there once")
+        found[block] = values
+    return found
 
 
 def qwen3_moe(fields: Fields) -> Arch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,8 +41,11 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tiny_model(directory: Path, seed: int = 0) -> Arch:
-    """Writes config.json, model.safetensors and the tokenizer's files. Returns the architecture."""
+def write_tiny_model(directory: Path, seed: int = 0, **changes: Any) -> Arch:
+    """Writes config.json, model.safetensors and the tokenizer's files. Returns the architecture.
+
+    `changes` are fields of `Arch` that differ. Raises ValueError if the family cannot have them.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer()
     arch = Arch(
@@ -52,6 +57,7 @@ def write_tiny_model(directory: Path, seed: int = 0) -> Arch:
         head_dim=16,
         d_ff=128,
     )
+    arch = dataclasses.replace(arch, **changes)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -78,6 +78,15 @@ def padded_width(length: int) -> int:
     return next((width for width in (16, 32) if length <= width), -(-length // 64) * 64)
 
 
+def width_within(width: int, length: int, most: int, others: int = 0) -> int:
+    """Returns the `width` that `length` tokens are padded to, or less where a model cannot be run on so many tokens.
+
+    `most` is the model's `Arch.most_tokens`; `others` counts the tokens that it reads in the same sequence. The result
+    holds the `length` tokens also where they are too many, so that the model refuses them by their number.
+    """
+    return max(length, min(width, most - others)) if most else width
+
+
 def pad_left(sequences: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads token ids with 0 on the left. Returns them, [N, width] int32, and which are tokens, [N, width] bool."""
     ids, mask = np.zeros((len(sequences), width), np.int32), np.zeros((len(sequences), width), bool)

@@ -55,6 +55,14 @@ def pushed(x: jax.Array, push: Push | None, index: jax.Array) -> jax.Array:
     return x if push is None else jnp.where(index == push.layer, x + push.added.astype(x.dtype), x)
 
 
+def check_tokens(arch: Arch, count: int) -> None:
+    """Raises UserError if the model cannot be run on a sequence of `count` tokens."""
+    if 0 < arch.most_tokens < count:
+        raise UserError(
+            f"a sequence of {count} tokens is too long for this model, which can be run on {arch.most_tokens}"
+        )
+
+
 def is_weight(node: Any) -> bool:
     """Returns whether a node of a tree is a declared weight, for `jax.tree.map(..., is_leaf=is_weight)`."""
     return isinstance(node, Weight)
@@ -64,7 +72,8 @@ class Transformer(nn.Module):
     """A decoder-only LM. Variables: `params` (`arch.model_weights`) and, optionally, `lora` (`lora.adapter_weights`).
 
     `lora_scale` is alpha / rank. `remat` is the entry of `REMAT` that says what is kept of a block for the backward
-    pass. `attention` is the implementation of `attention.attend`.
+    pass. `attention` is the implementation of `attention.attend`. `bounded` says that a sequence of more columns than
+    the model can be run on is refused. Without it the caller calls `check_tokens`, and need not count padding.
     """
 
     arch: Arch
@@ -72,6 +81,7 @@ class Transformer(nn.Module):
     remat: str = "linear"
     attention: str = "auto"
     param_dtype: Any = jnp.float32
+    bounded: bool = True
 
     def setup(self) -> None:
         def declare(name: str, weights: Any) -> Any:
@@ -104,12 +114,10 @@ class Transformer(nn.Module):
     def _placed(self, x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
         """Adds the learned embeddings of positions [*batch, T], if the model has any, to x [*batch, T, d].
 
-        `length` is the largest number of tokens of a sequence. Raises UserError if the model does not support so many.
+        `length` is the number of a sequence's columns. Raises UserError if the model is `bounded` and has fewer.
         """
-        if 0 < self.arch.most_tokens < length:
-            raise UserError(
-                f"a sequence of {length} tokens is too long for this model, which can be run on {self.arch.most_tokens}"
-            )
+        if self.bounded:
+            check_tokens(self.arch, length)
         if self.positions is None:
             return x
         return x + self.positions[positions].astype(x.dtype)

@@ -83,7 +83,7 @@ WRITTEN: dict[str, Written] = {
     ),
     "ministral": Written("MinistralForCausalLM", ("hidden_act", *_ALWAYS_WINDOW)),
     "ministral3": Written(
-        "Ministral3ForCausalLM", ("hidden_act", "sliding_window", "rope_parameters"), ("rope_theta",)
+        "Ministral3ForCausalLM", ("hidden_act", "sliding_window", "rope_parameters/growing"), ("rope_theta",)
     ),
     "phi3": Written(
         "Phi3ForCausalLM", ("hidden_act", "sliding_window", "partial_rotary_factor", "original_max_position_embeddings")
@@ -147,7 +147,7 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "global_head_dim": wide.head_dim,
         "num_global_key_value_heads": wide.num_kv_heads if wide.keys_are_values else None,
         # transformers reads this field; other programs read the two fields before it.
-        "per_layer_config": {str(n): wide_heads for n, mixer in enumerate(arch.mixers) if mixer == "global"},
+        "per_layer_config": by_block({n: wide_heads for n, mixer in enumerate(arch.mixers) if mixer == "global"}),
         "rope_parameters/global": {
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.rope_theta},
             "full_attention": {
@@ -170,6 +170,10 @@ def own_fields(arch: Arch) -> dict[str, Any]:
         "position_embedding_type": "nope" if arch.rotary_dim == 0 else "rope",
         "rope_scaling/always": written_rope(arch.rope_scaling) or {"rope_type": "default"},
         "rope_parameters": _rope_parameters(arch),
+        # transformers needs both fields also where queries do not grow. The second number then changes nothing.
+        "rope_parameters/growing": {"original_max_position_embeddings": 16_384}
+        | _rope_parameters(arch)
+        | _query_growth(arch),
         "rope_parameters/kinds": {
             "full_attention": _rope_parameters(arch),
             "sliding_attention": {"rope_type": "default", "rope_theta": arch.local_rope_theta or arch.rope_theta},
@@ -210,8 +214,20 @@ def part_of(turned: int, head_dim: int) -> float:
     return part if int(head_dim * part) == turned else (turned + 0.5) / head_dim
 
 
+def by_block(per_layer: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns `per_layer_config` as transformers writes it: numbers of blocks with as many digits as the largest."""
+    digits = len(str(max(per_layer, default=0)))
+    return {str(block).zfill(digits): fields for block, fields in per_layer.items()}
+
+
 def _rope_parameters(arch: Arch) -> dict[str, Any]:
-    parameters = {"rope_theta": arch.rope_theta, **(written_rope(arch.rope_scaling) or {"rope_type": "default"})}
-    if growth := arch.query_growth:
-        parameters |= {"llama_4_scaling_beta": growth.beta, "original_max_position_embeddings": growth.every}
-    return parameters
+    return {"rope_theta": arch.rope_theta, **(written_rope(arch.rope_scaling) or {"rope_type": "default"})}
+
+
+def _query_growth(arch: Arch) -> dict[str, Any]:
+    if arch.query_growth is None:
+        return {"llama_4_scaling_beta": 0.0}
+    return {
+        "llama_4_scaling_beta": arch.query_growth.beta,
+        "original_max_position_embeddings": arch.query_growth.every,
+    }

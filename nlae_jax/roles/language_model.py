@@ -18,7 +18,7 @@ from nlae_jax.lm.pretrained import load_tokenizer, resolve_model, stop_ids
 from nlae_jax.lm.sampling import Samples, check_seed, check_temperature, sample
 from nlae_jax.lm.segments import KeyValues
 from nlae_jax.lm.tokens import check_ids, pad_left, padded_width
-from nlae_jax.lm.transformer import Push, for_decoding
+from nlae_jax.lm.transformer import Push, check_tokens, for_decoding
 from nlae_jax.lm.weights import load_params
 from nlae_jax.mesh import place, replicated, tree_shardings
 from nlae_jax.roles.subject import Spliced, Subject
@@ -53,7 +53,7 @@ class LanguageModel:
         self.arch, self.params, self.tokenizer = arch, params, tokenizer
         tokenizer_end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.stop_ids = tuple(tokenizer_end if stop_ids is None else stop_ids)
-        self._subject = Subject(arch)
+        self._subject = Subject(arch, bounded=False)  # the methods below count the real tokens of each row
         # The numbers are those of the static arguments, counted with the parameters as number 0.
         self._logits = self._compiled("logits")
         self._residual = self._compiled("residual", 3)
@@ -149,7 +149,8 @@ class LanguageModel:
         """Returns next-token logits: [B, T] int -> [B, T, V] float32.
 
         `mask` [B, T] bool marks real tokens; padding may be on either side.
-        Raises UserError for a token that the model has no embedding for.
+        Raises UserError for a token that the model has no embedding for, and for more real tokens in a row than the
+        model can be run on.
         """
         logits: jax.Array = self._logits(self.params, *self._with_mask(ids, mask))
         return logits
@@ -198,6 +199,7 @@ class LanguageModel:
         (context, context_mask), (read, read_mask) = (
             self._with_mask(*ids_and_mask) for ids_and_mask in ((context, context_mask), (read, read_mask))
         )
+        self._check_lengths(np.asarray(context_mask).sum(-1) + np.asarray(read_mask).sum(-1))
         spliced: Spliced = self._splice(self.params, context, context_mask, read, read_mask, as_float32(h, "h"), layer)
         return spliced
 
@@ -206,6 +208,7 @@ class LanguageModel:
         notes, notes_mask = self._with_mask(notes, notes_mask)
         after, after_mask = np.asarray(after, np.int32), np.asarray(after_mask, bool)
         check_ids(after[after_mask], self.arch.vocab_size, self.tokenizer, "ids")
+        self._check_lengths(np.asarray(notes_mask).sum(-1) + after_mask.sum(-1).max(-1))
         log_p: jax.Array = self._continuations(
             self.params, notes, notes_mask, jnp.asarray(after), jnp.asarray(after_mask)
         )
@@ -242,7 +245,8 @@ class LanguageModel:
         """Continues each prompt by at most `max_new_tokens` tokens, up to one of `stop_ids`, which is left out.
 
         A `temperature` of 0 takes the likeliest token at each step. Returns the new token ids of each prompt.
-        Raises UserError for a token that the model has no embedding for.
+        Raises UserError for a token that the model has no embedding for, and where a prompt with `max_new_tokens` after
+        it is too long for the model.
         """
         generate_batch = lambda inputs, _: self._generate(*inputs, max_new_tokens, temperature)  # noqa: E731
         return self._continued(prompts, seed, generate_batch, max_new_tokens, temperature)
@@ -310,6 +314,7 @@ class LanguageModel:
             if not len(ids):
                 raise UserError(f"prompt {number}: empty; a continuation needs a token to follow")
             check_ids(ids, self.arch.vocab_size, self.tokenizer, f"prompt {number}")
+            check_tokens(self.arch, len(ids) + max_new_tokens)
             sequences.append(ids.tolist())
         width = padded_width(max(map(len, sequences)))
         outputs: list[list[int]] = []
@@ -334,6 +339,10 @@ class LanguageModel:
     def _check_layer(self, layer: int) -> None:
         check_count("layer", layer, 0, self.arch.num_layers - 1)
 
+    def _check_lengths(self, count_B: np.ndarray) -> None:
+        """Raises UserError if a row has more real tokens than the model can be run on."""
+        check_tokens(self.arch, int(count_B.max()))
+
     def _with_mask(self, ids: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
         try:
             ids = on_host(ids)
@@ -347,6 +356,7 @@ class LanguageModel:
         if mask.shape != ids.shape:
             raise UserError(f"mask: shape {mask.shape} should be that of the ids, {ids.shape}")
         check_ids(ids[mask], self.arch.vocab_size, self.tokenizer, "ids")
+        self._check_lengths(mask.sum(-1))
         return jnp.asarray(np.where(mask, ids, 0), jnp.int32), jnp.asarray(mask)
 
 

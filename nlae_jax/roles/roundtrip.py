@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.sampling import Samples, explanation_tokens, truncated
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import pad, width_within
 from nlae_jax.mesh import batch_parts, batch_sharding, place, replicated
 from nlae_jax.roles import protocol
 from nlae_jax.roles.pair import Pair, Roles
@@ -79,7 +79,7 @@ class RoundTrip:
         Fewer rows than `batch_size` are filled up to a multiple of `smallest_batch`. On one CPU, explanations that have
         ended leave the batch, until half of `smallest_batch` is left. Without `smallest_batch` there is one shape.
         """
-        self._vocab_size = roles.decoder.arch.vocab_size
+        self._vocab_size, self._most_tokens = roles.decoder.arch.vocab_size, roles.decoder.arch.most_tokens
         self._compiled_shapes: set[tuple[Any, ...]] = set()
         self._mesh, everywhere = mesh, None if mesh is None else replicated(mesh)
         self.protocol, self.tokenizer = roles.encoder.protocol, tokenizer
@@ -182,7 +182,9 @@ class RoundTrip:
         groups = like_lengths([len(prompt) for prompt in prompts], self._batch_size, self._smallest_batch, self._groups)
         rebuilt = []
         for rows, width in groups:
-            ids, length = pad([prompts[row] for row in rows], width)
+            group = [prompts[row] for row in rows]
+            width = width_within(width, max(map(len, group)), self._most_tokens)
+            ids, length = pad(group, width)
             batches = self._batches(ids, np.arange(width) < length[:, None], few=self._groups > 1)
             parts = (self._call(self._reconstruct_prompts, pair, *batch) for batch in batches)
             rebuilt.append(self._collect(len(rows), parts))

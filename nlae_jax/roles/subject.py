@@ -40,13 +40,14 @@ class Spliced(NamedTuple):
 
 
 class Subject(nn.Module):
-    """The frozen language model. Variables: `params/lm`."""
+    """The frozen language model. Variables: `params/lm`. `Transformer` describes `bounded`."""
 
     arch: Arch
     attention: str = "auto"
+    bounded: bool = True
 
     def setup(self) -> None:
-        self.lm = Transformer(self.arch, attention=self.attention)
+        self.lm = Transformer(self.arch, attention=self.attention, bounded=self.bounded)
 
     def logits(self, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
         """Returns next-token logits: [B, T] -> [B, T, V] float32."""

@@ -96,7 +96,8 @@ def read_activations(run: Run, index: Index, read: activations.Reader, num_next:
     directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
     with progress(len(index.position), "extract", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh)
-        activations.extract(directory, index, read, config.extract, run.arch.d_model, num_next, advance, parts)
+        bounds = parts, run.arch.most_tokens
+        activations.extract(directory, index, read, config.extract, run.arch.d_model, num_next, advance, *bounds)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from nlae_jax.config import SftConfig
 from nlae_jax.data.pipeline import Batch, batches, bucket_widths, bucketed_batches
 from nlae_jax.evaluate.health import Watch, health
-from nlae_jax.lm.tokens import pad
+from nlae_jax.lm.tokens import pad, width_within
 from nlae_jax.mesh import share
 from nlae_jax.roles import direction
 from nlae_jax.roles.pair import Pair, Params, Roles
@@ -69,18 +69,19 @@ def _frozen(run: PreparedRun, split: str) -> Params:
 
 
 def _described_rows(
-    run: PreparedRun, split: str, tokenise: Callable[[str], list[int]], frame: int = 0
+    run: PreparedRun, split: str, tokenise: Callable[[str], list[int]], frame: int = 0, around: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns a split's rows that have a description: row numbers [N], token ids [N, T] and their lengths [N].
 
     Descriptions that are too long are dropped, and so are those with a token that the role has no embedding for.
-    `frame` is the number of tokens that `tokenise` adds around a description. Raises UserError if no row is left.
+    `frame` is the number of tokens that `tokenise` adds around a description, and `around` that of those which the role
+    adds. Raises UserError if no row is left.
     """
     limit, descriptions = run.config.sft.max_response_tokens + frame, descriptions_of(run)
-    vocab_size = getattr(run.roles, split.removesuffix("_sft")).arch.vocab_size
+    arch = getattr(run.roles, split.removesuffix("_sft")).arch
     rows = [row for row in run.store.index.rows_of(split).tolist() if row in descriptions]
     tokens = [tokenise(descriptions[row]) for row in rows]
-    used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < vocab_size]
+    used = [i for i, ids in enumerate(tokens) if len(ids) <= limit and max(ids, default=0) < arch.vocab_size]
     if not rows:
         raise UserError(
             f"describe.provider: no activation of the split {split} got a usable description; change the provider"
@@ -94,7 +95,8 @@ def _described_rows(
             f"{split}: {len(rows) - len(used)} of {len(rows)} descriptions are longer than {limit} tokens, or hold one "
             "that the model does not know: left out"
         )
-    width = -(-max(len(tokens[i]) for i in used) // 8) * 8
+    longest = max(len(tokens[i]) for i in used)
+    width = width_within(-(-longest // 8) * 8, longest, arch.most_tokens, around)
     ids, length = pad([tokens[i] for i in used], width)
     return np.array(rows)[used], ids, length
 
@@ -162,7 +164,8 @@ def _trained_by_rl(run: PreparedRun, checkpoint: AnyPath) -> tuple[Params, Param
 
 def _encoder_sft(run: PreparedRun) -> None:
     """Trains the encoder to write descriptions."""
-    described = _described_rows(run, "encoder_sft", lambda text: response_ids(run.tokenizer, run.protocol, text))
+    tokenise = partial(response_ids, run.tokenizer, run.protocol)
+    described = _described_rows(run, "encoder_sft", tokenise, around=run.roles.encoder.prompt_length)
     _warm_start(run, "encoder", described, run.roles, _frozen(run, "encoder_sft"))
 
 
@@ -170,11 +173,12 @@ def _decoder_sft(run: PreparedRun) -> None:
     """Trains the decoder to rebuild activations from descriptions."""
     roles, tokenise = run.roles, partial(run.tokenizer.encode, add_special_tokens=False)
     frozen, frame = _frozen(run, "decoder_sft"), 0
+    around = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
     if run.config.dataset.rl:  # a dataset holds whole decoder prompts
         roles, tokenise = roles.with_whole_prompts(), partial(whole_prompt_ids, run.tokenizer, run.protocol)
         frozen.pop("endings", None)
-        frame = len(run.protocol.decoder_prefix) + len(run.protocol.decoder_suffix)
-    _warm_start(run, "decoder", _described_rows(run, "decoder_sft", tokenise, frame), roles, frozen)
+        frame, around = around, 0
+    _warm_start(run, "decoder", _described_rows(run, "decoder_sft", tokenise, frame, around), roles, frozen)
 
 
 # Role -> the purpose of its random numbers, and the name of the descriptions' token ids in its batches.

@@ -15,7 +15,7 @@ from nlae_jax.assets import pair_directory
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
 from nlae_jax.lm.modules import apply
-from nlae_jax.lm.tokens import pad, pad_left, text_ids
+from nlae_jax.lm.tokens import pad, pad_left, text_ids, width_within
 from nlae_jax.report.ruler import interval_of, interval_text
 from nlae_jax.report.table import is_shown, number
 from nlae_jax.roles.pair import Pair
@@ -193,8 +193,7 @@ class Reader:
 
         `room` is the number of tokens that the subject will write after it.
         """
-        width, most = bucket(len(ids), _WIDTHS), self.subject.arch.most_tokens
-        width = min(width, most - room) if most else width
+        width = width_within(bucket(len(ids), _WIDTHS), len(ids), self.subject.arch.most_tokens, room)
         if left:
             padded, mask = pad_left([ids], width)
             return padded[0], mask[0]
@@ -223,7 +222,7 @@ class Reader:
         protocol, vocab_size = self._roles.decoder.protocol, self._roles.decoder.arch.vocab_size
         prompts = [known_decoder_ids(self.tokenizer, protocol, text, vocab_size) for text in texts]
         width = bucket(max(map(len, prompts)), _WIDTHS)
-        width = min(width, self._roles.decoder.arch.most_tokens or width)
+        width = self._roles.decoder.arch.within(width)
         if width < max(map(len, prompts)):
             raise UserError(f"description: more than {width} tokens")
         most = max(1, _SCORED[-1] * 256 // width) if width > 256 else _SCORED[-1]

@@ -18,7 +18,7 @@ from nlae_jax.lm.families import arch_from_hf
 from nlae_jax.lm.fields import NAMES
 from nlae_jax.lm.gguf.families import GGUF_FAMILIES, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, GgufFamily
 from nlae_jax.lm.rope_fields import written_rope
-from nlae_jax.lm.writers import part_of
+from nlae_jax.lm.writers import by_block, part_of
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.outside import quoted
 
@@ -324,7 +324,7 @@ def _gemma4(
         "head_dim": narrow,
         "global_head_dim": wide,
         "num_key_value_heads": narrow_heads,
-        "per_layer_config": {str(n): {"head_dim": wide, "num_key_value_heads": wide_heads} for n in full},
+        "per_layer_config": by_block({n: {"head_dim": wide, "num_key_value_heads": wide_heads} for n in full}),
         "attention_k_eq_v": f"blk.{full[0]}.attn_v.weight" not in tensors,
         "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
         "num_kv_shared_layers": keys.size("attention.shared_kv_layers", 0),
