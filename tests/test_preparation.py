@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nlae_jax.cli import main
-from nlae_jax.data import describe, model_server
+from nlae_jax.data import model_server, trained_describer
 from nlae_jax.explore.sources import open_trained
 from nlae_jax.run import preparation
 from nlae_jax.runtime import supervision
@@ -275,7 +275,7 @@ def test_a_provider_that_cannot_describe_is_refused_before_extraction(
     if provider == "describer":
         about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": f"{tmp_path}/no/model"}
         (tmp_path / "adapter_config.json").write_text(json.dumps(about))
-        monkeypatch.setattr(describe, "describer_directory", lambda: tmp_path)
+        monkeypatch.setattr(trained_describer, "describer_directory", lambda: tmp_path)
     assert main(tiny.arguments(tmp_path / "W", "train", **settings)) == 2
     shown = capsys.readouterr().err
     assert re.search(f"^nlae: .*{says}", shown.splitlines()[-1]), shown

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from nlae_jax.assets import describer_directory
 from nlae_jax.config import DescribeConfig
 from nlae_jax.data import providers
 from nlae_jax.data.described import described_path, read_descriptions
 from nlae_jax.data.describer import Describer, DescribeResources, Progress, Provider
 from nlae_jax.data.model_server import SERVERS
 from nlae_jax.data.template import template_provider
-from nlae_jax.data.trained_describer import describer_provider
-from nlae_jax.lm.adapters import has_adapters, open_adapters
+from nlae_jax.data.trained_describer import carried_describer, describer_provider
+from nlae_jax.lm.adapters import open_adapters
 from nlae_jax.lm.chat import chat_ids
 from nlae_jax.lm.pretrained import resolve_model
 from nlae_jax.runtime.errors import UserError
@@ -47,9 +46,7 @@ def check_provider(config: DescribeConfig, tokenizer: Any, is_indexed: bool) -> 
             except UserError as error:
                 raise UserError(f"describe.provider subject: {error}") from None
         case "describer":
-            if not has_adapters(directory := describer_directory()):
-                raise UserError("describe.provider describer: this installation carries none; use another provider")
-            resolve_model(open_adapters(directory).base_model)
+            resolve_model(open_adapters(carried_describer()).base_model)
         case name if name in SERVERS:
             SERVERS[name](config)  # making the server checks its settings and key
 

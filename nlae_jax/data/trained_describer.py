@@ -68,13 +68,18 @@ class TextDescriber:
                 yield index, _clean(tokenizer.decode(reply, skip_special_tokens=True)) if is_finished else None
 
 
+def carried_describer() -> Path:
+    """Returns the directory of the describer that the package carries. Raises UserError where it carries none."""
+    if not has_adapters(directory := describer_directory()):
+        raise UserError("describe.provider: this installation carries no describer; use another provider")
+    return directory
+
+
 def describer_provider(
     config: DescribeConfig, resources: DescribeResources, progress: Progress | None = None
 ) -> Describer:
     """Makes a describer from the adapters that the package carries. Raises UserError where it carries none."""
-    directory = describer_directory()
-    if not has_adapters(directory):
-        raise UserError("describe.provider: this installation carries no describer; use another provider")
+    directory = carried_describer()
     describer = TextDescriber.from_directory(directory)
 
     def ask(texts: Sequence[str], keep: Keep) -> Generator[tuple[int, Answer], None, None]:

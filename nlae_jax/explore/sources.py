@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from nlae_jax.assets import pair_directory
 from nlae_jax.config import MeshConfig, load_config
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import FILE, Statistics, load_statistics, statistics_of
 from nlae_jax.interop.adapt import Adapter
+from nlae_jax.interop.released import pair_path
 from nlae_jax.interop.sidecar import Sidecar
 from nlae_jax.lm.pretrained import check_same_tokenizer
 from nlae_jax.mesh import make_mesh
@@ -22,7 +22,7 @@ from nlae_jax.roles.language_model import LanguageModel
 from nlae_jax.run import resources
 from nlae_jax.run.resources import PreparedRun
 from nlae_jax.runtime.errors import UserError
-from nlae_jax.runtime.files import local_path, workdir_path
+from nlae_jax.runtime.files import workdir_path
 
 _STATISTICS_ROWS = 4096  # activations of a run that its statistics are computed from
 
@@ -59,7 +59,7 @@ def run_statistics(run: PreparedRun) -> Statistics:
 
 def known_statistics(name: str) -> Callable[[Explainer], Statistics] | None:
     """Returns a loader of the statistics file in a pair's directory, or None if the directory has no such file."""
-    path = (pair_directory(name) or local_path(name, "model")) / FILE
+    path = pair_path(name) / FILE
     return (lambda pair: load_statistics(path, pair.d_model)) if path.is_file() else None
 
 

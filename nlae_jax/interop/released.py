@@ -130,12 +130,19 @@ def open_released(name: str, role: str) -> Released:
     return Released(directory, arch, dataclasses.replace(sidecar, layer=layer))
 
 
+def pair_path(name: str) -> Path:
+    """Returns the path that a pair's name means: the user's own where there is one, or else the package's pair.
+
+    Raises UserError for a name that cannot be a path.
+    """
+    local = local_path(name, "model")
+    return local if local.exists() else pair_directory(name) or local
+
+
 def _directory(name: str, role: str) -> Path:
     """Returns the directory of a role's files."""
-    local = local_path(name, "model")
-    pair = local if local.exists() else pair_directory(name) or local  # a directory of the user's comes first
-    if (pair / role).is_dir():
-        return pair / role
+    if (directory := pair_path(name) / role).is_dir():
+        return directory
     try:
         return resolve_model(name)
     except UserError as error:

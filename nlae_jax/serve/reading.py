@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from nlae_jax.assets import pair_directory
 from nlae_jax.explore.explainer import Explainer
 from nlae_jax.explore.statistics import Statistics
+from nlae_jax.interop.released import pair_path
 from nlae_jax.lm.modules import apply
 from nlae_jax.lm.tokens import pad, pad_left, text_ids, width_within
 from nlae_jax.report.ruler import interval_of, interval_text
@@ -34,23 +34,16 @@ _READ_BYTES = 256 << 20  # of cached activations
 
 def public_name(name: str) -> str:
     """Returns a name, or only the last part of a local path, so that clients do not learn where files are."""
-    path = _path_of(name)
-    return path.resolve().name if path.exists() else name
-
-
-def _path_of(name: str) -> Path:
-    """Returns the path that a pair's or model's name would be; a name that can be none is taken as it stands."""
-    try:
-        return local_path(name, "model")
-    except UserError:
-        return Path(name)
+    with contextlib.suppress(UserError):  # a name that cannot be a path
+        if (path := local_path(name, "model")).exists():
+            return path.resolve().name
+    return name
 
 
 def error_rates(name: str) -> dict[str, str]:
     """Reads a pair's error rates from the `eval.json` in its directory, as label -> text. {} without that file."""
-    path = (pair_directory(name) or _path_of(name)) / "eval.json"
     try:
-        results = read_json(path)
+        results = read_json(pair_path(name) / "eval.json")
     except (FileNotFoundError, UserError):
         return {}
     rates = {}
