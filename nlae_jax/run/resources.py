@@ -350,8 +350,29 @@ def _check_before_extraction(run: Run) -> None:
             f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
             f"{len(closing)} tokens of the closing tag"
         )
+    _check_lengths(config, protocol, run.arch)
     if world.is_first() and not config.dataset.rl:
         _check_provider(run)
+
+
+def _check_lengths(config: Config, protocol: Protocol, arch: Arch) -> None:
+    """Raises UserError where texts, or the encoder's explanations, may be longer than the model can be run on."""
+    if not (most := arch.most_tokens):
+        return
+    prompt = len(protocol.encoder_prefix) + 1 + len(protocol.encoder_tail)
+    if prompt >= most:
+        raise UserError(f"config.protocol.encoder_prompt: {prompt} tokens should be fewer than the model's {most}")
+    asked = [("rl.max_new_tokens", config.rl.max_new_tokens, prompt)]
+    if config.sft.encoder_steps:
+        asked.append(("sft.max_response_tokens", config.sft.max_response_tokens, prompt))
+    if not config.dataset.rl:
+        asked.append(("extract.max_tokens", config.extract.max_tokens, 0))
+    for name, count, before in asked:
+        if most < count + before:
+            raise UserError(
+                f"config.{name}: {count} should be at most {most - before}: the model can be run on {most} tokens"
+                + (f", {before} of them the encoder's prompt" if before else "")
+            )
 
 
 def _check_provider(run: Run) -> None:
