@@ -625,7 +625,7 @@ def described(tiny_run, extracted, tmp_path, server, monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "named"),
     [
-        ("garbage", "without text"),
+        ("garbage", "no JSON"),
         ("no tags", "without text"),
         ("broken", "status 500"),
         ("slow", "timeouts"),

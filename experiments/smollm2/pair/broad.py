@@ -1,4 +1,4 @@
-"""Drafts of 12,000 other activations, of a mix in which no domain dominates. The kinds of passages are told apart.
+"""Drafts of 14,500 other activations, of a mix in which no domain dominates. The kinds of passages are told apart.
 
 python experiments/smollm2/mix.py runs/pair/texts/train runs/pair/broad_mix --times 4 --seed 6
 nlae describe --config experiments/smollm2/pair/broad.py --config.describe.provider template \\
