@@ -1,5 +1,6 @@
 """Descriptions made elsewhere: which token each belongs to, and what is left out."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -186,12 +187,13 @@ def test_lines_of_a_passage_are_in_one_split_with_its_documents(
         {"text": "A valley in the north", "description": "a text"},
         {"text": "A valley in the north of the land", "description": "the same and more"},
         {"text": "A valley in the north of the land and its hills", "description": "the whole"},
+        {"text": "A valley in the north by the sea", "description": "another whole"},
     ]
     found = match(read_descriptions(lines(tmp_path / "d.jsonl", rows)), documents, tokenizer, 64).documents
     groups = [document.group for document in found]
     assert groups[:2] == [documents[0].group] * 2 and groups[2] == documents[2].group
     assert groups[3] == groups[0] and groups[4] == groups[2]
-    assert groups[5] == groups[6] == groups[7] and len(set(groups)) == 3
+    assert len(set(groups[5:9])) == 1 and len(groups) == 9 and len(set(groups)) == 3
 
 
 def test_a_description_has_no_white_space_around_it(tmp_path: Path) -> None:
@@ -238,11 +240,15 @@ def test_a_text_may_have_an_offset(tmp_path: Path, tokenizer: PreTrainedTokenize
         list(read_descriptions(path))
 
 
-def test_any_token_of_a_character_has_a_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    document = named("d7", "The 🙂 land")
+@pytest.mark.parametrize("before", ["", "\n\n"])
+def test_any_token_of_a_character_has_a_position(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, before: str
+) -> None:
+    document = dataclasses.replace(named("d7", "The 🙂 land"), lead=before)
     spans = tokenizer(document.text, return_offsets_mapping=True)["offset_mapping"]
     inner = next(token for token, (span, after) in enumerate(pairwise(spans)) if span[1] == after[1])
-    path = lines(tmp_path / "d.jsonl", [{"id": "d7", "position": inner, "description": "a part of a character"}])
+    position = inner + len(tokenizer(before + document.text)["input_ids"]) - len(spans)
+    path = lines(tmp_path / "d.jsonl", [{"id": "d7", "position": position, "description": "a part of a character"}])
     found = match(read_descriptions(path), [document], tokenizer, 64)
     assert found.positions == {document.doc_id: {inner: "a part of a character"}}
 

@@ -1,6 +1,5 @@
 """What a workdir says of how it was made: missing is never nothing to check, and the same place is the same place."""
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -231,12 +230,7 @@ def test_descriptions_that_were_replaced_are_not_those_trained_on(tiny_run, work
         target = workdir / name
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     complaint = refused(tiny_run.arguments(workdir, "sft"))
-    assert f"{path}: other descriptions than {workdir / 'checkpoints'} was trained with" in complaint
-    run = open_trained(workdir)
-    of_older_run = {name: value for name, value in run.record.items() if name != "descriptions"}
-    assert dataclasses.replace(run, record=of_older_run).made_with()["descriptions"] != run.record["descriptions"]
-    path.unlink()
-    assert run.made_with() == read_data(workdir / "checkpoints/decoder_sft/4")["made_with"]
+    assert f"{path}: other decoder descriptions than {workdir / 'checkpoints'} was trained with" in complaint
     path.write_bytes(former)
     assert main(tiny_run.arguments(workdir, "sft")) == 0
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,12 +169,16 @@ class _Groups:
             self._joined[other] = group
 
     def join_beginnings(self, documents: Sequence[Document], added: Sequence[Document]) -> None:
-        """Joins every added document into the group of a document that begins with its text."""
+        """Joins every added document and the documents that begin with its text into one group."""
         ordered = sorted((*documents, *added), key=lambda document: document.text)
         new = {document.doc_id for document in added}
-        # Among sorted texts, one that begins with a text stands directly after it.
-        for document, following in reversed(list(pairwise(ordered))):
-            if document.doc_id in new and following.text.startswith(document.text):
+        for index, document in enumerate(ordered):
+            if document.doc_id not in new:
+                continue
+            # Among sorted texts, those that begin with a text stand directly after it.
+            for following in islice(ordered, index + 1, None):
+                if not following.text.startswith(document.text):
+                    break
                 self.join(following.group, document.group)
 
     def grouped(self, document: Document) -> Document:
@@ -217,8 +221,11 @@ def _position(place: tuple[str, int | None], lead: str, text: str, tokens: _Toke
         return tokens.ends.get(value - len(lead))
     if not lead:
         return value if value < tokens.total else None
-    ends = {token: stop for stop, token in _tokens(lead + text, tokenizer).ends.items()}
-    return tokens.ends.get(ends[value] - len(lead)) if value in ends else None
+    # The token's character ends with the token `last`. In the text alone, its tokens have other numbers.
+    whole = _tokens(lead + text, tokenizer).ends
+    stop, last = next(((stop, token) for stop, token in whole.items() if token >= value), (0, value))
+    end = tokens.ends.get(stop - len(lead))
+    return None if end is None else end - (last - value)
 
 
 def _string(row: dict[str, Any], where: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +54,8 @@ def _make_index(run: Run) -> None:
     if (directory / "rows.parquet").exists():
         return
     say("reading the corpus")
-    config = run.config
+    most = run.arch.within(run.config.extract.max_tokens)
+    config = dataclasses.replace(run.config, extract=dataclasses.replace(run.config.extract, max_tokens=most))
     documents, described = read_documents(config.corpus), None
     if config.describe.provider == "file":
         path = described_path(config.describe.path)

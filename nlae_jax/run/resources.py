@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cache, cached_property, partial
@@ -158,16 +157,13 @@ class PreparedRun(Run):
     def made_with(self) -> dict[str, Any]:
         """Returns the record that this run's checkpoints carry.
 
-        It tells them from those of another run, also when other files of the workdir are lost. Raises UserError where
-        the newest checkpoint was trained with other descriptions than are there now.
+        It tells them from those of another run, also when other files of the workdir are lost.
         """
-        descriptions = _descriptions_digest(self)
         return {
             "config": dataclasses.asdict(self.config),
             "weights": self.identity,
             "rows": self.store.index.digest(),
             "protocol": json.loads(self.protocol.to_json()),
-            **({"descriptions": descriptions} if descriptions else {}),
         }
 
 
@@ -248,20 +244,6 @@ def descriptions_of(run: Run) -> dict[int, str]:
     remedy = f"restore it, or {IMPORT_ANEW}" if run.config.dataset.rl else "delete it to describe again"
     table = read_parquet(path, remedy, {"row": "whole numbers", "description": "texts"})
     return dict(zip(table["row"].to_pylist(), table["description"].to_pylist(), strict=True))
-
-
-def _descriptions_digest(run: Run) -> str:
-    """Returns a hash of the descriptions that SFT learns from; "" in a run without them.
-
-    Where the file is gone, it is the hash that the newest checkpoint records. Raises UserError where the checkpoint
-    records another hash.
-    """
-    path, recorded_digest = run.workdir / "activations/descriptions.parquet", run.record.get("descriptions", "")
-    if not run.config.sft.learns or not path.exists():
-        return recorded_digest
-    digest = hashlib.sha256(json.dumps(sorted(descriptions_of(run).items())).encode()).hexdigest()
-    check_record(run.record, "descriptions", digest, str(path), run.workdir)
-    return digest
 
 
 def _open_store(workdir: AnyPath, record: dict[str, Any]) -> ActivationStore:
@@ -350,29 +332,8 @@ def _check_before_extraction(run: Run) -> None:
             f"config.rl.max_new_tokens: {config.rl.max_new_tokens} should be more than the "
             f"{len(closing)} tokens of the closing tag"
         )
-    _check_lengths(config, protocol, run.arch)
     if world.is_first() and not config.dataset.rl:
         _check_provider(run)
-
-
-def _check_lengths(config: Config, protocol: Protocol, arch: Arch) -> None:
-    """Raises UserError where texts, or the encoder's explanations, may be longer than the model can be run on."""
-    if not (most := arch.most_tokens):
-        return
-    prompt = len(protocol.encoder_prefix) + 1 + len(protocol.encoder_tail)
-    if prompt >= most:
-        raise UserError(f"config.protocol.encoder_prompt: {prompt} tokens should be fewer than the model's {most}")
-    asked = [("rl.max_new_tokens", config.rl.max_new_tokens, prompt)]
-    if config.sft.encoder_steps:
-        asked.append(("sft.max_response_tokens", config.sft.max_response_tokens, prompt))
-    if not config.dataset.rl:
-        asked.append(("extract.max_tokens", config.extract.max_tokens, 0))
-    for name, count, before in asked:
-        if most < count + before:
-            raise UserError(
-                f"config.{name}: {count} should be at most {most - before}: the model can be run on {most} tokens"
-                + (f", {before} of them the encoder's prompt" if before else "")
-            )
 
 
 def _check_provider(run: Run) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from nlae_jax.roles.protocol import Protocol, blank_tokens, endings, response_id
 from nlae_jax.roles.roundtrip import read_samples
 from nlae_jax.roles.views import marks, reads_marks
 from nlae_jax.run.resources import PreparedRun, Purpose, Run, descriptions_of
+from nlae_jax.run.workdir import check_record
 from nlae_jax.runtime import processes
 from nlae_jax.runtime.errors import UserError
 from nlae_jax.runtime.files import AnyPath
@@ -191,8 +192,15 @@ _SFT = {
 def _warm_start(
     run: PreparedRun, role: str, described: tuple[np.ndarray, np.ndarray, np.ndarray], roles: Roles, frozen: Params
 ) -> None:
-    """Trains a role on the rows, token ids and lengths of `_described_rows`. Its step reads `frozen`."""
+    """Trains a role on the rows, token ids and lengths of `_described_rows`. Its step reads `frozen`.
+
+    Raises UserError where the checkpoint to go on from was trained on other descriptions.
+    """
     config, (rows, ids, length), (purpose, ids_name) = run.config.sft, described, _SFT[role]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in described)).hexdigest()
+    path = str(run.workdir / "activations/descriptions.parquet")
+    check_record(run.record, f"{role} descriptions", digest, path, run.workdir)
+    processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json", f"{role}_sft"))
     num_steps, rate = (getattr(config, f"{role}_{field}") for field in ("steps", "learning_rate"))
     optimizer = make_optimizer(run.config, sft_schedule(rate, num_steps, config.warmup_fraction))
     state = _INITIAL[role](run, optimizer)
@@ -206,7 +214,8 @@ def _warm_start(
         return {"h": run.store.vectors(rows[i]), ids_name: ids[i, :width], "length": length[i]}
 
     iterator, examples = _sft_batches(config, length, run.seed(purpose), load, run.mesh)
-    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, made_with=run.made_with())
+    made_with = {**run.made_with(), f"{role} descriptions": digest}
+    stage = Stage(f"{role}_sft", num_steps, step, iterator, examples, made_with=made_with)
     run_stage(stage, state, frozen, run.mesh, run.config, run.workdir)
 
 
@@ -215,7 +224,7 @@ def rl(run: PreparedRun) -> None:
     config = run.config.rl
     if config.num_steps == 0 or rl_is_finished(run):
         return
-    processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json"))
+    processes.by_first(lambda: _forget_evaluation(run.workdir / "eval.json", "rl"))
     encoder, decoder = _trained_by_sft(run, "encoder"), _trained_by_sft(run, "decoder")
     run.weights.forget_base()
     optimizers = rl_optimizers(run.config)
@@ -279,10 +288,10 @@ def rl_is_finished(run: Run) -> bool:
     return is_whole(last_checkpoint(run.workdir, "rl", run.config.rl.num_steps))
 
 
-def _forget_evaluation(path: Path) -> None:
-    """Deletes an evaluation that was made before RL went on."""
+def _forget_evaluation(path: AnyPath, stage: str) -> None:
+    """Deletes an evaluation that was made before the stage went on."""
     if path.exists():
-        say("rl goes on: the evaluation will be made again")
+        say(f"{stage} goes on: the evaluation will be made again")
         path.unlink()
 
 

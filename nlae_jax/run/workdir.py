@@ -136,7 +136,7 @@ def check_trained_with(workdir: AnyPath, config: Config) -> None:
     path, record = _newest_record(workdir)
     try:
         trained_with = located(resolve(flatten(record["config"])))
-    except (UserError, LookupError, AttributeError, TypeError):  # from another version, or without a config
+    except (UserError, LookupError, AttributeError, TypeError, OSError):  # from another version, machine or user
         return
     new, old = _values(config), _values(trained_with)
     free_fields, order = (*_MODELS, *_FILES, *_DATASETS, "rl.num_steps"), list(Binds)
