@@ -178,6 +178,8 @@ def test_every_checkpoint_says_what_it_was_made_with(tiny_run):
     run = open_trained(tiny_run.workdir)
     for path in tiny_run.workdir.glob("checkpoints/*/[0-9]*"):
         record = read_data(path)["made_with"]
+        role, is_warm_start = path.parent.name.removesuffix("_sft"), path.parent.name.endswith("_sft")
+        assert (record.pop(f"{role} descriptions", None) is not None) == is_warm_start
         assert record == json.loads(json.dumps(run.made_with()))
         assert resolve_config(record["config"]) == load_config(tiny_run.workdir / "config.json")
 
