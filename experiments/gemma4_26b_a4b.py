@@ -2,7 +2,7 @@
 
     nlae train --config experiments/gemma4_26b_a4b.py --workdir runs/gemma4_26b_a4b
 
-Hardware: a TPU slice v5p-2x2x1 (4 chips, at least 74 GB used of each) by `nlae plan --quick`.
+Hardware: a TPU slice v5p-2x2x1 (4 chips, at least 74 GB used of each) by `nlae plan --quick` with block 19.
 
 Expected: no published numbers for this model. This file has not been run to its end yet. Needs what `qwen2_5_7b.py`
 needs.

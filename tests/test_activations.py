@@ -4,6 +4,7 @@ The subject is a stand-in: a row's vector is a function of the document's tokens
 the wrong place shows.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_document_that_fills_the_model_is_not_padded(count, max_tokens):
     settings = config(max_tokens=max_tokens)
     chosen = make_index([Document(str(i), "abcdefgh" * (1 + i % 12)) for i in range(count)], Letters(), settings)
     longest = max(map(len, chosen.ids))
-    found = list(read_batches(chosen, settings.extract, most=longest))
+    found = list(read_batches(chosen, dataclasses.replace(settings.extract, max_tokens=longest)))
     assert max(batch.ids.shape[1] for batch in found) == longest
     assert sum(batch.count for batch in found) == len(chosen.position)
 

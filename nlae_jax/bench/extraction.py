@@ -19,7 +19,7 @@ from nlae_jax.data.activations import Reader
 from nlae_jax.data.corpus import read_documents
 from nlae_jax.data.index import Index, make_index
 from nlae_jax.mesh import batch_parts, batch_sharding, replicated
-from nlae_jax.run.preparation import read_activations, reader
+from nlae_jax.run.preparation import config_of_extraction, read_activations, reader
 from nlae_jax.run.resources import Run, open_run
 
 Batch = tuple[jax.Array, ...]
@@ -50,13 +50,14 @@ def time_extraction(
     )
     with tempfile.TemporaryDirectory() as directory:
         run = open_run(config, Path(directory))
+        config = config_of_extraction(run)
         index, read = make_index(read_documents(config.corpus), run.tokenizer, config), reader(run, num_next)
         split, everywhere = batch_sharding(run.mesh), replicated(run.mesh)
         unpadded = [
             jax.device_put(
                 (batch.ids, np.ones_like(batch.mask), batch.rows, batch.columns), (split, split, everywhere, everywhere)
             )
-            for batch in activations.read_batches(index, config.extract, batch_parts(run.mesh), run.arch.most_tokens)
+            for batch in activations.read_batches(index, config.extract, batch_parts(run.mesh))
         ]
         for batch in {batch[0].shape: batch for batch in unpadded}.values():
             jax.block_until_ready(read(*batch))  # compiles

@@ -26,7 +26,6 @@ import tensorstore as ts
 
 from nlae_jax.config import ExtractConfig
 from nlae_jax.data.index import Index, read_index
-from nlae_jax.lm.tokens import width_within
 from nlae_jax.roles.direction import UNUSABLE, unusable_rows
 from nlae_jax.runtime import processes, supervision, world
 from nlae_jax.runtime.errors import UserError
@@ -65,14 +64,14 @@ class ReadBatch:
     count: int
 
 
-def read_batches(index: Index, config: ExtractConfig, parts: int = 1, most: int = 0) -> Iterator[ReadBatch]:
+def read_batches(index: Index, config: ExtractConfig, parts: int = 1) -> Iterator[ReadBatch]:
     """Yields the index's documents in order, as many in a batch as fit. A batch's shape depends only on its width.
 
-    A batch's number of documents is a multiple of `parts`. `most` is the subject's `Arch.most_tokens`. Documents are
-    ordered by length, so no other division gives fewer batches.
+    A batch's number of documents is a multiple of `parts`. Documents are ordered by length, so no other division gives
+    fewer batches.
     """
     first_row = np.searchsorted(index.document, np.arange(len(index.ids) + 1))
-    widths = [width_within(_width(len(ids), config.max_tokens), len(ids), most) for ids in index.ids]
+    widths = [_width(len(ids), config.max_tokens) for ids in index.ids]
     sizes = {width: max(1, config.batch_tokens // width // parts) * parts for width in set(widths)}
     begin = 0
     while begin < len(index.ids):
@@ -120,21 +119,20 @@ def extract(
     num_next: int,
     advance: Callable[[int], None],
     parts: int = 1,
-    most: int = 0,
 ) -> None:
     """Reads every batch that has not been read yet and writes the store. Calls `advance(rows)` as rows are passed.
 
     `read` may return before it has computed. The next batch is begun before a batch's results are fetched, so devices
     have work while the host fetches and writes. Rows count once they are on disk: a killed run reads again the rows of
-    its last `_UNWRITTEN_SECONDS`, or its last batch (with several processes, its last shard). `parts` and `most` are
-    passed to `read_batches`. Each process writes the rows that its devices hold.
+    its last `_UNWRITTEN_SECONDS`, or its last batch (with several processes, its last shard). `parts` is passed to
+    `read_batches`. Each process writes the rows that its devices hold.
     """
     progress = directory / "progress.json"
     sizes = len(index.position), d_model, num_next
     done = processes.by_first(lambda: _begin(directory, progress, sizes))
     pending: tuple[ReadBatch, tuple[Any, Any]] | None = None
     with _Writer(progress, done, *_arrays(directory, *sizes, mode="write")) as writer:
-        for batch in read_batches(index, config, parts, most):
+        for batch in read_batches(index, config, parts):
             if batch.start + batch.count <= done:
                 advance(batch.count)
                 continue

@@ -78,9 +78,7 @@ class Document:
 
 def document_of(text: str, passage: str = "", at_end: bool = False) -> Document:
     """Makes the document of a text that does not come from a corpus."""
-    whole = _clean(text)
-    clean = whole.lstrip()
-    lead = whole[: len(whole) - len(clean)]
+    lead, clean = _parted(text)
     return Document(_digest(clean).hex()[:16], clean, passage=passage, at_end=at_end, lead=lead)
 
 
@@ -152,9 +150,7 @@ def _select(texts: Iterable[Text], config: CorpusConfig, dropped: Counter[str]) 
     digests: set[bytes] = set()
     selected: list[tuple[bytes, Text]] = []
     for source_text in texts:
-        whole = _clean(source_text.text)
-        text = whole.lstrip()
-        lead = whole[: len(whole) - len(text)]
+        lead, text = _parted(source_text.text)
         text = text if source_text.at_end else text.rstrip()
         if not text.strip() or (len(text) < config.min_characters and not source_text.at_end):
             dropped["too short"] += 1
@@ -178,6 +174,13 @@ def _first(selected: list[tuple[bytes, Text]], limit: int | None, dropped: Count
         dropped["beyond corpus.max_documents"] += len(ordered) - limit
         return ordered[:limit]
     return ordered
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """Returns the white space at the beginning of a text, and the rest. Both are clean."""
+    whole = _clean(text)
+    rest = whole.lstrip()
+    return whole[: len(whole) - len(rest)], rest
 
 
 def _clean(text: str) -> str:

@@ -62,8 +62,8 @@ def token_label(row: Mapping[str, Any]) -> str:
     if not row["token"]:
         return ""
     _, token = split_at_token(row["token"], row["token"], 0)
-    number = row.get("fragment_index", 0)
-    return f"{token.strip()} (part {number + 1})" if number else token.strip()
+    index = row.get("fragment_index", 0)
+    return f"{token.strip()} (part {index + 1})" if index else token.strip()
 
 
 def is_shown(value: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
 
+from nlae_jax.config import Config
 from nlae_jax.data import activations
 from nlae_jax.data.answers import thinks_at_end
 from nlae_jax.data.corpus import read_documents
@@ -54,8 +55,7 @@ def _make_index(run: Run) -> None:
     if (directory / "rows.parquet").exists():
         return
     say("reading the corpus")
-    most = run.arch.within(run.config.extract.max_tokens)
-    config = dataclasses.replace(run.config, extract=dataclasses.replace(run.config.extract, max_tokens=most))
+    config = config_of_extraction(run)
     documents, described = read_documents(config.corpus), None
     if config.describe.provider == "file":
         path = described_path(config.describe.path)
@@ -86,6 +86,12 @@ def _table(descriptions: dict[int, str]) -> pa.Table:
     return pa.table(columns)
 
 
+def config_of_extraction(run: Run) -> Config:
+    """Returns the run's config with an `extract.max_tokens` that the subject can be run on."""
+    most = run.arch.within(run.config.extract.max_tokens)
+    return dataclasses.replace(run.config, extract=dataclasses.replace(run.config.extract, max_tokens=most))
+
+
 def reader(run: Run, num_next: int) -> activations.Reader:
     """Returns a function that runs the subject on a batch of documents. It does not wait for the results."""
     read = jitted_reader(run.arch, run.config, run.mesh, num_next)
@@ -95,11 +101,10 @@ def reader(run: Run, num_next: int) -> activations.Reader:
 
 def read_activations(run: Run, index: Index, read: activations.Reader, num_next: int) -> None:
     """Reads the activations that the store does not have yet, then writes meta.json."""
-    directory, config, parts = run.workdir / "activations", run.config, batch_parts(run.mesh)
+    directory, config, parts = run.workdir / "activations", config_of_extraction(run), batch_parts(run.mesh)
     with progress(len(index.position), "extract", unit="activation") as bar:
         advance = _advance_together(bar, run.mesh)
-        bounds = parts, run.arch.most_tokens
-        activations.extract(directory, index, read, config.extract, run.arch.d_model, num_next, advance, *bounds)
+        activations.extract(directory, index, read, config.extract, run.arch.d_model, num_next, advance, parts)
     provenance = {
         "model": config.subject.model,
         "layer": config.subject.layer,

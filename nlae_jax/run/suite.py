@@ -103,7 +103,7 @@ def write_figures(directory: AnyPath, figures: Mapping[str, Any]) -> AnyPath:
 def sections_in(directory: AnyPath) -> dict[str, Any]:
     """Returns the suite's sections in `directory/eval.json`, and `suite`, which is about them; {} without any.
 
-    They are of the present training state: the stage `rl` deletes the file when it goes on.
+    They are of the present training state: a stage of training deletes the file when it goes on.
     """
     path = directory / "eval.json"
     with contextlib.suppress(UserError):
